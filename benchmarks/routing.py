@@ -1,0 +1,183 @@
+"""Ways to spell tpx::RoutedLora, timed in ONNX Runtime and OpenVINO on this machine.
+
+    python benchmarks/routing.py [--rounds 9]
+
+Each size gets one model for each spelling, run in turn (A B C A B C ...); the table gives the median time over that of
+`masked`, whose milliseconds stand beside it. Every spelling is first held to the PyTorch operator.
+"""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import click
+import numpy as np
+import onnx
+import onnx.inliner
+import torch
+from onnx import TensorProto, helper, numpy_helper
+
+from tpx_export.model.routed_lora import routed_lora
+from tpx_export.operator import DOMAIN, NAME, OPSET, register_schema
+from tpx_export.routing import masked, permuted
+
+# batch x tokens, D, r, M, share of tokens on the first expert (the rest evenly)
+SIZES = (
+    ((2, 64), 256, 32, 4, 0.25),
+    ((8, 64), 256, 32, 4, 0.25),
+    ((8, 64), 256, 32, 4, 0.85),
+    ((2, 256), 384, 32, 4, 0.25),
+    ((2, 4096), 384, 32, 4, 0.25),
+    ((2, 4096), 384, 32, 4, 0.85),
+    ((2, 4096), 1536, 128, 5, 0.20),
+)
+
+
+def scattered(experts: int) -> onnx.FunctionProto:
+    """Each expert's rows scattered into the output one after the other (ScatterND), as gather/scatter is often written."""
+    body = [
+        "zero = Constant <value_ints = [0]> ()",
+        "minus = Constant <value_ints = [-1]> ()",
+        "d = Shape <start = 1, end = 2> (a)",
+        "o = Shape <start = 2, end = 3> (b)",
+        "flat = Concat <axis = 0> (minus, d)",
+        "tokens = Reshape (x, flat)",
+        "chosen = Reshape (expert, minus)",
+        "many = Shape (chosen)",
+        "blank = Concat <axis = 0> (many, o)",
+        "nothing = ConstantOfShape <value = float[1] {0.0}> (blank)",
+        "to0 = CastLike (nothing, x)",
+    ]
+    for m in range(experts):
+        body += [
+            f"m{m} = Constant <value_int = {m}> ()",
+            f"hit{m} = Equal (chosen, m{m})",
+            f"at{m} = NonZero (hit{m})",
+            f"rows{m} = Transpose <perm = [1, 0]> (at{m})",
+            f"x{m} = GatherND (tokens, rows{m})",
+            f"a{m} = Gather <axis = 0> (a, m{m})",
+            f"b{m} = Gather <axis = 0> (b, m{m})",
+            f"low{m} = MatMul (x{m}, a{m})",
+            f"out{m} = MatMul (low{m}, b{m})",
+            f"to{m + 1} = ScatterND (to{m}, rows{m}, out{m})",
+        ]
+    body += [
+        "lead = Shape <start = 0, end = 2> (x)",
+        "shape = Concat <axis = 0> (lead, o)",
+        f"out = Reshape (to{experts}, shape)",
+    ]
+    head = f'<domain: "{DOMAIN}", opset_import: ["" : {OPSET}]> {NAME} (x, expert, a, b) => (out)'
+    return onnx.parser.parse_function(head + " {\n" + "\n".join(body) + "\n}")
+
+
+def batched(experts: int) -> onnx.FunctionProto:
+    """Each token's own A and B gathered and multiplied as a batch of vectors: no wasted product, much copying."""
+    return onnx.parser.parse_function(
+        f'<domain: "{DOMAIN}", opset_import: ["" : {OPSET}]> {NAME} (x, expert, a, b) => (out)'
+        """ {
+        two = Constant <value_ints = [2]> ()
+        row = Unsqueeze (x, two)
+        a_own = Gather <axis = 0> (a, expert)
+        b_own = Gather <axis = 0> (b, expert)
+        low = MatMul (row, a_own)
+        high = MatMul (low, b_own)
+        out = Squeeze (high, two)
+        }"""
+    )
+
+
+SPELLINGS: dict[str, Callable[[int], onnx.FunctionProto]] = {
+    "masked": lambda experts: masked(),
+    "permuted": permuted,
+    "scattered": scattered,
+    "batched": batched,
+}
+TOO_MUCH = 2**30  # elements of A and B that `batched` may copy
+
+
+def model(body: onnx.FunctionProto, lead: tuple[int, int], a: np.ndarray, b: np.ndarray) -> onnx.ModelProto:
+    """One node and its function, inlined: what every engine ends up running."""
+    graph = helper.make_graph(
+        [helper.make_node(NAME, ["x", "expert", "a", "b"], ["out"], domain=DOMAIN)],
+        "routing",
+        [
+            helper.make_tensor_value_info("x", TensorProto.FLOAT, [*lead, a.shape[1]]),
+            helper.make_tensor_value_info("expert", TensorProto.INT64, list(lead)),
+        ],
+        [helper.make_tensor_value_info("out", TensorProto.FLOAT, [*lead, b.shape[2]])],
+        [numpy_helper.from_array(a, "a"), numpy_helper.from_array(b, "b")],
+    )
+    imports = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)]
+    whole = helper.make_model(graph, functions=[body], opset_imports=imports, ir_version=10)
+    return onnx.inliner.inline_local_functions(whole)
+
+
+def onnxruntime_call(path: Path) -> Callable[[dict[str, np.ndarray]], np.ndarray]:
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return lambda inputs: session.run(None, inputs)[0]
+
+
+def openvino_call(path: Path) -> Callable[[dict[str, np.ndarray]], np.ndarray]:
+    import openvino
+
+    config = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+    compiled = openvino.Core().compile_model(str(path), "CPU", config)
+    return lambda inputs: compiled(inputs)[0]
+
+
+ENGINES = {"ONNX Runtime": onnxruntime_call, "OpenVINO": openvino_call}
+
+
+@click.command()
+@click.option("--rounds", default=9, show_default=True, help="Timed runs of each; the median counts.")
+def main(rounds: int) -> None:
+    """Print the table of docs/routing.md."""
+    register_schema()
+    rng = np.random.default_rng(0)
+    print("| engine | tokens | D | r | M | on one expert | masked, ms | " + " | ".join(list(SPELLINGS)[1:]) + " |")
+    print("|---|---|---|---|---|---|---|" + "---|" * (len(SPELLINGS) - 1))
+    for engine, call_of in ENGINES.items():
+        for lead, width, rank, experts, share in SIZES:
+            out = 3 * width
+            x = rng.standard_normal((*lead, width), np.float32)
+            chances = [share] + [(1 - share) / (experts - 1)] * (experts - 1)
+            expert = rng.choice(experts, lead, p=chances)
+            a = rng.standard_normal((experts, width, rank), np.float32) * width**-0.5
+            b = rng.standard_normal((experts, rank, out), np.float32) * rank**-0.5
+            expected = routed_lora(*map(torch.from_numpy, (x, expert, a, b))).numpy()
+            calls = {}
+            with TemporaryDirectory() as folder:
+                for name, body in SPELLINGS.items():
+                    if name == "batched" and expert.size * rank * (width + out) > TOO_MUCH:
+                        continue
+                    path = Path(folder) / f"{name}.onnx"
+                    onnx.save(model(body(experts), lead, a, b), path)
+                    calls[name] = call_of(path)
+                inputs = {"x": x, "expert": expert}
+                for name, call in calls.items():
+                    error = np.abs(call(inputs) - expected).max() / np.abs(expected).max()
+                    assert error < 1e-4, (engine, name, error)
+                times: dict[str, list[float]] = {name: [] for name in calls}
+                for _ in range(rounds):
+                    for name, call in calls.items():
+                        call(inputs)
+                        begin = time.perf_counter()
+                        call(inputs)
+                        times[name].append(1e3 * (time.perf_counter() - begin))
+            median = {name: float(np.median(found)) for name, found in times.items()}
+            ratios = [f"{median[n] / median['masked']:.2f}" if n in median else "-" for n in list(SPELLINGS)[1:]]
+            print(
+                f"| {engine} | {lead[0]} x {lead[1]} | {width} | {rank} | {experts} | {share:.0%} "
+                f"| {median['masked']:.2f} | {' | '.join(ratios)} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""Checkpoints: a model and its specification in one file, `.safetensors` or `.pt`.
+
+Both hold a header {"format": "tpx-model", "version": 1, "spec": {...}} and the tensors by name; tensors may be float16 on
+disk and are float32 in memory. Reading runs no code: `.pt` is read with weights_only=True, and what is not ours is refused.
+"""
+
+import dataclasses
+import json
+import os
+import pickle
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tpx_export.model.text_to_image import TextToImage, TextToImageSpec
+from tpx_runtime.errors import TpxError
+
+FORMAT, VERSION = "tpx-model", 1
+SUFFIXES = (".safetensors", ".pt")
+
+
+class CheckpointInvalid(TpxError):
+    """A file that is not a checkpoint of ours, is damaged, or is of another version."""
+
+    exit_code = 6
+
+
+def save(model: TextToImage, path: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write a checkpoint whole or not at all; `dtype` is that of the tensors on disk. Raises ValueError on a suffix."""
+    state = {name: value.detach().to("cpu", dtype).contiguous() for name, value in model.state_dict().items()}
+    header = {"format": FORMAT, "version": VERSION, "spec": dataclasses.asdict(model.spec)}
+    partial = path.with_name(path.name + ".part")
+    try:
+        if path.suffix == ".safetensors":
+            save_file(state, partial, metadata={"tpx": json.dumps(header)})
+        elif path.suffix == ".pt":
+            torch.save({"header": json.dumps(header), "state": state}, partial)
+        else:
+            raise ValueError(f"expected a file name ending in {' or '.join(SUFFIXES)}, got {path.name}")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load(path: Path) -> TextToImage:
+    """Read a checkpoint into a model in evaluation mode. Raises CheckpointInvalid."""
+    if not path.is_file():
+        raise CheckpointInvalid(f"{path}: expected a checkpoint file, found none; check the path")
+    if path.suffix not in SUFFIXES:
+        raise CheckpointInvalid(f"{path}: expected a file ending in {' or '.join(SUFFIXES)}, found {path.suffix or 'none'}")
+    header, state = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pt(path)
+    spec = _spec(path, header)
+    model = TextToImage(spec)
+    wanted = {name: value.shape for name, value in model.state_dict().items()}
+    found = {name: value.shape for name, value in state.items()}
+    if wanted != found:
+        odd = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+        first = odd[0]
+        raise CheckpointInvalid(
+            f"{path}: expected the {len(wanted)} tensors of its specification, found {len(odd)} missing, unknown or of "
+            f"another shape, first {first} (expected {_shape(wanted.get(first))}, found {_shape(found.get(first))})"
+        )
+    if bad := sorted(name for name, value in state.items() if not torch.isfinite(value).all()):
+        raise CheckpointInvalid(f"{path}: expected finite weights, found NaN or infinity in {bad[0]}; train it again")
+    model.load_state_dict({name: value.float() for name, value in state.items()})
+    return model.eval().requires_grad_(False)
+
+
+def _read_safetensors(path: Path) -> tuple[Any, dict[str, Tensor]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = (file.metadata() or {}).get("tpx")
+            if header is None:
+                raise CheckpointInvalid(_foreign(path, "safetensors of another project"))
+            return json.loads(header), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, ValueError, OSError) as error:
+        raise CheckpointInvalid(_broken(path, error)) from None
+
+
+def _read_pt(path: Path) -> tuple[Any, dict[str, Tensor]]:
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise CheckpointInvalid(
+            f"{path}: expected tensors alone, found a pickle that is damaged or would run code; it was not run, "
+            "convert it to .safetensors where you trust it"
+        ) from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise CheckpointInvalid(_broken(path, error)) from None
+    if not isinstance(saved, dict) or set(saved) != {"header", "state"} or not isinstance(saved["header"], str):
+        raise CheckpointInvalid(_foreign(path, "a .pt file of another project"))
+    return json.loads(saved["header"]), saved["state"]
+
+
+def _foreign(path: Path, found: str) -> str:
+    return (
+        f"{path}: expected a checkpoint written by tpx_export.checkpoint.save, found {found}; "
+        "see docs/checkpoint.md for what it holds"
+    )
+
+
+def _broken(path: Path, error: Exception) -> str:
+    said = " ".join(str(error).split())[:120]
+    return f"{path}: expected a whole {path.suffix} file, found one that is truncated or damaged ({said}); copy it again"
+
+
+def _shape(shape: torch.Size | None) -> str:
+    return "none" if shape is None else str(list(shape))
+
+
+def _spec(path: Path, header: Any) -> TextToImageSpec:
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        raise CheckpointInvalid(_foreign(path, "another header"))
+    if header.get("version") != VERSION:
+        raise CheckpointInvalid(
+            f"{path}: expected checkpoint version {VERSION}, found {header.get('version')!r}; install the tpx that wrote it"
+        )
+    try:
+        spec = _build(TextToImageSpec, header["spec"])
+    except (TypeError, ValueError, KeyError) as error:
+        raise CheckpointInvalid(f"{path}: expected a model specification, found one that does not fit ({error})") from None
+    assert isinstance(spec, TextToImageSpec)
+    return spec
+
+
+def _build(kind: Any, value: Any) -> Any:
+    """JSON -> nested frozen dataclasses; lists become tuples."""
+    if isinstance(kind, types.UnionType):
+        return None if value is None else _build(typing.get_args(kind)[0], value)
+    if dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        if set(value) != set(hints):
+            raise ValueError(f"{kind.__name__} with fields {sorted(set(value) ^ set(hints))} missing or unknown")
+        return kind(**{name: _build(hints[name], part) for name, part in value.items()})  # type: ignore[operator]
+    return tuple(value) if isinstance(value, list) else value

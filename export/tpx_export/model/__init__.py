@@ -1,0 +1,19 @@
+"""The reference model: an autoencoder, a text encoder, and a diffusion transformer whose pixels think."""
+
+from tpx_export.model.autoencoder import Autoencoder, AutoencoderSpec
+from tpx_export.model.mmdit import MMDiT, MMDiTSpec
+from tpx_export.model.text_encoder import TextEncoder, TextEncoderSpec
+from tpx_export.model.text_to_image import TextToImage, TextToImageSpec
+from tpx_export.model.thinking import ThinkingSpec
+
+__all__ = [
+    "Autoencoder",
+    "AutoencoderSpec",
+    "MMDiT",
+    "MMDiTSpec",
+    "TextEncoder",
+    "TextEncoderSpec",
+    "TextToImage",
+    "TextToImageSpec",
+    "ThinkingSpec",
+]

@@ -1,0 +1,111 @@
+"""A small convolutional autoencoder: pictures of 8f pixels <-> latents f pixels wide (Rombach et al., 2112.10752)."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class AutoencoderSpec:
+    """Widths are the channels at 1/8, 1/4 and 1/2 of the picture's resolution."""
+
+    image_size_px: int = 128
+    latent_channels: int = 4
+    widths: tuple[int, int, int] = (96, 64, 32)
+    scale: float = 1.0  # latents seen by the transformer are (z - shift) * scale, as in SD3
+    shift: float = 0.0
+
+    @property
+    def latent_size(self) -> int:
+        return self.image_size_px // 8
+
+
+class ResidualBlock(nn.Module):
+    """x + conv(silu(norm(conv(silu(norm(x)))))), [B, C, H, W] -> the same."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(8, channels)
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.norm2 = nn.GroupNorm(8, channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        return x + self.conv2(F.silu(self.norm2(h)))
+
+
+class Encoder(nn.Module):
+    """Pictures [B, 3, 8f, 8f] in -1..1 -> mean and log variance, each [B, latent_channels, f, f]."""
+
+    def __init__(self, spec: AutoencoderSpec) -> None:
+        super().__init__()
+        deep, middle, _ = spec.widths
+        self.net = nn.Sequential(
+            nn.PixelUnshuffle(4),
+            nn.Conv2d(48, middle, 3, padding=1),
+            ResidualBlock(middle),
+            nn.Conv2d(middle, deep, 3, stride=2, padding=1),
+            ResidualBlock(deep),
+            ResidualBlock(deep),
+            nn.SiLU(),
+            nn.Conv2d(deep, 2 * spec.latent_channels, 3, padding=1),
+        )
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        mean, log_variance = self.net(image).chunk(2, dim=1)
+        return mean, log_variance.clamp(-20, 4)
+
+
+class Decoder(nn.Module):
+    """Latents [B, latent_channels, f, f] -> pictures [B, 3, 8f, 8f], about -1..1."""
+
+    def __init__(self, spec: AutoencoderSpec) -> None:
+        super().__init__()
+        deep, middle, fine = spec.widths
+        self.net = nn.Sequential(
+            nn.Conv2d(spec.latent_channels, deep, 3, padding=1),
+            ResidualBlock(deep),
+            ResidualBlock(deep),
+            nn.Conv2d(deep, 4 * middle, 3, padding=1),
+            nn.PixelShuffle(2),
+            ResidualBlock(middle),
+            ResidualBlock(middle),
+            nn.Conv2d(middle, 4 * fine, 3, padding=1),
+            nn.PixelShuffle(2),
+            ResidualBlock(fine),
+            nn.SiLU(),
+            nn.Conv2d(fine, 12, 3, padding=1),
+            nn.PixelShuffle(2),
+        )
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return self.net(latents)
+
+
+class Autoencoder(nn.Module):
+    """The pair, and the affine map between its latents and those that the transformer sees."""
+
+    def __init__(self, spec: AutoencoderSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.encoder = Encoder(spec)
+        self.decoder = Decoder(spec)
+
+    def encode(self, image: Tensor) -> Tensor:
+        """Pictures [B, 3, H, W] in -1..1 -> transformer latents [B, C, H/8, W/8], the posterior's mean."""
+        mean, _ = self.encoder(image)
+        return (mean - self.spec.shift) * self.spec.scale
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Transformer latents -> pictures in -1..1."""
+        return self.decoder(latents / self.spec.scale + self.spec.shift).clamp(-1, 1)
+
+    def reconstruct(self, image: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """A reconstruction from a sample of the posterior, and the mean KL divergence to N(0, 1) of one latent."""
+        mean, log_variance = self.encoder(image)
+        z = mean + noise * torch.exp(0.5 * log_variance)
+        kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+        return self.decoder(z), kl

@@ -1,0 +1,37 @@
+"""`tpx::RoutedLora`: each token's low-rank product with the one expert that it was sent to.
+
+    out[n] = x[n] @ A[expert[n]] @ B[expert[n]]
+
+Two ways to compute it live here. `routed_lora` is the operator of inference: hard routing, and in an exported graph one
+recognisable node. `mixed_lora` is its differentiable form of training: every expert runs, and `weights` picks.
+"""
+
+import torch
+from torch import Tensor
+
+
+@torch.library.custom_op("tpx::RoutedLora", mutates_args=())
+def routed_lora(x: Tensor, expert: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """x [B, N, D], expert int64 [B, N] in 0..M-1, a [M, D, r], b [M, r, O] -> [B, N, O].
+
+    Tokens are grouped by expert whatever sample they come from, then put back in place (arXiv 2604.25299, routing).
+    """
+    tokens, expert = x.flatten(0, 1), expert.flatten()
+    out = x.new_zeros(tokens.shape[0], b.shape[2])
+    for e in range(a.shape[0]):
+        rows = (expert == e).nonzero().squeeze(1)
+        out.index_copy_(0, rows, tokens.index_select(0, rows) @ a[e] @ b[e])
+    return out.unflatten(0, x.shape[:2])
+
+
+@routed_lora.register_fake
+def _(x: Tensor, expert: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:2], b.shape[2])
+
+
+def mixed_lora(x: Tensor, weights: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """x [B, N, D], weights [B, N, M], a [M, D, r], b [M, r, O] -> sum over m of weights[m] x A[m] B[m], [B, N, O]."""
+    experts, width, rank = a.shape
+    low = x @ a.transpose(0, 1).reshape(width, experts * rank)
+    low = (low.unflatten(-1, (experts, rank)) * weights.unsqueeze(-1)).flatten(-2)
+    return low @ b.reshape(experts * rank, -1)

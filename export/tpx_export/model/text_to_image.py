@@ -1,0 +1,47 @@
+"""The three networks of a text-to-image model under one roof, with everything that describes them."""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from tpx_export.model.autoencoder import Autoencoder, AutoencoderSpec
+from tpx_export.model.mmdit import MMDiT, MMDiTSpec
+from tpx_export.model.text_encoder import TextEncoder, TextEncoderSpec
+from tpx_runtime.manifest import Defaults
+
+
+@dataclass(frozen=True)
+class TextToImageSpec:
+    """`shift` is that of the flow-matching schedule; `defaults` are what a call that names no value uses."""
+
+    name: str
+    license: str
+    autoencoder: AutoencoderSpec
+    text_encoder: TextEncoderSpec
+    transformer: MMDiTSpec
+    shift: float
+    defaults: Defaults
+
+    def __post_init__(self) -> None:
+        seen, given = self.transformer, self.text_encoder
+        pairs = (
+            ("latent_channels", seen.latent_channels, self.autoencoder.latent_channels),
+            ("latent_size", seen.latent_size, self.autoencoder.latent_size),
+            ("context_tokens", seen.context_tokens, given.tokens),
+            ("context_width", seen.context_width, given.width),
+            ("pooled_width", seen.pooled_width, given.width),
+        )
+        for name, expected, found in pairs:
+            if expected != found:
+                raise ValueError(f"expected {name} {expected} as in the transformer, got {found}")
+
+
+class TextToImage(nn.Module):
+    """Prompt ids -> context -> velocity of latents -> picture; the loop between them is the runtime's."""
+
+    def __init__(self, spec: TextToImageSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.autoencoder = Autoencoder(spec.autoencoder)
+        self.text_encoder = TextEncoder(spec.text_encoder)
+        self.transformer = MMDiT(spec.transformer)

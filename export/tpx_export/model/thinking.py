@@ -1,0 +1,101 @@
+"""The recursive sparse module: what one attention layer adds so that its visual tokens think for T latent steps.
+
+    a_0 = x
+    for t = 1 .. T-1:   e = argmax gate(a, y);  q, k, v = B_e A_e LN(mod_t(a))          a = attention(q, k, v; text) + x
+    t = T:              e = argmax gate(a, y);  q, k, v = B_e A_e LN(mod_T(a)) + W x    and the block goes on
+
+(arXiv 2604.25299.) Where the paper is silent, we chose:
+- q, k and v share one low-rank pair: A [D, r], B [r, 3D].
+- attention inside the recursion ends before the output projection, which belongs to the frozen base.
+- the gate is a two-layer perceptron of the token's layer norm and y; it and the experts are shared by all steps, while
+  mod_t, a scale and a shift for each channel, is each step's own.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tpx_export.model.routed_lora import mixed_lora, routed_lora
+
+
+@dataclass(frozen=True)
+class ThinkingSpec:
+    """Where and how pixels think. The last three fields are the paper's ablations; the defaults are its method."""
+
+    blocks: tuple[int, ...] = (1, 2, 3)
+    experts: int = 4
+    rank: int = 32
+    max_depth: int = 3
+    temperature: float = 5.0
+    modulation: bool = True
+    gate_sees_condition: bool = True
+    base_every_step: bool = False
+
+    def __post_init__(self) -> None:
+        for field in ("experts", "rank", "max_depth"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"expected {field} of 1 or more, got {getattr(self, field)}")
+
+
+class Gate(nn.Module):
+    """Logits over experts from tokens [B, N, D] and the condition y [B, D] -> [B, N, M]."""
+
+    def __init__(self, width: int, experts: int, sees_condition: bool, hidden: int = 64) -> None:
+        super().__init__()
+        self.token = nn.Linear(width, hidden)
+        self.condition = nn.Linear(width, hidden, bias=False) if sees_condition else None
+        self.out = nn.Linear(hidden, experts)
+
+    def forward(self, tokens: Tensor, y: Tensor) -> Tensor:
+        hidden = self.token(F.layer_norm(tokens, tokens.shape[-1:]))
+        if self.condition is not None:
+            hidden = hidden + self.condition(F.silu(y)).unsqueeze(1)
+        return self.out(F.silu(hidden))
+
+
+class Thinking(nn.Module):
+    """Experts, gate and modulations of one block."""
+
+    def __init__(self, width: int, spec: ThinkingSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.gate = Gate(width, spec.experts, spec.gate_sees_condition)
+        self.a = nn.Parameter(torch.randn(spec.experts, width, spec.rank) * width**-0.5)
+        self.b = nn.Parameter(torch.zeros(spec.experts, spec.rank, 3 * width))
+        self.scale = nn.Parameter(torch.ones(spec.max_depth, width), requires_grad=spec.modulation)
+        self.shift = nn.Parameter(torch.zeros(spec.max_depth, width), requires_grad=spec.modulation)
+
+    def forward(
+        self,
+        x: Tensor,
+        y: Tensor,
+        depth: int,
+        base_qkv: Callable[[], Tensor],
+        attend: Callable[[Tensor], Tensor],
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Visual tokens x [B, N, D] and condition y [B, D] -> q, k, v of the last step [B, N, 3D], and every step's routes.
+
+        `base_qkv()` is W x, the frozen base; `attend(qkv)` is joint attention's visual rows, [B, N, D]. In training mode
+        the routes are Gumbel-Softmax draws, straight-through; in evaluation they are the gate's argmax.
+        """
+        thought, routes = x, []
+        for step in range(depth):
+            delta, route = self._expert(thought, y, step)
+            routes.append(route)
+            last = step == depth - 1
+            qkv = base_qkv() + delta if last or self.spec.base_every_step else delta
+            if not last:
+                thought = attend(qkv) + x
+        return qkv, routes
+
+    def _expert(self, tokens: Tensor, y: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        h = F.layer_norm(tokens * self.scale[step] + self.shift[step], tokens.shape[-1:])
+        logits = self.gate(tokens.float(), y)  # a route must not hang on float16's rounding
+        if self.training:
+            weights = F.gumbel_softmax(logits.float(), tau=self.spec.temperature, hard=True).to(h.dtype)
+            return mixed_lora(h, weights, self.a, self.b), weights.argmax(-1)
+        route = logits.argmax(-1)
+        return routed_lora(h, route, self.a.to(h.dtype), self.b.to(h.dtype)), route

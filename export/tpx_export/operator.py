@@ -1,0 +1,67 @@
+"""How `torch.onnx.export` writes the operations of our models: one table, handed to every export.
+
+    tpx::RoutedLora    one node of that name, whatever body it is given later
+    chunk              one Split (the exporter's own spelling is a sequence, which TensorRT refuses)
+    attention          MatMul, Softmax (always float32), MatMul, free of shape arithmetic, so that engines can fuse it
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import onnxscript
+import torch
+
+from tpx_export.model import routed_lora  # noqa: F401  registers torch.ops.tpx.RoutedLora
+
+OPSET = 20
+DOMAIN, NAME = "tpx", "RoutedLora"
+
+_op = onnxscript.values.Opset("", OPSET)
+_tpx = onnxscript.values.Opset(DOMAIN, 1)
+
+
+def _routed_lora(x: Any, expert: Any, a: Any, b: Any) -> Any:
+    return _tpx.RoutedLora(x, expert, a, b)
+
+
+def _chunk(x: Any, chunks: int, dim: int = 0) -> Any:
+    return _op.Split(x, axis=dim, num_outputs=chunks)
+
+
+def _attention(
+    q: Any, k: Any, v: Any, mask: Any = None, dropout: float = 0.0, is_causal: bool = False, **rest: Any
+) -> Any:
+    assert mask is None and not dropout and not is_causal, "the models here attend without mask or dropout"
+    scale = _op.CastLike(_op.Constant(value_float=float(q.shape[-1]) ** -0.5), q)
+    scores = _op.MatMul(_op.Mul(q, scale), _op.Transpose(k, perm=[0, 1, 3, 2]))
+    if q.dtype == ir.DataType.FLOAT16:
+        scores = _op.Cast(scores, to=ir.DataType.FLOAT)
+    return _op.MatMul(_op.CastLike(_op.Softmax(scores, axis=-1), v), v)
+
+
+TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
+    torch.ops.tpx.RoutedLora.default: _routed_lora,
+    torch.ops.aten.chunk.default: _chunk,
+    torch.ops.aten.scaled_dot_product_attention.default: _attention,
+}
+
+
+def register_schema() -> None:
+    """Tell onnx what tpx::RoutedLora takes and gives; again is no harm."""
+    if onnx.defs.has(NAME, 1, DOMAIN):
+        return
+    schema = onnx.defs.OpSchema
+    real = schema.FormalParameter
+    onnx.defs.register_schema(
+        schema(
+            NAME,
+            DOMAIN,
+            1,
+            "out[n] = x[n] A[expert[n]] B[expert[n]]",
+            inputs=[real("x", "T"), real("expert", "tensor(int64)"), real("a", "T"), real("b", "T")],
+            outputs=[real("out", "T")],
+            type_constraints=[("T", ["tensor(float)", "tensor(float16)"], "real tensors")],
+        )
+    )

@@ -1,0 +1,199 @@
+"""Prompts of the shapes world: a meaning (`Prompt`), its English, and pictures of scenes that fit it.
+
+A prompt is one of GenEval's six kinds, or one of three richer kinds that only training uses. The scene holds
+exactly what the prompt names, no more; what it leaves open (a colour, a place) is drawn at random.
+"""
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from samples.shapes.world import (
+    COLOURS,
+    MAX_OBJECTS,
+    RELATIONS,
+    SHAPES,
+    SUPPORTS,
+    Scene,
+    Thing,
+    holds,
+    is_held_out,
+    relate,
+    scatter,
+)
+
+KINDS = ("single object", "two objects", "counting", "colours", "position", "colour attribution")
+
+SHAPE_WORDS = {
+    "cube": ("cube", "cube", "box", "block"),
+    "sphere": ("sphere", "sphere", "ball"),
+    "cylinder": ("cylinder", "cylinder", "can"),
+    "cone": ("cone",),
+}
+PLURALS = {"box": "boxes"}
+COLOUR_WORDS = {colour: (colour,) for colour in COLOURS} | {
+    "purple": ("purple", "purple", "violet"),
+    "cyan": ("cyan", "cyan", "turquoise"),
+}
+RELATION_WORDS = {
+    "on": ("on", "on", "on top of", "resting on", "stacked on"),
+    "under": ("under", "under", "beneath", "below", "underneath"),
+    "left of": ("left of", "to the left of", "on the left of"),
+    "right of": ("right of", "to the right of", "on the right of"),
+    "in front of": ("in front of",),
+    "behind": ("behind",),
+}
+NUMBERS = {1: ("a", "a", "one"), 2: ("two",), 3: ("three",), 4: ("four",)}
+OPENINGS = (
+    *("", "", ""),
+    *("a photo of ", "a picture of ", "an image of ", "a render of "),
+    *("there is ", "there are "),
+)
+
+
+@dataclass(frozen=True)
+class Group:
+    """`count` objects of one shape; colour None leaves the colour of each open."""
+
+    shape: str
+    colour: str | None = None
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a caption says: groups of objects; for two single ones perhaps the relation of first to second."""
+
+    kind: str
+    groups: tuple[Group, ...]
+    relation: str | None = None
+
+
+def _phrase(rng: random.Random, group: Group, plain: bool) -> str:
+    pick = (lambda words: words[0]) if plain else rng.choice
+    noun = pick(SHAPE_WORDS[group.shape])
+    words = [pick(COLOUR_WORDS[group.colour])] if group.colour else []
+    words.append(PLURALS.get(noun, noun + "s") if group.count > 1 else noun)
+    number = pick(NUMBERS[group.count])
+    if number == "a" and words[0][0] in "aeiou":
+        number = "an"
+    return " ".join([number, *words])
+
+
+def caption(prompt: Prompt, rng: random.Random | None = None) -> str:
+    """English for a prompt: the plainest wording, or with `rng` any of its synonyms and openings."""
+    plain = rng is None
+    rng = rng or random.Random(0)
+    phrases = [_phrase(rng, group, plain) for group in prompt.groups]
+    opening = "" if plain else rng.choice(OPENINGS)
+    if opening.startswith("there"):
+        opening = "there is " if prompt.groups[0].count == 1 else "there are "
+    if prompt.relation:
+        words = RELATION_WORDS[prompt.relation]
+        return f"{opening}{phrases[0]} {words[0] if plain else rng.choice(words)} {phrases[1]}"
+    return opening + " and ".join([", ".join(phrases[:-1]), phrases[-1]] if len(phrases) > 1 else phrases)
+
+
+def vocabulary() -> list[str]:
+    """Every word and mark that `caption` can write, sorted, with a few that a person may add."""
+    words = {",", ".", "the", "next", "with", "of", "scene", "image"}
+    for phrases in (SHAPE_WORDS, COLOUR_WORDS, RELATION_WORDS, NUMBERS):
+        for options in phrases.values():
+            words.update(" ".join(options).split())
+    words.update(PLURALS.get(w, w + "s") for options in SHAPE_WORDS.values() for w in options)
+    words.update(" ".join(OPENINGS).split(), {"an", "and"})
+    return sorted(words)
+
+
+def prompt_of(rng: random.Random, kind: str) -> Prompt:
+    """A random prompt of one of `KINDS`, or of "attribution + position", "list", "groups" (training only)."""
+    shape, colour = (lambda: rng.choice(SHAPES)), (lambda: rng.choice(tuple(COLOURS)))
+    match kind:
+        case "single object":
+            return Prompt(kind, (Group(shape()),))
+        case "two objects":
+            return Prompt(kind, tuple(Group(s) for s in rng.sample(SHAPES, 2)))
+        case "counting":
+            return Prompt(kind, (Group(shape(), rng.choice((None, colour())), rng.randint(2, MAX_OBJECTS)),))
+        case "colours":
+            return Prompt(kind, (Group(shape(), colour()),))
+        case "colour attribution":
+            a, b = rng.sample(SHAPES, 2)
+            return Prompt(kind, (Group(a, colour()), Group(b, colour())))
+        case "position" | "attribution + position":
+            relation = rng.choice(RELATIONS)
+            a, b = shape(), shape()
+            while (
+                a == b
+                or (relation == "on" and b not in SUPPORTS)
+                or (relation == "under" and a not in SUPPORTS)
+            ):
+                a, b = shape(), shape()
+            coloured = kind != "position"
+            first, second = (Group(s, colour() if coloured else None) for s in (a, b))
+            return Prompt(kind, (first, second), relation)
+        case "list":
+            return Prompt(kind, tuple(Group(shape(), colour()) for _ in range(rng.randint(2, MAX_OBJECTS))))
+        case "groups":
+            few = rng.randint(1, 3)
+            a, b = rng.sample(SHAPES, 2)
+            first, second = Group(a, colour(), few), Group(b, colour(), rng.randint(1, MAX_OBJECTS - few))
+            return Prompt(kind, (first, second))
+    raise ValueError(f"expected a kind of {KINDS}, got {kind!r}")
+
+
+TRAINING_MIX = {
+    "single object": 0.06,
+    "two objects": 0.08,
+    "counting": 0.16,
+    "colours": 0.12,
+    "position": 0.10,
+    "colour attribution": 0.14,
+    "attribution + position": 0.24,
+    "list": 0.05,
+    "groups": 0.05,
+}
+
+
+def scene_for(rng: random.Random, prompt: Prompt) -> Scene:
+    """A scene that fits the prompt and holds nothing else; things stand in the prompt's order."""
+    colours = tuple(COLOURS)
+    things = [(g.shape, g.colour or rng.choice(colours)) for g in prompt.groups for _ in range(g.count)]
+    if prompt.relation:
+        return relate(rng, prompt.relation, things[0], things[1])
+    return scatter(rng, things)
+
+
+def training_pairs(seed: int) -> Iterator[tuple[Prompt, Scene]]:
+    """Endless prompts and scenes; those that would show a held-out combination are thrown away."""
+    rng = random.Random(seed)
+    kinds, weights = zip(*TRAINING_MIX.items(), strict=True)
+    while True:
+        prompt = prompt_of(rng, rng.choices(kinds, weights)[0])
+        scene = scene_for(rng, prompt)
+        if not is_held_out(scene):
+            yield prompt, scene
+
+
+def satisfies(scene: Scene, prompt: Prompt) -> bool:
+    """Whether a scene is what the prompt asks for: each group, nothing else, and its relation, if any."""
+    left = list(scene)
+    if len(left) != sum(group.count for group in prompt.groups):
+        return False
+    if prompt.relation:
+        first, second = prompt.groups
+        return any(
+            _fits(a, first) and _fits(b, second) and holds(prompt.relation, a, b)
+            for a, b in ((left[0], left[1]), (left[1], left[0]))
+        )
+    for group in sorted(prompt.groups, key=lambda g: g.colour is None):  # the choosy groups pick first
+        found = [thing for thing in left if _fits(thing, group)][: group.count]
+        if len(found) < group.count:
+            return False
+        for thing in found:
+            left.remove(thing)
+    return True
+
+
+def _fits(thing: Thing, group: Group) -> bool:
+    return thing.shape == group.shape and group.colour in (None, thing.colour)

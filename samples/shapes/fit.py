@@ -1,0 +1,111 @@
+"""One resumable training loop for every stage: schedule, EMA, checkpoints, and a line a person can follow."""
+
+import copy
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+
+def seeded(seed: int, step: int) -> torch.Generator:
+    """The random stream of one step: a resumed run draws what the unbroken run would have drawn."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + step)
+
+
+def warmup_cosine(step: int, steps: int, warmup: int = 100, floor: float = 0.02) -> float:
+    """Learning-rate factor in 0..1."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def save_whole(value: object, path: Path) -> None:
+    """torch.save that a kill cannot leave half-written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".part")
+    torch.save(value, partial)
+    os.replace(partial, path)
+
+
+def fit(
+    name: str,
+    module: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    loss_at: Callable[[int], Tensor],
+    *,
+    steps: int,
+    state: Path,
+    ema_decay: float = 0.999,
+    clip: float = 1.0,
+    every: int = 50,
+    save_s: float = 120.0,
+    show: Callable[[nn.Module, int], None] | None = None,
+    show_every: int = 1000,
+) -> nn.Module:
+    """Minimise `loss_at(step)` over `module`'s trainable parameters; returns the EMA copy of the module.
+
+    The run's whole state lies in `state` and is taken up from there; a finished run returns at once.
+    `show(ema, step)` draws progress. Interrupting (Ctrl-C) saves first.
+    """
+    ema = copy.deepcopy(module).requires_grad_(False)
+    rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+    first = 0
+    if state.exists():
+        saved = torch.load(state, weights_only=True, map_location="cpu")
+        module.load_state_dict(saved["module"])
+        ema.load_state_dict(saved["ema"])
+        for optimizer, values in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(values)
+        first = saved["step"]
+
+    def save(step: int) -> None:
+        values = [optimizer.state_dict() for optimizer in optimizers]
+        whole = {"module": module.state_dict(), "ema": ema.state_dict(), "optimizers": values, "step": step}
+        save_whole(whole, state)
+
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    pairs = [(e, p) for e, p in zip(ema.parameters(), module.parameters(), strict=True) if p.requires_grad]
+    losses: list[float] = []
+    began = last_save = time.monotonic()
+    taken = first  # whole steps; one that is interrupted is taken again
+    try:
+        for step in range(first, steps):
+            factor = warmup_cosine(step, steps)
+            for optimizer, base in zip(optimizers, rates, strict=True):
+                for group, rate in zip(optimizer.param_groups, base, strict=True):
+                    group["lr"] = rate * factor
+            loss = loss_at(step)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(trainable, clip)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            decay = min(ema_decay, (step + 1) / (step + 10))
+            with torch.no_grad():
+                for e, p in pairs:
+                    e.lerp_(p, 1 - decay)
+            taken = step + 1
+            losses.append(loss.item())
+            if not math.isfinite(losses[-1]):
+                raise FloatingPointError(f"{name}: loss is {losses[-1]} at step {step}")
+            if taken % every == 0:
+                rate = (taken - first) / (time.monotonic() - began)
+                recent = losses[-every:]  # fewer than `every` after a resumption
+                mean, left = sum(recent) / len(recent), (steps - taken) / rate / 60
+                line = f"{name} {taken}/{steps}  loss {mean:.4f}  {rate:.2f} steps/s  {left:.0f} min"
+                print(line, flush=True)
+            if show and taken % show_every == 0:
+                show(ema, taken)
+            if time.monotonic() - last_save > save_s:
+                save(taken)
+                last_save = time.monotonic()
+    except KeyboardInterrupt:
+        save(taken)
+        raise
+    if first < steps:
+        save(steps)
+    return ema

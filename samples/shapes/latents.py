@@ -1,0 +1,33 @@
+"""Latents of rendered training scenes, made once and kept in shards; the prompts are drawn anew each time."""
+
+import itertools
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tpx_export.model.autoencoder import Autoencoder
+
+from samples.shapes.captions import Prompt, training_pairs
+from samples.shapes.fit import save_whole
+from samples.shapes.render import render
+
+SHARD = 2048
+RENDER_BATCH = 32
+
+
+@torch.no_grad()
+def shard(folder: Path, index: int, seed: int, autoencoder: Autoencoder) -> tuple[list[Prompt], Tensor]:
+    """Prompts and latents float16 [SHARD, C, S, S] of one shard, rendered and encoded if not there yet."""
+    pairs = list(itertools.islice(training_pairs(seed * 1_000_003 + index), SHARD))
+    path = folder / f"latents-{seed}-{index:04d}.pt"
+    if not path.exists():
+        device = next(autoencoder.parameters()).device
+        parts = []
+        for start in range(0, SHARD, RENDER_BATCH):
+            group = pairs[start : start + RENDER_BATCH]
+            scenes = [scene for _, scene in group]
+            image = render(scenes, autoencoder.spec.image_size_px, str(device), fast=True)
+            with torch.autocast(device.type, dtype=torch.bfloat16):
+                parts.append(autoencoder.encode(image * 2 - 1).half().cpu())
+        save_whole(torch.cat(parts), path)
+    return [prompt for prompt, _ in pairs], torch.load(path, weights_only=True)

@@ -1,0 +1,80 @@
+"""Trains the sample model: autoencoder, text encoder, base transformer, then thinking adapters on the frozen base.
+
+    python -m samples.shapes.train --out runs/shapes
+
+Every stage is seeded and saves its state in `--out` every two minutes; the same command takes up where a stopped run
+left off. `--until` ends after a stage. The result is `--out`/shapes.safetensors, ready for `tpx-export`.
+"""
+
+from pathlib import Path
+
+import click
+import torch
+
+from samples.shapes import train_autoencoder, train_flow, train_text
+from tpx_export import checkpoint
+from tpx_export.model import ThinkingSpec
+from tpx_export.model.text_to_image import TextToImage, TextToImageSpec
+from tpx_runtime.manifest import Defaults
+
+STAGES = ("autoencoder", "text", "base", "adapters")
+SHARDS = 32  # pools of 2,048 scenes
+
+
+@click.command()
+@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/shapes"), show_default=True)
+@click.option("--until", type=click.Choice(STAGES), default=STAGES[-1], show_default=True, help="Last stage to run.")
+@click.option("--autoencoder-steps", default=2400, show_default=True)
+@click.option("--text-steps", default=1500, show_default=True)
+@click.option("--base-steps", default=5000, show_default=True)
+@click.option("--adapter-steps", default=900, show_default=True)
+@click.option("--batch", default=96, show_default=True, help="Of the base and the adapters.")
+@click.option("--shards", default=SHARDS, show_default=True, help="Pools of 2,048 scenes to learn from.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
+def main(
+    out: Path,
+    until: str,
+    autoencoder_steps: int,
+    text_steps: int,
+    base_steps: int,
+    adapter_steps: int,
+    batch: int,
+    shards: int,
+    seed: int,
+    device: str,
+) -> None:
+    """Train, or take up training of, the sample model."""
+    last = STAGES.index(until)
+    autoencoder = train_autoencoder.train(out, steps=autoencoder_steps, batch=32, seed=seed, device=device)
+    if last == 0:
+        return
+    text_encoder = train_text.train(out, steps=text_steps, batch=256, seed=seed, device=device)
+    if last == 1:
+        return
+    data = train_flow.Data.load(out, shards, seed, autoencoder, text_encoder)
+    how = {"batch": batch, "seed": seed, "device": device}
+    transformer = train_flow.train_base(data, autoencoder, out, steps=base_steps, **how)
+    if last == 3:
+        transformer = train_flow.train_adapters(
+            transformer, data, autoencoder, out, ThinkingSpec(), steps=adapter_steps, **how
+        )
+    spec = TextToImageSpec(
+        name="shapes",
+        license="Apache-2.0",
+        autoencoder=autoencoder.spec,
+        text_encoder=text_encoder.spec,
+        transformer=transformer.spec,
+        shift=train_flow.SHIFT,
+        defaults=Defaults(sampler="euler", steps=20, guidance=3.0, depth=3),
+    )
+    model = TextToImage(spec)
+    for part, trained in (("autoencoder", autoencoder), ("text_encoder", text_encoder), ("transformer", transformer)):
+        getattr(model, part).load_state_dict(trained.state_dict())
+    path = out / ("shapes.safetensors" if last == 3 else "base.safetensors")
+    checkpoint.save(model, path, torch.float16)
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB", flush=True)
+
+
+if __name__ == "__main__":
+    main()

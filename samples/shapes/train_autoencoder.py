@@ -1,0 +1,97 @@
+"""Stage 1: the autoencoder, on scenes rendered as it goes."""
+
+import itertools
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from samples.shapes.captions import training_pairs
+from samples.shapes.fit import fit, seeded
+from samples.shapes.pictures import save_grid
+from samples.shapes.render import render
+from samples.shapes.world import Scene
+from tpx_export.model.autoencoder import Autoencoder, AutoencoderSpec
+
+KL_WEIGHT = 2e-4
+EDGE_WEIGHT = 0.5
+OBJECT_WEIGHT = 5.0  # objects cover a tenth of the picture; without it the ground is all that is learned
+
+
+def scenes(seed: int, count: int) -> list[Scene]:
+    return [scene for _, scene in itertools.islice(training_pairs(seed), count)]
+
+
+def pictures(seed: int, count: int, spec: AutoencoderSpec, device: str) -> Tensor:
+    """Fresh renders in -1..1, [count, 3, H, W]."""
+    return render(scenes(seed, count), spec.image_size_px, device, fast=True) * 2 - 1
+
+
+def loss(model: Autoencoder, image: Tensor, ground: Tensor, noise: Tensor) -> Tensor:
+    """L1 weighted towards objects, L1 of the picture's gradients, and a small KL."""
+    restored, kl = model.reconstruct(image, noise)
+    error = restored.float() - image
+    weight = 1 + OBJECT_WEIGHT * (image - ground).abs().amax(1, keepdim=True).clamp(max=1)
+    across, down = error.diff(dim=-1), error.diff(dim=-2)
+    edges = (across.abs() * weight[..., 1:]).mean() + (down.abs() * weight[..., 1:, :]).mean()
+    return (error.abs() * weight).mean() + EDGE_WEIGHT * edges + KL_WEIGHT * kl.float()
+
+
+def psnr(a: Tensor, b: Tensor) -> float:
+    """Decibels between pictures in -1..1."""
+    return float(10 * torch.log10(4 / F.mse_loss(a, b)))
+
+
+def train(out: Path, *, steps: int, batch: int, seed: int, device: str, rate: float = 1.5e-3) -> Autoencoder:
+    """Returns the trained (EMA) autoencoder, its latents standardised."""
+    spec = AutoencoderSpec()
+    torch.manual_seed(seed)
+    model = Autoencoder(spec).to(device, memory_format=torch.channels_last)
+    ground = render([()], spec.image_size_px, device) * 2 - 1
+    fresh = pictures(-1, 8, spec, device)
+
+    def loss_at(step: int) -> Tensor:
+        image = pictures(seed * 1_000_003 + step, batch, spec, device).contiguous(memory_format=torch.channels_last)
+        size = spec.latent_size
+        noise = torch.randn(batch, spec.latent_channels, size, size, generator=seeded(seed, step)).to(device)
+        with torch.autocast(device, dtype=torch.bfloat16):
+            return loss(model, image, ground, noise)
+
+    @torch.no_grad()
+    def show(ema: nn.Module, step: int) -> None:
+        assert isinstance(ema, Autoencoder)
+        restored = ema.decode(ema.encode(fresh))
+        print(f"autoencoder: PSNR {psnr(restored, fresh):.2f} dB on fresh renders", flush=True)
+        save_grid(torch.cat([fresh, restored]), out / f"autoencoder-{step:06d}.png", columns=8)
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
+    best = fit(
+        "autoencoder",
+        model,
+        [optimizer],
+        loss_at,
+        steps=steps,
+        state=out / "autoencoder.state.pt",
+        ema_decay=0.995,
+        show=show,
+        show_every=200,
+    )
+    assert isinstance(best, Autoencoder)
+    return standardise(best, pictures(-2, 256, spec, device))
+
+
+@torch.no_grad()
+def standardise(model: Autoencoder, image: Tensor) -> Autoencoder:
+    """The same autoencoder with scale and shift such that latents have mean 0 and deviation 1."""
+    z = torch.cat([model.encoder(part)[0] for part in image.split(32)])
+    spec = AutoencoderSpec(
+        model.spec.image_size_px,
+        model.spec.latent_channels,
+        model.spec.widths,
+        scale=1 / float(z.std()),
+        shift=float(z.mean()),
+    )
+    whole = Autoencoder(spec).to(z.device)
+    whole.load_state_dict(model.state_dict())
+    return whole.eval()

@@ -1,0 +1,210 @@
+"""Stages 3 and 4: the base transformer, then the thinking adapters on the frozen base. Both minimise
+
+    E || v(x_sigma, 1000 sigma, caption) - (noise - data) ||^2,   x_sigma = (1 - sigma) data + sigma noise
+
+(flow matching, Lipman et al. 2210.02747, with SD3's logit-normal sigma, 2403.03206). The adapters see a random depth each
+step, so that one checkpoint serves every depth.
+"""
+
+import random
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from samples.shapes.captions import Prompt, caption
+from samples.shapes.fit import fit, seeded
+from samples.shapes.latents import SHARD, shard
+from samples.shapes.pictures import save_grid
+from samples.shapes.train_text import tokenizer_for
+from tpx_export.model.autoencoder import Autoencoder
+from tpx_export.model.mmdit import MMDiT, MMDiTSpec
+from tpx_export.model.text_encoder import TextEncoder
+from tpx_export.model.thinking import ThinkingSpec
+from tpx_runtime.noise import batch_noise
+from tpx_runtime.samplers import SAMPLERS
+
+SIGMA_MEAN, SIGMA_DEVIATION = 0.3, 1.1  # of the logit of sigma
+CAPTION_DROPOUT = 0.1
+SHIFT = 1.0
+PREVIEW = (
+    "a red cube on a blue sphere",
+    "a green cone",
+    "a yellow cylinder",
+    "three red spheres",
+    "an orange cube and a purple cone",
+    "a black sphere on a cyan cube",
+    "a blue cylinder to the left of a yellow sphere",
+    "two green cubes",
+)
+
+
+@dataclass(frozen=True)
+class Data:
+    """The pool of latents with their prompts, and how a caption becomes what the transformer is given."""
+
+    prompts: list[Prompt]
+    latents: Tensor
+    text_encoder: TextEncoder
+
+    @classmethod
+    def load(cls, folder: Path, shards: int, seed: int, autoencoder: Autoencoder, text_encoder: TextEncoder) -> "Data":
+        """`shards` x SHARD scenes, rendered and encoded where they are not there yet."""
+        parts = []
+        for index in range(shards):
+            parts.append(shard(folder, index, seed, autoencoder))
+            print(f"latents {(index + 1) * SHARD}/{shards * SHARD}", flush=True)
+        prompts = [prompt for names, _ in parts for prompt in names]
+        return cls(prompts, torch.cat([z for _, z in parts]), text_encoder)
+
+    @torch.no_grad()
+    def read(self, captions: Iterable[str]) -> tuple[Tensor, Tensor]:
+        """Context and pooled of captions; the empty caption is guidance's unconditional branch."""
+        tokenizer = tokenizer_for(self.text_encoder.spec)
+        rows = [tokenizer.encode(text).ids if text else tokenizer.encode_empty().ids for text in captions]
+        context, pooled = self.text_encoder(torch.tensor(rows, device=self.text_encoder.places.device))
+        return context, pooled
+
+    def batch(self, seed: int, step: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents [size, C, S, S], context and pooled of one step."""
+        rows = torch.randint(len(self.prompts), (size,), generator=seeded(seed, step)).tolist()
+        rng = random.Random(seed * 1_000_003 + step)
+        captions = [
+            "" if rng.random() < CAPTION_DROPOUT else caption(self.prompts[row], rng) for row in rows
+        ]
+        context, pooled = self.read(captions)
+        return self.latents[rows].float().to(context.device), context, pooled
+
+
+def optimizers(model: MMDiT, rate: float) -> list[torch.optim.Optimizer]:
+    """Muon (Jordan et al., 2024) for the matrices inside blocks, AdamW for everything else."""
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    inner = [p for name, p in trained if p.ndim == 2 and "blocks." in name and "modulation" not in name]
+    chosen = {id(p) for p in inner}
+    rest = [p for _, p in trained if id(p) not in chosen]
+    adamw = torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.98), weight_decay=0.0)
+    if not inner:
+        return [adamw]
+    return [torch.optim.Muon(inner, lr=2 * rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"), adamw]
+
+
+def flow_loss(
+    model: MMDiT, data: Data, *, seed: int, batch: int, device: str, depths: tuple[int, ...]
+) -> Callable[[int], Tensor]:
+    """The loss of a step; depth is drawn from `depths`."""
+    compiled = torch.compile(model, dynamic=False)
+
+    def loss_at(step: int) -> Tensor:
+        torch.manual_seed(seed * 1_000_003 + step)  # of the Gumbel noise
+        clean, context, pooled = data.batch(seed, step, batch)
+        stream = seeded(seed + 1, step)
+        sigma = torch.sigmoid(torch.randn(batch, generator=stream) * SIGMA_DEVIATION + SIGMA_MEAN).to(device)
+        noise = torch.randn(clean.shape, generator=stream).to(device)
+        part = sigma.view(-1, 1, 1, 1)
+        depth = random.Random(seed * 7 + step).choice(depths)
+        with torch.autocast(device, dtype=torch.bfloat16):
+            velocity, _ = compiled((1 - part) * clean + part * noise, 1000 * sigma, context, pooled, depth)
+        return (velocity.float() - (noise - clean)).square().mean()
+
+    return loss_at
+
+
+@torch.no_grad()
+def sample(
+    model: MMDiT, data: Data, autoencoder: Autoencoder, prompts: list[str], *, depth: int, steps: int = 16, guidance: float = 3.0
+) -> Tensor:
+    """Pictures [B, 3, H, W] in -1..1 with the runtime's own sampler and noise, seed i for prompt i."""
+    device = autoencoder.decoder.net[0].weight.device
+    context, pooled = data.read([*[""] * len(prompts), *prompts])
+
+    def velocity(x: np.ndarray, timestep: float) -> np.ndarray:
+        latents = torch.from_numpy(np.concatenate([x, x])).to(device)
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            v, _ = model(latents, torch.full((len(latents),), timestep, device=device), context, pooled, depth)
+        without, given = v.float().cpu().numpy().reshape(2, *x.shape)
+        return without + guidance * (given - without)
+
+    sampler = SAMPLERS["euler"]
+    shape = (model.spec.latent_channels, model.spec.latent_size, model.spec.latent_size)
+    x = batch_noise(list(range(len(prompts))), shape)
+    for x in sampler.sample(velocity, x, sampler.schedule(steps, SHIFT)):
+        pass
+    return autoencoder.decode(torch.from_numpy(x).to(device))
+
+
+def _train(name: str, model: MMDiT, data: Data, autoencoder: Autoencoder, out: Path, rate: float, **how) -> MMDiT:  # noqa: ANN003
+    depths = how.pop("depths")
+
+    def show(ema: nn.Module, step: int) -> None:
+        assert isinstance(ema, MMDiT)
+        ema.eval()
+        grid = sample(ema, data, autoencoder, list(PREVIEW) * 2, depth=max(depths))
+        save_grid(grid, out / f"{name}-{step:06d}.png", columns=8)
+
+    loss_at = flow_loss(model, data, seed=how["seed"], batch=how["batch"], device=how["device"], depths=depths)
+    best = fit(
+        name,
+        model,
+        optimizers(model, rate),
+        loss_at,
+        steps=how["steps"],
+        state=out / f"{name}.state.pt",
+        ema_decay=how.get("ema_decay", 0.998),
+        show=show,
+        show_every=how.get("show_every", 500),
+    )
+    assert isinstance(best, MMDiT)
+    return best.eval()
+
+
+def train_base(
+    data: Data, autoencoder: Autoencoder, out: Path, *, steps: int, batch: int, seed: int, device: str, rate: float = 1e-3
+) -> MMDiT:
+    """The plain MMDiT, no thinking."""
+    torch.manual_seed(seed)
+    text = data.text_encoder.spec
+    spec = MMDiTSpec(
+        latent_channels=autoencoder.spec.latent_channels,
+        latent_size=autoencoder.spec.latent_size,
+        context_tokens=text.tokens,
+        context_width=text.width,
+        pooled_width=text.width,
+    )
+    model = MMDiT(spec).to(device)
+    return _train("base", model, data, autoencoder, out, rate, steps=steps, batch=batch, seed=seed, device=device, depths=(1,))
+
+
+def with_thinking(base: MMDiT, thinking: ThinkingSpec) -> MMDiT:
+    """The base, frozen, with fresh adapters: it computes what the base computes until they are trained."""
+    model = MMDiT(replace(base.spec, thinking=thinking)).to(base.patch_in.weight.device)
+    missing, unexpected = model.load_state_dict(base.state_dict(), strict=False)
+    assert not unexpected and all(".thinking." in name for name in missing)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".thinking." in name and parameter.requires_grad)
+    return model
+
+
+def train_adapters(
+    base: MMDiT,
+    data: Data,
+    autoencoder: Autoencoder,
+    out: Path,
+    thinking: ThinkingSpec,
+    *,
+    steps: int,
+    batch: int,
+    seed: int,
+    device: str,
+    rate: float = 1e-3,
+) -> MMDiT:
+    """Experts, gates and modulations, at a random depth each step."""
+    torch.manual_seed(seed)
+    model = with_thinking(base, thinking).train()
+    depths = tuple(range(1, thinking.max_depth + 1))
+    return _train(
+        "adapters", model, data, autoencoder, out, rate, steps=steps, batch=batch, seed=seed, device=device, depths=depths,
+        ema_decay=0.99, show_every=200,
+    )

@@ -1,0 +1,165 @@
+"""The scene parser on renders it has not seen, and the score that it gives to pictures."""
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from samples.shapes import score
+from samples.shapes.captions import Prompt, caption, satisfies, scene_for
+from samples.shapes.parser import CELLS, RECORD, SIDE_PX, WEIGHTS, Parser, decode, peaks
+from samples.shapes.render import render
+from samples.shapes.train_parser import exam, examine, near_miss, question, to_uint8
+from samples.shapes.world import COLOURS, HELD_OUT, INVERSE, MAX_OBJECTS, SHAPES, Scene
+from tpx_runtime.generator import Generator
+
+EXAM = 128
+PROMPTS = score.SINGLES + score.PAIRS
+OTHERS = dict(zip(PROMPTS, PROMPTS[1:] + PROMPTS[:1], strict=True))  # for each prompt, a wrong one
+
+
+@pytest.fixture(scope="module")
+def parser() -> Parser:
+    return Parser.load()
+
+
+def pixels(scenes: list[Scene]) -> np.ndarray:
+    return to_uint8(render(scenes))
+
+
+def named(scenes: list[Scene]) -> list[list[tuple[str, str]]]:
+    return [sorted((thing.shape, thing.colour) for thing in scene) for scene in scenes]
+
+
+def heat_with(*values: tuple[int, int, float]) -> np.ndarray:
+    """A cold heat map [1, CELLS, CELLS] with the given (row, column, heat)."""
+    heat = np.zeros((1, CELLS, CELLS), np.float32)
+    for row, column, value in values:
+        heat[0, row, column] = value
+    return heat
+
+
+def test_reads_fresh_renders(parser: Parser) -> None:
+    # parser.json records at least 99% on 2048 renders. A count of 128 scatters about that by 0.9% (a standard
+    # deviation), so 97%, two of them below, still fails a parser that has become clearly worse.
+    asked, image = exam(EXAM, seed=7, fast=False)
+    result = examine(parser, asked, to_uint8(image), seed=7)
+    assert result["satisfied"] >= 0.97, result
+    assert result["same objects"] >= 0.97, result
+    assert result["refused"] >= 0.99, result
+
+
+def test_recorded_accuracy_meets_the_standard() -> None:
+    record = json.loads(RECORD.read_text())
+    assert record["fresh renders"] >= 2000
+    assert min(record["same objects"], record["satisfied"], record["refused"]) >= 0.99
+    assert WEIGHTS.stat().st_size < 3_000_000
+
+
+def test_the_bare_ground_is_an_empty_scene(parser: Parser) -> None:
+    assert parser.parse(pixels([()])) == [()]
+
+
+def test_arrays_pictures_and_batches_read_alike(parser: Parser) -> None:
+    rng = random.Random(1)
+    array = pixels([question(rng)[1] for _ in range(3)])
+    large = [Image.fromarray(one.repeat(2, axis=0).repeat(2, axis=1)) for one in array]
+    seen = named(parser.parse(array, batch_size=2))
+    assert seen == named(parser.parse([Image.fromarray(one) for one in array]))
+    assert seen == named(parser.parse(large))
+    assert parser.parse([]) == []
+
+
+def test_refuses_other_arrays(parser: Parser) -> None:
+    with pytest.raises(ValueError, match="expected pictures uint8"):
+        parser.parse(np.zeros((1, 64, 64, 3), np.uint8))
+
+
+def test_peaks_are_local_maxima_hottest_first() -> None:
+    heat = heat_with((0, 0, 0.7), (10, 10, 0.9), (10, 11, 0.8), (20, 31, 0.95), (25, 5, 0.1))
+    assert peaks(heat) == [[(20, 31), (10, 10), (0, 0)]]
+
+
+def test_too_many_objects_are_not_cut_to_fit() -> None:
+    heat = heat_with(*((5, 4 * i, 0.9 - 0.01 * i) for i in range(MAX_OBJECTS + 3)))
+    assert len(peaks(heat)[0]) == MAX_OBJECTS + 1
+
+
+def test_decode_reads_each_answer_at_the_peak() -> None:
+    shape = np.zeros((1, len(SHAPES), CELLS, CELLS), np.float32)
+    colour = np.zeros((1, len(COLOURS), CELLS, CELLS), np.float32)
+    place = np.zeros((1, 4, CELLS, CELLS), np.float32)
+    shape[0, 3, 8, 9], colour[0, 5, 8, 9], place[0, :, 8, 9] = 1, 1, (0.25, 0.5, -1.0, 0.5)
+    [[thing]] = decode(heat_with((8, 9, 1.0)), shape, colour, place)
+    assert (thing.shape, thing.colour) == ("cone", "blue")
+    assert (thing.x, thing.y, thing.z, thing.size) == (0.25, 0.5, -1.0, 0.5)
+
+
+def test_near_miss_is_one_word_off_and_wrong() -> None:
+    rng = random.Random(3)
+    for _ in range(200):
+        prompt, scene = question(rng)
+        assert not satisfies(scene, near_miss(rng, prompt, scene))
+
+
+@pytest.fixture(scope="module")
+def drawn() -> dict[Prompt, Image.Image]:
+    """A render of each prompt of the score: what a perfect generator would draw."""
+    rng = random.Random(5)
+    scenes = [scene_for(rng, prompt) for prompt in PROMPTS]
+    return {prompt: Image.fromarray(one) for prompt, one in zip(PROMPTS, pixels(scenes), strict=True)}
+
+
+def test_score_judges_pictures(parser: Parser, drawn: dict[Prompt, Image.Image]) -> None:
+    rows = [score.judge(parser, prompt, [drawn[prompt], drawn[other]]) for prompt, other in OTHERS.items()]
+    assert all(row.right == [True, False] for row in rows)
+    assert score.percent(rows, score.SINGLES) == score.percent(rows, score.PAIRS) == 50
+    side = SIDE_PX + 2 * score.FRAME_PX
+    assert score.page(rows).size == (2 * side, side * len(PROMPTS))
+
+
+@pytest.mark.parametrize(("required", "code"), [((), 0), (("90", "60"), 1), (("80", "60"), 0)])
+def test_score_command(
+    drawn: dict[Prompt, Image.Image],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    required: tuple[str, ...],
+    code: int,
+) -> None:
+    """A generator that fails at one single object of five: 80% there, 100% of the pairs."""
+    pictures = {caption(prompt): picture for prompt, picture in drawn.items()}
+    pictures["a red cube"] = pictures["a green cone"]
+
+    def generate(prompt: str, *, num_images: int, **settings: object) -> list[Image.Image]:
+        return [pictures[prompt]] * num_images
+
+    monkeypatch.setattr(Generator, "load", lambda path, engine: generate)
+    out = tmp_path / "page.png"
+    arguments = ["--bundle", "none", "--seeds", "2", "--out", str(out)]
+    result = CliRunner().invoke(score.main, [*arguments, *(("--require", *required) if required else ())])
+    assert result.exit_code == code, result.output
+    lines = [line.split() for line in result.output.splitlines()]
+    assert ["a", "red", "cube", "0/2"] in lines
+    assert ["a", "red", "cube", "on", "a", "blue", "sphere", "2/2"] in lines
+    assert ["single", "objects", "80.0%", "(standard", "90%)"] in lines
+    assert ["pairs", "100.0%", "(standard", "60%)"] in lines
+    assert out.exists()
+
+
+def test_score_asks_for_nothing_held_out() -> None:
+    for prompt in score.PAIRS:
+        a, b = prompt.groups
+        assert prompt.relation
+        assert (a.colour, a.shape, prompt.relation) not in HELD_OUT, caption(prompt)
+        assert (b.colour, b.shape, INVERSE[prompt.relation]) not in HELD_OUT, caption(prompt)
+
+
+def test_score_imports_no_torch() -> None:
+    code = "import sys, samples.shapes.score, tpx_runtime.generator; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,34 @@
+"""From a prompt and a bundle to a picture, with numpy, Pillow and one inference engine.
+
+    from tpx_runtime import Generator
+
+    generator = Generator.load("bundles/shapes")
+    generator("a red cube on a blue sphere", seed=0)[0].save("cube.png")
+"""
+
+from typing import TYPE_CHECKING
+
+from .errors import TpxError
+
+if TYPE_CHECKING:
+    from .generator import Generator
+
+    __version__: str
+
+__all__ = ["Generator", "TpxError", "__version__"]
+
+
+def __getattr__(name: str) -> object:
+    """Resolve the heavier names on first use, so that importing one module stays cheap (PEP 562)."""
+    if name == "Generator":
+        from .generator import Generator
+
+        return Generator
+    if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version("tpx")
+        except PackageNotFoundError:
+            return "0+uninstalled"
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,136 @@
+"""A bundle on disk: opening it, checking every byte of it, and finding its parts (see docs/bundle.md)."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import BundleInvalid
+from .manifest import FORMAT, FORMAT_VERSION, Defaults, FileEntry, LatentSpec, Manifest, ModelSpec, Tolerance
+
+__all__ = [
+    "FORMAT",
+    "FORMAT_VERSION",
+    "MANIFEST",
+    "Bundle",
+    "Defaults",
+    "FileEntry",
+    "LatentSpec",
+    "Manifest",
+    "ModelSpec",
+    "Tolerance",
+    "describe_files",
+    "hash_file",
+]
+
+MANIFEST = "manifest.json"
+VOCABULARY = "tokenizer/vocab.json"
+TEXT_ENCODER = "text_encoder/model.onnx"
+VAE_DECODER = "vae_decoder/model.onnx"
+SCHEDULER = "scheduler/scheduler_config.json"
+GOLDEN = "golden/golden.npz"
+
+
+def transformer_name(depth: int, plain: bool = False) -> str:
+    """Path inside the bundle of the transformer that takes `depth` latent steps."""
+    return f"transformer/depth-{depth}{'.plain' if plain else ''}.onnx"
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file's contents, in lower-case hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def describe_files(root: Path) -> dict[str, FileEntry]:
+    """What the manifest of the bundle at `root` says about its files: all but the manifest itself, in order."""
+    paths = {path.relative_to(root).as_posix(): path for path in root.rglob("*") if path.is_file()}
+    return {
+        name: FileEntry(bytes=path.stat().st_size, sha256=hash_file(path))
+        for name, path in sorted(paths.items())
+        if name != MANIFEST
+    }
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle: its folder and its manifest."""
+
+    root: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, path: str | Path, verify: bool = True) -> "Bundle":
+        """Read the manifest at `path` and check the size of every file, and with `verify` its SHA-256 too.
+
+        Raises BundleInvalid, whose message names the file at fault.
+        """
+        root = Path(path)
+        try:
+            text = (root / MANIFEST).read_text(encoding="utf-8")
+        except (FileNotFoundError, NotADirectoryError):
+            raise BundleInvalid(
+                f"expected a bundle (a folder with {MANIFEST}) at {root}, found none; "
+                "make one with `make demo` or `tpx-export`"
+            ) from None
+        except UnicodeDecodeError:
+            raise BundleInvalid(f"{root / MANIFEST}: expected UTF-8 text, found other bytes") from None
+        except OSError as error:
+            raise BundleInvalid(f"{root / MANIFEST}: expected a readable file, found {error.strerror}") from None
+        bundle = cls(root, Manifest.from_json(text))
+        for name in bundle.manifest.files:
+            bundle._check(name, verify)
+        return bundle
+
+    def _check(self, name: str, verify: bool) -> None:
+        path, entry = self.root / name, self.manifest.files[name]
+        mend = "copy the bundle again or export it again"
+        if not path.is_file():
+            raise BundleInvalid(f"{path}: expected a file of {entry.bytes} bytes, found none; {mend}")
+        if (found_bytes := path.stat().st_size) != entry.bytes:
+            raise BundleInvalid(f"{path}: expected {entry.bytes} bytes, found {found_bytes}; {mend}")
+        if verify and (found := hash_file(path)) != entry.sha256:
+            raise BundleInvalid(f"{path}: expected SHA-256 {entry.sha256[:12]}…, found {found[:12]}…; {mend}")
+
+    @property
+    def hash(self) -> str:
+        """Identity of the bundle: SHA-256 over the manifest's facts, and so over every file's hash."""
+        return self.manifest.sha256
+
+    def path(self, name: str) -> Path:
+        """Where the file `name` lies. Raises BundleInvalid when the manifest does not list it."""
+        if name not in self.manifest.files:
+            raise BundleInvalid(f"{self.root}: expected the file {name}, found it not listed; export it again")
+        return self.root / name
+
+    @property
+    def vocabulary(self) -> Path:
+        return self.path(VOCABULARY)
+
+    @property
+    def text_encoder(self) -> Path:
+        return self.path(TEXT_ENCODER)
+
+    def transformer(self, depth: int, plain: bool = False) -> Path:
+        """The graph of `depth` latent steps; `plain` is the spelling without local functions."""
+        return self.path(transformer_name(depth, plain))
+
+    @property
+    def vae_decoder(self) -> Path:
+        return self.path(VAE_DECODER)
+
+    @property
+    def golden(self) -> Path:
+        return self.path(GOLDEN)
+
+    @property
+    def schedule_shift(self) -> float:
+        """The flow-matching shift s in sigma -> s sigma / (1 + (s - 1) sigma)."""
+        path = self.path(SCHEDULER)
+        try:
+            shift = float(json.loads(path.read_text(encoding="utf-8"))["shift"])
+        except (ValueError, TypeError, KeyError):
+            raise BundleInvalid(f'{path}: expected JSON with a number "shift", found none') from None
+        if not 0 < shift < float("inf"):
+            raise BundleInvalid(f"{path}: expected a shift above 0, found {shift}")
+        return shift

@@ -1,0 +1,85 @@
+"""The engines: who can run a graph, what to install for it, and which one `auto` means here."""
+
+import importlib
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy.typing as npt
+
+from ..errors import BadInput, EngineUnavailable
+
+Arrays = dict[str, npt.NDArray[Any]]
+
+
+class Session(Protocol):
+    """A graph that is loaded and ready."""
+
+    def run(self, inputs: Arrays) -> Arrays:
+        """Every output of the graph by name. Raises EngineFailed."""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One way to run a graph; `package` is what it imports, `extra` is what pip installs for it.
+
+    `module`, beside this file, has `problem(engine_name) -> str | None`, why this machine cannot use the engine and how
+    to mend it, and `open_session(engine_name, path) -> Session`. It is imported only when it is asked.
+    """
+
+    name: str
+    package: str
+    extra: str
+    module: str
+    plain: bool  # whether it needs the spelling of the transformer without local functions
+
+    def problem(self) -> str | None:
+        """Why this engine cannot run here, on one line; None if it can."""
+        if importlib.util.find_spec(self.package) is None:
+            return (
+                f"expected the package {self.package} for engine {self.name}, found none; "
+                f"install it with `pip install 'tpx[{self.extra}]'`"
+            )
+        reason: str | None = self._module().problem(self.name)
+        return reason
+
+    def open(self, path: Path) -> Session:
+        """Load the graph at `path`. Raises EngineUnavailable or EngineFailed."""
+        session: Session = self._module().open_session(self.name, path)
+        return session
+
+    def _module(self) -> Any:
+        return importlib.import_module(f".{self.module}", __name__)
+
+
+# In the order in which `auto` tries them.
+ENGINES = {
+    engine.name: engine
+    for engine in (
+        Engine("onnxruntime-cuda", package="onnxruntime", extra="gpu", module="onnxruntime", plain=False),
+        Engine("onnxruntime", package="onnxruntime", extra="cpu", module="onnxruntime", plain=False),
+        Engine("openvino", package="openvino", extra="openvino", module="openvino", plain=True),
+    )
+}
+AUTO = "auto"
+
+
+def resolve(name: str = AUTO) -> Engine:
+    """The engine of that name, or the first of ENGINES that this machine can use.
+
+    Raises BadInput for a name that is none, EngineUnavailable for an engine that cannot be used.
+    """
+    if name == AUTO:
+        for engine in ENGINES.values():
+            if engine.problem() is None:
+                return engine
+        raise EngineUnavailable(
+            f"expected one of the engines {', '.join(ENGINES)}, found none that runs here; "
+            "install one with `pip install 'tpx[cpu]'`"
+        )
+    if name not in ENGINES:
+        raise BadInput(f"expected an engine of {AUTO}, {', '.join(ENGINES)}, found {name!r}")
+    if problem := ENGINES[name].problem():
+        raise EngineUnavailable(problem)
+    return ENGINES[name]

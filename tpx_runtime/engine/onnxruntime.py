@@ -1,0 +1,65 @@
+"""ONNX Runtime, on the CPU (`onnxruntime`) or on an NVIDIA GPU (`onnxruntime-cuda`)."""
+
+import ctypes
+import sys
+from pathlib import Path
+
+import onnxruntime as ort
+
+from ..errors import EngineFailed, EngineUnavailable
+from . import Arrays
+
+PROVIDERS = {"onnxruntime": "CPUExecutionProvider", "onnxruntime-cuda": "CUDAExecutionProvider"}
+_ERRORS_ONLY = 3
+
+
+def problem(engine_name: str) -> str | None:
+    """Why this machine cannot use the engine, or None."""
+    if PROVIDERS[engine_name] not in ort.get_available_providers():
+        return (
+            f"expected an onnxruntime with {PROVIDERS[engine_name]} for engine {engine_name}, found one without; "
+            "replace it: `pip uninstall onnxruntime`, then `pip install 'tpx[gpu]'`"
+        )
+    if engine_name == "onnxruntime-cuda":
+        try:
+            ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+        except OSError:
+            return "expected an NVIDIA driver for engine onnxruntime-cuda, found none; use the engine onnxruntime"
+    return None
+
+
+class OrtSession:
+    """A graph in ONNX Runtime."""
+
+    def __init__(self, session: ort.InferenceSession, path: Path) -> None:
+        self._session, self._path = session, path
+        self._names = [output.name for output in session.get_outputs()]
+
+    def run(self, inputs: Arrays) -> Arrays:
+        try:
+            return dict(zip(self._names, self._session.run(self._names, inputs), strict=True))
+        except Exception as error:  # onnxruntime raises types of its own, which it does not export by name
+            raise EngineFailed(f"{self._path}: onnxruntime could not run it: {_one_line(error)}") from error
+
+
+def open_session(engine_name: str, path: Path) -> OrtSession:
+    """Load the graph at `path`. The provider asked for is the provider used."""
+    options = ort.SessionOptions()
+    options.log_severity_level = _ERRORS_ONLY
+    # A picture takes turns between three sessions: threads that go on spinning in one slow down the next.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    provider = PROVIDERS[engine_name]
+    try:
+        session = ort.InferenceSession(str(path), options, providers=[provider])
+    except Exception as error:
+        raise EngineFailed(f"{path}: onnxruntime could not load it: {_one_line(error)}") from error
+    if provider not in session.get_providers():
+        raise EngineUnavailable(
+            f"expected {provider} for engine {engine_name}, found that onnxruntime fell back to "
+            f"{', '.join(session.get_providers())}; check the CUDA and cuDNN that onnxruntime-gpu asks for"
+        )
+    return OrtSession(session, path)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,44 @@
+"""OpenVINO on the CPU. It refuses model-local functions, so it is given the plain spelling of the transformer."""
+
+from pathlib import Path
+
+import openvino
+
+from ..errors import EngineFailed
+from . import Arrays
+
+# Left alone it computes in bf16 where the CPU can, which sends tokens to other experts.
+_CONFIG = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+
+
+def problem(engine_name: str) -> str | None:
+    """Why this machine cannot use the engine, or None."""
+    return None
+
+
+class OpenVinoSession:
+    """A graph in OpenVINO."""
+
+    def __init__(self, model: openvino.CompiledModel, path: Path) -> None:
+        self._model, self._path = model, path
+        self._names = [output.any_name for output in model.outputs]
+
+    def run(self, inputs: Arrays) -> Arrays:
+        try:
+            outputs = self._model(inputs)
+        except Exception as error:
+            raise EngineFailed(f"{self._path}: openvino could not run it: {_one_line(error)}") from error
+        return {name: outputs[name] for name in self._names}
+
+
+def open_session(engine_name: str, path: Path) -> OpenVinoSession:
+    """Load the graph at `path` and compile it in float32."""
+    try:
+        model = openvino.Core().compile_model(str(path), "CPU", _CONFIG)
+    except Exception as error:
+        raise EngineFailed(f"{path}: openvino could not load it: {_one_line(error)}") from error
+    return OpenVinoSession(model, path)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

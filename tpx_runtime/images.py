@@ -1,0 +1,66 @@
+"""Pictures: from the decoder's output to PIL, into a grid, and onto disk with the settings that made them."""
+
+import math
+import os
+import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, PngImagePlugin
+
+from .errors import BadInput
+from .samplers import Array
+
+METADATA_KEYS = ("parameters", "tpx")  # PNG text chunks: a line that a person reads, and JSON
+
+
+def to_pil(pixels: Array) -> Image.Image:
+    """[3, height, width] in -1..1 to an RGB picture; values beyond are clipped."""
+    bytes_ = np.rint((np.clip(pixels, -1.0, 1.0) + 1.0) * 127.5).astype(np.uint8)
+    return Image.fromarray(np.ascontiguousarray(bytes_.transpose(1, 2, 0)))
+
+
+def grid(images: Sequence[Image.Image]) -> Image.Image:
+    """Pictures of one size in rows, as square as their number allows; the metadata is the first one's."""
+    columns = math.ceil(math.sqrt(len(images)))
+    width, height = images[0].size
+    sheet = Image.new("RGB", (columns * width, -(-len(images) // columns) * height), "white")
+    for position, image in enumerate(images):
+        sheet.paste(image, (position % columns * width, position // columns * height))
+    sheet.info.update(images[0].info)
+    return sheet
+
+
+def check_writable(path: Path) -> None:
+    """Raise BadInput unless a PNG can be made at `path`: find out before the long work, not after it."""
+    if path.suffix.lower() != ".png":
+        raise BadInput(f"expected an output name that ends in .png, found {path}")
+    if path.is_dir():
+        raise BadInput(f"expected {path} to be a file, found a folder; name a file in it")
+    try:
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise BadInput(
+            f"expected a folder that can be written to at {path.parent}, found: {error.strerror}"
+        ) from None
+
+
+def save_png(image: Image.Image, path: str | Path) -> None:
+    """Write a PNG with its metadata; the file appears whole or not at all. Raises BadInput."""
+    path = Path(path)
+    chunks = PngImagePlugin.PngInfo()
+    for key in METADATA_KEYS:
+        if key in image.info:
+            chunks.add_text(key, str(image.info[key]))
+    # A sibling, for a rename is only whole within one file system.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        image.save(temporary, format="PNG", pnginfo=chunks)
+        temporary.replace(path)
+    except OSError as error:
+        raise BadInput(f"expected to write {path}, found: {error.strerror}; choose another place") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()

@@ -1,0 +1,165 @@
+"""Samplers for flow matching: pure functions from noise to latents.
+
+The model predicts a velocity v at x = (1 - sigma) x0 + sigma noise, so x0 = x - sigma v. A sampler yields the latents
+after each step; whoever iterates decides about progress and cancelling. Schedules agree with diffusers' schedulers,
+whose names and settings are given at each.
+
+    euler     Euler's method on dx/dsigma = v
+    heun      Heun's second-order method; 2N - 1 model calls
+    dpmpp2m   DPM-Solver++(2M), Lu et al. 2022 (arXiv:2211.01095)
+    unipc     UniPC-2 with B2(h), Zhao et al. 2023 (arXiv:2302.04867)
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.float32]
+Velocity = Callable[[Array, float], Array]  # (latents [B, C, H, W], timestep in 0..1000) -> velocity [B, C, H, W]
+
+TRAIN_TIMESTEPS = 1000
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """`sigmas` has N + 1 falling values that end in 0; `timesteps` are the N values that the model is shown."""
+
+    sigmas: list[float]
+    timesteps: list[float]
+
+
+def shift_sigmas(sigmas: npt.NDArray[np.float64], shift: float) -> npt.NDArray[np.float64]:
+    """Spend more steps at high noise: sigma -> s sigma / (1 + (s - 1) sigma)."""
+    return shift * sigmas / (1.0 + (shift - 1.0) * sigmas)
+
+
+def _schedule(sigmas: npt.NDArray[np.float64], whole_timesteps: bool) -> Schedule:
+    timesteps = sigmas * TRAIN_TIMESTEPS
+    if whole_timesteps:
+        timesteps = np.floor(timesteps)
+    # Near sigma = 1 the rounding shows in alpha = 1 - sigma, so parity needs float32 just where diffusers has it.
+    return Schedule([*sigmas.astype(np.float32).tolist(), 0.0], timesteps.tolist())
+
+
+def flow_schedule(steps: int, shift: float) -> Schedule:
+    """FlowMatchEulerDiscreteScheduler and FlowMatchHeunDiscreteScheduler, which shift the smallest sigma twice."""
+    smallest = shift_sigmas(np.array(1 / TRAIN_TIMESTEPS), shift)
+    return _schedule(shift_sigmas(np.linspace(1.0, smallest, steps), shift), whole_timesteps=False)
+
+
+def dpmpp2m_schedule(steps: int, shift: float) -> Schedule:
+    """DPMSolverMultistepScheduler(use_flow_sigmas=True): the sigmas that 1/1000, evenly to 1, mirror around 1."""
+    alphas = np.linspace(1.0, 1 / TRAIN_TIMESTEPS, steps + 1)
+    return _schedule(shift_sigmas(1.0 - alphas, shift)[:0:-1], whole_timesteps=True)
+
+
+def unipc_schedule(steps: int, shift: float) -> Schedule:
+    """UniPCMultistepScheduler(use_flow_sigmas=True); sigma = 1 is moved by 1e-6, for its alpha would be 0."""
+    sigmas = shift_sigmas(np.linspace(1.0, 1 / TRAIN_TIMESTEPS, steps + 1)[:-1], shift)
+    return _schedule(np.minimum(sigmas, 1.0 - 1e-6), whole_timesteps=True)
+
+
+def euler(velocity: Velocity, x: Array, schedule: Schedule) -> Iterator[Array]:
+    """x' = x + (sigma' - sigma) v(x, sigma)."""
+    for i, timestep in enumerate(schedule.timesteps):
+        x = x + (schedule.sigmas[i + 1] - schedule.sigmas[i]) * velocity(x, timestep)
+        yield x
+
+
+def heun(velocity: Velocity, x: Array, schedule: Schedule) -> Iterator[Array]:
+    """Euler's step, then again with the mean of the velocities at both ends; the last step is Euler's."""
+    for i, timestep in enumerate(schedule.timesteps):
+        width = schedule.sigmas[i + 1] - schedule.sigmas[i]
+        slope = velocity(x, timestep)
+        if i + 1 < len(schedule.timesteps):
+            slope = 0.5 * (slope + velocity(x + width * slope, schedule.timesteps[i + 1]))
+        x = x + width * slope
+        yield x
+
+
+def _half_log_snr(sigma: float) -> float:
+    """lambda = log(alpha / sigma) with alpha = 1 - sigma; infinite at sigma = 0."""
+    return math.log((1.0 - sigma) / sigma) if sigma > 0 else math.inf
+
+
+def dpmpp2m(velocity: Velocity, x: Array, schedule: Schedule) -> Iterator[Array]:
+    """Second order in the history of x0; the first step has no history, the last (to sigma = 0) needs none."""
+    sigmas = schedule.sigmas
+    older_x0: Array | None = None
+    older_h = 0.0
+    for i, timestep in enumerate(schedule.timesteps):
+        sigma, next_sigma = sigmas[i], sigmas[i + 1]
+        h = _half_log_snr(next_sigma) - _half_log_snr(sigma)
+        x0 = x - sigma * velocity(x, timestep)
+        estimate = x0 if older_x0 is None or next_sigma == 0 else x0 + (h / older_h / 2) * (x0 - older_x0)
+        x = (next_sigma / sigma) * x - ((1.0 - next_sigma) * math.expm1(-h)) * estimate
+        older_x0, older_h = x0, h
+        yield x
+
+
+def unipc(velocity: Velocity, x: Array, schedule: Schedule) -> Iterator[Array]:
+    """Predict with the history of x0; the model's next call then also corrects the step that led to it."""
+    sigmas = schedule.sigmas
+    start = x  # where the latest step began
+    history: list[Array] = []  # the latest two x0, oldest first
+    hs: list[float] = []  # the latest two steps in log-SNR, oldest first
+    for i, timestep in enumerate(schedule.timesteps):
+        x0 = x - sigmas[i] * velocity(x, timestep)
+        if history:
+            x = _unipc_step(start, history, hs, sigmas[i - 1], sigmas[i], x0)
+        history, start = [*history[-1:], x0], x
+        hs = [*hs[-1:], _half_log_snr(sigmas[i + 1]) - _half_log_snr(sigmas[i])]
+        x = _unipc_step(x, history if sigmas[i + 1] > 0 else history[-1:], hs, sigmas[i], sigmas[i + 1], None)
+        yield x
+
+
+def _unipc_step(
+    x: Array, history: list[Array], hs: list[float], sigma: float, next_sigma: float, next_x0: Array | None
+) -> Array:
+    """One step sigma -> next_sigma of order len(history), 1 or 2; with `next_x0` it is the corrector.
+
+    Its terms are differences D_k = (x0(lambda + r_k h) - x0(lambda)) / r_k, r = -h_old / h for the past and 1 for the
+    corrector; their weights solve equation (10) of the paper, with B(h) = exp(-h) - 1.
+    """
+    h, latest = hs[-1], history[-1]
+    growth = math.expm1(-h)  # phi_1 = growth / -h = B / -h
+    ratios, terms = [], []
+    if len(history) == 2:
+        ratios.append(-hs[-2] / h)
+        terms.append((history[0] - latest) / ratios[-1])
+    if next_x0 is not None:
+        ratios.append(1.0)
+        terms.append(next_x0 - latest)
+    estimate = latest
+    for weight, term in zip(_unipc_weights(ratios, h), terms, strict=True):
+        estimate = estimate + weight * term
+    return (next_sigma / sigma) * x - ((1.0 - next_sigma) * growth) * estimate
+
+
+def _unipc_weights(ratios: list[float], h: float) -> list[float]:
+    if len(ratios) < 2:
+        return [0.5] * len(ratios)  # the authors' choice for one term: it needs no solving and does not depend on h
+    growth = math.expm1(-h)
+    moment = growth / -h - 1.0
+    targets = [moment / growth, 2.0 * (moment / -h - 0.5) / growth]
+    weights: list[float] = np.linalg.solve(np.vander(ratios, increasing=True).T, targets).tolist()
+    return weights
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A schedule, called with (steps, shift), and the function that walks it."""
+
+    schedule: Callable[[int, float], Schedule]
+    sample: Callable[[Velocity, Array, Schedule], Iterator[Array]]
+
+
+SAMPLERS = {
+    "euler": Sampler(flow_schedule, euler),
+    "heun": Sampler(flow_schedule, heun),
+    "dpmpp2m": Sampler(dpmpp2m_schedule, dpmpp2m),
+    "unipc": Sampler(unipc_schedule, unipc),
+}

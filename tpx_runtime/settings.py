@@ -1,0 +1,66 @@
+"""The settings of a picture: checked once, carried through, and written into the file."""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+
+from .bundle import Manifest
+from .errors import BadInput
+from .noise import MAX_SEED
+from .samplers import SAMPLERS, TRAIN_TIMESTEPS
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything besides the bundle that decides one picture."""
+
+    prompt: str
+    negative_prompt: str
+    seed: int
+    steps: int
+    guidance: float
+    sampler: str
+    depth: int
+
+    def check(self, manifest: Manifest) -> "Settings":
+        """These settings, fit for the model of `manifest`. Raises BadInput."""
+        for name in ("prompt", "negative_prompt"):
+            if not isinstance(getattr(self, name), str):
+                raise BadInput(f"expected {name} to be text, found {type(getattr(self, name)).__name__}")
+        if self.sampler not in SAMPLERS:
+            raise BadInput(f"expected a sampler of {', '.join(SAMPLERS)}, found {self.sampler!r}")
+        check_int("seed", self.seed, 0, MAX_SEED)
+        check_int("steps", self.steps, 1, TRAIN_TIMESTEPS)
+        if type(self.depth) is not int or self.depth not in manifest.model.depths:
+            depths = ", ".join(map(str, manifest.model.depths))
+            raise BadInput(f"expected a depth of {depths} (this bundle's), found {self.depth!r}")
+        if type(self.guidance) not in (int, float) or not math.isfinite(self.guidance):
+            raise BadInput(f"expected guidance to be a finite number, found {self.guidance!r}")
+        if self.guidance == 1 and self.negative_prompt:
+            raise BadInput("expected no negative prompt at guidance 1, which leaves it out, found one; use more")
+        return self
+
+    def metadata(self, manifest: Manifest, engine_name: str) -> dict[str, str]:
+        """Text for the file: `tpx` is JSON, `parameters` the line that other programs write too."""
+        height, width = manifest.model.image_size_px
+        facts = {
+            **asdict(self),
+            "bundle": manifest.name,
+            "bundle_sha256": manifest.sha256,
+            "precision": manifest.precision,
+            "engine": engine_name,
+        }
+        negative = f"Negative prompt: {self.negative_prompt}\n" if self.negative_prompt else ""
+        line = (
+            f"{self.prompt}\n{negative}Steps: {self.steps}, Sampler: {self.sampler}, CFG scale: {self.guidance}, "
+            f"Seed: {self.seed}, Size: {width}x{height}, Model: {manifest.name}, Depth: {self.depth}"
+        )
+        return {"tpx": json.dumps(facts), "parameters": line}
+
+
+def check_int(name: str, value: object, least: int, most: int | None = None) -> None:
+    """Raise BadInput unless `value` is an int in least .. most."""
+    if type(value) is int and least <= value and (most is None or value <= most):
+        return
+    limits = f"of at least {least}" if most is None else f"in {least}..{most}"
+    raise BadInput(f"expected {name} to be a whole number {limits}, found {value!r}")
