@@ -1,9 +1,9 @@
 """From a prompt and a bundle to a picture, with numpy, Pillow and one inference engine.
 
-    from tpx_runtime import Generator
+from tpx_runtime import Generator
 
-    generator = Generator.load("bundles/shapes")
-    generator("a red cube on a blue sphere", seed=0)[0].save("cube.png")
+generator = Generator.load("bundles/shapes")
+generator("a red cube on a blue sphere", seed=0)[0].save("cube.png")
 """
 
 from typing import TYPE_CHECKING

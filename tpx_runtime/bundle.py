@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +30,7 @@ TEXT_ENCODER = "text_encoder/model.onnx"
 VAE_DECODER = "vae_decoder/model.onnx"
 SCHEDULER = "scheduler/scheduler_config.json"
 GOLDEN = "golden/golden.npz"
+_SHIFTS = (0.01, 100.0)  # beyond, neighbouring sigmas of a long schedule are one float32
 
 
 def transformer_name(depth: int, plain: bool = False) -> str:
@@ -43,13 +45,31 @@ def hash_file(path: Path) -> str:
 
 
 def describe_files(root: Path) -> dict[str, FileEntry]:
-    """What the manifest of the bundle at `root` says about its files: all but the manifest itself, in order."""
+    """What the manifest of the bundle at `root` says of its files: all but the manifest itself, in order."""
     paths = {path.relative_to(root).as_posix(): path for path in root.rglob("*") if path.is_file()}
     return {
         name: FileEntry(bytes=path.stat().st_size, sha256=hash_file(path))
         for name, path in sorted(paths.items())
         if name != MANIFEST
     }
+
+
+def _wrong_size(path: Path, entry: FileEntry) -> str | None:
+    try:
+        found = path.stat()
+    except OSError as error:
+        return f"expected a file of {entry.bytes} bytes, found: {error.strerror}"
+    if not stat.S_ISREG(found.st_mode):
+        return f"expected a file of {entry.bytes} bytes, found something else"
+    return None if found.st_size == entry.bytes else f"expected {entry.bytes} bytes, found {found.st_size}"
+
+
+def _wrong_hash(path: Path, entry: FileEntry) -> str | None:
+    try:
+        found = hash_file(path)
+    except OSError as error:
+        return f"expected a file to read, found: {error.strerror}"
+    return None if found == entry.sha256 else f"expected SHA-256 {entry.sha256[:12]}…, found {found[:12]}…"
 
 
 @dataclass(frozen=True)
@@ -63,7 +83,8 @@ class Bundle:
     def open(cls, path: str | Path, verify: bool = True) -> "Bundle":
         """Read the manifest at `path` and check the size of every file, and with `verify` its SHA-256 too.
 
-        Raises BundleInvalid, whose message names the file at fault.
+        Every file is read once, and none before all sizes are right. Raises BundleInvalid, whose message
+        names the file at fault.
         """
         root = Path(path)
         try:
@@ -76,21 +97,18 @@ class Bundle:
         except UnicodeDecodeError:
             raise BundleInvalid(f"{root / MANIFEST}: expected UTF-8 text, found other bytes") from None
         except OSError as error:
-            raise BundleInvalid(f"{root / MANIFEST}: expected a readable file, found {error.strerror}") from None
+            raise BundleInvalid(
+                f"{root / MANIFEST}: expected a file to read, found: {error.strerror}"
+            ) from None
         bundle = cls(root, Manifest.from_json(text))
-        for name in bundle.manifest.files:
-            bundle._check(name, verify)
+        transformers = [transformer_name(depth) for depth in bundle.manifest.model.depths]
+        for name in (VOCABULARY, TEXT_ENCODER, *transformers, VAE_DECODER, SCHEDULER):
+            bundle.path(name)
+        for fault in (_wrong_size, _wrong_hash) if verify else (_wrong_size,):
+            for name, entry in bundle.manifest.files.items():
+                if message := fault(root / name, entry):
+                    raise BundleInvalid(f"{root / name}: {message}; copy the bundle again or export it again")
         return bundle
-
-    def _check(self, name: str, verify: bool) -> None:
-        path, entry = self.root / name, self.manifest.files[name]
-        mend = "copy the bundle again or export it again"
-        if not path.is_file():
-            raise BundleInvalid(f"{path}: expected a file of {entry.bytes} bytes, found none; {mend}")
-        if (found_bytes := path.stat().st_size) != entry.bytes:
-            raise BundleInvalid(f"{path}: expected {entry.bytes} bytes, found {found_bytes}; {mend}")
-        if verify and (found := hash_file(path)) != entry.sha256:
-            raise BundleInvalid(f"{path}: expected SHA-256 {entry.sha256[:12]}…, found {found[:12]}…; {mend}")
 
     @property
     def hash(self) -> str:
@@ -100,7 +118,9 @@ class Bundle:
     def path(self, name: str) -> Path:
         """Where the file `name` lies. Raises BundleInvalid when the manifest does not list it."""
         if name not in self.manifest.files:
-            raise BundleInvalid(f"{self.root}: expected the file {name}, found it not listed; export it again")
+            raise BundleInvalid(
+                f"{self.root}: expected the file {name}, found no such entry; export it again"
+            )
         return self.root / name
 
     @property
@@ -129,8 +149,10 @@ class Bundle:
         path = self.path(SCHEDULER)
         try:
             shift = float(json.loads(path.read_text(encoding="utf-8"))["shift"])
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             raise BundleInvalid(f'{path}: expected JSON with a number "shift", found none') from None
-        if not 0 < shift < float("inf"):
-            raise BundleInvalid(f"{path}: expected a shift above 0, found {shift}")
+        if not _SHIFTS[0] <= shift <= _SHIFTS[1]:
+            raise BundleInvalid(
+                f"{path}: expected a shift in {_SHIFTS[0]:g}..{_SHIFTS[1]:g}, found {shift:g}"
+            )
         return shift

@@ -2,17 +2,22 @@
 
 import os
 import re
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from .errors import BadInput, Cancelled, TpxError
+from .errors import BadInput, Cancelled, EngineFailed, EngineUnavailable, TpxError
 
 if TYPE_CHECKING:
+    from .bundle import Bundle
     from .engine import Engine
+    from .verify import PartReport
 
 SAMPLE_BUNDLE = Path("bundles/shapes")
+_ENGINE_HELP = "onnxruntime, onnxruntime-cuda or openvino; auto takes the first that runs here."
 
 
 class TpxCommand(click.Command):
@@ -26,11 +31,11 @@ class TpxCommand(click.Command):
         except TpxError as caught:
             error = caught
         click.echo(f"error: {error}", err=True)
-        ctx.exit(error.exit_code)
+        return ctx.exit(error.exit_code)
 
 
 def find_bundle(given: str | None) -> Path:
-    """The bundle given, or $TPX_BUNDLE, or the sample's in this folder or in this checkout. Raises BadInput."""
+    """The bundle given, or $TPX_BUNDLE, or the sample's in this folder or this checkout. Raises BadInput."""
     if named := given or os.environ.get("TPX_BUNDLE"):
         return Path(named)
     for root in (Path(), Path(__file__).parent.parent):
@@ -44,56 +49,118 @@ def find_bundle(given: str | None) -> Path:
 
 def choose_output(given: Path | None, prompt: str, seed: int, force: bool) -> Path:
     """Where the picture goes: `given`, or a free name made of the prompt and the seed. Raises BadInput."""
-    if given is not None:
-        if given.exists() and not force:
-            raise BadInput(f"expected a new file, found {given} there already; add --force to replace it")
-        return given
-    stem = f"{re.sub('[^a-z0-9]+', '-', prompt.lower()).strip('-')[:60]}-{seed}"
-    path, number = Path(f"{stem}.png"), 1
+    from .images import check_writable
+
+    stem = f"{re.sub('[^a-z0-9]+', '-', prompt.lower()).strip('-')[:60] or 'picture'}-{seed}"
+    path, number = given or Path(f"{stem}.png"), 1
+    check_writable(path)
+    if given and given.exists() and not force:
+        raise BadInput(f"expected a new file, found {given} there already; add --force to replace it")
     while path.exists() and not force:
         number += 1
         path = Path(f"{stem}-{number}.png")
     return path
 
 
-def _resolve(name: str) -> "Engine":
-    """The engine of that name, announced on stderr so that nobody wonders what `auto` chose."""
-    from .engine import AUTO, resolve
-
-    engine = resolve(name)
-    click.echo(f"engine: {engine.name}{' (chosen by auto)' if name == AUTO else ''}", err=True)
-    return engine
+def _announce(engine: "Engine", asked: str) -> None:
+    """Say on stderr which engine runs, so that nobody wonders what `auto` chose."""
+    click.echo(f"engine: {engine.name}{' (chosen by auto)' if asked != engine.name else ''}", err=True)
 
 
 @click.command(cls=TpxCommand)
 @click.argument("prompt")
 @click.option("--bundle", help="Folder of the bundle.  [default: $TPX_BUNDLE, else bundles/shapes]")
-@click.option("--out", type=click.Path(path_type=Path), help="PNG to write.  [default: named after the prompt]")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the first picture; the next adds 1.")
+@click.option("--out", type=click.Path(path_type=Path), help="PNG to write.  [default: after the prompt]")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the first picture; the next adds 1.")
 @click.option("--steps", type=int, help="Denoising steps.  [default: the bundle's]")
-@click.option("--guidance", type=float, help="How strongly to follow the prompt; 1 is off.  [default: the bundle's]")
+@click.option("--guidance", type=float, help="Pull of the prompt; 1 is off.  [default: the bundle's]")
 @click.option("--sampler", help="euler, heun, dpmpp2m or unipc.  [default: the bundle's]")
 @click.option("--depth", type=int, help="Latent steps of thinking.  [default: the bundle's]")
-@click.option("-n", "num_images", type=int, default=1, show_default=True, help="Pictures; several make a grid.")
-@click.option("--engine", default="auto", show_default=True, help="onnxruntime, onnxruntime-cuda or openvino.")
+@click.option(
+    "-n", "num_images", type=int, default=1, show_default=True, help="Pictures; several make a grid."
+)
+@click.option("--engine", default="auto", show_default=True, help=_ENGINE_HELP)
 @click.option("--negative", "negative_prompt", help="What the picture should not show.")
 @click.option("--force", is_flag=True, help="Replace an existing file.")
 def run(
     prompt: str, bundle: str | None, out: Path | None, engine: str, force: bool, seed: int, **settings: Any
 ) -> None:
     """Draw PROMPT and print the path of the PNG."""
+    from .bundle import Bundle
+    from .engine import resolve
     from .generator import Generator
-    from .images import check_writable, grid, save_png
+    from .images import grid, save_png
 
     path = choose_output(out, prompt, seed, force)
-    check_writable(path)
-    generator = Generator(Bundle.open(find_bundle(bundle)), _resolve(engine))
-    with click.progressbar(length=0, label="denoising", file=click.get_text_stream("stderr")) as bar:
+    generator = Generator(Bundle.open(find_bundle(bundle)), resolve(engine))
+    jobs = generator.plan(prompt, seed=seed, **settings)
+    _announce(generator.engine, engine)
+    with click.progressbar(length=1, label="denoising", file=sys.stderr) as bar:
 
         def advance(step: int, total: int, latents: object) -> None:
             bar.length = total
             bar.update(1)
 
-        images = generator(prompt, seed=seed, callback=advance, **settings)
+        images = generator.draw(jobs, callback=advance)
     save_png(grid(images) if len(images) > 1 else images[0], path)
-    click.echo(path)
+    click.echo(click.format_filename(path))
+
+
+@click.command(cls=TpxCommand)
+@click.argument("bundle", required=False)
+@click.option("--engine", default="auto", show_default=True, help=_ENGINE_HELP)
+@click.option("--all-engines", is_flag=True, help="Every engine that runs here, and why the others do not.")
+def verify(bundle: str | None, engine: str, all_engines: bool) -> None:
+    """Check the hash of every file of BUNDLE, and on an engine every graph against the PyTorch model.
+
+    Without BUNDLE it takes $TPX_BUNDLE, else bundles/shapes.
+    """
+    from .bundle import Bundle
+    from .engine import ENGINES, NONE_RUNS, resolve
+
+    opened = Bundle.open(find_bundle(bundle))
+    facts = opened.manifest
+    click.echo(f"{facts.name} ({facts.precision}): {len(facts.files)} files, each of its size and SHA-256")
+    if not all_engines:
+        chosen = resolve(engine)
+        _announce(chosen, engine)
+        _verify_on(opened, chosen)
+        return
+    unusable, failed = [], []
+    for candidate in ENGINES.values():
+        click.echo(f"\n{candidate.name}")
+        try:
+            if problem := candidate.problem():
+                raise EngineUnavailable(problem)
+            _verify_on(opened, candidate)
+        except EngineUnavailable as error:
+            unusable.append(error)
+            click.echo(f"not usable: {error}")
+        except EngineFailed as error:
+            failed.append(error)
+            click.echo(f"failed: {error}")
+    if failed:
+        raise failed[0]
+    if len(unusable) == len(ENGINES):
+        raise EngineUnavailable(NONE_RUNS)
+
+
+def _verify_on(bundle: "Bundle", engine: "Engine") -> None:
+    """Print the table of one engine. Raises EngineFailed where a part is out of tolerance."""
+    from .verify import require_ok, verify_bundle
+
+    reports = verify_bundle(bundle, engine)
+    click.echo(table(reports))
+    require_ok(reports, engine.name)
+
+
+def table(reports: "Sequence[PartReport]") -> str:
+    """The reports as lines of text that a person reads."""
+    lines = [f"{'part':<22}{'error':>9}{'tolerance':>11}{'same routes':>13}{'at least':>10}  ok"]
+    for report in reports:
+        routes, least = "-", "-"
+        if report.routing_agreement is not None:
+            routes, least = f"{report.routing_agreement:.2%}", f"{report.least_agreement:.2%}"
+        numbers = f"{report.part:<22}{report.error:>9.1e}{report.tolerance:>11.0e}{routes:>13}{least:>10}"
+        lines.append(f"{numbers}  {'yes' if report.ok else 'NO'}")
+    return "\n".join(lines)

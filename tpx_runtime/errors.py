@@ -37,6 +37,9 @@ class Cancelled(TpxError):
     exit_code = 130
 
 
-def shorten(text: str, limit: int = 40) -> str:
-    """`text` quoted on one line and cut to about `limit` characters, fit for an error message."""
-    return repr(text if len(text) <= limit else text[: limit - 1] + "…")
+def shorten(value: object, limit: int = 40) -> str:
+    """`value` as Python writes it, on one line and cut to about `limit` characters, for an error message."""
+    if isinstance(value, str):
+        return repr(value if len(value) <= limit else value[: limit - 1] + "…")
+    text = " ".join(repr(value).split())
+    return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -1,6 +1,6 @@
 """The main job: text encoder, denoising loop, decoder, picture."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,8 +10,8 @@ import numpy.typing as npt
 from PIL import Image
 
 from .bundle import Bundle
-from .engine import AUTO, Engine, Session, resolve
-from .errors import BadInput, BundleInvalid, Cancelled, EngineFailed
+from .engine import AUTO, Engine, Session, output, resolve
+from .errors import BadInput, BundleInvalid, Cancelled, EngineFailed, shorten
 from .guidance import Conditioning, GuidedVelocity
 from .images import to_pil
 from .noise import MAX_SEED, batch_noise
@@ -20,11 +20,12 @@ from .settings import Settings, check_int
 from .tokenizer import WordTokenizer, refuse_unknown
 
 Callback = Callable[[int, int, Array], bool | None]  # (step from 1, total steps, latents [B, C, H, W])
+MAX_IMAGES = 1000  # of one prompt in one call
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What the denoising loop made: `latents` [B, C, H, W], and for each model call `routes` [B, S, N], if any."""
+    """What the loop made: `latents` [B, C, H, W], and for each model call `routes` [B, S, N], if any."""
 
     latents: Array
     routes: list[npt.NDArray[np.int64]]
@@ -39,8 +40,8 @@ class Generator:
         self.tokenizer = WordTokenizer.from_file(bundle.vocabulary)
         if self.tokenizer.text_tokens != self.manifest.model.text_tokens:
             raise BundleInvalid(
-                f"{bundle.vocabulary}: expected text_tokens {self.manifest.model.text_tokens} as in the manifest, "
-                f"found {self.tokenizer.text_tokens}; export the bundle again"
+                f"{bundle.vocabulary}: expected text_tokens {self.manifest.model.text_tokens} as in the "
+                f"manifest, found {self.tokenizer.text_tokens}; export the bundle again"
             )
         self._shift = bundle.schedule_shift
         self._transformers: dict[int, Session] = {}
@@ -69,10 +70,8 @@ class Generator:
     ) -> list[Image.Image]:
         """Pictures of a prompt, or of each of several prompts in turn, `num_images` of each.
 
-        The settings are those of `plan`. `batch_size` pictures are made at a time; it changes no picture.
-        `callback(step, total, latents)` is called after each step, counted over all batches; if it returns False,
-        Cancelled is raised. Each picture's `info` holds its settings, and `save_png` writes them into the file.
-        Raises BadInput for arguments that do not fit, EngineFailed for a picture that is not finite.
+        The settings are those of `plan`, the rest is that of `draw`. Raises BadInput for arguments that do
+        not fit, EngineFailed for a picture that is not finite, Cancelled when the callback returns False.
         """
         jobs = self.plan(
             prompt,
@@ -84,6 +83,17 @@ class Generator:
             depth=depth,
             num_images=num_images,
         )
+        return self.draw(jobs, batch_size, callback)
+
+    def draw(
+        self, jobs: Sequence[Settings], batch_size: int = 8, callback: Callback | None = None
+    ) -> list[Image.Image]:
+        """The pictures of planned jobs, `batch_size` at a time, which changes no picture.
+
+        `callback(step, total, latents)` is called after each step, counted over all batches; if it returns
+        False, Cancelled is raised. Each picture's `info` holds its settings, and `save_png` writes them into
+        the file.
+        """
         check_int("batch_size", batch_size, 1)
         batches = [jobs[i : i + batch_size] for i in range(0, len(jobs), batch_size)]
         images = []
@@ -112,8 +122,10 @@ class Generator:
         Image i of each prompt has seed `seed + i`, so that a batch equals separate runs. Raises BadInput.
         """
         defaults = self.manifest.defaults
-        check_int("num_images", num_images, 1)
+        check_int("num_images", num_images, 1, MAX_IMAGES)
         check_int("seed", seed, 0, MAX_SEED - num_images + 1)
+        if not isinstance(prompt, Iterable):
+            raise BadInput(f"expected a prompt or a list of prompts, found {shorten(prompt)}")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts:
             raise BadInput("expected at least one prompt, found none")
@@ -142,7 +154,9 @@ class Generator:
         """
         loops = {(job.sampler, job.steps, job.guidance, job.depth) for job in jobs}
         if len(loops) != 1:
-            raise BadInput(f"expected jobs of one sampler, steps, guidance and depth, found {len(loops)} kinds")
+            raise BadInput(
+                f"expected jobs of one sampler, steps, guidance and depth, found {len(loops)} kinds"
+            )
         (sampler_name, steps, guidance, depth) = loops.pop()
         prompt, negative = self._encode([self._ids(job.prompt) for job in jobs]), None
         if guidance != 1:
@@ -151,16 +165,20 @@ class Generator:
         latents = batch_noise([job.seed for job in jobs], self.manifest.model.latent_shape)
         sampler = SAMPLERS[sampler_name]
         path = sampler.sample(velocity, latents, sampler.schedule(steps, self._shift))
-        for step, latents in enumerate(path, start=1):
-            self._require_finite(latents, f"latents of step {step}")
-            if callback and callback(step, steps, latents) is False:
-                raise Cancelled(f"cancelled at step {step} of {steps}, nothing was written")
+        with np.errstate(over="ignore", invalid="ignore"):  # the next line says it better
+            for step, latents in enumerate(path, start=1):
+                self._require_finite(latents, f"latents of step {step}")
+                answer = callback(step, steps, latents) if callback else None
+                if isinstance(answer, bool | np.bool_) and not answer:
+                    raise Cancelled(f"cancelled at step {step} of {steps}, nothing was written")
         return Sample(latents, velocity.routes)
 
     def decode(self, latents: Array) -> Array:
         """Latents [B, C, H, W] of the denoising loop to pixels [B, 3, height, width] in -1..1."""
         spec = self.manifest.latent
-        image: Array = self._decoder.run({"latents": latents / spec.scale + spec.shift})["image"]
+        outputs = self._decoder.run({"latents": latents / spec.scale + spec.shift})
+        shape = (len(latents), 3, *self.manifest.model.image_size_px)
+        image: Array = output(outputs, "image", shape)
         self._require_finite(image, "picture")
         return image
 
@@ -175,14 +193,17 @@ class Generator:
     def _encode(self, ids: list[list[int]]) -> Conditioning:
         # The pictures of one prompt share its row, so a large text encoder runs once for all of them.
         unique, rows = np.unique(np.array(ids, np.int64), axis=0, return_inverse=True)
-        outputs = self._text_encoder.run({"ids": unique})
-        return Conditioning(outputs["context"][rows.ravel()], outputs["pooled"][rows.ravel()])
+        outputs, model = self._text_encoder.run({"ids": unique}), self.manifest.model
+        context = output(outputs, "context", (*unique.shape, model.context_width))
+        pooled = output(outputs, "pooled", (len(unique), model.pooled_width))
+        return Conditioning(context[rows.ravel()], pooled[rows.ravel()])
 
     def _require_finite(self, values: Array, what: str) -> None:
         if not np.isfinite(values).all():
             raise EngineFailed(
-                f"expected finite numbers in the {what}, found NaN or infinity from engine {self.engine.name} at "
-                f"precision {self.manifest.precision}; try an fp32 bundle or check this one with tpx-verify"
+                f"expected finite numbers in the {what}, found NaN or infinity from engine "
+                f"{self.engine.name} at precision {self.manifest.precision}; try an fp32 bundle, or "
+                "check this one with tpx-verify"
             )
 
     @cached_property

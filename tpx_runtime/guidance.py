@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from .engine import Session
+from .engine import Session, output
 from .samplers import Array
 
 
@@ -20,7 +20,7 @@ class Conditioning:
 class GuidedVelocity:
     """A velocity function for the samplers: v = v_negative + guidance (v_prompt - v_negative).
 
-    Calls `transformer` once a step, with the batch [negative, prompt], or [prompt] alone where `negative` is None.
+    Each call runs `transformer` once, on the batch [negative, prompt], or [prompt] where `negative` is None.
     `routes` collects [B, S, N] of the prompt's branch for each call, where the model has thinking blocks.
     """
 
@@ -45,8 +45,8 @@ class GuidedVelocity:
         )
         if "routes" in outputs:
             self.routes.append(outputs["routes"][-len(latents) :])
-        velocity: Array = outputs["velocity"][-len(latents) :]
+        velocity: Array = output(outputs, "velocity", batch.shape)
         if len(self._branches) == 1:
             return velocity
-        unguided = outputs["velocity"][: len(latents)]
-        return unguided + self._guidance * (velocity - unguided)
+        negative, prompt = velocity[: len(latents)], velocity[len(latents) :]
+        return negative + self._guidance * (prompt - negative)

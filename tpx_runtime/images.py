@@ -2,7 +2,9 @@
 
 import math
 import os
+import stat
 import tempfile
+import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -37,14 +39,13 @@ def check_writable(path: Path) -> None:
     """Raise BadInput unless a PNG can be made at `path`: find out before the long work, not after it."""
     if path.suffix.lower() != ".png":
         raise BadInput(f"expected an output name that ends in .png, found {path}")
-    if path.is_dir():
-        raise BadInput(f"expected {path} to be a file, found a folder; name a file in it")
     try:
+        with suppress(FileNotFoundError):
+            if stat.S_ISDIR(path.stat().st_mode):
+                raise BadInput(f"expected {path} to be a file, found a folder; name a file in it")
         tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
-        raise BadInput(
-            f"expected a folder that can be written to at {path.parent}, found: {error.strerror}"
-        ) from None
+        raise BadInput(f"expected a place to write {path}, found: {error.strerror}; choose another") from None
 
 
 def save_png(image: Image.Image, path: str | Path) -> None:
@@ -54,13 +55,14 @@ def save_png(image: Image.Image, path: str | Path) -> None:
     for key in METADATA_KEYS:
         if key in image.info:
             chunks.add_text(key, str(image.info[key]))
-    # A sibling, for a rename is only whole within one file system.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # A sibling, for a rename is only whole within one file system; named shortly, for `path` may just fit.
+    temporary = path.with_name(f".tpx-{os.getpid()}-{threading.get_ident()}.tmp")
     try:
         image.save(temporary, format="PNG", pnginfo=chunks)
         temporary.replace(path)
     except OSError as error:
-        raise BadInput(f"expected to write {path}, found: {error.strerror}; choose another place") from error
+        reason = error.strerror or error  # Pillow's own errors have no strerror
+        raise BadInput(f"expected to write {path}, found: {reason}; choose another place") from error
     finally:
         with suppress(OSError):
             temporary.unlink()

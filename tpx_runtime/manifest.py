@@ -1,19 +1,20 @@
 """The manifest of a bundle: its facts as frozen dataclasses, read and written here and nowhere else.
 
-The format is described in docs/bundle.md. `tpx_export` builds a `Manifest` and writes `to_json()`; the runtime and the
-engines read it with `from_json()`, which refuses whatever it does not understand instead of guessing.
+The format is described in docs/bundle.md. `tpx_export` builds a `Manifest` and writes `to_json()`; the
+runtime and the engines read it with `from_json()`, which refuses whatever it does not understand.
 """
 
 import hashlib
 import json
-import math
 import re
+import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import PurePosixPath
 from types import GenericAlias
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from .errors import BundleInvalid, shorten
+from .samplers import SAMPLERS, TRAIN_TIMESTEPS
 
 FORMAT = "tpx-bundle"
 FORMAT_VERSION = 1
@@ -63,7 +64,7 @@ class Defaults:
 
 @dataclass(frozen=True)
 class Tolerance:
-    """Greatest relative error of each graph against the golden tensors; least share of equally routed tokens."""
+    """Greatest relative error of each graph against golden/; least share of equally routed tokens."""
 
     text_encoder: float
     transformer: float
@@ -104,13 +105,22 @@ class Manifest:
             raise _invalid(f"expected model.depths to rise from at least 1, found {list(model.depths)}")
         if defaults.depth not in model.depths:
             raise _invalid(f"expected defaults.depth among {list(model.depths)}, found {defaults.depth}")
-        if defaults.steps < 1:
-            raise _invalid(f"expected defaults.steps of at least 1, found {defaults.steps}")
+        if bool(model.experts) != bool(model.thinking_blocks) or model.experts < 0:
+            raise _invalid(
+                f"expected model.experts of 0 without thinking blocks and more with them, "
+                f"found {model.experts} with {len(model.thinking_blocks)}"
+            )
+        if defaults.sampler not in SAMPLERS:
+            raise _invalid(
+                f"expected defaults.sampler of {', '.join(SAMPLERS)}, found {shorten(defaults.sampler)}"
+            )
+        if not 1 <= defaults.steps <= TRAIN_TIMESTEPS:
+            raise _invalid(f"expected defaults.steps in 1..{TRAIN_TIMESTEPS}, found {defaults.steps}")
         if self.latent.scale == 0:
             raise _invalid("expected latent.scale other than 0, found 0")
         for path, entry in self.files.items():
             inside = path == str(PurePosixPath(path)) and not path.startswith("/") and ".." not in path
-            if not inside or "\\" in path or ":" in path:
+            if not inside or "\\" in path or ":" in path or not path.isprintable():
                 raise _invalid(f"expected file paths inside the bundle, found {shorten(path)}")
             if not re.fullmatch("[0-9a-f]{64}", entry.sha256):
                 raise _invalid(f"expected a SHA-256 for {path}, found {shorten(entry.sha256)}")
@@ -131,14 +141,14 @@ class Manifest:
         """Parse and check the text of manifest.json. Raises BundleInvalid."""
         try:
             facts = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise _invalid(f"expected JSON, found text that is not ({error})") from None
         if not isinstance(facts, dict) or facts.pop("format", None) != FORMAT:
             raise _invalid(f'expected "format": "{FORMAT}", found another file')
         version = facts.pop("version", None)
-        if version != FORMAT_VERSION:
+        if type(version) is not int or version != FORMAT_VERSION:
             raise _invalid(
-                f"expected format version {FORMAT_VERSION}, found {version!r}; "
+                f"expected format version {FORMAT_VERSION}, found {shorten(version)}; "
                 "export the bundle again with this tpx, or install the tpx that wrote it"
             )
         promised = facts.pop("sha256", None)
@@ -162,17 +172,19 @@ def _parse(kind: type[T], value: Any, where: str) -> T:
         names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
         if odd := sorted(set(names) ^ set(value)):
             found = "missing" if odd[0] in names else "unknown"
-            raise _invalid(f"expected the fields of version {FORMAT_VERSION}, found {where}{odd[0]} {found}")
+            raise _invalid(
+                f"expected the fields of version {FORMAT_VERSION}, found {shorten(where + odd[0])} {found}"
+            )
         return kind(**{name: _parse(hints[name], value[name], f"{where}{name}.") for name in names})
     if isinstance(kind, GenericAlias) and kind.__origin__ is dict and isinstance(value, dict):
-        return {key: _parse(get_args(kind)[1], item, f"{where}{key}.") for key, item in value.items()}  # type: ignore[return-value]
+        return {key: _parse(get_args(kind)[1], item, f"{where}{key}.") for key, item in value.items()}
     if isinstance(kind, GenericAlias) and kind.__origin__ is tuple and isinstance(value, list):
         length_fits = Ellipsis in get_args(kind) or len(value) == len(get_args(kind))
         if length_fits and all(type(item) is int for item in value):
-            return tuple(value)  # type: ignore[return-value]
-    if kind is float and type(value) in (int, float) and math.isfinite(value):
+            return tuple(value)
+    if kind is float and type(value) in (int, float) and abs(value) <= sys.float_info.max:
         return float(value)  # type: ignore[return-value]
     if kind in (int, str) and type(value) is kind:
         return value
     expected = kind.__name__ if isinstance(kind, type) and not isinstance(kind, GenericAlias) else str(kind)
-    raise _invalid(f"expected {where.rstrip('.')} to be {expected}, found {shorten(json.dumps(value))}")
+    raise _invalid(f"expected {shorten(where[:-1])} to be {expected}, found {shorten(value)}")

@@ -1,8 +1,9 @@
 """Seeded Gaussian noise that is the same on every engine and machine.
 
-The bits come from Philox4x64-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011), a counter-based
-generator: value k of seed s depends on nothing but s and k. numpy promises that the raw stream of a bit generator never
-changes, which it does not promise of `Generator.normal`; so the Box-Muller transform is written out here.
+The bits come from Philox4x64-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011), a
+counter-based generator: value k of seed s depends on nothing but s and k. numpy promises that the raw stream
+of a bit generator never changes, which it does not promise of `Generator.normal`; so the Box-Muller transform
+is written out here.
 """
 
 import math

@@ -1,8 +1,8 @@
 """Samplers for flow matching: pure functions from noise to latents.
 
-The model predicts a velocity v at x = (1 - sigma) x0 + sigma noise, so x0 = x - sigma v. A sampler yields the latents
-after each step; whoever iterates decides about progress and cancelling. Schedules agree with diffusers' schedulers,
-whose names and settings are given at each.
+The model predicts a velocity v at x = (1 - sigma) x0 + sigma noise, so x0 = x - sigma v. A sampler yields the
+latents after each step; whoever iterates decides about progress and cancelling. Schedules agree with those of
+diffusers, whose names and settings are given at each.
 
     euler     Euler's method on dx/dsigma = v
     heun      Heun's second-order method; 2N - 1 model calls
@@ -18,14 +18,14 @@ import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[np.float32]
-Velocity = Callable[[Array, float], Array]  # (latents [B, C, H, W], timestep in 0..1000) -> velocity [B, C, H, W]
+Velocity = Callable[[Array, float], Array]  # (latents [B, C, H, W], timestep in 0..1000) -> [B, C, H, W]
 
 TRAIN_TIMESTEPS = 1000
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """`sigmas` has N + 1 falling values that end in 0; `timesteps` are the N values that the model is shown."""
+    """`sigmas` has N + 1 falling values that end in 0; `timesteps` has the N that the model is shown."""
 
     sigmas: list[float]
     timesteps: list[float]
@@ -40,18 +40,18 @@ def _schedule(sigmas: npt.NDArray[np.float64], whole_timesteps: bool) -> Schedul
     timesteps = sigmas * TRAIN_TIMESTEPS
     if whole_timesteps:
         timesteps = np.floor(timesteps)
-    # Near sigma = 1 the rounding shows in alpha = 1 - sigma, so parity needs float32 just where diffusers has it.
+    # Near sigma = 1 rounding shows in alpha = 1 - sigma, so parity needs float32 just where diffusers has it.
     return Schedule([*sigmas.astype(np.float32).tolist(), 0.0], timesteps.tolist())
 
 
 def flow_schedule(steps: int, shift: float) -> Schedule:
-    """FlowMatchEulerDiscreteScheduler and FlowMatchHeunDiscreteScheduler, which shift the smallest sigma twice."""
+    """FlowMatchEulerDiscreteScheduler and FlowMatchHeunDiscreteScheduler: the last sigma is shifted twice."""
     smallest = shift_sigmas(np.array(1 / TRAIN_TIMESTEPS), shift)
     return _schedule(shift_sigmas(np.linspace(1.0, smallest, steps), shift), whole_timesteps=False)
 
 
 def dpmpp2m_schedule(steps: int, shift: float) -> Schedule:
-    """DPMSolverMultistepScheduler(use_flow_sigmas=True): the sigmas that 1/1000, evenly to 1, mirror around 1."""
+    """DPMSolverMultistepScheduler(use_flow_sigmas=True): sigma = 1 - alpha, alpha evenly from 1/1000 to 1."""
     alphas = np.linspace(1.0, 1 / TRAIN_TIMESTEPS, steps + 1)
     return _schedule(shift_sigmas(1.0 - alphas, shift)[:0:-1], whole_timesteps=True)
 
@@ -86,7 +86,7 @@ def _half_log_snr(sigma: float) -> float:
 
 
 def dpmpp2m(velocity: Velocity, x: Array, schedule: Schedule) -> Iterator[Array]:
-    """Second order in the history of x0; the first step has no history, the last (to sigma = 0) needs none."""
+    """Second order in the history of x0; the first step has none, the last (to sigma = 0) needs none."""
     sigmas = schedule.sigmas
     older_x0: Array | None = None
     older_h = 0.0
@@ -121,8 +121,8 @@ def _unipc_step(
 ) -> Array:
     """One step sigma -> next_sigma of order len(history), 1 or 2; with `next_x0` it is the corrector.
 
-    Its terms are differences D_k = (x0(lambda + r_k h) - x0(lambda)) / r_k, r = -h_old / h for the past and 1 for the
-    corrector; their weights solve equation (10) of the paper, with B(h) = exp(-h) - 1.
+    Its terms are differences D_k = (x0(lambda + r_k h) - x0(lambda)) / r_k, r = -h_old / h for the past and 1
+    for the corrector; their weights solve equation (10) of the paper, with B(h) = exp(-h) - 1.
     """
     h, latest = hs[-1], history[-1]
     growth = math.expm1(-h)  # phi_1 = growth / -h = B / -h
@@ -141,7 +141,7 @@ def _unipc_step(
 
 def _unipc_weights(ratios: list[float], h: float) -> list[float]:
     if len(ratios) < 2:
-        return [0.5] * len(ratios)  # the authors' choice for one term: it needs no solving and does not depend on h
+        return [0.5] * len(ratios)  # the authors' choice for one term: it does not depend on h
     growth = math.expm1(-h)
     moment = growth / -h - 1.0
     targets = [moment / growth, 2.0 * (moment / -h - 0.5) / growth]

@@ -1,13 +1,14 @@
 """The settings of a picture: checked once, carried through, and written into the file."""
 
 import json
-import math
 from dataclasses import asdict, dataclass
 
 from .bundle import Manifest
-from .errors import BadInput
+from .errors import BadInput, shorten
 from .noise import MAX_SEED
 from .samplers import SAMPLERS, TRAIN_TIMESTEPS
+
+MAX_GUIDANCE = 1000.0  # far beyond use, and far from float32's end
 
 
 @dataclass(frozen=True)
@@ -27,17 +28,22 @@ class Settings:
         for name in ("prompt", "negative_prompt"):
             if not isinstance(getattr(self, name), str):
                 raise BadInput(f"expected {name} to be text, found {type(getattr(self, name)).__name__}")
-        if self.sampler not in SAMPLERS:
-            raise BadInput(f"expected a sampler of {', '.join(SAMPLERS)}, found {self.sampler!r}")
+        if not isinstance(self.sampler, str) or self.sampler not in SAMPLERS:
+            raise BadInput(f"expected a sampler of {', '.join(SAMPLERS)}, found {shorten(self.sampler)}")
         check_int("seed", self.seed, 0, MAX_SEED)
         check_int("steps", self.steps, 1, TRAIN_TIMESTEPS)
         if type(self.depth) is not int or self.depth not in manifest.model.depths:
             depths = ", ".join(map(str, manifest.model.depths))
-            raise BadInput(f"expected a depth of {depths} (this bundle's), found {self.depth!r}")
-        if type(self.guidance) not in (int, float) or not math.isfinite(self.guidance):
-            raise BadInput(f"expected guidance to be a finite number, found {self.guidance!r}")
+            raise BadInput(f"expected a depth of {depths} (this bundle's), found {shorten(self.depth)}")
+        if type(self.guidance) not in (int, float) or not abs(self.guidance) <= MAX_GUIDANCE:
+            raise BadInput(
+                f"expected guidance to be a number in {-MAX_GUIDANCE:g}..{MAX_GUIDANCE:g}, "
+                f"found {shorten(self.guidance)}"
+            )
         if self.guidance == 1 and self.negative_prompt:
-            raise BadInput("expected no negative prompt at guidance 1, which leaves it out, found one; use more")
+            raise BadInput(
+                "expected no negative prompt at guidance 1, which leaves it out, found one; use more guidance"
+            )
         return self
 
     def metadata(self, manifest: Manifest, engine_name: str) -> dict[str, str]:
@@ -52,8 +58,9 @@ class Settings:
         }
         negative = f"Negative prompt: {self.negative_prompt}\n" if self.negative_prompt else ""
         line = (
-            f"{self.prompt}\n{negative}Steps: {self.steps}, Sampler: {self.sampler}, CFG scale: {self.guidance}, "
-            f"Seed: {self.seed}, Size: {width}x{height}, Model: {manifest.name}, Depth: {self.depth}"
+            f"{self.prompt}\n{negative}Steps: {self.steps}, Sampler: {self.sampler}, "
+            f"CFG scale: {self.guidance}, Seed: {self.seed}, Size: {width}x{height}, Model: {manifest.name}, "
+            f"Depth: {self.depth}"
         )
         return {"tpx": json.dumps(facts), "parameters": line}
 
@@ -63,4 +70,4 @@ def check_int(name: str, value: object, least: int, most: int | None = None) -> 
     if type(value) is int and least <= value and (most is None or value <= most):
         return
     limits = f"of at least {least}" if most is None else f"in {least}..{most}"
-    raise BadInput(f"expected {name} to be a whole number {limits}, found {value!r}")
+    raise BadInput(f"expected {name} to be a whole number {limits}, found {shorten(value)}")

@@ -1,4 +1,4 @@
-"""Words to ids: a prompt is lower-cased, split at spaces and at the marks `, .`, and looked up word by word."""
+"""Words to ids: a prompt is lower-cased, split at spaces and the marks `, .`, and looked up word by word."""
 
 import difflib
 import json
@@ -21,7 +21,7 @@ class Encoding:
 
 
 class WordTokenizer:
-    """Maps words to their position in `tokens`; an encoding is `<bos> words <eos> <pad> ...`, text_tokens long."""
+    """Maps words to their place in `tokens`: `<bos> words <eos> <pad> ...`, text_tokens long."""
 
     def __init__(self, tokens: list[str], text_tokens: int) -> None:
         self.text_tokens = text_tokens
@@ -33,10 +33,12 @@ class WordTokenizer:
         try:
             facts = json.loads(path.read_text(encoding="utf-8"))
             kind, tokens, text_tokens = facts["kind"], facts["tokens"], facts["text_tokens"]
-        except (ValueError, TypeError, KeyError):
-            raise BundleInvalid(f"{path}: expected JSON with kind, tokens and text_tokens, found none") from None
+        except (ValueError, TypeError, KeyError, RecursionError):
+            raise BundleInvalid(
+                f"{path}: expected JSON with kind, tokens and text_tokens, found none"
+            ) from None
         if kind != "word":
-            raise BundleInvalid(f'{path}: expected a vocabulary of kind "word", found {shorten(str(kind))}')
+            raise BundleInvalid(f'{path}: expected a vocabulary of kind "word", found {shorten(kind)}')
         if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
             raise BundleInvalid(f"{path}: expected tokens to be a list of words, found something else")
         if missing := {PAD, BOS, EOS, UNK} - set(tokens):
@@ -44,7 +46,7 @@ class WordTokenizer:
         if len(set(tokens)) != len(tokens):
             raise BundleInvalid(f"{path}: expected every token once, found one twice")
         if type(text_tokens) is not int or text_tokens < 3:
-            raise BundleInvalid(f"{path}: expected text_tokens of at least 3, found {text_tokens!r}")
+            raise BundleInvalid(f"{path}: expected text_tokens of at least 3, found {shorten(text_tokens)}")
         return cls(tokens, text_tokens)
 
     def encode(self, prompt: str) -> Encoding:

@@ -10,6 +10,7 @@ import os
 import pickle
 import types
 import typing
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,9 @@ def _read_safetensors(path: Path) -> tuple[Any, dict[str, Tensor]]:
 
 def _read_pt(path: Path) -> tuple[Any, dict[str, Tensor]]:
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # torch warns about foreign pickles before it refuses them; one line is enough
+            warnings.simplefilter("ignore")
+            saved = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise CheckpointInvalid(
             f"{path}: expected tensors alone, found a pickle that is damaged or would run code; it was not run, "
@@ -95,7 +98,14 @@ def _read_pt(path: Path) -> tuple[Any, dict[str, Tensor]]:
         raise CheckpointInvalid(_broken(path, error)) from None
     if not isinstance(saved, dict) or set(saved) != {"header", "state"} or not isinstance(saved["header"], str):
         raise CheckpointInvalid(_foreign(path, "a .pt file of another project"))
-    return json.loads(saved["header"]), saved["state"]
+    try:
+        header = json.loads(saved["header"])
+    except ValueError as error:
+        raise CheckpointInvalid(_broken(path, error)) from None
+    state = saved["state"]
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointInvalid(_foreign(path, "a state that is not tensors by name"))
+    return header, state
 
 
 def _foreign(path: Path, found: str) -> str:

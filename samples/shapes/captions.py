@@ -176,7 +176,7 @@ def training_pairs(seed: int) -> Iterator[tuple[Prompt, Scene]]:
 
 
 def satisfies(scene: Scene, prompt: Prompt) -> bool:
-    """Whether a scene is what the prompt asks for: each group, nothing else, and its relation, if any."""
+    """Whether a scene is just what the prompt asks for: each group, no more, and its relation, if any."""
     left = list(scene)
     if len(left) != sum(group.count for group in prompt.groups):
         return False

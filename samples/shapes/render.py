@@ -121,7 +121,8 @@ def _cast(s: Solids, k: int, origin: Vec, direction: Vec) -> tuple[Tensor, Tenso
     disc = b * b - 4 * a * c
     root = disc.clamp(min=0).sqrt()
     near, far = (-b - root) / (2 * a), (-b + root) / (2 * a)
-    # a < 0 only for a steep ray at a cone: it leaves the lower nappe at one root and enters the upper later.
+    # a < 0 only for a steep ray at a cone: it leaves the lower nappe at one root and enters the upper at the
+    # other.
     t0 = torch.where(a > 0, torch.where(disc < 0, FREE, near), torch.where(dy > 0, -FREE, near))
     t1 = torch.where(a > 0, torch.where(disc < 0, -FREE, far), torch.where(dy > 0, far, FREE))
 

@@ -5,6 +5,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import create_autospec
 
 import numpy as np
 import pytest
@@ -139,7 +140,9 @@ def test_score_command(
     def generate(prompt: str, *, num_images: int, **settings: object) -> list[Image.Image]:
         return [pictures[prompt]] * num_images
 
-    monkeypatch.setattr(Generator, "load", lambda path, engine: generate)
+    generator = create_autospec(Generator, instance=True, side_effect=generate)  # refuses other arguments
+    load = create_autospec(Generator.load, return_value=generator)
+    monkeypatch.setattr(Generator, "load", load)
     out = tmp_path / "page.png"
     arguments = ["--bundle", "none", "--seeds", "2", "--out", str(out)]
     result = CliRunner().invoke(score.main, [*arguments, *(("--require", *required) if required else ())])
@@ -150,6 +153,8 @@ def test_score_command(
     assert ["single", "objects", "80.0%", "(standard", "90%)"] in lines
     assert ["pairs", "100.0%", "(standard", "60%)"] in lines
     assert out.exists()
+    load.assert_called_once_with(Path("none"), "auto")
+    assert generator.call_args.kwargs == {"num_images": 2, "steps": None, "guidance": None, "depth": None}
 
 
 def test_score_asks_for_nothing_held_out() -> None:

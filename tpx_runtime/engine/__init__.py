@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy.typing as npt
 
-from ..errors import BadInput, EngineUnavailable
+from ..errors import BadInput, EngineFailed, EngineUnavailable, shorten
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -20,19 +20,35 @@ class Session(Protocol):
         """Every output of the graph by name. Raises EngineFailed."""
 
 
+def output(outputs: Arrays, name: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
+    """The output `name` of a session, whose shape must be `shape`. Raises EngineFailed."""
+    found = outputs[name].shape if name in outputs else "none"
+    if found != shape:
+        raise EngineFailed(
+            f"expected an output {name} of shape {shape}, found {found}; export the bundle again"
+        )
+    return outputs[name]
+
+
+def one_line(error: BaseException) -> str:
+    """What an engine's own error says, fit for an error message."""
+    return " ".join(str(error).split())[:300]
+
+
 @dataclass(frozen=True)
 class Engine:
     """One way to run a graph; `package` is what it imports, `extra` is what pip installs for it.
 
-    `module`, beside this file, has `problem(engine_name) -> str | None`, why this machine cannot use the engine and how
-    to mend it, and `open_session(engine_name, path) -> Session`. It is imported only when it is asked.
+    `module`, beside this file, has `problem(engine_name) -> str | None`, why this machine cannot use the
+    engine and how to mend it, and `open_session(engine_name, path) -> Session`. It is imported when first
+    asked.
     """
 
     name: str
     package: str
     extra: str
     module: str
-    plain: bool  # whether it needs the spelling of the transformer without local functions
+    plain: bool  # which spelling of the transformer it reads: standard operators alone, or tpx::RoutedLora
 
     def problem(self) -> str | None:
         """Why this engine cannot run here, on one line; None if it can."""
@@ -41,7 +57,13 @@ class Engine:
                 f"expected the package {self.package} for engine {self.name}, found none; "
                 f"install it with `pip install 'tpx[{self.extra}]'`"
             )
-        reason: str | None = self._module().problem(self.name)
+        try:
+            reason: str | None = self._module().problem(self.name)
+        except (ImportError, OSError) as error:  # a broken install, or a shared library that is not there
+            return (
+                f"expected {self.package} to import for engine {self.name}, found: {one_line(error)}; "
+                f"install it again with `pip install --force-reinstall 'tpx[{self.extra}]'`"
+            )
         return reason
 
     def open(self, path: Path) -> Session:
@@ -58,11 +80,15 @@ ENGINES = {
     engine.name: engine
     for engine in (
         Engine("onnxruntime-cuda", package="onnxruntime", extra="gpu", module="onnxruntime", plain=False),
-        Engine("onnxruntime", package="onnxruntime", extra="cpu", module="onnxruntime", plain=False),
+        Engine("onnxruntime", package="onnxruntime", extra="cpu", module="onnxruntime", plain=True),
         Engine("openvino", package="openvino", extra="openvino", module="openvino", plain=True),
     )
 }
 AUTO = "auto"
+NONE_RUNS = (
+    f"expected one of the engines {', '.join(ENGINES)}, found none that runs here; "
+    "install one with `pip install 'tpx[cpu]'`"
+)
 
 
 def resolve(name: str = AUTO) -> Engine:
@@ -74,12 +100,9 @@ def resolve(name: str = AUTO) -> Engine:
         for engine in ENGINES.values():
             if engine.problem() is None:
                 return engine
-        raise EngineUnavailable(
-            f"expected one of the engines {', '.join(ENGINES)}, found none that runs here; "
-            "install one with `pip install 'tpx[cpu]'`"
-        )
-    if name not in ENGINES:
-        raise BadInput(f"expected an engine of {AUTO}, {', '.join(ENGINES)}, found {name!r}")
+        raise EngineUnavailable(NONE_RUNS)
+    if not isinstance(name, str) or name not in ENGINES:
+        raise BadInput(f"expected an engine of {AUTO}, {', '.join(ENGINES)}, found {shorten(name)}")
     if problem := ENGINES[name].problem():
         raise EngineUnavailable(problem)
     return ENGINES[name]

@@ -7,7 +7,7 @@ from pathlib import Path
 import onnxruntime as ort
 
 from ..errors import EngineFailed, EngineUnavailable
-from . import Arrays
+from . import Arrays, one_line
 
 PROVIDERS = {"onnxruntime": "CPUExecutionProvider", "onnxruntime-cuda": "CUDAExecutionProvider"}
 _ERRORS_ONLY = 3
@@ -17,14 +17,16 @@ def problem(engine_name: str) -> str | None:
     """Why this machine cannot use the engine, or None."""
     if PROVIDERS[engine_name] not in ort.get_available_providers():
         return (
-            f"expected an onnxruntime with {PROVIDERS[engine_name]} for engine {engine_name}, found one without; "
-            "replace it: `pip uninstall onnxruntime`, then `pip install 'tpx[gpu]'`"
+            f"expected an onnxruntime with {PROVIDERS[engine_name]} for engine {engine_name}, found one "
+            "without; replace it: `pip uninstall onnxruntime`, then `pip install 'tpx[gpu]'`"
         )
     if engine_name == "onnxruntime-cuda":
         try:
             ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
         except OSError:
-            return "expected an NVIDIA driver for engine onnxruntime-cuda, found none; use the engine onnxruntime"
+            return (
+                f"expected an NVIDIA driver for engine {engine_name}, found none; use the engine onnxruntime"
+            )
     return None
 
 
@@ -39,7 +41,7 @@ class OrtSession:
         try:
             return dict(zip(self._names, self._session.run(self._names, inputs), strict=True))
         except Exception as error:  # onnxruntime raises types of its own, which it does not export by name
-            raise EngineFailed(f"{self._path}: onnxruntime could not run it: {_one_line(error)}") from error
+            raise EngineFailed(f"{self._path}: onnxruntime could not run it: {one_line(error)}") from error
 
 
 def open_session(engine_name: str, path: Path) -> OrtSession:
@@ -52,14 +54,10 @@ def open_session(engine_name: str, path: Path) -> OrtSession:
     try:
         session = ort.InferenceSession(str(path), options, providers=[provider])
     except Exception as error:
-        raise EngineFailed(f"{path}: onnxruntime could not load it: {_one_line(error)}") from error
+        raise EngineFailed(f"{path}: onnxruntime could not load it: {one_line(error)}") from error
     if provider not in session.get_providers():
         raise EngineUnavailable(
             f"expected {provider} for engine {engine_name}, found that onnxruntime fell back to "
             f"{', '.join(session.get_providers())}; check the CUDA and cuDNN that onnxruntime-gpu asks for"
         )
     return OrtSession(session, path)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

@@ -1,11 +1,11 @@
-"""OpenVINO on the CPU. It refuses model-local functions, so it is given the plain spelling of the transformer."""
+"""OpenVINO on the CPU. It refuses model-local functions, so it is given the transformer's plain spelling."""
 
 from pathlib import Path
 
 import openvino
 
 from ..errors import EngineFailed
-from . import Arrays
+from . import Arrays, one_line
 
 # Left alone it computes in bf16 where the CPU can, which sends tokens to other experts.
 _CONFIG = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
@@ -22,12 +22,20 @@ class OpenVinoSession:
     def __init__(self, model: openvino.CompiledModel, path: Path) -> None:
         self._model, self._path = model, path
         self._names = [output.any_name for output in model.outputs]
+        self._wanted = {input_.any_name for input_ in model.inputs}
 
     def run(self, inputs: Arrays) -> Arrays:
+        if (
+            inputs.keys() != self._wanted
+        ):  # openvino would run on whatever lies in its memory for those left out
+            wanted, found = (", ".join(sorted(names)) or "none" for names in (self._wanted, inputs.keys()))
+            raise EngineFailed(
+                f"{self._path}: openvino could not run it: expected inputs {wanted}, found {found}"
+            )
         try:
             outputs = self._model(inputs)
         except Exception as error:
-            raise EngineFailed(f"{self._path}: openvino could not run it: {_one_line(error)}") from error
+            raise EngineFailed(f"{self._path}: openvino could not run it: {one_line(error)}") from error
         return {name: outputs[name] for name in self._names}
 
 
@@ -36,9 +44,5 @@ def open_session(engine_name: str, path: Path) -> OpenVinoSession:
     try:
         model = openvino.Core().compile_model(str(path), "CPU", _CONFIG)
     except Exception as error:
-        raise EngineFailed(f"{path}: openvino could not load it: {_one_line(error)}") from error
+        raise EngineFailed(f"{path}: openvino could not load it: {one_line(error)}") from error
     return OpenVinoSession(model, path)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

@@ -1,0 +1,32 @@
+# make demo   from a fresh clone to a picture: environment, export of the sample model, one prompt
+# make test   the tests         make lint   ruff and mypy         make clean   what the others made
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint score clean
+
+demo: $(READY)
+	@$(BIN)/python -m samples.demo
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+score: $(READY)
+	$(BIN)/python -m samples.shapes.score --bundle bundles/shapes
+
+# torch first and by itself: a bare `torch` among other requirements may pick a build with gigabytes of CUDA.
+$(READY): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) bundles out build dist

@@ -1,0 +1,60 @@
+"""TensorRT for RTX reads and builds every graph of a bundle; no GPU is needed for that."""
+
+from pathlib import Path
+
+import onnx
+import pytest
+
+from tpx_engines import tensorrt_rtx
+from tpx_export.exporter import export_bundle
+from tpx_export.model.text_to_image import TextToImage
+from tpx_runtime.bundle import Bundle, transformer_name
+from tpx_runtime.errors import BadInput, EngineFailed, EngineUnavailable
+
+try:
+    tensorrt_rtx.bindings()
+except EngineUnavailable as missing:
+    pytest.skip(str(missing), allow_module_level=True)
+
+
+@pytest.fixture(scope="module", params=["fp32", "fp16"])
+def bundle(
+    request: pytest.FixtureRequest, tiny_model: TextToImage, tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Bundle:
+    if request.param == "fp32":
+        return Bundle.open(tiny_bundle)
+    out = tmp_path_factory.mktemp("half") / "tiny"
+    export_bundle(tiny_model, out, precision="fp16")
+    return Bundle.open(out)
+
+
+@pytest.mark.parametrize("capability", [86, 89, 120])
+def test_builds_every_graph_at_every_depth(bundle: Bundle, capability: int) -> None:
+    graphs = tensorrt_rtx.graphs(bundle)
+    assert len(graphs) == 5
+    for name, (path, inputs) in graphs.items():
+        engine = tensorrt_rtx.build(path, inputs, capability=capability)
+        assert len(engine) > 10_000, name
+
+
+def test_refuses_the_spelling_for_cpus(tiny_bundle: Path) -> None:
+    bundle = Bundle.open(tiny_bundle)
+    _, inputs = tensorrt_rtx.graphs(bundle)["transformer depth 1"]
+    with pytest.raises(EngineFailed, match=r"depth-1\.plain\.onnx: TensorRT for RTX cannot read it: .*NonZero"):
+        tensorrt_rtx.build(bundle.transformer(1, plain=True), inputs)
+
+
+def test_refuses_a_damaged_graph(tiny_bundle: Path, tmp_path: Path) -> None:
+    bundle = Bundle.open(tiny_bundle)
+    _, inputs = tensorrt_rtx.graphs(bundle)["transformer depth 1"]
+    model = onnx.load(tiny_bundle / transformer_name(1))
+    model.functions.clear()
+    path = tmp_path / "model.onnx"
+    onnx.save(model, path)
+    with pytest.raises(EngineFailed, match="Plugin not found"):
+        tensorrt_rtx.build(path, inputs)
+
+
+def test_refuses_unknown_capability(tiny_bundle: Path) -> None:
+    with pytest.raises(BadInput, match="expected a compute capability of 75, 80, 86, 89, 120, 121, found 90"):
+        tensorrt_rtx.build(tiny_bundle / "x.onnx", {}, capability=90)

@@ -1,0 +1,135 @@
+"""Checkpoints: what is written is read again, and whatever is not ours is refused in one line."""
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tpx_export import checkpoint
+from tpx_export.checkpoint import CheckpointInvalid
+from tpx_export.model.text_to_image import TextToImage
+
+
+@pytest.fixture(params=checkpoint.SUFFIXES)
+def saved(request: pytest.FixtureRequest, tiny_model: TextToImage, tmp_path: Path) -> Path:
+    path = tmp_path / f"model{request.param}"
+    checkpoint.save(tiny_model, path)
+    return path
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(CheckpointInvalid) as caught:
+        checkpoint.load(path)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "expected" in message and "found" in message
+    return message
+
+
+def test_round_trip(saved: Path, tiny_model: TextToImage) -> None:
+    found = checkpoint.load(saved)
+    assert found.spec == tiny_model.spec
+    assert not found.training
+    for name, value in tiny_model.state_dict().items():
+        assert torch.equal(found.state_dict()[name], value), name
+
+
+def test_half_precision_on_disk_is_float32_in_memory(tiny_model: TextToImage, tmp_path: Path) -> None:
+    path = tmp_path / "half.safetensors"
+    checkpoint.save(tiny_model, path, torch.float16)
+    assert path.stat().st_size < 0.6 * sum(4 * value.numel() for value in tiny_model.state_dict().values())
+    assert all(value.dtype == torch.float32 for value in checkpoint.load(path).state_dict().values())
+
+
+def test_a_failed_save_leaves_nothing(tiny_model: TextToImage, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"\.safetensors or \.pt"):
+        checkpoint.save(tiny_model, tmp_path / "model.bin")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_and_renamed(saved: Path, tmp_path: Path) -> None:
+    assert "none" in refusal(tmp_path / "no.pt")
+    assert ".bin" in refusal(saved.rename(tmp_path / "model.bin"))
+
+
+def test_wrong_suffix_of_the_other_format(saved: Path) -> None:
+    other = {".pt": ".safetensors", ".safetensors": ".pt"}[saved.suffix]
+    refusal(saved.rename(saved.with_suffix(other)))
+
+
+@pytest.mark.parametrize("keep", [0, 10, 0.5, 0.999])
+def test_truncated(saved: Path, keep: float) -> None:
+    whole = saved.read_bytes()
+    saved.write_bytes(whole[: int(keep if keep >= 1 else keep * len(whole))])
+    refusal(saved)
+
+
+class Evil:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return Path.touch, (Path("evil-was-here"),)
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_a_pickle_that_would_run_code_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, legacy: bool) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "evil.pt"
+    if legacy:
+        path.write_bytes(pickle.dumps({"header": "{}", "state": Evil()}))
+    else:
+        torch.save({"header": "{}", "state": Evil()}, path)
+    assert "would run code" in refusal(path)
+    assert not (tmp_path / "evil-was-here").exists()
+
+
+def test_foreign_files(tmp_path: Path) -> None:
+    torch.save({"model": torch.zeros(2)}, tmp_path / "other.pt")
+    assert "another project" in refusal(tmp_path / "other.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    assert "another project" in refusal(tmp_path / "list.pt")
+    save_file({"x": torch.zeros(2)}, tmp_path / "other.safetensors")
+    assert "another project" in refusal(tmp_path / "other.safetensors")
+
+
+def test_damaged_header(tmp_path: Path, tiny_model: TextToImage) -> None:
+    torch.save({"header": "not json", "state": {}}, tmp_path / "odd.pt")
+    refusal(tmp_path / "odd.pt")
+    torch.save({"header": "{}", "state": []}, tmp_path / "odd.pt")
+    refusal(tmp_path / "odd.pt")
+
+
+def edited(saved: Path, edit: str, value: object) -> Path:
+    state = {"weight": torch.zeros(1)}
+    header = {"format": checkpoint.FORMAT, "version": checkpoint.VERSION, "spec": {}, edit: value}
+    if saved.suffix == ".pt":
+        torch.save({"header": json.dumps(header), "state": state}, saved)
+    else:
+        save_file(state, saved, metadata={"tpx": json.dumps(header)})
+    return saved
+
+
+def test_other_version_and_specification(saved: Path) -> None:
+    assert "version 1" in refusal(edited(saved, "version", 2))
+    assert "specification" in refusal(edited(saved, "spec", {"name": "x"}))
+    assert "specification" in refusal(edited(saved, "spec", None))
+
+
+def test_missing_unknown_and_misshapen_tensors(saved: Path, tiny_model: TextToImage) -> None:
+    for change in ("drop", "add", "shape", "nan"):
+        state = {name: value.clone() for name, value in tiny_model.state_dict().items()}
+        name = next(iter(state))
+        if change == "drop":
+            del state[name]
+        elif change == "add":
+            state["extra"] = torch.zeros(1)
+        elif change == "shape":
+            state[name] = state[name][:1]
+        else:
+            state[name].view(-1)[0] = float("nan")
+        path = saved.with_name("changed.pt")
+        checkpoint.save(tiny_model, path)
+        whole = torch.load(path, weights_only=True)
+        torch.save({**whole, "state": state}, path)
+        assert ("extra" if change == "add" else name) in refusal(path)

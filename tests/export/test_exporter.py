@@ -1,0 +1,257 @@
+"""A bundle: what it holds, that it computes what PyTorch computes, and that a failed export leaves nothing."""
+
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from click.testing import CliRunner
+from conftest import make_tiny
+
+from tpx_export import checkpoint, exporter
+from tpx_export.cli import main, table
+from tpx_export.exporter import Summary, export_bundle
+from tpx_export.model.text_to_image import TextToImage
+from tpx_export.operator import DOMAIN, NAME
+from tpx_export.precision import TOLERANCES
+from tpx_export.routing import permuted
+from tpx_runtime.bundle import Bundle, transformer_name
+from tpx_runtime.errors import BadInput, EngineFailed
+from tpx_runtime.generator import Generator
+from tpx_runtime.verify import verify_bundle
+from tpx_runtime.engine import ENGINES, resolve
+
+DEPTHS = (1, 2, 3)
+
+
+def graph(bundle: Path, depth: int, plain: bool) -> onnx.ModelProto:
+    return onnx.load(bundle / transformer_name(depth, plain), load_external_data=False)
+
+
+def test_every_graph_is_held_to_pytorch(tiny_export: tuple[Path, Summary]) -> None:
+    for reports in tiny_export[1].reports.values():
+        assert [report.part for report in reports[1:4]] == [f"transformer depth {depth}" for depth in DEPTHS]
+        for report in reports:
+            assert report.tolerance <= 1e-4
+            assert report.error <= report.tolerance
+            assert report.routing_agreement in (None, 1.0)
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_every_cpu_engine_runs_it(tiny_bundle: Path, name: str) -> None:
+    assert all(report.ok for report in verify_bundle(Bundle.open(tiny_bundle), resolve(name)))
+
+
+def test_golden_tensors_are_the_models(tiny_bundle: Path, tiny_model: TextToImage) -> None:
+    golden = np.load(tiny_bundle / "golden/golden.npz")
+    given = [torch.from_numpy(golden[name]) for name in ("latents", "timestep", "context", "pooled")]
+    for depth in DEPTHS:
+        velocity, routes = tiny_model.transformer(*given, depth)
+        np.testing.assert_allclose(velocity.numpy(), golden[f"velocity_{depth}"], rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(routes.numpy(), golden[f"routes_{depth}"])
+    assert len(np.unique(golden["routes_3"])) > 1  # one expert for all would test no routing
+
+
+def test_generator_draws_what_pytorch_draws(tiny_bundle: Path, tiny_model: TextToImage) -> None:
+    """The whole path, from words to pixels, against the PyTorch modules called by hand."""
+    from tpx_runtime.noise import batch_noise
+    from tpx_runtime.samplers import SAMPLERS
+
+    generator = Generator.load(tiny_bundle, engine="onnxruntime")
+    [image] = generator("a red cube on a blue sphere", seed=5, steps=6, guidance=3.0, depth=3)
+    tokenizer = generator.tokenizer
+    ids = torch.tensor([tokenizer.encode_empty().ids, tokenizer.encode("a red cube on a blue sphere").ids])
+    context, pooled = tiny_model.text_encoder(ids)
+
+    def velocity(x: np.ndarray, timestep: float) -> np.ndarray:
+        latents = torch.from_numpy(np.concatenate([x, x]).astype(np.float32))
+        out, _ = tiny_model.transformer(latents, torch.full((2,), timestep), context, pooled, 3)
+        without, given = out.numpy()
+        return (without + 3.0 * (given - without))[None]
+
+    x = batch_noise([5], (4, 8, 8))
+    for x in SAMPLERS["euler"].sample(velocity, x, SAMPLERS["euler"].schedule(6, 1.0)):
+        pass
+    expected = tiny_model.autoencoder.decode(torch.from_numpy(x.astype(np.float32)))[0]
+    pixels = ((expected.clamp(-1, 1) + 1) * 127.5).round().permute(1, 2, 0).numpy()
+    assert np.abs(np.asarray(image, np.float32) - pixels).max() <= 1
+
+
+def test_one_weight_file_serves_every_depth(tiny_bundle: Path) -> None:
+    folder = tiny_bundle / "transformer"
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"weights.data"} | {Path(transformer_name(d, p)).name for d in DEPTHS for p in (False, True)}
+    used = set()
+    for depth in DEPTHS:
+        for plain in (False, True):
+            for tensor in graph(tiny_bundle, depth, plain).graph.initializer:
+                if tensor.data_location == onnx.TensorProto.EXTERNAL:
+                    facts = {entry.key: entry.value for entry in tensor.external_data}
+                    assert facts["location"] == "weights.data"
+                    used.add((int(facts["offset"]), int(facts["length"])))
+                else:
+                    assert len(tensor.raw_data) <= 1024
+    assert sum(length for _, length in used) <= (folder / "weights.data").stat().st_size
+    parameters = sum(p.numel() for p in make_tiny(None).transformer.parameters())
+    assert sum(length for _, length in used) < 4 * parameters * 1.2  # no weight stored twice
+
+
+def test_spellings(tiny_bundle: Path) -> None:
+    for depth in DEPTHS:
+        operator, plain = graph(tiny_bundle, depth, False), graph(tiny_bundle, depth, True)
+        routed = [node for node in operator.graph.node if (node.domain, node.op_type) == (DOMAIN, NAME)]
+        assert len(routed) == 2 * depth  # two thinking blocks
+        assert [(f.domain, f.name) for f in operator.functions] == [(DOMAIN, NAME)]
+        # TensorRT refuses NonZero; CPU engines want it; OpenVINO refuses functions.
+        assert "NonZero" not in {node.op_type for node in [*operator.graph.node, *operator.functions[0].node]}
+        assert "NonZero" in {node.op_type for node in plain.graph.node}
+        assert not plain.functions
+        assert {node.domain for node in plain.graph.node} == {""}
+        onnx.checker.check_model(str(tiny_bundle / transformer_name(depth)))
+
+
+def test_graphs_name_nothing_of_the_machine(tiny_bundle: Path) -> None:
+    for path in tiny_bundle.rglob("*.onnx"):
+        data = path.read_bytes()
+        assert b".py" not in data
+        assert str(Path.home()).encode() not in data
+
+
+def test_dynamic_batch(tiny_bundle: Path) -> None:
+    generator = Generator.load(tiny_bundle, engine="onnxruntime")
+    for count in (1, 3, 5):
+        assert len(generator("a red cube", num_images=count, steps=2)) == count
+
+
+def test_half_precision_is_typed_and_bounded(tiny_model: TextToImage, tmp_path: Path) -> None:
+    summary = export_bundle(tiny_model, tmp_path / "half", depth=2, precision="fp16")
+    assert all(report.ok for reports in summary.reports.values() for report in reports)
+    assert TOLERANCES["fp16"].transformer < 0.02
+    model = graph(tmp_path / "half", 2, plain=False)
+    kinds = {t.data_type for t in model.graph.initializer if len(t.dims) > 1 and ".gate." not in t.name}
+    assert onnx.TensorProto.FLOAT16 in kinds
+    border = [*model.graph.input, *model.graph.output]
+    assert onnx.TensorProto.FLOAT16 not in {value.type.tensor_type.elem_type for value in border}
+    [image] = Generator.load(tmp_path / "half", engine="onnxruntime")("a red cube")
+    assert np.asarray(image).std() > 0
+
+
+def test_a_model_that_does_not_think(tmp_path: Path) -> None:
+    export_bundle(make_tiny(None), tmp_path / "base")
+    bundle = Bundle.open(tmp_path / "base")
+    assert bundle.manifest.model.depths == (1,)
+    assert bundle.manifest.model.experts == 0
+    assert len(Generator(bundle, ENGINES["onnxruntime"])("a red cube", steps=2)) == 1
+
+
+def leftovers(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("depth", [0, -1, 4])
+def test_depths_that_the_checkpoint_has_not(tiny_model: TextToImage, tmp_path: Path, depth: int) -> None:
+    with pytest.raises(BadInput, match=r"expected a depth of 1\.\.3"):
+        export_bundle(tiny_model, tmp_path / "x", depth=depth)
+    assert leftovers(tmp_path) == []
+
+
+def test_a_graph_out_of_tolerance_leaves_no_bundle(
+    tiny_model: TextToImage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    strict = replace(TOLERANCES["fp16"], transformer=1e-7)
+    monkeypatch.setitem(exporter.TOLERANCES, "fp16", strict)
+    with pytest.raises(EngineFailed, match=r"transformer depth 1 .*expected a relative error of at most 1e-07"):
+        export_bundle(tiny_model, tmp_path / "x", depth=1, precision="fp16")
+    assert leftovers(tmp_path) == []
+
+
+def test_a_wrong_spelling_is_noticed(tiny_model: TextToImage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong() -> onnx.FunctionProto:
+        body = permuted(3)
+        for node in body.node:
+            if node.op_type == "Equal":
+                node.op_type = "Less"
+        return body
+
+    monkeypatch.setattr(exporter, "masked", wrong)
+    with pytest.raises(EngineFailed):
+        export_bundle(tiny_model, tmp_path / "x", depth=1)
+    assert leftovers(tmp_path) == []
+
+
+def test_existing_places(tiny_model: TextToImage, tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("years of work")
+    for force, reason in ((False, "there already"), (True, "expected a bundle to replace")):
+        with pytest.raises(BadInput, match=reason):
+            export_bundle(tiny_model, mine, force=force)
+    assert leftovers(mine) == ["thesis.txt"]
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(BadInput):
+        export_bundle(tiny_model, file / "inside")
+
+
+def run(*arguments: str) -> tuple[int, str, str]:
+    result = CliRunner().invoke(main, arguments)
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_command(tiny_model: TextToImage, tmp_path: Path) -> None:
+    ckpt, out = tmp_path / "model.pt", tmp_path / "bundle"
+    checkpoint.save(tiny_model, ckpt)
+    code, stdout, stderr = run("--ckpt", str(ckpt), "--depth", "1", "--out", str(out))
+    assert (code, stdout) == (0, f"{out}\n")
+    assert "transformer depth 1" in stderr and "transformer depth 2" not in stderr
+    assert Bundle.open(out).manifest.model.depths == (1,)
+    code, _, stderr = run("--ckpt", str(ckpt), "--out", str(out))
+    assert code == 2 and "--force" in stderr
+    code, _, _ = run("--ckpt", str(ckpt), "--depth", "1", "--out", str(out), "--force")
+    assert code == 0
+
+
+def test_command_refuses_in_one_line(tiny_model: TextToImage, tmp_path: Path) -> None:
+    ckpt = tmp_path / "model.pt"
+    checkpoint.save(tiny_model, ckpt)
+    for arguments, wanted in (
+        (("--ckpt", str(tmp_path / "none.pt")), 6),
+        (("--ckpt", str(ckpt), "--depth", "9"), 2),
+        (("--ckpt", str(ckpt), "--precision", "fp7"), 2),
+    ):
+        code, stdout, stderr = run(*arguments, "--out", str(tmp_path / "bundle"))
+        assert (code, stdout) == (wanted, "")
+        [line] = [line for line in stderr.splitlines() if line.startswith("error:")]
+        assert "expected" in line and "found" in line
+    assert leftovers(tmp_path) == ["model.pt"]
+
+
+def test_table_has_a_row_for_every_graph(tiny_export: tuple[Path, Summary]) -> None:
+    text = table(tiny_export[1])
+    assert text.count("transformer depth 2") == 3  # error of two spellings, and the time
+    assert "weights" not in text and "MB" in text
+
+
+def test_interrupt_leaves_nothing(tiny_model: TextToImage, tmp_path: Path) -> None:
+    ckpt = tmp_path / "model.pt"
+    checkpoint.save(tiny_model, ckpt)
+    program = Path(sys.executable).with_name("tpx-export")
+    process = subprocess.Popen(
+        [program, "--ckpt", str(ckpt), "--out", str(tmp_path / "bundle")], stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while not any(path.suffix == ".partial" for path in tmp_path.iterdir()):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "error: cancelled" in stderr and "Traceback" not in stderr
+    assert leftovers(tmp_path) == ["model.pt"]

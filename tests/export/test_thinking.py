@@ -1,0 +1,168 @@
+"""The recursive sparse module against the paper's equations, written out token by token."""
+
+import torch
+import torch.nn.functional as F
+from conftest import make_tiny
+from torch import Tensor
+
+from tpx_export.model import MMDiT, MMDiTSpec, ThinkingSpec
+from tpx_export.model.mmdit import JointBlock, attention, modulate
+from tpx_export.model.routed_lora import mixed_lora, routed_lora
+from tpx_export.model.thinking import Thinking
+
+SPEC = dict(latent_size=8, width=64, heads=2, blocks=3, context_tokens=5, context_width=16, pooled_width=16)
+THINKING = ThinkingSpec(blocks=(1,), experts=3, rank=4, max_depth=3)
+
+
+def randomised(model: MMDiT, seed: int = 0) -> MMDiT:
+    """Every parameter away from its special start: outputs at zero would hide what lies behind them."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model.eval()
+
+
+def inputs(batch: int = 2) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    torch.manual_seed(1)
+    return (
+        torch.randn(batch, 4, 8, 8),
+        torch.rand(batch) * 1000,
+        torch.randn(batch, 5, 16),
+        torch.randn(batch, 16),
+    )
+
+
+def test_operator_is_each_tokens_own_product() -> None:
+    torch.manual_seed(0)
+    x, a, b = torch.randn(2, 7, 6), torch.randn(3, 6, 2), torch.randn(3, 2, 5)
+    expert = torch.randint(3, (2, 7))
+    found = routed_lora(x, expert, a, b)
+    for i in range(2):
+        for n in range(7):
+            e = int(expert[i, n])
+            torch.testing.assert_close(found[i, n], x[i, n] @ a[e] @ b[e])
+
+
+def test_operator_with_empty_experts_and_one_that_takes_all() -> None:
+    x, a, b = torch.randn(1, 4, 6), torch.randn(5, 6, 2), torch.randn(5, 2, 3)
+    found = routed_lora(x, torch.full((1, 4), 3), a, b)
+    torch.testing.assert_close(found, x @ a[3] @ b[3])
+
+
+def test_operator_is_well_formed() -> None:
+    x, expert = torch.randn(2, 3, 4), torch.randint(2, (2, 3))
+    torch.library.opcheck(torch.ops.tpx.RoutedLora.default, (x, expert, torch.randn(2, 4, 1), torch.randn(2, 1, 5)))
+
+
+def test_training_form_equals_the_operator_on_one_hot_weights() -> None:
+    x, a, b = torch.randn(2, 7, 6), torch.randn(3, 6, 2), torch.randn(3, 2, 5)
+    expert = torch.randint(3, (2, 7))
+    mixed = mixed_lora(x, F.one_hot(expert, 3).float(), a, b)
+    torch.testing.assert_close(mixed, routed_lora(x, expert, a, b))
+
+
+def test_fresh_module_changes_nothing_at_any_depth() -> None:
+    base = randomised(MMDiT(MMDiTSpec(**SPEC)))
+    thinking = MMDiT(MMDiTSpec(**SPEC, thinking=THINKING)).eval()
+    thinking.load_state_dict(base.state_dict(), strict=False)
+    expected, _ = base(*inputs(), 1)
+    for depth in (1, 2, 3):
+        torch.testing.assert_close(thinking(*inputs(), depth)[0], expected, rtol=1e-5, atol=1e-6)
+
+
+def paper(block: JointBlock, x: Tensor, c: Tensor, y: Tensor, depth: int) -> tuple[Tensor, list[Tensor]]:
+    """q, k, v of the last step and all routes, as method.md writes the recursion, one token at a time."""
+    thinking = block.thinking
+    assert isinstance(thinking, Thinking)
+    act = F.silu(y)
+    shift, scale = block.visual.modulation(act).chunk(6, dim=-1)[:2]
+    c_shift, c_scale = block.text.modulation(act).chunk(2 if block.ends else 6, dim=-1)[:2]
+    x_in, c_in = modulate(x, shift, scale), modulate(c, c_shift, c_scale)
+    state, routes = x_in, []
+    for t in range(depth):
+        expert = thinking.gate(state, y).argmax(-1)
+        routes.append(expert)
+        rows = []
+        for i in range(x.shape[0]):
+            for n in range(x.shape[1]):
+                e = int(expert[i, n])
+                h = F.layer_norm(thinking.scale[t] * state[i, n] + thinking.shift[t], (x.shape[2],))
+                rows.append(h @ thinking.a[e] @ thinking.b[e])
+        qkv = torch.stack(rows).unflatten(0, x.shape[:2])
+        if t < depth - 1:
+            q, k, v = block.visual.heads(qkv, block.head_width)
+            _, c_k, c_v = block.text.heads(block.text.qkv(c_in), block.head_width)
+            state = attention(q, torch.cat([k, c_k], 2), torch.cat([v, c_v], 2)) + x_in
+    return qkv + block.visual.qkv(x_in), routes
+
+
+def test_recursion_is_the_papers() -> None:
+    model = randomised(MMDiT(MMDiTSpec(**SPEC, thinking=THINKING)))
+    block = model.blocks[1]
+    assert isinstance(block, JointBlock) and block.thinking
+    torch.manual_seed(2)
+    x, c, y = torch.randn(2, 16, 64), torch.randn(2, 5, 64), torch.randn(2, 64)
+    for depth in (1, 2, 3):
+        seen: list[Tensor] = []
+        handle = block.thinking.register_forward_hook(lambda _, __, out, seen=seen: seen.append(out[0]))
+        _, _, routes = block(x, c, y, depth)
+        handle.remove()
+        expected, expected_routes = paper(block, x, c, y, depth)
+        torch.testing.assert_close(seen[0], expected, rtol=1e-4, atol=1e-5)
+        assert all(torch.equal(a, b) for a, b in zip(routes, expected_routes, strict=True))
+        assert len(routes) == depth
+
+
+def test_depth_changes_the_answer_and_the_number_of_routes() -> None:
+    model = randomised(MMDiT(MMDiTSpec(**SPEC, thinking=THINKING)))
+    answers = [model(*inputs(), depth) for depth in (1, 2, 3)]
+    assert [routes.shape for _, routes in answers] == [(2, depth, 16) for depth in (1, 2, 3)]
+    assert not torch.allclose(answers[0][0], answers[1][0], rtol=1e-3)
+    assert not torch.allclose(answers[1][0], answers[2][0], rtol=1e-3)
+
+
+def test_routes_depend_on_token_time_and_condition() -> None:
+    model = randomised(MMDiT(MMDiTSpec(**SPEC, thinking=THINKING)), seed=3)
+    latents, time, context, pooled = inputs()
+    routes = model(latents, time, context, pooled, 2)[1]
+    assert routes.unique().numel() > 1
+    block = model.blocks[1]
+    assert isinstance(block, JointBlock) and block.thinking
+    tokens = torch.randn(1, 16, 64)
+    quiet, loud = block.thinking.gate(tokens, torch.zeros(1, 64)), block.thinking.gate(tokens, torch.ones(1, 64))
+    assert not torch.allclose(quiet, loud)
+    blind = Thinking(64, ThinkingSpec(gate_sees_condition=False))
+    torch.testing.assert_close(blind.gate(tokens, torch.zeros(1, 64)), blind.gate(tokens, torch.ones(1, 64)))
+
+
+def test_training_reaches_gate_experts_and_modulations() -> None:
+    model = randomised(MMDiT(MMDiTSpec(**SPEC, thinking=THINKING))).train()
+    model(*inputs(), 3)[0].square().mean().backward()
+    thinking = model.blocks[1].thinking
+    assert isinstance(thinking, Thinking)
+    for name, parameter in thinking.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+def test_gumbel_draws_are_close_to_the_softmax_at_the_papers_temperature() -> None:
+    """argmax(logits + Gumbel noise) picks expert e with chance softmax(logits)_e, whatever the temperature."""
+    torch.manual_seed(0)
+    thinking = Thinking(8, ThinkingSpec(experts=3, rank=2, max_depth=1)).train()
+    tokens, y = torch.randn(1, 1, 8), torch.zeros(1, 8)
+    with torch.no_grad():
+        chances = thinking.gate(tokens, y).softmax(-1)[0, 0]
+        _, routes = thinking(tokens.expand(1, 20_000, 8), y, 1, lambda: torch.zeros(1, 20_000, 24), lambda qkv: qkv)
+    drawn = torch.bincount(routes[0].flatten(), minlength=3) / 20_000
+    torch.testing.assert_close(drawn, chances, atol=0.015, rtol=0)
+
+
+def test_a_picture_does_not_depend_on_its_batch() -> None:
+    """Tokens of all samples are grouped by expert; each must come back to its own."""
+    model = make_tiny(THINKING).transformer
+    torch.manual_seed(4)
+    latents, time = torch.randn(3, 4, 8, 8), torch.rand(3) * 1000
+    context, pooled = torch.randn(3, 12, 32), torch.randn(3, 32)
+    together = model(latents, time, context, pooled, 3)[0]
+    alone = torch.cat([model(latents[i : i + 1], time[i : i + 1], context[i : i + 1], pooled[i : i + 1], 3)[0] for i in range(3)])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,207 @@
+"""Choosing an engine: the one asked for or a reason, and what real engines say of a broken graph."""
+
+import importlib
+import importlib.util
+import sys
+import tomllib
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from tpx_runtime.engine import AUTO, ENGINES, Engine, one_line, output, resolve
+from tpx_runtime.errors import BadInput, EngineFailed, EngineUnavailable
+
+REAL = ["onnxruntime", "openvino"]
+
+
+def hide(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
+    """Let find_spec miss these packages, as where they are not installed."""
+    find_spec = importlib.util.find_spec
+
+    def without(name: str, package: str | None = None) -> ModuleSpec | None:
+        return None if name in packages else find_spec(name, package)
+
+    monkeypatch.setattr(importlib.util, "find_spec", without)
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_the_engine_asked_for_is_the_engine_used(name: str) -> None:
+    assert resolve(name) is ENGINES[name]
+    assert ENGINES[name].problem() is None
+
+
+def test_auto_takes_the_first_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def problem(engine: Engine) -> str | None:
+        asked.append(engine.name)
+        return None if engine.name == "onnxruntime" else "no"
+
+    monkeypatch.setattr(Engine, "problem", problem)
+    assert resolve().name == "onnxruntime"
+    assert asked == list(ENGINES)[: list(ENGINES).index("onnxruntime") + 1]
+
+
+def test_auto_passes_over_what_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    hide(monkeypatch, "onnxruntime")
+    assert resolve(AUTO).name == "openvino"
+
+
+def test_auto_without_any_engine_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    hide(monkeypatch, "onnxruntime", "openvino")
+    with pytest.raises(EngineUnavailable) as caught:
+        resolve(AUTO)
+    assert str(caught.value) == (
+        "expected one of the engines onnxruntime-cuda, onnxruntime, openvino, found none that runs here; "
+        "install one with `pip install 'tpx[cpu]'`"
+    )
+
+
+@pytest.mark.parametrize("name", ["tensorflow", "", "ONNXRUNTIME", "a\nb" * 100, None, ["openvino"]])
+def test_an_unknown_name_is_refused(name: str) -> None:
+    with pytest.raises(BadInput) as caught:
+        resolve(name)
+    message = str(caught.value)
+    assert message.startswith("expected an engine of auto, onnxruntime-cuda, onnxruntime, openvino, found ")
+    assert message.isprintable()
+    assert len(message) < 200
+
+
+@pytest.mark.parametrize("name", list(ENGINES))
+def test_an_engine_that_is_not_installed_names_its_extra(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = ENGINES[name]
+    hide(monkeypatch, engine.package)
+    with pytest.raises(EngineUnavailable) as caught:
+        resolve(name)
+    assert str(caught.value) == (
+        f"expected the package {engine.package} for engine {name}, found none; "
+        f"install it with `pip install 'tpx[{engine.extra}]'`"
+    )
+
+
+def test_every_extra_exists_and_installs_the_package() -> None:
+    facts = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))
+    extras = facts["project"]["optional-dependencies"]
+    for engine in ENGINES.values():
+        assert any(requirement.startswith(engine.package) for requirement in extras[engine.extra])
+
+
+def test_a_package_that_does_not_import_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    import_module = importlib.import_module
+
+    def broken(name: str, package: str | None = None) -> object:
+        if name == ".openvino":
+            raise ImportError("libtbb.so.12: cannot open\nshared object file")
+        return import_module(name, package)
+
+    monkeypatch.setattr(importlib, "import_module", broken)
+    with pytest.raises(EngineUnavailable) as caught:
+        resolve("openvino")
+    assert str(caught.value) == (
+        "expected openvino to import for engine openvino, found: libtbb.so.12: cannot open shared object "
+        "file; install it again with `pip install --force-reinstall 'tpx[openvino]'`"
+    )
+
+
+class TestCuda:
+    """onnxruntime-cuda where the machine or the package cannot: never another provider in silence."""
+
+    def test_a_package_without_cuda_is_a_problem(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        import onnxruntime
+
+        monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+        with pytest.raises(EngineUnavailable, match=r"found one without; .*pip install 'tpx\[gpu\]'"):
+            resolve("onnxruntime-cuda")
+
+    def test_a_machine_without_driver_is_a_problem(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        import ctypes
+
+        import onnxruntime
+
+        def missing(name: str) -> object:
+            raise OSError(f"{name}: cannot open shared object file")
+
+        monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+        monkeypatch.setattr(ctypes, "CDLL", missing)
+        with pytest.raises(EngineUnavailable, match="expected an NVIDIA driver for engine onnxruntime-cuda"):
+            resolve("onnxruntime-cuda")
+
+    def test_falling_back_to_the_cpu_is_an_error(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        import onnxruntime
+
+        session = SimpleNamespace(get_providers=lambda: ["CPUExecutionProvider"], get_outputs=list)
+        monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *args, **kwargs: session)
+        with pytest.raises(EngineUnavailable) as caught:
+            ENGINES["onnxruntime-cuda"].open(Path("model.onnx"))
+        assert str(caught.value) == (
+            "expected CUDAExecutionProvider for engine onnxruntime-cuda, found that onnxruntime fell back to "
+            "CPUExecutionProvider; check the CUDA and cuDNN that onnxruntime-gpu asks for"
+        )
+
+
+@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize("content", [b"", b"no graph", None])
+def test_a_graph_that_does_not_load_is_one_line(name: str, content: bytes | None, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(EngineFailed) as caught:
+        ENGINES[name].open(path)
+    assert str(caught.value).startswith(f"{path}: {name} could not load it: ")
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        {},
+        {"ids": np.zeros((1, 3), np.int64)},
+        {"other": np.zeros((1, 12), np.int64)},
+    ],
+)
+def test_inputs_that_do_not_fit_are_one_line(
+    name: str, inputs: dict[str, np.ndarray], tiny_bundle: Path
+) -> None:
+    session = ENGINES[name].open(tiny_bundle / "text_encoder/model.onnx")
+    with pytest.raises(EngineFailed, match=f"{name} could not run it: ") as caught:
+        session.run(inputs)
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_runs_a_graph_at_any_batch(name: str, tiny_bundle: Path) -> None:
+    session = ENGINES[name].open(tiny_bundle / "text_encoder/model.onnx")
+    ids = np.arange(36).reshape(3, 12) % 16
+    together = session.run({"ids": ids})
+    assert together["context"].shape == (3, 12, 32)
+    assert together["context"].dtype == np.float32
+    for row in range(3):
+        alone = session.run({"ids": ids[row : row + 1]})
+        for key in ("context", "pooled"):
+            np.testing.assert_allclose(alone[key][0], together[key][row], rtol=1e-4, atol=1e-5)
+    assert not np.shares_memory(together["context"], session.run({"ids": ids})["context"])
+
+
+def test_output_is_checked_by_name_and_shape() -> None:
+    outputs = {"image": np.zeros((2, 3))}
+    assert output(outputs, "image", (2, 3)) is outputs["image"]
+    with pytest.raises(EngineFailed, match=r"expected an output image of shape \(3, 2\), found \(2, 3\)"):
+        output(outputs, "image", (3, 2))
+    with pytest.raises(EngineFailed, match=r"expected an output velocity of shape \(1,\), found none"):
+        output(outputs, "velocity", (1,))
+
+
+def test_one_line_of_a_long_error() -> None:
+    assert one_line(RuntimeError("a\n  b\t c")) == "a b c"
+    assert len(one_line(RuntimeError("x" * 10_000))) == 300
+
+
+def test_asking_one_engine_imports_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in ("onnxruntime", "openvino"):
+        monkeypatch.delitem(sys.modules, f"tpx_runtime.engine.{package}", raising=False)
+    resolve("onnxruntime")
+    assert "tpx_runtime.engine.openvino" not in sys.modules

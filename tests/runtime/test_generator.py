@@ -1,0 +1,392 @@
+"""The generator: on the fake engine what it asks of each graph, on real ones what comes out."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import tpx_runtime
+from tpx_runtime.bundle import Bundle
+from tpx_runtime.engine import Arrays
+from tpx_runtime.errors import BadInput, BundleInvalid, Cancelled, EngineFailed
+from tpx_runtime.generator import Generator
+from tpx_runtime.images import to_pil
+from tpx_runtime.noise import MAX_SEED, batch_noise
+from tpx_runtime.samplers import SAMPLERS, Array
+from tpx_runtime.settings import Settings
+
+from .fakes import MODEL, TOKENS, FakeEngine, seal, text_encoder, transformer, vae_decoder, write_vocabulary
+
+
+def levels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image).astype(int)
+
+
+def same(ours: Sequence[Image.Image], others: Sequence[Image.Image], within: int = 0) -> bool:
+    """Whether pictures agree to `within` of 255 levels."""
+    return len(ours) == len(others) and all(
+        np.abs(levels(a) - levels(b)).max() <= within for a, b in zip(ours, others, strict=True)
+    )
+
+
+@pytest.fixture
+def engine() -> FakeEngine:
+    return FakeEngine()
+
+
+@pytest.fixture
+def generator(paper: Path, engine: FakeEngine) -> Generator:
+    return Generator(Bundle.open(paper), engine)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def real(tiny_bundle: Path) -> Generator:
+    return Generator.load(tiny_bundle, "onnxruntime")
+
+
+def calls(engine: FakeEngine, name: str) -> list[Arrays]:
+    return [inputs for called, inputs in engine.calls if called.startswith(name)]
+
+
+# What it computes, against the same steps written out
+
+
+def test_a_picture_is_encoder_loop_and_decoder(generator: Generator, engine: FakeEngine) -> None:
+    (image,) = generator("red cube", seed=5)
+    ids = np.array([[1, TOKENS.index("red"), TOKENS.index("cube"), 2, 0, 0, 0, 0, 0]])
+    nothing = np.array([[1, 2, 0, 0, 0, 0, 0, 0, 0]])
+    said, unsaid = text_encoder({"ids": ids}), text_encoder({"ids": nothing})
+
+    def velocity(x: Array, timestep: float) -> Array:
+        towards, away = (
+            transformer(2)({"latents": x, "timestep": np.array([timestep]), **branch})["velocity"]
+            for branch in (said, unsaid)
+        )
+        return away + 3.0 * (towards - away)
+
+    *_, latents = SAMPLERS["euler"].sample(
+        velocity, batch_noise([5], MODEL.latent_shape), SAMPLERS["euler"].schedule(3, 3.0)
+    )
+    expected = to_pil(vae_decoder({"latents": latents / 2.0 + 0.25})["image"][0])
+    assert image.size == (12, 8)
+    assert same([image], [expected], within=1)
+    (decoded,) = calls(engine, "vae_decoder")
+    np.testing.assert_allclose(decoded["latents"], latents / 2.0 + 0.25, rtol=1e-4, atol=1e-5)
+    assert decoded["latents"].dtype == np.float32
+
+
+def test_graphs_are_opened_when_first_used_and_once(generator: Generator, engine: FakeEngine) -> None:
+    generator.plan("red cube")
+    assert engine.opened == []
+    generator("red cube")
+    generator("a sphere", num_images=3)
+    assert engine.opened == ["text_encoder/model.onnx", "transformer/depth-2.onnx", "vae_decoder/model.onnx"]
+    generator("a sphere", depth=4)
+    assert engine.opened[3:] == ["transformer/depth-4.onnx"]
+
+
+def test_an_engine_that_wants_it_gets_the_plain_spelling(generator: Generator, engine: FakeEngine) -> None:
+    engine.plain = True
+    with pytest.raises(KeyError, match=r"transformer/depth-2.plain.onnx"):  # the fake has no such function
+        generator("red cube")
+
+
+def test_guidance_one_runs_no_second_branch(generator: Generator, engine: FakeEngine) -> None:
+    generator("red cube", guidance=1)
+    assert {len(inputs["latents"]) for inputs in calls(engine, "transformer")} == {1}
+    assert len(calls(engine, "text_encoder")) == 1
+    engine.calls.clear()
+    generator("red cube", guidance=1.5)
+    assert {len(inputs["latents"]) for inputs in calls(engine, "transformer")} == {2}
+
+
+def test_the_negative_prompt_is_the_first_branch(generator: Generator, engine: FakeEngine) -> None:
+    generator("red cube", negative_prompt="blue sphere")
+    expected = text_encoder({"ids": np.array([generator.tokenizer.encode("blue sphere").ids])})
+    for inputs in calls(engine, "transformer"):
+        np.testing.assert_array_equal(inputs["context"][:1], expected["context"])
+
+
+def test_pictures_of_one_prompt_share_one_row_of_the_encoder(
+    generator: Generator, engine: FakeEngine
+) -> None:
+    generator(["red cube", "a sphere"], num_images=3, guidance=1)
+    (inputs,) = calls(engine, "text_encoder")
+    assert len(inputs["ids"]) == 2
+    for inputs in calls(engine, "transformer"):
+        contexts = inputs["context"]
+        assert len(contexts) == 6
+        assert (contexts[:3] == contexts[0]).all()
+        assert (contexts[3:] == contexts[3]).all()
+        assert (contexts[0] != contexts[3]).any()
+
+
+def test_the_sampler_sets_the_number_of_model_calls(generator: Generator, engine: FakeEngine) -> None:
+    for sampler, expected in (("euler", 4), ("heun", 7), ("dpmpp2m", 4), ("unipc", 4)):
+        engine.calls.clear()
+        generator("red cube", sampler=sampler, steps=4)
+        assert len(calls(engine, "transformer")) == expected
+
+
+def test_latents_come_with_the_routes_of_every_call(generator: Generator) -> None:
+    sample = generator.generate_latents(generator.plan("red cube", num_images=2, steps=5))
+    assert sample.latents.shape == (2, *MODEL.latent_shape)
+    assert [routes.shape for routes in sample.routes] == [(2, 4, 6)] * 5
+
+
+def test_jobs_of_one_batch_have_one_loop(generator: Generator) -> None:
+    jobs = generator.plan("red cube", steps=3) + generator.plan("red cube", steps=4)
+    with pytest.raises(
+        BadInput, match="expected jobs of one sampler, steps, guidance and depth, found 2 kinds"
+    ):
+        generator.generate_latents(jobs)
+
+
+def test_defaults_are_the_bundles(generator: Generator) -> None:
+    assert generator.plan("red cube") == [Settings("red cube", "", 0, 3, 3.0, "euler", 2)]
+
+
+def test_plans_each_prompt_with_each_seed(generator: Generator) -> None:
+    jobs = generator.plan(["red cube", "a sphere"], seed=MAX_SEED - 1, num_images=2)
+    assert [(job.prompt, job.seed) for job in jobs] == [
+        ("red cube", MAX_SEED - 1),
+        ("red cube", MAX_SEED),
+        ("a sphere", MAX_SEED - 1),
+        ("a sphere", MAX_SEED),
+    ]
+
+
+def test_pictures_carry_their_settings(generator: Generator) -> None:
+    images = generator(["red cube", "a sphere"], seed=3, num_images=2)
+    facts = [json.loads(image.info["tpx"]) for image in images]
+    assert [(fact["prompt"], fact["seed"]) for fact in facts] == [
+        ("red cube", 3),
+        ("red cube", 4),
+        ("a sphere", 3),
+        ("a sphere", 4),
+    ]
+    assert {fact["engine"] for fact in facts} == {"fake"}
+    assert {fact["bundle_sha256"] for fact in facts} == {generator.bundle.hash}
+
+
+# What it refuses
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("", "expected a prompt with words, found none in ''"),
+        (" \n", "expected a prompt with words, found none in"),
+        ("🙂🙃", "expected a prompt with words, found none in '🙂🙃'"),
+        ("red " * 2500, "expected a prompt of at most 7 words and marks, found 2500; shorten it"),
+        ("x" * 10_000, "expected words of this model's vocabulary, found 'xxx"),
+        ("red cubes", "found 'cubes' (near: cube); use other words"),
+        ("red \ud800", "found '\\ud800'"),
+        (None, "expected a prompt or a list of prompts, found None"),
+        (5, "expected a prompt or a list of prompts, found 5"),
+        ([], "expected at least one prompt, found none"),
+        (["red", None], "expected prompt to be text, found NoneType"),
+        (b"red", "expected prompt to be text, found int"),
+        (["red", ""], "expected a prompt with words, found none in ''"),
+    ],
+)
+def test_refuses_a_prompt_before_any_work(
+    generator: Generator, engine: FakeEngine, prompt: Any, message: str
+) -> None:
+    with pytest.raises(BadInput) as caught:
+        generator(prompt)
+    assert message in str(caught.value)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 300
+    assert engine.opened == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"depth": 0}, "expected a depth of 1, 2, 4 (this bundle's), found 0"),
+        ({"depth": 5}, "expected a depth of 1, 2, 4 (this bundle's), found 5"),
+        ({"depth": -1}, "expected a depth of 1, 2, 4 (this bundle's), found -1"),
+        ({"steps": 0}, "expected steps to be a whole number in 1..1000, found 0"),
+        ({"guidance": float("nan")}, "expected guidance to be a number"),
+        ({"sampler": "ddim"}, "expected a sampler of"),
+        ({"seed": -1}, "expected seed to be a whole number in"),
+        ({"seed": MAX_SEED, "num_images": 2}, f"in 0..{MAX_SEED - 1}, found {MAX_SEED}"),
+        ({"seed": None}, "expected seed to be a whole number in"),
+        ({"num_images": 0}, "expected num_images to be a whole number in 1..1000, found 0"),
+        ({"num_images": 10**9}, "expected num_images to be a whole number in 1..1000, found 1000000000"),
+        ({"batch_size": 0}, "expected batch_size to be a whole number of at least 1, found 0"),
+        ({"negative_prompt": "zebra"}, "expected words of this model's vocabulary, found 'zebra'"),
+        ({"negative_prompt": "..."}, "expected a prompt with words, found none in '...'"),
+        ({"negative_prompt": "blue", "guidance": 1.0}, "expected no negative prompt at guidance 1"),
+    ],
+)
+def test_refuses_arguments_before_any_work(
+    generator: Generator, engine: FakeEngine, arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(BadInput) as caught:
+        generator("red cube", **arguments)
+    assert message in str(caught.value)
+    assert engine.opened == []
+
+
+def test_refuses_a_vocabulary_of_another_length(paper: Path, engine: FakeEngine) -> None:
+    write_vocabulary(paper, text_tokens=10)
+    with pytest.raises(BundleInvalid, match=r"expected text_tokens 9 as in the manifest, found 10; export"):
+        Generator(seal(paper), engine)  # type: ignore[arg-type]
+
+
+def broken(key: str, value: object) -> dict[str, Callable[[Arrays], Arrays]]:
+    """The graph that gives `key`, giving `value` instead, or nothing where that is None."""
+    name, function = {
+        "context": ("text_encoder/model.onnx", text_encoder),
+        "velocity": ("transformer/depth-2.onnx", transformer(2)),
+        "image": ("vae_decoder/model.onnx", vae_decoder),
+    }[key]
+
+    def run(inputs: Arrays) -> Arrays:
+        outputs = function(inputs)
+        if value is None:
+            del outputs[key]
+        else:
+            outputs[key] = np.full_like(outputs[key], value)
+        return outputs
+
+    return {name: run}
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(
+    ("key", "what"),
+    [("velocity", "latents of step 1"), ("image", "picture"), ("context", "latents of step 1")],
+)
+def test_numbers_that_are_no_picture_are_an_error_and_no_warning(
+    paper: Path, key: str, what: str, value: float
+) -> None:
+    generator = Generator(Bundle.open(paper), FakeEngine(broken(key, value)))  # type: ignore[arg-type]
+    with pytest.raises(EngineFailed) as caught:
+        generator("red cube")
+    assert str(caught.value) == (
+        f"expected finite numbers in the {what}, found NaN or infinity from engine fake at precision fp32; "
+        "try an fp32 bundle, or check this one with tpx-verify"
+    )
+
+
+def test_numbers_that_grow_out_of_float32_are_an_error_and_no_warning(paper: Path) -> None:
+    generator = Generator(Bundle.open(paper), FakeEngine(broken("velocity", 3e38)))  # type: ignore[arg-type]
+    with pytest.raises(EngineFailed, match="expected finite numbers in the latents of step "):
+        generator("red cube", steps=50, guidance=1)
+
+
+@pytest.mark.parametrize("key", ["context", "velocity", "image"])
+def test_an_output_that_is_not_there_is_an_error(paper: Path, key: str) -> None:
+    generator = Generator(Bundle.open(paper), FakeEngine(broken(key, None)))  # type: ignore[arg-type]
+    with pytest.raises(EngineFailed, match=f"expected an output {key} of shape .* found none; export"):
+        generator("red cube")
+
+
+# The callback
+
+
+def test_the_callback_counts_over_all_batches(generator: Generator) -> None:
+    seen: list[tuple[int, int, tuple[int, ...]]] = []
+
+    def callback(step: int, total: int, latents: Array) -> None:
+        seen.append((step, total, latents.shape))
+
+    generator("red cube", num_images=5, batch_size=2, steps=2, callback=callback)
+    shape = MODEL.latent_shape
+    assert [(step, total) for step, total, _ in seen] == [(i, 6) for i in range(1, 7)]
+    assert [found[0] for _, _, found in seen] == [2, 2, 2, 2, 1, 1]
+    assert {found[1:] for _, _, found in seen} == {shape}
+
+
+@pytest.mark.parametrize("no", [False, np.False_])
+def test_a_callback_that_says_no_cancels(generator: Generator, engine: FakeEngine, no: bool) -> None:
+    with pytest.raises(Cancelled, match="cancelled at step 2 of 3, nothing was written") as caught:
+        generator("red cube", callback=lambda step, total, latents: no if step == 2 else True)
+    assert caught.value.exit_code == 130
+    assert len(calls(engine, "transformer")) == 2
+    assert calls(engine, "vae_decoder") == []
+
+
+@pytest.mark.parametrize("answer", [None, True, 0, ""])
+def test_any_other_answer_goes_on(generator: Generator, answer: Any) -> None:
+    assert len(generator("red cube", callback=lambda *_: answer)) == 1
+
+
+def test_an_error_in_the_callback_comes_out_as_it_is(generator: Generator) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("mine")
+
+    with pytest.raises(ZeroDivisionError, match="mine"):
+        generator("red cube", callback=fail)
+
+
+# On a real bundle
+
+
+def test_the_package_names_what_a_user_needs() -> None:
+    assert tpx_runtime.Generator is Generator
+    assert issubclass(BadInput, tpx_runtime.TpxError)
+    assert isinstance(tpx_runtime.__version__, str)
+    with pytest.raises(AttributeError, match="has no attribute 'Nothing'"):
+        _ = tpx_runtime.Nothing
+
+
+def test_the_same_seed_is_the_same_picture(real: Generator, tiny_bundle: Path) -> None:
+    first, again, other = (real("a red cube", seed=seed) for seed in (3, 3, 4))
+    assert first[0].size == (64, 64)
+    assert first[0].mode == "RGB"
+    assert same(first, again)
+    assert same(first, Generator.load(tiny_bundle, "onnxruntime", verify=False)("a red cube", seed=3))
+    assert not same(first, other, within=16)
+
+
+def test_prompt_depth_sampler_and_guidance_each_change_the_picture(real: Generator) -> None:
+    pictures = [
+        real("a red cube"),
+        real("a blue sphere"),
+        real("a red cube", depth=1),
+        real("a red cube", depth=2),
+        real("a red cube", sampler="unipc"),
+        real("a red cube", guidance=1),
+        real("a red cube", steps=5),
+        real("a red cube", negative_prompt="blue"),
+    ]
+    for i, one in enumerate(pictures):
+        assert not any(same(one, other) for other in pictures[:i])
+
+
+@pytest.mark.parametrize("sampler", list(SAMPLERS))
+def test_batch_size_changes_no_picture(real: Generator, sampler: str) -> None:
+    def draw(batch_size: int) -> list[Image.Image]:
+        return real(["a red cube", "two blue cube"], num_images=3, sampler=sampler, batch_size=batch_size)
+
+    alone = draw(1)
+    for batch_size in (2, 4, 6, 100):
+        # Sums of another batch may round otherwise in their last bit, and so may one level of 255.
+        assert same(draw(batch_size), alone, within=1)
+    assert same(
+        alone, [real(p, seed=s)[0] for p in ("a red cube", "two blue cube") for s in range(3)], within=1
+    ) or (sampler != "euler")
+
+
+def test_latents_of_a_batch_are_those_of_separate_runs(real: Generator) -> None:
+    jobs = real.plan(["a red cube", "two blue cube"], num_images=2)
+    together = real.generate_latents(jobs)
+    for row, job in enumerate(jobs):
+        alone = real.generate_latents([job])
+        np.testing.assert_allclose(alone.latents[0], together.latents[row], rtol=1e-3, atol=1e-4)
+        for one, many in zip(alone.routes, together.routes, strict=True):
+            np.testing.assert_array_equal(one[0], many[row])
+
+
+def test_two_engines_draw_the_same_picture(real: Generator, tiny_bundle: Path) -> None:
+    other = Generator.load(tiny_bundle, "openvino")
+    assert same(real("a red cube", num_images=2), other("a red cube", num_images=2), within=1)
+    assert json.loads(other("a red cube")[0].info["tpx"])["engine"] == "openvino"

@@ -1,0 +1,176 @@
+"""The manifest: there and back, and every refusal."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tpx_runtime.errors import BundleInvalid
+from tpx_runtime.manifest import FileEntry, Manifest
+
+from .fakes import MANIFEST_OF_PAPER, MODEL
+
+GOOD = replace(MANIFEST_OF_PAPER, files={"tokenizer/vocab.json": FileEntry(3, "0" * 64)})
+Facts = dict[str, Any]
+
+
+def edited(edit: Callable[[Facts], object]) -> str:
+    facts = json.loads(GOOD.to_json())
+    edit(facts)
+    return json.dumps(facts)
+
+
+def put(value: object, *keys: str) -> Callable[[Facts], None]:
+    def edit(facts: Facts) -> None:
+        for key in keys[:-1]:
+            facts = facts[key]
+        facts[keys[-1]] = value
+
+    return edit
+
+
+def test_comes_back_as_it_was() -> None:
+    text = GOOD.to_json()
+    assert Manifest.from_json(text) == GOOD
+    assert Manifest.from_json(text).to_json() == text
+
+
+def test_is_its_facts_not_their_layout() -> None:
+    facts = json.loads(GOOD.to_json())
+    shuffled = json.dumps(dict(reversed(facts.items())), separators=(",", ":"))
+    assert Manifest.from_json(shuffled).sha256 == GOOD.sha256
+    whole = edited(put(2, "latent", "scale"))  # 2 and 2.0 are one number in JSON
+    assert Manifest.from_json(whole) == GOOD
+
+
+def test_every_fact_is_part_of_its_identity() -> None:
+    entry = {"a": FileEntry(3, "1" * 64)}
+    others = [
+        replace(GOOD, name="other"),
+        replace(GOOD, precision="fp16"),
+        replace(GOOD, files=entry),
+        replace(GOOD, model=replace(MODEL, latent_channels=5)),
+        replace(GOOD, tolerance=replace(GOOD.tolerance, transformer=1e-3)),
+    ]
+    assert len({GOOD.sha256, *(other.sha256 for other in others)}) == len(others) + 1
+
+
+def test_a_model_that_does_not_think_is_fine() -> None:
+    plain = replace(GOOD, model=replace(MODEL, experts=0, thinking_blocks=()))
+    assert Manifest.from_json(plain.to_json()) == plain
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (put("other", "format"), 'expected "format": "tpx-bundle", found another file'),
+        (lambda facts: facts.pop("format"), 'expected "format": "tpx-bundle", found another file'),
+        (put(2, "version"), "expected format version 1, found 2; export the bundle again"),
+        (put("1", "version"), "expected format version 1, found '1'"),
+        (put(True, "version"), "expected format version 1, found True"),
+        (put(1.0, "version"), "expected format version 1, found 1.0"),
+        (lambda facts: facts.pop("version"), "expected format version 1, found None"),
+        (put("0" * 64, "sha256"), "it was changed after the export"),
+        (lambda facts: facts.pop("sha256"), "found None…; it was changed after the export"),
+        (put("other", "name"), "it was changed after the export"),
+        (put(5, "files", "tokenizer/vocab.json", "bytes"), "it was changed after the export"),
+        (lambda facts: facts.pop("license"), "expected the fields of version 1, found 'license' missing"),
+        (put(1, "model", "extra"), "found 'model.extra' unknown"),
+        (put(1, "model", "new\nline"), "found 'model.new\\nline' unknown"),
+        (put(5, "name"), "expected 'name' to be str, found 5"),
+        (put("4", "model", "latent_channels"), "expected 'model.latent_channels' to be int, found '4'"),
+        (put(4.0, "model", "latent_channels"), "to be int, found 4.0"),
+        (put(True, "model", "latent_channels"), "to be int, found True"),
+        (put(0, "model", "latent_channels"), "expected model.latent_channels of at least 1, found 0"),
+        (put([8], "model", "latent_size"), "expected 'model.latent_size' to be tuple[int, int], found [8]"),
+        (put([8, 8, 8], "model", "latent_size"), "to be tuple[int, int], found [8, 8, 8]"),
+        (put([8, 0], "model", "latent_size"), "expected model.latent_size of at least 1, found (8, 0)"),
+        (put([8, "8"], "model", "latent_size"), "to be tuple[int, int]"),
+        (put("ab", "model", "depths"), "expected 'model.depths' to be tuple[int, ...], found 'ab'"),
+        (put([], "model", "depths"), "expected model.depths to rise from at least 1, found []"),
+        (put([0, 1], "model", "depths"), "expected model.depths to rise from at least 1, found [0, 1]"),
+        (put([2, 1], "model", "depths"), "expected model.depths to rise"),
+        (put([1, 1], "model", "depths"), "expected model.depths to rise"),
+        (
+            put(0, "model", "experts"),
+            "expected model.experts of 0 without thinking blocks and more with them",
+        ),
+        (put(-1, "model", "experts"), "expected model.experts of 0 without"),
+        (put([], "model", "thinking_blocks"), "expected model.experts of 0 without"),
+        (put(3, "defaults", "depth"), "expected defaults.depth among [1, 2, 4], found 3"),
+        (put(0, "defaults", "steps"), "expected defaults.steps in 1..1000, found 0"),
+        (put(1001, "defaults", "steps"), "expected defaults.steps in 1..1000, found 1001"),
+        (put("ddim", "defaults", "sampler"), "expected defaults.sampler of euler, heun, dpmpp2m, unipc"),
+        (put(0, "latent", "scale"), "expected latent.scale other than 0, found 0"),
+        (put("2", "latent", "scale"), "expected 'latent.scale' to be float, found '2'"),
+        (put(float("nan"), "latent", "scale"), "expected 'latent.scale' to be float, found nan"),
+        (put(float("inf"), "latent", "shift"), "expected 'latent.shift' to be float, found inf"),
+        (put(10**400, "latent", "shift"), "expected 'latent.shift' to be float, found 1000"),
+        (put([], "latent"), "expected 'latent' to be LatentSpec, found []"),
+        (put([], "files"), "expected 'files' to be dict"),
+        (put(5, "files", "a\nb"), "expected 'files.a\\nb' to be FileEntry, found 5"),
+        (put({"bytes": 1}, "files", "a"), "found 'files.a.sha256' missing"),
+        (put({"bytes": 1, "sha256": "xyz"}, "files", "a"), "expected a SHA-256 for a, found 'xyz'"),
+        (put({"bytes": 1, "sha256": "A" * 64}, "files", "a"), "expected a SHA-256 for a"),
+        (put({"bytes": 1, "sha256": "0" * 64 + "\n"}, "files", "a"), "expected a SHA-256 for a"),
+    ],
+)
+def test_refuses(edit: Callable[[Facts], None], message: str) -> None:
+    with pytest.raises(BundleInvalid) as caught:
+        Manifest.from_json(edited(edit))
+    assert str(caught.value).startswith("manifest.json: expected ")
+    assert message in str(caught.value)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "../a",
+        "a/../../b",
+        "..",
+        "/etc/passwd",
+        "a//b",
+        "./a",
+        "a/",
+        "",
+        "C:/a",
+        "C:a",
+        "a\\b",
+        "a\nb",
+        "a\0b",
+        "\ud800",
+    ],
+)
+def test_refuses_a_path_that_could_leave_the_bundle(path: str) -> None:
+    with pytest.raises(BundleInvalid, match="expected file paths inside the bundle"):
+        replace(GOOD, files={path: FileEntry(1, "0" * 64)})
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "null", "5", "[]", '"text"', "\0", "[" * 100_000, '{"a":' * 100_000]
+)
+def test_refuses_what_is_no_manifest(text: str) -> None:
+    with pytest.raises(BundleInvalid) as caught:
+        Manifest.from_json(text)
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("depth", [500, 900, 950, 975, 990])
+def test_a_deep_value_is_refused_without_a_crash(depth: int) -> None:
+    text = edited(put(0, "name")).replace('"name": 0', f'"name": {"[" * depth}{"]" * depth}')
+    with pytest.raises(BundleInvalid):
+        Manifest.from_json(text)
+
+
+def test_the_documented_example_is_one() -> None:
+    """The JSON of docs/bundle.md, once its hashes are filled in."""
+    page = (Path(__file__).parents[2] / "docs/bundle.md").read_text(encoding="utf-8")
+    facts = json.loads(page.split("```json\n")[1].split("```")[0])
+    facts["files"] = {path: {**entry, "sha256": "0" * 64} for path, entry in facts["files"].items()}
+    with pytest.raises(BundleInvalid, match="it was changed after the export"):
+        Manifest.from_json(json.dumps(facts))  # nothing but the hash over its facts is missing

@@ -1,0 +1,169 @@
+"""The tokenizer: ids of known prompts, what it refuses and how it says so, and that nothing else can happen."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from tpx_runtime.errors import BadInput, BundleInvalid
+from tpx_runtime.tokenizer import WordTokenizer, refuse_unknown
+
+from .fakes import TOKENS, WORDS, write_vocabulary
+
+LENGTH = 9
+TOKENIZER = WordTokenizer(TOKENS, LENGTH)
+PAD, BOS, EOS, UNK = range(4)
+ANY_TEXT = st.text(st.characters(), max_size=60)  # surrogates, controls and all
+quick = settings(max_examples=300, deadline=None, database=None)
+
+
+def test_ids_of_a_prompt() -> None:
+    encoding = TOKENIZER.encode("A red Cube, two.")
+    words = [TOKENS.index(word) for word in ("a", "red", "cube", ",", "two", ".")]
+    assert encoding.ids == [BOS, *words, EOS, PAD]
+    assert encoding.unknown == []
+
+
+@pytest.mark.parametrize("prompt", ["red cube", " red\tcube\n", "RED\u00a0CUBE", "Red\u2028cUbE\x1f"])
+def test_case_and_spaces_do_not_matter(prompt: str) -> None:
+    assert TOKENIZER.encode(prompt) == TOKENIZER.encode("red cube")
+
+
+def test_no_prompt_is_a_frame_of_padding() -> None:
+    assert TOKENIZER.encode_empty().ids == [BOS, EOS] + [PAD] * (LENGTH - 2)
+
+
+def test_unknown_words_become_unk_and_are_told_once_in_order() -> None:
+    encoding = TOKENIZER.encode("zebra red yak zebra")
+    assert encoding.ids[1:5] == [UNK, TOKENS.index("red"), UNK, UNK]
+    assert encoding.unknown == ["zebra", "yak"]
+
+
+@pytest.mark.parametrize("name", TOKENS[:4])
+def test_a_prompt_cannot_spell_a_special_token(name: str) -> None:
+    encoding = TOKENIZER.encode(f"red {name}")
+    assert encoding.ids[2] == UNK
+    assert encoding.unknown == [name]
+
+
+@pytest.mark.parametrize("prompt", ["", "   ", "\n", "...", ", ,", "🙂🙃", "🟥 🧊", "\u200b", "<<<>>>", "-"])
+def test_refuses_a_prompt_without_words(prompt: str) -> None:
+    with pytest.raises(BadInput, match=r"^expected a prompt with words, found none in .*; say what to draw$"):
+        TOKENIZER.encode(prompt)
+
+
+def test_takes_as_many_words_as_fit_and_no_more() -> None:
+    assert TOKENIZER.encode("red " * (LENGTH - 2)).ids[-1] == EOS
+    with pytest.raises(
+        BadInput, match=r"^expected a prompt of at most 7 words and marks, found 8; shorten it$"
+    ):
+        TOKENIZER.encode("red " * (LENGTH - 1))
+    with pytest.raises(BadInput, match="at most 7 words and marks, found 8"):
+        TOKENIZER.encode("red," * 4)
+
+
+@pytest.mark.parametrize("prompt", ["red " * 2500, "," * 9999 + "a", "a" * 10_000])
+def test_a_prompt_of_ten_thousand_characters_ends_in_one_short_line(prompt: str) -> None:
+    with pytest.raises(BadInput) as caught:
+        refuse_unknown(TOKENIZER.encode(prompt), TOKENIZER)
+    assert len(str(caught.value)) < 200
+
+
+def test_unknown_words_are_named_with_their_nearest() -> None:
+    with pytest.raises(BadInput) as caught:
+        refuse_unknown(TOKENIZER.encode("rde spheer quux"), TOKENIZER)
+    assert str(caught.value) == (
+        "expected words of this model's vocabulary, found 'rde' (near: red), 'spheer' (near: sphere), 'quux'; "
+        "use other words"
+    )
+
+
+def test_only_the_first_unknown_words_are_named() -> None:
+    tokenizer = WordTokenizer(TOKENS, 20)
+    with pytest.raises(BadInput, match=r"'x4' and 3 more; use other words$"):
+        refuse_unknown(tokenizer.encode(" ".join(f"x{i}" for i in range(8))), tokenizer)
+
+
+def test_known_words_are_not_refused() -> None:
+    refuse_unknown(TOKENIZER.encode("red cube"), TOKENIZER)
+
+
+@quick
+@given(ANY_TEXT)
+@example("İ ŉ ß ﬃ")
+@example("\ud800 red")
+@example("red\x00cube")
+@example("<eos>,<pad>")
+def test_any_text_gives_an_encoding_or_a_line(prompt: str) -> None:
+    try:
+        encoding = TOKENIZER.encode(prompt)
+        refuse_unknown(encoding, TOKENIZER)
+    except BadInput as caught:
+        line = str(caught)
+    else:
+        line = ""
+        assert len(encoding.ids) == LENGTH
+        assert set(encoding.ids) <= set(range(len(TOKENS))) - {UNK}
+    assert line == "" or line.isprintable()
+    assert len(line) < 2000
+
+
+@quick
+@given(st.lists(st.sampled_from(WORDS), min_size=1, max_size=LENGTH - 2))
+def test_ids_say_the_words_again(words: list[str]) -> None:
+    prompt = "".join(word.upper() + " " for word in words)
+    if not any(word.isalnum() for word in words):
+        with pytest.raises(BadInput):
+            TOKENIZER.encode(prompt)
+        return
+    ids = TOKENIZER.encode(prompt).ids
+    end = ids.index(EOS)
+    assert [TOKENS[i] for i in ids[1:end]] == words
+    assert ids[0] == BOS
+    assert set(ids[end + 1 :]) <= {PAD}
+
+
+@quick
+@given(ANY_TEXT)
+def test_suggestions_are_words_of_the_vocabulary(word: str) -> None:
+    assert set(TOKENIZER.suggest(word)) <= set(WORDS)
+
+
+def test_reads_the_vocabulary_of_a_bundle(paper: Path) -> None:
+    tokenizer = WordTokenizer.from_file(paper / "tokenizer/vocab.json")
+    assert tokenizer.text_tokens == LENGTH
+    assert tokenizer.encode("red cube") == TOKENIZER.encode("red cube")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kind": "bpe"}, "expected a vocabulary of kind \"word\", found 'bpe'"),
+        ({"kind": None}, 'expected a vocabulary of kind "word", found None'),
+        ({"tokens": "red"}, "expected tokens to be a list of words"),
+        ({"tokens": [*TOKENS, 5]}, "expected tokens to be a list of words"),
+        ({"tokens": TOKENS[1:]}, "expected the token <pad>, found none"),
+        ({"tokens": TOKENS[:3] + WORDS}, "expected the token <unk>, found none"),
+        ({"tokens": [*TOKENS, "red"]}, "expected every token once, found one twice"),
+        ({"text_tokens": 2}, "expected text_tokens of at least 3, found 2"),
+        ({"text_tokens": "9"}, "expected text_tokens of at least 3, found '9'"),
+        ({"text_tokens": True}, "expected text_tokens of at least 3, found True"),
+    ],
+)
+def test_refuses_a_vocabulary(paper: Path, changes: dict[str, object], message: str) -> None:
+    write_vocabulary(paper, **changes)
+    with pytest.raises(BundleInvalid) as caught:
+        WordTokenizer.from_file(paper / "tokenizer/vocab.json")
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "5", '{"kind": "word"}', "[" * 100_000, json.dumps("word"), "\udcff"]
+)
+def test_refuses_what_is_no_vocabulary(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "vocab.json"
+    path.write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(BundleInvalid, match="expected JSON with kind, tokens and text_tokens, found none"):
+        WordTokenizer.from_file(path)

@@ -1,0 +1,229 @@
+"""Verification: golden outputs hold on real engines, and every way of being wrong is a part that is not ok."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tpx_runtime.bundle import GOLDEN, Bundle
+from tpx_runtime.engine import Arrays, resolve
+from tpx_runtime.errors import BundleInvalid, EngineFailed
+from tpx_runtime.verify import (
+    PartReport,
+    load_golden,
+    relative_error,
+    require_ok,
+    routing_agreement,
+    verify_bundle,
+)
+
+from .fakes import MANIFEST_OF_PAPER, FakeEngine, golden, seal, text_encoder, transformer, vae_decoder
+
+PARTS = [
+    "text_encoder",
+    "transformer depth 1",
+    "transformer depth 2",
+    "transformer depth 4",
+    "vae_decoder",
+]
+
+
+def tamper(root: Path, **arrays: np.ndarray | None) -> Bundle:
+    """The bundle with other golden arrays, None for none of that name, and a manifest that agrees."""
+    changed = {**golden(), **arrays}
+    np.savez(root / GOLDEN, **{name: array for name, array in changed.items() if array is not None})
+    return seal(root)
+
+
+def wrong_parts(bundle: Bundle, engine: object = None) -> list[str]:
+    reports = verify_bundle(bundle, engine or FakeEngine())  # type: ignore[arg-type]
+    assert [report.part for report in reports] == PARTS
+    return [report.part for report in reports if not report.ok]
+
+
+def test_the_engine_that_made_the_golden_arrays_agrees_with_them(paper: Path) -> None:
+    reports = verify_bundle(Bundle.open(paper), FakeEngine())  # type: ignore[arg-type]
+    assert [(report.part, report.error, report.ok) for report in reports] == [
+        (part, 0, True) for part in PARTS
+    ]
+    assert [report.routing_agreement for report in reports] == [None, 1, 1, 1, None]
+    require_ok(reports, "fake")
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_a_real_export_holds_on_a_real_engine(tiny_bundle: Path, name: str) -> None:
+    reports = verify_bundle(Bundle.open(tiny_bundle), resolve(name))
+    assert all(report.ok for report in reports)
+    assert all(report.error < 1e-5 for report in reports)
+    assert [report.routing_agreement for report in reports[1:-1]] == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("context", "text_encoder"),
+        ("pooled", "text_encoder"),
+        ("velocity_1", "transformer depth 1"),
+        ("velocity_4", "transformer depth 4"),
+        ("image", "vae_decoder"),
+    ],
+)
+def test_one_changed_golden_number_is_noticed(paper: Path, name: str, part: str) -> None:
+    array = golden()[name].copy()
+    array.flat[-1] += 1e-3 * np.abs(array).max()
+    found = wrong_parts(tamper(paper, **{name: array}))
+    assert part in found
+    # The golden context and pooled are also what the transformer is given.
+    assert set(found) - {part} <= (set(PARTS[1:-1]) if name in ("context", "pooled") else set())
+
+
+def test_a_change_within_tolerance_is_fine(paper: Path) -> None:
+    image = golden()["image"] * (1 + 5e-5)
+    assert wrong_parts(tamper(paper, image=image.astype(np.float32))) == []
+
+
+def test_too_many_tokens_at_another_expert_are_noticed(paper: Path) -> None:
+    routes = golden()["routes_2"].copy()
+    routes.flat[: routes.size // 20] ^= 1  # 5 % differ, 10 % may
+    assert wrong_parts(tamper(paper, routes_2=routes)) == []
+    routes.flat[: routes.size // 5] ^= 1
+    assert wrong_parts(tamper(paper, routes_2=routes)) == ["transformer depth 2"]
+
+
+def test_a_tampered_real_bundle_fails(copy: Path) -> None:
+    with np.load(copy / GOLDEN) as file:
+        arrays = dict(file)
+    arrays["velocity_3"] = arrays["velocity_3"] * 1.01
+    np.savez(copy / GOLDEN, **arrays)
+    bundle = seal(copy, Bundle.open(copy, verify=False).manifest) if False else None
+    with pytest.raises(BundleInvalid, match="golden.npz: expected "):
+        Bundle.open(copy)
+    from tpx_runtime.manifest import Manifest
+
+    manifest = Manifest.from_json((copy / "manifest.json").read_text(encoding="utf-8"))
+    bundle = seal(copy, manifest)
+    reports = verify_bundle(Bundle.open(bundle.root), resolve("onnxruntime"))
+    assert [report.part for report in reports if not report.ok] == ["transformer depth 3"]
+
+
+def giving(function: Callable[[Arrays], Arrays], **changes: object) -> Callable[[Arrays], Arrays]:
+    """`function` with other outputs; None leaves one out."""
+
+    def run(inputs: Arrays) -> Arrays:
+        outputs = function(inputs)
+        for name, change in changes.items():
+            if change is None:
+                del outputs[name]
+            else:
+                outputs[name] = change(outputs[name])  # type: ignore[operator]
+        return outputs
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        None,
+        lambda array: array[:1],
+        lambda array: array[..., :-1],
+        lambda array: np.full_like(array, np.nan),
+        lambda array: np.full_like(array, np.inf),
+        lambda array: -array,
+        lambda array: array * 1.001,
+        lambda array: np.where(np.arange(array.size).reshape(array.shape) == 1, np.nan, array),
+    ],
+)
+@pytest.mark.parametrize(
+    ("key", "name", "function", "part"),
+    [
+        ("context", "text_encoder/model.onnx", text_encoder, "text_encoder"),
+        ("pooled", "text_encoder/model.onnx", text_encoder, "text_encoder"),
+        ("velocity", "transformer/depth-2.onnx", transformer(2), "transformer depth 2"),
+        ("image", "vae_decoder/model.onnx", vae_decoder, "vae_decoder"),
+    ],
+)
+def test_wrong_outputs_are_not_ok_and_no_warning(
+    paper: Path, key: str, name: str, function: Callable, part: str, change: Callable | None
+) -> None:
+    engine = FakeEngine({name: giving(function, **{key: change})})
+    assert wrong_parts(Bundle.open(paper), engine) == [part]
+
+
+@pytest.mark.parametrize("change", [None, lambda routes: routes[:, :1], lambda routes: 1 - routes])
+def test_wrong_routes_are_not_ok(paper: Path, change: Callable | None) -> None:
+    engine = FakeEngine({"transformer/depth-1.onnx": giving(transformer(1), routes=change)})
+    assert wrong_parts(Bundle.open(paper), engine) == ["transformer depth 1"]
+
+
+def test_a_model_that_does_not_think_needs_no_routes(paper: Path) -> None:
+    tamper(paper, routes_1=None, routes_2=None, routes_4=None)
+    plain = replace(MANIFEST_OF_PAPER.model, experts=0, thinking_blocks=())
+    bundle = seal(paper, replace(MANIFEST_OF_PAPER, model=plain))
+    reports = verify_bundle(bundle, FakeEngine())  # type: ignore[arg-type]
+    assert all(report.ok and report.routing_agreement is None for report in reports)
+
+
+@pytest.mark.parametrize("name", ["ids", "pooled", "timestep", "velocity_4", "routes_2", "decoder_latents"])
+def test_a_missing_golden_array_is_named(paper: Path, name: str) -> None:
+    with pytest.raises(BundleInvalid, match=f"expected the array {name}, found none; export again"):
+        verify_bundle(tamper(paper, **{name: None}), FakeEngine())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("content", ["empty", "text", "array", "cut", "pickle"])
+def test_golden_that_is_no_archive_of_arrays_is_refused(paper: Path, content: str) -> None:
+    path, whole = paper / GOLDEN, (paper / GOLDEN).read_bytes()
+    if content == "array":
+        with path.open("wb") as file:
+            np.save(file, np.zeros(3))
+    elif content == "pickle":
+        with path.open("wb") as file:
+            np.savez(file, ids=np.array([{}], dtype=object))
+    else:
+        path.write_bytes({"empty": b"", "text": b"no archive", "cut": whole[: len(whole) // 2]}[content])
+    with pytest.raises(BundleInvalid, match=r"golden.npz: expected arrays by name, found none \("):
+        load_golden(seal(paper))
+
+
+def test_relative_error() -> None:
+    one = np.array([1.0, -4.0], np.float32)
+    assert relative_error(one, one) == 0
+    assert relative_error(np.array([1.0, -3.0]), one) == 0.25
+    assert relative_error(np.zeros(2), np.zeros(2)) == 0
+    assert relative_error(np.ones(2), np.zeros(2)) == np.inf
+    assert relative_error(one, np.array([1.0, np.nan])) == np.inf
+    assert relative_error(np.array([np.inf, 1.0]), np.array([np.inf, 1.0])) == np.inf
+    assert relative_error(one[:1], one) == np.inf
+    assert relative_error(None, one) == np.inf
+    assert relative_error(np.float32([3e38]), np.float32([-3e38])) == np.inf
+
+
+def test_routing_agreement() -> None:
+    routes = np.array([[0, 1, 2, 3]])
+    assert routing_agreement(routes, routes) == 1
+    assert routing_agreement(np.array([[0, 1, 2, 0]]), routes) == 0.75
+    assert routing_agreement(routes[:, :2], routes) == 0
+    assert routing_agreement(None, routes) == 0
+
+
+def test_the_limits_themselves_are_ok() -> None:
+    assert PartReport("a", error=1e-4, tolerance=1e-4, routing_agreement=0.9, least_agreement=0.9).ok
+    assert not PartReport("a", error=1.1e-4, tolerance=1e-4).ok
+    assert not PartReport("a", error=0, tolerance=1e-4, routing_agreement=0.89, least_agreement=0.9).ok
+
+
+def test_the_error_names_the_first_wrong_part_and_counts_the_others() -> None:
+    good = PartReport("text_encoder", 0.0, 1e-4)
+    routed = PartReport("transformer depth 1", 0.031, 1e-4, 0.5, 0.99)
+    plain = PartReport("vae_decoder", 0.2, 1e-4)
+    with pytest.raises(EngineFailed) as caught:
+        require_ok([good, routed, plain], "openvino")
+    assert str(caught.value) == (
+        "expected the golden outputs from engine openvino, found transformer depth 1 with a relative error of "
+        "3.1e-02 (tolerance 1e-04) and 50.00% of routes (at least 99.00%), and 1 more; "
+        "use another engine or a bundle of higher precision"
+    )
+    with pytest.raises(EngineFailed, match=r"found vae_decoder with .* \(tolerance 1e-04\); use another"):
+        require_ok([good, plain], "openvino")

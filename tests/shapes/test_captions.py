@@ -1,0 +1,288 @@
+"""Captions say what their prompts mean, and `satisfies` tells a right scene from a nearly right one."""
+
+import hashlib
+import itertools
+import random
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+from tpx_export.model.text_encoder import TextEncoderSpec
+
+from samples.shapes.captions import (
+    KINDS,
+    TRAINING_MIX,
+    Group,
+    Prompt,
+    caption,
+    prompt_of,
+    satisfies,
+    scene_for,
+    training_pairs,
+    vocabulary,
+)
+from samples.shapes.world import COLOURS, INVERSE, MAX_OBJECTS, SHAPES, Scene, Thing
+from tpx_runtime.tokenizer import BOS, EOS, PAD, UNK, WordTokenizer
+
+NOUNS = {
+    "cube": ["cube", "box", "block", "cubes", "boxes", "blocks"],
+    "sphere": ["sphere", "ball", "spheres", "balls"],
+    "cylinder": ["cylinder", "can", "cylinders", "cans"],
+    "cone": ["cone", "cones"],
+}
+COUNTS = {"a": 1, "an": 1, "one": 1, "two": 2, "three": 3, "four": 4}
+OTHER_COLOURS = {"violet": "purple", "turquoise": "cyan"}
+PLACES = {
+    "on": "on",
+    "on top of": "on",
+    "resting on": "on",
+    "stacked on": "on",
+    "under": "under",
+    "beneath": "under",
+    "below": "under",
+    "underneath": "under",
+    "left of": "left of",
+    "to the left of": "left of",
+    "on the left of": "left of",
+    "right of": "right of",
+    "to the right of": "right of",
+    "on the right of": "right of",
+    "in front of": "in front of",
+    "behind": "behind",
+}
+OPENING = re.compile(r"^(an? (photo|picture|image|render) of|there (is|are)) ")
+PLACE = re.compile(" (" + "|".join(sorted(PLACES, key=len, reverse=True)) + ") ")
+RED_CUBE, BLUE_CUBE, RED_BALL = Group("cube", "red"), Group("cube", "blue"), Group("sphere", "red")
+
+
+def understood(phrase: str) -> Group:
+    """The group that a phrase such as "two violet boxes" names; its grammar is checked on the way."""
+    number, *adjectives, noun = phrase.split(" ")
+    count = COUNTS[number]
+    [shape] = [shape for shape, nouns in NOUNS.items() if noun in nouns]
+    assert noun.endswith("s") == (count > 1), phrase
+    if number in ("a", "an"):
+        assert (number == "an") == phrase.split(" ")[1].startswith(("a", "e", "i", "o", "u")), phrase
+    if not adjectives:
+        return Group(shape, None, count)
+    [colour] = adjectives
+    colour = OTHER_COLOURS.get(colour, colour)
+    assert colour in COLOURS
+    return Group(shape, colour, count)
+
+
+def read(text: str) -> tuple[tuple[Group, ...], str | None]:
+    """Groups and relation of a caption, by a grammar written down anew."""
+    if opening := OPENING.match(text):
+        text = text[opening.end() :]
+    if place := PLACE.search(text):
+        return (understood(text[: place.start()]), understood(text[place.end() :])), PLACES[place[1]]
+    return tuple(map(understood, re.split(", | and ", text))), None
+
+
+def prompts(count: int, kind: str | None = None) -> Iterator[Prompt]:
+    rng = random.Random(f"{kind} {count}")
+    for _ in range(count):
+        yield prompt_of(rng, kind or rng.choice(tuple(TRAINING_MIX)))
+
+
+@pytest.mark.parametrize(
+    ("groups", "relation", "text"),
+    [
+        ([Group("cone")], None, "a cone"),
+        ([Group("sphere", "orange")], None, "an orange sphere"),
+        ([Group("sphere", "purple")], None, "a purple sphere"),
+        ([Group("cube", "red", 2)], None, "two red cubes"),
+        ([Group("cylinder", None, 4)], None, "four cylinders"),
+        ([Group("cube"), Group("sphere")], None, "a cube and a sphere"),
+        ([Group("cube", "red", 3), Group("cone", "orange")], None, "three red cubes and an orange cone"),
+        ([RED_CUBE, RED_BALL, BLUE_CUBE], None, "a red cube, a red sphere and a blue cube"),
+        ([Group("cone"), Group("cube")], "on", "a cone on a cube"),
+        ([RED_CUBE, RED_BALL], "left of", "a red cube left of a red sphere"),
+        ([RED_CUBE, Group("cone", "orange")], "in front of", "a red cube in front of an orange cone"),
+    ],
+)
+def test_plain_english(groups: list[Group], relation: str | None, text: str) -> None:
+    assert caption(Prompt("any", tuple(groups), relation)) == text
+
+
+def test_captions_mean_their_prompts() -> None:
+    rng = random.Random(4)
+    for prompt in prompts(3000):
+        for text in (caption(prompt), caption(prompt, rng)):
+            assert read(text) == (prompt.groups, prompt.relation), text
+            if text.startswith("there"):
+                assert text.startswith("there is " if prompt.groups[0].count == 1 else "there are "), text
+
+
+def test_every_wording_is_used() -> None:
+    rng = random.Random(5)
+    texts = [caption(prompt, rng) for prompt in prompts(6000)]
+    assert {place[1] for text in texts if (place := PLACE.search(text))} == set(PLACES)
+    words = {word for text in texts for word in re.findall(r"[,.]|[^\s,.]+", text)}
+    assert words >= set(itertools.chain(*NOUNS.values(), COUNTS, OTHER_COLOURS, COLOURS))
+    assert set(vocabulary()) - words == {".", "next", "scene", "with"}  # for people, who write what they like
+
+
+def test_the_text_encoder_can_read_every_caption() -> None:
+    words = vocabulary()
+    assert words == sorted(set(words))
+    spec = TextEncoderSpec((PAD, BOS, EOS, UNK, *words))
+    tokenizer = WordTokenizer(list(spec.vocabulary), spec.tokens)
+    rng = random.Random(6)
+    for prompt in prompts(3000):
+        assert not tokenizer.encode(caption(prompt, rng)).unknown
+
+
+def test_a_seed_fixes_the_wording() -> None:
+    for prompt in prompts(50):
+        assert caption(prompt, random.Random(1)) == caption(prompt, random.Random(1))
+    [prompt] = prompts(1)
+    assert len({caption(prompt, random.Random(seed)) for seed in range(50)}) > 5
+
+
+SHAPE_OF_KIND = {  # the number of groups; of objects; whether colours are named; whether there is a relation
+    "single object": (1, {1}, {False}, False),
+    "two objects": (2, {2}, {False}, False),
+    "counting": (1, {2, 3, 4}, {False, True}, False),
+    "colours": (1, {1}, {True}, False),
+    "position": (2, {2}, {False}, True),
+    "colour attribution": (2, {2}, {True}, False),
+    "attribution + position": (2, {2}, {True}, True),
+    "groups": (2, {2, 3, 4}, {True}, False),
+}
+
+
+@pytest.mark.parametrize("kind", SHAPE_OF_KIND)
+def test_kinds_of_prompts(kind: str) -> None:
+    groups, counts, coloured, related = SHAPE_OF_KIND[kind]
+    asked = list(prompts(300, kind))
+    for prompt in asked:
+        assert prompt.kind == kind
+        assert len(prompt.groups) == groups == len({group.shape for group in prompt.groups})
+        assert (prompt.relation is not None) == related
+    assert {sum(group.count for group in prompt.groups) for prompt in asked} == counts
+    assert {group.colour is not None for prompt in asked for group in prompt.groups} == coloured
+    assert {group.shape for prompt in asked for group in prompt.groups} == set(SHAPES)
+    if True in coloured:
+        assert {g.colour for prompt in asked for g in prompt.groups} - {None} == set(COLOURS)
+
+
+def test_a_list_names_two_to_four_coloured_things() -> None:
+    asked = list(prompts(300, "list"))
+    assert {len(prompt.groups) for prompt in asked} == {2, 3, 4}
+    assert all(group.count == 1 and group.colour for prompt in asked for group in prompt.groups)
+
+
+def test_geneval_has_six_kinds() -> None:
+    assert len(KINDS) == 6
+    assert set(KINDS) < set(TRAINING_MIX) == {*SHAPE_OF_KIND, "list"}
+    with pytest.raises(ValueError, match=r"expected a kind of .*, got 'texture'"):
+        prompt_of(random.Random(0), "texture")
+
+
+def test_a_scene_satisfies_its_prompt() -> None:
+    rng = random.Random(7)
+    for prompt in prompts(1500):
+        scene = scene_for(rng, prompt)
+        assert satisfies(scene, prompt), prompt
+        assert satisfies(scene[::-1], prompt), prompt
+
+
+def other(options: tuple[str, ...], than: str) -> str:
+    return options[(options.index(than) + 1) % len(options)]
+
+
+def test_a_scene_with_one_thing_changed_does_not() -> None:
+    rng = random.Random(8)
+    for prompt in prompts(1500):
+        scene = scene_for(rng, prompt)
+        i = rng.randrange(len(scene))
+        before, thing, after = scene[:i], scene[i], scene[i + 1 :]
+        assert not satisfies(before + after, prompt), prompt
+        assert not satisfies((*scene, replace(thing, x=thing.x + 3)), prompt), prompt
+        reshaped = replace(thing, shape=other(SHAPES, thing.shape))
+        assert not satisfies((*before, reshaped, *after), prompt), prompt
+        recoloured = replace(thing, colour=other(tuple(COLOURS), thing.colour))
+        named = any(group.colour for group in prompt.groups)
+        assert satisfies((*before, recoloured, *after), prompt) == (not named), prompt
+
+
+@pytest.mark.parametrize("kind", ["position", "attribution + position"])
+def test_a_scene_with_its_things_exchanged_does_not(kind: str) -> None:
+    rng = random.Random(9)
+    for prompt in prompts(300, kind):
+        a, b = scene_for(rng, prompt)
+        first, second = prompt.groups
+        swapped = replace(b, shape=a.shape, colour=a.colour), replace(a, shape=b.shape, colour=b.colour)
+        assert prompt.relation
+        assert not satisfies(swapped, prompt), prompt
+        assert not satisfies((a, b), replace(prompt, relation=INVERSE[prompt.relation])), prompt
+        assert satisfies((a, b), replace(prompt, groups=(second, first), relation=INVERSE[prompt.relation]))
+        far = replace(a, x=b.x + 0.1, z=b.z + 0.1, y=a.y + 2)  # neither beside nor resting on it
+        assert not satisfies((far, b), prompt), prompt
+
+
+def place(*kinds: tuple[str, str]) -> Scene:
+    """Things in a row from left to right."""
+    return tuple(Thing(shape, colour, i - 1.5, 0.4, 0, 0.45) for i, (colour, shape) in enumerate(kinds))
+
+
+def test_exact_numbers_and_colours() -> None:
+    two_reds = Prompt("counting", (Group("cube", "red", 2),))
+    assert satisfies(place(("red", "cube"), ("red", "cube")), two_reds)
+    assert not satisfies(place(("red", "cube")), two_reds)
+    assert not satisfies(place(*[("red", "cube")] * 3), two_reds)
+    assert not satisfies(place(("red", "cube"), ("blue", "cube")), two_reds)
+    both = Prompt("list", (RED_CUBE, BLUE_CUBE))
+    assert satisfies(place(("blue", "cube"), ("red", "cube")), both)
+    assert not satisfies(place(("red", "cube"), ("red", "cube")), both)
+    crossed = Prompt("colour attribution", (RED_CUBE, Group("sphere", "blue")))
+    assert not satisfies(place(("blue", "cube"), ("red", "sphere")), crossed)
+    assert not satisfies((), two_reds)
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_an_open_colour_leaves_the_named_one_to_its_group(order: tuple[int, int]) -> None:
+    groups = Group("cube"), RED_CUBE
+    prompt = Prompt("any", (groups[order[0]], groups[order[1]]))
+    assert satisfies(place(("red", "cube"), ("blue", "cube")), prompt)
+    assert satisfies(place(("blue", "cube"), ("red", "cube")), prompt)
+    assert not satisfies(place(("blue", "cube"), ("blue", "cube")), prompt)
+
+
+def test_a_relation_between_things_alike_holds_either_way() -> None:
+    prompt = Prompt("any", (RED_CUBE, RED_CUBE), "left of")
+    assert satisfies(place(("red", "cube"), ("red", "cube")), prompt)
+
+
+def test_colours_left_open_are_drawn() -> None:
+    rng = random.Random(10)
+    scenes = [scene_for(rng, Prompt("counting", (Group("cube", None, 2),))) for _ in range(200)]
+    assert {thing.colour for scene in scenes for thing in scene} == set(COLOURS)
+    assert any(a.colour != b.colour for a, b in scenes)
+
+
+def test_training_pairs_follow_the_mix() -> None:
+    assert sum(TRAINING_MIX.values()) == pytest.approx(1)
+    pairs = list(itertools.islice(training_pairs(3), 4000))
+    assert all(satisfies(scene, prompt) for prompt, scene in pairs)
+    assert {len(scene) for _, scene in pairs} == set(range(1, MAX_OBJECTS + 1))
+    # Scenes of many objects are a little rarer than asked: more of them show something that is held out.
+    shares = Counter(prompt.kind for prompt, _ in pairs)
+    for kind, share in TRAINING_MIX.items():
+        assert shares[kind] / len(pairs) == pytest.approx(share, abs=0.04), kind
+
+
+def test_the_stream_of_a_seed_never_changes() -> None:
+    """Latents on disk meet prompts that are drawn anew: another stream would mislabel all of them."""
+    texts = [caption(prompt) for prompt, _ in itertools.islice(training_pairs(0), 2048)]
+    assert texts[:4] == [
+        "a cone and a sphere",
+        "four orange cubes",
+        "four red cubes",
+        "a purple cone",
+    ]
+    assert hashlib.sha256("\n".join(texts).encode()).hexdigest().startswith("040a9edd631a796e")

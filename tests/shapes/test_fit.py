@@ -1,0 +1,271 @@
+"""The training loop: stopped runs end where unbroken ones do, and what lies on disk is always whole."""
+
+import copy
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from samples.shapes.fit import fit, save_whole, seeded, warmup_cosine
+
+STEPS = 12
+RATES = (0.05, 0.01)  # of the weight (AdamW) and of the bias (SGD with momentum)
+
+
+class Killed(BaseException):
+    """Not an error that anything catches: the nearest to a kill that a test can do."""
+
+
+class Task:
+    """A linear layer that is to add up its inputs; its loss at `stop` raises, if that is given."""
+
+    def __init__(self, stop: int | None = None, by: type[BaseException] = Killed) -> None:
+        torch.manual_seed(1)
+        self.module = nn.Linear(3, 1)
+        self.optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW([self.module.weight], lr=RATES[0]),
+            torch.optim.SGD([self.module.bias], lr=RATES[1], momentum=0.9),
+        ]
+        self.stop, self.by = stop, by
+        self.seen: list[int] = []
+        self.rates: list[list[float]] = []
+
+    def loss_at(self, step: int) -> Tensor:
+        if step == self.stop:
+            raise self.by
+        self.seen.append(step)
+        self.rates.append([optimizer.param_groups[0]["lr"] for optimizer in self.optimizers])
+        inputs = torch.randn(8, 3, generator=seeded(0, step))
+        return (self.module(inputs)[:, 0] - inputs.sum(1)).square().mean()
+
+    def run(
+        self, state: Path, loss_at: Callable[[int], Tensor] | None = None, **settings: object
+    ) -> nn.Module:
+        settings = {"steps": STEPS, "save_s": -1.0} | settings  # saves after every step
+        return fit("sum", self.module, self.optimizers, loss_at or self.loss_at, state=state, **settings)  # type: ignore[arg-type]
+
+
+def assert_same(a: nn.Module, b: nn.Module) -> None:
+    for (name, one), (_, other) in zip(a.state_dict().items(), b.state_dict().items(), strict=True):
+        assert torch.equal(one, other), name
+
+
+def unbroken(tmp_path: Path) -> tuple[Task, nn.Module]:
+    task = Task()
+    ema = task.run(tmp_path / "unbroken.pt")
+    assert task.seen == list(range(STEPS))
+    return task, ema
+
+
+@pytest.mark.parametrize(("by", "save_s"), [(Killed, -1.0), (KeyboardInterrupt, 1000.0)])
+def test_a_stopped_run_ends_where_an_unbroken_one_does(
+    tmp_path: Path, by: type[BaseException], save_s: float
+) -> None:
+    whole, ema = unbroken(tmp_path)
+    state = tmp_path / "state.pt"
+    seen = []
+    for stop in (5, 6, None):
+        task = Task(stop, by)  # as a new process would: nothing is left but the file
+        if stop:
+            with pytest.raises(by):
+                task.run(state, save_s=save_s)
+        else:
+            resumed = task.run(state, save_s=save_s)
+        seen.append(task.seen)
+    assert seen == [list(range(5)), [5], list(range(6, STEPS))]
+    assert_same(task.module, whole.module)
+    assert_same(resumed, ema)
+    assert task.rates == whole.rates[6:]
+
+
+def test_a_killed_run_goes_back_to_its_last_save(tmp_path: Path) -> None:
+    whole, ema = unbroken(tmp_path)
+    state = tmp_path / "state.pt"
+    with pytest.raises(KeyboardInterrupt):
+        Task(4, KeyboardInterrupt).run(state, save_s=1000)
+    with pytest.raises(Killed):
+        Task(7).run(state, save_s=1000)
+    task = Task()
+    resumed = task.run(state)
+    assert task.seen == list(range(4, STEPS))
+    assert_same(resumed, ema)
+    assert_same(task.module, whole.module)
+
+
+def test_ctrl_c_while_progress_is_drawn_repeats_no_step(tmp_path: Path) -> None:
+    whole, ema = unbroken(tmp_path)
+    state = tmp_path / "state.pt"
+
+    def show(module: nn.Module, step: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Task().run(state, show=show, show_every=4, save_s=1000)
+    task = Task()
+    resumed = task.run(state)
+    assert task.seen == list(range(4, STEPS))
+    assert_same(resumed, ema)
+    assert_same(task.module, whole.module)
+
+
+def test_a_finished_run_returns_at_once(tmp_path: Path) -> None:
+    state = tmp_path / "state.pt"
+    first = Task()
+    ema = first.run(state, save_s=1000)
+    before = state.read_bytes()
+    again = Task(stop=0)
+    assert_same(again.run(state), ema)
+    assert_same(again.module, first.module)
+    assert state.read_bytes() == before
+
+
+def test_ema_follows_the_weights(tmp_path: Path) -> None:
+    task = Task()
+    average = copy.deepcopy(task.module.weight.detach())
+    weights: list[Tensor] = []
+
+    def loss_at(step: int) -> Tensor:
+        weights.append(task.module.weight.detach().clone())
+        return task.loss_at(step)
+
+    ema = task.run(tmp_path / "state.pt", loss_at, ema_decay=0.6)
+    for step, weight in enumerate([*weights[1:], task.module.weight.detach()]):
+        decay = min(0.6, (step + 1) / (step + 10))  # short at first: the random start is soon forgotten
+        average = decay * average + (1 - decay) * weight
+    assert isinstance(ema, nn.Linear)
+    torch.testing.assert_close(ema.weight.detach(), average)
+    assert not ema.weight.requires_grad
+    assert not torch.equal(ema.weight, task.module.weight)
+
+
+def test_frozen_parameters_stay(tmp_path: Path) -> None:
+    task = Task()
+    task.module.bias.requires_grad_(False)
+    bias, weight = task.module.bias.clone(), task.module.weight.detach().clone()
+    ema = task.run(tmp_path / "state.pt")
+    assert torch.equal(task.module.bias, bias)
+    assert isinstance(ema, nn.Linear)
+    assert torch.equal(ema.bias, bias)
+    assert not torch.equal(task.module.weight, weight)
+
+
+def test_each_optimizer_keeps_its_own_rate(tmp_path: Path) -> None:
+    task, _ = unbroken(tmp_path)
+    for step, rates in enumerate(task.rates):
+        assert rates == pytest.approx([rate * warmup_cosine(step, STEPS) for rate in RATES])
+
+
+def test_gradients_are_clipped(tmp_path: Path) -> None:
+    task = Task()
+    task.optimizers = [torch.optim.SGD(task.module.parameters(), lr=1.0)]
+    before = torch.cat([p.detach().flatten() for p in task.module.parameters()])
+    task.run(tmp_path / "state.pt", lambda step: 1e6 * task.loss_at(step), steps=1, clip=0.5)
+    after = torch.cat([p.detach().flatten() for p in task.module.parameters()])
+    assert float((after - before).norm()) == pytest.approx(0.5 * warmup_cosine(0, 1), rel=1e-3)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path, bad: float) -> None:
+    state = tmp_path / "state.pt"
+    task = Task()
+    with pytest.raises(FloatingPointError, match=f"sum: loss is {bad} at step 3"):
+        task.run(state, lambda step: task.loss_at(step) * (bad if step == 3 else 1))
+    saved = torch.load(state, weights_only=True)
+    assert saved["step"] == 3
+    assert all(value.isfinite().all() for part in ("module", "ema") for value in saved[part].values())
+
+
+def test_progress_tells_the_mean_of_the_last_losses(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = tmp_path / "state.pt"
+    losses: dict[int, float] = {}
+
+    def watched(task: Task) -> Callable[[int], Tensor]:
+        def loss_at(step: int) -> Tensor:
+            loss = task.loss_at(step)
+            losses[step] = loss.item()
+            return loss
+
+        return loss_at
+
+    def told() -> list[tuple[str, float]]:
+        lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+        return [(line[1], float(line[3])) for line in lines]
+
+    def mean(first: int, last: int) -> float:
+        return pytest.approx(sum(losses[i] for i in range(first, last)) / (last - first), abs=1e-4)
+
+    task = Task(6, KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        task.run(state, watched(task), every=4)
+    assert told() == [("4/12", mean(0, 4))]
+    task = Task()
+    task.run(state, watched(task), every=4)
+    assert told() == [("8/12", mean(6, 8)), ("12/12", mean(8, 12))]  # the first since the run was taken up
+
+
+def test_show_is_given_the_average(tmp_path: Path) -> None:
+    shown: list[int] = []
+    given: list[nn.Module] = []
+
+    def show(module: nn.Module, step: int) -> None:
+        shown.append(step)
+        given.append(module)
+
+    ema = Task().run(tmp_path / "state.pt", show=show, show_every=5)
+    assert shown == [5, 10]
+    assert all(module is ema for module in given)
+
+
+def test_warmup_then_cosine() -> None:
+    factors = [warmup_cosine(step, 1000) for step in range(1001)]
+    assert factors[0] == pytest.approx(0.01)
+    assert factors[49] == pytest.approx(0.5)
+    assert factors[99] == factors[100] == 1
+    assert factors[550] == pytest.approx(0.51)
+    assert factors[1000] == pytest.approx(0.02)
+    assert factors[:100] == sorted(factors[:100])
+    assert factors[100:] == sorted(factors[100:], reverse=True)
+
+
+def test_streams_of_steps() -> None:
+    def draw(seed: int, step: int) -> Tensor:
+        return torch.rand(100, generator=seeded(seed, step))
+
+    first = draw(3, 7)
+    torch.rand(5)  # the global stream is another
+    assert torch.equal(first, draw(3, 7))
+    assert not torch.equal(first, draw(3, 8))
+    assert not torch.equal(first, draw(4, 7))
+    assert draw(-1, 0).isfinite().all()
+
+
+def test_save_whole_makes_its_folder_and_replaces(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "er" / "state.pt"
+    for value in (1, 2):
+        save_whole({"value": torch.tensor(value)}, path)
+        assert torch.load(path, weights_only=True)["value"] == value
+        assert list(path.parent.iterdir()) == [path]
+
+
+def test_save_whole_keeps_the_old_file_when_it_is_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "state.pt"
+    save_whole({"value": 1}, path)
+
+    def half(value: object, file: Path) -> None:
+        Path(file).write_bytes(b"half")
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", half)
+        with pytest.raises(Killed):
+            save_whole({"value": 2}, path)
+    assert torch.load(path, weights_only=True) == {"value": 1}
+    save_whole({"value": 3}, path)
+    assert list(tmp_path.iterdir()) == [path]

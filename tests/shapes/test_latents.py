@@ -1,0 +1,65 @@
+"""Shards of latents belong to their prompts, whether just made or read from disk; grids of pictures."""
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tpx_export.model.autoencoder import Autoencoder, AutoencoderSpec
+
+from samples.shapes import latents
+from samples.shapes.captions import training_pairs
+from samples.shapes.pictures import save_grid
+from samples.shapes.render import render
+
+COUNT = 5
+
+
+@pytest.fixture
+def autoencoder(monkeypatch: pytest.MonkeyPatch) -> Autoencoder:
+    """A small random autoencoder, and shards of 5 scenes rendered in twos without compilation."""
+    monkeypatch.setattr(latents, "SHARD", COUNT)
+    monkeypatch.setattr(latents, "RENDER_BATCH", 2)
+    monkeypatch.setattr(latents, "render", lambda scenes, side, device, fast: render(scenes, side, device))
+    torch.manual_seed(0)
+    return Autoencoder(AutoencoderSpec(32, 4, (16, 16, 8))).eval()
+
+
+def test_latents_are_those_of_the_prompts_scenes(tmp_path: Path, autoencoder: Autoencoder) -> None:
+    prompts, z = latents.shard(tmp_path, 3, 7, autoencoder)
+    assert (z.shape, z.dtype) == ((COUNT, 4, 4, 4), torch.float16)
+    asked = list(itertools.islice(training_pairs(7 * 1_000_003 + 3), COUNT))
+    assert prompts == [prompt for prompt, _ in asked]
+    with torch.no_grad():
+        expected = autoencoder.encode(render([scene for _, scene in asked], 32) * 2 - 1)
+    off = (z.float()[:, None] - expected).abs().amax((2, 3, 4))  # of each latent from each scene's
+    assert off.argmin(1).tolist() == list(range(COUNT))
+    assert off.diagonal().max() < 0.05 * expected.abs().max()
+
+
+def test_a_shard_is_made_once(
+    tmp_path: Path, autoencoder: Autoencoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = latents.shard(tmp_path, 0, 0, autoencoder)
+    monkeypatch.delattr(latents, "render")
+    again = latents.shard(tmp_path, 0, 0, autoencoder)
+    assert again[0] == first[0]
+    assert torch.equal(again[1], first[1])
+    with pytest.raises(NameError):  # another shard has to be made
+        latents.shard(tmp_path, 1, 0, autoencoder)
+
+
+def test_save_grid_sets_pictures_row_by_row(tmp_path: Path) -> None:
+    values = torch.tensor([-1.0, -0.5, 0.0, 0.5, 1.0, 3.0])
+    pictures = values[:, None, None, None].expand(6, 3, 4, 2).clone()
+    pictures[0, 0] = 1.0  # its red
+    path = tmp_path / "new" / "grid.png"
+    save_grid(pictures, path, columns=3)
+    pixels = np.asarray(Image.open(path))
+    assert pixels.shape == (8, 6, 3)
+    corners = pixels[::4, ::2]
+    assert corners[..., 1].tolist() == [[0, 64, 128], [191, 255, 255]]
+    assert corners[0, 0].tolist() == [255, 0, 0]
+    assert (pixels.reshape(2, 4, 3, 2, 3) == corners[:, None, :, None]).all()

@@ -1,0 +1,58 @@
+"""The page of the sample model says what the code and the records say."""
+
+import importlib
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import samples.shapes.world as world
+from samples.shapes.parser import RECORD
+from samples.shapes.train_parser import COMMAND
+
+PAGE = (Path(__file__).parents[2] / "samples" / "README.md").read_text(encoding="utf-8")
+COMMANDS = re.findall(r"^    (python -m .*)$", PAGE, re.MULTILINE)
+
+
+def test_lists_what_is_held_out() -> None:
+    def place(entry: tuple[str, str, str]) -> tuple[int, str, str]:
+        return world.RELATIONS.index(entry[2]), *entry[:2]
+
+    rows = [
+        f"| {colour} {shape} | {relation} |" for colour, shape, relation in sorted(world.HELD_OUT, key=place)
+    ]
+    head = "| object | is never seen … another object |\n| --- | --- |\n"
+    assert head + "\n".join(rows) + "\n\n" in PAGE
+
+
+def test_names_every_shape_colour_and_relation() -> None:
+    introduction = " ".join(PAGE.partition("\n## ")[0].split())
+    for name in (*world.SHAPES, *world.COLOURS, *world.RELATIONS):
+        assert name in introduction, name
+
+
+def test_gives_the_parsers_recorded_accuracy() -> None:
+    record = json.loads(RECORD.read_text())
+    assert f"| on {record['fresh renders']} fresh renders | |\n" in PAGE
+    parts = re.findall(r"^\| .* \| (\d+\.\d+%) \|$", PAGE, re.MULTILINE)
+    assert parts == [f"{record[name]:.2%}" for name in ("same objects", "satisfied", "refused")]
+    assert record["command"] == COMMAND in COMMANDS
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_exist(command: str) -> None:
+    _, _, module, *arguments = shlex.split(command)
+    importlib.import_module(module).main.make_context(module, arguments)
+
+
+def test_says_how_to_train_and_to_score() -> None:
+    modules = ["samples.shapes." + name for name in ("train", "train_parser", "score")]
+    assert [command.split()[2] for command in COMMANDS] == modules
+
+
+def test_names_files_that_exist() -> None:
+    named = re.findall(r"`(shapes/[\w.]+)`", PAGE)
+    assert len(named) > 3
+    assert all((RECORD.parents[1] / name).is_file() for name in named)

@@ -1,0 +1,232 @@
+"""Relations between hand-placed things, and what random scenes of the shapes world promise."""
+
+import itertools
+import math
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from samples.shapes.captions import Group, Prompt, satisfies, scene_for, training_pairs
+from samples.shapes.world import (
+    CAMERA,
+    COLOURS,
+    HALF_HEIGHT,
+    HELD_OUT,
+    INVERSE,
+    LOOK_AT,
+    MAX_OBJECTS,
+    RELATIONS,
+    SHAPES,
+    SUPPORTS,
+    TAN_HALF_FOV,
+    Thing,
+    holds,
+    is_held_out,
+    project,
+    relate,
+    scatter,
+)
+
+DRAWS = 6000
+
+
+def cube(x: float, z: float, bottom: float = 0.0, colour: str = "red", shape: str = "cube") -> Thing:
+    """A thing of size 0.5; cubes reach from `bottom` to `bottom` + 0.8."""
+    return Thing(shape, colour, x, bottom + HALF_HEIGHT[shape] * 0.5, z, 0.5)
+
+
+def relations(a: Thing, b: Thing) -> set[str]:
+    return {relation for relation in RELATIONS if holds(relation, a, b)}
+
+
+@pytest.mark.parametrize(
+    ("a", "expected"),
+    [
+        (cube(-1, 0), {"left of"}),
+        (cube(1, 0), {"right of"}),
+        (cube(0, 1), {"in front of"}),
+        (cube(0, -1), {"behind"}),
+        (cube(-1, 1), {"left of", "in front of"}),
+        (cube(-0.36, 0.34), {"left of"}),
+        (cube(-0.34, 0.36), {"in front of"}),
+        (cube(0.3, 0.3), set()),
+        (cube(0, 0, 0.8), {"on"}),
+        (cube(0, 0, 1.0), {"on"}),
+        (cube(-0.4, 0, 0.8), {"on"}),  # off centre, yet "on" and not "left of"
+        (cube(0.3, -0.3, 0.8, shape="cone"), {"on"}),
+        (cube(-0.5, 0, 0.8), {"left of"}),  # its middle is over the other's edge
+        (cube(0, 0, 1.1), set()),  # hovers
+        (cube(0, 0, 0.5), set()),  # inside the other
+        (cube(0, 0, -0.8), {"under"}),
+    ],
+)
+def test_relations_to_a_cube_at_the_origin(a: Thing, expected: set[str]) -> None:
+    b = cube(0, 0)
+    assert relations(a, b) == expected
+    assert relations(b, a) == {INVERSE[relation] for relation in expected}
+
+
+def test_inverse_pairs_up_the_relations() -> None:
+    assert set(INVERSE) == set(INVERSE.values()) == set(RELATIONS)
+    assert all(INVERSE[INVERSE[relation]] == relation != INVERSE[relation] for relation in RELATIONS)
+
+
+def test_no_other_relation_is_known() -> None:
+    with pytest.raises(ValueError, match=r"expected a relation of .*, got 'above'"):
+        holds("above", cube(0, 0), cube(1, 0))
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "expected"),
+    [
+        (cube(0, 0, 0.8, "red", "cylinder"), cube(0, 0), True),
+        (cube(0, 0, 0.8, "blue", "cylinder"), cube(0, 0), False),
+        (cube(0, 0, 0.8, "red", "cone"), cube(0, 0), False),
+        (cube(-1, 0, 0, "red", "cylinder"), cube(0, 0), False),
+        (cube(-1, 0, 0, "purple"), cube(0, 0), True),
+        (cube(1, 0, 0, "purple"), cube(0, 0), False),
+        (cube(0, 1, 0, "red", "cone"), cube(0, 0), True),
+        (cube(0, 0, 0.8), cube(0, 0, 0, "orange"), True),  # the lower one is what is held out
+    ],
+)
+def test_is_held_out(a: Thing, b: Thing, expected: bool) -> None:
+    assert is_held_out((a, b)) is expected
+    assert is_held_out((b, a)) is expected
+    assert not is_held_out((a,))
+
+
+def test_any_two_of_a_scene_can_be_what_is_held_out() -> None:
+    harmless = cube(-1, 0, 0, "blue"), cube(0, 0, 0, "red"), cube(1, 0, 0, "cyan")
+    assert not is_held_out(harmless)
+    purple = cube(0.5, 0, 0, "purple")  # left of the last one only
+    for scene in itertools.permutations((*harmless, purple)):
+        assert is_held_out(scene)
+
+
+def stands(a: Thing, b: Thing) -> Iterator[str]:
+    """Relations in a random scene, worked out anew: whatever is off the ground is on the other thing."""
+    if a.bottom > 0.3:
+        yield "on"
+    elif b.bottom > 0.3:
+        yield "under"
+    else:
+        if abs(a.x - b.x) > 0.35:
+            yield "left of" if a.x < b.x else "right of"
+        if abs(a.z - b.z) > 0.35:
+            yield "in front of" if a.z > b.z else "behind"
+
+
+@pytest.fixture(scope="module")
+def shown() -> set[tuple[str, str, str]]:
+    """Every (colour, shape, relation) in many training scenes."""
+    scenes = (scene for _, scene in itertools.islice(training_pairs(11), DRAWS))
+    return {
+        (a.colour, a.shape, relation)
+        for scene in scenes
+        for a, b in itertools.permutations(scene, 2)
+        for relation in stands(a, b)
+    }
+
+
+def test_training_never_shows_what_is_held_out(shown: set[tuple[str, str, str]]) -> None:
+    assert not shown & HELD_OUT
+
+
+def test_training_shows_everything_else(shown: set[tuple[str, str, str]]) -> None:
+    every = set(itertools.product(COLOURS, SHAPES, RELATIONS))
+    assert {t for t in every if t[1:] != ("cone", "under")} - HELD_OUT == shown
+
+
+@pytest.mark.parametrize(("colour", "shape", "relation"), sorted(HELD_OUT))
+def test_what_is_held_out_can_be_drawn(colour: str, shape: str, relation: str) -> None:
+    assert colour in COLOURS
+    rng = random.Random(2)
+    for other in SHAPES:
+        if relation == "on" and other not in SUPPORTS:
+            continue
+        prompt = Prompt("position", (Group(shape, colour), Group(other)), relation)
+        scene = scene_for(rng, prompt)
+        assert satisfies(scene, prompt)
+        assert is_held_out(scene)
+
+
+def test_project_is_a_camera_at_its_place() -> None:
+    eye, target = np.array(CAMERA), np.array(LOOK_AT)
+    ahead = (target - eye) / np.linalg.norm(target - eye)
+    right = np.cross(ahead, (0, 1, 0))
+    right /= np.linalg.norm(right)
+    down = np.cross(ahead, right)
+    for point in np.random.default_rng(0).uniform(-2, 2, (50, 3)):
+        depth = (point - eye) @ ahead
+        expected = (point - eye) @ right / depth / TAN_HALF_FOV, (point - eye) @ down / depth / TAN_HALF_FOV
+        assert project(*point) == pytest.approx((*expected, depth))
+    assert project(*LOOK_AT)[:2] == pytest.approx((0, 0))
+    assert project(1, 0, 0)[0] > 0 > project(0, 2, 0)[1]
+
+
+def outline(thing: Thing) -> Iterator[tuple[float, float, float]]:
+    """Points of the surface that lie farthest out."""
+    turns = [thing.yaw + math.pi * k / 8 for k in range(16)]
+    if thing.shape == "sphere":
+        for turn, tilt in itertools.product(turns, np.linspace(-1.5, 1.5, 9)):
+            flat = thing.size * math.cos(tilt)
+            yield (
+                thing.x + flat * math.cos(turn),
+                thing.y + thing.size * math.sin(tilt),
+                thing.z + flat * math.sin(turn),
+            )
+        return
+    reach = {"cube": 0.8 * math.sqrt(2), "cylinder": 0.8, "cone": 1.0}[thing.shape] * thing.size
+    for turn in turns[2::4] if thing.shape == "cube" else turns:
+        for y in (thing.bottom,) if thing.shape == "cone" else (thing.bottom, thing.top):
+            yield thing.x + reach * math.cos(turn), y, thing.z + reach * math.sin(turn)
+
+
+@pytest.mark.parametrize("count", range(1, MAX_OBJECTS + 1))
+def test_scattered_things_stand_apart_in_the_picture(count: int) -> None:
+    rng = random.Random(count)
+    for _ in range(150):
+        kinds = [(rng.choice(SHAPES), rng.choice(tuple(COLOURS))) for _ in range(count)]
+        scene = scatter(rng, kinds)
+        assert [(thing.shape, thing.colour) for thing in scene] == kinds
+        for thing in scene:
+            assert thing.bottom == pytest.approx(0)
+            farthest = max(max(abs(u), abs(v)) for u, v, _ in (project(*p) for p in outline(thing)))
+            assert farthest < (1.06 if thing.shape == "cube" else 1), (
+                thing
+            )  # a cube may lose the tip of a corner
+        for a, b in itertools.combinations(scene, 2):
+            assert math.hypot(a.x - b.x, a.z - b.z) > 1.1 * (a.size + b.size)
+
+
+PAIRS = [
+    (relation, a, b)
+    for relation in RELATIONS
+    for a, b in itertools.permutations(SHAPES, 2)
+    if (relation, b) != ("on", "cone") and (relation, a) != ("under", "cone")
+]
+
+
+@pytest.mark.parametrize(("relation", "a", "b"), PAIRS)
+def test_relate_puts_the_first_in_relation_to_the_second(relation: str, a: str, b: str) -> None:
+    rng = random.Random(1)
+    for _ in range(10):
+        first, second = relate(rng, relation, (a, "red"), (b, "blue"))
+        assert (first.shape, first.colour, second.shape, second.colour) == (a, "red", b, "blue")
+        assert relation in relations(first, second)
+        if relation in ("on", "under"):
+            upper, lower = (first, second) if relation == "on" else (second, first)
+            assert (upper.x, upper.z, upper.bottom) == pytest.approx((lower.x, lower.z, lower.top))
+            assert lower.bottom == pytest.approx(0)
+        else:  # plainly so: much farther along the relation's axis than across it
+            dx, dz = abs(first.x - second.x), abs(first.z - second.z)
+            assert max(dx, dz) > 1.5 * min(dx, dz)
+            assert (dx > dz) == (relation in ("left of", "right of"))
+
+
+@pytest.mark.parametrize(("relation", "a", "b"), [("on", "cube", "cone"), ("under", "cone", "cube")])
+def test_a_cone_carries_nothing(relation: str, a: str, b: str) -> None:
+    with pytest.raises(ValueError, match=r"expected a support of .* under 'cube', got 'cone'"):
+        relate(random.Random(0), relation, (a, "red"), (b, "blue"))
