@@ -17,7 +17,6 @@ import onnx
 import onnx.inliner
 import torch
 from onnx import TensorProto, helper, numpy_helper
-
 from tpx_export.model.routed_lora import routed_lora
 from tpx_export.operator import DOMAIN, NAME, OPSET, register_schema
 from tpx_export.routing import masked, permuted
@@ -140,7 +139,11 @@ def main(rounds: int) -> None:
     """Print the table of docs/routing.md."""
     register_schema()
     rng = np.random.default_rng(0)
-    print("| engine | tokens | D | r | M | on one expert | masked, ms | " + " | ".join(list(SPELLINGS)[1:]) + " |")
+    print(
+        "| engine | tokens | D | r | M | on one expert | masked, ms | "
+        + " | ".join(list(SPELLINGS)[1:])
+        + " |"
+    )
     print("|---|---|---|---|---|---|---|" + "---|" * (len(SPELLINGS) - 1))
     for engine, call_of in ENGINES.items():
         for lead, width, rank, experts, share in SIZES:
@@ -171,7 +174,9 @@ def main(rounds: int) -> None:
                         call(inputs)
                         times[name].append(1e3 * (time.perf_counter() - begin))
             median = {name: float(np.median(found)) for name, found in times.items()}
-            ratios = [f"{median[n] / median['masked']:.2f}" if n in median else "-" for n in list(SPELLINGS)[1:]]
+            ratios = [
+                f"{median[n] / median['masked']:.2f}" if n in median else "-" for n in list(SPELLINGS)[1:]
+            ]
             print(
                 f"| {engine} | {lead[0]} x {lead[1]} | {width} | {rank} | {experts} | {share:.0%} "
                 f"| {median['masked']:.2f} | {' | '.join(ratios)} |",

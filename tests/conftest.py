@@ -1,14 +1,13 @@
 """A small random model and its bundle: what most tests run on."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-
 from tpx_export.exporter import Summary, export_bundle
 from tpx_export.model import AutoencoderSpec, MMDiTSpec, TextEncoderSpec, TextToImageSpec, ThinkingSpec
 from tpx_export.model.text_to_image import TextToImage
+
 from tpx_runtime.manifest import Defaults
 
 WORDS = ("a", "an", "and", "blue", "cube", "green", "on", "red", "sphere", "two", ",", ".")
@@ -21,7 +20,9 @@ def make_tiny(thinking: ThinkingSpec | None, seed: int = 0) -> TextToImage:
         name="tiny",
         license="Apache-2.0",
         autoencoder=AutoencoderSpec(image_size_px=64, widths=(16, 16, 8), scale=1.3, shift=0.1),
-        text_encoder=TextEncoderSpec(("<pad>", "<bos>", "<eos>", "<unk>", *WORDS), tokens=12, width=32, heads=2, layers=1),
+        text_encoder=TextEncoderSpec(
+            ("<pad>", "<bos>", "<eos>", "<unk>", *WORDS), tokens=12, width=32, heads=2, layers=1
+        ),
         transformer=MMDiTSpec(
             latent_size=8,
             width=64,
@@ -49,10 +50,10 @@ def tiny_model() -> TextToImage:
 
 
 @pytest.fixture(scope="session")
-def tiny_export(tiny_model: TextToImage, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Summary]]:
+def tiny_export(tiny_model: TextToImage, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Summary]:
     out = tmp_path_factory.mktemp("bundles") / "tiny"
     summary = export_bundle(tiny_model, out)
-    yield out, summary
+    return out, summary
 
 
 @pytest.fixture(scope="session")

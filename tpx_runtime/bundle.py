@@ -101,8 +101,9 @@ class Bundle:
                 f"{root / MANIFEST}: expected a file to read, found: {error.strerror}"
             ) from None
         bundle = cls(root, Manifest.from_json(text))
-        transformers = [transformer_name(depth) for depth in bundle.manifest.model.depths]
-        for name in (VOCABULARY, TEXT_ENCODER, *transformers, VAE_DECODER, SCHEDULER):
+        depths = bundle.manifest.model.depths
+        transformers = [transformer_name(depth, plain) for depth in depths for plain in (False, True)]
+        for name in (VOCABULARY, TEXT_ENCODER, *transformers, VAE_DECODER, SCHEDULER, GOLDEN):
             bundle.path(name)
         for fault in (_wrong_size, _wrong_hash) if verify else (_wrong_size,):
             for name, entry in bundle.manifest.files.items():

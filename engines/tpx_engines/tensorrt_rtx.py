@@ -31,7 +31,9 @@ def bindings() -> Any:
     for name in LOADED:
         versions = sorted(folder.glob(f"{name}.*"))
         if not versions:
-            raise EngineUnavailable(f"expected {name} in {folder}, found none; install tpx[tensorrt-rtx] again")
+            raise EngineUnavailable(
+                f"expected {name} in {folder}, found none; install tpx[tensorrt-rtx] again"
+            )
         ctypes.CDLL(str(versions[-1]), ctypes.RTLD_GLOBAL)
     import tensorrt_rtx_bindings
 
@@ -57,7 +59,10 @@ def graphs(bundle: Bundle) -> dict[str, tuple[Path, dict[str, tuple[int | None, 
 
 
 def build(
-    path: Path, inputs: dict[str, tuple[int | None, ...]], batch: tuple[int, int] = (1, 2), capability: int = 89
+    path: Path,
+    inputs: dict[str, tuple[int | None, ...]],
+    batch: tuple[int, int] = (1, 2),
+    capability: int = 89,
 ) -> bytes:
     """A serialized engine of the graph at `path` for batches from batch[0] to batch[1], tuned for the second.
 
@@ -65,7 +70,9 @@ def build(
     RTX does not know, EngineFailed where the parser or the builder refuses the graph.
     """
     if capability not in CAPABILITIES:
-        raise BadInput(f"expected a compute capability of {', '.join(map(str, CAPABILITIES))}, found {capability}")
+        raise BadInput(
+            f"expected a compute capability of {', '.join(map(str, CAPABILITIES))}, found {capability}"
+        )
     trt = bindings()
     log = _Log.of(trt)
     builder = trt.Builder(log)

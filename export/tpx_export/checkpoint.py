@@ -18,8 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-
 from tpx_export.model.text_to_image import TextToImage, TextToImageSpec
+
 from tpx_runtime.errors import TpxError
 
 FORMAT, VERSION = "tpx-model", 1
@@ -54,7 +54,9 @@ def load(path: Path) -> TextToImage:
     if not path.is_file():
         raise CheckpointInvalid(f"{path}: expected a checkpoint file, found none; check the path")
     if path.suffix not in SUFFIXES:
-        raise CheckpointInvalid(f"{path}: expected a file ending in {' or '.join(SUFFIXES)}, found {path.suffix or 'none'}")
+        raise CheckpointInvalid(
+            f"{path}: expected a file ending in {' or '.join(SUFFIXES)}, found {path.suffix or 'none'}"
+        )
     header, state = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pt(path)
     spec = _spec(path, header)
     model = TextToImage(spec)
@@ -68,7 +70,9 @@ def load(path: Path) -> TextToImage:
             f"another shape, first {first} (expected {_shape(wanted.get(first))}, found {_shape(found.get(first))})"
         )
     if bad := sorted(name for name, value in state.items() if not torch.isfinite(value).all()):
-        raise CheckpointInvalid(f"{path}: expected finite weights, found NaN or infinity in {bad[0]}; train it again")
+        raise CheckpointInvalid(
+            f"{path}: expected finite weights, found NaN or infinity in {bad[0]}; train it again"
+        )
     model.load_state_dict({name: value.float() for name, value in state.items()})
     return model.eval().requires_grad_(False)
 
@@ -86,7 +90,9 @@ def _read_safetensors(path: Path) -> tuple[Any, dict[str, Tensor]]:
 
 def _read_pt(path: Path) -> tuple[Any, dict[str, Tensor]]:
     try:
-        with warnings.catch_warnings():  # torch warns about foreign pickles before it refuses them; one line is enough
+        with (
+            warnings.catch_warnings()
+        ):  # torch warns about foreign pickles before it refuses them; one line is enough
             warnings.simplefilter("ignore")
             saved = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
@@ -96,7 +102,11 @@ def _read_pt(path: Path) -> tuple[Any, dict[str, Tensor]]:
         ) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise CheckpointInvalid(_broken(path, error)) from None
-    if not isinstance(saved, dict) or set(saved) != {"header", "state"} or not isinstance(saved["header"], str):
+    if (
+        not isinstance(saved, dict)
+        or set(saved) != {"header", "state"}
+        or not isinstance(saved["header"], str)
+    ):
         raise CheckpointInvalid(_foreign(path, "a .pt file of another project"))
     try:
         header = json.loads(saved["header"])
@@ -134,7 +144,9 @@ def _spec(path: Path, header: Any) -> TextToImageSpec:
     try:
         spec = _build(TextToImageSpec, header["spec"])
     except (TypeError, ValueError, KeyError) as error:
-        raise CheckpointInvalid(f"{path}: expected a model specification, found one that does not fit ({error})") from None
+        raise CheckpointInvalid(
+            f"{path}: expected a model specification, found one that does not fit ({error})"
+        ) from None
     assert isinstance(spec, TextToImageSpec)
     return spec
 
@@ -143,9 +155,11 @@ def _build(kind: Any, value: Any) -> Any:
     """JSON -> nested frozen dataclasses; lists become tuples."""
     if isinstance(kind, types.UnionType):
         return None if value is None else _build(typing.get_args(kind)[0], value)
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         hints = typing.get_type_hints(kind)
         if set(value) != set(hints):
-            raise ValueError(f"{kind.__name__} with fields {sorted(set(value) ^ set(hints))} missing or unknown")
-        return kind(**{name: _build(hints[name], part) for name, part in value.items()})  # type: ignore[operator]
+            raise ValueError(
+                f"{kind.__name__} with fields {sorted(set(value) ^ set(hints))} missing or unknown"
+            )
+        return kind(**{name: _build(hints[name], part) for name, part in value.items()})
     return tuple(value) if isinstance(value, list) else value

@@ -1,16 +1,26 @@
 """The command tpx-export."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from tpx_runtime.cli import TpxCommand
 
+if TYPE_CHECKING:
+    from tpx_export.exporter import Summary
+
 
 @click.command(cls=TpxCommand)
-@click.option("--ckpt", required=True, type=click.Path(path_type=Path), help="Checkpoint, .safetensors or .pt.")
-@click.option("--depth", type=int, help="Latent steps; graphs 1..DEPTH are written.  [default: the checkpoint's]")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder to write.  [default: bundles/<model's name>]")
+@click.option(
+    "--ckpt", required=True, type=click.Path(path_type=Path), help="Checkpoint, .safetensors or .pt."
+)
+@click.option(
+    "--depth", type=int, help="Latent steps; graphs 1..DEPTH are written.  [default: the checkpoint's]"
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Folder to write.  [default: bundles/<model's name>]"
+)
 @click.option("--precision", default="fp32", show_default=True, help="fp32 or fp16.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 def main(ckpt: Path, depth: int | None, out: Path | None, precision: str, force: bool) -> None:
@@ -31,7 +41,7 @@ def main(ckpt: Path, depth: int | None, out: Path | None, precision: str, force:
     click.echo(out)
 
 
-def table(summary: "Summary") -> str:  # noqa: F821
+def table(summary: "Summary") -> str:
     """The summary as a person reads it."""
     lines = [f"{'graph':<22}{'spelling':<10}{'error':>9}{'allowed':>9}{'same route':>12}"]
     for spelling, parts in summary.reports.items():

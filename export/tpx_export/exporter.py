@@ -13,7 +13,6 @@ import numpy as np
 import onnx
 import onnx.inliner
 import torch
-
 from tpx_export.golden import golden_tensors
 from tpx_export.graphs import DecoderGraph, Graph, TextEncoderGraph, TransformerGraph, to_onnx
 from tpx_export.model import Autoencoder, MMDiT, TextEncoder
@@ -21,6 +20,7 @@ from tpx_export.model.text_to_image import TextToImage
 from tpx_export.precision import TOLERANCES, at_precision
 from tpx_export.routing import masked, permuted
 from tpx_export.weights import WeightFile
+
 from tpx_runtime import __version__
 from tpx_runtime.bundle import (
     GOLDEN,
@@ -80,7 +80,9 @@ def export_bundle(
             golden = golden_tensors(model, depths)
             (folder / GOLDEN).parent.mkdir()
             np.savez(folder / GOLDEN, **golden)  # type: ignore[arg-type]
-        example = {name: torch.from_numpy(golden[name]) for name in ("latents", "timestep", "context", "pooled")}
+        example = {
+            name: torch.from_numpy(golden[name]) for name in ("latents", "timestep", "context", "pooled")
+        }
         with tasks("text encoder"), WeightFile((folder / TEXT_ENCODER).parent) as weights:
             encoder = at_precision(model.text_encoder, precision)
             assert isinstance(encoder, TextEncoder)
@@ -95,14 +97,18 @@ def export_bundle(
                 with tasks(f"transformer depth {steps}"):
                     module = TransformerGraph(transformer, steps)
                     outputs = ("velocity", "routes") if module.routed else ("velocity",)
-                    operator, plain = spellings(to_onnx(Graph(module, example, outputs)), experts(transformer))
+                    operator, plain = spellings(
+                        to_onnx(Graph(module, example, outputs)), experts(transformer)
+                    )
                     weights.save(operator, Path(transformer_name(steps)).name)
                     weights.save(plain, Path(transformer_name(steps, plain=True)).name)
         with tasks("decoder"), WeightFile((folder / VAE_DECODER).parent) as weights:
             autoencoder = at_precision(model.autoencoder, precision)
             assert isinstance(autoencoder, Autoencoder)
             latents = {"latents": torch.from_numpy(golden["decoder_latents"])}
-            weights.save(to_onnx(Graph(DecoderGraph(autoencoder), latents, ("image",))), Path(VAE_DECODER).name)
+            weights.save(
+                to_onnx(Graph(DecoderGraph(autoencoder), latents, ("image",))), Path(VAE_DECODER).name
+            )
         _write_json(folder / VOCABULARY, vocabulary(model))
         _write_json(folder / SCHEDULER, scheduler(model))
         bundle = Bundle(folder, manifest(model, depths, precision, folder))
@@ -137,7 +143,9 @@ def verify(bundle: Bundle) -> dict[str, list[PartReport]]:
     for spelling, parts in reports.items():
         for part in parts:
             if not part.ok:
-                agreement = "" if part.routing_agreement is None else f" and {part.routing_agreement:.2%} of routes"
+                agreement = (
+                    "" if part.routing_agreement is None else f" and {part.routing_agreement:.2%} of routes"
+                )
                 raise EngineFailed(
                     f"{part.part} ({spelling}): expected a relative error of at most {part.tolerance:g} and "
                     f"{part.least_agreement:.2%} of routes as in PyTorch, found {part.error:.2g}{agreement}; "
@@ -229,7 +237,9 @@ def _whole_or_nothing(out: Path) -> Iterator[Path]:
         out.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
     except OSError as error:
-        raise BadInput(f"expected a folder that can be written to at {out.parent}, found: {error.strerror}") from None
+        raise BadInput(
+            f"expected a folder that can be written to at {out.parent}, found: {error.strerror}"
+        ) from None
     try:
         yield folder
         folder.chmod(0o755)
@@ -237,7 +247,9 @@ def _whole_or_nothing(out: Path) -> Iterator[Path]:
             shutil.rmtree(out)
         folder.rename(out)
     except OSError as error:
-        raise BadInput(f"expected to write {out}, found: {error.strerror}; free some space or choose another place") from error
+        raise BadInput(
+            f"expected to write {out}, found: {error.strerror}; free some space or choose another place"
+        ) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -14,11 +14,12 @@ import onnx
 import onnxscript.optimizer
 import torch
 from torch import Tensor, nn
-
 from tpx_export.model import Autoencoder, MMDiT, TextEncoder
 from tpx_export.operator import OPSET, TRANSLATIONS, register_schema
 
-_SMALL = 1024  # elements: constants up to here are folded, so that no weight is ever copied under another name
+_SMALL = (
+    1024  # elements: constants up to here are folded, so that no weight is ever copied under another name
+)
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,9 @@ class TransformerGraph(nn.Module):
         self.transformer, self.depth = transformer, depth
         self.routed = transformer.spec.thinking is not None
 
-    def forward(self, latents: Tensor, timestep: Tensor, context: Tensor, pooled: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        self, latents: Tensor, timestep: Tensor, context: Tensor, pooled: Tensor
+    ) -> tuple[Tensor, ...]:
         dtype = self.transformer.patch_in.weight.dtype
         velocity, routes = self.transformer(
             latents.to(dtype), timestep, context.to(dtype), pooled.to(dtype), self.depth

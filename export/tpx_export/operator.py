@@ -1,8 +1,8 @@
 """How `torch.onnx.export` writes the operations of our models: one table, handed to every export.
 
-    tpx::RoutedLora    one node of that name, whatever body it is given later
-    chunk              one Split (the exporter's own spelling is a sequence, which TensorRT refuses)
-    attention          MatMul, Softmax (always float32), MatMul, free of shape arithmetic, so that engines can fuse it
+tpx::RoutedLora    one node of that name, whatever body it is given later
+chunk              one Split (the exporter's own spelling is a sequence, which TensorRT refuses)
+attention          MatMul, Softmax (always float32), MatMul, free of shape arithmetic, so that engines can fuse it
 """
 
 from collections.abc import Callable
@@ -12,7 +12,6 @@ import onnx
 import onnx_ir as ir
 import onnxscript
 import torch
-
 from tpx_export.model import routed_lora  # noqa: F401  registers torch.ops.tpx.RoutedLora
 
 OPSET = 20

@@ -3,9 +3,9 @@
 import copy
 
 from torch import nn
-
 from tpx_export.model.mmdit import Embedder
 from tpx_export.model.thinking import Gate
+
 from tpx_runtime.manifest import Tolerance
 
 # Greatest relative error of each graph against PyTorch in float32, least share of tokens sent to the same expert.

@@ -10,7 +10,6 @@ docs/routing.md holds the measurements that chose between them.
 
 import onnx
 from onnx.parser import parse_function
-
 from tpx_export.operator import DOMAIN, NAME, OPSET
 
 _HEAD = f'<domain: "{DOMAIN}", opset_import: ["" : {OPSET}]> {NAME} (x, expert, a, b) => (out)'
@@ -90,5 +89,3 @@ def permuted(experts: int) -> onnx.FunctionProto:
         "out = Reshape (sorted_out, shape)",
     ]
     return parse_function(_HEAD + " {\n" + "\n".join(lines) + "\n}")
-
-

@@ -6,6 +6,7 @@ A picture is right if the scene that the parser sees in it is exactly what the p
 """
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,7 +123,7 @@ def main(
         check_writable(out)
     generator, parser = Generator.load(find_bundle(bundle), engine), Parser.load()
     prompts, rows = SINGLES + PAIRS, []
-    with click.progressbar(prompts, label="drawing", file=click.get_text_stream("stderr")) as bar:
+    with click.progressbar(prompts, label="drawing", file=sys.stderr) as bar:
         for prompt in bar:
             rows.append(judge(parser, prompt, generator(caption(prompt), num_images=seeds, **settings)))
     click.echo(table(rows, json.loads(RECORD.read_text())))

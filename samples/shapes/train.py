@@ -10,11 +10,11 @@ from pathlib import Path
 
 import click
 import torch
-
-from samples.shapes import train_autoencoder, train_flow, train_text
 from tpx_export import checkpoint
 from tpx_export.model import ThinkingSpec
 from tpx_export.model.text_to_image import TextToImage, TextToImageSpec
+
+from samples.shapes import train_autoencoder, train_flow, train_text
 from tpx_runtime.manifest import Defaults
 
 STAGES = ("autoencoder", "text", "base", "adapters")
@@ -23,7 +23,9 @@ SHARDS = 32  # pools of 2,048 scenes
 
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/shapes"), show_default=True)
-@click.option("--until", type=click.Choice(STAGES), default=STAGES[-1], show_default=True, help="Last stage to run.")
+@click.option(
+    "--until", type=click.Choice(STAGES), default=STAGES[-1], show_default=True, help="Last stage to run."
+)
 @click.option("--autoencoder-steps", default=2400, show_default=True)
 @click.option("--text-steps", default=1500, show_default=True)
 @click.option("--base-steps", default=5000, show_default=True)
@@ -69,7 +71,11 @@ def main(
         defaults=Defaults(sampler="euler", steps=20, guidance=3.0, depth=3),
     )
     model = TextToImage(spec)
-    for part, trained in (("autoencoder", autoencoder), ("text_encoder", text_encoder), ("transformer", transformer)):
+    for part, trained in (
+        ("autoencoder", autoencoder),
+        ("text_encoder", text_encoder),
+        ("transformer", transformer),
+    ):
         getattr(model, part).load_state_dict(trained.state_dict())
     path = out / ("shapes.safetensors" if last == 3 else "base.safetensors")
     checkpoint.save(model, path, torch.float16)

@@ -6,13 +6,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tpx_export.model.autoencoder import Autoencoder, AutoencoderSpec
 
 from samples.shapes.captions import training_pairs
 from samples.shapes.fit import fit, seeded
 from samples.shapes.pictures import save_grid
 from samples.shapes.render import render
 from samples.shapes.world import Scene
-from tpx_export.model.autoencoder import Autoencoder, AutoencoderSpec
 
 KL_WEIGHT = 2e-4
 EDGE_WEIGHT = 0.5
@@ -52,7 +52,9 @@ def train(out: Path, *, steps: int, batch: int, seed: int, device: str, rate: fl
     fresh = pictures(-1, 8, spec, device)
 
     def loss_at(step: int) -> Tensor:
-        image = pictures(seed * 1_000_003 + step, batch, spec, device).contiguous(memory_format=torch.channels_last)
+        image = pictures(seed * 1_000_003 + step, batch, spec, device).contiguous(
+            memory_format=torch.channels_last
+        )
         size = spec.latent_size
         noise = torch.randn(batch, spec.latent_channels, size, size, generator=seeded(seed, step)).to(device)
         with torch.autocast(device, dtype=torch.bfloat16):

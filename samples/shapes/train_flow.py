@@ -14,16 +14,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tpx_export.model.autoencoder import Autoencoder
+from tpx_export.model.mmdit import MMDiT, MMDiTSpec
+from tpx_export.model.text_encoder import TextEncoder
+from tpx_export.model.thinking import ThinkingSpec
 
 from samples.shapes.captions import Prompt, caption
 from samples.shapes.fit import fit, seeded
 from samples.shapes.latents import SHARD, shard
 from samples.shapes.pictures import save_grid
 from samples.shapes.train_text import tokenizer_for
-from tpx_export.model.autoencoder import Autoencoder
-from tpx_export.model.mmdit import MMDiT, MMDiTSpec
-from tpx_export.model.text_encoder import TextEncoder
-from tpx_export.model.thinking import ThinkingSpec
 from tpx_runtime.noise import batch_noise
 from tpx_runtime.samplers import SAMPLERS
 
@@ -51,7 +51,9 @@ class Data:
     text_encoder: TextEncoder
 
     @classmethod
-    def load(cls, folder: Path, shards: int, seed: int, autoencoder: Autoencoder, text_encoder: TextEncoder) -> "Data":
+    def load(
+        cls, folder: Path, shards: int, seed: int, autoencoder: Autoencoder, text_encoder: TextEncoder
+    ) -> "Data":
         """`shards` x SHARD scenes, rendered and encoded where they are not there yet."""
         parts = []
         for index in range(shards):
@@ -72,9 +74,7 @@ class Data:
         """Latents [size, C, S, S], context and pooled of one step."""
         rows = torch.randint(len(self.prompts), (size,), generator=seeded(seed, step)).tolist()
         rng = random.Random(seed * 1_000_003 + step)
-        captions = [
-            "" if rng.random() < CAPTION_DROPOUT else caption(self.prompts[row], rng) for row in rows
-        ]
+        captions = ["" if rng.random() < CAPTION_DROPOUT else caption(self.prompts[row], rng) for row in rows]
         context, pooled = self.read(captions)
         return self.latents[rows].float().to(context.device), context, pooled
 
@@ -114,7 +114,14 @@ def flow_loss(
 
 @torch.no_grad()
 def sample(
-    model: MMDiT, data: Data, autoencoder: Autoencoder, prompts: list[str], *, depth: int, steps: int = 16, guidance: float = 3.0
+    model: MMDiT,
+    data: Data,
+    autoencoder: Autoencoder,
+    prompts: list[str],
+    *,
+    depth: int,
+    steps: int = 16,
+    guidance: float = 3.0,
 ) -> Tensor:
     """Pictures [B, 3, H, W] in -1..1 with the runtime's own sampler and noise, seed i for prompt i."""
     device = autoencoder.decoder.net[0].weight.device
@@ -123,19 +130,22 @@ def sample(
     def velocity(x: np.ndarray, timestep: float) -> np.ndarray:
         latents = torch.from_numpy(np.concatenate([x, x])).to(device)
         with torch.autocast(device.type, dtype=torch.bfloat16):
-            v, _ = model(latents, torch.full((len(latents),), timestep, device=device), context, pooled, depth)
+            v, _ = model(
+                latents, torch.full((len(latents),), timestep, device=device), context, pooled, depth
+            )
         without, given = v.float().cpu().numpy().reshape(2, *x.shape)
         return without + guidance * (given - without)
 
     sampler = SAMPLERS["euler"]
     shape = (model.spec.latent_channels, model.spec.latent_size, model.spec.latent_size)
-    x = batch_noise(list(range(len(prompts))), shape)
-    for x in sampler.sample(velocity, x, sampler.schedule(steps, SHIFT)):
-        pass
-    return autoencoder.decode(torch.from_numpy(x).to(device))
+    noise = batch_noise(list(range(len(prompts))), shape)
+    *_, latents = sampler.sample(velocity, noise, sampler.schedule(steps, SHIFT))
+    return autoencoder.decode(torch.from_numpy(latents).to(device))
 
 
-def _train(name: str, model: MMDiT, data: Data, autoencoder: Autoencoder, out: Path, rate: float, **how) -> MMDiT:  # noqa: ANN003
+def _train(
+    name: str, model: MMDiT, data: Data, autoencoder: Autoencoder, out: Path, rate: float, **how
+) -> MMDiT:
     depths = how.pop("depths")
 
     def show(ema: nn.Module, step: int) -> None:
@@ -144,7 +154,9 @@ def _train(name: str, model: MMDiT, data: Data, autoencoder: Autoencoder, out: P
         grid = sample(ema, data, autoencoder, list(PREVIEW) * 2, depth=max(depths))
         save_grid(grid, out / f"{name}-{step:06d}.png", columns=8)
 
-    loss_at = flow_loss(model, data, seed=how["seed"], batch=how["batch"], device=how["device"], depths=depths)
+    loss_at = flow_loss(
+        model, data, seed=how["seed"], batch=how["batch"], device=how["device"], depths=depths
+    )
     best = fit(
         name,
         model,
@@ -161,7 +173,15 @@ def _train(name: str, model: MMDiT, data: Data, autoencoder: Autoencoder, out: P
 
 
 def train_base(
-    data: Data, autoencoder: Autoencoder, out: Path, *, steps: int, batch: int, seed: int, device: str, rate: float = 1e-3
+    data: Data,
+    autoencoder: Autoencoder,
+    out: Path,
+    *,
+    steps: int,
+    batch: int,
+    seed: int,
+    device: str,
+    rate: float = 1e-3,
 ) -> MMDiT:
     """The plain MMDiT, no thinking."""
     torch.manual_seed(seed)
@@ -174,7 +194,19 @@ def train_base(
         pooled_width=text.width,
     )
     model = MMDiT(spec).to(device)
-    return _train("base", model, data, autoencoder, out, rate, steps=steps, batch=batch, seed=seed, device=device, depths=(1,))
+    return _train(
+        "base",
+        model,
+        data,
+        autoencoder,
+        out,
+        rate,
+        steps=steps,
+        batch=batch,
+        seed=seed,
+        device=device,
+        depths=(1,),
+    )
 
 
 def with_thinking(base: MMDiT, thinking: ThinkingSpec) -> MMDiT:
@@ -205,6 +237,17 @@ def train_adapters(
     model = with_thinking(base, thinking).train()
     depths = tuple(range(1, thinking.max_depth + 1))
     return _train(
-        "adapters", model, data, autoencoder, out, rate, steps=steps, batch=batch, seed=seed, device=device, depths=depths,
-        ema_decay=0.99, show_every=200,
+        "adapters",
+        model,
+        data,
+        autoencoder,
+        out,
+        rate,
+        steps=steps,
+        batch=batch,
+        seed=seed,
+        device=device,
+        depths=depths,
+        ema_decay=0.99,
+        show_every=200,
     )

@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tpx_export.model.text_encoder import TextEncoder, TextEncoderSpec
 
 from samples.shapes.captions import Prompt, caption, training_pairs, vocabulary
 from samples.shapes.fit import fit
 from samples.shapes.world import COLOURS, MAX_OBJECTS, RELATIONS, SHAPES
-from tpx_export.model.text_encoder import TextEncoder, TextEncoderSpec
 from tpx_runtime.tokenizer import WordTokenizer
 
 SHAPE_IDS = {shape: i for i, shape in enumerate(SHAPES)}
@@ -49,7 +49,10 @@ class Reader(nn.Module):
     def forward(self, ids: Tensor) -> list[tuple[Tensor, Tensor]]:
         context, pooled = self.encoder(ids)
         looks = (self.questions @ context.transpose(1, 2)).softmax(-1) @ context
-        return [(p(pooled), w(looks[:, i])) for i, (p, w) in enumerate(zip(self.from_pooled, self.from_words, strict=True))]
+        return [
+            (p(pooled), w(looks[:, i]))
+            for i, (p, w) in enumerate(zip(self.from_pooled, self.from_words, strict=True))
+        ]
 
 
 def batch_at(seed: int, count: int, tokenizer: WordTokenizer) -> tuple[Tensor, Tensor]:
@@ -86,11 +89,22 @@ def train(out: Path, *, steps: int, batch: int, seed: int, device: str, rate: fl
         said = ema(ids.to(device))
         for name, part in (("pooled", 0), ("words", 1)):
             right = torch.stack([pair[part].argmax(-1).cpu() == answers[:, i] for i, pair in enumerate(said)])
-            print(f"text: {right.all(0).float().mean():.1%} of fresh captions fully understood from {name}", flush=True)
+            print(
+                f"text: {right.all(0).float().mean():.1%} of fresh captions fully understood from {name}",
+                flush=True,
+            )
 
     optimizer = torch.optim.AdamW(reader.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
     best = fit(
-        "text", reader, [optimizer], loss_at, steps=steps, state=out / "text.state.pt", ema_decay=0.99, show=show, show_every=250
+        "text",
+        reader,
+        [optimizer],
+        loss_at,
+        steps=steps,
+        state=out / "text.state.pt",
+        ema_decay=0.99,
+        show=show,
+        show_every=250,
     )
     assert isinstance(best, Reader)
     return best.encoder.eval()

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import onnx
 import pytest
-
 from tpx_engines import tensorrt_rtx
 from tpx_export.exporter import export_bundle
 from tpx_export.model.text_to_image import TextToImage
+
 from tpx_runtime.bundle import Bundle, transformer_name
 from tpx_runtime.errors import BadInput, EngineFailed, EngineUnavailable
 
@@ -19,7 +19,10 @@ except EngineUnavailable as missing:
 
 @pytest.fixture(scope="module", params=["fp32", "fp16"])
 def bundle(
-    request: pytest.FixtureRequest, tiny_model: TextToImage, tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    tiny_model: TextToImage,
+    tiny_bundle: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Bundle:
     if request.param == "fp32":
         return Bundle.open(tiny_bundle)
@@ -40,7 +43,9 @@ def test_builds_every_graph_at_every_depth(bundle: Bundle, capability: int) -> N
 def test_refuses_the_spelling_for_cpus(tiny_bundle: Path) -> None:
     bundle = Bundle.open(tiny_bundle)
     _, inputs = tensorrt_rtx.graphs(bundle)["transformer depth 1"]
-    with pytest.raises(EngineFailed, match=r"depth-1\.plain\.onnx: TensorRT for RTX cannot read it: .*NonZero"):
+    with pytest.raises(
+        EngineFailed, match=r"depth-1\.plain\.onnx: TensorRT for RTX cannot read it: .*NonZero"
+    ):
         tensorrt_rtx.build(bundle.transformer(1, plain=True), inputs)
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-
 from tpx_export import checkpoint
 from tpx_export.checkpoint import CheckpointInvalid
 from tpx_export.model.text_to_image import TextToImage
@@ -73,7 +72,9 @@ class Evil:
 
 
 @pytest.mark.parametrize("legacy", [True, False])
-def test_a_pickle_that_would_run_code_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, legacy: bool) -> None:
+def test_a_pickle_that_would_run_code_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, legacy: bool
+) -> None:
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "evil.pt"
     if legacy:

@@ -13,7 +13,6 @@ import pytest
 import torch
 from click.testing import CliRunner
 from conftest import make_tiny
-
 from tpx_export import checkpoint, exporter
 from tpx_export.cli import main, table
 from tpx_export.exporter import Summary, export_bundle
@@ -21,11 +20,12 @@ from tpx_export.model.text_to_image import TextToImage
 from tpx_export.operator import DOMAIN, NAME
 from tpx_export.precision import TOLERANCES
 from tpx_export.routing import permuted
+
 from tpx_runtime.bundle import Bundle, transformer_name
+from tpx_runtime.engine import ENGINES, resolve
 from tpx_runtime.errors import BadInput, EngineFailed
 from tpx_runtime.generator import Generator
 from tpx_runtime.verify import verify_bundle
-from tpx_runtime.engine import ENGINES, resolve
 
 DEPTHS = (1, 2, 3)
 
@@ -75,9 +75,8 @@ def test_generator_draws_what_pytorch_draws(tiny_bundle: Path, tiny_model: TextT
         without, given = out.numpy()
         return (without + 3.0 * (given - without))[None]
 
-    x = batch_noise([5], (4, 8, 8))
-    for x in SAMPLERS["euler"].sample(velocity, x, SAMPLERS["euler"].schedule(6, 1.0)):
-        pass
+    sampler = SAMPLERS["euler"]
+    *_, x = sampler.sample(velocity, batch_noise([5], (4, 8, 8)), sampler.schedule(6, 1.0))
     expected = tiny_model.autoencoder.decode(torch.from_numpy(x.astype(np.float32)))[0]
     pixels = ((expected.clamp(-1, 1) + 1) * 127.5).round().permute(1, 2, 0).numpy()
     assert np.abs(np.asarray(image, np.float32) - pixels).max() <= 1
@@ -86,7 +85,9 @@ def test_generator_draws_what_pytorch_draws(tiny_bundle: Path, tiny_model: TextT
 def test_one_weight_file_serves_every_depth(tiny_bundle: Path) -> None:
     folder = tiny_bundle / "transformer"
     names = {path.name for path in folder.iterdir()}
-    assert names == {"weights.data"} | {Path(transformer_name(d, p)).name for d in DEPTHS for p in (False, True)}
+    assert names == {"weights.data"} | {
+        Path(transformer_name(d, p)).name for d in DEPTHS for p in (False, True)
+    }
     used = set()
     for depth in DEPTHS:
         for plain in (False, True):
@@ -166,12 +167,16 @@ def test_a_graph_out_of_tolerance_leaves_no_bundle(
 ) -> None:
     strict = replace(TOLERANCES["fp16"], transformer=1e-7)
     monkeypatch.setitem(exporter.TOLERANCES, "fp16", strict)
-    with pytest.raises(EngineFailed, match=r"transformer depth 1 .*expected a relative error of at most 1e-07"):
+    with pytest.raises(
+        EngineFailed, match=r"transformer depth 1 .*expected a relative error of at most 1e-07"
+    ):
         export_bundle(tiny_model, tmp_path / "x", depth=1, precision="fp16")
     assert leftovers(tmp_path) == []
 
 
-def test_a_wrong_spelling_is_noticed(tiny_model: TextToImage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_spelling_is_noticed(
+    tiny_model: TextToImage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def wrong() -> onnx.FunctionProto:
         body = permuted(3)
         for node in body.node:

@@ -4,13 +4,20 @@ import torch
 import torch.nn.functional as F
 from conftest import make_tiny
 from torch import Tensor
-
 from tpx_export.model import MMDiT, MMDiTSpec, ThinkingSpec
 from tpx_export.model.mmdit import JointBlock, attention, modulate
 from tpx_export.model.routed_lora import mixed_lora, routed_lora
 from tpx_export.model.thinking import Thinking
 
-SPEC = dict(latent_size=8, width=64, heads=2, blocks=3, context_tokens=5, context_width=16, pooled_width=16)
+SPEC = {
+    "latent_size": 8,
+    "width": 64,
+    "heads": 2,
+    "blocks": 3,
+    "context_tokens": 5,
+    "context_width": 16,
+    "pooled_width": 16,
+}
 THINKING = ThinkingSpec(blocks=(1,), experts=3, rank=4, max_depth=3)
 
 
@@ -52,7 +59,9 @@ def test_operator_with_empty_experts_and_one_that_takes_all() -> None:
 
 def test_operator_is_well_formed() -> None:
     x, expert = torch.randn(2, 3, 4), torch.randint(2, (2, 3))
-    torch.library.opcheck(torch.ops.tpx.RoutedLora.default, (x, expert, torch.randn(2, 4, 1), torch.randn(2, 1, 5)))
+    torch.library.opcheck(
+        torch.ops.tpx.RoutedLora.default, (x, expert, torch.randn(2, 4, 1), torch.randn(2, 1, 5))
+    )
 
 
 def test_training_form_equals_the_operator_on_one_hot_weights() -> None:
@@ -130,7 +139,10 @@ def test_routes_depend_on_token_time_and_condition() -> None:
     block = model.blocks[1]
     assert isinstance(block, JointBlock) and block.thinking
     tokens = torch.randn(1, 16, 64)
-    quiet, loud = block.thinking.gate(tokens, torch.zeros(1, 64)), block.thinking.gate(tokens, torch.ones(1, 64))
+    quiet, loud = (
+        block.thinking.gate(tokens, torch.zeros(1, 64)),
+        block.thinking.gate(tokens, torch.ones(1, 64)),
+    )
     assert not torch.allclose(quiet, loud)
     blind = Thinking(64, ThinkingSpec(gate_sees_condition=False))
     torch.testing.assert_close(blind.gate(tokens, torch.zeros(1, 64)), blind.gate(tokens, torch.ones(1, 64)))
@@ -152,7 +164,9 @@ def test_gumbel_draws_are_close_to_the_softmax_at_the_papers_temperature() -> No
     tokens, y = torch.randn(1, 1, 8), torch.zeros(1, 8)
     with torch.no_grad():
         chances = thinking.gate(tokens, y).softmax(-1)[0, 0]
-        _, routes = thinking(tokens.expand(1, 20_000, 8), y, 1, lambda: torch.zeros(1, 20_000, 24), lambda qkv: qkv)
+        _, routes = thinking(
+            tokens.expand(1, 20_000, 8), y, 1, lambda: torch.zeros(1, 20_000, 24), lambda qkv: qkv
+        )
     drawn = torch.bincount(routes[0].flatten(), minlength=3) / 20_000
     torch.testing.assert_close(drawn, chances, atol=0.015, rtol=0)
 
@@ -164,5 +178,10 @@ def test_a_picture_does_not_depend_on_its_batch() -> None:
     latents, time = torch.randn(3, 4, 8, 8), torch.rand(3) * 1000
     context, pooled = torch.randn(3, 12, 32), torch.randn(3, 32)
     together = model(latents, time, context, pooled, 3)[0]
-    alone = torch.cat([model(latents[i : i + 1], time[i : i + 1], context[i : i + 1], pooled[i : i + 1], 3)[0] for i in range(3)])
+    alone = torch.cat(
+        [
+            model(latents[i : i + 1], time[i : i + 1], context[i : i + 1], pooled[i : i + 1], 3)[0]
+            for i in range(3)
+        ]
+    )
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)

@@ -1,4 +1,4 @@
-"""A bundle of paper (manifest, vocabulary, schedule and golden tensors are real) and a numpy engine for it."""
+"""A bundle of paper, in which all but the graphs is real, and a numpy engine that stands in for those."""
 
 import json
 from collections.abc import Callable
@@ -74,9 +74,15 @@ class FakeSession:
 class FakeEngine:
     """`opened` and `calls` say what was asked of it; `replaced` maps a graph's path to another function."""
 
-    name, plain = "fake", False
+    plain = False
 
-    def __init__(self, replaced: dict[str, Callable[[Arrays], Arrays]] | None = None) -> None:
+    def __init__(
+        self,
+        replaced: dict[str, Callable[[Arrays], Arrays]] | None = None,
+        name: str = "fake",
+        reason: str | None = None,
+    ) -> None:
+        self.name, self.reason = name, reason
         self.opened: list[str] = []
         self.calls: list[tuple[str, Arrays]] = []
         self.functions: dict[str, Callable[[Arrays], Arrays]] = {
@@ -85,6 +91,9 @@ class FakeEngine:
             **{transformer_name(depth): transformer(depth) for depth in MODEL.depths},
             **(replaced or {}),
         }
+
+    def problem(self) -> str | None:
+        return self.reason
 
     def open(self, path: Path) -> FakeSession:
         name = path.relative_to(path.parent.parent).as_posix()

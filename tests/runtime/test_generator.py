@@ -278,8 +278,8 @@ def test_numbers_that_are_no_picture_are_an_error_and_no_warning(
 
 def test_numbers_that_grow_out_of_float32_are_an_error_and_no_warning(paper: Path) -> None:
     generator = Generator(Bundle.open(paper), FakeEngine(broken("velocity", 3e38)))  # type: ignore[arg-type]
-    with pytest.raises(EngineFailed, match="expected finite numbers in the latents of step "):
-        generator("red cube", steps=50, guidance=1)
+    with pytest.raises(EngineFailed, match="expected finite numbers in the latents of step 1, found NaN or"):
+        generator("red cube", sampler="heun", guidance=1)
 
 
 @pytest.mark.parametrize("key", ["context", "velocity", "image"])
@@ -364,16 +364,15 @@ def test_prompt_depth_sampler_and_guidance_each_change_the_picture(real: Generat
 
 @pytest.mark.parametrize("sampler", list(SAMPLERS))
 def test_batch_size_changes_no_picture(real: Generator, sampler: str) -> None:
-    def draw(batch_size: int) -> list[Image.Image]:
-        return real(["a red cube", "two blue cube"], num_images=3, sampler=sampler, batch_size=batch_size)
+    prompts = ["a red cube", "two blue cube"]
 
-    alone = draw(1)
-    for batch_size in (2, 4, 6, 100):
+    def draw(batch_size: int) -> list[Image.Image]:
+        return real(prompts, num_images=3, sampler=sampler, steps=3, batch_size=batch_size)
+
+    alone = [real(one, seed=seed, sampler=sampler, steps=3)[0] for one in prompts for seed in range(3)]
+    for batch_size in (1, 4, 100):
         # Sums of another batch may round otherwise in their last bit, and so may one level of 255.
         assert same(draw(batch_size), alone, within=1)
-    assert same(
-        alone, [real(p, seed=s)[0] for p in ("a red cube", "two blue cube") for s in range(3)], within=1
-    ) or (sampler != "euler")
 
 
 def test_latents_of_a_batch_are_those_of_separate_runs(real: Generator) -> None:

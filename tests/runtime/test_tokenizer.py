@@ -1,4 +1,4 @@
-"""The tokenizer: ids of known prompts, what it refuses and how it says so, and that nothing else can happen."""
+"""The tokenizer: ids of known prompts, what it refuses and how, and that nothing else can happen."""
 
 import json
 from pathlib import Path
@@ -75,8 +75,8 @@ def test_unknown_words_are_named_with_their_nearest() -> None:
     with pytest.raises(BadInput) as caught:
         refuse_unknown(TOKENIZER.encode("rde spheer quux"), TOKENIZER)
     assert str(caught.value) == (
-        "expected words of this model's vocabulary, found 'rde' (near: red), 'spheer' (near: sphere), 'quux'; "
-        "use other words"
+        "expected words of this model's vocabulary, found 'rde' (near: red), 'spheer' (near: sphere), "
+        "'quux'; use other words"
     )
 
 

@@ -25,12 +25,11 @@ class OpenVinoSession:
         self._wanted = {input_.any_name for input_ in model.inputs}
 
     def run(self, inputs: Arrays) -> Arrays:
-        if (
-            inputs.keys() != self._wanted
-        ):  # openvino would run on whatever lies in its memory for those left out
+        # For an input that is left out, openvino would take whatever lies in its memory.
+        if inputs.keys() != self._wanted:
             wanted, found = (", ".join(sorted(names)) or "none" for names in (self._wanted, inputs.keys()))
             raise EngineFailed(
-                f"{self._path}: openvino could not run it: expected inputs {wanted}, found {found}"
+                f"{self._path}: openvino could not run it: expected the inputs {wanted}, found {found}"
             )
         try:
             outputs = self._model(inputs)

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
 from tpx_export.model.thinking import Thinking, ThinkingSpec
 
 
@@ -34,7 +33,9 @@ class MMDiTSpec:
                 f"and {self.latent_size}/{self.patch}"
             )
         if self.thinking and not all(0 <= b < self.blocks for b in self.thinking.blocks):
-            raise ValueError(f"expected thinking blocks within 0..{self.blocks - 1}, got {self.thinking.blocks}")
+            raise ValueError(
+                f"expected thinking blocks within 0..{self.blocks - 1}, got {self.thinking.blocks}"
+            )
 
     @property
     def visual_tokens(self) -> int:

@@ -1,12 +1,13 @@
 """The three networks of a text-to-image model under one roof, with everything that describes them."""
 
+import re
 from dataclasses import dataclass
 
 from torch import nn
-
 from tpx_export.model.autoencoder import Autoencoder, AutoencoderSpec
 from tpx_export.model.mmdit import MMDiT, MMDiTSpec
 from tpx_export.model.text_encoder import TextEncoder, TextEncoderSpec
+
 from tpx_runtime.manifest import Defaults
 
 
@@ -23,6 +24,8 @@ class TextToImageSpec:
     defaults: Defaults
 
     def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
+            raise ValueError(f"expected a name of letters, digits, dots and dashes, got {self.name!r}")
         seen, given = self.transformer, self.text_encoder
         pairs = (
             ("latent_channels", seen.latent_channels, self.autoencoder.latent_channels),

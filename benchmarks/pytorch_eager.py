@@ -1,0 +1,47 @@
+"""The sample model in PyTorch eager, float32, from the checkpoint to a PNG: what tpx-run is compared with."""
+
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+from PIL import Image
+from tpx_export import checkpoint
+
+from tpx_runtime.noise import batch_noise
+from tpx_runtime.samplers import SAMPLERS
+from tpx_runtime.tokenizer import WordTokenizer
+
+
+@click.command()
+@click.argument("prompt")
+@click.option("--ckpt", type=click.Path(path_type=Path), required=True)
+@click.option("--out", type=click.Path(path_type=Path), required=True)
+@click.option("--seed", default=0)
+@click.option("--steps", default=20)
+@torch.inference_mode()
+def main(prompt: str, ckpt: Path, out: Path, seed: int, steps: int) -> None:
+    model = checkpoint.load(ckpt)
+    spec, defaults = model.spec, model.spec.defaults
+    tokenizer = WordTokenizer(list(spec.text_encoder.vocabulary), spec.text_encoder.tokens)
+    ids = torch.tensor([tokenizer.encode_empty().ids, tokenizer.encode(prompt).ids])
+    context, pooled = model.text_encoder(ids)
+
+    def velocity(x: np.ndarray, timestep: float) -> np.ndarray:
+        latents = torch.from_numpy(x.astype(np.float32)).repeat(2, 1, 1, 1)
+        v, _ = model.transformer(latents, torch.full((2,), timestep), context, pooled, defaults.depth)
+        without, given = v.chunk(2)
+        guided: np.ndarray = (without + defaults.guidance * (given - without)).numpy()
+        return guided
+
+    sampler = SAMPLERS[defaults.sampler]
+    size = spec.autoencoder.latent_size
+    noise = batch_noise([seed], (spec.autoencoder.latent_channels, size, size))
+    *_, latents = sampler.sample(velocity, noise, sampler.schedule(steps, spec.shift))
+    image = model.autoencoder.decode(torch.from_numpy(latents.astype(np.float32)))[0]
+    pixels = ((image + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+    Image.fromarray(pixels).save(out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""From process start to PNG on disk: tpx-run against the same model in PyTorch eager, both as whole processes.
+
+    python benchmarks/startup.py [--runs 7]
+
+The two take turns (A B A B ...); times are medians, memory is the operating system's peak of each process, and the PSNR
+between the two pictures shows that it is the same work.
+"""
+
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+
+import click
+import numpy as np
+from PIL import Image
+
+PROMPT, SEED, STEPS = "a red cube on a blue sphere", 0, 20
+EAGER = Path(__file__).with_name("pytorch_eager.py")
+
+
+def spent(command: list[str]) -> tuple[float, float]:
+    """Wall seconds and peak megabytes of a process."""
+    began = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - began
+    if status:
+        raise click.ClickException(
+            f"expected exit code 0, found {os.waitstatus_to_exitcode(status)}: {command}"
+        )
+    return seconds, usage.ru_maxrss / 1024
+
+
+def psnr(a: Path, b: Path) -> float:
+    x, y = (np.asarray(Image.open(path), np.float64) for path in (a, b))
+    error = float(np.mean((x - y) ** 2))
+    return float("inf") if error == 0 else 10 * np.log10(255**2 / error)
+
+
+@click.command()
+@click.option("--bundle", default="bundles/shapes", show_default=True)
+@click.option("--ckpt", default="samples/shapes/shapes.safetensors", show_default=True)
+@click.option("--runs", default=7, show_default=True)
+@click.option("--engine", "engines", multiple=True, default=("onnxruntime", "openvino"), show_default=True)
+def main(bundle: str, ckpt: str, runs: int, engines: tuple[str, ...]) -> None:
+    """Print the table of docs/performance.md."""
+    with TemporaryDirectory() as folder:
+        pictures = {name: Path(folder) / f"{name}.png" for name in ("pytorch", *engines)}
+        common = ["--seed", str(SEED), "--steps", str(STEPS), "--force"]
+        program = str(Path(sys.executable).with_name("tpx-run"))
+        commands = {
+            "pytorch": [sys.executable, str(EAGER), PROMPT, "--ckpt", ckpt, "--out", str(pictures["pytorch"])]
+            + ["--seed", str(SEED), "--steps", str(STEPS)]
+        }
+        for engine in engines:
+            commands[engine] = [program, PROMPT, "--bundle", bundle, "--engine", engine, *common]
+            commands[engine] += ["--out", str(pictures[engine])]
+        found: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
+        for number in range(runs + 1):
+            for name, command in commands.items():
+                result = spent(command)
+                if number:  # the first round fills the disk cache
+                    found[name].append(result)
+        print(f"{platform.machine()}, {os.cpu_count()} cores, {STEPS} steps, medians of {runs}\n")
+        print("| process | seconds | of PyTorch's | peak MB | PSNR to PyTorch's, dB |\n|---|---|---|---|---|")
+        for name, results in found.items():
+            seconds = median(s for s, _ in results)
+            ratio = median(s / e for (s, _), (e, _) in zip(results, found["pytorch"], strict=True))
+            megabytes = max(m for _, m in results)
+            same = f"{psnr(pictures[name], pictures['pytorch']):.1f}" if name != "pytorch" else ""
+            print(f"| {name} | {seconds:.2f} | {ratio:.2f} | {megabytes:.0f} | {same} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,453 @@
+"""The commands: what a person and a script get to see, for work that succeeds and for every way to fail."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+
+from tpx_runtime import cli
+from tpx_runtime.bundle import GOLDEN, Bundle
+from tpx_runtime.engine import ENGINES, Engine
+from tpx_runtime.errors import EngineFailed
+from tpx_runtime.generator import Generator
+from tpx_runtime.samplers import SAMPLERS
+from tpx_runtime.verify import PartReport, load_golden
+
+from .fakes import FakeEngine, seal, vae_decoder
+
+PROMPT = "a red cube on a blue sphere"
+NAMED = "a-red-cube-on-a-blue-sphere-0.png"
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Every test runs in an empty folder, without a bundle that is found by itself."""
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.delenv("TPX_BUNDLE", raising=False)
+    monkeypatch.setattr(cli, "SAMPLE_BUNDLE", Path("no/such/bundle"))
+    return folder
+
+
+@pytest.fixture
+def bundled(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TPX_BUNDLE", str(tiny_bundle))
+    return tiny_bundle
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(cli.run, [str(argument) for argument in arguments])
+
+
+def verify(*arguments: object) -> Result:
+    return CliRunner().invoke(cli.verify, [str(argument) for argument in arguments])
+
+
+def require_refusal(result: Result, exit_code: int, message: str) -> None:
+    """One line on stderr that says `message`, nothing on stdout, and the exit code of its kind."""
+    assert isinstance(result.exception, SystemExit), result.exception
+    assert result.exit_code == exit_code
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+    assert result.stdout == ""
+
+
+# tpx-run, when all is well
+
+
+def test_stdout_is_the_path_alone_and_the_rest_is_on_stderr(bundled: Path, elsewhere: Path) -> None:
+    result = run(PROMPT)
+    assert result.exit_code == 0
+    assert result.stdout == f"{NAMED}\n"
+    assert result.stderr == "engine: onnxruntime (chosen by auto)\ndenoising\n"
+    with Image.open(NAMED) as image:
+        assert (image.format, image.mode, image.size) == ("PNG", "RGB", (64, 64))
+        facts = json.loads(image.text["tpx"])
+        assert image.text["parameters"].startswith(
+            f"{PROMPT}\nSteps: 4, Sampler: euler, CFG scale: 2.0, Seed: 0"
+        )
+    assert facts["prompt"] == PROMPT
+    assert facts["bundle_sha256"] == Bundle.open(bundled).hash
+    assert [path.name for path in elsewhere.iterdir()] == [NAMED]
+
+
+def test_draws_what_the_generator_draws(bundled: Path) -> None:
+    options = {"seed": 5, "steps": 3, "guidance": 1.5, "sampler": "dpmpp2m", "depth": 2}
+    flags = [f"--{name}={value}" for name, value in options.items()]
+    result = run(PROMPT, *flags, "--negative", "green", "--out", "a.png", "--engine", "onnxruntime")
+    assert result.exit_code == 0
+    assert result.stderr == "engine: onnxruntime\ndenoising\n"
+    (expected,) = Generator.load(bundled, "onnxruntime")(PROMPT, negative_prompt="green", **options)  # type: ignore[arg-type]
+    with Image.open("a.png") as image:
+        np.testing.assert_array_equal(np.asarray(image), np.asarray(expected))
+        facts = json.loads(image.text["tpx"])
+    assert options.items() <= facts.items()
+    assert facts["negative_prompt"] == "green"
+
+
+def test_several_pictures_make_a_grid_of_the_next_seeds(bundled: Path) -> None:
+    assert run(PROMPT, "-n", 3, "--seed", 7, "--steps", 2, "--out", "a.png").exit_code == 0
+    alone = Generator.load(bundled, "onnxruntime")(PROMPT, seed=8, steps=2)[0]
+    with Image.open("a.png") as image:
+        assert image.size == (128, 128)
+        second = np.asarray(image)[:64, 64:].astype(int)
+        assert (np.asarray(image)[64:, 64:] == 255).all()
+        assert json.loads(image.text["tpx"])["seed"] == 7
+    assert np.abs(second - np.asarray(alone)).max() <= 1
+
+
+def test_a_free_name_is_found_and_force_takes_the_first(bundled: Path, elsewhere: Path) -> None:
+    short = ("--steps", 1)
+    assert run(PROMPT, *short).stdout == f"{NAMED}\n"
+    assert run(PROMPT, *short).stdout == "a-red-cube-on-a-blue-sphere-0-2.png\n"
+    assert run(PROMPT, *short).stdout == "a-red-cube-on-a-blue-sphere-0-3.png\n"
+    assert run(PROMPT, *short, "--force").stdout == f"{NAMED}\n"
+    assert run(PROMPT, *short, "--seed", 1).stdout == "a-red-cube-on-a-blue-sphere-1.png\n"
+    assert len(list(elsewhere.iterdir())) == 4
+
+
+@pytest.mark.parametrize(
+    ("prompt", "name"),
+    [
+        ("A  red, cube!", "a-red-cube-0.png"),
+        ("красный куб", "picture-0.png"),
+        ("x" * 300, "x" * 60 + "-0.png"),
+    ],
+)
+def test_names_made_of_prompts(prompt: str, name: str) -> None:
+    assert cli.choose_output(None, prompt, 0, False) == Path(name)
+
+
+def test_force_replaces_a_file(bundled: Path) -> None:
+    Path("a.png").write_text("before")
+    assert run(PROMPT, "--steps", 1, "--out", "a.png", "--force").exit_code == 0
+    with Image.open("a.png") as image:
+        assert image.size == (64, 64)
+
+
+def test_the_bundle_named_wins_over_the_environment(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TPX_BUNDLE", "/no/such/place")
+    assert run(PROMPT, "--steps", 1, "--bundle", tiny_bundle).exit_code == 0
+    require_refusal(run(PROMPT), 3, "expected a bundle (a folder with manifest.json) at /no/such/place")
+
+
+def test_the_sample_bundle_of_this_folder_is_found(
+    tiny_bundle: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "SAMPLE_BUNDLE", Path("bundles/shapes"))
+    (elsewhere / "bundles").mkdir()
+    (elsewhere / "bundles/shapes").symlink_to(tiny_bundle)
+    assert cli.find_bundle(None) == Path("bundles/shapes")
+    assert run(PROMPT, "--steps", 1).exit_code == 0
+
+
+def test_help_names_every_sampler_and_engine() -> None:
+    text = " ".join(run("--help").stdout.split())
+    assert all(name in text for name in [*SAMPLERS, *ENGINES])
+    assert all(name in " ".join(verify("--help").stdout.split()) for name in ENGINES)
+
+
+# tpx-run, refused: one line, no traceback, nothing written
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["red zebra"], "found 'zebra'"),
+        (["red cubes"], "found 'cubes' (near: cube); use other words"),
+        ([""], "expected a prompt with words, found none in ''"),
+        (["🙂"], "expected a prompt with words, found none in '🙂'"),
+        (["red " * 2500], "expected a prompt of at most 10 words and marks, found 2500"),
+        ([PROMPT, "--depth", "0"], "expected a depth of 1, 2, 3 (this bundle's), found 0"),
+        ([PROMPT, "--depth", "4"], "expected a depth of 1, 2, 3 (this bundle's), found 4"),
+        ([PROMPT, "--steps", "0"], "expected steps to be a whole number in 1..1000, found 0"),
+        ([PROMPT, "--steps", "-3"], "found -3"),
+        ([PROMPT, "--seed", "-1"], "expected seed to be a whole number in 0.."),
+        ([PROMPT, "--guidance", "nan"], "expected guidance to be a number in -1000..1000, found nan"),
+        ([PROMPT, "--sampler", "ddim"], "expected a sampler of euler, heun, dpmpp2m, unipc, found 'ddim'"),
+        ([PROMPT, "-n", "0"], "expected num_images to be a whole number in 1..1000, found 0"),
+        ([PROMPT, "--engine", "tensorflow"], "expected an engine of auto, "),
+        ([PROMPT, "--negative", "zebra"], "found 'zebra'"),
+        ([PROMPT, "--guidance", "1", "--negative", "blue"], "expected no negative prompt at guidance 1"),
+        ([PROMPT, "--out", "a.jpg"], "expected an output name that ends in .png, found a.jpg"),
+        ([PROMPT, "--out", "missing/a.png"], "missing/a.png, found: No such file or directory"),
+        ([PROMPT, "--out", "n" * 300 + ".png"], "found: File name too long"),
+        ([PROMPT, "--out", "here.png"], "found here.png there already; add --force to replace it"),
+        ([PROMPT, "--out", "here.png/a.png"], "found: Not a directory"),
+        ([PROMPT, "--out", "folder.png"], "expected folder.png to be a file, found a folder"),
+        ([PROMPT, "--out", "folder.png", "--force"], "expected folder.png to be a file, found a folder"),
+    ],
+)
+def test_refuses_bad_input(bundled: Path, elsewhere: Path, arguments: list[str], message: str) -> None:
+    Path("here.png").write_text("before")
+    Path("folder.png").mkdir()
+    require_refusal(run(*arguments), 2, message)
+    assert sorted(path.name for path in elsewhere.iterdir()) == ["folder.png", "here.png"]
+    assert Path("here.png").read_text() == "before"
+
+
+def test_no_bundle_anywhere_is_bad_input() -> None:
+    require_refusal(run(PROMPT), 2, "expected a bundle in --bundle, $TPX_BUNDLE or ")
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], [PROMPT, "--steps", "many"], [PROMPT, "--no-such"], [PROMPT, "more"]]
+)
+def test_usage_errors_are_clicks_own(arguments: list[str]) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert result.stderr.splitlines()[0].startswith("Usage: ")
+    assert result.stdout == ""
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused(
+    bundled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(dir: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)  # root, who runs many tests, may write anywhere
+    require_refusal(run(PROMPT, "--out", "a.png"), 2, "a.png, found: Permission denied; choose another")
+
+
+def test_a_damaged_bundle_is_refused(copy: Path) -> None:
+    weights = copy / "transformer/weights.data"
+    data = bytearray(weights.read_bytes())
+    data[1000] ^= 1
+    weights.write_bytes(data)
+    require_refusal(run(PROMPT, "--bundle", copy), 3, f"{weights}: expected SHA-256 ")
+
+
+def test_an_engine_that_is_not_there_is_refused(bundled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: None)
+    message = (
+        "expected the package openvino for engine openvino, found none; install it with `pip install 'tpx["
+    )
+    require_refusal(run(PROMPT, "--engine", "openvino"), 4, message)
+    require_refusal(run(PROMPT), 4, "found none that runs here; install one with `pip install 'tpx[cpu]'`")
+
+
+def fake(monkeypatch: pytest.MonkeyPatch, engine: FakeEngine) -> FakeEngine:
+    monkeypatch.setattr("tpx_runtime.engine.resolve", lambda name: engine)
+    return engine
+
+
+def test_a_picture_that_is_not_finite_is_an_engine_failure(
+    paper: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nothing = {"vae_decoder/model.onnx": lambda inputs: {"image": np.full((1, 3, 8, 12), np.nan, np.float32)}}
+    fake(monkeypatch, FakeEngine(nothing))
+    result = run("red cube", "--bundle", paper)
+    assert result.exit_code == 5
+    assert result.stderr.splitlines()[-1].startswith(
+        "error: expected finite numbers in the picture, found NaN"
+    )
+    assert list(elsewhere.iterdir()) == []
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(
+    paper: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Image.Image, path: Path, **_: object) -> None:
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    fake(monkeypatch, FakeEngine())
+    monkeypatch.setattr(Image.Image, "save", full)
+    result = run("red cube", "--bundle", paper)
+    assert result.exit_code == 2
+    assert result.stderr.splitlines()[-1] == (
+        "error: expected to write red-cube-0.png, found: No space left on device; choose another place"
+    )
+    assert list(elsewhere.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "graph", ["text_encoder/model.onnx", "transformer/depth-2.onnx", "vae_decoder/model.onnx"]
+)
+def test_ctrl_c_in_any_graph_ends_in_one_line(
+    paper: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch, graph: str
+) -> None:
+    def interrupt(inputs: object) -> dict[str, np.ndarray]:
+        raise KeyboardInterrupt
+
+    fake(monkeypatch, FakeEngine({graph: interrupt}))
+    result = run("red cube", "--bundle", paper)
+    assert result.exit_code == 130
+    assert result.stderr.splitlines()[-1] == "error: cancelled, nothing was written"
+    assert "Traceback" not in result.output
+    assert list(elsewhere.iterdir()) == []
+
+
+def test_ctrl_c_while_writing_leaves_nothing(
+    paper: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(self: Image.Image, path: Path, **_: object) -> None:
+        Path(path).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    fake(monkeypatch, FakeEngine())
+    monkeypatch.setattr(Image.Image, "save", interrupt)
+    assert run("red cube", "--bundle", paper).exit_code == 130
+    assert list(elsewhere.iterdir()) == []
+
+
+def start(*arguments: object) -> subprocess.Popen[str]:
+    """tpx-run as its own process, as a console script starts it."""
+    code = "import sys; from tpx_runtime.cli import run; sys.exit(run())"
+    root = Path(cli.__file__).parents[1]
+    environment = {**os.environ, "PYTHONPATH": str(root), "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one process")
+def test_a_real_sigint_while_denoising(tiny_bundle: Path, elsewhere: Path) -> None:
+    with start(PROMPT, "--bundle", tiny_bundle, "--steps", 1000, "--out", "a.png") as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("denoising"):
+                break
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert errors == "error: cancelled, nothing was written\n"
+    assert output == ""
+    assert list(elsewhere.iterdir()) == []
+
+
+def test_a_name_that_is_no_text_is_written_and_printed_as_well_as_can_be(tiny_bundle: Path) -> None:
+    name = os.fsdecode(b"caf\xe9.png")
+    with start(PROMPT, "--bundle", tiny_bundle, "--steps", 1, "--out", name) as process:
+        output, errors = process.communicate(timeout=60)
+    assert (process.returncode, output) == (0, "caf\ufffd.png\n"), errors
+    assert Path(name).is_file()
+
+
+# tpx-verify
+
+
+def test_verify_prints_a_table_and_exits_with_zero(tiny_bundle: Path) -> None:
+    result = verify(tiny_bundle)
+    assert result.exit_code == 0
+    assert result.stderr == "engine: onnxruntime (chosen by auto)\n"
+    first, heading, *rows = result.stdout.splitlines()
+    assert first == "tiny (fp32): 14 files, each of its size and SHA-256"
+    assert heading.split() == ["part", "error", "tolerance", "same", "routes", "at", "least", "ok"]
+    assert [row.split()[0] for row in rows] == ["text_encoder", *["transformer"] * 3, "vae_decoder"]
+    assert all(row.endswith("yes") for row in rows)
+    assert len({len(row) for row in rows}) == 1
+
+
+def test_verify_finds_the_bundle_of_the_environment(bundled: Path) -> None:
+    assert verify("--engine", "onnxruntime").exit_code == 0
+
+
+def test_table_is_aligned_and_shouts_where_something_is_wrong() -> None:
+    reports = [
+        PartReport("text_encoder", 3.21e-7, 1e-4),
+        PartReport("transformer depth 1", 0.031, 1e-4, 0.5, 0.99),
+        PartReport("vae_decoder", float("inf"), 1e-4),
+    ]
+    assert cli.table(reports).splitlines() == [
+        "part                      error  tolerance  same routes  at least  ok",
+        "text_encoder            3.2e-07      1e-04            -         -  yes",
+        "transformer depth 1     3.1e-02      1e-04       50.00%    99.00%  NO",
+        "vae_decoder                 inf      1e-04            -         -  NO",
+    ]
+
+
+def test_verify_fails_where_a_part_is_out_of_tolerance(copy: Path) -> None:
+    arrays = load_golden(Bundle.open(copy))
+    arrays["image"] = arrays["image"] + np.float32(0.1)
+    manifest = Bundle.open(copy).manifest
+    np.savez(copy / GOLDEN, **arrays)
+    seal(copy, manifest)
+    result = verify(copy, "--engine", "onnxruntime")
+    assert result.exit_code == 5
+    assert result.stdout.splitlines()[-1].endswith("NO")
+    announced, line = result.stderr.splitlines()
+    assert announced == "engine: onnxruntime"
+    assert line.startswith(
+        "error: expected the golden outputs from engine onnxruntime, found vae_decoder with "
+    )
+
+
+def test_verify_refuses_a_damaged_bundle_without_running_it(copy: Path) -> None:
+    (copy / "vae_decoder/model.onnx").write_bytes(b"")
+    require_refusal(verify(copy), 3, "vae_decoder/model.onnx: expected ")
+    require_refusal(verify("nowhere"), 3, "expected a bundle (a folder with manifest.json) at nowhere")
+    require_refusal(verify(), 2, "expected a bundle in --bundle, $TPX_BUNDLE or ")
+
+
+def test_verify_of_all_engines_goes_on_after_one_that_cannot_or_fails(
+    paper: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(inputs: object) -> dict[str, np.ndarray]:
+        raise EngineFailed("depth-2.onnx: refused")
+
+    def twice(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {"image": 2 * vae_decoder(inputs)["image"]}
+
+    unusable = FakeEngine(name="unusable", reason="expected luck, found none")
+    refusing = FakeEngine({"transformer/depth-2.onnx": refuse}, name="refusing")
+    wrong = FakeEngine({"vae_decoder/model.onnx": twice}, name="wrong")
+    good = FakeEngine(name="good")
+
+    def verify_on(*engines: FakeEngine) -> Result:
+        monkeypatch.setattr("tpx_runtime.engine.ENGINES", {engine.name: engine for engine in engines})
+        return verify(paper, "--all-engines")
+
+    result = verify_on(unusable, refusing, wrong, good)
+    assert result.exit_code == 5
+    assert result.stderr == "error: depth-2.onnx: refused\n"
+    head, *blocks = result.stdout.rstrip().split("\n\n")
+    assert head.startswith("paper (fp32): 12 files")
+    assert blocks[0] == "unusable\nnot usable: expected luck, found none"
+    assert blocks[1] == "refusing\nfailed: depth-2.onnx: refused"
+    assert blocks[2].startswith("wrong\npart ")
+    assert " NO\nfailed: expected the golden outputs from engine wrong, found vae_decoder with" in blocks[2]
+    assert blocks[3].count(" yes") == 5
+
+    result = verify_on(unusable, good)
+    assert (result.exit_code, result.stderr) == (0, "")
+    result = verify_on(unusable)
+    assert result.exit_code == 4
+    assert result.stderr.startswith("error: expected one of the engines ")
+
+
+def test_verify_of_all_engines_tries_every_engine_there_is(
+    paper: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Engine, "problem", lambda self: f"no {self.package}")
+    result = verify(paper, "--all-engines")
+    assert [name for name in ENGINES if f"\n{name}\nnot usable: no " in result.stdout] == list(ENGINES)
+    assert result.exit_code == 4
+
+
+def test_verify_can_be_interrupted(paper: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(inputs: object) -> dict[str, np.ndarray]:
+        raise KeyboardInterrupt
+
+    fake(monkeypatch, FakeEngine({"vae_decoder/model.onnx": interrupt}))
+    result = verify(paper)
+    assert result.exit_code == 130
+    assert result.stderr.splitlines()[-1].startswith("error: cancelled")

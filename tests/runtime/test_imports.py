@@ -1,0 +1,88 @@
+"""What the runtime may import, and when: numpy, Pillow, click and one engine, none before it is needed."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tpx_runtime
+
+PACKAGE = Path(tpx_runtime.__file__).parent
+LIBRARIES = {"numpy", "PIL", "click"}
+ENGINES = {"onnxruntime", "openvino"}
+
+
+def loaded_after(code: str, folder: Path) -> set[str]:
+    """Top names and whole names of the modules that a fresh process holds when it has run `code`."""
+    report = "\nimport sys\nprint('|'.join(sys.modules))"
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
+    result = subprocess.run(
+        [sys.executable, "-c", code + report], env=environment, cwd=folder, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    names = result.stdout.splitlines()[-1].split("|")
+    return {name.split(".")[0] for name in names} | set(names)
+
+
+RUN = """
+from tpx_runtime.cli import run
+arguments = ["a red cube", "--bundle", {bundle!r}, "--engine", {engine!r}, "--steps", "1"]
+assert not run(arguments, standalone_mode=False)
+"""
+GENERATE = """
+from tpx_runtime import Generator
+Generator.load({bundle!r}, {engine!r})("a red cube", steps=1)
+"""
+VERIFY = """
+from tpx_runtime.cli import verify
+assert not verify([{bundle!r}, "--engine", {engine!r}], standalone_mode=False)
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "engine"),
+    [(RUN, "onnxruntime"), (GENERATE, "onnxruntime"), (VERIFY, "onnxruntime"), (RUN, "openvino")],
+    ids=["tpx-run", "Generator", "tpx-verify", "tpx-run with OpenVINO"],
+)
+def test_a_picture_needs_one_engine_and_neither_torch_nor_onnx(
+    tiny_bundle: Path, tmp_path: Path, code: str, engine: str
+) -> None:
+    loaded = loaded_after(code.format(bundle=str(tiny_bundle), engine=engine), tmp_path)
+    assert {"numpy", engine} <= loaded
+    assert not loaded & {"torch", "onnx", "onnxscript", "tpx_export", "tpx_engines"}
+    assert not loaded & (ENGINES - {engine})
+
+
+def test_reading_the_arguments_needs_neither_numpy_nor_an_engine(tmp_path: Path) -> None:
+    loaded = loaded_after("import tpx_runtime.cli", tmp_path)
+    assert "click" in loaded
+    assert not loaded & (ENGINES | {"numpy", "PIL", "importlib.metadata"})
+
+
+def test_the_main_module_needs_no_engine_and_no_command_line(tmp_path: Path) -> None:
+    loaded = loaded_after("from tpx_runtime import Generator", tmp_path)
+    assert not loaded & (ENGINES | {"click"})
+
+
+def test_the_package_itself_is_next_to_nothing(tmp_path: Path) -> None:
+    assert not loaded_after("import tpx_runtime", tmp_path) & (ENGINES | LIBRARIES)
+
+
+@pytest.mark.parametrize(
+    "path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.relative_to(PACKAGE).as_posix()
+)
+def test_source_imports_only_what_it_may(path: Path) -> None:
+    """No torch and no onnx, not even inside a function that no test runs."""
+    allowed = set(sys.stdlib_module_names) | LIBRARIES | {"tpx_runtime"}
+    if path.parent.name == "engine":
+        allowed |= {path.stem} & ENGINES
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found.add(str(node.module).split(".")[0])
+    assert found <= allowed

@@ -1,0 +1,73 @@
+"""The built wheel: what is in it, and that its runtime draws a picture where torch and onnx cannot be imported."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+DRAW = """
+import sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"torch", "onnx", "onnxscript", "tpx_export", "tpx_engines", "safetensors"}:
+            raise ImportError(f"the runtime asked for {name}")
+
+sys.meta_path.insert(0, Refuse())
+import tpx_runtime
+from tpx_runtime.cli import run
+print(tpx_runtime.__file__)
+run([sys.argv[1], "--bundle", sys.argv[2], "--out", sys.argv[3], "--engine", "onnxruntime"])
+"""
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("wheel")
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--wheel-dir",
+        str(out),
+    ]
+    subprocess.run(
+        [*command, str(ROOT)], check=True, env={**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    )
+    [path] = out.glob("*.whl")
+    return path
+
+
+def test_holds_three_packages_and_no_weights(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names if not name.startswith("tpx-")} == {
+        "tpx_runtime",
+        "tpx_export",
+        "tpx_engines",
+    }
+    assert "tpx_runtime/py.typed" in names
+    assert wheel.stat().st_size < 300_000
+
+
+def test_runtime_of_the_wheel_needs_no_torch(wheel: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    installed, out = tmp_path / "installed", tmp_path / "cube.png"
+    zipfile.ZipFile(wheel).extractall(installed)
+    result = subprocess.run(
+        [sys.executable, "-c", DRAW, "a red cube on a blue sphere", str(tiny_bundle), str(out)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(installed)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == [str(installed / "tpx_runtime/__init__.py"), str(out)]
+    assert out.exists()
