@@ -1,5 +1,6 @@
 """The command tpx-export."""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,7 +31,7 @@ def main(ckpt: Path, depth: int | None, out: Path | None, precision: str, force:
 
     model = checkpoint.load(ckpt)
     out = out or Path("bundles") / model.spec.name
-    with click.progressbar(length=1, label="export", file=click.get_text_stream("stderr")) as bar:
+    with click.progressbar(length=1, label="export", file=sys.stderr) as bar:
 
         def advance(task: str, done: int, total: int) -> None:
             bar.length, bar.label = total, f"{task:<20}"

@@ -13,15 +13,14 @@ import numpy as np
 import onnx
 import onnx.inliner
 import torch
+from tpx_export.description import experts, manifest, scheduler, vocabulary
 from tpx_export.golden import golden_tensors
 from tpx_export.graphs import DecoderGraph, Graph, TextEncoderGraph, TransformerGraph, to_onnx
-from tpx_export.model import Autoencoder, MMDiT, TextEncoder
 from tpx_export.model.text_to_image import TextToImage
 from tpx_export.precision import TOLERANCES, at_precision
 from tpx_export.routing import masked, permuted
 from tpx_export.weights import WeightFile
 
-from tpx_runtime import __version__
 from tpx_runtime.bundle import (
     GOLDEN,
     MANIFEST,
@@ -30,10 +29,6 @@ from tpx_runtime.bundle import (
     VAE_DECODER,
     VOCABULARY,
     Bundle,
-    LatentSpec,
-    Manifest,
-    ModelSpec,
-    describe_files,
     transformer_name,
 )
 from tpx_runtime.engine import resolve
@@ -84,31 +79,23 @@ def export_bundle(
             name: torch.from_numpy(golden[name]) for name in ("latents", "timestep", "context", "pooled")
         }
         with tasks("text encoder"), WeightFile((folder / TEXT_ENCODER).parent) as weights:
-            encoder = at_precision(model.text_encoder, precision)
-            assert isinstance(encoder, TextEncoder)
-            graph = Graph(
-                TextEncoderGraph(encoder), {"ids": torch.from_numpy(golden["ids"])}, ("context", "pooled")
-            )
+            encoder = TextEncoderGraph(at_precision(model.text_encoder, precision))
+            graph = Graph(encoder, {"ids": torch.from_numpy(golden["ids"])}, ("context", "pooled"))
             weights.save(to_onnx(graph), Path(TEXT_ENCODER).name)
         transformer = at_precision(model.transformer, precision)
-        assert isinstance(transformer, MMDiT)
         with WeightFile(folder / "transformer") as weights:
             for steps in depths:
                 with tasks(f"transformer depth {steps}"):
                     module = TransformerGraph(transformer, steps)
                     outputs = ("velocity", "routes") if module.routed else ("velocity",)
-                    operator, plain = spellings(
-                        to_onnx(Graph(module, example, outputs)), experts(transformer)
-                    )
+                    written = to_onnx(Graph(module, example, outputs))
+                    operator, plain = spellings(written, experts(transformer))
                     weights.save(operator, Path(transformer_name(steps)).name)
                     weights.save(plain, Path(transformer_name(steps, plain=True)).name)
         with tasks("decoder"), WeightFile((folder / VAE_DECODER).parent) as weights:
-            autoencoder = at_precision(model.autoencoder, precision)
-            assert isinstance(autoencoder, Autoencoder)
-            latents = {"latents": torch.from_numpy(golden["decoder_latents"])}
-            weights.save(
-                to_onnx(Graph(DecoderGraph(autoencoder), latents, ("image",))), Path(VAE_DECODER).name
-            )
+            decoder = DecoderGraph(at_precision(model.autoencoder, precision))
+            graph = Graph(decoder, {"latents": torch.from_numpy(golden["decoder_latents"])}, ("image",))
+            weights.save(to_onnx(graph), Path(VAE_DECODER).name)
         _write_json(folder / VOCABULARY, vocabulary(model))
         _write_json(folder / SCHEDULER, scheduler(model))
         bundle = Bundle(folder, manifest(model, depths, precision, folder))
@@ -127,10 +114,6 @@ def spellings(model: onnx.ModelProto, experts: int) -> tuple[onnx.ModelProto, on
         copy.CopyFrom(model)
         copy.functions.append(body)
     return operator, onnx.inliner.inline_local_functions(plain)
-
-
-def experts(transformer: MMDiT) -> int:
-    return transformer.spec.thinking.experts if transformer.spec.thinking else 0
 
 
 def verify(bundle: Bundle) -> dict[str, list[PartReport]]:
@@ -152,48 +135,6 @@ def verify(bundle: Bundle) -> dict[str, list[PartReport]]:
                     "no bundle was written, try --precision fp32"
                 )
     return reports
-
-
-def manifest(model: TextToImage, depths: tuple[int, ...], precision: str, folder: Path) -> Manifest:
-    spec, transformer = model.spec, model.transformer.spec
-    picture, latent = spec.autoencoder.image_size_px, spec.autoencoder.latent_size
-    return Manifest(
-        name=spec.name,
-        license=spec.license,
-        producer=f"tpx {__version__}",
-        precision=precision,
-        model=ModelSpec(
-            latent_channels=transformer.latent_channels,
-            latent_size=(latent, latent),
-            image_size_px=(picture, picture),
-            text_tokens=spec.text_encoder.tokens,
-            context_width=transformer.context_width,
-            pooled_width=transformer.pooled_width,
-            visual_tokens=transformer.visual_tokens,
-            depths=depths,
-            experts=experts(model.transformer),
-            thinking_blocks=transformer.thinking.blocks if transformer.thinking else (),
-        ),
-        latent=LatentSpec(spec.autoencoder.scale, spec.autoencoder.shift),
-        defaults=replace(spec.defaults, depth=min(spec.defaults.depth, depths[-1])),
-        tolerance=TOLERANCES[precision],
-        files=describe_files(folder),
-    )
-
-
-def vocabulary(model: TextToImage) -> dict[str, object]:
-    spec = model.spec.text_encoder
-    return {"kind": "word", "tokens": list(spec.vocabulary), "text_tokens": spec.tokens}
-
-
-def scheduler(model: TextToImage) -> dict[str, object]:
-    """diffusers' configuration of the schedule that the model was trained for."""
-    return {
-        "_class_name": "FlowMatchEulerDiscreteScheduler",
-        "num_train_timesteps": 1000,
-        "shift": model.spec.shift,
-        "use_dynamic_shifting": False,
-    }
 
 
 def folder_bytes(root: Path) -> dict[str, int]:

@@ -1,12 +1,15 @@
 """Lower precisions of a model, and what each may cost."""
 
 import copy
+from typing import TypeVar
 
 from torch import nn
 from tpx_export.model.mmdit import Embedder
 from tpx_export.model.thinking import Gate
 
 from tpx_runtime.manifest import Tolerance
+
+M = TypeVar("M", bound=nn.Module)
 
 # Greatest relative error of each graph against PyTorch in float32, least share of tokens sent to the same expert.
 TOLERANCES = {
@@ -15,7 +18,7 @@ TOLERANCES = {
 }
 
 
-def at_precision(module: nn.Module, precision: str) -> nn.Module:
+def at_precision(module: M, precision: str) -> M:
     """A copy of `module` whose weights have that precision; the module itself, for fp32.
 
     Gates and the embedders of timestep and condition stay in float32: a rounded gate sends tokens elsewhere, and

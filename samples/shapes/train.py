@@ -6,6 +6,7 @@ Every stage is seeded and saves its state in `--out` every two minutes; the same
 left off. `--until` ends after a stage. The result is `--out`/shapes.safetensors, ready for `tpx-export`.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -28,8 +29,8 @@ SHARDS = 32  # pools of 2,048 scenes
 )
 @click.option("--autoencoder-steps", default=2400, show_default=True)
 @click.option("--text-steps", default=1500, show_default=True)
-@click.option("--base-steps", default=5000, show_default=True)
-@click.option("--adapter-steps", default=900, show_default=True)
+@click.option("--base-steps", default=3700, show_default=True)
+@click.option("--adapter-steps", default=600, show_default=True)
 @click.option("--batch", default=96, show_default=True, help="Of the base and the adapters.")
 @click.option("--shards", default=SHARDS, show_default=True, help="Pools of 2,048 scenes to learn from.")
 @click.option("--seed", default=0, show_default=True)
@@ -55,12 +56,11 @@ def main(
     if last == 1:
         return
     data = train_flow.Data.load(out, shards, seed, autoencoder, text_encoder)
-    how = {"batch": batch, "seed": seed, "device": device}
-    transformer = train_flow.train_base(data, autoencoder, out, steps=base_steps, **how)
+    run = train_flow.Run(out, base_steps, batch, seed, device)
+    transformer = train_flow.train_base(data, autoencoder, run)
     if last == 3:
-        transformer = train_flow.train_adapters(
-            transformer, data, autoencoder, out, ThinkingSpec(), steps=adapter_steps, **how
-        )
+        run = replace(run, steps=adapter_steps)
+        transformer = train_flow.train_adapters(transformer, data, autoencoder, run, ThinkingSpec())
     spec = TextToImageSpec(
         name="shapes",
         license="Apache-2.0",
@@ -68,7 +68,7 @@ def main(
         text_encoder=text_encoder.spec,
         transformer=transformer.spec,
         shift=train_flow.SHIFT,
-        defaults=Defaults(sampler="euler", steps=20, guidance=3.0, depth=3),
+        defaults=Defaults(sampler="euler", steps=20, guidance=3.0, depth=transformer.spec.max_depth),
     )
     model = TextToImage(spec)
     for part, trained in (

@@ -91,21 +91,32 @@ def optimizers(model: MMDiT, rate: float) -> list[torch.optim.Optimizer]:
     return [torch.optim.Muon(inner, lr=2 * rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"), adamw]
 
 
-def flow_loss(
-    model: MMDiT, data: Data, *, seed: int, batch: int, device: str, depths: tuple[int, ...]
-) -> Callable[[int], Tensor]:
+@dataclass(frozen=True)
+class Run:
+    """How long, on what and with which random stream a transformer is trained; `out` holds its state and pictures."""
+
+    out: Path
+    steps: int
+    batch: int
+    seed: int
+    device: str
+    rate: float = 1e-3
+
+
+def flow_loss(model: MMDiT, data: Data, run: Run, depths: tuple[int, ...]) -> Callable[[int], Tensor]:
     """The loss of a step; depth is drawn from `depths`."""
     compiled = torch.compile(model, dynamic=False)
 
     def loss_at(step: int) -> Tensor:
-        torch.manual_seed(seed * 1_000_003 + step)  # of the Gumbel noise
-        clean, context, pooled = data.batch(seed, step, batch)
-        stream = seeded(seed + 1, step)
-        sigma = torch.sigmoid(torch.randn(batch, generator=stream) * SIGMA_DEVIATION + SIGMA_MEAN).to(device)
-        noise = torch.randn(clean.shape, generator=stream).to(device)
+        torch.manual_seed(run.seed * 1_000_003 + step)  # of the Gumbel noise
+        clean, context, pooled = data.batch(run.seed, step, run.batch)
+        stream = seeded(run.seed + 1, step)
+        logit = torch.randn(run.batch, generator=stream) * SIGMA_DEVIATION + SIGMA_MEAN
+        sigma = torch.sigmoid(logit).to(run.device)
+        noise = torch.randn(clean.shape, generator=stream).to(run.device)
         part = sigma.view(-1, 1, 1, 1)
-        depth = random.Random(seed * 7 + step).choice(depths)
-        with torch.autocast(device, dtype=torch.bfloat16):
+        depth = random.Random(run.seed * 7 + step).choice(depths)
+        with torch.autocast(run.device, dtype=torch.bfloat16):
             velocity, _ = compiled((1 - part) * clean + part * noise, 1000 * sigma, context, pooled, depth)
         return (velocity.float() - (noise - clean)).square().mean()
 
@@ -144,47 +155,39 @@ def sample(
 
 
 def _train(
-    name: str, model: MMDiT, data: Data, autoencoder: Autoencoder, out: Path, rate: float, **how
+    name: str,
+    model: MMDiT,
+    data: Data,
+    autoencoder: Autoencoder,
+    run: Run,
+    depths: tuple[int, ...],
+    ema_decay: float,
+    show_every: int,
 ) -> MMDiT:
-    depths = how.pop("depths")
-
     def show(ema: nn.Module, step: int) -> None:
         assert isinstance(ema, MMDiT)
         ema.eval()
         grid = sample(ema, data, autoencoder, list(PREVIEW) * 2, depth=max(depths))
-        save_grid(grid, out / f"{name}-{step:06d}.png", columns=8)
+        save_grid(grid, run.out / f"{name}-{step:06d}.png", columns=8)
 
-    loss_at = flow_loss(
-        model, data, seed=how["seed"], batch=how["batch"], device=how["device"], depths=depths
-    )
     best = fit(
         name,
         model,
-        optimizers(model, rate),
-        loss_at,
-        steps=how["steps"],
-        state=out / f"{name}.state.pt",
-        ema_decay=how.get("ema_decay", 0.998),
+        optimizers(model, run.rate),
+        flow_loss(model, data, run, depths),
+        steps=run.steps,
+        state=run.out / f"{name}.state.pt",
+        ema_decay=ema_decay,
         show=show,
-        show_every=how.get("show_every", 500),
+        show_every=show_every,
     )
     assert isinstance(best, MMDiT)
     return best.eval()
 
 
-def train_base(
-    data: Data,
-    autoencoder: Autoencoder,
-    out: Path,
-    *,
-    steps: int,
-    batch: int,
-    seed: int,
-    device: str,
-    rate: float = 1e-3,
-) -> MMDiT:
+def train_base(data: Data, autoencoder: Autoencoder, run: Run) -> MMDiT:
     """The plain MMDiT, no thinking."""
-    torch.manual_seed(seed)
+    torch.manual_seed(run.seed)
     text = data.text_encoder.spec
     spec = MMDiTSpec(
         latent_channels=autoencoder.spec.latent_channels,
@@ -193,20 +196,8 @@ def train_base(
         context_width=text.width,
         pooled_width=text.width,
     )
-    model = MMDiT(spec).to(device)
-    return _train(
-        "base",
-        model,
-        data,
-        autoencoder,
-        out,
-        rate,
-        steps=steps,
-        batch=batch,
-        seed=seed,
-        device=device,
-        depths=(1,),
-    )
+    model = MMDiT(spec).to(run.device)
+    return _train("base", model, data, autoencoder, run, depths=(1,), ema_decay=0.998, show_every=500)
 
 
 def with_thinking(base: MMDiT, thinking: ThinkingSpec) -> MMDiT:
@@ -220,34 +211,10 @@ def with_thinking(base: MMDiT, thinking: ThinkingSpec) -> MMDiT:
 
 
 def train_adapters(
-    base: MMDiT,
-    data: Data,
-    autoencoder: Autoencoder,
-    out: Path,
-    thinking: ThinkingSpec,
-    *,
-    steps: int,
-    batch: int,
-    seed: int,
-    device: str,
-    rate: float = 1e-3,
+    base: MMDiT, data: Data, autoencoder: Autoencoder, run: Run, thinking: ThinkingSpec
 ) -> MMDiT:
     """Experts, gates and modulations, at a random depth each step."""
-    torch.manual_seed(seed)
+    torch.manual_seed(run.seed)
     model = with_thinking(base, thinking).train()
     depths = tuple(range(1, thinking.max_depth + 1))
-    return _train(
-        "adapters",
-        model,
-        data,
-        autoencoder,
-        out,
-        rate,
-        steps=steps,
-        batch=batch,
-        seed=seed,
-        device=device,
-        depths=depths,
-        ema_decay=0.99,
-        show_every=200,
-    )
+    return _train("adapters", model, data, autoencoder, run, depths, ema_decay=0.99, show_every=200)
