@@ -30,7 +30,8 @@ class TpxCommand(click.Command):
             error: TpxError = Cancelled("cancelled, nothing was written")
         except TpxError as caught:
             error = caught
-        click.echo(f"error: {error}", err=True)
+        line = " ".join(str(error).splitlines())  # a path in it may hold line breaks
+        click.echo(f"error: {line}", err=True)
         return ctx.exit(error.exit_code)
 
 

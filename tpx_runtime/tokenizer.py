@@ -67,8 +67,7 @@ class WordTokenizer:
 
     def suggest(self, word: str) -> list[str]:
         """Up to three words of the vocabulary that look like `word`, nearest first."""
-        # Matching takes time in the product of the lengths, and no vocabulary has words this long.
-        return difflib.get_close_matches(word[:64], self._words, n=3)
+        return difflib.get_close_matches(word, self._words, n=3)
 
     @property
     def _words(self) -> list[str]:

@@ -105,16 +105,6 @@ def test_several_pictures_make_a_grid_of_the_next_seeds(bundled: Path) -> None:
     assert np.abs(second - np.asarray(alone)).max() <= 1
 
 
-def test_a_free_name_is_found_and_force_takes_the_first(bundled: Path, elsewhere: Path) -> None:
-    short = ("--steps", 1)
-    assert run(PROMPT, *short).stdout == f"{NAMED}\n"
-    assert run(PROMPT, *short).stdout == "a-red-cube-on-a-blue-sphere-0-2.png\n"
-    assert run(PROMPT, *short).stdout == "a-red-cube-on-a-blue-sphere-0-3.png\n"
-    assert run(PROMPT, *short, "--force").stdout == f"{NAMED}\n"
-    assert run(PROMPT, *short, "--seed", 1).stdout == "a-red-cube-on-a-blue-sphere-1.png\n"
-    assert len(list(elsewhere.iterdir())) == 4
-
-
 @pytest.mark.parametrize(
     ("prompt", "name"),
     [
@@ -185,6 +175,7 @@ def test_help_names_every_sampler_and_engine() -> None:
         ([PROMPT, "--out", "n" * 300 + ".png"], "found: File name too long"),
         ([PROMPT, "--out", "here.png"], "found here.png there already; add --force to replace it"),
         ([PROMPT, "--out", "here.png/a.png"], "found: Not a directory"),
+        ([PROMPT, "--out", "two\nlines/a.png"], "two lines/a.png, found: No such file or directory"),
         ([PROMPT, "--out", "folder.png"], "expected folder.png to be a file, found a folder"),
         ([PROMPT, "--out", "folder.png", "--force"], "expected folder.png to be a file, found a folder"),
     ],
@@ -271,6 +262,19 @@ def test_a_full_disk_is_told_and_leaves_nothing(
         "error: expected to write red-cube-0.png, found: No space left on device; choose another place"
     )
     assert list(elsewhere.iterdir()) == []
+
+
+def test_a_free_name_is_found_and_force_takes_the_first(
+    paper: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake(monkeypatch, FakeEngine())
+    command = ("A red cube.", "--bundle", paper)
+    assert run(*command).stdout == "a-red-cube-0.png\n"
+    assert run(*command).stdout == "a-red-cube-0-2.png\n"
+    assert run(*command).stdout == "a-red-cube-0-3.png\n"
+    assert run(*command, "--force").stdout == "a-red-cube-0.png\n"
+    assert run(*command, "--seed", 1).stdout == "a-red-cube-1.png\n"
+    assert len(list(elsewhere.iterdir())) == 4
 
 
 @pytest.mark.parametrize(

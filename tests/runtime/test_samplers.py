@@ -187,7 +187,7 @@ def test_euler_and_heun_steps_by_hand() -> None:
 
 def test_dpmpp2m_steps_by_hand() -> None:
     """Algorithm 2 of arXiv:2211.01095, as it is printed there."""
-    s0, s1, s2, _ = sigmas = [0.8, 0.5, 0.2, 0.0]
+    s0, s1, s2, _ = sigmas = [0.85, 0.6, 0.2, 0.0]  # steps of unlike width in log-SNR
     lambdas = [math.log((1 - sigma) / sigma) for sigma in (s0, s1, s2)]
     h1, h2 = lambdas[1] - lambdas[0], lambdas[2] - lambdas[1]
     x = 0.6
@@ -203,7 +203,7 @@ def test_dpmpp2m_steps_by_hand() -> None:
 
 def test_unipc_steps_by_hand() -> None:
     """UniPC-2 with B2(h) and its corrector in diffusers' terms, the 2 x 2 system solved by Cramer's rule."""
-    s0, s1, s2, _ = sigmas = [0.8, 0.5, 0.2, 0.0]
+    s0, s1, s2, _ = sigmas = [0.85, 0.6, 0.2, 0.0]  # steps of unlike width in log-SNR
     lambdas = [math.log((1 - sigma) / sigma) for sigma in (s0, s1, s2)]
     h1, h2 = lambdas[1] - lambdas[0], lambdas[2] - lambdas[1]
     b1, b2 = math.expm1(-h1), math.expm1(-h2)

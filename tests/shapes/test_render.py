@@ -174,9 +174,7 @@ def test_shadows_fall_where_no_lamp_is_seen(shape: str, x: float, z: float) -> N
     kept = (linear((thing,)) / linear(())).mean(-1)
     towards = LAMP - points
     lamp = 0.78 * towards[..., 1] / np.linalg.norm(towards, axis=-1)
-    share = (
-        kept * (0.42 + lamp) - 0.42
-    ) / lamp  # of the lamp; a little less than none under the thing itself
+    share = (kept * (0.42 + lamp) - 0.42) / lamp  # of the lamp; under the thing the sky lacks a little too
     assert abs(share[dark]).max() < 0.1
     assert share[bright].min() > 0.85
     assert 0.05 < share[soft].min() < share[soft].max() < 0.95
