@@ -1,6 +1,6 @@
 # make demo   from a fresh clone to a picture: environment, export of the sample model, one prompt
 # make test   the tests         make lint   ruff and mypy         make clean   what the others made
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready

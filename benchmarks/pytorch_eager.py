@@ -6,8 +6,8 @@ import click
 import numpy as np
 import torch
 from PIL import Image
-from tpx_export import checkpoint
 
+from tpx_export import checkpoint
 from tpx_runtime.noise import batch_noise
 from tpx_runtime.samplers import SAMPLERS
 from tpx_runtime.tokenizer import WordTokenizer

@@ -17,6 +17,7 @@ import onnx
 import onnx.inliner
 import torch
 from onnx import TensorProto, helper, numpy_helper
+
 from tpx_export.model.routed_lora import routed_lora
 from tpx_export.operator import DOMAIN, NAME, OPSET, register_schema
 from tpx_export.routing import masked, permuted

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from tpx_export.exporter import Summary, export_bundle
 from tpx_export.model import AutoencoderSpec, MMDiTSpec, TextEncoderSpec, TextToImageSpec, ThinkingSpec
 from tpx_export.model.text_to_image import TextToImage
-
 from tpx_runtime.manifest import Defaults
 
 WORDS = ("a", "an", "and", "blue", "cube", "green", "on", "red", "sphere", "two", ",", ".")

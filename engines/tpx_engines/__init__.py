@@ -1,1 +1,1 @@
-"""From a bundle to an engine for one machine. `tensorrt_rtx` builds without a GPU; running it needs one."""
+"""From a bundle to engines for one kind of GPU: the command `tpx-build` and what it stands on."""

@@ -18,8 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from tpx_export.model.text_to_image import TextToImage, TextToImageSpec
 
+from tpx_export.model.text_to_image import TextToImage, TextToImageSpec
 from tpx_runtime.errors import TpxError
 
 FORMAT, VERSION = "tpx-model", 1

@@ -6,7 +6,6 @@ from pathlib import Path
 from tpx_export.model import MMDiT
 from tpx_export.model.text_to_image import TextToImage
 from tpx_export.precision import TOLERANCES
-
 from tpx_runtime import __version__
 from tpx_runtime.bundle import LatentSpec, Manifest, ModelSpec, describe_files
 

@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 import onnx.inliner
 import torch
+
 from tpx_export.description import experts, manifest, scheduler, vocabulary
 from tpx_export.golden import golden_tensors
 from tpx_export.graphs import DecoderGraph, Graph, TextEncoderGraph, TransformerGraph, to_onnx
@@ -20,7 +21,6 @@ from tpx_export.model.text_to_image import TextToImage
 from tpx_export.precision import TOLERANCES, at_precision
 from tpx_export.routing import masked, permuted
 from tpx_export.weights import WeightFile
-
 from tpx_runtime.bundle import (
     GOLDEN,
     MANIFEST,

@@ -3,8 +3,8 @@
 import numpy as np
 import numpy.typing as npt
 import torch
-from tpx_export.model.text_to_image import TextToImage
 
+from tpx_export.model.text_to_image import TextToImage
 from tpx_runtime.noise import batch_noise
 from tpx_runtime.samplers import SAMPLERS, Array
 

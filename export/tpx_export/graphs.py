@@ -14,6 +14,7 @@ import onnx
 import onnxscript.optimizer
 import torch
 from torch import Tensor, nn
+
 from tpx_export.model import Autoencoder, MMDiT, TextEncoder
 from tpx_export.operator import OPSET, TRANSLATIONS, register_schema
 

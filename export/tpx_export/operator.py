@@ -12,6 +12,7 @@ import onnx
 import onnx_ir as ir
 import onnxscript
 import torch
+
 from tpx_export.model import routed_lora  # noqa: F401  registers torch.ops.tpx.RoutedLora
 
 OPSET = 20

@@ -4,9 +4,9 @@ import copy
 from typing import TypeVar
 
 from torch import nn
+
 from tpx_export.model.mmdit import Embedder
 from tpx_export.model.thinking import Gate
-
 from tpx_runtime.manifest import Tolerance
 
 M = TypeVar("M", bound=nn.Module)

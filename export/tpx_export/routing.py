@@ -10,6 +10,7 @@ docs/routing.md holds the measurements that chose between them.
 
 import onnx
 from onnx.parser import parse_function
+
 from tpx_export.operator import DOMAIN, NAME, OPSET
 
 _HEAD = f'<domain: "{DOMAIN}", opset_import: ["" : {OPSET}]> {NAME} (x, expert, a, b) => (out)'

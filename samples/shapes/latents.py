@@ -5,11 +5,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tpx_export.model.autoencoder import Autoencoder
 
 from samples.shapes.captions import Prompt, training_pairs
 from samples.shapes.fit import save_whole
 from samples.shapes.render import render
+from tpx_export.model.autoencoder import Autoencoder
 
 SHARD = 2048
 RENDER_BATCH = 32

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import click
 import torch
+
+from samples.shapes import train_autoencoder, train_flow, train_text
 from tpx_export import checkpoint
 from tpx_export.model import ThinkingSpec
 from tpx_export.model.text_to_image import TextToImage, TextToImageSpec
-
-from samples.shapes import train_autoencoder, train_flow, train_text
 from tpx_runtime.manifest import Defaults
 
 STAGES = ("autoencoder", "text", "base", "adapters")

@@ -6,14 +6,15 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tpx_export.model.autoencoder import Autoencoder, AutoencoderSpec
 
 from samples.shapes.captions import training_pairs
 from samples.shapes.fit import fit, seeded
 from samples.shapes.pictures import save_grid
 from samples.shapes.render import render
 from samples.shapes.world import Scene
+from tpx_export.model.autoencoder import Autoencoder, AutoencoderSpec
 
+FRESH = 2**40  # seeds from here on are no training step's
 KL_WEIGHT = 2e-4
 EDGE_WEIGHT = 0.5
 OBJECT_WEIGHT = 5.0  # objects cover a tenth of the picture; without it the ground is all that is learned
@@ -49,7 +50,7 @@ def train(out: Path, *, steps: int, batch: int, seed: int, device: str, rate: fl
     torch.manual_seed(seed)
     model = Autoencoder(spec).to(device, memory_format=torch.channels_last)
     ground = render([()], spec.image_size_px, device) * 2 - 1
-    fresh = pictures(-1, 8, spec, device)
+    fresh = pictures(FRESH, 8, spec, device)
 
     def loss_at(step: int) -> Tensor:
         image = pictures(seed * 1_000_003 + step, batch, spec, device).contiguous(
@@ -80,7 +81,7 @@ def train(out: Path, *, steps: int, batch: int, seed: int, device: str, rate: fl
         show_every=200,
     )
     assert isinstance(best, Autoencoder)
-    return standardise(best, pictures(-2, 256, spec, device))
+    return standardise(best, pictures(FRESH + 1, 256, spec, device))
 
 
 @torch.no_grad()

@@ -14,16 +14,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tpx_export.model.autoencoder import Autoencoder
-from tpx_export.model.mmdit import MMDiT, MMDiTSpec
-from tpx_export.model.text_encoder import TextEncoder
-from tpx_export.model.thinking import ThinkingSpec
 
 from samples.shapes.captions import Prompt, caption
 from samples.shapes.fit import fit, seeded
 from samples.shapes.latents import SHARD, shard
 from samples.shapes.pictures import save_grid
 from samples.shapes.train_text import tokenizer_for
+from tpx_export.model.autoencoder import Autoencoder
+from tpx_export.model.mmdit import MMDiT, MMDiTSpec
+from tpx_export.model.text_encoder import TextEncoder
+from tpx_export.model.thinking import ThinkingSpec
 from tpx_runtime.noise import batch_noise
 from tpx_runtime.samplers import SAMPLERS
 

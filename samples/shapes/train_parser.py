@@ -22,7 +22,6 @@ import onnx
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tpx_export.model.autoencoder import Autoencoder, AutoencoderSpec, ResidualBlock
 
 from samples.shapes.captions import TRAINING_MIX, Prompt, prompt_of, satisfies, scene_for
 from samples.shapes.fit import fit, seeded
@@ -40,6 +39,7 @@ from samples.shapes.world import (
     relate,
     scatter,
 )
+from tpx_export.model.autoencoder import Autoencoder, AutoencoderSpec, ResidualBlock
 
 COMMAND = "python -m samples.shapes.train_parser --out runs/parser"
 PLACES = ("x", "y", "z", "size")

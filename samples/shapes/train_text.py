@@ -11,13 +11,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tpx_export.model.text_encoder import TextEncoder, TextEncoderSpec
 
 from samples.shapes.captions import Prompt, caption, training_pairs, vocabulary
 from samples.shapes.fit import fit
 from samples.shapes.world import COLOURS, MAX_OBJECTS, RELATIONS, SHAPES
+from tpx_export.model.text_encoder import TextEncoder, TextEncoderSpec
 from tpx_runtime.tokenizer import WordTokenizer
 
+FRESH = 2**40  # a seed that is no training step's
 SHAPE_IDS = {shape: i for i, shape in enumerate(SHAPES)}
 COLOUR_IDS = {None: 0} | {colour: i + 1 for i, colour in enumerate(COLOURS)}
 RELATION_IDS = {None: 0} | {relation: i + 1 for i, relation in enumerate(RELATIONS)}
@@ -85,7 +86,7 @@ def train(out: Path, *, steps: int, batch: int, seed: int, device: str, rate: fl
 
     @torch.no_grad()
     def show(ema: nn.Module, step: int) -> None:
-        ids, answers = batch_at(-1, 1000, tokenizer)
+        ids, answers = batch_at(FRESH, 1000, tokenizer)
         said = ema(ids.to(device))
         for name, part in (("pooled", 0), ("words", 1)):
             right = torch.stack([pair[part].argmax(-1).cpu() == answers[:, i] for i, pair in enumerate(said)])

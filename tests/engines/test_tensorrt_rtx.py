@@ -4,10 +4,11 @@ from pathlib import Path
 
 import onnx
 import pytest
+
 from tpx_engines import tensorrt_rtx
+from tpx_engines.build import graphs
 from tpx_export.exporter import export_bundle
 from tpx_export.model.text_to_image import TextToImage
-
 from tpx_runtime.bundle import Bundle, transformer_name
 from tpx_runtime.errors import BadInput, EngineFailed, EngineUnavailable
 
@@ -33,16 +34,26 @@ def bundle(
 
 @pytest.mark.parametrize("capability", [86, 89, 120])
 def test_builds_every_graph_at_every_depth(bundle: Bundle, capability: int) -> None:
-    graphs = tensorrt_rtx.graphs(bundle)
-    assert len(graphs) == 5
-    for name, (path, inputs) in graphs.items():
+    made = graphs(bundle)
+    assert len(made) == 5
+    for name, (path, inputs) in made.items():
         engine = tensorrt_rtx.build(path, inputs, capability=capability)
         assert len(engine) > 10_000, name
 
 
+@pytest.mark.parametrize("capability", tensorrt_rtx.CAPABILITIES)
+def test_builds_for_every_capability(tiny_bundle: Path, capability: int) -> None:
+    path, inputs = graphs(Bundle.open(tiny_bundle))["text_encoder"]
+    if capability == 75:
+        with pytest.raises(EngineFailed, match=r"cannot build it: .*SM75.*FP32 GEMM is not supported"):
+            tensorrt_rtx.build(path, inputs, capability=capability)
+    else:
+        assert tensorrt_rtx.build(path, inputs, capability=capability)
+
+
 def test_refuses_the_spelling_for_cpus(tiny_bundle: Path) -> None:
     bundle = Bundle.open(tiny_bundle)
-    _, inputs = tensorrt_rtx.graphs(bundle)["transformer depth 1"]
+    _, inputs = graphs(bundle)["transformer depth 1"]
     with pytest.raises(
         EngineFailed, match=r"depth-1\.plain\.onnx: TensorRT for RTX cannot read it: .*NonZero"
     ):
@@ -51,7 +62,7 @@ def test_refuses_the_spelling_for_cpus(tiny_bundle: Path) -> None:
 
 def test_refuses_a_damaged_graph(tiny_bundle: Path, tmp_path: Path) -> None:
     bundle = Bundle.open(tiny_bundle)
-    _, inputs = tensorrt_rtx.graphs(bundle)["transformer depth 1"]
+    _, inputs = graphs(bundle)["transformer depth 1"]
     model = onnx.load(tiny_bundle / transformer_name(1))
     model.functions.clear()
     path = tmp_path / "model.onnx"

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+
 from tpx_export import checkpoint
 from tpx_export.checkpoint import CheckpointInvalid
 from tpx_export.model.text_to_image import TextToImage

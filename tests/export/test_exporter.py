@@ -13,6 +13,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from conftest import make_tiny
+
 from tpx_export import checkpoint, exporter
 from tpx_export.cli import main, table
 from tpx_export.exporter import Summary, export_bundle
@@ -20,7 +21,6 @@ from tpx_export.model.text_to_image import TextToImage
 from tpx_export.operator import DOMAIN, NAME
 from tpx_export.precision import TOLERANCES
 from tpx_export.routing import permuted
-
 from tpx_runtime.bundle import Bundle, transformer_name
 from tpx_runtime.engine import ENGINES, resolve
 from tpx_runtime.errors import BadInput, EngineFailed

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from conftest import make_tiny
 from torch import Tensor
+
 from tpx_export.model import MMDiT, MMDiTSpec, ThinkingSpec
 from tpx_export.model.mmdit import JointBlock, attention, modulate
 from tpx_export.model.routed_lora import mixed_lora, routed_lora

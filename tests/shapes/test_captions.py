@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
-from tpx_export.model.text_encoder import TextEncoderSpec
 
 from samples.shapes.captions import (
     KINDS,
@@ -24,6 +23,7 @@ from samples.shapes.captions import (
     vocabulary,
 )
 from samples.shapes.world import COLOURS, INVERSE, MAX_OBJECTS, SHAPES, Scene, Thing
+from tpx_export.model.text_encoder import TextEncoderSpec
 from tpx_runtime.tokenizer import BOS, EOS, PAD, UNK, WordTokenizer
 
 NOUNS = {

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tpx_export.model.autoencoder import Autoencoder, AutoencoderSpec
 
 from samples.shapes import latents
 from samples.shapes.captions import training_pairs
 from samples.shapes.pictures import save_grid
 from samples.shapes.render import render
+from tpx_export.model.autoencoder import Autoencoder, AutoencoderSpec
 
 COUNT = 5
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
 from tpx_export.model.thinking import Thinking, ThinkingSpec
 
 

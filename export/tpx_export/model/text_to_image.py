@@ -4,10 +4,10 @@ import re
 from dataclasses import dataclass
 
 from torch import nn
+
 from tpx_export.model.autoencoder import Autoencoder, AutoencoderSpec
 from tpx_export.model.mmdit import MMDiT, MMDiTSpec
 from tpx_export.model.text_encoder import TextEncoder, TextEncoderSpec
-
 from tpx_runtime.manifest import Defaults
 
 

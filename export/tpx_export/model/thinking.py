@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
 from tpx_export.model.routed_lora import mixed_lora, routed_lora
 
 

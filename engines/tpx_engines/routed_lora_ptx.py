@@ -1,0 +1,88 @@
+"""The kernel of `tpx::RoutedLora` compiled to PTX ahead of time, on any machine: no GPU, no driver, no torch.
+
+Triton ends every parameter list with two pointers to scratch memory. This kernel needs none, so they are shown to be unused
+and taken out: what is left are x, expert, a, b, the int32 count of tokens, and out, in TensorRT's order.
+"""
+
+import re
+from dataclasses import dataclass
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from tpx_engines.routed_lora_kernel import OPTIONS, Sizes, routed_lora_kernel
+from tpx_runtime.errors import BadInput, EngineFailed
+
+# Compute capability times ten -> PTX version. Triton's default is too new for the assemblers in use.
+TARGETS = {80: 87, 86: 87, 89: 87, 90: 87, 100: 90, 120: 90}
+MAX_SHARED = 48 * 1024  # what a kernel may use without opting in
+
+_SCRATCH = 2
+_ENTRY = re.compile(r"(\.visible \.entry (\w+)\(\n)(.*?)(\n\))", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A kernel and how to launch it: a grid of (ceil(tokens / rows) + experts, splits) blocks of `threads` threads."""
+
+    name: str
+    ptx: str
+    threads: int
+    shared: int  # bytes for a block
+    rows: int
+
+
+def compile_ptx(sizes: Sizes, capability: int) -> Compiled:
+    """The kernel for these sizes and this compute capability (times ten); x, a, b, expert and out aligned to 16 bytes.
+
+    PTX for 9.0 and above runs on that architecture alone. Raises BadInput for a capability that is not in TARGETS,
+    EngineFailed where the compiler's result would not launch as described.
+    """
+    if capability not in TARGETS:
+        raise BadInput(f"expected a compute capability of {', '.join(map(str, TARGETS))}, found {capability}")
+    constants = sizes.constants
+    if capability == 100 and sizes.dtype == "fp16":
+        constants["COLUMNS"] = 32  # its tensor cores take the left operand from shared memory: 50 KB with 64
+    value = f"*{sizes.dtype}"
+    arguments = {"x": value, "expert": "*i64", "a": value, "b": value, "tokens": "i32", "out": value}
+    source = ASTSource(
+        routed_lora_kernel,
+        arguments | dict.fromkeys(constants, "constexpr"),
+        constants,
+        {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(arguments.values()) if kind[0] == "*"},
+    )
+    with triton.knobs.compilation.scope():
+        triton.knobs.compilation.disable_line_info = True  # it would carry this machine's paths into engines
+        compiled = triton.compile(
+            source,
+            target=GPUTarget("cuda", capability, 32),
+            options=OPTIONS | {"ptx_version": TARGETS[capability]},
+        )
+    meta = compiled.metadata
+    if meta.shared > MAX_SHARED or meta.global_scratch_size or meta.profile_scratch_size:
+        raise EngineFailed(
+            f"expected at most {MAX_SHARED} bytes of shared memory and no scratch, found {meta.shared}, "
+            f"{meta.global_scratch_size} and {meta.profile_scratch_size}; choose smaller blocks in routed_lora_kernel.py"
+        )
+    ptx = without_scratch(compiled.asm["ptx"], len(arguments))
+    return Compiled(meta.name, ptx, meta.num_warps * 32, meta.shared, constants["ROWS"])
+
+
+def without_scratch(ptx: str, arguments: int) -> str:
+    """`ptx` with the scratch pointers taken from its one entry's parameters. Raises EngineFailed where they are used."""
+    entries = _ENTRY.findall(ptx)
+    if len(entries) != 1:
+        raise EngineFailed(
+            f"expected one kernel in the PTX, found {len(entries)}; use the Triton of the extra `triton`"
+        )
+    _, name, listed, _ = entries[0]
+    parameters = listed.split(",\n")
+    uses = [len(re.findall(rf"\b{name}_param_{arguments + i}\b", ptx)) for i in range(_SCRATCH)]
+    if len(parameters) != arguments + _SCRATCH or uses != [1] * _SCRATCH:
+        raise EngineFailed(
+            f"expected {arguments} parameters and {_SCRATCH} unused ones, found {len(parameters)} and the last "
+            f"{_SCRATCH} named {uses} times; use the Triton of the extra `triton`"
+        )
+    kept = ",\n".join(parameters[:arguments])
+    return _ENTRY.sub(lambda entry: entry[1] + kept + entry[4], ptx)

@@ -1,0 +1,56 @@
+"""`tpx::RoutedLora` on CUDA tensors with one Triton kernel. Importing this module is what switches it on:
+
+    import tpx_engines.routed_lora_triton      # from here on torch.ops.tpx.RoutedLora uses it for CUDA tensors
+
+Nothing else imports it, so the operator's plain PyTorch form stays the default. It needs the package `triton`. With
+TRITON_INTERPRET=1 set before the import, `routed_lora_triton` takes CPU tensors and needs no GPU (slow: for tests).
+"""
+
+import torch
+import triton
+from torch import Tensor
+
+from tpx_engines.routed_lora_kernel import OPTIONS, Sizes, routed_lora_kernel
+from tpx_export.model.routed_lora import routed_lora
+from tpx_runtime.errors import BadInput
+
+_DTYPES = {torch.float16: "fp16", torch.float32: "fp32"}
+
+
+def routed_lora_triton(x: Tensor, expert: Tensor, a: Tensor, b: Tensor, splits: int = 1) -> Tensor:
+    """x [B, N, D], expert int64 [B, N] in 0..M-1, a [M, D, r], b [M, r, O] -> [B, N, O].
+
+    All of one floating type, float16 or float32; sums are float32. `splits` programs share the columns of one tile: more for
+    few tokens. Ids are not checked, which would wait for the device: those outside 0..M-1 leave their rows undefined.
+    Raises BadInput for shapes or types that do not fit, and for a rank above the kernel's.
+    """
+    if not (x.is_cuda or triton.knobs.runtime.interpret):
+        raise BadInput(
+            f"expected CUDA tensors, found {x.device}; move them, or set TRITON_INTERPRET=1 before the import"
+        )
+    shapes = [tuple(t.shape) for t in (x, expert, a, b)]
+    if [len(shape) for shape in shapes] != [3, 2, 3, 3] or shapes[1:] != [
+        shapes[0][:2],
+        (shapes[3][0], shapes[0][2], shapes[3][1]),
+        shapes[3],
+    ]:
+        raise BadInput(
+            f"expected x [B, N, D], expert [B, N], a [M, D, r], b [M, r, O], found {shapes}; pass shapes that agree"
+        )
+    if expert.dtype != torch.int64 or not a.dtype == b.dtype == x.dtype:
+        raise BadInput(
+            f"expected expert of int64 and a and b of x's {x.dtype}, found {expert.dtype}, {a.dtype} and {b.dtype}; "
+            "convert them"
+        )
+    (experts, width, rank), out_width = a.shape, b.shape[2]
+    constants = Sizes(experts, width, rank, out_width, _DTYPES.get(x.dtype, str(x.dtype))).constants
+    tokens = expert.numel()
+    out = x.new_empty(*x.shape[:2], out_width)
+    x, expert, a, b = (t.contiguous() for t in (x, expert, a, b))
+    grid = (triton.cdiv(tokens, constants["ROWS"]) + experts, splits)
+    with torch.cuda.device_of(x):
+        routed_lora_kernel[grid](x, expert, a, b, tokens, out, **constants, **OPTIONS)
+    return out
+
+
+routed_lora.register_kernel("cuda")(routed_lora_triton)

@@ -1,0 +1,411 @@
+"""tpx-build: what is built and what comes from the cache, refusals, progress, and a build that is cancelled."""
+
+import ctypes
+import os
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from click.testing import CliRunner, Result
+
+from tpx_engines import build as module
+from tpx_engines import tensorrt_rtx
+from tpx_engines.build import Gpu, available_bytes, choose_gpu, gpu_here, parse_batch
+from tpx_engines.cache import EngineCache
+from tpx_engines.cli import main
+from tpx_engines.tensorrt_rtx import Progress, Shapes
+from tpx_runtime.bundle import Bundle
+from tpx_runtime.errors import BadInput, Cancelled, EngineFailed, EngineUnavailable
+
+GRAPHS = ["text_encoder", *(f"transformer depth {depth}" for depth in (1, 2, 3)), "vae_decoder"]
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "gpu_here", lambda: None)
+
+
+class FakeBuilder:
+    """Stands in for TensorRT: notes what it was asked for, and at graph number `at` does `then`."""
+
+    def __init__(self) -> None:
+        self.built: list[str] = []
+        self.version = "1.7.1.116"
+        self.at, self.then = -1, lambda progress: None
+
+    def __call__(
+        self, path: Path, inputs: Shapes, batch: tuple[int, int], capability: int, progress: Progress
+    ) -> bytes:
+        if len(self.built) == self.at:
+            self.at = -1
+            self.then(progress)
+        if progress.cancelled:
+            raise Cancelled("stopped by the monitor")
+        self.built.append(f"{path.parent.name}/{path.stem}")
+        return f"{path} {batch} {capability}".encode()
+
+
+def press(progress: Progress) -> None:
+    """Press Ctrl-C, and go on when the main thread has heard it."""
+    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+    assert progress._stop.wait(60)
+
+
+@pytest.fixture
+def builder(monkeypatch: pytest.MonkeyPatch) -> FakeBuilder:
+    fake = FakeBuilder()
+    monkeypatch.setattr(tensorrt_rtx, "build", fake)
+    monkeypatch.setattr(tensorrt_rtx, "version", lambda: fake.version)
+    return fake
+
+
+@pytest.fixture
+def tpx_build(tiny_bundle: Path, tmp_path: Path) -> Callable[..., Result]:
+    """tpx-build of the tiny bundle for sm89 into an empty cache, with more arguments."""
+
+    def run(*arguments: str) -> Result:
+        gpu = [] if "--gpu" in arguments else ["--gpu", "sm89"]
+        return CliRunner().invoke(
+            main, [str(tiny_bundle), "--cache", str(tmp_path / "cache"), *gpu, *arguments]
+        )
+
+    return run
+
+
+def origins(result: Result) -> list[str]:
+    """The last column of the table, graph by graph."""
+    assert result.exit_code == 0, result.output
+    lines = result.stderr.splitlines()[-len(GRAPHS) :]
+    assert [line[:22].strip() for line in lines] == GRAPHS
+    return [line.split()[-1] for line in lines]
+
+
+def test_builds_once(builder: FakeBuilder, tpx_build: Callable[..., Result], tmp_path: Path) -> None:
+    first = tpx_build()
+    assert origins(first) == ["build"] * 5
+    assert first.stdout == f"{tmp_path / 'cache'}\n"
+    assert origins(tpx_build()) == ["cache"] * 5
+    assert builder.built == [
+        "text_encoder/model",
+        "transformer/depth-1",
+        "transformer/depth-2",
+        "transformer/depth-3",
+        "vae_decoder/model",
+    ]
+
+
+@pytest.mark.parametrize("arguments", [["--batch", "1,4"], ["--gpu", "sm120"]])
+def test_another_batch_or_gpu_is_built_too_and_replaces_nothing(
+    builder: FakeBuilder, tpx_build: Callable[..., Result], arguments: list[str]
+) -> None:
+    tpx_build()
+    assert origins(tpx_build(*arguments)) == ["build"] * 5
+    assert origins(tpx_build()) == ["cache"] * 5
+
+
+def test_another_version_is_built_again_and_says_why(
+    builder: FakeBuilder, tpx_build: Callable[..., Result]
+) -> None:
+    tpx_build()
+    builder.version = "1.7.2.3"
+    result = tpx_build()
+    assert origins(result) == ["build"] * 5
+    assert result.stderr.count("expected version '1.7.2.3', found '1.7.1.116'") == 5
+
+
+def test_a_damaged_engine_alone_is_built_again(
+    builder: FakeBuilder, tpx_build: Callable[..., Result], tmp_path: Path
+) -> None:
+    tpx_build()
+    (damaged,) = (tmp_path / "cache").glob("transformer-depth-2.*")
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    result = tpx_build()
+    assert origins(result) == ["cache", "cache", "build", "cache", "cache"]
+    assert result.stderr.startswith(f"building again: {damaged}: expected SHA-256 ")
+
+
+def test_a_failed_build_keeps_what_was_built(
+    builder: FakeBuilder, tpx_build: Callable[..., Result], tmp_path: Path
+) -> None:
+    def fail(progress: Progress) -> None:
+        raise EngineFailed("cannot build it")
+
+    builder.at, builder.then = 2, fail
+    result = tpx_build()
+    assert (result.exit_code, result.stdout) == (5, "")
+    assert "error: cannot build it\n" in result.stderr
+    assert origins(tpx_build()) == ["cache", "cache", "build", "build", "build"]
+
+
+def test_ctrl_c_stops_the_builder_and_the_next_run_goes_on(
+    builder: FakeBuilder, tpx_build: Callable[..., Result], tmp_path: Path
+) -> None:
+    builder.at, builder.then = 2, press
+    result = tpx_build()
+    assert (result.exit_code, result.stdout) == (130, "")
+    left = (
+        f"error: cancelled; 2 of 5 engines are in {tmp_path / 'cache'}, the same command goes on from there\n"
+    )
+    assert result.stderr.endswith(left)
+    names = sorted(path.name for path in (tmp_path / "cache").iterdir())
+    assert [name.split(".")[0] for name in names] == ["text-encoder", "transformer-depth-1"]
+    assert origins(tpx_build()) == ["cache", "cache", "build", "build", "build"]
+
+
+def test_an_engine_that_was_finished_in_spite_of_ctrl_c_is_kept(
+    builder: FakeBuilder, tpx_build: Callable[..., Result]
+) -> None:
+    def too_late(progress: Progress) -> None:
+        press(progress)
+        progress._stop = threading.Event()
+
+    builder.at, builder.then = 1, too_late
+    result = tpx_build()
+    assert result.exit_code == 130
+    assert "error: cancelled; 2 of 5 engines are in " in result.stderr
+    assert origins(tpx_build()) == ["cache", "cache", "build", "build", "build"]
+
+
+def test_a_second_ctrl_c_does_not_wait(
+    builder: FakeBuilder, tpx_build: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hold, left = threading.Event(), []
+
+    def busy(progress: Progress) -> None:
+        press(progress)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        hold.wait()
+
+    def leave(code: int) -> None:
+        left.append(code)
+        hold.set()
+        raise SystemExit(code)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    builder.at, builder.then = 1, busy
+    result = tpx_build()
+    assert left == [130]
+    assert "error: stopped; what is finished is in " in result.stderr
+    assert origins(tpx_build())[:2] == ["cache", "build"]
+
+
+def test_ctrl_c_is_the_callers_own_again_afterwards(
+    builder: FakeBuilder, tpx_build: Callable[..., Result]
+) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    builder.at, builder.then = 0, press
+    assert tpx_build().exit_code == 130
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize(
+    ("text", "batch"), [("1,4", (1, 4)), ("2", (2, 2)), ("3,3", (3, 3)), ("1,9999", (1, 9999))]
+)
+def test_reads_a_batch(text: str, batch: tuple[int, int]) -> None:
+    assert parse_batch(text) == batch
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "0", "0,1", "4,1", "1,", ",1", "1,2,3", "1-4", "1, 4", "-1,2", "a", "1.5", "1,10000", "１,４"],
+)
+def test_refuses_a_batch(text: str) -> None:
+    with pytest.raises(
+        BadInput, match="expected --batch LEAST,MOST with 1 <= LEAST <= MOST <= 9999, such as"
+    ):
+        parse_batch(text)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batch", "4,1"], "expected --batch LEAST,MOST"),
+        (["--gpu", "sm90"], "expected --gpu of sm75, sm80, sm86, sm89, sm120, sm121, found 'sm90'"),
+        (["--gpu", "89"], "expected --gpu of sm75"),
+        (
+            ["--engine", "onnxruntime"],
+            "built ahead (tensorrt-rtx), found onnxruntime, which reads the bundle",
+        ),
+        (["--engine", "openvino"], "built ahead (tensorrt-rtx), found openvino, which reads the bundle"),
+        (["--engine", "auto"], "built ahead (tensorrt-rtx), found auto"),
+        (["--engine", "tensorrt"], "expected --engine tensorrt-rtx, found 'tensorrt'"),
+    ],
+)
+def test_refuses_arguments(
+    builder: FakeBuilder, tpx_build: Callable[..., Result], arguments: list[str], message: str
+) -> None:
+    result = tpx_build(*arguments)
+    assert (result.exit_code, result.stdout, builder.built) == (2, "", [])
+    assert result.stderr.startswith("error: expected ")
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_asks_for_a_gpu_where_there_is_none(builder: FakeBuilder, tiny_bundle: Path) -> None:
+    result = CliRunner().invoke(main, [str(tiny_bundle)])
+    assert result.exit_code == 2
+    assert result.stderr == (
+        "error: expected an NVIDIA GPU to build for, found none here; "
+        "name one with --gpu: sm75, sm80, sm86, sm89, sm120, sm121\n"
+    )
+
+
+def test_takes_the_gpu_that_is_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = Gpu(89, "NVIDIA L4", "580.65.06")
+    monkeypatch.setattr(module, "gpu_here", lambda: here)
+    assert choose_gpu(None) == choose_gpu("sm89") == here
+    assert choose_gpu("sm86") == Gpu(86)
+    monkeypatch.setattr(module, "gpu_here", lambda: Gpu(90, "NVIDIA H100", None))
+    assert choose_gpu("sm89") == Gpu(89)
+    with pytest.raises(BadInput, match=r"expected a GPU of sm75.*, found NVIDIA H100 \(sm90\); name another"):
+        choose_gpu(None)
+
+
+def test_asks_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(text: bytes) -> Callable[..., int]:
+        def call(buffer: ctypes.Array[ctypes.c_char], size: int, *rest: object) -> int:
+            buffer.value = text
+            return 0
+
+        return call
+
+    def attribute(value: object, number: int, device: object) -> int:
+        ctypes.cast(value, ctypes.POINTER(ctypes.c_int))[0] = {75: 12, 76: 1}[number]  # type: ignore[arg-type]
+        return 0
+
+    driver = SimpleNamespace(
+        cuInit=lambda flags: 0,
+        cuDeviceGet=lambda device, index: 0,
+        cuDeviceGetName=write(b"NVIDIA GB10"),
+        cuDeviceGetAttribute=attribute,
+        nvmlInit_v2=lambda: 0,
+        nvmlSystemGetDriverVersion=write(b"580.95"),
+        nvmlShutdown=lambda: 0,
+    )
+    monkeypatch.setattr(module, "_library", lambda name: driver)
+    assert gpu_here() == Gpu(121, "NVIDIA GB10", "580.95")
+    monkeypatch.setattr(module, "_library", lambda name: driver if "cuda" in name else None)
+    assert gpu_here() == Gpu(121, "NVIDIA GB10", None)
+    driver.cuInit = lambda flags: 100
+    assert gpu_here() is None
+    monkeypatch.setattr(module, "_library", lambda name: None)
+    assert gpu_here() is None
+
+
+def test_refuses_to_build_without_memory(
+    builder: FakeBuilder, tpx_build: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(module, "available_bytes", lambda: 200 << 20)
+    result = tpx_build()
+    assert (result.exit_code, builder.built, list(tmp_path.iterdir())) == (4, [], [])
+    assert (
+        "error: expected about 0.5 GB of free memory to build transformer depth 3 (0.0 GB of weights), "
+        in (result.stderr)
+    )
+    monkeypatch.setattr(module, "available_bytes", lambda: None)
+    assert origins(tpx_build()) == ["build"] * 5
+    monkeypatch.setattr(module, "available_bytes", lambda: 0)
+    assert origins(tpx_build()) == ["cache"] * 5
+
+
+def test_counts_the_weights_of_a_graph_once(builder: FakeBuilder, tiny_bundle: Path, tmp_path: Path) -> None:
+    bundle = Bundle.open(tiny_bundle, verify=False)
+    tasks = module.plan(bundle, EngineCache(tmp_path), (1, 2), Gpu(89))
+    sizes = {path.name: path.stat().st_size for path in (tiny_bundle / "transformer").iterdir()}
+    assert tasks[2].weight_bytes == sizes["depth-2.onnx"] + sizes["weights.data"]
+
+
+def test_reads_what_memory_is_left(tmp_path: Path) -> None:
+    assert available_bytes(tmp_path) is None
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:    4000 kB\n")
+    assert available_bytes(tmp_path) == 4000 << 10
+    group = tmp_path / "sys/fs/cgroup"
+    group.mkdir(parents=True)
+    for name, text in (("max", "max"), ("current", "3000"), ("stat", "anon 7\ninactive_file 500\n")):
+        (group / f"memory.{name}").write_text(text)
+    assert available_bytes(tmp_path) == 4000 << 10
+    (group / "memory.max").write_text("5000\n")
+    assert available_bytes(tmp_path) == 2500
+
+
+def test_needs_the_libraries(monkeypatch: pytest.MonkeyPatch, tpx_build: Callable[..., Result]) -> None:
+    monkeypatch.setattr(tensorrt_rtx, "find_spec", lambda name: None)
+    tensorrt_rtx.bindings.cache_clear()
+    result = tpx_build()
+    tensorrt_rtx.bindings.cache_clear()
+    assert result.exit_code == 4
+    assert "found none; install it with `pip install 'tpx[tensorrt-rtx]'`" in result.stderr
+
+
+def test_progress_never_falls() -> None:
+    progress, seen = Progress(), [0.0]
+
+    def step(name: str) -> None:
+        assert progress.step(name)
+        seen.append(progress.fraction)
+
+    progress.start("all", None, 2)
+    progress.start("part", "all", 4)
+    assert progress.phase == "part"
+    for _ in range(4):
+        step("part")
+    progress.finish("part")
+    assert progress.phase == "all"
+    for _ in range(3):  # one more than was announced
+        step("all")
+    step("unknown")
+    assert seen == [0, 0.125, 0.25, 0.375, 0.5, 0.5, 1, 1, 1]
+    progress._stop.set()
+    assert not progress.step("all")
+
+
+@pytest.fixture
+def real() -> None:
+    try:
+        tensorrt_rtx.bindings()
+    except EngineUnavailable as missing:
+        pytest.skip(str(missing))
+
+
+@pytest.mark.usefixtures("real")
+def test_builds_the_tiny_bundle(tpx_build: Callable[..., Result], tiny_bundle: Path, tmp_path: Path) -> None:
+    assert origins(tpx_build("--batch", "1,4")) == ["build"] * 5
+    assert len(list((tmp_path / "cache").iterdir())) == 5
+    bundle, cache = Bundle.open(tiny_bundle), EngineCache(tmp_path / "cache")
+    for task in module.plan(bundle, cache, (1, 4), Gpu(89)):
+        engine = cache.load(task.key)
+        assert engine is not None
+        assert len(engine) > task.weight_bytes / 4, task.key.graph
+
+
+@pytest.mark.usefixtures("real")
+def test_ctrl_c_cancels_a_real_build(
+    tpx_build: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Progress.step
+
+    def step_and_press(progress: Progress, name: str) -> bool:
+        if not progress.cancelled:
+            press(progress)
+        return step(progress, name)
+
+    monkeypatch.setattr(Progress, "step", step_and_press)
+    result = tpx_build()
+    assert (result.exit_code, result.stdout) == (130, "")
+    assert "error: cancelled; 0 of 5 engines are in " in result.stderr
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+@pytest.mark.usefixtures("real")
+def test_the_monitor_sees_a_whole_build_or_stops_it(tiny_bundle: Path) -> None:
+    path, inputs = module.graphs(Bundle.open(tiny_bundle, verify=False))["text_encoder"]
+    progress = Progress()
+    assert tensorrt_rtx.build(path, inputs, progress=progress)
+    assert progress.fraction > 0.5
+    progress._stop.set()
+    with pytest.raises(Cancelled, match=r"model\.onnx: cancelled, nothing was written"):
+        tensorrt_rtx.build(path, inputs, progress=progress)

@@ -1,0 +1,204 @@
+"""The engine cache: what is loaded is whole and of the key asked for, and everything else says why not."""
+
+import errno
+import json
+import os
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tpx_engines import cache as module
+from tpx_engines.cache import EngineCache, Key, Stale
+from tpx_runtime.bundle import Bundle
+from tpx_runtime.errors import BadInput
+
+KEY = Key(
+    bundle="ab" * 32,
+    graph="transformer depth 2",
+    precision="fp16",
+    batch=(1, 4),
+    engine="tensorrt-rtx",
+    version="1.7.1.116",
+    capability="sm89",
+    gpu="NVIDIA L4",
+    driver="580.65.06",
+)
+OTHER: dict[str, Any] = {
+    "bundle": "cd" * 32,
+    "graph": "vae_decoder",
+    "precision": "fp32",
+    "batch": (1, 8),
+    "engine": "tensorrt",
+    "version": "1.7.1.117",
+    "capability": "sm120",
+    "gpu": "NVIDIA L40",
+    "driver": "590.10",
+}
+ENGINE = bytes(range(256)) * 3
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> EngineCache:
+    made = EngineCache(tmp_path / "tiny.engines")
+    made.prepare()
+    return made
+
+
+def test_every_field_has_another_value() -> None:
+    assert OTHER.keys() == {field.name for field in fields(Key)}
+
+
+def test_keeps_what_it_is_given(cache: EngineCache) -> None:
+    assert cache.load(KEY) is None
+    path = cache.store(KEY, ENGINE)
+    assert path.name == "transformer-depth-2.fp16.b1-4.tensorrt-rtx.sm89.engine"
+    assert cache.load(KEY) == ENGINE
+    assert [entry.name for entry in cache.folder.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("field", OTHER)
+def test_names_the_field_that_differs(cache: EngineCache, field: str) -> None:
+    other = replace(KEY, **{field: OTHER[field]})
+    cache.store(KEY, ENGINE).replace(cache.path(other))
+    with pytest.raises(Stale) as caught:
+        cache.load(other)
+    message = str(caught.value)
+    assert message.count("expected") == 1
+    expected, found = (key.to_json()[field] for key in (other, KEY))
+    for word, value in (("expected " + field, expected), ("found", found)):
+        assert f"{word} {value!r}"[:30] in message
+
+
+def test_names_all_fields_that_differ(cache: EngineCache) -> None:
+    cache.store(KEY, ENGINE).replace(cache.path(Key(**OTHER)))
+    with pytest.raises(Stale) as caught:
+        cache.load(Key(**OTHER))
+    assert str(caught.value).count("expected") == len(fields(Key))
+
+
+@pytest.mark.parametrize("field", ["bundle", "version", "gpu", "driver"])
+def test_a_new_bundle_version_or_gpu_takes_the_old_place(cache: EngineCache, field: str) -> None:
+    other = replace(KEY, **{field: OTHER[field]})
+    assert cache.store(KEY, ENGINE) == cache.store(other, ENGINE)
+    assert cache.load(other) == ENGINE
+
+
+@pytest.mark.parametrize("field", ["graph", "precision", "batch", "engine", "capability"])
+def test_others_live_side_by_side(cache: EngineCache, field: str) -> None:
+    other = replace(KEY, **{field: OTHER[field]})
+    cache.store(KEY, ENGINE)
+    cache.store(other, b"other")
+    assert (cache.load(KEY), cache.load(other)) == (ENGINE, b"other")
+
+
+def test_an_engine_built_without_a_gpu_serves_any_of_its_capability(cache: EngineCache) -> None:
+    ahead = replace(KEY, gpu=None, driver=None)
+    cache.store(ahead, ENGINE)
+    assert cache.load(KEY) == ENGINE
+    cache.store(KEY, ENGINE)
+    assert cache.load(ahead) == ENGINE
+
+
+@pytest.mark.parametrize("flip", [0x01, 0x20])
+def test_notices_every_flipped_byte(cache: EngineCache, flip: int) -> None:
+    path = cache.store(KEY, ENGINE[:64])
+    whole = path.read_bytes()
+    for index in range(len(whole)):
+        damaged = bytearray(whole)
+        damaged[index] ^= flip
+        path.write_bytes(damaged)
+        with pytest.raises(Stale, match=r"\.engine: expected .*, found "):
+            cache.load(KEY)
+
+
+def test_notices_every_length(cache: EngineCache) -> None:
+    path = cache.store(KEY, ENGINE[:64])
+    whole = path.read_bytes()
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        with pytest.raises(Stale, match=r"\.engine: expected .*, found "):
+            cache.load(KEY)
+    path.write_bytes(whole + b"\0")
+    with pytest.raises(Stale, match="expected an engine of 64 bytes, found 65"):
+        cache.load(KEY)
+
+
+def _file(version: int = module.VERSION, header: object = None, length: int | None = None) -> bytes:
+    text = json.dumps(header).encode()
+    return module._PREFIX.pack(module.MAGIC, version, len(text) if length is None else length) + text
+
+
+@pytest.mark.parametrize(
+    ("contents", "message"),
+    [
+        (b"", "expected an engine file of tpx, found another file"),
+        (_file(version=2), "expected an engine file of version 1, found 2"),
+        (_file(length=2**31), "expected a header of at most 65536 bytes, found 2147483648"),
+        (_file(header=[]), "expected a header of JSON with key, bytes and sha256, found none"),
+        (_file(header={"key": {}, "bytes": 0}), "expected a header of JSON with key, bytes and sha256"),
+        (
+            _file(header={"key": [], "bytes": 0, "sha256": ""}),
+            "expected a key of bundle, graph, .*found \\[\\]",
+        ),
+        (_file(header={"key": KEY.to_json(), "bytes": "x", "sha256": 1}), "an engine of 'x' bytes, found 0"),
+        (_file(header={"key": KEY.to_json(), "bytes": 0, "sha256": 1}), "expected SHA-256 1, found 'e3b0"),
+    ],
+)
+def test_refuses_other_files(cache: EngineCache, contents: bytes, message: str) -> None:
+    cache.path(KEY).write_bytes(contents)
+    with pytest.raises(Stale, match=message):
+        cache.load(KEY)
+
+
+def test_refuses_what_it_cannot_read(cache: EngineCache) -> None:
+    cache.path(KEY).mkdir()
+    with pytest.raises(Stale, match="expected a file to read, found: Is a directory"):
+        cache.load(KEY)
+    with pytest.raises(BadInput, match=r"expected a folder for engines at .*, found: Is a directory"):
+        cache.store(KEY, ENGINE)
+    assert list(cache.folder.iterdir()) == [cache.path(KEY)]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_what_is_not_whole_does_not_appear(
+    cache: EngineCache, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    cache.store(KEY, ENGINE)
+
+    def fail(file: int) -> None:
+        raise error
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(BadInput if isinstance(error, OSError) else KeyboardInterrupt):
+        cache.store(KEY, b"half")
+    assert cache.load(KEY) == ENGINE
+    assert list(cache.folder.iterdir()) == [cache.path(KEY)]
+
+
+def test_refuses_a_folder_that_cannot_be(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(BadInput, match=r"expected a folder for engines at .*file, found: File exists; give"):
+        EngineCache(tmp_path / "file").prepare()
+
+
+def test_lies_next_to_the_bundle_and_never_inside(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = Bundle.open(tiny_bundle, verify=False)
+    assert EngineCache.beside(bundle).folder == tiny_bundle.parent / "tiny.engines"
+    assert EngineCache.beside(bundle, tmp_path).folder == tmp_path
+    (tmp_path / "link").symlink_to(tiny_bundle)
+    for inside in (tiny_bundle, tiny_bundle / "engines", tmp_path / "link" / "x"):
+        with pytest.raises(BadInput, match="expected a --cache outside the bundle"):
+            EngineCache.beside(bundle, inside)
+    monkeypatch.chdir(tiny_bundle)
+    assert EngineCache.beside(Bundle.open(".", verify=False)).folder == tiny_bundle.parent / "tiny.engines"
+
+
+def test_the_header_can_be_read_by_anyone(cache: EngineCache) -> None:
+    contents = cache.store(KEY, ENGINE).read_bytes()
+    header = json.loads(contents[16 : 16 + int.from_bytes(contents[12:16], "little")])
+    assert header["key"] == {**asdict(KEY), "batch": [1, 4]}
+    assert header["bytes"] == len(ENGINE)

@@ -1,0 +1,217 @@
+"""The plugin against TensorRT's own Python code, which needs no TensorRT: its bindings load beside stubs of 9 C symbols.
+
+What the stubs cannot give (the registry, dimensions, the expression builder) is a small stand-in here; all of
+`tensorrt.plugin` that checks, calls and reads the plugin is NVIDIA's. Nothing is launched.
+"""
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from importlib import metadata
+from importlib.util import find_spec
+from multiprocessing import get_context
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tpx_runtime.errors import BadInput, EngineUnavailable
+
+if find_spec("triton") is None:
+    pytest.skip("expected the package triton, found none; pip install triton", allow_module_level=True)
+
+DISTRIBUTION = "tensorrt-cu13-bindings"
+SYMBOLS = {
+    "nvinfer": (
+        "createInferBuilder_INTERNAL",
+        "createInferRefitter_INTERNAL",
+        "createInferRuntime_INTERNAL",
+        "getBuilderPluginRegistry",
+        "getPluginRegistry",
+    ),
+    "nvinfer_plugin": ("initLibNvInferPlugins",),
+    "nvonnxparser": (
+        "createNvOnnxParser_INTERNAL",
+        "createNvOnnxParserRefitter_INTERNAL",
+        "getNvOnnxParserVersion",
+    ),
+}
+TOKENS = {"batch": 2, "tokens": 77}  # values of the dimensions that stay open while building
+SHAPES: tuple[tuple[Any, ...], ...] = (("batch", "tokens", 48), ("batch", "tokens"), (3, 48, 20), (3, 20, 72))
+
+
+class Dimension:
+    """A dimension or an expression of some: its value for TOKENS, and whether it is known while building."""
+
+    def __init__(self, value: int, known: bool) -> None:
+        self.value, self.known = value, known
+
+    def is_constant(self) -> bool:
+        return self.known
+
+    def get_constant_value(self) -> int:
+        return self.value
+
+
+class Expressions:
+    """The expression builder: the operations that trt.DimensionOperation names, computed at once."""
+
+    def constant(self, value: int) -> Dimension:
+        return Dimension(value, True)
+
+    def operation(self, op: Any, first: Dimension, second: Dimension) -> Dimension:
+        a, b = first.value, second.value
+        value = {"SUM": a + b, "PROD": a * b, "CEIL_DIV": -(-a // b)}[op.name]
+        return Dimension(value, first.known and second.known)
+
+
+def _dimension(size: int | str) -> Dimension:
+    return Dimension(TOKENS[size], False) if isinstance(size, str) else Dimension(size, True)
+
+
+def _load(folder: Path) -> Any:
+    """The bindings as the module `tensorrt`, over stub libraries; dimensions and the registry replaced."""
+    import ctypes
+
+    major = metadata.version(DISTRIBUTION).split(".")[0]
+    for library, symbols in SYMBOLS.items():
+        name = f"lib{library}.so.{major}"
+        source = folder / f"{library}.c"
+        source.write_text("".join(f"void *{symbol}(void) {{ return 0; }}\n" for symbol in symbols))
+        command = ["gcc", "-shared", "-fPIC", f"-Wl,-soname,{name}", "-o", str(folder / name), str(source)]
+        subprocess.run(command, check=True)
+        ctypes.CDLL(str(folder / name), ctypes.RTLD_GLOBAL)
+    import tensorrt_bindings as trt
+
+    sys.modules["tensorrt"] = trt
+    creators: dict[tuple[str, str], Any] = {}
+    registry = SimpleNamespace(
+        register_creator=lambda creator, space: creators.update({(space, creator.name): creator}),
+        get_creator=lambda name, version, space: creators[space, name],
+    )
+    trt.get_plugin_registry = lambda: registry
+    trt.IDimensionExpr = Dimension
+    trt.ISymExpr = type("ISymExpr", (), {})
+    trt.DimsExprs = lambda length: [None] * length
+    return trt
+
+
+def _start(folder: Path) -> None:
+    from tpx_engines import routed_lora_plugin
+
+    trt = _load(folder)
+    routed_lora_plugin.register(89)
+    globals()["trt"] = trt
+
+
+def _build(dtype: str, tactic: int, shapes: tuple[tuple[Any, ...], ...] = SHAPES) -> dict[str, Any]:
+    """What TensorRT does with the plugin while building an engine, in its order; what it would launch, as plain values."""
+    trt: Any = globals()["trt"]
+    real = trt.DataType.HALF if dtype == "fp16" else trt.DataType.FLOAT
+    types = [real, trt.DataType.INT64, real, real]
+    creator = trt.get_plugin_registry().get_creator("RoutedLora", "1", "tpx")
+    plugin = creator.create_plugin(
+        "RoutedLora",
+        "tpx",
+        trt.PluginFieldCollection([]),
+        trt.TensorRTPhase.BUILD,
+        trt.QuickPluginCreationRequest.STRICT_AOT,
+    )
+    got: dict[str, Any] = {"version": trt.__version__, "torch": "torch" in sys.modules}
+    got["output types"] = [t.name for t in plugin.get_output_data_types(types, [len(s) for s in shapes])]
+    dims = [[_dimension(size) for size in shape] for shape in shapes]
+    outputs = plugin.get_output_shapes(dims, [], Expressions())
+    got["output shapes"] = [[d.value for d in shape] for shape in outputs]
+
+    descriptions = []
+    for shape, kind in zip([*shapes, (*shapes[0][:2], shapes[3][2])], [*types, real], strict=True):
+        one = trt.DynamicPluginTensorDesc()
+        one.desc.dims = trt.Dims([size if isinstance(size, int) else -1 for size in shape])
+        one.desc.type, one.desc.format = kind, trt.TensorFormat.LINEAR
+        descriptions.append(one)
+    offered = plugin.get_supported_format_combinations(descriptions, 4)
+    got["offered"] = [
+        [(one.type.name, one.format.name) for one in offered[i : i + 5]] for i in range(0, len(offered), 5)
+    ]
+    plugin.configure_plugin(descriptions[:4], descriptions[4:])
+    got["tactics"] = sorted(plugin.get_valid_tactics())
+    plugin.set_tactic(tactic)
+
+    class Scalars(dict[int, Any]):
+        nbSymExprs = 0
+
+    launch, scalars = SimpleNamespace(), Scalars()
+    plugin.get_launch_params(dims, descriptions, 4, launch, scalars, Expressions())
+    got["launch"] = {name: value.expr.value for name, value in vars(launch).items()}
+    got["scalars"] = [(scalars[i].dtype.name, scalars[i].expr.value) for i in range(scalars.nbSymExprs)]
+    name, ptx = plugin.get_kernel([d.desc for d in descriptions[:4]], [d.desc for d in descriptions[4:]])
+    got["kernel"], got["ptx"] = name, ptx.decode()
+    return got
+
+
+@pytest.fixture(scope="module")
+def tensorrt(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProcessPoolExecutor]:
+    """A process of its own: the stubs and stand-ins must not meet another TensorRT."""
+    if find_spec("tensorrt_bindings") is None:
+        pytest.skip(f"expected the package {DISTRIBUTION}, found none; pip install --no-deps {DISTRIBUTION}")
+    if shutil.which("gcc") is None:
+        pytest.skip("expected gcc for the stub libraries, found none")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        folder = tmp_path_factory.mktemp("stubs")
+        with ProcessPoolExecutor(1, get_context("spawn"), _start, (folder,)) as pool:
+            yield pool
+
+
+@pytest.mark.parametrize(("dtype", "rows"), [("fp16", 64), ("fp32", 32)])
+@pytest.mark.parametrize("tactic", [1, 2])
+def test_builds_as_tensorrt_does(tensorrt: ProcessPoolExecutor, dtype: str, rows: int, tactic: int) -> None:
+    got = tensorrt.submit(_build, dtype, tactic).result()
+    real = {"fp16": "HALF", "fp32": "FLOAT"}[dtype]
+    assert got["output types"] == [real]
+    assert got["output shapes"] == [[2, 77, 72]]
+    line = "LINEAR"
+    assert sorted(got["offered"]) == [
+        [(one, line), ("INT64", line), (one, line), (one, line), (one, line)] for one in ("FLOAT", "HALF")
+    ]
+    assert got["tactics"] == [1, 2, 4]
+    shared = got["launch"].pop("shared_mem")
+    assert 0 < shared <= 48 * 1024
+    assert got["launch"] == {
+        "grid_x": -(-154 // rows) + 3,
+        "grid_y": tactic,
+        "grid_z": 1,
+        "block_x": 128,
+        "block_y": 1,
+        "block_z": 1,
+    }
+    assert got["scalars"] == [("INT32", 154)]
+    assert f".visible .entry {got['kernel']}(" in got["ptx"]
+    assert ".target sm_89" in got["ptx"]
+    assert not got["torch"], "building an engine must not need torch"
+
+
+def test_refuses_open_weights(tensorrt: ProcessPoolExecutor) -> None:
+    shapes = (("batch", "tokens", 48), ("batch", "tokens"), ("batch", 48, 20), ("batch", 20, 72))
+    with pytest.raises(BadInput, match=r"expected weights of fixed shape, found a \(-1, 48, 20\)"):
+        tensorrt.submit(_build, "fp16", 1, shapes).result()
+
+
+def test_refuses_a_second_registration(tensorrt: ProcessPoolExecutor) -> None:
+    from tpx_engines import routed_lora_plugin
+
+    with pytest.raises(ValueError, match="already has a defin"):
+        tensorrt.submit(routed_lora_plugin.register, 86).result()
+
+
+def test_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tpx_engines import routed_lora_plugin
+
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    with pytest.raises(EngineUnavailable, match=r"expected TensorRT 10\.16 or later"):
+        routed_lora_plugin.register(89)
+    with pytest.raises(BadInput, match=r"expected a compute capability of 80, .*, found 75"):
+        routed_lora_plugin.register(75)

@@ -1,0 +1,240 @@
+"""The Triton kernel against the plain operator, in Triton's interpreter, which runs it on the CPU; and its PTX.
+
+The interpreter must be chosen before `triton` is first imported, so the kernel runs in a process of its own.
+"""
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from importlib.util import find_spec
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tpx_export.model.routed_lora import routed_lora
+from tpx_runtime.errors import BadInput, EngineFailed
+
+if find_spec("triton") is None:
+    pytest.skip("expected the package triton, found none; pip install triton", allow_module_level=True)
+
+REGISTERED: list[bool] = []  # in the other process: before and after the module's import
+
+
+def _cuda_kernel() -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key("tpx::RoutedLora", "CUDA")
+
+
+def _start() -> None:
+    REGISTERED.append(_cuda_kernel())
+    import tpx_engines.routed_lora_triton  # noqa: F401
+
+    REGISTERED.append(_cuda_kernel())
+
+
+def _registered() -> list[bool]:
+    return REGISTERED
+
+
+def _error(
+    lead: tuple[int, int],
+    width: int,
+    rank: int,
+    out: int,
+    experts: int,
+    used: tuple[int, ...],
+    dtype: torch.dtype,
+    splits: int,
+) -> float:
+    """The largest difference from the plain operator over its largest value; tokens go to the experts in `used`."""
+    from tpx_engines.routed_lora_triton import routed_lora_triton
+
+    torch.manual_seed(0)
+    x = torch.randn(lead[1], lead[0], width, dtype=dtype).transpose(
+        0, 1
+    )  # not contiguous, as a slice of a model may be
+    expert = torch.tensor(used)[torch.randint(0, len(used), lead)]
+    a = torch.randn(experts, width, rank, dtype=dtype) * width**-0.5
+    b = torch.randn(experts, rank, out, dtype=dtype) * rank**-0.5
+    found, expected = routed_lora_triton(x, expert, a, b, splits), routed_lora(x, expert, a, b)
+    assert found.shape == expected.shape
+    assert found.dtype == expected.dtype
+    return float((found - expected).abs().max() / expected.abs().max()) if expected.numel() else 0.0
+
+
+def _refused(**changed: Any) -> None:
+    from tpx_engines.routed_lora_triton import routed_lora_triton
+
+    whole: dict[str, Any] = {"rank": 4, "dtype": torch.float32, "ids": torch.int64, "b_experts": 2} | changed
+    x = torch.zeros(1, 5, 16, dtype=whole["dtype"])
+    a = torch.zeros(2, 16, whole["rank"], dtype=whole["dtype"])
+    b = torch.zeros(whole["b_experts"], whole["rank"], 8, dtype=whole.get("b_dtype", whole["dtype"]))
+    routed_lora_triton(x, torch.zeros(1, 5, dtype=whole["ids"]), a, b)
+
+
+@pytest.fixture(scope="module")
+def interpreter() -> Iterator[ProcessPoolExecutor]:
+    with ProcessPoolExecutor(1, get_context("spawn"), _start) as pool:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("TRITON_INTERPRET", "1")
+            pool.submit(
+                _registered
+            ).result()  # the process starts here, and this one goes on without the variable
+        yield pool
+
+
+CASES = {
+    "plain": ((2, 32), 64, 16, 192, 4, (0, 1, 2, 3), 1),
+    "odd sizes": ((3, 23), 41, 11, 83, 3, (0, 1, 2), 1),
+    "empty experts": ((2, 50), 48, 8, 40, 6, (1, 4), 1),
+    "one takes all": ((2, 75), 32, 4, 36, 5, (3,), 1),
+    "one expert": ((1, 70), 32, 4, 36, 1, (0,), 1),
+    "one token": ((1, 1), 32, 4, 36, 2, (1,), 1),
+    "no tokens": ((2, 0), 32, 4, 36, 2, (0,), 1),
+    "largest rank": ((1, 66), 40, 128, 70, 2, (0, 1), 1),
+    "columns split": ((2, 40), 32, 20, 200, 3, (0, 1, 2), 2),
+    "more splits than columns": ((2, 40), 32, 20, 24, 3, (0, 1, 2), 4),
+    "many scans": ((1, 1100), 16, 4, 16, 2, (0, 1), 1),
+}
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float16, 2e-3)])
+@pytest.mark.parametrize("case", CASES)
+def test_agrees_with_the_operator(
+    interpreter: ProcessPoolExecutor, case: str, dtype: torch.dtype, tolerance: float
+) -> None:
+    *sizes, splits = CASES[case]
+    assert interpreter.submit(_error, *sizes, dtype, splits).result() < tolerance
+
+
+def test_registers_on_import_and_not_before(interpreter: ProcessPoolExecutor) -> None:
+    assert interpreter.submit(_registered).result() == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"rank": 129}, "expected a rank of 1 to 128, found 129"),
+        ({"dtype": torch.bfloat16}, r"expected fp16 or fp32, found torch\.bfloat16"),
+        ({"ids": torch.int32}, "expected expert of int64 .*, found torch.int32"),
+        ({"b_dtype": torch.float16}, r"expected .* a and b of x's torch\.float32, found .* torch\.float16"),
+        ({"b_experts": 3}, r"expected x \[B, N, D\], .*, found \[\(1, 5, 16\), "),
+    ],
+)
+def test_refuses_what_it_cannot_compute(
+    interpreter: ProcessPoolExecutor, changed: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(BadInput, match=message):
+        interpreter.submit(_refused, **changed).result()
+
+
+def test_refuses_cpu_tensors_without_the_interpreter() -> None:
+    with pytest.raises(BadInput, match="expected CUDA tensors, found cpu"):
+        _refused()
+
+
+@pytest.fixture
+def cold_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+
+
+@pytest.mark.usefixtures("cold_cache")
+@pytest.mark.parametrize(
+    ("capability", "dtype", "target"),
+    [
+        (80, "fp16", "sm_80"),
+        (86, "fp16", "sm_86"),
+        (89, "fp16", "sm_89"),
+        (90, "fp16", "sm_90a"),
+        (100, "fp16", "sm_100a"),
+        (120, "fp16", "sm_120a"),
+        (80, "fp32", "sm_80"),
+        (100, "fp32", "sm_100a"),
+    ],
+)
+def test_compiles_to_ptx(tmp_path: Path, capability: int, dtype: str, target: str) -> None:
+    import triton
+
+    from tpx_engines.routed_lora_kernel import Sizes
+    from tpx_engines.routed_lora_ptx import compile_ptx
+
+    compiled = compile_ptx(Sizes(8, 1536, 128, 4608, dtype), capability)
+    assert f".target {target}\n" in compiled.ptx
+    assert f".version {'9.0' if capability >= 100 else '8.7'}\n" in compiled.ptx
+    found = re.search(rf"\.visible \.entry {compiled.name}\(([^)]*)\)", compiled.ptx)
+    assert found is not None
+    kinds = [re.match(r"\s*\.param (\.u\d+)", line)[1] for line in found[1].strip().split("\n")]  # type: ignore[index]
+    assert kinds == [".u64", ".u64", ".u64", ".u64", ".u32", ".u64"]
+    assert compiled.threads == 128
+    assert 0 < compiled.shared <= 48 * 1024
+    assert ".file" not in compiled.ptx
+    assembler = triton.knobs.nvidia.ptxas_blackwell if capability >= 100 else triton.knobs.nvidia.ptxas
+    path = tmp_path / "kernel.ptx"
+    path.write_text(compiled.ptx)
+    command = [assembler.path, "-v", f"-arch={target}", str(path), "-o", str(tmp_path / "kernel.cubin")]
+    said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    assert "0 bytes spill stores, 0 bytes spill loads" in said
+
+
+def test_refuses_ptx_that_uses_its_scratch() -> None:
+    from tpx_engines.routed_lora_ptx import without_scratch
+
+    listed = ",\n".join(f"\t.param .u64 k_param_{i}" for i in range(3))
+    entry = f".visible .entry k(\n{listed}\n)\n{{\n\tld.param.b64 %rd1, [k_param_0];\n"
+    assert without_scratch(entry, 1) == entry.replace(listed, "\t.param .u64 k_param_0")
+    with pytest.raises(EngineFailed, match="expected 2 parameters and 2 unused ones, found 3"):
+        without_scratch(entry, 2)
+    with pytest.raises(EngineFailed, match=r"named \[1, 2\] times"):
+        without_scratch(entry + "\tld.param.b64 %rd2, [k_param_2];\n", 1)
+    with pytest.raises(EngineFailed, match="expected one kernel in the PTX, found 0"):
+        without_scratch("", 1)
+
+
+def test_refuses_unknown_capability() -> None:
+    from tpx_engines.routed_lora_kernel import Sizes
+    from tpx_engines.routed_lora_ptx import compile_ptx
+
+    with pytest.raises(BadInput, match="expected a compute capability of 80, 86, 89, 90, 100, 120, found 70"):
+        compile_ptx(Sizes(2, 16, 4, 16, "fp16"), 70)
+
+
+def _benchmark(*arguments: str) -> subprocess.CompletedProcess[str]:
+    script = Path(__file__).parents[2] / "benchmarks" / "routed_lora_gpu.py"
+    return subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True)
+
+
+def test_benchmark_runs_at_toy_size() -> None:
+    done = _benchmark("--toy", "--rounds", "1")
+    assert done.returncode == 0, done.stderr
+    rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| 80 |")]
+    names = ["masked", "gathered", "triton, splits 1", "triton, splits 2", "triton, splits 4"]
+    assert [(row[3], row[4]) for row in rows] == [(m, name) for m in ("2", "5") for name in names]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="expected no GPU, found one")
+def test_benchmark_refuses_without_a_gpu() -> None:
+    done = _benchmark()
+    assert done.returncode == 1
+    assert done.stderr.startswith("Error: expected an NVIDIA GPU and PyTorch with CUDA, found none; ")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="expected an NVIDIA GPU and PyTorch with CUDA, found none"
+)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float16, 2e-3)])
+def test_runs_on_a_gpu(dtype: torch.dtype, tolerance: float) -> None:
+    import tpx_engines.routed_lora_triton  # noqa: F401
+
+    torch.manual_seed(0)
+    x, expert = torch.randn(2, 1000, 384, dtype=dtype), torch.randint(0, 5, (2, 1000))
+    a = torch.randn(5, 384, 64, dtype=dtype) * 384**-0.5
+    b = torch.randn(5, 64, 1152, dtype=dtype) * 64**-0.5
+    found = torch.ops.tpx.RoutedLora(*(t.cuda() for t in (x, expert, a, b))).cpu()
+    expected = routed_lora(x, expert, a, b)
+    assert float((found - expected).abs().max() / expected.abs().max()) < tolerance
