@@ -80,6 +80,13 @@ def test_unknown_words_are_named_with_their_nearest() -> None:
     )
 
 
+def test_a_word_of_megabytes_is_not_matched_at_its_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr("difflib.get_close_matches", lambda word, words, n: asked.append(len(word)) or [])
+    assert TOKENIZER.suggest("x" * 10**6) == []
+    assert max(asked) <= 64
+
+
 def test_only_the_first_unknown_words_are_named() -> None:
     tokenizer = WordTokenizer(TOKENS, 20)
     with pytest.raises(BadInput, match=r"'x4' and 3 more; use other words$"):
