@@ -123,8 +123,8 @@ def verify(bundle: Bundle) -> dict[str, list[PartReport]]:
         "plain": verify_bundle(bundle, replace(engine, plain=True)),
         "operator": verify_bundle(bundle, replace(engine, plain=False)),
     }
-    for parts in reports.values():
-        require_ok(parts)
+    for spelling, parts in reports.items():
+        require_ok(parts, f"{engine.name} ({spelling} spelling)")
     return reports
 
 
