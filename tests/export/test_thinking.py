@@ -186,3 +186,12 @@ def test_a_picture_does_not_depend_on_its_batch() -> None:
         ]
     )
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_operator_under_autocast_keeps_the_type_of_its_input() -> None:
+    x, a, b = torch.randn(2, 7, 6), torch.randn(3, 6, 2), torch.randn(3, 2, 5)
+    expert = torch.randint(3, (2, 7))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = routed_lora(x, expert, a, b)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, routed_lora(x, expert, a, b), rtol=0.05, atol=0.05)

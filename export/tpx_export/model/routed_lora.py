@@ -20,7 +20,8 @@ def routed_lora(x: Tensor, expert: Tensor, a: Tensor, b: Tensor) -> Tensor:
     out = x.new_zeros(tokens.shape[0], b.shape[2])
     for e in range(a.shape[0]):
         rows = (expert == e).nonzero().squeeze(1)
-        out.index_copy_(0, rows, tokens.index_select(0, rows) @ a[e] @ b[e])
+        own = tokens.index_select(0, rows) @ a[e] @ b[e]
+        out.index_copy_(0, rows, own.to(out.dtype))  # autocast may have chosen another type for the products
     return out.unflatten(0, x.shape[:2])
 
 
