@@ -1,5 +1,6 @@
 """Latents of rendered training scenes, made once and kept in shards; the prompts are drawn anew each time."""
 
+import hashlib
 import itertools
 from pathlib import Path
 
@@ -19,7 +20,7 @@ RENDER_BATCH = 32
 def shard(folder: Path, index: int, seed: int, autoencoder: Autoencoder) -> tuple[list[Prompt], Tensor]:
     """Prompts and latents float16 [SHARD, C, S, S] of one shard, rendered and encoded if not there yet."""
     pairs = list(itertools.islice(training_pairs(seed * 1_000_003 + index), SHARD))
-    path = folder / f"latents-{seed}-{index:04d}.pt"
+    path = folder / f"latents-{seed}-{_fingerprint(autoencoder)}-{index:04d}.pt"
     if not path.exists():
         device = next(autoencoder.parameters()).device
         parts = []
@@ -31,3 +32,11 @@ def shard(folder: Path, index: int, seed: int, autoencoder: Autoencoder) -> tupl
                 parts.append(autoencoder.encode(image * 2 - 1).half().cpu())
         save_whole(torch.cat(parts), path)
     return [prompt for prompt, _ in pairs], torch.load(path, weights_only=True)
+
+
+def _fingerprint(autoencoder: Autoencoder) -> str:
+    """Latents of another autoencoder are other latents, so its weights and scale are in a shard's name."""
+    digest = hashlib.sha256(repr(autoencoder.spec).encode())
+    for value in autoencoder.encoder.state_dict().values():
+        digest.update(value.cpu().numpy().tobytes())
+    return digest.hexdigest()[:12]

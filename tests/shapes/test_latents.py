@@ -49,6 +49,10 @@ def test_a_shard_is_made_once(
     assert torch.equal(again[1], first[1])
     with pytest.raises(NameError):  # another shard has to be made
         latents.shard(tmp_path, 1, 0, autoencoder)
+    with torch.no_grad():
+        next(autoencoder.encoder.parameters()).add_(0.1)
+    with pytest.raises(NameError):  # and so has the same one for an autoencoder that was trained on
+        latents.shard(tmp_path, 0, 0, autoencoder)
 
 
 def test_save_grid_sets_pictures_row_by_row(tmp_path: Path) -> None:
