@@ -23,7 +23,8 @@ _tpx = onnxscript.values.Opset(DOMAIN, 1)
 
 
 def _routed_lora(x: Any, expert: Any, a: Any, b: Any) -> Any:
-    return _tpx.RoutedLora(x, expert, a, b)
+    # With these TensorRT takes its plugin of that name and namespace where one is registered, ahead of the function.
+    return _tpx.RoutedLora(x, expert, a, b, plugin_namespace=DOMAIN, aot=1)
 
 
 def _chunk(x: Any, chunks: int, dim: int = 0) -> Any:
@@ -62,6 +63,10 @@ def register_schema() -> None:
             "out[n] = x[n] A[expert[n]] B[expert[n]]",
             inputs=[real("x", "T"), real("expert", "tensor(int64)"), real("a", "T"), real("b", "T")],
             outputs=[real("out", "T")],
+            attributes=[
+                schema.Attribute("plugin_namespace", schema.AttrType.STRING, required=False),
+                schema.Attribute("aot", schema.AttrType.INT, required=False),
+            ],
             type_constraints=[("T", ["tensor(float)", "tensor(float16)"], "real tensors")],
         )
     )

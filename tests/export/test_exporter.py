@@ -108,6 +108,9 @@ def test_spellings(tiny_bundle: Path) -> None:
         operator, plain = graph(tiny_bundle, depth, False), graph(tiny_bundle, depth, True)
         routed = [node for node in operator.graph.node if (node.domain, node.op_type) == (DOMAIN, NAME)]
         assert len(routed) == 2 * depth  # two thinking blocks
+        for node in routed:  # what makes TensorRT look for its plugin first
+            attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+            assert attributes == {"plugin_namespace": b"tpx", "aot": 1}
         assert [(f.domain, f.name) for f in operator.functions] == [(DOMAIN, NAME)]
         # TensorRT refuses NonZero; CPU engines want it; OpenVINO refuses functions.
         assert "NonZero" not in {node.op_type for node in [*operator.graph.node, *operator.functions[0].node]}
