@@ -95,10 +95,10 @@ def to_onnx(graph: Graph) -> onnx.ModelProto:
         onnxscript.optimizer.optimize_ir(
             program.model, input_size_limit=_SMALL, output_size_limit=_SMALL, onnx_shape_inference=True
         )
-    return _anonymous(program.model_proto)
+    return anonymous(program.model_proto)
 
 
-def _anonymous(model: onnx.ModelProto) -> onnx.ModelProto:
+def anonymous(model: onnx.ModelProto) -> onnx.ModelProto:
     """Without the exporter's notes, which name files of the machine that it ran on."""
     del model.metadata_props[:]
     model.doc_string = ""

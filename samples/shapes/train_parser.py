@@ -39,6 +39,7 @@ from samples.shapes.world import (
     relate,
     scatter,
 )
+from tpx_export.graphs import anonymous
 from tpx_export.model.autoencoder import Autoencoder, AutoencoderSpec, ResidualBlock
 
 COMMAND = "python -m samples.shapes.train_parser --out runs/parser"
@@ -236,8 +237,9 @@ def export(eye: Eye, path: Path) -> None:
         verbose=False,
     )
     assert program is not None
-    onnx.checker.check_model(program.model_proto)
-    onnx.save(program.model_proto, path)
+    model = anonymous(program.model_proto)
+    onnx.checker.check_model(model)
+    onnx.save(model, path)
 
 
 def near_miss(rng: random.Random, prompt: Prompt, scene: Scene) -> Prompt:

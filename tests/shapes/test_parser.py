@@ -168,3 +168,7 @@ def test_score_asks_for_nothing_held_out() -> None:
 def test_score_imports_no_torch() -> None:
     code = "import sys, samples.shapes.score, tpx_runtime.generator; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_weights_name_nothing_of_the_machine_that_made_them() -> None:
+    assert b".py" not in WEIGHTS.read_bytes()
