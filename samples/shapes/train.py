@@ -29,7 +29,7 @@ SHARDS = 32  # pools of 2,048 scenes
 )
 @click.option("--autoencoder-steps", default=2400, show_default=True)
 @click.option("--text-steps", default=1500, show_default=True)
-@click.option("--base-steps", default=3700, show_default=True)
+@click.option("--base-steps", default=3200, show_default=True)
 @click.option("--adapter-steps", default=600, show_default=True)
 @click.option("--batch", default=96, show_default=True, help="Of the base and the adapters.")
 @click.option("--shards", default=SHARDS, show_default=True, help="Pools of 2,048 scenes to learn from.")
