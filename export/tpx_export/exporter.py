@@ -172,18 +172,22 @@ def _whole_or_nothing(out: Path) -> Iterator[Path]:
         raise BadInput(
             f"expected a folder that can be written to at {out.parent}, found: {error.strerror}"
         ) from None
+    replaced = folder.with_suffix(".replaced")
     try:
         yield folder
         folder.chmod(0o755)
         if out.exists():
-            shutil.rmtree(out)
+            out.rename(replaced)
         folder.rename(out)
     except OSError as error:
         raise BadInput(
             f"expected to write {out}, found: {error.strerror}; free some space or choose another place"
         ) from error
     finally:
+        if replaced.exists() and not out.exists():
+            replaced.rename(out)
         shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _write_json(path: Path, facts: dict[str, object]) -> None:

@@ -207,6 +207,27 @@ def test_existing_places(tiny_model: TextToImage, tmp_path: Path) -> None:
         export_bundle(tiny_model, file / "inside")
 
 
+def test_a_bundle_is_replaced_whole_or_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "bundle"
+    out.mkdir()
+    (out / "old").touch()
+    rename = Path.rename
+
+    def full(path: Path, target: Path) -> Path:
+        if path.suffix == ".partial":
+            raise OSError(28, "No space left on device")
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", full)
+        with pytest.raises(BadInput, match="No space left"), exporter._whole_or_nothing(out) as folder:
+            (folder / "new").touch()
+    assert (leftovers(tmp_path), leftovers(out)) == (["bundle"], ["old"])
+    with exporter._whole_or_nothing(out) as folder:
+        (folder / "new").touch()
+    assert (leftovers(tmp_path), leftovers(out)) == (["bundle"], ["new"])
+
+
 def run(*arguments: str) -> tuple[int, str, str]:
     result = CliRunner().invoke(main, arguments)
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
