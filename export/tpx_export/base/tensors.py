@@ -1,0 +1,180 @@
+"""Tensors of foreign checkpoints by name, read one at a time, and how they become the tensors of our modules."""
+
+import json
+import pickle
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from tpx_export.checkpoint import CheckpointInvalid
+
+M = TypeVar("M", bound=nn.Module)
+Reader = Callable[[], Tensor]
+
+
+class Tensors(Mapping[str, Tensor]):
+    """Name -> tensor; a tensor is read (or mapped into memory) when it is asked for, and not kept.
+
+    `where` says in error messages what was read.
+    """
+
+    def __init__(self, where: Path, readers: Mapping[str, Reader]) -> None:
+        self.where = where
+        self._readers = dict(readers)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._readers[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._readers)
+
+    def __len__(self) -> int:
+        return len(self._readers)
+
+    def under(self, prefix: str) -> "Tensors":
+        """The tensors whose names begin with `prefix`, under the rest of their names."""
+        found = {name: reader for name, reader in self._readers.items() if name.startswith(prefix)}
+        return Tensors(self.where, {name.removeprefix(prefix): reader for name, reader in found.items()})
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the first tensor of real numbers."""
+        kinds = (self[name].dtype for name in self)
+        return next(kind for kind in kinds if kind.is_floating_point)
+
+
+def open_tensors(path: Path) -> Tensors:
+    """Tensors of a .safetensors file, a .pt or .pth file of tensors alone, or a folder of one model in .safetensors.
+
+    A folder may be sharded (*.safetensors.index.json). Where it holds the model several times (model.safetensors and
+    model.fp16.safetensors), the file without a variant is taken. Raises CheckpointInvalid.
+    """
+    if path.is_dir():
+        return _folder(path)
+    if not path.is_file():
+        raise CheckpointInvalid(f"{path}: expected a checkpoint, found none; check the path")
+    if path.suffix == ".safetensors":
+        return Tensors(path, _safetensors(path))
+    if path.suffix in (".pt", ".pth"):
+        return Tensors(path, _pickled(path))
+    raise CheckpointInvalid(
+        f"{path}: expected a folder or a file ending in .safetensors, .pt or .pth, found {path.suffix or 'none'}"
+    )
+
+
+def _folder(path: Path) -> Tensors:
+    indices = sorted(path.glob("*.safetensors.index*.json"), key=lambda p: (len(p.name), p.name))
+    if indices:
+        try:
+            files = sorted(set(json.loads(indices[0].read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise CheckpointInvalid(f"{indices[0]}: expected JSON with a weight_map, found none") from None
+        if absent := [name for name in files if not (path / name).is_file()]:
+            raise CheckpointInvalid(
+                f"{path}: expected the {len(files)} files of {indices[0].name}, found {absent[0]} missing"
+            )
+    else:
+        whole = sorted((p.name for p in path.glob("*.safetensors")), key=lambda name: (len(name), name))
+        if not whole:
+            raise CheckpointInvalid(
+                f"{path}: expected .safetensors files, found none; save the model with safe_serialization=True"
+            )
+        files = whole[:1]
+    readers: dict[str, Reader] = {}
+    for name in files:
+        readers |= _safetensors(path / name)
+    return Tensors(path, readers)
+
+
+def _safetensors(path: Path) -> dict[str, Reader]:
+    try:
+        file = safe_open(path, framework="pt")
+        return {name: partial(file.get_tensor, name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, struct.error) as error:
+        raise CheckpointInvalid(
+            f"{path}: expected a whole .safetensors file, found one that is truncated or damaged ({error}); copy it again"
+        ) from None
+
+
+def _pickled(path: Path) -> dict[str, Reader]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        said = " ".join(str(error).split())[:120]
+        raise CheckpointInvalid(f"{path}: expected a file of tensors alone, found another ({said})") from None
+    for key in ("ema", "model", "state_dict"):  # as training scripts wrap it; sampling uses the EMA
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+            break
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointInvalid(f"{path}: expected tensors by name, found something else")
+
+    def reader(value: Tensor) -> Reader:
+        return lambda: value
+
+    return {name: reader(value) for name, value in state.items()}
+
+
+@dataclass(frozen=True)
+class From:
+    """One of our tensors: `make` of the foreign tensors `names`, in order."""
+
+    names: tuple[str, ...]
+    make: Callable[..., Tensor]
+
+
+def same(name: str) -> From:
+    """The foreign tensor as it is."""
+    return From((name,), lambda value: value)
+
+
+def stacked(*names: str) -> From:
+    """Foreign tensors one below the other: q, k and v as one projection."""
+    return From(names, lambda *values: torch.cat(values))
+
+
+def swapped_halves(name: str) -> From:
+    """(scale, shift) to (shift, scale), and back."""
+    return From((name,), lambda value: torch.cat(value.chunk(2)[::-1]))
+
+
+def load_foreign(
+    module: M,
+    recipe: Mapping[str, From],
+    source: Mapping[str, Tensor],
+    where: Path,
+    unused: Iterable[str] = (),
+) -> M:
+    """Fill `module`, made on the meta device, with tensors of `source` in the precision that they are stored in.
+
+    `recipe` has an entry for every tensor of the module's state; `unused` names foreign tensors that a known format holds
+    and we do not need. Raises CheckpointInvalid, whose message lists every tensor that is missing, unknown or of another
+    shape.
+    """
+    wanted = {name: value.shape for name, value in module.state_dict().items()}
+    assert recipe.keys() == wanted.keys(), sorted(recipe.keys() ^ wanted.keys())
+    needed = {name for made in recipe.values() for name in made.names}
+    faults = [f"{name} missing" for name in sorted(needed - source.keys())]
+    faults += [f"{name} unknown" for name in sorted(source.keys() - needed - set(unused))]
+    state: dict[str, Tensor] = {}
+    if not faults:
+        for name, made in recipe.items():
+            value = made.make(*(source[foreign] for foreign in made.names))
+            if value.shape == wanted[name]:
+                state[name] = value
+            else:
+                faults.append(f"{made.names[0]} gives {list(value.shape)}, not {list(wanted[name])}")
+    if faults:
+        raise CheckpointInvalid(
+            f"{where}: expected the {len(needed)} tensors of this model, found {len(faults)} that do not fit: "
+            f"{'; '.join(faults)}"
+        )
+    module.load_state_dict(state, assign=True)
+    return module.eval().requires_grad_(False)
