@@ -8,6 +8,7 @@ import torch
 from tpx_export.exporter import Summary, export_bundle
 from tpx_export.model import AutoencoderSpec, MMDiTSpec, TextEncoderSpec, TextToImageSpec, ThinkingSpec
 from tpx_export.model.text_to_image import TextToImage
+from tpx_export.pipeline import Pipeline
 from tpx_runtime.manifest import Defaults
 
 WORDS = ("a", "an", "and", "blue", "cube", "green", "on", "red", "sphere", "two", ",", ".")
@@ -52,7 +53,7 @@ def tiny_model() -> TextToImage:
 @pytest.fixture(scope="session")
 def tiny_export(tiny_model: TextToImage, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Summary]:
     out = tmp_path_factory.mktemp("bundles") / "tiny"
-    summary = export_bundle(tiny_model, out)
+    summary = export_bundle(Pipeline.of(tiny_model), out)
     return out, summary
 
 

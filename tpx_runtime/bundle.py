@@ -7,7 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import BundleInvalid
-from .manifest import FORMAT, FORMAT_VERSION, Defaults, FileEntry, LatentSpec, Manifest, ModelSpec, Tolerance
+from .manifest import (
+    FORMAT,
+    FORMAT_VERSION,
+    Defaults,
+    EncoderSpec,
+    FileEntry,
+    LatentSpec,
+    Manifest,
+    ModelSpec,
+    Tolerance,
+)
 
 __all__ = [
     "FORMAT",
@@ -15,6 +25,7 @@ __all__ = [
     "MANIFEST",
     "Bundle",
     "Defaults",
+    "EncoderSpec",
     "FileEntry",
     "LatentSpec",
     "Manifest",
@@ -25,8 +36,9 @@ __all__ = [
 ]
 
 MANIFEST = "manifest.json"
-VOCABULARY = "tokenizer/vocab.json"
-TEXT_ENCODER = "text_encoder/model.onnx"
+VOCABULARY = "vocab.json"  # in the folder of a tokenizer
+MODEL = "model.onnx"  # in the folder of a text encoder
+VAE_ENCODER = "vae_encoder/model.onnx"  # a bundle may lack it
 VAE_DECODER = "vae_decoder/model.onnx"
 SCHEDULER = "scheduler/scheduler_config.json"
 GOLDEN = "golden/golden.npz"
@@ -103,7 +115,10 @@ class Bundle:
         bundle = cls(root, Manifest.from_json(text))
         depths = bundle.manifest.model.depths
         transformers = [transformer_name(depth, plain) for depth in depths for plain in (False, True)]
-        for name in (VOCABULARY, TEXT_ENCODER, *transformers, VAE_DECODER, SCHEDULER, GOLDEN):
+        for encoder in bundle.manifest.text_encoders:
+            bundle.vocabulary(encoder)
+            bundle.text_encoder(encoder)
+        for name in (*transformers, VAE_DECODER, SCHEDULER, GOLDEN):
             bundle.path(name)
         for fault in (_wrong_size, _wrong_hash) if verify else (_wrong_size,):
             for name, entry in bundle.manifest.files.items():
@@ -124,13 +139,11 @@ class Bundle:
             )
         return self.root / name
 
-    @property
-    def vocabulary(self) -> Path:
-        return self.path(VOCABULARY)
+    def vocabulary(self, encoder: EncoderSpec) -> Path:
+        return self.path(f"{encoder.tokenizer}/{VOCABULARY}")
 
-    @property
-    def text_encoder(self) -> Path:
-        return self.path(TEXT_ENCODER)
+    def text_encoder(self, encoder: EncoderSpec) -> Path:
+        return self.path(f"{encoder.folder}/{MODEL}")
 
     def transformer(self, depth: int, plain: bool = False) -> Path:
         """The graph of `depth` latent steps; `plain` is the spelling without local functions."""
@@ -139,6 +152,16 @@ class Bundle:
     @property
     def vae_decoder(self) -> Path:
         return self.path(VAE_DECODER)
+
+    @property
+    def vae_encoder(self) -> Path | None:
+        """None for a bundle that cannot start from a picture."""
+        return self.path(VAE_ENCODER) if VAE_ENCODER in self.manifest.files else None
+
+    def weight_bytes(self, folder: str) -> int:
+        """Size of everything in a folder of the bundle: about the memory that its graph takes."""
+        files = self.manifest.files.items()
+        return sum(entry.bytes for name, entry in files if name.startswith(f"{folder}/"))
 
     @property
     def golden(self) -> Path:

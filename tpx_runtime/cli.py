@@ -3,7 +3,9 @@
 import os
 import re
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from .verify import PartReport
 
 SAMPLE_BUNDLE = Path("bundles/shapes")
+_PATH = click.Path(path_type=Path)
 _ENGINE_HELP = "onnxruntime, onnxruntime-cuda or openvino; auto takes the first that runs here."
 
 
@@ -48,11 +51,11 @@ def find_bundle(given: str | None) -> Path:
     )
 
 
-def choose_output(given: Path | None, prompt: str, seed: int, force: bool) -> Path:
-    """Where the picture goes: `given`, or a free name made of the prompt and the seed. Raises BadInput."""
+def choose_output(given: Path | None, what: str, seed: int, force: bool) -> Path:
+    """Where the picture goes: `given`, or a free name made of what is drawn and the seed. Raises BadInput."""
     from .images import check_writable
 
-    stem = f"{re.sub('[^a-z0-9]+', '-', prompt.lower()).strip('-')[:60] or 'picture'}-{seed}"
+    stem = f"{re.sub('[^a-z0-9]+', '-', what.lower()).strip('-')[:60] or 'picture'}-{seed}"
     path, number = given or Path(f"{stem}.png"), 1
     check_writable(path)
     if given and given.exists() and not force:
@@ -68,33 +71,68 @@ def _announce(engine: "Engine", asked: str) -> None:
     click.echo(f"engine: {engine.name}{' (chosen by auto)' if asked != engine.name else ''}", err=True)
 
 
+@contextmanager
+def _noticing() -> Iterator[None]:
+    """What is warned of inside, such as a prompt that is cut short, is said in one line each on stderr afterwards."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        yield
+    for line in dict.fromkeys(" ".join(str(warning.message).splitlines()) for warning in caught):
+        click.echo(f"notice: {line}", err=True)
+
+
 @click.command(cls=TpxCommand)
-@click.argument("prompt")
+@click.argument("prompt", required=False)
 @click.option("--bundle", help="Folder of the bundle.  [default: $TPX_BUNDLE, else bundles/shapes]")
-@click.option("--out", type=click.Path(path_type=Path), help="PNG to write.  [default: after the prompt]")
+@click.option("--out", type=_PATH, help="PNG to write.  [default: after the prompt]")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the first picture; the next adds 1.")
 @click.option("--steps", type=int, help="Denoising steps.  [default: the bundle's]")
 @click.option("--guidance", type=float, help="Pull of the prompt; 1 is off.  [default: the bundle's]")
-@click.option("--sampler", help="euler, heun, dpmpp2m or unipc.  [default: the bundle's]")
+@click.option(
+    "--sampler", help="euler, heun, dpmpp2m or unipc; ddpm or ddim for class models.  [default: the bundle's]"
+)
 @click.option("--depth", type=int, help="Latent steps of thinking.  [default: the bundle's]")
 @click.option(
     "-n", "num_images", type=int, default=1, show_default=True, help="Pictures; several make a grid."
 )
 @click.option("--engine", default="auto", show_default=True, help=_ENGINE_HELP)
 @click.option("--negative", "negative_prompt", help="What the picture should not show.")
+@click.option("--class", "class_id", type=int, help="Number of the class to draw, instead of PROMPT.")
+@click.option("--image", type=_PATH, help="Picture to start from.")
+@click.option("--mask", type=_PATH, help="Picture, white where IMAGE is to be painted anew.")
+@click.option("--strength", type=float, help="Share of the steps that change IMAGE, 0 to 1.  [default: 0.6]")
+@click.option("--no-t5", is_flag=True, help="Leave out T5 of Stable Diffusion 3: less memory, less text.")
 @click.option("--force", is_flag=True, help="Replace an existing file.")
 def run(
-    prompt: str, bundle: str | None, out: Path | None, engine: str, force: bool, seed: int, **settings: Any
+    prompt: str | None,
+    bundle: str | None,
+    out: Path | None,
+    engine: str,
+    force: bool,
+    seed: int,
+    class_id: int | None,
+    image: Path | None,
+    mask: Path | None,
+    strength: float | None,
+    no_t5: bool,
+    **settings: Any,
 ) -> None:
-    """Draw PROMPT and print the path of the PNG."""
+    """Draw PROMPT, or a class, and print the path of the PNG."""
     from .bundle import Bundle
+    from .editing import starting_strength
     from .engine import resolve
     from .generator import Generator
     from .images import grid, save_png
+    from .pictures import open_picture
 
-    path = choose_output(out, prompt, seed, force)
-    generator = Generator(Bundle.open(find_bundle(bundle)), resolve(engine))
-    jobs = generator.plan(prompt, seed=seed, **settings)
+    what = f"class {class_id}" if prompt is None and class_id is not None else prompt or ""
+    path = choose_output(out, what, seed, force)
+    strength = starting_strength(image, mask, strength)
+    picture, painted = (open_picture(file) if file else None for file in (image, mask))
+    generator = Generator(Bundle.open(find_bundle(bundle)), resolve(engine), t5=not no_t5)
+    with _noticing():
+        jobs = generator.plan(prompt, class_id=class_id, strength=strength, seed=seed, **settings)
+        edit = generator.edit(picture, painted) if picture else None
     _announce(generator.engine, engine)
     with click.progressbar(length=1, label="denoising", file=sys.stderr) as bar:
 
@@ -102,7 +140,7 @@ def run(
             bar.length = total
             bar.update(1)
 
-        images = generator.draw(jobs, callback=advance)
+        images = generator.draw(jobs, callback=advance, edit=edit)
     save_png(grid(images) if len(images) > 1 else images[0], path)
     click.echo(click.format_filename(path))
 

@@ -1,8 +1,8 @@
-"""The main job: text encoder, denoising loop, decoder, picture."""
+"""The main job: what the model is told, denoising loop, decoder, picture."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -10,14 +10,17 @@ import numpy.typing as npt
 from PIL import Image
 
 from .bundle import Bundle
-from .engine import AUTO, Engine, Session, output, resolve
-from .errors import BadInput, BundleInvalid, Cancelled, EngineFailed, shorten
-from .guidance import Conditioning, GuidedVelocity
+from .conditioning import ClassConditioner, TextConditioner
+from .editing import Edit, Repainting, noised, starting_strength, tail, to_pixels, to_repaint
+from .engine import AUTO, Arrays, Engine, Session, output, resolve
+from .errors import BadInput, Cancelled, EngineFailed, shorten
+from .guidance import GuidedPrediction
 from .images import to_pil
 from .noise import MAX_SEED, batch_noise
-from .samplers import SAMPLERS, Array
+from .pictures import fit, fit_mask, flat
+from .registry import SAMPLERS_FOR, walk
+from .samplers import Array, Velocity
 from .settings import Settings, check_int
-from .tokenizer import WordTokenizer, refuse_unknown
 
 Callback = Callable[[int, int, Array], bool | None]  # (step from 1, total steps, latents [B, C, H, W])
 MAX_IMAGES = 1000  # of one prompt in one call
@@ -34,31 +37,32 @@ class Sample:
 class Generator:
     """Makes pictures from a bundle with one engine. Graphs are loaded when first used, and kept."""
 
-    def __init__(self, bundle: Bundle, engine: Engine) -> None:
+    def __init__(self, bundle: Bundle, engine: Engine, t5: bool = True) -> None:
         self.bundle, self.engine = bundle, engine
         self.manifest = bundle.manifest
-        self.tokenizer = WordTokenizer.from_file(bundle.vocabulary)
-        if self.tokenizer.text_tokens != self.manifest.model.text_tokens:
-            raise BundleInvalid(
-                f"{bundle.vocabulary}: expected text_tokens {self.manifest.model.text_tokens} as in the "
-                f"manifest, found {self.tokenizer.text_tokens}; export the bundle again"
-            )
-        self._shift = bundle.schedule_shift
+        classes = self.manifest.model.classes
+        self.classes = ClassConditioner(classes) if classes else None
+        self.text = None if classes else TextConditioner(bundle, engine, t5)
         self._transformers: dict[int, Session] = {}
 
     @classmethod
-    def load(cls, path: str | Path, engine: str = AUTO, verify: bool = True) -> "Generator":
+    def load(cls, path: str | Path, engine: str = AUTO, verify: bool = True, t5: bool = True) -> "Generator":
         """Open the bundle at `path` for the engine of that name; `verify` checks every file's SHA-256.
 
+        `t5=False` leaves out the T5 encoder of a Stable Diffusion 3 bundle, as its authors allow.
         Raises BundleInvalid, EngineUnavailable or BadInput (no engine has that name).
         """
-        return cls(Bundle.open(path, verify), resolve(engine))
+        return cls(Bundle.open(path, verify), resolve(engine), t5)
 
     def __call__(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] | None = None,
         *,
+        class_id: int | None = None,
         negative_prompt: str | None = None,
+        image: Image.Image | None = None,
+        mask: Image.Image | None = None,
+        strength: float | None = None,
         steps: int | None = None,
         guidance: float | None = None,
         sampler: str | None = None,
@@ -68,14 +72,17 @@ class Generator:
         batch_size: int = 8,
         callback: Callback | None = None,
     ) -> list[Image.Image]:
-        """Pictures of a prompt, or of each of several prompts in turn, `num_images` of each.
+        """Pictures of a prompt, or of each of several prompts in turn, or of a class; `num_images` of each.
 
-        The settings are those of `plan`, the rest is that of `draw`. Raises BadInput for arguments that do
-        not fit, EngineFailed for a picture that is not finite, Cancelled when the callback returns False.
+        With `image` the loop starts from that picture and takes the last `strength` of its steps; with `mask` only what is
+        white there is painted anew. The settings are those of `plan`, the rest is that of `draw`. Raises BadInput for
+        arguments that do not fit, EngineFailed for a picture that is not finite, Cancelled when the callback returns False.
         """
         jobs = self.plan(
             prompt,
+            class_id=class_id,
             negative_prompt=negative_prompt,
+            strength=starting_strength(image, mask, strength),
             steps=steps,
             guidance=guidance,
             sampler=sampler,
@@ -83,12 +90,18 @@ class Generator:
             depth=depth,
             num_images=num_images,
         )
-        return self.draw(jobs, batch_size, callback)
+        return self.draw(jobs, batch_size, callback, self.edit(image, mask) if image is not None else None)
 
     def draw(
-        self, jobs: Sequence[Settings], batch_size: int = 8, callback: Callback | None = None
+        self,
+        jobs: Sequence[Settings],
+        batch_size: int = 8,
+        callback: Callback | None = None,
+        edit: Edit | None = None,
     ) -> list[Image.Image]:
         """The pictures of planned jobs, `batch_size` at a time, which changes no picture.
+
+        `edit` is the picture that jobs with a strength start from.
 
         `callback(step, total, latents)` is called after each step, counted over all batches; if it returns
         False, Cancelled is raised. Each picture's `info` holds its settings, and `save_png` writes them into
@@ -96,20 +109,43 @@ class Generator:
         """
         check_int("batch_size", batch_size, 1)
         batches = [jobs[i : i + batch_size] for i in range(0, len(jobs), batch_size)]
+        left_out = self.text.left_out if self.text else ()
         images = []
         for number, batch in enumerate(batches):
-            sample = self.generate_latents(batch, _counted(callback, number, len(batches)))
+            sample = self.generate_latents(batch, _counted(callback, number, len(batches)), edit)
             for job, pixels in zip(batch, self.decode(sample.latents), strict=True):
-                image = to_pil(pixels)
-                image.info.update(job.metadata(self.manifest, self.engine.name))
+                image = edit.paste(to_pil(pixels)) if edit else to_pil(pixels)
+                image.info.update(job.metadata(self.manifest, self.engine.name, left_out))
                 images.append(image)
         return images
 
+    def edit(self, image: Image.Image, mask: Image.Image | None = None) -> Edit:
+        """A picture to start from, scaled and cropped to this bundle's size; `mask` is white where to paint anew.
+
+        A mask is laid over the whole picture, whatever its own size. What is transparent is white in a picture and black in
+        a mask. Raises BadInput for a bundle without an encoder of pictures, for what is no picture, and for a black mask.
+        """
+        encoder, model, latent = self._vae_encoder(), self.manifest.model, self.manifest.latent
+        upright = flat(image, "white")
+        picture, fitted = fit(upright, model.image_size_px), None
+        if mask is not None:
+            over = flat(mask, "black").resize(upright.size)
+            fitted = fit_mask(over, model.image_size_px)
+        outputs = self.engine.open(encoder).run({"image": to_pixels(picture)})
+        latents: Array = output(outputs, "latents", (1, *model.latent_shape))
+        self._require_finite(latents, "latents of the picture")
+        latents = (latents - np.float32(latent.shift)) * np.float32(latent.scale)
+        return Edit(
+            picture, latents, fitted, None if fitted is None else to_repaint(fitted, model.latent_size)
+        )
+
     def plan(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] | None = None,
         *,
+        class_id: int | None = None,
         negative_prompt: str | None = None,
+        strength: float | None = None,
         steps: int | None = None,
         guidance: float | None = None,
         sampler: str | None = None,
@@ -124,8 +160,11 @@ class Generator:
         defaults = self.manifest.defaults
         check_int("num_images", num_images, 1, MAX_IMAGES)
         check_int("seed", seed, 0, MAX_SEED - num_images + 1)
+        if prompt is None and (self.classes or class_id is not None):
+            prompt = ""  # which the settings refuse, and say why, where it is a model of prompts
         if not isinstance(prompt, Iterable):
-            raise BadInput(f"expected a prompt or a list of prompts, found {shorten(prompt)}")
+            found = "none; say what to draw" if prompt is None else shorten(prompt)
+            raise BadInput(f"expected a prompt or a list of prompts, found {found}")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts:
             raise BadInput("expected at least one prompt, found none")
@@ -138,40 +177,58 @@ class Generator:
                 guidance=defaults.guidance if guidance is None else guidance,
                 sampler=defaults.sampler if sampler is None else sampler,
                 depth=defaults.depth if depth is None else depth,
+                class_id=class_id,
+                strength=strength,
             ).check(self.manifest)
             for one in prompts
             for i in range(num_images)
         ]
-        for one in prompts:
-            self._ids(one)
-        self._negative_ids(negative_prompt or "")
+        if strength is not None:
+            self._vae_encoder()
+        if self.classes:
+            self.classes.check(class_id)
+        if self.text:
+            for text in dict.fromkeys([*prompts, *([negative_prompt] if negative_prompt else [])]):
+                self.text.check(text)
         return jobs
 
-    def generate_latents(self, jobs: Sequence[Settings], callback: Callback | None = None) -> Sample:
-        """Run the denoising loop over one batch, whose jobs differ in nothing but prompts and seed.
+    def generate_latents(
+        self, jobs: Sequence[Settings], callback: Callback | None = None, edit: Edit | None = None
+    ) -> Sample:
+        """Run the denoising loop over one batch, whose jobs differ in nothing but prompts, classes and seed.
 
-        Raises Cancelled when the callback returns False.
+        Raises Cancelled when the callback returns False, BadInput for a strength without an `edit` and the reverse.
         """
-        loops = {(job.sampler, job.steps, job.guidance, job.depth) for job in jobs}
+        loops = {(job.sampler, job.steps, job.guidance, job.depth, job.strength) for job in jobs}
         if len(loops) != 1:
             raise BadInput(
-                f"expected jobs of one sampler, steps, guidance and depth, found {len(loops)} kinds"
+                f"expected jobs of one sampler, steps, guidance, depth and strength, found {len(loops)} kinds"
             )
-        (sampler_name, steps, guidance, depth) = loops.pop()
-        prompt, negative = self._encode([self._ids(job.prompt) for job in jobs]), None
-        if guidance != 1:
-            negative = self._encode([self._negative_ids(job.negative_prompt) for job in jobs])
-        velocity = GuidedVelocity(self._transformer(depth), prompt, negative, guidance)
-        latents = batch_noise([job.seed for job in jobs], self.manifest.model.latent_shape)
-        sampler = SAMPLERS[sampler_name]
-        path = sampler.sample(velocity, latents, sampler.schedule(steps, self._shift))
+        (sampler_name, steps, guidance, depth, strength) = loops.pop()
+        if (strength is None) != (edit is None):
+            found = "no strength" if strength is None else "no picture"
+            raise BadInput(f"expected a picture to start from and a strength, or neither, found {found}")
+        model, seeds = self.manifest.model, [job.seed for job in jobs]
+        told, negative = self._condition(jobs, guided=guidance != 1)
+        predict = GuidedPrediction(self._transformer(depth), model, told, negative, guidance)
+        prediction: Velocity = predict
+        sampler = SAMPLERS_FOR[model.prediction][sampler_name]
+        schedule = sampler.schedule(steps, self._shift)
+        latents = noise = batch_noise(seeds, model.latent_shape)
+        if edit and strength is not None:
+            schedule = tail(schedule, strength)
+            latents = noised(edit.latents, noise, schedule.sigmas[0])
+            if edit.repaint is not None:
+                prediction = Repainting(predict, edit.latents, noise, edit.repaint)
+        path = walk(sampler, prediction, latents, schedule, partial(batch_noise, seeds, model.latent_shape))
+        total = len(schedule.timesteps)
         with np.errstate(over="ignore", invalid="ignore"):  # the next line says it better
             for step, latents in enumerate(path, start=1):
                 self._require_finite(latents, f"latents of step {step}")
-                answer = callback(step, steps, latents) if callback else None
+                answer = callback(step, total, latents) if callback else None
                 if isinstance(answer, bool | np.bool_) and not answer:
-                    raise Cancelled(f"cancelled at step {step} of {steps}, nothing was written")
-        return Sample(latents, velocity.routes)
+                    raise Cancelled(f"cancelled at step {step} of {total}, nothing was written")
+        return Sample(latents, predict.routes)
 
     def decode(self, latents: Array) -> Array:
         """Latents [B, C, H, W] of the denoising loop to pixels [B, 3, height, width] in -1..1."""
@@ -182,21 +239,32 @@ class Generator:
         self._require_finite(image, "picture")
         return image
 
-    def _ids(self, prompt: str) -> list[int]:
-        encoding = self.tokenizer.encode(prompt)
-        refuse_unknown(encoding, self.tokenizer)
-        return encoding.ids
+    def _condition(self, jobs: Sequence[Settings], guided: bool) -> tuple[Arrays, Arrays | None]:
+        """What the prompts' branch is told, and the negative one: both at once, for an encoder may be loaded for it."""
+        if self.classes:
+            nothing = [None] * len(jobs) if guided else []
+            made = self.classes([*(job.class_id for job in jobs), *nothing])
+        else:
+            assert self.text is not None
+            negatives = [job.negative_prompt or None for job in jobs] if guided else []
+            made = self.text([*(job.prompt for job in jobs), *negatives])
+        told = {name: rows[: len(jobs)] for name, rows in made.items()}
+        return told, {name: rows[len(jobs) :] for name, rows in made.items()} if guided else None
 
-    def _negative_ids(self, prompt: str) -> list[int]:
-        return self._ids(prompt) if prompt else self.tokenizer.encode_empty().ids
-
-    def _encode(self, ids: list[list[int]]) -> Conditioning:
-        # The pictures of one prompt share its row, so a large text encoder runs once for all of them.
-        unique, rows = np.unique(np.array(ids, np.int64), axis=0, return_inverse=True)
-        outputs, model = self._text_encoder.run({"ids": unique}), self.manifest.model
-        context = output(outputs, "context", (*unique.shape, model.context_width))
-        pooled = output(outputs, "pooled", (len(unique), model.pooled_width))
-        return Conditioning(context[rows.ravel()], pooled[rows.ravel()])
+    def _vae_encoder(self) -> Path:
+        """The encoder's graph. Raises BadInput for a bundle that cannot start from a picture."""
+        path, name, prediction = self.bundle.vae_encoder, self.manifest.name, self.manifest.model.prediction
+        if path is None:
+            raise BadInput(
+                f"expected a bundle with a vae_encoder to start from a picture, found {name} without one; "
+                "leave out the image, or export the bundle again"
+            )
+        if prediction != "velocity":
+            raise BadInput(
+                f"expected a model of velocity to start from a picture, found that {name} predicts {prediction}; "
+                "leave out the image"
+            )
+        return path
 
     def _require_finite(self, values: Array, what: str) -> None:
         if not np.isfinite(values).all():
@@ -207,8 +275,9 @@ class Generator:
             )
 
     @cached_property
-    def _text_encoder(self) -> Session:
-        return self.engine.open(self.bundle.text_encoder)
+    def _shift(self) -> float:
+        """Of a flow's schedule; a diffusion's has none."""
+        return self.bundle.schedule_shift if self.manifest.model.prediction == "velocity" else 1.0
 
     @cached_property
     def _decoder(self) -> Session:

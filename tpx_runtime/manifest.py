@@ -14,25 +14,34 @@ from types import GenericAlias
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from .errors import BundleInvalid, shorten
-from .samplers import SAMPLERS, TRAIN_TIMESTEPS
+from .registry import SAMPLERS_FOR
+from .samplers import TRAIN_TIMESTEPS
 
 FORMAT = "tpx-bundle"
-FORMAT_VERSION = 1
-PARTS = ("text_encoder", "transformer", "vae_decoder")
+FORMAT_VERSION = 2
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Sizes that the graphs fix. Sizes of two are (height, width); `experts` is 0 without thinking blocks."""
+    """What the transformer takes and gives. Sizes of two are (height, width).
+
+    A model is told a prompt (`context_tokens`, `context_width`, `pooled_width`) or one of `classes` (then those are 0).
+    It predicts a flow's velocity or a diffusion's epsilon, in `out_channels`, of which guidance acts on the first
+    `guided_channels`. `experts` is 0 without thinking blocks.
+    """
 
     latent_channels: int
     latent_size: tuple[int, int]
     image_size_px: tuple[int, int]
-    text_tokens: int
+    context_tokens: int
     context_width: int
     pooled_width: int
+    classes: int
+    prediction: str
+    out_channels: int
+    guided_channels: int
     visual_tokens: int
     depths: tuple[int, ...]
     experts: int
@@ -45,8 +54,22 @@ class ModelSpec:
 
 
 @dataclass(frozen=True)
+class EncoderSpec:
+    """A text encoder: the folders of its graph and of its tokenizer, and its sizes.
+
+    `pooled_width` is 0 for one that says nothing pooled, such as T5.
+    """
+
+    folder: str
+    tokenizer: str
+    tokens: int
+    context_width: int
+    pooled_width: int
+
+
+@dataclass(frozen=True)
 class LatentSpec:
-    """The decoder is fed `latents / scale + shift`."""
+    """The decoder is fed `latents / scale + shift`; what the encoder gives becomes `(z - shift) * scale`."""
 
     scale: float
     shift: float
@@ -68,7 +91,7 @@ class Tolerance:
 
     text_encoder: float
     transformer: float
-    vae_decoder: float
+    vae: float
     routing_agreement: float
 
 
@@ -89,6 +112,7 @@ class Manifest:
     producer: str
     precision: str
     model: ModelSpec
+    text_encoders: tuple[EncoderSpec, ...]
     latent: LatentSpec
     defaults: Defaults
     tolerance: Tolerance
@@ -97,10 +121,8 @@ class Manifest:
     def __post_init__(self) -> None:
         """Check what types alone cannot say. Raises BundleInvalid."""
         model, defaults = self.model, self.defaults
-        sizes = {k: v for k, v in asdict(model).items() if k not in ("depths", "experts", "thinking_blocks")}
-        for key, value in sizes.items():
-            if min(value if isinstance(value, tuple) else (value,)) < 1:
-                raise _invalid(f"expected model.{key} of at least 1, found {value}")
+        self._check_sizes()
+        self._check_conditions()
         if not model.depths or model.depths[0] < 1 or list(model.depths) != sorted(set(model.depths)):
             raise _invalid(f"expected model.depths to rise from at least 1, found {list(model.depths)}")
         if defaults.depth not in model.depths:
@@ -110,9 +132,9 @@ class Manifest:
                 f"expected model.experts of 0 without thinking blocks and more with them, "
                 f"found {model.experts} with {len(model.thinking_blocks)}"
             )
-        if defaults.sampler not in SAMPLERS:
+        if defaults.sampler not in (samplers := SAMPLERS_FOR[model.prediction]):
             raise _invalid(
-                f"expected defaults.sampler of {', '.join(SAMPLERS)}, found {shorten(defaults.sampler)}"
+                f"expected defaults.sampler of {', '.join(samplers)}, found {shorten(defaults.sampler)}"
             )
         if not 1 <= defaults.steps <= TRAIN_TIMESTEPS:
             raise _invalid(f"expected defaults.steps in 1..{TRAIN_TIMESTEPS}, found {defaults.steps}")
@@ -124,6 +146,63 @@ class Manifest:
                 raise _invalid(f"expected file paths inside the bundle, found {shorten(path)}")
             if not re.fullmatch("[0-9a-f]{64}", entry.sha256):
                 raise _invalid(f"expected a SHA-256 for {path}, found {shorten(entry.sha256)}")
+
+    def _check_sizes(self) -> None:
+        model = self.model
+        told = ["context_tokens", "context_width", "pooled_width"]
+        sizes = ["latent_channels", "latent_size", "image_size_px", "guided_channels", "visual_tokens"]
+        for key in sizes + (told if not model.classes else []):
+            value = getattr(model, key)
+            if min(value if isinstance(value, tuple) else (value,)) < 1:
+                raise _invalid(f"expected model.{key} of at least 1, found {value}")
+        if any(px % latent for px, latent in zip(model.image_size_px, model.latent_size, strict=True)):
+            raise _invalid(
+                f"expected model.image_size_px to be a multiple of {list(model.latent_size)}, "
+                f"found {list(model.image_size_px)}"
+            )
+        if model.prediction not in SAMPLERS_FOR:
+            raise _invalid(
+                f"expected model.prediction of {', '.join(SAMPLERS_FOR)}, found {shorten(model.prediction)}"
+            )
+        spoken = {"velocity": [1], "epsilon": [1, 2]}[
+            model.prediction
+        ]  # twice: with the variance of each step
+        if model.out_channels not in (wanted := [times * model.latent_channels for times in spoken]):
+            raise _invalid(
+                f"expected model.out_channels of {' or '.join(map(str, wanted))}, found {model.out_channels}"
+            )
+        if model.guided_channels > model.latent_channels:
+            raise _invalid(
+                f"expected model.guided_channels of at most {model.latent_channels}, found {model.guided_channels}"
+            )
+
+    def _check_conditions(self) -> None:
+        model, encoders = self.model, self.text_encoders
+        if model.classes < 0 or bool(model.classes) == bool(encoders):
+            raise _invalid(
+                f"expected text_encoders or model.classes, found {len(encoders)} and {model.classes} of them"
+            )
+        if model.classes:
+            if told := model.context_tokens or model.context_width or model.pooled_width:
+                raise _invalid(f"expected a model of classes to be told 0 of a prompt, found {told}")
+            return
+        pooling = [encoder for encoder in encoders if encoder.pooled_width]
+        others = [encoder for encoder in encoders if not encoder.pooled_width]
+        fits = (
+            pooling
+            and len({encoder.folder for encoder in encoders}) == len(encoders)
+            and all(e.tokens > 0 and e.context_width > 0 and e.pooled_width >= 0 for e in encoders)
+            and len({encoder.tokens for encoder in pooling}) == 1
+            and sum(encoder.context_width for encoder in pooling) <= model.context_width
+            and sum(encoder.pooled_width for encoder in pooling) == model.pooled_width
+            and all(encoder.context_width == model.context_width for encoder in others)
+            and pooling[0].tokens + sum(encoder.tokens for encoder in others) <= model.context_tokens
+        )
+        if not fits:
+            raise _invalid(
+                f"expected text_encoders that fill {model.context_tokens} x {model.context_width} and "
+                f"{model.pooled_width} pooled, found {len(encoders)} of other sizes"
+            )
 
     @property
     def sha256(self) -> str:
@@ -166,7 +245,7 @@ def _invalid(message: str) -> BundleInvalid:
 
 
 def _parse(kind: type[T], value: Any, where: str) -> T:
-    """`value` (from JSON) as `kind`: a dataclass, dict of dataclasses, tuple of ints, int, float or str."""
+    """`value` (from JSON) as `kind`: a dataclass, a dict or a tuple of them, tuple of ints, int, float or str."""
     hints = get_type_hints(kind) if hasattr(kind, "__dataclass_fields__") else {}
     if hints and isinstance(value, dict):
         names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
@@ -179,6 +258,9 @@ def _parse(kind: type[T], value: Any, where: str) -> T:
     if isinstance(kind, GenericAlias) and kind.__origin__ is dict and isinstance(value, dict):
         return {key: _parse(get_args(kind)[1], item, f"{where}{key}.") for key, item in value.items()}
     if isinstance(kind, GenericAlias) and kind.__origin__ is tuple and isinstance(value, list):
+        member = get_args(kind)[0]
+        if hasattr(member, "__dataclass_fields__"):
+            return tuple(_parse(member, item, f"{where}{i}.") for i, item in enumerate(value))
         length_fits = Ellipsis in get_args(kind) or len(value) == len(get_args(kind))
         if length_fits and all(type(item) is int for item in value):
             return tuple(value)

@@ -1,7 +1,7 @@
 """Seeded Gaussian noise that is the same on every engine and machine.
 
 The bits come from Philox4x64-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011), a
-counter-based generator: value k of seed s depends on nothing but s and k. numpy promises that the raw stream
+counter-based generator: value k of stream t of seed s depends on nothing but s, t and k. numpy promises that the raw stream
 of a bit generator never changes, which it does not promise of `Generator.normal`; so the Box-Muller transform
 is written out here.
 """
@@ -14,11 +14,16 @@ import numpy.typing as npt
 MAX_SEED = 2**64 - 1
 
 
-def gaussian_noise(seed: int, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
-    """Standard normal values of the given shape, filled in C order; `seed` is in 0 .. MAX_SEED."""
+def gaussian_noise(seed: int, shape: tuple[int, ...], stream: int = 0) -> npt.NDArray[np.float32]:
+    """Standard normal values of the given shape, filled in C order; `seed` and `stream` are in 0 .. MAX_SEED.
+
+    Streams of one seed are independent: 0 is where a picture starts from, k the noise that a sampler adds at step k.
+    """
     size = math.prod(shape)
     pairs = -(-size // 2)
-    bits = np.random.Philox(key=seed).random_raw(2 * pairs) >> np.uint64(11)  # 53 bits fill a float64
+    # The stream is the counter's highest word, so no two streams ever meet.
+    bits = np.random.Philox(key=seed, counter=stream << 192).random_raw(2 * pairs)
+    bits >>= np.uint64(11)  # 53 bits fill a float64
     uniform = bits.astype(np.float64).reshape(pairs, 2) * 2.0**-53  # [0, 1)
     radius = np.sqrt(-2.0 * np.log(1.0 - uniform[:, 0]))  # 1 - u is in (0, 1], so the logarithm is finite
     angle = 2.0 * math.pi * uniform[:, 1]
@@ -26,6 +31,6 @@ def gaussian_noise(seed: int, shape: tuple[int, ...]) -> npt.NDArray[np.float32]
     return values.reshape(-1)[:size].reshape(shape).astype(np.float32)
 
 
-def batch_noise(seeds: list[int], shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+def batch_noise(seeds: list[int], shape: tuple[int, ...], stream: int = 0) -> npt.NDArray[np.float32]:
     """[len(seeds), *shape]: each row is the noise of its own seed, so a batch equals separate runs."""
-    return np.stack([gaussian_noise(seed, shape) for seed in seeds])
+    return np.stack([gaussian_noise(seed, shape, stream) for seed in seeds])

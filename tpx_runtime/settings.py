@@ -1,19 +1,25 @@
 """The settings of a picture: checked once, carried through, and written into the file."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from .bundle import Manifest
 from .errors import BadInput, shorten
 from .noise import MAX_SEED
-from .samplers import SAMPLERS, TRAIN_TIMESTEPS
+from .registry import SAMPLERS_FOR
+from .samplers import TRAIN_TIMESTEPS
 
 MAX_GUIDANCE = 1000.0  # far beyond use, and far from float32's end
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything besides the bundle that decides one picture."""
+    """Everything besides the bundle, and a picture to start from, that decides one picture.
+
+    `class_id` is None for models that read prompts; `strength`, the share of the steps that are taken, is None where
+    nothing is started from.
+    """
 
     prompt: str
     negative_prompt: str
@@ -22,14 +28,17 @@ class Settings:
     guidance: float
     sampler: str
     depth: int
+    class_id: int | None = None
+    strength: float | None = None
 
     def check(self, manifest: Manifest) -> "Settings":
         """These settings, fit for the model of `manifest`. Raises BadInput."""
         for name in ("prompt", "negative_prompt"):
             if not isinstance(getattr(self, name), str):
                 raise BadInput(f"expected {name} to be text, found {type(getattr(self, name)).__name__}")
-        if not isinstance(self.sampler, str) or self.sampler not in SAMPLERS:
-            raise BadInput(f"expected a sampler of {', '.join(SAMPLERS)}, found {shorten(self.sampler)}")
+        samplers = SAMPLERS_FOR[manifest.model.prediction]
+        if not isinstance(self.sampler, str) or self.sampler not in samplers:
+            raise BadInput(f"expected a sampler of {', '.join(samplers)}, found {shorten(self.sampler)}")
         check_int("seed", self.seed, 0, MAX_SEED)
         check_int("steps", self.steps, 1, TRAIN_TIMESTEPS)
         if type(self.depth) is not int or self.depth not in manifest.model.depths:
@@ -44,23 +53,43 @@ class Settings:
             raise BadInput(
                 "expected no negative prompt at guidance 1, which leaves it out, found one; use more guidance"
             )
+        if self.strength is not None and (
+            type(self.strength) not in (int, float) or not 0 < self.strength <= 1
+        ):
+            raise BadInput(f"expected strength above 0 and at most 1, found {shorten(self.strength)}")
+        if manifest.model.classes and (self.prompt or self.negative_prompt):
+            raise BadInput(
+                "expected a class and no prompt (this bundle draws classes), found a prompt; leave it out and name a class "
+                "with --class or class_id"
+            )
+        if not manifest.model.classes and self.class_id is not None:
+            raise BadInput(
+                f"expected a prompt and no class (this bundle reads prompts), found class {shorten(self.class_id)}; "
+                "leave it out"
+            )
         return self
 
-    def metadata(self, manifest: Manifest, engine_name: str) -> dict[str, str]:
-        """Text for the file: `tpx` is JSON, `parameters` the line that other programs write too."""
+    def metadata(self, manifest: Manifest, engine_name: str, left_out: Sequence[str] = ()) -> dict[str, str]:
+        """Text for the file: `tpx` is JSON, `parameters` the line that other programs write too.
+
+        `left_out` are the text encoders that were not asked.
+        """
         height, width = manifest.model.image_size_px
         facts = {
-            **asdict(self),
+            **{name: value for name, value in asdict(self).items() if value is not None},
             "bundle": manifest.name,
             "bundle_sha256": manifest.sha256,
             "precision": manifest.precision,
             "engine": engine_name,
+            **({"left_out": list(left_out)} if left_out else {}),
         }
         negative = f"Negative prompt: {self.negative_prompt}\n" if self.negative_prompt else ""
+        strength = f", Denoising strength: {self.strength}" if self.strength is not None else ""
+        said = self.prompt if self.class_id is None else f"class {self.class_id}"
         line = (
-            f"{self.prompt}\n{negative}Steps: {self.steps}, Sampler: {self.sampler}, "
+            f"{said}\n{negative}Steps: {self.steps}, Sampler: {self.sampler}, "
             f"CFG scale: {self.guidance}, Seed: {self.seed}, Size: {width}x{height}, Model: {manifest.name}, "
-            f"Depth: {self.depth}"
+            f"Depth: {self.depth}{strength}"
         )
         return {"tpx": json.dumps(facts), "parameters": line}
 

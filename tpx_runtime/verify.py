@@ -73,28 +73,43 @@ def verify_bundle(bundle: Bundle, engine: Engine) -> list[PartReport]:
 
     Raises BundleInvalid where golden tensors are missing, EngineFailed where a graph does not run.
     """
-    golden, tolerance = load_golden(bundle), bundle.manifest.tolerance
-    depths, routed = bundle.manifest.model.depths, bool(bundle.manifest.model.thinking_blocks)
-    names = ["ids", "context", "pooled", "latents", "timestep", "decoder_latents", "image"]
-    names += [f"velocity_{depth}" for depth in depths] + [f"routes_{depth}" for depth in depths if routed]
+    golden, tolerance, model = load_golden(bundle), bundle.manifest.tolerance, bundle.manifest.model
+    depths, routed = model.depths, bool(model.thinking_blocks)
+    told = ["class_id"] if model.classes else ["context", "pooled"]
+    names = ["latents", "timestep", *told, *(f"{model.prediction}_{depth}" for depth in depths)]
+    names += [f"routes_{depth}" for depth in depths if routed] + ["decoder_latents", "image"]
+    names += ["encoder_latents"] if bundle.vae_encoder else []
+    said = {
+        e.folder: ["context", "pooled"][: 2 if e.pooled_width else 1] for e in bundle.manifest.text_encoders
+    }
+    names += [f"{folder}.{name}" for folder, outputs in said.items() for name in ("ids", *outputs)]
     if missing := [name for name in names if name not in golden]:
         raise BundleInvalid(f"{bundle.golden}: expected the array {missing[0]}, found none; export again")
 
-    outputs = engine.open(bundle.text_encoder).run({"ids": golden["ids"]})
-    error = max(relative_error(outputs.get(name), golden[name]) for name in ("context", "pooled"))
-    reports = [PartReport("text_encoder", error, tolerance.text_encoder)]
+    reports = []
+    for encoder in bundle.manifest.text_encoders:
+        folder = encoder.folder
+        outputs = engine.open(bundle.text_encoder(encoder)).run({"ids": golden[f"{folder}.ids"]})
+        error = max(relative_error(outputs.get(name), golden[f"{folder}.{name}"]) for name in said[folder])
+        reports.append(PartReport(folder, error, tolerance.text_encoder))
 
-    inputs = {name: golden[name] for name in ("latents", "timestep", "context", "pooled")}
+    inputs = {name: golden[name] for name in ("latents", "timestep", *told)}
     for depth in depths:
         outputs = engine.open(bundle.transformer(depth, engine.plain)).run(inputs)
-        error = relative_error(outputs.get("velocity"), golden[f"velocity_{depth}"])
+        error = relative_error(outputs.get(model.prediction), golden[f"{model.prediction}_{depth}"])
         agreement = routing_agreement(outputs.get("routes"), golden[f"routes_{depth}"]) if routed else None
         part = f"transformer depth {depth}"
         reports.append(PartReport(part, error, tolerance.transformer, agreement, tolerance.routing_agreement))
 
     outputs = engine.open(bundle.vae_decoder).run({"latents": golden["decoder_latents"]})
-    error = relative_error(outputs.get("image"), golden["image"])
-    return [*reports, PartReport("vae_decoder", error, tolerance.vae_decoder)]
+    reports.append(
+        PartReport("vae_decoder", relative_error(outputs.get("image"), golden["image"]), tolerance.vae)
+    )
+    if bundle.vae_encoder:
+        outputs = engine.open(bundle.vae_encoder).run({"image": golden["image"]})
+        error = relative_error(outputs.get("latents"), golden["encoder_latents"])
+        reports.append(PartReport("vae_encoder", error, tolerance.vae))
+    return reports
 
 
 def require_ok(reports: Sequence[PartReport], engine_name: str) -> None:

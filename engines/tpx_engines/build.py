@@ -13,6 +13,7 @@ from threading import Event, Thread, current_thread, main_thread
 
 from tpx_runtime.bundle import Bundle
 from tpx_runtime.errors import BadInput, Cancelled, EngineUnavailable, shorten
+from tpx_runtime.memory import available_bytes
 
 from . import tensorrt_rtx
 from .cache import EngineCache, Key, Stale
@@ -108,18 +109,21 @@ def parse_batch(text: str) -> tuple[int, int]:
 def graphs(bundle: Bundle) -> dict[str, tuple[Path, Shapes]]:
     """Every graph that TensorRT builds, with the shapes of its inputs."""
     model = bundle.manifest.model
-    denoise: Shapes = {
-        "latents": (None, *model.latent_shape),
-        "timestep": (None,),
-        "context": (None, model.text_tokens, model.context_width),
-        "pooled": (None, model.pooled_width),
-    }
+    denoise: Shapes = {"latents": (None, *model.latent_shape), "timestep": (None,)}
+    if model.classes:
+        denoise["class_id"] = (None,)
+    else:
+        denoise["context"] = (None, model.context_tokens, model.context_width)
+        denoise["pooled"] = (None, model.pooled_width)
     made: dict[str, tuple[Path, Shapes]] = {
-        "text_encoder": (bundle.text_encoder, {"ids": (None, model.text_tokens)})
+        encoder.folder: (bundle.text_encoder(encoder), {"ids": (None, encoder.tokens)})
+        for encoder in bundle.manifest.text_encoders
     }
     for depth in model.depths:
         made[f"transformer depth {depth}"] = (bundle.transformer(depth), denoise)
     made["vae_decoder"] = (bundle.vae_decoder, {"latents": (None, *model.latent_shape)})
+    if bundle.vae_encoder:
+        made["vae_encoder"] = (bundle.vae_encoder, {"image": (None, 3, *model.image_size_px)})
     return made
 
 
@@ -178,21 +182,6 @@ def _weight_bytes(bundle: Bundle, path: Path) -> int:
         if bundle.root / name == path
         or ((bundle.root / name).parent == path.parent and not name.endswith(".onnx"))
     )
-
-
-def available_bytes(root: Path = Path("/")) -> int | None:
-    """Memory that this process may still take: the system's, or less in a container. None where nobody says."""
-    limits = []
-    try:
-        found = re.search(r"MemAvailable: *(\d+) kB", (root / "proc/meminfo").read_text())
-        limits += [int(found[1]) << 10] if found else []
-        group = root / "sys/fs/cgroup"
-        used = int((group / "memory.current").read_text())
-        spare = re.search(r"^inactive_file (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE)
-        limits.append(int((group / "memory.max").read_text()) - used + (int(spare[1]) if spare else 0))
-    except (OSError, ValueError):  # not Linux, no such control group, or one whose limit is "max"
-        pass
-    return min(limits, default=None)
 
 
 def check_memory(tasks: Sequence[Task]) -> None:

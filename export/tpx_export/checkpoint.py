@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tpx_export.model.text_to_image import TextToImage, TextToImageSpec
-from tpx_runtime.errors import TpxError
+from tpx_runtime.errors import TpxError, shorten
 
 FORMAT, VERSION = "tpx-model", 1
 SUFFIXES = (".safetensors", ".pt")
@@ -100,7 +100,7 @@ def _read_pt(path: Path) -> tuple[Any, dict[str, Tensor]]:
             f"{path}: expected tensors alone, found a pickle that is damaged or would run code; it was not run, "
             "convert it to .safetensors where you trust it"
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # bytes that are no pickle make the unpickler raise anything, IndexError too
         raise CheckpointInvalid(_broken(path, error)) from None
     if (
         not isinstance(saved, dict)
@@ -152,14 +152,35 @@ def _spec(path: Path, header: Any) -> TextToImageSpec:
 
 
 def _build(kind: Any, value: Any) -> Any:
-    """JSON -> nested frozen dataclasses; lists become tuples."""
+    """JSON -> nested frozen dataclasses; lists become tuples, and a field left out takes its default.
+
+    Raises ValueError for unknown and missing fields and for values of another type.
+    """
     if isinstance(kind, types.UnionType):
         return None if value is None else _build(typing.get_args(kind)[0], value)
-    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-        hints = typing.get_type_hints(kind)
-        if set(value) != set(hints):
-            raise ValueError(
-                f"{kind.__name__} with fields {sorted(set(value) ^ set(hints))} missing or unknown"
-            )
-        return kind(**{name: _build(hints[name], part) for name, part in value.items()})
-    return tuple(value) if isinstance(value, list) else value
+    if dataclasses.is_dataclass(kind):
+        return _build_fields(kind, value)
+    origin = typing.get_origin(kind)
+    if origin is tuple and isinstance(value, list):
+        kinds = typing.get_args(kind)
+        if kinds[-1] is Ellipsis:
+            kinds = kinds[:1] * len(value)
+        return tuple(_build(part, given) for part, given in zip(kinds, value, strict=True))
+    accepted = (int, float) if kind is float else origin or kind
+    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+        raise ValueError(f"expected {getattr(kind, '__name__', kind)}, found {shorten(value)}")
+    return value
+
+
+def _build_fields(kind: Any, value: Any) -> Any:
+    if not isinstance(value, dict):
+        raise ValueError(f"expected the fields of {kind.__name__}, found {shorten(value)}")
+    hints = typing.get_type_hints(kind)
+    needed = {
+        field.name
+        for field in dataclasses.fields(kind)
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    }
+    if odd := sorted((value.keys() - hints.keys()) | (needed - value.keys())):
+        raise ValueError(f"{kind.__name__} with fields {odd} missing or unknown")
+    return kind(**{name: _build(hints[name], part) for name, part in value.items()})

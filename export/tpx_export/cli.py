@@ -7,39 +7,83 @@ from typing import TYPE_CHECKING
 import click
 
 from tpx_runtime.cli import TpxCommand
+from tpx_runtime.errors import BadInput
 
 if TYPE_CHECKING:
     from tpx_export.exporter import Summary
+    from tpx_export.pipeline import Pipeline
+
+_PATH = click.Path(path_type=Path)
 
 
 @click.command(cls=TpxCommand)
+@click.option("--ckpt", type=_PATH, help="Checkpoint of ours, .safetensors or .pt.")
 @click.option(
-    "--ckpt", required=True, type=click.Path(path_type=Path), help="Checkpoint, .safetensors or .pt."
+    "--base", type=_PATH, help="Instead: a diffusers folder or single file of SD3 or SD3.5, or DiT."
 )
-@click.option(
-    "--depth", type=int, help="Latent steps; graphs 1..DEPTH are written.  [default: the checkpoint's]"
-)
-@click.option(
-    "--out", type=click.Path(path_type=Path), help="Folder to write.  [default: bundles/<model's name>]"
-)
-@click.option("--precision", default="fp32", show_default=True, help="fp32 or fp16.")
+@click.option("--components", type=_PATH, help="Diffusers folder with the parts that BASE lacks.")
+@click.option("--adapters", type=_PATH, help="Thinking adapters for BASE, tpx.safetensors.")
+@click.option("--image-size", "image_size_px", type=int, help="Pixels a side.  [default: BASE's own]")
+@click.option("--no-t5", is_flag=True, help="Leave out BASE's T5 encoder.")
+@click.option("--depth", type=int, help="Latent steps; graphs 1..DEPTH are written.  [default: the model's]")
+@click.option("--out", type=_PATH, help="Folder to write.  [default: bundles/<model's name>]")
+@click.option("--precision", help="fp32 or fp16.  [default: as the weights are stored]")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
-def main(ckpt: Path, depth: int | None, out: Path | None, precision: str, force: bool) -> None:
-    """Write an ONNX bundle of a checkpoint, verified against PyTorch, and print its path."""
-    from tpx_export import checkpoint
+def main(
+    ckpt: Path | None,
+    base: Path | None,
+    components: Path | None,
+    adapters: Path | None,
+    image_size_px: int | None,
+    no_t5: bool,
+    depth: int | None,
+    out: Path | None,
+    precision: str | None,
+    force: bool,
+) -> None:
+    """Write an ONNX bundle of a model, verified against PyTorch, and print its path.
+
+    The model is a checkpoint of ours (--ckpt), or a published one (--base), which thinks if it is given --adapters.
+    """
+    pipeline = open_model(ckpt, base, components, adapters, image_size_px, no_t5)
     from tpx_export.exporter import export_bundle
 
-    model = checkpoint.load(ckpt)
-    out = out or Path("bundles") / model.spec.name
+    out = out or Path("bundles") / pipeline.name
     with click.progressbar(length=1, label="export", file=sys.stderr) as bar:
 
         def advance(task: str, done: int, total: int) -> None:
-            bar.length, bar.label = total, f"{task:<20}"
+            bar.length, bar.label = total, f"{task:<22}"
             bar.update(done - bar.pos)
 
-        summary = export_bundle(model, out, depth, precision, force, advance)
+        summary = export_bundle(pipeline, out, depth, precision, force, advance)
     click.echo(table(summary), err=True)
     click.echo(out)
+
+
+def open_model(
+    ckpt: Path | None,
+    base: Path | None,
+    components: Path | None,
+    adapters: Path | None,
+    image_size_px: int | None,
+    no_t5: bool,
+) -> "Pipeline":
+    """What the options name. Raises BadInput, CheckpointInvalid."""
+    from tpx_export import checkpoint
+    from tpx_export.base.pipeline import open_base
+    from tpx_export.pipeline import Pipeline
+
+    if (ckpt is None) == (base is None):
+        raise BadInput(
+            f"expected --ckpt or --base, found {'both' if ckpt else 'neither'}; name one model to export"
+        )
+    if base:
+        return open_base(base, components, image_size_px, adapters, t5=not no_t5)
+    assert ckpt is not None
+    extra = {"--components": components, "--adapters": adapters, "--image-size": image_size_px}
+    if given := [name for name, value in extra.items() if value is not None] + ["--no-t5"] * no_t5:
+        raise BadInput(f"expected {given[0]} with --base alone, found it with --ckpt; leave it out")
+    return Pipeline.of(checkpoint.load(ckpt))
 
 
 def table(summary: "Summary") -> str:

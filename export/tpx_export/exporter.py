@@ -1,5 +1,6 @@
-"""A checkpoint's model -> a bundle (docs/bundle.md), which is verified before anyone can load it."""
+"""A model's parts -> a bundle (docs/bundle.md), which is verified before anyone can load it."""
 
+import gc
 import json
 import shutil
 import tempfile
@@ -10,29 +11,39 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 import onnx.inliner
 import torch
 
-from tpx_export.description import experts, manifest, scheduler, vocabulary
-from tpx_export.golden import golden_tensors
-from tpx_export.graphs import DecoderGraph, Graph, TextEncoderGraph, TransformerGraph, to_onnx
-from tpx_export.model.text_to_image import TextToImage
+from tpx_export.description import manifest, scheduler
+from tpx_export.golden import Golden, text_golden, told, transformer_golden, vae_golden
+from tpx_export.graphs import (
+    DecoderGraph,
+    EncoderGraph,
+    Graph,
+    TextEncoderGraph,
+    TransformerGraph,
+    to_onnx,
+)
+from tpx_export.pipeline import Pipeline, TextPart
 from tpx_export.precision import TOLERANCES, at_precision
 from tpx_export.routing import masked, permuted
 from tpx_export.weights import WeightFile
 from tpx_runtime.bundle import (
     GOLDEN,
     MANIFEST,
+    MODEL,
     SCHEDULER,
-    TEXT_ENCODER,
     VAE_DECODER,
+    VAE_ENCODER,
     VOCABULARY,
     Bundle,
     transformer_name,
 )
 from tpx_runtime.engine import resolve
 from tpx_runtime.errors import BadInput
+from tpx_runtime.samplers import Array
 from tpx_runtime.verify import PartReport, require_ok, verify_bundle
 
 Progress = Callable[[str, int, int], None]  # (what comes next, tasks done, tasks in all)
@@ -48,61 +59,103 @@ class Summary:
 
 
 def export_bundle(
-    model: TextToImage,
+    pipeline: Pipeline,
     out: Path,
     depth: int | None = None,
-    precision: str = "fp32",
+    precision: str | None = None,
     force: bool = False,
     progress: Progress = lambda task, done, total: None,
 ) -> Summary:
-    """Write the bundle of `model` at `out`, with the transformer at every depth 1..`depth` (the model's own if None).
+    """Write the bundle of `pipeline` at `out`, with the transformer at every depth 1..`depth` (the model's own if None).
 
-    The bundle is made in a hidden sibling of `out`, verified with ONNX Runtime against PyTorch, and renamed when whole: what
-    is interrupted or fails leaves nothing. Raises BadInput for a depth, precision or place that cannot be used,
-    EngineFailed where a graph is out of tolerance.
+    The precision is that of the stored weights if None. The bundle is made in a hidden sibling of `out`, verified with ONNX
+    Runtime against PyTorch, and renamed when whole: what is interrupted or fails leaves nothing. Raises BadInput for a
+    depth, precision or place that cannot be used, EngineFailed where a graph is out of tolerance.
     """
-    deepest = model.transformer.spec.max_depth
+    deepest, precision = pipeline.model.depths[-1], precision or pipeline.precision
     depth = deepest if depth is None else depth
     if not 1 <= depth <= deepest:
-        raise BadInput(f"expected a depth of 1..{deepest} (this checkpoint's), found {depth}")
+        raise BadInput(f"expected a depth of 1..{deepest} (this model's), found {depth}")
     if precision not in TOLERANCES:
         raise BadInput(f"expected a precision of {', '.join(TOLERANCES)}, found {precision!r}")
     _check_place(out, force)
     depths = tuple(range(1, depth + 1))
-    tasks = _Tasks(progress, total=len(depths) + 4)
+    tasks = _Tasks(progress, total=len(pipeline.text) + len(depths) + 4)
+    golden: Golden = {}
     with _whole_or_nothing(out) as folder:
-        with tasks("golden tensors"):
-            golden = golden_tensors(model, depths)
-            (folder / GOLDEN).parent.mkdir()
-            np.savez(folder / GOLDEN, **golden)  # type: ignore[arg-type]
-        example = {
-            name: torch.from_numpy(golden[name]) for name in ("latents", "timestep", "context", "pooled")
-        }
-        with tasks("text encoder"), WeightFile((folder / TEXT_ENCODER).parent) as weights:
-            encoder = TextEncoderGraph(at_precision(model.text_encoder, precision))
-            graph = Graph(encoder, {"ids": torch.from_numpy(golden["ids"])}, ("context", "pooled"))
-            weights.save(to_onnx(graph), Path(TEXT_ENCODER).name)
-        transformer = at_precision(model.transformer, precision)
-        with WeightFile(folder / "transformer") as weights:
-            for steps in depths:
-                with tasks(f"transformer depth {steps}"):
-                    module = TransformerGraph(transformer, steps)
-                    outputs = ("velocity", "routes") if module.routed else ("velocity",)
-                    written = to_onnx(Graph(module, example, outputs))
-                    operator, plain = spellings(written, experts(transformer))
-                    weights.save(operator, Path(transformer_name(steps)).name)
-                    weights.save(plain, Path(transformer_name(steps, plain=True)).name)
-        with tasks("decoder"), WeightFile((folder / VAE_DECODER).parent) as weights:
-            decoder = DecoderGraph(at_precision(model.autoencoder, precision))
-            graph = Graph(decoder, {"latents": torch.from_numpy(golden["decoder_latents"])}, ("image",))
-            weights.save(to_onnx(graph), Path(VAE_DECODER).name)
-        _write_json(folder / VOCABULARY, vocabulary(model))
-        _write_json(folder / SCHEDULER, scheduler(model))
-        bundle = Bundle(folder, manifest(model, depths, precision, folder))
+        for part in pipeline.text:
+            with tasks(part.spec.folder.replace("_", " ")):
+                golden |= _write_text_encoder(part, folder, precision)
+        golden |= _write_transformer(pipeline, folder, precision, depths, golden, tasks)
+        with tasks("decoder and encoder"):
+            golden |= _write_autoencoder(pipeline, folder, precision, golden.pop("end"))  # type: ignore[arg-type]
+        (folder / GOLDEN).parent.mkdir()
+        np.savez(folder / GOLDEN, **golden)  # type: ignore[arg-type]
+        _write_json(folder / SCHEDULER, scheduler(pipeline))
+        with tasks("hashes"):
+            bundle = Bundle(folder, manifest(pipeline, depths, precision, folder))
         (folder / MANIFEST).write_text(bundle.manifest.to_json(), encoding="utf-8")
+        gc.collect()  # modules hang in cycles with what traced them, and engines want their memory
         with tasks("verification"):
             reports = verify(bundle)
     return Summary(reports, tasks.seconds, folder_bytes(out))
+
+
+def _write_text_encoder(part: TextPart, folder: Path, precision: str) -> Golden:
+    _write_json(folder / part.spec.tokenizer / VOCABULARY, part.vocabulary)
+    module = part.load()
+    golden = text_golden(part, module)
+    outputs = ("context", "pooled") if part.spec.pooled_width else ("context",)
+    graph = Graph(
+        TextEncoderGraph(at_precision(module, precision)), {"ids": torch.from_numpy(part.ids)}, outputs
+    )
+    with WeightFile(folder / part.spec.folder) as weights:
+        weights.write(weights.take(to_onnx(graph)), MODEL)
+    return golden
+
+
+def _write_transformer(
+    pipeline: Pipeline,
+    folder: Path,
+    precision: str,
+    depths: tuple[int, ...],
+    golden: Golden,
+    tasks: "_Tasks",
+) -> Golden:
+    model = pipeline.model
+    with tasks("transformer in PyTorch"):
+        module = pipeline.transformer()
+        inputs = told(pipeline.text, golden, model)
+        made = transformer_golden(module, model, inputs, pipeline.shift, depths)
+        at_precision(module, precision)
+    example = {name: _pair(made[name]) for name in ("latents", "timestep", *inputs)}
+    routed = bool(model.thinking_blocks)
+    outputs = (model.prediction, "routes") if routed else (model.prediction,)
+    with WeightFile(folder / "transformer") as weights:
+        for steps in depths:
+            with tasks(f"transformer depth {steps}"):
+                graph = Graph(TransformerGraph(module, steps, routed), example, outputs)
+                operator, plain = spellings(weights.take(to_onnx(graph)), model.experts)
+                weights.write(operator, Path(transformer_name(steps)).name)
+                weights.write(plain, Path(transformer_name(steps, plain=True)).name)
+    return made
+
+
+def _write_autoencoder(pipeline: Pipeline, folder: Path, precision: str, end: Array) -> Golden:
+    module = pipeline.autoencoder()
+    golden = vae_golden(module, end, pipeline.latent)
+    at_precision(module, precision)
+    decode = Graph(DecoderGraph(module), {"latents": _pair(golden["decoder_latents"])}, ("image",))
+    encode = Graph(EncoderGraph(module), {"image": _pair(golden["image"])}, ("latents",))
+    for name, graph in ((VAE_DECODER, decode), (VAE_ENCODER, encode)):
+        with WeightFile((folder / name).parent) as weights:
+            weights.write(weights.take(to_onnx(graph)), Path(name).name)
+    return golden
+
+
+def _pair(values: npt.NDArray[np.generic]) -> torch.Tensor:
+    """Two rows: an example of one row would fix the batch at 1."""
+    return torch.from_numpy(values if len(values) == 2 else np.concatenate([values, values]))
 
 
 def spellings(model: onnx.ModelProto, experts: int) -> tuple[onnx.ModelProto, onnx.ModelProto]:

@@ -1,59 +1,95 @@
-"""Golden tensors: what the PyTorch model in float32 makes of fixed inputs, for every engine to be held against."""
+"""Golden tensors: what the PyTorch model in float32 makes of fixed inputs, for every engine to be held against.
+
+Each function makes the arrays of one part by the names of docs/bundle.md; the exporter calls them while it has the part.
+"""
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import nn
 
-from tpx_export.model.text_to_image import TextToImage
+from tpx_export.pipeline import TextPart
+from tpx_export.precision import in_float32
+from tpx_runtime.conditioning import combine
+from tpx_runtime.manifest import LatentSpec, ModelSpec
 from tpx_runtime.noise import batch_noise
-from tpx_runtime.samplers import SAMPLERS, Array
+from tpx_runtime.registry import SAMPLERS_FOR, walk
+from tpx_runtime.samplers import Array
+
+Golden = dict[str, npt.NDArray[np.generic]]
 
 SEED = 20260428
-_STEPS = 4
+_STEPS, _STEPS_LARGE = 4, 2
+_LARGE = 1024  # visual tokens: above, one row stands for two, for time and memory
 
 
 @torch.no_grad()
-def golden_tensors(model: TextToImage, depths: tuple[int, ...]) -> dict[str, npt.NDArray[np.generic]]:
-    """Arrays of golden/golden.npz by name (docs/bundle.md), batch 2.
+def text_golden(part: TextPart, module: nn.Module) -> Golden:
+    """`FOLDER.ids`, `FOLDER.context` and, where the encoder pools, `FOLDER.pooled`."""
+    with in_float32(module):
+        said = module(torch.from_numpy(part.ids))
+    names = ("context", "pooled") if part.spec.pooled_width else ("context",)
+    values = said if isinstance(said, tuple) else (said,)
+    made: Golden = {"ids": part.ids, **{n: v.numpy() for n, v in zip(names, values, strict=True)}}
+    return {f"{part.spec.folder}.{name}": value for name, value in made.items()}
+
+
+def told(parts: tuple[TextPart, ...], golden: Golden, model: ModelSpec) -> Golden:
+    """What the transformer is told in both rows: two prompts' `context` and `pooled`, or `class_id`."""
+    if model.classes:
+        return {"class_id": np.array([model.classes // 2, 0], np.int64)}
+    folders = [(part.spec.folder, part.spec.pooled_width) for part in parts]
+    said = [
+        (golden[f"{folder}.context"], golden[f"{folder}.pooled"] if pools else None)
+        for folder, pools in folders
+    ]
+    return dict(combine(said, model))  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def transformer_golden(
+    module: nn.Module, model: ModelSpec, inputs: Golden, shift: float | None, depths: tuple[int, ...]
+) -> Golden:
+    """`latents`, `timestep`, what the model is told, and for every depth its prediction and routes.
 
     The latents lie on a short sampling trajectory of the model itself: row 0 at its noisy start, row 1 half-way, because
-    experts that are told apart late are only told apart on such latents.
+    experts that are told apart late are only told apart on such latents. A large model has only the second row. The end of
+    the trajectory is returned as `end`.
     """
-    spec = model.spec.text_encoder
-    rng = np.random.Generator(np.random.Philox(key=SEED))
-    words = rng.integers(4, len(spec.vocabulary), (2, spec.tokens - 2))
-    lengths = rng.integers(2, max(3, spec.tokens // 2), 2)
-    ids = np.zeros((2, spec.tokens), np.int64)
-    for row, length in enumerate(lengths):
-        ids[row, : length + 2] = [1, *words[row, :length], 2]
-    context, pooled = model.text_encoder(torch.from_numpy(ids))
+    large = model.visual_tokens > _LARGE
+    rows, steps = slice(1 if large else 0, 2), _STEPS_LARGE if large else _STEPS
+    conditions = {name: value[rows] for name, value in inputs.items()}
+    given = [torch.from_numpy(value) for value in conditions.values()]
 
-    def velocity(x: Array, timestep: float) -> Array:
+    def predict(x: Array, timestep: float, depth: int = depths[-1]) -> Array:
         times = torch.full((len(x),), timestep, dtype=torch.float32)
-        v: Array = model.transformer(torch.from_numpy(x), times, context, pooled, depths[-1])[0].numpy()
-        return v
+        prediction: Array = module(torch.from_numpy(x), times, *given, depth)[0].numpy()
+        return prediction
 
-    shape = (model.spec.autoencoder.latent_channels, *[model.spec.autoencoder.latent_size] * 2)
-    sampler = SAMPLERS["euler"]
-    schedule = sampler.schedule(_STEPS, model.spec.shift)
-    noise = batch_noise([SEED, SEED + 1], shape)
-    path = [noise, *sampler.sample(velocity, noise, schedule)]
-    latents = np.stack([path[0][0], path[_STEPS // 2][1]])
-    timestep = np.array([schedule.timesteps[0], schedule.timesteps[_STEPS // 2]], np.float32)
-    made = {
-        "ids": ids,
-        "context": context.numpy(),
-        "pooled": pooled.numpy(),
-        "latents": latents,
-        "timestep": timestep,
-    }
-    for depth in depths:
-        v, routes = model.transformer(
-            torch.from_numpy(latents), torch.from_numpy(timestep), context, pooled, depth
-        )
-        made[f"velocity_{depth}"] = v.numpy()
-        if model.transformer.spec.thinking:
-            made[f"routes_{depth}"] = routes.numpy()
-    last = path[-1] / model.spec.autoencoder.scale + model.spec.autoencoder.shift
-    image = model.autoencoder.decoder(torch.from_numpy(last.astype(np.float32))).clamp(-1, 1)
-    return {**made, "decoder_latents": last.astype(np.float32), "image": image.numpy()}
+    sampler = SAMPLERS_FOR[model.prediction]["euler" if model.prediction == "velocity" else "ddim"]
+    schedule = sampler.schedule(steps, shift or 1.0)
+    noise = batch_noise([SEED, SEED + 1][rows], model.latent_shape)
+    with in_float32(module):
+        path = [noise, *walk(sampler, predict, noise, schedule, lambda step: noise)]
+        half = steps // 2
+        latents, times = path[half][-1:], schedule.timesteps[half : half + 1]
+        if not large:
+            latents, times = np.concatenate([noise[:1], latents]), [schedule.timesteps[0], *times]
+        timestep = np.array(times, np.float32)
+        made: Golden = {"latents": latents, "timestep": timestep, **conditions, "end": path[-1]}
+        for depth in depths:
+            values = module(torch.from_numpy(latents), torch.from_numpy(timestep), *given, depth)
+            made[f"{model.prediction}_{depth}"] = values[0].numpy()
+            if model.thinking_blocks:
+                made[f"routes_{depth}"] = values[1].numpy()
+    return made
+
+
+@torch.no_grad()
+def vae_golden(module: nn.Module, end: Array, latent: LatentSpec) -> Golden:
+    """`decoder_latents` -> `image` -> `encoder_latents`, from the trajectory's `end`."""
+    z = torch.from_numpy((end / latent.scale + latent.shift).astype(np.float32))
+    with in_float32(module):
+        image = module.decoder(z).clamp(-1, 1)  # type: ignore[operator]
+        mean = module.encoder(image)[0]  # type: ignore[operator]
+    return {"decoder_latents": z.numpy(), "image": image.numpy(), "encoder_latents": mean.numpy()}

@@ -4,18 +4,19 @@ Every graph computes in its own precision inside and speaks float32 at its borde
 """
 
 import contextlib
+import inspect
 import io
 import logging
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, cast
 
-import onnx
+import onnx_ir as ir
 import onnxscript.optimizer
 import torch
 from torch import Tensor, nn
 
-from tpx_export.model import Autoencoder, MMDiT, TextEncoder
 from tpx_export.operator import OPSET, TRANSLATIONS, register_schema
 
 _SMALL = (
@@ -33,51 +34,65 @@ class Graph:
 
 
 class TextEncoderGraph(nn.Module):
-    """ids -> context, pooled."""
+    """ids -> context, and pooled where the encoder pools."""
 
-    def __init__(self, encoder: TextEncoder) -> None:
+    def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
         self.encoder = encoder
 
-    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        context, pooled = self.encoder(ids)
-        return context.float(), pooled.float()
+    def forward(self, ids: Tensor) -> tuple[Tensor, ...]:
+        said = self.encoder(ids)
+        return tuple(value.float() for value in (said if isinstance(said, tuple) else (said,)))
 
 
 class TransformerGraph(nn.Module):
-    """latents, timestep, context, pooled -> velocity, and routes where the model thinks."""
+    """latents, timestep, context and pooled, or class_id -> the prediction, and routes where the model thinks."""
 
-    def __init__(self, transformer: MMDiT, depth: int) -> None:
+    def __init__(self, transformer: nn.Module, depth: int, routed: bool) -> None:
         super().__init__()
-        self.transformer, self.depth = transformer, depth
-        self.routed = transformer.spec.thinking is not None
+        self.transformer, self.depth, self.routed = transformer, depth, routed
 
-    def forward(
-        self, latents: Tensor, timestep: Tensor, context: Tensor, pooled: Tensor
-    ) -> tuple[Tensor, ...]:
-        dtype = self.transformer.patch_in.weight.dtype
-        velocity, routes = self.transformer(
-            latents.to(dtype), timestep, context.to(dtype), pooled.to(dtype), self.depth
-        )
-        return (velocity.float(), routes) if self.routed else (velocity.float(),)
+    def forward(self, latents: Tensor, timestep: Tensor, *told: Tensor) -> tuple[Tensor, ...]:
+        dtype = cast(nn.Linear, self.transformer.patch_in).weight.dtype
+        given = [value.to(dtype) if value.is_floating_point() else value for value in told]
+        prediction, routes = self.transformer(latents.to(dtype), timestep, *given, self.depth)
+        return (prediction.float(), routes) if self.routed else (prediction.float(),)
 
 
 class DecoderGraph(nn.Module):
     """latents, already divided by the scale and shifted -> image in -1..1."""
 
-    def __init__(self, autoencoder: Autoencoder) -> None:
+    def __init__(self, autoencoder: nn.Module) -> None:
         super().__init__()
-        self.decoder = autoencoder.decoder
+        self.decoder = cast(nn.Module, autoencoder.decoder)
 
     def forward(self, latents: Tensor) -> Tensor:
         dtype = next(self.decoder.parameters()).dtype
-        return self.decoder(latents.to(dtype)).clamp(-1, 1).float()
+        image: Tensor = self.decoder(latents.to(dtype)).clamp(-1, 1)
+        return image.float()
 
 
-def to_onnx(graph: Graph) -> onnx.ModelProto:
-    """The graph as an ONNX model, weights inside, the parameters' own names kept."""
+class EncoderGraph(nn.Module):
+    """image in -1..1 -> latents, the posterior's mean, before shift and scale."""
+
+    def __init__(self, autoencoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = cast(nn.Module, autoencoder.encoder)
+
+    def forward(self, image: Tensor) -> Tensor:
+        dtype = next(self.encoder.parameters()).dtype
+        mean: Tensor = self.encoder(image.to(dtype))[0]
+        return mean.float()
+
+
+def to_onnx(graph: Graph) -> ir.Model:
+    """The graph as an ONNX model that shares the module's weights, the parameters' own names kept."""
     register_schema()
     batch = torch.export.Dim("batch", min=1, max=1024)
+    names = list(inspect.signature(graph.module.forward).parameters.values())
+    shapes: list[Any] = [{0: batch} for _ in graph.inputs]
+    if names and names[-1].kind is inspect.Parameter.VAR_POSITIONAL:
+        shapes = [*shapes[: len(names) - 1], tuple(shapes[len(names) - 1 :])]
     with _quiet():
         program = torch.onnx.export(
             graph.module.eval(),
@@ -88,28 +103,31 @@ def to_onnx(graph: Graph) -> onnx.ModelProto:
             opset_version=OPSET,
             input_names=list(graph.inputs),
             output_names=list(graph.outputs),
-            dynamic_shapes=tuple({0: batch} for _ in graph.inputs),
+            dynamic_shapes=tuple(shapes),
             custom_translation_table=TRANSLATIONS,
         )
         assert program is not None
         onnxscript.optimizer.optimize_ir(
             program.model, input_size_limit=_SMALL, output_size_limit=_SMALL, onnx_shape_inference=True
         )
-    return anonymous(program.model_proto)
+    return anonymous(program.model)
 
 
-def anonymous(model: onnx.ModelProto) -> onnx.ModelProto:
+def anonymous(model: ir.Model) -> ir.Model:
     """Without the exporter's notes, which name files of the machine that it ran on."""
-    del model.metadata_props[:]
+    model.metadata_props.clear()
     model.doc_string = ""
-    for nodes in (model.graph.node, *(function.node for function in model.functions)):
-        for node in nodes:
-            del node.metadata_props[:]
-            node.doc_string = ""
-    for values in (model.graph.input, model.graph.output, model.graph.value_info, model.graph.initializer):
-        for value in values:
-            del value.metadata_props[:]
-    del model.graph.metadata_props[:]
+    assert not model.functions
+    graph = model.graph
+    graph.metadata_props.clear()
+    values = [*graph.inputs, *graph.outputs, *graph.initializers.values()]
+    for node in graph:
+        node.metadata_props.clear()
+        node.doc_string = ""
+        values += node.outputs
+    for value in values:
+        value.metadata_props.clear()
+        value.doc_string = ""
     model.producer_name, model.producer_version = "tpx", ""
     return model
 

@@ -1,8 +1,10 @@
 """Lower precisions of a model, and what each may cost."""
 
-import copy
-from typing import TypeVar
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from tpx_export.model.mmdit import Embedder
@@ -13,21 +15,46 @@ M = TypeVar("M", bound=nn.Module)
 
 # Greatest relative error of each graph against PyTorch in float32, least share of tokens sent to the same expert.
 TOLERANCES = {
-    "fp32": Tolerance(text_encoder=1e-4, transformer=1e-4, vae_decoder=1e-4, routing_agreement=1.0),
-    "fp16": Tolerance(text_encoder=5e-3, transformer=1e-2, vae_decoder=1e-2, routing_agreement=0.98),
+    "fp32": Tolerance(text_encoder=1e-4, transformer=1e-4, vae=1e-4, routing_agreement=1.0),
+    "fp16": Tolerance(text_encoder=5e-3, transformer=1e-2, vae=1e-2, routing_agreement=0.98),
 }
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
 def at_precision(module: M, precision: str) -> M:
-    """A copy of `module` whose weights have that precision; the module itself, for fp32.
+    """`module` itself, its weights turned into that precision.
 
     Gates and the embedders of timestep and condition stay in float32: a rounded gate sends tokens elsewhere, and
     timesteps up to 1,000 lose their sinusoids' phases.
     """
-    if precision == "fp32":
-        return module
-    half = copy.deepcopy(module).half()
-    for part in half.modules():
+    module.to(DTYPES[precision])
+    for part in module.modules():
         if isinstance(part, Gate | Embedder):
             part.float()
-    return half
+    return module
+
+
+@contextmanager
+def in_float32(module: nn.Module) -> Iterator[None]:
+    """Inside, `module` computes in float32 whatever its weights are stored in: layer by layer, never all of them at once."""
+    stored: dict[nn.Module, list[tuple[nn.Parameter, torch.Tensor]]] = {}
+
+    def widen(part: nn.Module, inputs: Any) -> None:
+        stored[part] = [(p, p.data) for p in part.parameters(recurse=False)]
+        for parameter, _ in stored[part]:
+            parameter.data = parameter.data.float()
+
+    def narrow(part: nn.Module, inputs: Any, outputs: Any) -> None:
+        for parameter, data in stored.pop(part):
+            parameter.data = data
+
+    hooks = []
+    for part in module.modules():
+        if any(p.dtype in (torch.float16, torch.bfloat16) for p in part.parameters(recurse=False)):
+            hooks.append(part.register_forward_pre_hook(widen))
+            hooks.append(part.register_forward_hook(narrow, always_call=True))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

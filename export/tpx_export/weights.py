@@ -6,7 +6,7 @@ from types import TracebackType
 from typing import BinaryIO
 
 import onnx
-from onnx.external_data_helper import set_external_data
+import onnx_ir as ir
 
 WEIGHTS = "weights.data"
 _SMALL_BYTES = 1024  # tensors up to here stay inside the graph: engines want shapes and scalars at hand
@@ -20,7 +20,7 @@ class WeightFile:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._file: BinaryIO = (folder / WEIGHTS).open("wb")
-        self._places: dict[tuple[int, bytes], int] = {}  # (data type, SHA-256) -> offset
+        self._places: dict[tuple[ir.DataType, bytes], int] = {}  # (data type, SHA-256) -> offset
 
     def __enter__(self) -> "WeightFile":
         return self
@@ -30,22 +30,30 @@ class WeightFile:
     ) -> None:
         self._file.close()
 
-    def save(self, model: onnx.ModelProto, name: str) -> Path:
-        """Write the graph as `name` in this folder, its large tensors into the weight file."""
-        bare = onnx.ModelProto()
-        bare.CopyFrom(model)
-        for tensor in bare.graph.initializer:
-            data = onnx.numpy_helper.to_array(tensor).tobytes()
-            if len(data) > _SMALL_BYTES:
-                set_external_data(tensor, WEIGHTS, self._place(tensor.data_type, data), len(data))
-                tensor.ClearField("raw_data")
-        path = self._folder / name
+    def take(self, model: ir.Model) -> onnx.ModelProto:
+        """Move the large tensors of `model` into the file, one at a time, and return the graph that refers to them."""
+        for value in model.graph.initializers.values():
+            tensor = value.const_value
+            if tensor is not None and tensor.nbytes > _SMALL_BYTES:
+                value.const_value = ir.ExternalTensor(
+                    WEIGHTS,
+                    self._place(tensor.dtype, tensor.tobytes()),
+                    tensor.nbytes,
+                    tensor.dtype,
+                    shape=tensor.shape,  # type: ignore[arg-type]  # no initializer's shape is symbolic
+                    name=tensor.name or "",
+                    base_dir=self._folder,
+                )
         self._file.flush()
-        onnx.save_model(bare, path)
-        onnx.checker.check_model(str(path))
-        return path
+        return ir.to_proto(model)
 
-    def _place(self, data_type: int, data: bytes) -> int:
+    def write(self, model: onnx.ModelProto, name: str) -> None:
+        """Write a graph that `take` returned as `name` in this folder. Raises onnx's ValidationError."""
+        path = self._folder / name
+        onnx.save_model(model, path)
+        onnx.checker.check_model(str(path))
+
+    def _place(self, data_type: ir.DataType, data: bytes) -> int:
         key = (data_type, hashlib.sha256(data).digest())
         if key not in self._places:
             self._file.write(b"\0" * (-self._file.tell() % _ALIGN_BYTES))

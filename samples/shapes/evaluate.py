@@ -1,135 +1,131 @@
 """ShapesEval: GenEval's six kinds of prompts in the shapes world, drawn by a bundle and judged by the scene parser.
 
-    python -m samples.shapes.evaluate --bundle bundles/shapes --out out/shapes-eval
+    tpx-eval shapes --bundle bundles/shapes --out out/shapes-eval
+    python -m samples.shapes.evaluate ...                               the same
 
 A fixed list of 552 prompts, 92 of each kind, gives the overall score: the unweighted mean of the six kinds' shares of right
 pictures. Two more rows ask for coloured pairs in a relation: 96 prompts of combinations that training has seen, and 96 of
-those that were held out of it. Intervals are 95% bootstraps over prompts. `--out` holds every picture, index.html, and
-report.json; an interrupted run goes on where it stopped. Needs no torch.
+those that were held out of it. Intervals are 95% bootstraps over prompts. Beside each score stands how often the parser is
+wrong on renders of the same prompts. `--out` holds every picture, index.html, and report.json; an interrupted run goes on
+where it stopped. Needs no torch.
 """
 
 import hashlib
 import html
 import json
-import random
-import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import click
 import numpy as np
-from PIL import Image
 
-from samples.shapes.captions import KINDS, Group, Prompt, caption, prompt_of
-from samples.shapes.parser import RECORD, Parser
+from samples.shapes.captions import KINDS
+from samples.shapes.parser import WEIGHTS, Parser
+from samples.shapes.questions import LIST, NEVER_SEEN, SEEN, Question, questions
 from samples.shapes.score import judge, page
-from samples.shapes.world import COLOURS, HELD_OUT, INVERSE, SHAPES, SUPPORTS
-from tpx_runtime.cli import TpxCommand, find_bundle
 from tpx_runtime.errors import BadInput
+from tpx_runtime.evaluation.cli import shapes as main
+from tpx_runtime.evaluation.progress import progress, resumable
+from tpx_runtime.evaluation.record import differing, write_json, write_whole
+from tpx_runtime.evaluation.statistics import bootstrap
+from tpx_runtime.images import save_png
 
-LIST = "ShapesEval 1"  # seeds the list: another list is another name
-EACH = 92
-SEEN, NEVER_SEEN = "pair in a relation, seen", "pair in a relation, held out"
-OF_EACH_HELD_OUT = 8
-RESAMPLES = 2000
+if TYPE_CHECKING:
+    from tpx_runtime.generator import Generator
+
+SEEDS_APART = 1000  # between the first pictures of two prompts: no two share their noise
+# How often the parser is wrong on renders, row by row; parser_errors.py measures it.
+ERRORS = Path(__file__).with_name("parser_errors.json")
 
 
 @dataclass(frozen=True)
-class Question:
-    """One entry of the list: its row in the report, what it asks, and the words it asks it in."""
+class ParserError:
+    """On how many renders of a row's prompts the parser was tried; parts of right ones refused, wrong ones accepted."""
 
-    row: str
-    prompt: Prompt
-    text: str
-
-
-def questions() -> list[Question]:
-    """The fixed list; no two entries of a row are worded alike."""
-    rng = random.Random(LIST)
-    found: list[Question] = []
-    for row, count in [*((kind, EACH) for kind in KINDS), (SEEN, len(HELD_OUT) * OF_EACH_HELD_OUT)]:
-        texts: dict[str, Question] = {}
-        while len(texts) < count:
-            prompt = prompt_of(rng, "attribution + position" if row == SEEN else row)
-            text = caption(prompt, rng)
-            if not asks_for_held_out(prompt):
-                texts.setdefault(text, Question(row, prompt, text))
-        found += texts.values()
-    for colour, shape, relation in sorted(HELD_OUT):
-        texts = {}
-        while len(texts) < OF_EACH_HELD_OUT:
-            others = [s for s in (SUPPORTS if relation == "on" else SHAPES) if s != shape]
-            other = Group(rng.choice(others), rng.choice(tuple(COLOURS)))
-            prompt = Prompt("attribution + position", (Group(shape, colour), other), relation)
-            texts.setdefault(text := caption(prompt, rng), Question(NEVER_SEEN, prompt, text))
-        found += texts.values()
-    return found
+    renders: int
+    true_refused: float
+    false_accepted: float
 
 
-def asks_for_held_out(prompt: Prompt) -> bool:
-    """Whether a prompt names a combination that no training scene shows."""
-    if prompt.relation is None:
-        return False
-    first, second = prompt.groups
-    return (first.colour, first.shape, prompt.relation) in HELD_OUT or (
-        second.colour,
-        second.shape,
-        INVERSE[prompt.relation],
-    ) in HELD_OUT
+def parser_errors(path: Path = ERRORS) -> dict[str, ParserError]:
+    """The recorded errors of each row, and "overall", their unweighted mean over the six kinds.
 
-
-def interval(verdicts: Sequence[Sequence[Sequence[bool]]]) -> tuple[float, float, float]:
-    """Mean over rows of the share of right pictures, and its 95% bootstrap interval; prompts are drawn anew in each row.
-
-    `verdicts[row][prompt][image]`.
+    Raises BadInput where another parser was measured than the one that judges.
     """
-    rng = np.random.default_rng(0)
-    shares = [np.array([np.mean(images) for images in row]) for row in verdicts]
-    drawn = [row[rng.integers(len(row), size=(RESAMPLES, len(row)))].mean(axis=1) for row in shares]
-    low, high = np.percentile(np.mean(drawn, axis=0), [2.5, 97.5])
-    return float(np.mean([row.mean() for row in shares])), float(low), float(high)
+    record = json.loads(path.read_text())
+    if record["parser sha256"] != hashlib.sha256(WEIGHTS.read_bytes()).hexdigest():
+        raise BadInput(
+            f"expected {path.name} to be measured with the present {WEIGHTS.name}, found another; run {record['command']}"
+        )
+    made = {}
+    for row, found in record["rows"].items():
+        refused, accepted = (len(found[key]) / found["renders"] for key in ("true refused", "false accepted"))
+        made[row] = ParserError(found["renders"], refused, accepted)
+    kinds = [made[kind] for kind in KINDS]
+    made["overall"] = ParserError(
+        sum(one.renders for one in kinds),
+        float(np.mean([one.true_refused for one in kinds])),
+        float(np.mean([one.false_accepted for one in kinds])),
+    )
+    return made
 
 
-def report(asked: Sequence[Question], right: Sequence[Sequence[bool]]) -> dict[str, dict[str, float]]:
-    """For each row and "overall": prompts, images, score, low, high (parts of 1)."""
+def report(asked: Sequence[Question], right: Sequence[Sequence[bool]]) -> dict[str, dict[str, Any]]:
+    """For each row and "overall": prompts, images, score, low, high (parts of 1), and the parser's own errors."""
     rows: dict[str, list[Sequence[bool]]] = {}
     for question, verdict in zip(asked, right, strict=True):
         rows.setdefault(question.row, []).append(verdict)
     kinds = [kind for kind in KINDS if kind in rows]
-    table = {row: [rows[row]] for row in kinds}
-    table["overall"] = [rows[kind] for kind in kinds]
-    table |= {row: [rows[row]] for row in (SEEN, NEVER_SEEN) if row in rows}
-    made = {}
-    for name, verdicts in table.items():
-        score, low, high = interval(verdicts)
-        prompts = sum(map(len, verdicts))
-        images = sum(len(images) for row in verdicts for images in row)
-        made[name] = {"prompts": prompts, "images": images, "score": score, "low": low, "high": high}
+    table = {row: [row] for row in kinds} | {"overall": kinds}
+    table |= {row: [row] for row in (SEEN, NEVER_SEEN) if row in rows}
+    errors, made = parser_errors(), {}
+    for name, members in table.items():
+        verdicts = [rows[row] for row in members]
+        estimate = bootstrap([np.array([np.mean(images) for images in row]) for row in verdicts])
+        made[name] = {
+            "prompts": sum(map(len, verdicts)),
+            "images": sum(len(images) for row in verdicts for images in row),
+            "score": estimate.mean,
+            "low": estimate.low,
+            "high": estimate.high,
+            "parser": asdict(errors[name]),
+        }
     return made
 
 
-def as_text(result: dict[str, dict[str, float]]) -> str:
-    """The report as a Markdown table, and under it what the judge's word is worth."""
-    lines = ["| | prompts | images | right | 95% interval |", "|---|---|---|---|---|"]
+def as_text(result: dict[str, dict[str, Any]]) -> str:
+    """The report as a Markdown table, and under it what its last column means."""
+    lines = ["| | prompts | images | right | 95% interval | parser wrong |", "|---|---|---|---|---|---|"]
     for name, row in result.items():
         shown = f"**{name}**" if name == "overall" else name
         score, low, high = (f"{100 * row[key]:.1f}" for key in ("score", "low", "high"))
-        lines.append(f"| {shown} | {row['prompts']:.0f} | {row['images']:.0f} | {score}% | {low} to {high} |")
-    record = json.loads(RECORD.read_text())
+        wrong = " / ".join(f"{100 * row['parser'][key]:.2f}%" for key in ("true_refused", "false_accepted"))
+        lines.append(
+            f"| {shown} | {row['prompts']} | {row['images']} | {score}% | {low} to {high} | {wrong} |"
+        )
+    renders = result["overall"]["parser"]["renders"]
     lines.append(
-        f"\nThe parser itself, on {record['fresh renders']} fresh renders: {record['satisfied']:.2%} of true prompts "
-        f"accepted, {record['refused']:.2%} of prompts wrong in one word refused."
+        f"\nParser wrong: true prompts refused / prompts wrong in one word accepted, on {renders:,} fresh renders of the "
+        "six kinds' prompts; what it does with a model's pictures is not in these figures."
     )
     return "\n".join(lines)
 
 
 def as_page(asked: Sequence[Question], right: Sequence[Sequence[bool]], text: str) -> str:
-    """index.html: the table, then every prompt with its framed pictures."""
-    parts = [f"<meta charset=utf-8><title>{LIST}</title><h1>{LIST}</h1><pre>{html.escape(text)}</pre>"]
+    """index.html: the table, then row by row every prompt with its framed pictures and a mark for each."""
+    style = "figure{display:inline-block;margin:4px}figcaption{max-width:540px}"
+    parts = [
+        f"<!doctype html><meta charset=utf-8><title>{LIST}</title><style>{style}</style><h1>{LIST}</h1>",
+        f"<pre>{html.escape(text)}</pre><p>Green frame and ✓: right. Red frame and ✗: wrong.",
+    ]
+    row = ""
     for number, (question, verdict) in enumerate(zip(asked, right, strict=True)):
-        words = f"{html.escape(question.text)} ({html.escape(question.row)}): {sum(verdict)}/{len(verdict)}"
+        if question.row != row:
+            parts.append(f"<h2>{html.escape(row := question.row)}</h2>")
+        marks = "".join("✓" if one else "✗" for one in verdict)
+        words = f"{html.escape(question.text)}: {marks} {sum(verdict)}/{len(verdict)}"
         parts.append(
             f"<figure><img loading=lazy src={_picture(number)}><figcaption>{words}</figcaption></figure>"
         )
@@ -148,19 +144,31 @@ class Verdicts:
         self.path = folder / "verdicts.jsonl"
         self.right: list[list[bool]] = []
         if self.path.exists():
-            first, *rest = self.path.read_text().splitlines() or [""]
+            first, *rest = self.path.read_text(encoding="utf-8").splitlines() or [""]
             if first != json.dumps(facts):
-                raise BadInput(
-                    f"expected the run of {json.dumps(facts)} in {folder}, found another; choose another --out"
-                )
-            self.right = [json.loads(line) for line in rest if line.endswith("]")]
+                raise BadInput(_another(first, facts, folder))
+            said = [json.loads(line) for line in rest if line.endswith("]")]
+            # Verdicts without their picture are drawn anew.
+            there = takewhile(lambda pair: (folder / _picture(pair[0])).is_file(), enumerate(said))
+            self.right = [right for _, right in there]
         # Written anew: a killed run may have left half a line.
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in [facts, *self.right]))
+        write_whole(self.path, "".join(json.dumps(line) + "\n" for line in [facts, *self.right]).encode())
 
     def add(self, right: Sequence[bool]) -> None:
         self.right.append(list(right))
         with self.path.open("a") as file:
             file.write(json.dumps(self.right[-1]) + "\n")
+
+
+def _another(line: str, facts: dict[str, Any], folder: Path) -> str:
+    """Why the run that `line` speaks of is not that of `facts`."""
+    try:
+        before, now = differing(dict(json.loads(line)), facts) or ("", "")
+    except (ValueError, TypeError):
+        before, now = "what is not JSON", "no such run"
+    return (
+        f"expected the settings of the run in {folder} ({before}), found {now}; use those, or another --out"
+    )
 
 
 def _first_of_each_row(asked: Sequence[Question], limit: int | None) -> Iterator[tuple[int, Question]]:
@@ -171,50 +179,66 @@ def _first_of_each_row(asked: Sequence[Question], limit: int | None) -> Iterator
             yield number, question
 
 
-@click.command(cls=TpxCommand)
-@click.option("--bundle", help="Folder of the bundle.  [default: $TPX_BUNDLE, else bundles/shapes]")
-@click.option("--out", type=click.Path(path_type=Path), default=Path("out/shapes-eval"), show_default=True)
-@click.option("--images", type=click.IntRange(1), default=4, show_default=True, help="Pictures a prompt.")
-@click.option("--limit", type=click.IntRange(1), help="Only so many prompts of each row.")
-@click.option("--engine", default="auto", show_default=True, help="Engine that runs the bundle.")
-@click.option("--sampler", help="Sampler.  [default: the bundle's]")
-@click.option("--steps", type=int, help="Denoising steps.  [default: the bundle's]")
-@click.option("--guidance", type=float, help="Guidance.  [default: the bundle's]")
-@click.option("--depth", type=int, help="Latent steps of thinking.  [default: the bundle's]")
-def main(bundle: str | None, out: Path, images: int, limit: int | None, engine: str, **settings: Any) -> None:
-    """Draw and judge the list, and print the table and the page's path."""
-    from tpx_runtime.generator import Generator
+def run(
+    out: Path,
+    generator: "Generator",
+    *,
+    images: int = 4,
+    seed: int = 0,
+    limit: int | None = None,
+    batch_size: int = 8,
+    **settings: Any,
+) -> str:
+    """Draw and judge the list, write `out`, and return the table. `settings` are those of `Generator.plan`.
 
-    generator, parser = Generator.load(find_bundle(bundle), engine), Parser.load()
+    Picture i of prompt n has seed `seed + 1000 n + i`, the same whatever the limit. Raises BadInput for settings that do not
+    fit or a folder of another run, Cancelled with what is left.
+    """
     asked = list(_first_of_each_row(questions(), limit))
-    out.mkdir(parents=True, exist_ok=True)
-    run = {"bundle": generator.bundle.hash, "engine": generator.engine.name, "images": images, "limit": limit}
-    facts = {"list": LIST, **run, **settings}
-    verdicts = Verdicts(out, facts)
-    with click.progressbar(length=len(asked), label="drawing", file=sys.stderr) as bar:
-        bar.update(len(verdicts.right))
-        for place in range(len(verdicts.right), len(asked)):
-            number, question = asked[place]
-            # Every prompt has seeds of its own, the same whatever the limit.
-            drawn: list[Image.Image] = generator(
-                question.text, seed=1000 * number, num_images=images, **settings
-            )
-            row = judge(parser, question.prompt, drawn)
-            page([row]).save(out / _picture(place))
-            verdicts.add(row.right)
-            bar.update(1)
+    jobs = [
+        generator.plan(question.text, seed=seed + SEEDS_APART * number, num_images=images, **settings)
+        for number, question in asked
+    ]
+    parser_errors()  # refuses now rather than at the end
+    parser, used = Parser.load(), jobs[0][0]
+    facts = {
+        "list": LIST,
+        "bundle": generator.manifest.name,
+        "bundle_sha256": generator.manifest.sha256,
+        "engine": generator.engine.name,
+        **{key: getattr(used, key) for key in ("sampler", "steps", "guidance", "depth")},
+        "seed": seed,
+        "images": images,
+        "limit": limit,
+    }
     listed = [question for _, question in asked]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        verdicts = Verdicts(out, facts)
+    except OSError as error:
+        raise BadInput(
+            f"expected to write into {out}, found: {error.strerror}; choose another --out"
+        ) from None
+    together = max(1, batch_size // images)
+    left = range(len(verdicts.right), len(asked))
+    with resumable(images * len(left)) as count, progress(count) as advance:
+        for start in left[::together]:
+            group = range(start, min(start + together, len(asked)))
+            drawn = iter(generator.draw([job for place in group for job in jobs[place]], batch_size))
+            for place in group:
+                row = judge(parser, listed[place].prompt, [next(drawn) for _ in range(images)])
+                save_png(page([row]), out / _picture(place))
+                verdicts.add(row.right)
+                advance(images)
     result = report(listed, verdicts.right)
     text = as_text(result)
-    (out / "report.json").write_text(json.dumps({**facts, "rows": result}, indent=2) + "\n")
-    (out / "index.html").write_text(as_page(listed, verdicts.right, text), encoding="utf-8")
-    click.echo(text)
-    click.echo(out / "index.html")
-
-
-def fingerprint(asked: Sequence[Question]) -> str:
-    """SHA-256 of the list's words: a list that changes unnoticed would make scores incomparable."""
-    return hashlib.sha256("\n".join(f"{q.row}: {q.text}" for q in asked).encode()).hexdigest()
+    prompts = [
+        {"row": question.row, "prompt": question.text, "right": right}
+        for question, right in zip(listed, verdicts.right, strict=True)
+    ]
+    write_json(out / "report.json", {**facts, "overall of": list(KINDS), "rows": result, "prompts": prompts})
+    write_whole(out / "index.html", as_page(listed, verdicts.right, text).encode())
+    return text
 
 
 if __name__ == "__main__":

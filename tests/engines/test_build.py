@@ -10,17 +10,19 @@ from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner, Result
+from runtime.fakes import CLASSES, THREE, make_bundle, without_encoder
 
 from tpx_engines import build as module
 from tpx_engines import tensorrt_rtx
-from tpx_engines.build import Gpu, available_bytes, choose_gpu, gpu_here, parse_batch
+from tpx_engines.build import Gpu, choose_gpu, gpu_here, parse_batch
 from tpx_engines.cache import EngineCache
 from tpx_engines.cli import main
 from tpx_engines.tensorrt_rtx import Progress, Shapes
 from tpx_runtime.bundle import Bundle
 from tpx_runtime.errors import BadInput, Cancelled, EngineFailed, EngineUnavailable
 
-GRAPHS = ["text_encoder", *(f"transformer depth {depth}" for depth in (1, 2, 3)), "vae_decoder"]
+TRANSFORMERS = [f"transformer depth {depth}" for depth in (1, 2, 3)]
+GRAPHS = ["text_encoder", *TRANSFORMERS, "vae_decoder", "vae_encoder"]
 
 
 @pytest.fixture(autouse=True)
@@ -85,15 +87,16 @@ def origins(result: Result) -> list[str]:
 
 def test_builds_once(builder: FakeBuilder, tpx_build: Callable[..., Result], tmp_path: Path) -> None:
     first = tpx_build()
-    assert origins(first) == ["build"] * 5
+    assert origins(first) == ["build"] * len(GRAPHS)
     assert first.stdout == f"{tmp_path / 'cache'}\n"
-    assert origins(tpx_build()) == ["cache"] * 5
+    assert origins(tpx_build()) == ["cache"] * len(GRAPHS)
     assert builder.built == [
         "text_encoder/model",
         "transformer/depth-1",
         "transformer/depth-2",
         "transformer/depth-3",
         "vae_decoder/model",
+        "vae_encoder/model",
     ]
 
 
@@ -102,8 +105,8 @@ def test_another_batch_or_gpu_is_built_too_and_replaces_nothing(
     builder: FakeBuilder, tpx_build: Callable[..., Result], arguments: list[str]
 ) -> None:
     tpx_build()
-    assert origins(tpx_build(*arguments)) == ["build"] * 5
-    assert origins(tpx_build()) == ["cache"] * 5
+    assert origins(tpx_build(*arguments)) == ["build"] * len(GRAPHS)
+    assert origins(tpx_build()) == ["cache"] * len(GRAPHS)
 
 
 def test_another_version_is_built_again_and_says_why(
@@ -112,8 +115,8 @@ def test_another_version_is_built_again_and_says_why(
     tpx_build()
     builder.version = "1.7.2.3"
     result = tpx_build()
-    assert origins(result) == ["build"] * 5
-    assert result.stderr.count("expected version '1.7.2.3', found '1.7.1.116'") == 5
+    assert origins(result) == ["build"] * len(GRAPHS)
+    assert result.stderr.count("expected version '1.7.2.3', found '1.7.1.116'") == len(GRAPHS)
 
 
 def test_a_damaged_engine_alone_is_built_again(
@@ -123,7 +126,7 @@ def test_a_damaged_engine_alone_is_built_again(
     (damaged,) = (tmp_path / "cache").glob("transformer-depth-2.*")
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
     result = tpx_build()
-    assert origins(result) == ["cache", "cache", "build", "cache", "cache"]
+    assert origins(result) == ["cache", "cache", "build", "cache", "cache", "cache"]
     assert result.stderr.startswith(f"building again: {damaged}: expected SHA-256 ")
 
 
@@ -137,7 +140,7 @@ def test_a_failed_build_keeps_what_was_built(
     result = tpx_build()
     assert (result.exit_code, result.stdout) == (5, "")
     assert "error: cannot build it\n" in result.stderr
-    assert origins(tpx_build()) == ["cache", "cache", "build", "build", "build"]
+    assert origins(tpx_build()) == ["cache", "cache", "build", "build", "build", "build"]
 
 
 def test_ctrl_c_stops_the_builder_and_the_next_run_goes_on(
@@ -147,12 +150,12 @@ def test_ctrl_c_stops_the_builder_and_the_next_run_goes_on(
     result = tpx_build()
     assert (result.exit_code, result.stdout) == (130, "")
     left = (
-        f"error: cancelled; 2 of 5 engines are in {tmp_path / 'cache'}, the same command goes on from there\n"
+        f"error: cancelled; 2 of 6 engines are in {tmp_path / 'cache'}, the same command goes on from there\n"
     )
     assert result.stderr.endswith(left)
     names = sorted(path.name for path in (tmp_path / "cache").iterdir())
     assert [name.split(".")[0] for name in names] == ["text-encoder", "transformer-depth-1"]
-    assert origins(tpx_build()) == ["cache", "cache", "build", "build", "build"]
+    assert origins(tpx_build()) == ["cache", "cache", "build", "build", "build", "build"]
 
 
 def test_an_engine_that_was_finished_in_spite_of_ctrl_c_is_kept(
@@ -165,8 +168,8 @@ def test_an_engine_that_was_finished_in_spite_of_ctrl_c_is_kept(
     builder.at, builder.then = 1, too_late
     result = tpx_build()
     assert result.exit_code == 130
-    assert "error: cancelled; 2 of 5 engines are in " in result.stderr
-    assert origins(tpx_build()) == ["cache", "cache", "build", "build", "build"]
+    assert "error: cancelled; 2 of 6 engines are in " in result.stderr
+    assert origins(tpx_build()) == ["cache", "cache", "build", "build", "build", "build"]
 
 
 def test_a_second_ctrl_c_does_not_wait(
@@ -306,9 +309,9 @@ def test_refuses_to_build_without_memory(
         in (result.stderr)
     )
     monkeypatch.setattr(module, "available_bytes", lambda: None)
-    assert origins(tpx_build()) == ["build"] * 5
+    assert origins(tpx_build()) == ["build"] * len(GRAPHS)
     monkeypatch.setattr(module, "available_bytes", lambda: 0)
-    assert origins(tpx_build()) == ["cache"] * 5
+    assert origins(tpx_build()) == ["cache"] * len(GRAPHS)
 
 
 def test_counts_the_weights_of_a_graph_once(builder: FakeBuilder, tiny_bundle: Path, tmp_path: Path) -> None:
@@ -318,18 +321,46 @@ def test_counts_the_weights_of_a_graph_once(builder: FakeBuilder, tiny_bundle: P
     assert tasks[2].weight_bytes == sizes["depth-2.onnx"] + sizes["weights.data"]
 
 
-def test_reads_what_memory_is_left(tmp_path: Path) -> None:
-    assert available_bytes(tmp_path) is None
-    (tmp_path / "proc").mkdir()
-    (tmp_path / "proc/meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:    4000 kB\n")
-    assert available_bytes(tmp_path) == 4000 << 10
-    group = tmp_path / "sys/fs/cgroup"
-    group.mkdir(parents=True)
-    for name, text in (("max", "max"), ("current", "3000"), ("stat", "anon 7\ninactive_file 500\n")):
-        (group / f"memory.{name}").write_text(text)
-    assert available_bytes(tmp_path) == 4000 << 10
-    (group / "memory.max").write_text("5000\n")
-    assert available_bytes(tmp_path) == 2500
+def test_shapes_are_those_of_the_bundle(tiny_bundle: Path) -> None:
+    found = {
+        name: inputs for name, (_, inputs) in module.graphs(Bundle.open(tiny_bundle, verify=False)).items()
+    }
+    told = {"context": (None, 12, 32), "pooled": (None, 32)}
+    denoise = {"latents": (None, 4, 8, 8), "timestep": (None,), **told}
+    assert found == {
+        "text_encoder": {"ids": (None, 12)},
+        **dict.fromkeys(TRANSFORMERS, denoise),
+        "vae_decoder": {"latents": (None, 4, 8, 8)},
+        "vae_encoder": {"image": (None, 3, 64, 64)},
+    }
+
+
+def test_every_text_encoder_is_built(tmp_path: Path) -> None:
+    root = make_bundle(tmp_path / "three", THREE)
+    found = module.graphs(Bundle.open(root))
+    assert [found[f"text_encoder{number}"] for number in ("", "_2", "_3")] == [
+        (root / "text_encoder/model.onnx", {"ids": (None, 8)}),
+        (root / "text_encoder_2/model.onnx", {"ids": (None, 8)}),
+        (root / "text_encoder_3/model.onnx", {"ids": (None, 13)}),
+    ]
+    assert found["transformer depth 2"][1]["context"] == (None, 21, 16)
+    assert found["transformer depth 2"][1]["pooled"] == (None, 19)
+
+
+def test_a_model_of_classes_is_told_a_class(tmp_path: Path) -> None:
+    found = module.graphs(Bundle.open(make_bundle(tmp_path / "classes", CLASSES)))
+    assert list(found) == ["transformer depth 1", "vae_decoder", "vae_encoder"]
+    assert found["transformer depth 1"][1] == {
+        "latents": (None, 4, 2, 3),
+        "timestep": (None,),
+        "class_id": (None,),
+    }
+
+
+def test_an_encoder_of_pictures_that_is_not_there_is_not_built(tmp_path: Path) -> None:
+    bundle = without_encoder(make_bundle(tmp_path / "paper"))
+    assert "vae_encoder" not in module.graphs(bundle)
+    assert "vae_decoder" in module.graphs(bundle)
 
 
 def test_needs_the_libraries(monkeypatch: pytest.MonkeyPatch, tpx_build: Callable[..., Result]) -> None:
@@ -373,8 +404,8 @@ def real() -> None:
 
 @pytest.mark.usefixtures("real")
 def test_builds_the_tiny_bundle(tpx_build: Callable[..., Result], tiny_bundle: Path, tmp_path: Path) -> None:
-    assert origins(tpx_build("--batch", "1,4")) == ["build"] * 5
-    assert len(list((tmp_path / "cache").iterdir())) == 5
+    assert origins(tpx_build("--batch", "1,4")) == ["build"] * len(GRAPHS)
+    assert len(list((tmp_path / "cache").iterdir())) == len(GRAPHS)
     bundle, cache = Bundle.open(tiny_bundle), EngineCache(tmp_path / "cache")
     for task in module.plan(bundle, cache, (1, 4), Gpu(89)):
         engine = cache.load(task.key)
@@ -396,7 +427,7 @@ def test_ctrl_c_cancels_a_real_build(
     monkeypatch.setattr(Progress, "step", step_and_press)
     result = tpx_build()
     assert (result.exit_code, result.stdout) == (130, "")
-    assert "error: cancelled; 0 of 5 engines are in " in result.stderr
+    assert "error: cancelled; 0 of 6 engines are in " in result.stderr
     assert list((tmp_path / "cache").iterdir()) == []
 
 

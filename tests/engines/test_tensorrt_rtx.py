@@ -9,6 +9,7 @@ from tpx_engines import tensorrt_rtx
 from tpx_engines.build import graphs
 from tpx_export.exporter import export_bundle
 from tpx_export.model.text_to_image import TextToImage
+from tpx_export.pipeline import Pipeline
 from tpx_runtime.bundle import Bundle, transformer_name
 from tpx_runtime.errors import BadInput, EngineFailed, EngineUnavailable
 
@@ -28,14 +29,14 @@ def bundle(
     if request.param == "fp32":
         return Bundle.open(tiny_bundle)
     out = tmp_path_factory.mktemp("half") / "tiny"
-    export_bundle(tiny_model, out, precision="fp16")
+    export_bundle(Pipeline.of(tiny_model), out, precision="fp16")
     return Bundle.open(out)
 
 
 @pytest.mark.parametrize("capability", [86, 89, 120])
 def test_builds_every_graph_at_every_depth(bundle: Bundle, capability: int) -> None:
     made = graphs(bundle)
-    assert len(made) == 5
+    assert len(made) == 6
     for name, (path, inputs) in made.items():
         engine = tensorrt_rtx.build(path, inputs, capability=capability)
         assert len(engine) > 10_000, name

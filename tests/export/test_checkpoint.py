@@ -2,11 +2,14 @@
 
 import json
 import pickle
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from tpx_export import checkpoint
 from tpx_export.checkpoint import CheckpointInvalid
@@ -116,6 +119,53 @@ def test_other_version_and_specification(saved: Path) -> None:
     assert "version 1" in refusal(edited(saved, "version", 2))
     assert "specification" in refusal(edited(saved, "spec", {"name": "x"}))
     assert "specification" in refusal(edited(saved, "spec", None))
+
+
+def respecified(saved: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    """The same tensors under a header whose transformer specification `change` has edited in place."""
+    if saved.suffix == ".pt":
+        whole = torch.load(saved, weights_only=True)
+        header, state = json.loads(whole["header"]), whole["state"]
+    else:
+        with safe_open(saved, framework="pt") as file:
+            header = json.loads(file.metadata()["tpx"])
+        state = load_file(saved)
+    change(header["spec"]["transformer"])
+    if saved.suffix == ".pt":
+        torch.save({"header": json.dumps(header), "state": state}, saved)
+    else:
+        save_file(state, saved, metadata={"tpx": json.dumps(header)})
+    return saved
+
+
+def test_fields_with_defaults_may_be_left_out_of_the_specification(
+    saved: Path, tiny_model: TextToImage
+) -> None:
+    """As in checkpoints written before there were such fields."""
+    found = checkpoint.load(
+        respecified(saved, lambda spec: [spec.pop(n) for n in ("dual_blocks", "qk_norm")])
+    )
+    assert found.spec == tiny_model.spec
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "named"),
+    [
+        ("rope", True, "rope"),
+        ("width", "64", "int, found '64'"),
+        ("width", 64.5, "int, found 64.5"),
+        ("heads", True, "int, found True"),
+        ("qk_norm", 1, "bool, found 1"),
+        ("dual_blocks", 1, "tuple"),
+        ("dual_blocks", ["0"], "int, found '0'"),
+        ("dual_blocks", [7], "within 0..2"),
+        ("thinking", [], "ThinkingSpec"),
+    ],
+)
+def test_unknown_and_mistyped_fields_of_the_specification(
+    saved: Path, field: str, value: object, named: str
+) -> None:
+    assert named in refusal(respecified(saved, lambda spec: spec.update({field: value})))
 
 
 def test_missing_unknown_and_misshapen_tensors(saved: Path, tiny_model: TextToImage) -> None:

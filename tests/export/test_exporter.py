@@ -13,12 +13,14 @@ import pytest
 import torch
 from click.testing import CliRunner
 from conftest import make_tiny
+from PIL import Image
 
 from tpx_export import checkpoint, exporter
 from tpx_export.cli import main, table
 from tpx_export.exporter import Summary, export_bundle
 from tpx_export.model.text_to_image import TextToImage
 from tpx_export.operator import DOMAIN, NAME
+from tpx_export.pipeline import Pipeline
 from tpx_export.precision import TOLERANCES
 from tpx_export.routing import permuted
 from tpx_runtime.bundle import Bundle, transformer_name
@@ -65,7 +67,8 @@ def test_generator_draws_what_pytorch_draws(tiny_bundle: Path, tiny_model: TextT
 
     generator = Generator.load(tiny_bundle, engine="onnxruntime")
     [image] = generator("a red cube on a blue sphere", seed=5, steps=6, guidance=3.0, depth=3)
-    tokenizer = generator.tokenizer
+    assert generator.text is not None
+    [tokenizer] = generator.text.tokenizers
     ids = torch.tensor([tokenizer.encode_empty().ids, tokenizer.encode("a red cube on a blue sphere").ids])
     context, pooled = tiny_model.text_encoder(ids)
 
@@ -80,6 +83,34 @@ def test_generator_draws_what_pytorch_draws(tiny_bundle: Path, tiny_model: TextT
     expected = tiny_model.autoencoder.decode(torch.from_numpy(x.astype(np.float32)))[0]
     pixels = ((expected.clamp(-1, 1) + 1) * 127.5).round().permute(1, 2, 0).numpy()
     assert np.abs(np.asarray(image, np.float32) - pixels).max() <= 1
+
+
+def test_golden_tensors_of_the_other_parts_are_the_models(tiny_bundle: Path, tiny_model: TextToImage) -> None:
+    golden = {
+        name: torch.from_numpy(array) for name, array in np.load(tiny_bundle / "golden/golden.npz").items()
+    }
+    context, pooled = tiny_model.text_encoder(golden["text_encoder.ids"])
+    torch.testing.assert_close(context, golden["text_encoder.context"])
+    torch.testing.assert_close(pooled, golden["text_encoder.pooled"])
+    torch.testing.assert_close(
+        context, golden["context"]
+    )  # one encoder's answer is what the transformer is told
+    torch.testing.assert_close(pooled, golden["pooled"])
+    autoencoder = tiny_model.autoencoder
+    torch.testing.assert_close(autoencoder.decoder(golden["decoder_latents"]).clamp(-1, 1), golden["image"])
+    torch.testing.assert_close(autoencoder.encoder(golden["image"])[0], golden["encoder_latents"])
+
+
+def test_a_picture_becomes_the_latents_that_pytorch_makes_of_it(
+    tiny_bundle: Path, tiny_model: TextToImage
+) -> None:
+    rng = np.random.default_rng(0)
+    picture = rng.integers(0, 256, (64, 64, 3), np.uint8)
+    edit = Generator.load(tiny_bundle, engine="onnxruntime").edit(Image.fromarray(picture))
+    pixels = torch.from_numpy(picture).permute(2, 0, 1)[None] / 127.5 - 1
+    torch.testing.assert_close(
+        torch.from_numpy(edit.latents), tiny_model.autoencoder.encode(pixels), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_one_weight_file_serves_every_depth(tiny_bundle: Path) -> None:
@@ -134,7 +165,7 @@ def test_dynamic_batch(tiny_bundle: Path) -> None:
 
 
 def test_half_precision_is_typed_and_bounded(tiny_model: TextToImage, tmp_path: Path) -> None:
-    summary = export_bundle(tiny_model, tmp_path / "half", depth=2, precision="fp16")
+    summary = export_bundle(Pipeline.of(tiny_model), tmp_path / "half", depth=2, precision="fp16")
     assert all(report.ok for reports in summary.reports.values() for report in reports)
     assert TOLERANCES["fp16"].transformer < 0.02
     model = graph(tmp_path / "half", 2, plain=False)
@@ -147,7 +178,7 @@ def test_half_precision_is_typed_and_bounded(tiny_model: TextToImage, tmp_path: 
 
 
 def test_a_model_that_does_not_think(tmp_path: Path) -> None:
-    export_bundle(make_tiny(None), tmp_path / "base")
+    export_bundle(Pipeline.of(make_tiny(None)), tmp_path / "base")
     bundle = Bundle.open(tmp_path / "base")
     assert bundle.manifest.model.depths == (1,)
     assert bundle.manifest.model.experts == 0
@@ -161,7 +192,7 @@ def leftovers(folder: Path) -> list[str]:
 @pytest.mark.parametrize("depth", [0, -1, 4])
 def test_depths_that_the_checkpoint_has_not(tiny_model: TextToImage, tmp_path: Path, depth: int) -> None:
     with pytest.raises(BadInput, match=r"expected a depth of 1\.\.3"):
-        export_bundle(tiny_model, tmp_path / "x", depth=depth)
+        export_bundle(Pipeline.of(tiny_model), tmp_path / "x", depth=depth)
     assert leftovers(tmp_path) == []
 
 
@@ -173,7 +204,7 @@ def test_a_graph_out_of_tolerance_leaves_no_bundle(
     with pytest.raises(
         EngineFailed, match=r"transformer depth 1 with a relative error of .* \(tolerance 1e-07\)"
     ):
-        export_bundle(tiny_model, tmp_path / "x", depth=1, precision="fp16")
+        export_bundle(Pipeline.of(tiny_model), tmp_path / "x", depth=1, precision="fp16")
     assert leftovers(tmp_path) == []
 
 
@@ -189,7 +220,7 @@ def test_a_wrong_spelling_is_noticed(
 
     monkeypatch.setattr(exporter, "masked", wrong)
     with pytest.raises(EngineFailed):
-        export_bundle(tiny_model, tmp_path / "x", depth=1)
+        export_bundle(Pipeline.of(tiny_model), tmp_path / "x", depth=1)
     assert leftovers(tmp_path) == []
 
 
@@ -199,12 +230,12 @@ def test_existing_places(tiny_model: TextToImage, tmp_path: Path) -> None:
     (mine / "thesis.txt").write_text("years of work")
     for force, reason in ((False, "there already"), (True, "expected a bundle to replace")):
         with pytest.raises(BadInput, match=reason):
-            export_bundle(tiny_model, mine, force=force)
+            export_bundle(Pipeline.of(tiny_model), mine, force=force)
     assert leftovers(mine) == ["thesis.txt"]
     file = tmp_path / "file"
     file.write_text("")
     with pytest.raises(BadInput):
-        export_bundle(tiny_model, file / "inside")
+        export_bundle(Pipeline.of(tiny_model), file / "inside")
 
 
 def test_a_bundle_is_replaced_whole_or_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,6 +285,10 @@ def test_command_refuses_in_one_line(tiny_model: TextToImage, tmp_path: Path) ->
         (("--ckpt", str(tmp_path / "none.pt")), 6),
         (("--ckpt", str(ckpt), "--depth", "9"), 2),
         (("--ckpt", str(ckpt), "--precision", "fp7"), 2),
+        ((), 2),
+        (("--ckpt", str(ckpt), "--base", str(ckpt)), 2),
+        (("--ckpt", str(ckpt), "--no-t5"), 2),
+        (("--ckpt", str(ckpt), "--image-size", "64"), 2),
     ):
         code, stdout, stderr = run(*arguments, "--out", str(tmp_path / "bundle"))
         assert (code, stdout) == (wanted, "")

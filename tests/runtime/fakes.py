@@ -1,15 +1,31 @@
-"""A bundle of paper, in which all but the graphs is real, and a numpy engine that stands in for those."""
+"""Bundles of paper, in which all but the graphs is real, and a numpy engine that stands in for those.
+
+PAPER has one text encoder, THREE has three as Stable Diffusion 3 does, CLASSES draws classes by diffusion.
+"""
 
 import json
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from tpx_runtime.bundle import GOLDEN, MANIFEST, SCHEDULER, Bundle, describe_files, transformer_name
+from tpx_runtime.bundle import (
+    GOLDEN,
+    MANIFEST,
+    SCHEDULER,
+    VAE_DECODER,
+    VAE_ENCODER,
+    Bundle,
+    describe_files,
+    transformer_name,
+)
+from tpx_runtime.conditioning import combine
 from tpx_runtime.engine import Arrays
-from tpx_runtime.manifest import Defaults, LatentSpec, Manifest, ModelSpec, Tolerance
+from tpx_runtime.manifest import Defaults, EncoderSpec, LatentSpec, Manifest, ModelSpec, Tolerance
+
+Function = Callable[[Arrays], Arrays]
 
 WORDS = ["a", "an", "and", "blue", "cube", "on", "red", "sphere", "two", ",", "."]
 TOKENS = ["<pad>", "<bos>", "<eos>", "<unk>", *WORDS]
@@ -17,41 +33,95 @@ MODEL = ModelSpec(  # no two sizes are alike, so that none can stand in for anot
     latent_channels=4,
     latent_size=(2, 3),
     image_size_px=(8, 12),
-    text_tokens=9,
+    context_tokens=9,
     context_width=5,
     pooled_width=7,
+    classes=0,
+    prediction="velocity",
+    out_channels=4,
+    guided_channels=4,
     visual_tokens=6,
     depths=(1, 2, 4),
     experts=2,
     thinking_blocks=(0, 2),
 )
-MANIFEST_OF_PAPER = Manifest(
+PAPER = Manifest(
     name="paper",
     license="Apache-2.0",
     producer="tests",
     precision="fp32",
     model=MODEL,
+    text_encoders=(EncoderSpec("text_encoder", "tokenizer", tokens=9, context_width=5, pooled_width=7),),
     latent=LatentSpec(scale=2.0, shift=0.25),
     defaults=Defaults(sampler="euler", steps=3, guidance=3.0, depth=2),
-    tolerance=Tolerance(text_encoder=1e-4, transformer=1e-4, vae_decoder=1e-4, routing_agreement=0.9),
+    tolerance=Tolerance(text_encoder=1e-4, transformer=1e-4, vae=1e-4, routing_agreement=0.9),
     files={},
+)
+THREE = replace(
+    PAPER,
+    name="three",
+    model=replace(MODEL, context_tokens=21, context_width=16, pooled_width=19),
+    text_encoders=(
+        EncoderSpec("text_encoder", "tokenizer", tokens=8, context_width=5, pooled_width=9),
+        EncoderSpec("text_encoder_2", "tokenizer_2", tokens=8, context_width=7, pooled_width=10),
+        EncoderSpec("text_encoder_3", "tokenizer_3", tokens=13, context_width=16, pooled_width=0),
+    ),
+)
+CLASSES = replace(
+    PAPER,
+    name="classes",
+    model=replace(
+        MODEL,
+        context_tokens=0,
+        context_width=0,
+        pooled_width=0,
+        classes=13,
+        prediction="epsilon",
+        out_channels=8,
+        guided_channels=3,
+        depths=(1,),
+        experts=0,
+        thinking_blocks=(),
+    ),
+    text_encoders=(),
+    defaults=Defaults(sampler="ddim", steps=3, guidance=3.0, depth=1),
 )
 
 
-def text_encoder(inputs: Arrays) -> Arrays:
-    ids = inputs["ids"]
-    context = np.sin(ids[:, :, None] * np.arange(1, MODEL.context_width + 1)).astype(np.float32)
-    pooled = np.cos(ids.sum(1)[:, None] * np.arange(1, MODEL.pooled_width + 1)).astype(np.float32)
-    return {"context": context, "pooled": pooled}
+def encoder(spec: EncoderSpec) -> Function:
+    """A text encoder: waves of its ids, of another length in every encoder."""
 
-
-def transformer(depth: int) -> Callable[[Arrays], Arrays]:
     def run(inputs: Arrays) -> Arrays:
-        told = inputs["context"].mean((1, 2)) + inputs["pooled"].mean(1) + inputs["timestep"] / 1000
-        velocity = 0.3 * depth * inputs["latents"] + told[:, None, None, None]
-        routes = np.zeros((len(told), len(MODEL.thinking_blocks) * depth, MODEL.visual_tokens), np.int64)
-        routes[:, :, ::2] = inputs["latents"][:, 0, :1, :1] > 0
-        return {"velocity": velocity.astype(np.float32), "routes": routes}
+        ids = inputs["ids"] + spec.context_width / 10
+        context = np.sin(ids[:, :, None] * np.arange(1, spec.context_width + 1))
+        if not spec.pooled_width:
+            return {"context": context.astype(np.float32)}
+        pooled = np.cos(ids.sum(1)[:, None] * np.arange(1, spec.pooled_width + 1))
+        return {"context": context.astype(np.float32), "pooled": pooled.astype(np.float32)}
+
+    return run
+
+
+text_encoder = encoder(PAPER.text_encoders[0])
+
+
+def transformer(depth: int, model: ModelSpec = MODEL) -> Function:
+    def run(inputs: Arrays) -> Arrays:
+        x = inputs["latents"]
+        if model.classes:
+            told = inputs["class_id"] / model.classes
+        else:
+            told = inputs["context"].mean((1, 2)) + inputs["pooled"].mean(1)
+        told = (told + inputs["timestep"] / 1000)[:, None, None, None]
+        said = 0.3 * depth * x + told
+        if model.out_channels > model.latent_channels:
+            said = np.concatenate([said, np.tanh(x - told)], axis=1)
+        outputs = {model.prediction: said.astype(np.float32)}
+        if model.thinking_blocks:
+            routes = np.zeros((len(x), len(model.thinking_blocks) * depth, model.visual_tokens), np.int64)
+            routes[:, :, ::2] = x[:, 0, :1, :1] > 0
+            outputs["routes"] = routes
+        return outputs
 
     return run
 
@@ -60,10 +130,26 @@ def vae_decoder(inputs: Arrays) -> Arrays:
     return {"image": np.tanh(inputs["latents"][:, :3]).repeat(4, axis=2).repeat(4, axis=3)}
 
 
+def vae_encoder(inputs: Arrays) -> Arrays:
+    """Turns the decoder back: the mean of 4 x 4 pixels; the fourth channel is the mean of the others."""
+    image = inputs["image"]
+    means = image.reshape(len(image), 3, 2, 4, 3, 4).mean((3, 5)).clip(-0.99, 0.99)
+    latents = np.arctanh(np.concatenate([means, means.mean(1, keepdims=True)], axis=1))
+    return {"latents": latents.astype(np.float32)}
+
+
+def functions(manifest: Manifest) -> dict[str, Function]:
+    """What each graph of a bundle of paper computes, by its path."""
+    return {
+        **{f"{spec.folder}/model.onnx": encoder(spec) for spec in manifest.text_encoders},
+        **{transformer_name(depth): transformer(depth, manifest.model) for depth in manifest.model.depths},
+        VAE_DECODER: vae_decoder,
+        VAE_ENCODER: vae_encoder,
+    }
+
+
 class FakeSession:
-    def __init__(
-        self, name: str, function: Callable[[Arrays], Arrays], calls: list[tuple[str, Arrays]]
-    ) -> None:
+    def __init__(self, name: str, function: Function, calls: list[tuple[str, Arrays]]) -> None:
         self.name, self.function, self.calls = name, function, calls
 
     def run(self, inputs: Arrays) -> Arrays:
@@ -72,25 +158,27 @@ class FakeSession:
 
 
 class FakeEngine:
-    """`opened` and `calls` say what was asked of it; `replaced` maps a graph's path to another function."""
+    """`opened`, `calls` and `alive` say what was asked of it; `replaced` maps a graph's path to another function."""
 
     plain = False
 
     def __init__(
         self,
-        replaced: dict[str, Callable[[Arrays], Arrays]] | None = None,
+        replaced: dict[str, Function] | None = None,
         name: str = "fake",
         reason: str | None = None,
+        manifest: Manifest = PAPER,
     ) -> None:
         self.name, self.reason = name, reason
         self.opened: list[str] = []
         self.calls: list[tuple[str, Arrays]] = []
-        self.functions: dict[str, Callable[[Arrays], Arrays]] = {
-            "text_encoder/model.onnx": text_encoder,
-            "vae_decoder/model.onnx": vae_decoder,
-            **{transformer_name(depth): transformer(depth) for depth in MODEL.depths},
-            **(replaced or {}),
-        }
+        self.functions = functions(manifest) | (replaced or {})
+        self._sessions: weakref.WeakSet[FakeSession] = weakref.WeakSet()
+
+    @property
+    def alive(self) -> list[str]:
+        """The sessions that somebody still holds."""
+        return sorted(session.name for session in self._sessions)
 
     def problem(self) -> str | None:
         return self.reason
@@ -98,50 +186,65 @@ class FakeEngine:
     def open(self, path: Path) -> FakeSession:
         name = path.relative_to(path.parent.parent).as_posix()
         self.opened.append(name)
-        return FakeSession(name, self.functions[name], self.calls)
+        session = FakeSession(name, self.functions[name], self.calls)
+        self._sessions.add(session)
+        return session
 
 
-def golden() -> Arrays:
+def golden(manifest: Manifest = PAPER) -> Arrays:
     """What the fake engine computes, as an exporter would have written it."""
-    rng = np.random.default_rng(0)
-    ids = np.array([[1, 4, 10, 8, 2, 0, 0, 0, 0], [1, 5, 2, 0, 0, 0, 0, 0, 0]], np.int64)
-    latents = rng.standard_normal((2, *MODEL.latent_shape)).astype(np.float32)
-    arrays = {"ids": ids, **text_encoder({"ids": ids}), "latents": latents}
-    arrays["timestep"] = np.array([1000, 400], np.float32)
-    for depth in MODEL.depths:
-        outputs = transformer(depth)(arrays)
-        arrays |= {f"velocity_{depth}": outputs["velocity"], f"routes_{depth}": outputs["routes"]}
-    return {**arrays, "decoder_latents": latents * 0.5, **vae_decoder({"latents": latents * 0.5})}
+    rng, model = np.random.default_rng(0), manifest.model
+    arrays: Arrays = {}
+    said = []
+    for spec in manifest.text_encoders:
+        ids = np.zeros((2, spec.tokens), np.int64)
+        ids[0, :5], ids[1, :3] = [1, 4, 10, 8, 2], [1, 5, 2]
+        outputs = {"ids": ids, **encoder(spec)({"ids": ids})}
+        arrays |= {f"{spec.folder}.{name}": array for name, array in outputs.items()}
+        said.append((outputs["context"], outputs.get("pooled")))
+    inputs = combine(said, model) if said else {"class_id": np.array([3, 0], np.int64)}
+    inputs["latents"] = rng.standard_normal((2, *model.latent_shape)).astype(np.float32)
+    inputs["timestep"] = np.array([1000, 400], np.float32)
+    arrays |= inputs
+    for depth in model.depths:
+        arrays |= {f"{name}_{depth}": array for name, array in transformer(depth, model)(inputs).items()}
+    arrays["decoder_latents"] = arrays["latents"] * 0.5
+    arrays |= vae_decoder({"latents": arrays["decoder_latents"]})
+    return {**arrays, "encoder_latents": vae_encoder({"image": arrays["image"]})["latents"]}
 
 
-def seal(root: Path, manifest: Manifest = MANIFEST_OF_PAPER) -> Bundle:
+def seal(root: Path, manifest: Manifest = PAPER) -> Bundle:
     """Write the manifest of whatever now lies at `root`, as if it had been exported that way."""
     manifest = replace(manifest, files=describe_files(root))
     (root / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     return Bundle(root, manifest)
 
 
-def write_vocabulary(root: Path, **changes: object) -> None:
-    facts = {"kind": "word", "tokens": TOKENS, "text_tokens": MODEL.text_tokens, **changes}
-    (root / "tokenizer").mkdir(exist_ok=True)
-    (root / "tokenizer/vocab.json").write_text(json.dumps(facts), encoding="utf-8")
+def write_vocabulary(root: Path, spec: EncoderSpec = PAPER.text_encoders[0], **changes: object) -> None:
+    facts = {"kind": "word", "tokens": TOKENS, "text_tokens": spec.tokens, **changes}
+    (root / spec.tokenizer).mkdir(exist_ok=True)
+    (root / spec.tokenizer / "vocab.json").write_text(json.dumps(facts), encoding="utf-8")
 
 
-def make_bundle(root: Path) -> Path:
-    """Write the bundle of paper at `root`; its graphs are bytes without meaning."""
-    names = [
-        "text_encoder/model.onnx",
-        "vae_decoder/model.onnx",
-        "transformer/weights.data",
-        GOLDEN,
-        SCHEDULER,
-    ]
-    names += [transformer_name(depth, plain) for depth in MODEL.depths for plain in (False, True)]
+def make_bundle(root: Path, manifest: Manifest = PAPER) -> Path:
+    """Write a bundle of paper at `root`; its graphs are bytes without meaning."""
+    names = [*functions(manifest), "transformer/weights.data", GOLDEN, SCHEDULER]
+    names += [transformer_name(depth, plain=True) for depth in manifest.model.depths]
     for number, name in enumerate(names):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(bytes([number]) * 100)
-    np.savez(root / GOLDEN, **golden())
-    (root / SCHEDULER).write_text('{"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}')
-    write_vocabulary(root)
-    seal(root)
+    np.savez(root / GOLDEN, **golden(manifest))
+    flow = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
+    diffusion = {"_class_name": "DDPMScheduler", "beta_schedule": "linear"}
+    schedule = flow if manifest.model.prediction == "velocity" else diffusion
+    (root / SCHEDULER).write_text(json.dumps(schedule), encoding="utf-8")
+    for spec in manifest.text_encoders:
+        write_vocabulary(root, spec)
+    seal(root, manifest)
     return root
+
+
+def without_encoder(root: Path, manifest: Manifest = PAPER) -> Bundle:
+    """The bundle at `root` as one that has no vae_encoder."""
+    (root / VAE_ENCODER).unlink()
+    return seal(root, manifest)

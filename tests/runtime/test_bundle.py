@@ -12,10 +12,11 @@ from tpx_runtime import bundle as bundle_module
 from tpx_runtime.bundle import MANIFEST, SCHEDULER, Bundle, describe_files, hash_file, transformer_name
 from tpx_runtime.errors import BundleInvalid
 
-from .fakes import MANIFEST_OF_PAPER, make_bundle, seal
+from .fakes import CLASSES, PAPER, THREE, make_bundle, seal, without_encoder
 
 MEND = "copy the bundle again or export it again"
 FILES = ["transformer/weights.data", "text_encoder/model.onnx", "vae_decoder/model.onnx"]
+FILES += ["vae_encoder/model.onnx"]
 FILES += ["tokenizer/vocab.json", SCHEDULER, "golden/golden.npz"]
 FILES += [transformer_name(depth, plain) for depth in (1, 2, 4) for plain in (False, True)]
 
@@ -39,6 +40,39 @@ def test_opens_what_was_exported(paper: Path) -> None:
     assert bundle.transformer(2) == paper / "transformer/depth-2.onnx"
     assert bundle.transformer(2, plain=True) == paper / "transformer/depth-2.plain.onnx"
     assert bundle.schedule_shift == 3.0
+    assert bundle.vae_encoder == paper / "vae_encoder/model.onnx"
+    (encoder,) = bundle.manifest.text_encoders
+    assert bundle.text_encoder(encoder) == paper / "text_encoder/model.onnx"
+    assert bundle.vocabulary(encoder) == paper / "tokenizer/vocab.json"
+
+
+def test_a_bundle_may_lack_the_encoder_of_pictures(paper: Path) -> None:
+    without_encoder(paper)
+    assert Bundle.open(paper).vae_encoder is None
+
+
+@pytest.mark.parametrize(
+    "name", [f"{part}{number}" for part in ("text_encoder", "tokenizer") for number in ("", "_2", "_3")]
+)
+def test_every_text_encoder_and_tokenizer_must_be_there(three: Path, name: str) -> None:
+    Bundle.open(three)
+    file = "vocab.json" if name.startswith("tokenizer") else "model.onnx"
+    (three / name / file).unlink()
+    seal(three, THREE)
+    assert refusal(three) == f"{three}: expected the file {name}/{file}, found no such entry; export it again"
+
+
+def test_a_model_of_classes_has_no_text_encoder(classes: Path) -> None:
+    bundle = Bundle.open(classes)
+    assert bundle.manifest.model == CLASSES.model
+    assert not any(name.startswith(("text_encoder", "tokenizer")) for name in bundle.manifest.files)
+
+
+def test_weighs_a_folder(paper: Path) -> None:
+    bundle = Bundle.open(paper)
+    assert bundle.weight_bytes("transformer") == 700  # six graphs over one file of weights
+    assert bundle.weight_bytes("text_encoder") == 100
+    assert bundle.weight_bytes("text") == 0
 
 
 def test_a_real_bundle_opens_and_any_flipped_byte_in_it_is_found(copy: Path) -> None:
@@ -78,7 +112,8 @@ def test_a_missing_truncated_or_longer_file_is_found(paper: Path, name: str, ver
 def test_a_file_that_the_manifest_forgot_is_named_before_any_work(paper: Path, name: str) -> None:
     (paper / name).unlink()
     seal(paper)
-    if name.endswith("weights.data"):  # which only the graphs know of
+    # Only the graphs know of their weights, and not every bundle can start from a picture.
+    if name in ("transformer/weights.data", "vae_encoder/model.onnx"):
         Bundle.open(paper)
     else:
         assert refusal(paper) == f"{paper}: expected the file {name}, found no such entry; export it again"
@@ -97,9 +132,9 @@ def test_a_file_beside_the_listed_ones_changes_nothing(paper: Path) -> None:
 
 def test_another_version_is_refused_with_a_way_out(paper: Path) -> None:
     text = (paper / MANIFEST).read_text()
-    (paper / MANIFEST).write_text(text.replace('"version": 1', '"version": 2'))
+    (paper / MANIFEST).write_text(text.replace('"version": 2', '"version": 1'))
     assert refusal(paper) == (
-        "manifest.json: expected format version 1, found 2; "
+        "manifest.json: expected format version 2, found 1; "
         "export the bundle again with this tpx, or install the tpx that wrote it"
     )
 
@@ -157,7 +192,7 @@ def test_every_file_is_hashed_once_and_none_before_all_sizes_are_right(
     assert sorted(hashed) == sorted(paper / name for name in FILES)
     hashed.clear()
     Bundle.open(paper, verify=False)
-    (paper / "vae_decoder/model.onnx").write_bytes(b"")  # the last in order
+    (paper / "vae_encoder/model.onnx").write_bytes(b"")  # the last in order
     refusal(paper)
     assert hashed == []
 
@@ -197,7 +232,7 @@ def test_describes_every_file_but_the_manifest(paper: Path) -> None:
 def test_refuses_a_schedule(paper: Path, text: str, message: str) -> None:
     (paper / SCHEDULER).write_text(text)
     with pytest.raises(BundleInvalid) as caught:
-        _ = Bundle(paper, replace(MANIFEST_OF_PAPER, files=describe_files(paper))).schedule_shift
+        _ = Bundle(paper, replace(PAPER, files=describe_files(paper))).schedule_shift
     assert str(caught.value) == f"{paper / SCHEDULER}: {message}"
 
 

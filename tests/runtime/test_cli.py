@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -17,10 +18,11 @@ from tpx_runtime.bundle import GOLDEN, Bundle
 from tpx_runtime.engine import ENGINES, Engine
 from tpx_runtime.errors import EngineFailed
 from tpx_runtime.generator import Generator
-from tpx_runtime.samplers import SAMPLERS
+from tpx_runtime.registry import SAMPLERS_FOR
+from tpx_runtime.tokenizer import Encoding
 from tpx_runtime.verify import PartReport, load_golden
 
-from .fakes import FakeEngine, seal, vae_decoder
+from .fakes import CLASSES, THREE, FakeEngine, seal, vae_encoder, without_encoder
 
 PROMPT = "a red cube on a blue sphere"
 NAMED = "a-red-cube-on-a-blue-sphere-0.png"
@@ -144,8 +146,221 @@ def test_the_sample_bundle_of_this_folder_is_found(
 
 def test_help_names_every_sampler_and_engine() -> None:
     text = " ".join(run("--help").stdout.split())
-    assert all(name in text for name in [*SAMPLERS, *ENGINES])
+    assert all(name in text for samplers in SAMPLERS_FOR.values() for name in samplers)
+    assert all(name in text for name in ENGINES)
     assert all(name in " ".join(verify("--help").stdout.split()) for name in ENGINES)
+
+
+# tpx-run, from a picture
+
+
+@pytest.fixture
+def start_png() -> Path:
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (90, 120, 3), np.uint8)).save("start.png")
+    return Path("start.png")
+
+
+@pytest.mark.parametrize("strength", [None, 0.3, 1.0])
+def test_starts_from_a_picture_as_the_generator_does(
+    bundled: Path, start_png: Path, strength: float | None
+) -> None:
+    flags = [] if strength is None else ["--strength", strength]
+    assert run(PROMPT, "--image", start_png, *flags, "--seed", 3, "--out", "a.png").exit_code == 0
+    with Image.open(start_png) as picture:
+        (expected,) = Generator.load(bundled, "onnxruntime")(PROMPT, image=picture, strength=strength, seed=3)
+    with Image.open("a.png") as image:
+        np.testing.assert_array_equal(np.asarray(image), np.asarray(expected))
+        assert json.loads(image.text["tpx"])["strength"] == (strength or 0.6)
+        assert f"Denoising strength: {strength or 0.6}" in image.text["parameters"]
+
+
+def test_paints_where_the_mask_is_white_and_nowhere_else(bundled: Path, start_png: Path) -> None:
+    mask = Image.new("1", (120, 90))
+    mask.paste(1, (0, 0, 60, 90))
+    mask.save("mask.png")
+    result = run(PROMPT, "--image", start_png, "--mask", "mask.png", "--strength", 1, "--out", "a.png")
+    assert result.exit_code == 0
+    with Image.open(start_png) as picture:
+        kept = np.asarray(Generator.load(bundled, "onnxruntime").edit(picture).picture)
+    with Image.open("a.png") as image:
+        np.testing.assert_array_equal(np.asarray(image)[:, 32:], kept[:, 32:])
+        assert (np.asarray(image)[:, :32] != kept[:, :32]).mean() > 0.5
+
+
+def test_a_picture_may_be_replaced_by_what_is_made_of_it(bundled: Path, start_png: Path) -> None:
+    before = start_png.read_bytes()
+    assert run(PROMPT, "--image", start_png, "--out", start_png).exit_code == 2
+    assert start_png.read_bytes() == before
+    assert run(PROMPT, "--image", start_png, "--out", start_png, "--force").exit_code == 0
+    with Image.open(start_png) as image:
+        assert image.size == (64, 64)
+
+
+class Bar:
+    """Stands in for click's, and counts."""
+
+    bars: ClassVar[list["Bar"]] = []
+
+    def __init__(self, length: int, **_: object) -> None:
+        self.length, self.done = length, 0
+        self.bars.append(self)
+
+    def __enter__(self) -> "Bar":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def update(self, steps: int) -> None:
+        self.done += steps
+
+
+@pytest.mark.parametrize(
+    ("flags", "steps"),
+    [
+        ((), 10),
+        (("-n", 9), 20),  # in two batches
+        (("--image", "start.png", "--strength", 0.25), 3),
+        (("--image", "start.png", "--strength", 0.25, "-n", 9), 6),
+        (("--sampler", "heun"), 10),
+    ],
+)
+def test_the_bar_counts_the_steps_that_are_taken(
+    paper: Path, start_png: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[object, ...], steps: int
+) -> None:
+    fake(monkeypatch, FakeEngine())
+    monkeypatch.setattr(Bar, "bars", [])
+    monkeypatch.setattr(cli.click, "progressbar", Bar)
+    assert run("red cube", "--bundle", paper, "--steps", 10, *flags).exit_code == 0
+    assert [(bar.length, bar.done) for bar in Bar.bars] == [(steps, steps)]
+
+
+def test_a_bundle_without_encoder_of_pictures_says_so(
+    paper: Path, start_png: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake(monkeypatch, FakeEngine())
+    without_encoder(paper)
+    message = (
+        "expected a bundle with a vae_encoder to start from a picture, found paper without one; leave out"
+    )
+    require_refusal(run("red cube", "--bundle", paper, "--image", start_png), 2, message)
+
+
+# tpx-run, of classes
+
+
+def test_draws_a_class(classes: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = fake(monkeypatch, FakeEngine(manifest=CLASSES))
+    result = run("--class", 7, "--bundle", classes)
+    assert result.exit_code == 0
+    assert result.stdout == "class-7-0.png\n"
+    assert run("--class", 7, "--bundle", classes).stdout == "class-7-0-2.png\n"
+    with Image.open("class-7-0.png") as image:
+        facts = json.loads(image.text["tpx"])
+        assert image.text["parameters"].startswith("class 7\nSteps: 3, Sampler: ddim, ")
+    assert facts["class_id"] == 7
+    assert "strength" not in facts
+    (told,) = {tuple(inputs["class_id"]) for name, inputs in engine.calls if name.startswith("transformer")}
+    assert told == (13, 7)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "expected a class in 0..12 (this bundle draws classes), found none; name one with --class"),
+        (
+            ["--class", "13"],
+            "expected a class in 0..12 (this bundle draws classes), found 13; name one with -",
+        ),
+        (["--class", "-1"], "expected a class in 0..12 (this bundle draws classes), found -1"),
+        (
+            [PROMPT],
+            "expected a class and no prompt (this bundle draws classes), found a prompt; leave it out",
+        ),
+        (
+            [PROMPT, "--class", "3"],
+            "expected a class and no prompt (this bundle draws classes), found a promp",
+        ),
+        (
+            ["--class", "3", "--negative", "red"],
+            "expected a class and no prompt (this bundle draws classes),",
+        ),
+        (["--class", "3", "--sampler", "euler"], "expected a sampler of ddpm, ddim, found 'euler'"),
+        (
+            ["--class", "3", "--image", "start.png"],
+            "found that classes predicts epsilon; leave out the image",
+        ),
+    ],
+)
+def test_refuses_what_does_not_fit_classes(
+    classes: Path,
+    start_png: Path,
+    elsewhere: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    message: str,
+) -> None:
+    engine = fake(monkeypatch, FakeEngine(manifest=CLASSES))
+    require_refusal(run(*arguments, "--bundle", classes), 2, message)
+    assert engine.opened == []
+    assert list(elsewhere.iterdir()) == [elsewhere / "start.png"]
+
+
+# tpx-run, with several text encoders
+
+
+def test_t5_can_be_left_out(three: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = fake(monkeypatch, FakeEngine(manifest=THREE))
+    assert run("red cube", "--bundle", three, "--no-t5").exit_code == 0
+    assert not any(name.startswith("text_encoder_3") for name in engine.opened)
+    with Image.open("red-cube-0.png") as image:
+        assert json.loads(image.text["tpx"])["left_out"] == ["text_encoder_3"]
+    assert run("red cube", "--bundle", three, "--out", "whole.png").exit_code == 0
+    assert any(name.startswith("text_encoder_3") for name in engine.opened)
+
+
+class Short:
+    """A tokenizer that reads five words."""
+
+    text_tokens = 8
+
+    def encode(self, prompt: str) -> Encoding:
+        words = prompt.split()
+        return Encoding(
+            [len(word) for word in words][:5] + [0] * (8 - min(len(words), 5)), [], len(words) - 5
+        )
+
+    def encode_empty(self) -> Encoding:
+        return Encoding([0] * 8, [])
+
+
+def test_a_prompt_that_is_cut_short_is_noticed_once_and_drawn(
+    three: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = fake(monkeypatch, FakeEngine(manifest=THREE))
+    monkeypatch.setattr("tpx_runtime.conditioning.load_tokenizer", lambda path: Short())
+    command = ("a red\ncube on two spheres", "--bundle", three, "--no-t5", "-n", 3)
+    for _ in range(2):  # Python itself would keep quiet the second time
+        result = run(*command)
+        assert result.exit_code == 0
+        assert result.stderr.splitlines() == [
+            r"notice: the prompt 'a red\ncube on two spheres' is longer than text_encoder, text_encoder_2 read: "
+            "1 token is left out there",
+            f"engine: {engine.name} (chosen by auto)",
+            "denoising",
+        ]
+        assert result.stdout.startswith("a-red-cube-on-two-spheres-0")
+
+
+def test_a_notice_of_a_prompt_that_is_refused_after_all_is_not_given(
+    three: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake(monkeypatch, FakeEngine(manifest=THREE))
+    monkeypatch.setattr("tpx_runtime.conditioning.load_tokenizer", lambda path: Short())
+    Image.new("RGB", (8, 8)).save("black.png")
+    command = ("a red cube on two spheres", "--bundle", three, "--no-t5", "--image", "black.png")
+    require_refusal(run(*command, "--mask", "black.png"), 2, "expected a mask that is white where to paint")
 
 
 # tpx-run, refused: one line, no traceback, nothing written
@@ -170,6 +385,47 @@ def test_help_names_every_sampler_and_engine() -> None:
         ([PROMPT, "--engine", "tensorflow"], "expected an engine of auto, "),
         ([PROMPT, "--negative", "zebra"], "found 'zebra'"),
         ([PROMPT, "--guidance", "1", "--negative", "blue"], "expected no negative prompt at guidance 1"),
+        ([], "expected a prompt or a list of prompts, found none; say what to draw"),
+        (
+            [PROMPT, "--class", "3"],
+            "expected a prompt and no class (this bundle reads prompts), found class 3",
+        ),
+        (
+            ["--class", "3"],
+            "expected a prompt and no class (this bundle reads prompts), found class 3; leave",
+        ),
+        ([PROMPT, "--sampler", "ddpm"], "expected a sampler of euler, heun, dpmpp2m, unipc, found 'ddpm'"),
+        (
+            [PROMPT, "--mask", "start.png"],
+            "expected an image with a mask, found none; give the image to start",
+        ),
+        (
+            [PROMPT, "--strength", "0.5"],
+            "expected an image with a strength, found none; give the image to sta",
+        ),
+        (
+            [PROMPT, "--image", "start.png", "--strength", "0"],
+            "expected strength above 0 and at most 1, found 0.0",
+        ),
+        ([PROMPT, "--image", "start.png", "--strength", "1.1"], "above 0 and at most 1, found 1.1"),
+        ([PROMPT, "--image", "start.png", "--strength", "nan"], "above 0 and at most 1, found nan"),
+        (
+            [PROMPT, "--image", "no.png"],
+            "expected a picture in no.png, found: No such file or directory; name a",
+        ),
+        ([PROMPT, "--image", "folder.png"], "expected a picture in folder.png, found: Is a directory"),
+        (
+            [PROMPT, "--image", "here.png"],
+            "expected a picture in here.png, found: none that can be read; name",
+        ),
+        (
+            [PROMPT, "--image", "start.png", "--mask", "here.png"],
+            "a picture in here.png, found: none that can",
+        ),
+        (
+            [PROMPT, "--image", "start.png", "--mask", "start.png"],
+            "a mask that is white where to paint, found",
+        ),
         ([PROMPT, "--out", "a.jpg"], "expected an output name that ends in .png, found a.jpg"),
         ([PROMPT, "--out", "missing/a.png"], "missing/a.png, found: No such file or directory"),
         ([PROMPT, "--out", "n" * 300 + ".png"], "found: File name too long"),
@@ -183,8 +439,9 @@ def test_help_names_every_sampler_and_engine() -> None:
 def test_refuses_bad_input(bundled: Path, elsewhere: Path, arguments: list[str], message: str) -> None:
     Path("here.png").write_text("before")
     Path("folder.png").mkdir()
+    Image.new("RGB", (8, 8)).save("start.png")
     require_refusal(run(*arguments), 2, message)
-    assert sorted(path.name for path in elsewhere.iterdir()) == ["folder.png", "here.png"]
+    assert sorted(path.name for path in elsewhere.iterdir()) == ["folder.png", "here.png", "start.png"]
     assert Path("here.png").read_text() == "before"
 
 
@@ -193,7 +450,8 @@ def test_no_bundle_anywhere_is_bad_input() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], [PROMPT, "--steps", "many"], [PROMPT, "--no-such"], [PROMPT, "more"]]
+    "arguments",
+    [[PROMPT, "--class", "many"], [PROMPT, "--steps", "many"], [PROMPT, "--no-such"], [PROMPT, "more"]],
 )
 def test_usage_errors_are_clicks_own(arguments: list[str]) -> None:
     result = run(*arguments)
@@ -354,9 +612,14 @@ def test_verify_prints_a_table_and_exits_with_zero(tiny_bundle: Path) -> None:
     assert result.exit_code == 0
     assert result.stderr == "engine: onnxruntime (chosen by auto)\n"
     first, heading, *rows = result.stdout.splitlines()
-    assert first == "tiny (fp32): 14 files, each of its size and SHA-256"
+    assert first == "tiny (fp32): 16 files, each of its size and SHA-256"
     assert heading.split() == ["part", "error", "tolerance", "same", "routes", "at", "least", "ok"]
-    assert [row.split()[0] for row in rows] == ["text_encoder", *["transformer"] * 3, "vae_decoder"]
+    assert [row.split()[0] for row in rows] == [
+        "text_encoder",
+        *["transformer"] * 3,
+        "vae_decoder",
+        "vae_encoder",
+    ]
     assert all(row.endswith("yes") for row in rows)
     assert len({len(row) for row in rows}) == 1
 
@@ -409,11 +672,11 @@ def test_verify_of_all_engines_goes_on_after_one_that_cannot_or_fails(
         raise EngineFailed("depth-2.onnx: refused")
 
     def twice(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return {"image": 2 * vae_decoder(inputs)["image"]}
+        return {"latents": 2 * vae_encoder(inputs)["latents"]}
 
     unusable = FakeEngine(name="unusable", reason="expected luck, found none")
     refusing = FakeEngine({"transformer/depth-2.onnx": refuse}, name="refusing")
-    wrong = FakeEngine({"vae_decoder/model.onnx": twice}, name="wrong")
+    wrong = FakeEngine({"vae_encoder/model.onnx": twice}, name="wrong")
     good = FakeEngine(name="good")
 
     def verify_on(*engines: FakeEngine) -> Result:
@@ -424,12 +687,12 @@ def test_verify_of_all_engines_goes_on_after_one_that_cannot_or_fails(
     assert result.exit_code == 5
     assert result.stderr == "error: depth-2.onnx: refused\n"
     head, *blocks = result.stdout.rstrip().split("\n\n")
-    assert head.startswith("paper (fp32): 12 files")
+    assert head.startswith("paper (fp32): 13 files")
     assert blocks[0] == "unusable\nnot usable: expected luck, found none"
     assert blocks[1] == "refusing\nfailed: depth-2.onnx: refused"
     assert blocks[2].startswith("wrong\npart ")
-    assert " NO\nfailed: expected the golden outputs from engine wrong, found vae_decoder with" in blocks[2]
-    assert blocks[3].count(" yes") == 5
+    assert " NO\nfailed: expected the golden outputs from engine wrong, found vae_encoder with" in blocks[2]
+    assert blocks[3].count(" yes") == 6
 
     result = verify_on(unusable, good)
     assert (result.exit_code, result.stderr) == (0, "")

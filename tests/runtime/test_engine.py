@@ -11,8 +11,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from tpx_runtime.bundle import Bundle
 from tpx_runtime.engine import AUTO, ENGINES, Engine, one_line, output, resolve
 from tpx_runtime.errors import BadInput, EngineFailed, EngineUnavailable
+from tpx_runtime.verify import load_golden
 
 REAL = ["onnxruntime", "openvino"]
 
@@ -205,3 +207,23 @@ def test_asking_one_engine_imports_no_other(monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.delitem(sys.modules, f"tpx_runtime.engine.{package}", raising=False)
     resolve("onnxruntime")
     assert "tpx_runtime.engine.openvino" not in sys.modules
+
+
+def test_openvino_starts_from_its_cache(copy: Path) -> None:
+    ENGINES["openvino"].open(copy / "text_encoder/model.onnx")
+    folder = copy.with_name(f"{copy.name}.engines") / "openvino"
+    [blob] = folder.iterdir()
+    blob.chmod(0o600)
+    blob.write_bytes(b"damaged")
+    golden = load_golden(Bundle.open(copy))
+    ENGINES["openvino"].open(copy / "text_encoder/model.onnx").run({"ids": golden["text_encoder.ids"]})
+    assert blob.stat().st_size > 1000  # made anew
+
+
+def test_openvino_runs_without_a_place_for_its_cache(copy: Path) -> None:
+    copy.with_name(f"{copy.name}.engines").write_text("a file where the folder should be")
+    golden = load_golden(Bundle.open(copy))
+    outputs = (
+        ENGINES["openvino"].open(copy / "text_encoder/model.onnx").run({"ids": golden["text_encoder.ids"]})
+    )
+    assert "context" in outputs

@@ -11,15 +11,26 @@ from PIL import Image
 
 import tpx_runtime
 from tpx_runtime.bundle import Bundle
+from tpx_runtime.diffusion import DIFFUSION_SAMPLERS
 from tpx_runtime.engine import Arrays
 from tpx_runtime.errors import BadInput, BundleInvalid, Cancelled, EngineFailed
 from tpx_runtime.generator import Generator
 from tpx_runtime.images import to_pil
-from tpx_runtime.noise import MAX_SEED, batch_noise
+from tpx_runtime.noise import MAX_SEED, batch_noise, gaussian_noise
 from tpx_runtime.samplers import SAMPLERS, Array
 from tpx_runtime.settings import Settings
 
-from .fakes import MODEL, TOKENS, FakeEngine, seal, text_encoder, transformer, vae_decoder, write_vocabulary
+from .fakes import (
+    CLASSES,
+    MODEL,
+    TOKENS,
+    FakeEngine,
+    seal,
+    text_encoder,
+    transformer,
+    vae_decoder,
+    write_vocabulary,
+)
 
 
 def levels(image: Image.Image) -> np.ndarray:
@@ -98,7 +109,7 @@ def test_an_engine_that_wants_it_gets_the_plain_spelling(generator: Generator, e
 def test_guidance_one_runs_no_second_branch(generator: Generator, engine: FakeEngine) -> None:
     generator("red cube", guidance=1)
     assert {len(inputs["latents"]) for inputs in calls(engine, "transformer")} == {1}
-    assert len(calls(engine, "text_encoder")) == 1
+    assert [len(inputs["ids"]) for inputs in calls(engine, "text_encoder")] == [1]
     engine.calls.clear()
     generator("red cube", guidance=1.5)
     assert {len(inputs["latents"]) for inputs in calls(engine, "transformer")} == {2}
@@ -106,7 +117,7 @@ def test_guidance_one_runs_no_second_branch(generator: Generator, engine: FakeEn
 
 def test_the_negative_prompt_is_the_first_branch(generator: Generator, engine: FakeEngine) -> None:
     generator("red cube", negative_prompt="blue sphere")
-    expected = text_encoder({"ids": np.array([generator.tokenizer.encode("blue sphere").ids])})
+    expected = text_encoder({"ids": np.array([generator.text.tokenizers[0].encode("blue sphere").ids])})
     for inputs in calls(engine, "transformer"):
         np.testing.assert_array_equal(inputs["context"][:1], expected["context"])
 
@@ -141,7 +152,7 @@ def test_latents_come_with_the_routes_of_every_call(generator: Generator) -> Non
 def test_jobs_of_one_batch_have_one_loop(generator: Generator) -> None:
     jobs = generator.plan("red cube", steps=3) + generator.plan("red cube", steps=4)
     with pytest.raises(
-        BadInput, match="expected jobs of one sampler, steps, guidance and depth, found 2 kinds"
+        BadInput, match="expected jobs of one sampler, steps, guidance, depth and strength, found 2 kinds"
     ):
         generator.generate_latents(jobs)
 
@@ -173,6 +184,110 @@ def test_pictures_carry_their_settings(generator: Generator) -> None:
     assert {fact["bundle_sha256"] for fact in facts} == {generator.bundle.hash}
 
 
+# Models of classes, which are diffusions
+
+
+@pytest.fixture
+def class_engine() -> FakeEngine:
+    return FakeEngine(manifest=CLASSES)
+
+
+@pytest.fixture
+def by_class(classes: Path, class_engine: FakeEngine) -> Generator:
+    return Generator(Bundle.open(classes), class_engine)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", list(DIFFUSION_SAMPLERS))
+def test_a_class_is_a_diffusion_of_guided_epsilon(by_class: Generator, name: str) -> None:
+    """Written out: three channels guided, the null class in the other branch, and each step's noise of its own stream."""
+    model, seeds = CLASSES.model, [5, 6]
+
+    def epsilon(x: Array, timestep: float) -> Array:
+        times = np.full(2, timestep, np.float32)
+        towards, away = (
+            transformer(1, model)({"latents": x, "timestep": times, "class_id": np.array([c, c])})["epsilon"]
+            for c in (7, 13)
+        )
+        return np.concatenate([away[:, :3] + 4.0 * (towards - away)[:, :3], towards[:, 3:]], axis=1)
+
+    sampler = DIFFUSION_SAMPLERS[name]
+    *_, latents = sampler.sample(
+        epsilon,
+        np.stack([gaussian_noise(seed, model.latent_shape) for seed in seeds]),
+        sampler.schedule(6, 1.0),
+        lambda step: np.stack([gaussian_noise(seed, model.latent_shape, step) for seed in seeds]),
+    )
+    jobs = by_class.plan(class_id=7, guidance=4.0, sampler=name, steps=6, seed=5, num_images=2)
+    np.testing.assert_allclose(by_class.generate_latents(jobs).latents, latents, rtol=1e-4, atol=1e-4)
+    images = by_class.draw(jobs)
+    assert same(
+        images, [to_pil(vae_decoder({"latents": z[None] / 2.0 + 0.25})["image"][0]) for z in latents], 1
+    )
+
+
+@pytest.mark.parametrize("name", list(DIFFUSION_SAMPLERS))
+def test_every_picture_has_its_own_noise_whatever_its_batch(by_class: Generator, name: str) -> None:
+    jobs = by_class.plan(class_id=7, sampler=name, steps=9, num_images=5)
+    together = by_class.generate_latents(jobs).latents
+    for row, job in enumerate(jobs):
+        np.testing.assert_array_equal(by_class.generate_latents([job]).latents[0], together[row])
+    assert len({row.tobytes() for row in together}) == 5
+    assert same(by_class.draw(jobs, batch_size=2), by_class.draw(jobs))
+
+
+def test_a_seed_is_the_same_picture_although_steps_add_noise(by_class: Generator) -> None:
+    first, again, other = (by_class(class_id=7, sampler="ddpm", steps=9, seed=seed) for seed in (1, 1, 2))
+    assert same(first, again)
+    assert not same(first, other)
+
+
+def test_without_guidance_no_null_class_is_asked(by_class: Generator, class_engine: FakeEngine) -> None:
+    by_class(class_id=7, guidance=1)
+    assert {tuple(inputs["class_id"]) for inputs in calls(class_engine, "transformer")} == {(7,)}
+    assert set(calls(class_engine, "transformer")[0]) == {"latents", "timestep", "class_id"}
+    class_engine.calls.clear()
+    by_class(class_id=7, num_images=2)
+    assert {tuple(inputs["class_id"]) for inputs in calls(class_engine, "transformer")} == {(13, 13, 7, 7)}
+
+
+def test_a_class_needs_no_prompt_and_an_empty_one_is_none(by_class: Generator) -> None:
+    assert by_class.plan(class_id=0) == [Settings("", "", 0, 3, 3.0, "ddim", 1, class_id=0)]
+    assert by_class.plan("", class_id=0) == by_class.plan(class_id=0)
+    assert json.loads(by_class(class_id=12)[0].info["tpx"])["class_id"] == 12
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "expected a class in 0..12 (this bundle draws classes), found none; name one with --class or"),
+        ({"class_id": 13}, "expected a class in 0..12 (this bundle draws classes), found 13"),
+        ({"class_id": "3"}, "found '3'"),
+        ({"class_id": 3, "prompt": "red cube"}, "expected a class and no prompt (this bundle draws classes)"),
+        ({"class_id": 3, "prompt": []}, "expected at least one prompt, found none"),
+        (
+            {"class_id": 3, "image": Image.new("RGB", (8, 8))},
+            "found that classes predicts epsilon; leave out",
+        ),
+    ],
+)
+def test_refuses_arguments_of_a_class_before_any_work(
+    by_class: Generator, class_engine: FakeEngine, arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(BadInput) as caught:
+        by_class(**arguments)
+    assert message in str(caught.value)
+    assert class_engine.opened == []
+
+
+def test_a_model_of_prompts_has_no_classes(generator: Generator, engine: FakeEngine) -> None:
+    for arguments in ({"class_id": 3}, {"class_id": 3, "prompt": "red cube"}):
+        with pytest.raises(
+            BadInput, match=r"a prompt and no class .this bundle reads prompts., found class 3; le"
+        ):
+            generator(**arguments)
+    assert engine.opened == []
+
+
 # What it refuses
 
 
@@ -186,7 +301,7 @@ def test_pictures_carry_their_settings(generator: Generator) -> None:
         ("x" * 10_000, "expected words of this model's vocabulary, found 'xxx"),
         ("red cubes", "found 'cubes' (near: cube); use other words"),
         ("red \ud800", "found '\\ud800'"),
-        (None, "expected a prompt or a list of prompts, found None"),
+        (None, "expected a prompt or a list of prompts, found none; say what to draw"),
         (5, "expected a prompt or a list of prompts, found 5"),
         ([], "expected at least one prompt, found none"),
         (["red", None], "expected prompt to be text, found NoneType"),

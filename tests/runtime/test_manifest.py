@@ -11,9 +11,9 @@ import pytest
 from tpx_runtime.errors import BundleInvalid
 from tpx_runtime.manifest import FileEntry, Manifest
 
-from .fakes import MANIFEST_OF_PAPER, MODEL
+from .fakes import CLASSES, MODEL, PAPER, THREE
 
-GOOD = replace(MANIFEST_OF_PAPER, files={"tokenizer/vocab.json": FileEntry(3, "0" * 64)})
+GOOD = replace(PAPER, files={"tokenizer/vocab.json": FileEntry(3, "0" * 64)})
 Facts = dict[str, Any]
 
 
@@ -23,7 +23,7 @@ def edited(edit: Callable[[Facts], object]) -> str:
     return json.dumps(facts)
 
 
-def put(value: object, *keys: str) -> Callable[[Facts], None]:
+def put(value: object, *keys: str | int) -> Callable[[Facts], None]:
     def edit(facts: Facts) -> None:
         for key in keys[:-1]:
             facts = facts[key]
@@ -32,9 +32,10 @@ def put(value: object, *keys: str) -> Callable[[Facts], None]:
     return edit
 
 
-def test_comes_back_as_it_was() -> None:
-    text = GOOD.to_json()
-    assert Manifest.from_json(text) == GOOD
+@pytest.mark.parametrize("manifest", [GOOD, THREE, CLASSES], ids=lambda manifest: manifest.name)
+def test_comes_back_as_it_was(manifest: Manifest) -> None:
+    text = manifest.to_json()
+    assert Manifest.from_json(text) == manifest
     assert Manifest.from_json(text).to_json() == text
 
 
@@ -52,10 +53,19 @@ def test_every_fact_is_part_of_its_identity() -> None:
         replace(GOOD, name="other"),
         replace(GOOD, precision="fp16"),
         replace(GOOD, files=entry),
-        replace(GOOD, model=replace(MODEL, latent_channels=5)),
+        replace(GOOD, model=replace(MODEL, guided_channels=3)),
+        replace(GOOD, text_encoders=(replace(GOOD.text_encoders[0], folder="other"),)),
         replace(GOOD, tolerance=replace(GOOD.tolerance, transformer=1e-3)),
     ]
     assert len({GOOD.sha256, *(other.sha256 for other in others)}) == len(others) + 1
+
+
+@pytest.mark.parametrize("channels", [4, 8])
+def test_an_epsilon_model_may_predict_the_variance_too(channels: int) -> None:
+    """As often as it predicts it, or as a model of prompts."""
+    replace(CLASSES, model=replace(CLASSES.model, out_channels=channels))
+    defaults = replace(GOOD.defaults, sampler="ddpm")
+    replace(GOOD, model=replace(MODEL, prediction="epsilon", out_channels=channels), defaults=defaults)
 
 
 def test_a_model_that_does_not_think_is_fine() -> None:
@@ -68,16 +78,16 @@ def test_a_model_that_does_not_think_is_fine() -> None:
     [
         (put("other", "format"), 'expected "format": "tpx-bundle", found another file'),
         (lambda facts: facts.pop("format"), 'expected "format": "tpx-bundle", found another file'),
-        (put(2, "version"), "expected format version 1, found 2; export the bundle again"),
-        (put("1", "version"), "expected format version 1, found '1'"),
-        (put(True, "version"), "expected format version 1, found True"),
-        (put(1.0, "version"), "expected format version 1, found 1.0"),
-        (lambda facts: facts.pop("version"), "expected format version 1, found None"),
+        (put(1, "version"), "expected format version 2, found 1; export the bundle again"),
+        (put("2", "version"), "expected format version 2, found '2'"),
+        (put(True, "version"), "expected format version 2, found True"),
+        (put(2.0, "version"), "expected format version 2, found 2.0"),
+        (lambda facts: facts.pop("version"), "expected format version 2, found None"),
         (put("0" * 64, "sha256"), "it was changed after the export"),
         (lambda facts: facts.pop("sha256"), "found None…; it was changed after the export"),
         (put("other", "name"), "it was changed after the export"),
         (put(5, "files", "tokenizer/vocab.json", "bytes"), "it was changed after the export"),
-        (lambda facts: facts.pop("license"), "expected the fields of version 1, found 'license' missing"),
+        (lambda facts: facts.pop("license"), "expected the fields of version 2, found 'license' missing"),
         (put(1, "model", "extra"), "found 'model.extra' unknown"),
         (put(1, "model", "new\nline"), "found 'model.new\\nline' unknown"),
         (put(5, "name"), "expected 'name' to be str, found 5"),
@@ -104,6 +114,26 @@ def test_a_model_that_does_not_think_is_fine() -> None:
         (put(0, "defaults", "steps"), "expected defaults.steps in 1..1000, found 0"),
         (put(1001, "defaults", "steps"), "expected defaults.steps in 1..1000, found 1001"),
         (put("ddim", "defaults", "sampler"), "expected defaults.sampler of euler, heun, dpmpp2m, unipc"),
+        (put("ddpm", "defaults", "sampler"), "of euler, heun, dpmpp2m, unipc, found 'ddpm'"),
+        (put([9, 12], "model", "image_size_px"), "to be a multiple of [2, 3], found [9, 12]"),
+        (put([8, 10], "model", "image_size_px"), "to be a multiple of [2, 3], found [8, 10]"),
+        (put("noise", "model", "prediction"), "model.prediction of velocity, epsilon, found 'noise'"),
+        (put(8, "model", "out_channels"), "expected model.out_channels of 4, found 8"),
+        (put(0, "model", "guided_channels"), "expected model.guided_channels of at least 1, found 0"),
+        (put(5, "model", "guided_channels"), "expected model.guided_channels of at most 4, found 5"),
+        (put(10, "model", "classes"), "expected text_encoders or model.classes, found 1 and 10 of them"),
+        (put(-1, "model", "classes"), "expected text_encoders or model.classes, found 1 and -1 of them"),
+        (put([], "text_encoders"), "expected text_encoders or model.classes, found 0 and 0 of them"),
+        (put({}, "text_encoders"), "expected 'text_encoders' to be tuple"),
+        (put([5], "text_encoders"), "expected 'text_encoders.0' to be EncoderSpec, found 5"),
+        (put("7", "text_encoders", 0, "pooled_width"), "expected 'text_encoders.0.pooled_width' to be int"),
+        (put(10, "text_encoders", 0, "tokens"), "that fill 9 x 5 and 7 pooled, found 1 of other sizes"),
+        (put(0, "text_encoders", 0, "tokens"), "that fill 9 x 5 and 7 pooled, found 1 of other sizes"),
+        (put(6, "text_encoders", 0, "context_width"), "found 1 of other sizes"),
+        (put(0, "text_encoders", 0, "context_width"), "found 1 of other sizes"),
+        (put(6, "text_encoders", 0, "pooled_width"), "found 1 of other sizes"),
+        (put(0, "text_encoders", 0, "pooled_width"), "found 1 of other sizes"),
+        (put(-7, "text_encoders", 0, "pooled_width"), "found 1 of other sizes"),
         (put(0, "latent", "scale"), "expected latent.scale other than 0, found 0"),
         (put("2", "latent", "scale"), "expected 'latent.scale' to be float, found '2'"),
         (put(float("nan"), "latent", "scale"), "expected 'latent.scale' to be float, found nan"),
@@ -125,6 +155,41 @@ def test_refuses(edit: Callable[[Facts], None], message: str) -> None:
     assert message in str(caught.value)
     assert str(caught.value).isprintable()
     assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"folder": "text_encoder"},  # its answers would overwrite the other's
+        {"tokens": 9},
+        {"context_width": 12},
+        {"pooled_width": 9},
+        {"pooled_width": -10},
+        {"context_width": -4},
+    ],
+)
+def test_refuses_a_second_encoder_that_does_not_fit_the_first(changes: dict[str, Any]) -> None:
+    first, second, third = THREE.text_encoders
+    with pytest.raises(BundleInvalid, match="that fill 21 x 16 and 19 pooled, found 3 of other sizes"):
+        replace(THREE, text_encoders=(first, replace(second, **changes), third))
+
+
+@pytest.mark.parametrize("changes", [{"tokens": 14}, {"context_width": 15}, {"context_width": 17}])
+def test_refuses_a_third_encoder_that_does_not_fit_below(changes: dict[str, Any]) -> None:
+    first, second, third = THREE.text_encoders
+    with pytest.raises(BundleInvalid, match="found 3 of other sizes"):
+        replace(THREE, text_encoders=(first, second, replace(third, **changes)))
+
+
+def test_refuses_encoders_of_which_none_pools() -> None:
+    with pytest.raises(BundleInvalid, match="found 1 of other sizes"):
+        replace(THREE, text_encoders=THREE.text_encoders[2:])
+
+
+@pytest.mark.parametrize("key", ["context_tokens", "context_width", "pooled_width"])
+def test_a_model_of_classes_is_told_nothing_else(key: str) -> None:
+    with pytest.raises(BundleInvalid, match="expected a model of classes to be told 0 of a prompt, found 3"):
+        replace(CLASSES, model=replace(CLASSES.model, **{key: 3}))
 
 
 @pytest.mark.parametrize(

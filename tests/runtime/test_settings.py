@@ -9,7 +9,7 @@ from tpx_runtime.errors import BadInput
 from tpx_runtime.noise import MAX_SEED
 from tpx_runtime.settings import Settings
 
-from .fakes import MANIFEST_OF_PAPER
+from .fakes import CLASSES, PAPER
 
 GOOD = Settings("a red cube", "", seed=7, steps=20, guidance=4.0, sampler="heun", depth=2)
 
@@ -27,11 +27,13 @@ GOOD = Settings("a red cube", "", seed=7, steps=20, guidance=4.0, sampler="heun"
         {"guidance": -1000.0},
         {"depth": 4},
         {"negative_prompt": "blue"},
+        {"strength": 1},
+        {"strength": 0.01},
     ],
 )
 def test_accepts(changes: dict[str, object]) -> None:
     settings = replace(GOOD, **changes)
-    assert settings.check(MANIFEST_OF_PAPER) is settings
+    assert settings.check(PAPER) is settings
 
 
 @pytest.mark.parametrize(
@@ -61,17 +63,47 @@ def test_accepts(changes: dict[str, object]) -> None:
         ({"guidance": "4"}, "found '4'"),
         ({"guidance": True}, "found True"),
         ({"guidance": 1, "negative_prompt": "blue"}, "expected no negative prompt at guidance 1"),
+        ({"strength": 0}, "expected strength above 0 and at most 1, found 0"),
+        ({"strength": 1.01}, "found 1.01"),
+        ({"strength": -0.5}, "found -0.5"),
+        ({"strength": float("nan")}, "found nan"),
+        ({"strength": True}, "found True"),
+        ({"strength": "0.5"}, "found '0.5'"),
+        ({"class_id": 3}, "expected a prompt and no class (this bundle reads prompts), found class 3"),
+        ({"sampler": "ddpm"}, "expected a sampler of euler, heun, dpmpp2m, unipc, found 'ddpm'"),
     ],
 )
 def test_refuses(changes: dict[str, object], message: str) -> None:
     with pytest.raises(BadInput) as caught:
-        replace(GOOD, **changes).check(MANIFEST_OF_PAPER)
+        replace(GOOD, **changes).check(PAPER)
     assert message in str(caught.value)
     assert str(caught.value).isprintable()
 
 
+CLASS = Settings("", "", seed=7, steps=20, guidance=4.0, sampler="ddpm", depth=1, class_id=12)
+
+
+def test_accepts_a_class() -> None:
+    assert CLASS.check(CLASSES) is CLASS
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompt": "red"}, "expected a class and no prompt (this bundle draws classes), found a prompt"),
+        ({"negative_prompt": "red"}, "expected a class and no prompt (this bundle draws classes), found a"),
+        ({"sampler": "euler"}, "expected a sampler of ddpm, ddim, found 'euler'"),
+        ({"depth": 2}, "expected a depth of 1 (this bundle's), found 2"),
+    ],
+)
+def test_refuses_with_a_class(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(BadInput) as caught:
+        replace(CLASS, **changes).check(CLASSES)
+    assert message in str(caught.value)
+
+
 def test_metadata_says_everything_that_decides_the_picture() -> None:
-    metadata = replace(GOOD, negative_prompt="blue").metadata(MANIFEST_OF_PAPER, "onnxruntime")
+    metadata = replace(GOOD, negative_prompt="blue").metadata(PAPER, "onnxruntime")
     assert json.loads(metadata["tpx"]) == {
         "prompt": "a red cube",
         "negative_prompt": "blue",
@@ -81,7 +113,7 @@ def test_metadata_says_everything_that_decides_the_picture() -> None:
         "sampler": "heun",
         "depth": 2,
         "bundle": "paper",
-        "bundle_sha256": MANIFEST_OF_PAPER.sha256,
+        "bundle_sha256": PAPER.sha256,
         "precision": "fp32",
         "engine": "onnxruntime",
     }
@@ -92,4 +124,19 @@ def test_metadata_says_everything_that_decides_the_picture() -> None:
 
 
 def test_metadata_without_a_negative_prompt_has_no_line_for_it() -> None:
-    assert GOOD.metadata(MANIFEST_OF_PAPER, "x")["parameters"].startswith("a red cube\nSteps: 20, ")
+    assert GOOD.metadata(PAPER, "x")["parameters"].startswith("a red cube\nSteps: 20, ")
+
+
+def test_metadata_says_the_strength_and_what_was_left_out() -> None:
+    metadata = replace(GOOD, strength=0.7).metadata(PAPER, "x", left_out=["text_encoder_3"])
+    facts = json.loads(metadata["tpx"])
+    assert facts["strength"] == 0.7
+    assert facts["left_out"] == ["text_encoder_3"]
+    assert "class_id" not in facts
+    assert metadata["parameters"].endswith(", Depth: 2, Denoising strength: 0.7")
+
+
+def test_metadata_says_the_class() -> None:
+    metadata = CLASS.metadata(CLASSES, "x")
+    assert json.loads(metadata["tpx"])["class_id"] == 12
+    assert metadata["parameters"].startswith("class 12\nSteps: 20, ")

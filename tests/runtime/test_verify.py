@@ -19,15 +19,23 @@ from tpx_runtime.verify import (
     verify_bundle,
 )
 
-from .fakes import MANIFEST_OF_PAPER, FakeEngine, golden, seal, text_encoder, transformer, vae_decoder
+from .fakes import (
+    CLASSES,
+    PAPER,
+    THREE,
+    FakeEngine,
+    Function,
+    golden,
+    seal,
+    text_encoder,
+    transformer,
+    vae_decoder,
+    vae_encoder,
+    without_encoder,
+)
 
-PARTS = [
-    "text_encoder",
-    "transformer depth 1",
-    "transformer depth 2",
-    "transformer depth 4",
-    "vae_decoder",
-]
+TRANSFORMERS = [f"transformer depth {depth}" for depth in PAPER.model.depths]
+PARTS = ["text_encoder", *TRANSFORMERS, "vae_decoder", "vae_encoder"]
 
 
 def tamper(root: Path, **arrays: np.ndarray | None) -> Bundle:
@@ -48,7 +56,7 @@ def test_the_engine_that_made_the_golden_arrays_agrees_with_them(paper: Path) ->
     assert [(report.part, report.error, report.ok) for report in reports] == [
         (part, 0, True) for part in PARTS
     ]
-    assert [report.routing_agreement for report in reports] == [None, 1, 1, 1, None]
+    assert [report.routing_agreement for report in reports] == [None, 1, 1, 1, None, None]
     require_ok(reports, "fake")
 
 
@@ -57,17 +65,18 @@ def test_a_real_export_holds_on_a_real_engine(tiny_bundle: Path, name: str) -> N
     reports = verify_bundle(Bundle.open(tiny_bundle), resolve(name))
     assert all(report.ok for report in reports)
     assert all(report.error < 1e-5 for report in reports)
-    assert [report.routing_agreement for report in reports[1:-1]] == [1, 1, 1]
+    assert [report.routing_agreement for report in reports[1:4]] == [1, 1, 1]
 
 
 @pytest.mark.parametrize(
     ("name", "part"),
     [
-        ("context", "text_encoder"),
-        ("pooled", "text_encoder"),
+        ("text_encoder.context", "text_encoder"),
+        ("text_encoder.pooled", "text_encoder"),
         ("velocity_1", "transformer depth 1"),
         ("velocity_4", "transformer depth 4"),
         ("image", "vae_decoder"),
+        ("encoder_latents", "vae_encoder"),
     ],
 )
 def test_one_changed_golden_number_is_noticed(paper: Path, name: str, part: str) -> None:
@@ -75,13 +84,18 @@ def test_one_changed_golden_number_is_noticed(paper: Path, name: str, part: str)
     array.flat[-1] += 1e-3 * np.abs(array).max()
     found = wrong_parts(tamper(paper, **{name: array}))
     assert part in found
-    # The golden context and pooled are also what the transformer is given.
-    assert set(found) - {part} <= (set(PARTS[1:-1]) if name in ("context", "pooled") else set())
+    # The golden image is also what the encoder is given.
+    assert set(found) - {part} <= ({"vae_encoder"} if name == "image" else set())
+
+
+@pytest.mark.parametrize("name", ["context", "pooled", "latents", "timestep"])
+def test_a_changed_input_of_the_transformer_is_noticed_at_every_depth(paper: Path, name: str) -> None:
+    assert wrong_parts(tamper(paper, **{name: golden()[name] * np.float32(1.1)})) == TRANSFORMERS
 
 
 def test_a_change_within_tolerance_is_fine(paper: Path) -> None:
-    image = golden()["image"] * (1 + 5e-5)
-    assert wrong_parts(tamper(paper, image=image.astype(np.float32))) == []
+    velocity = golden()["velocity_2"] * np.float32(1 + 5e-5)
+    assert wrong_parts(tamper(paper, velocity_2=velocity)) == []
 
 
 def test_too_many_tokens_at_another_expert_are_noticed(paper: Path) -> None:
@@ -103,7 +117,7 @@ def test_a_tampered_real_bundle_fails(copy: Path) -> None:
     assert [report.part for report in reports if not report.ok] == ["transformer depth 3"]
 
 
-def giving(function: Callable[[Arrays], Arrays], **changes: object) -> Callable[[Arrays], Arrays]:
+def giving(function: Function, **changes: object) -> Function:
     """`function` with other outputs; None leaves one out."""
 
     def run(inputs: Arrays) -> Arrays:
@@ -138,6 +152,7 @@ def giving(function: Callable[[Arrays], Arrays], **changes: object) -> Callable[
         ("pooled", "text_encoder/model.onnx", text_encoder, "text_encoder"),
         ("velocity", "transformer/depth-2.onnx", transformer(2), "transformer depth 2"),
         ("image", "vae_decoder/model.onnx", vae_decoder, "vae_decoder"),
+        ("latents", "vae_encoder/model.onnx", vae_encoder, "vae_encoder"),
     ],
 )
 def test_wrong_outputs_are_not_ok_and_no_warning(
@@ -153,15 +168,67 @@ def test_wrong_routes_are_not_ok(paper: Path, change: Callable | None) -> None:
     assert wrong_parts(Bundle.open(paper), engine) == ["transformer depth 1"]
 
 
+def test_a_bundle_without_encoder_of_pictures_is_verified_without_it(paper: Path) -> None:
+    tamper(paper, encoder_latents=None)
+    reports = verify_bundle(without_encoder(paper), FakeEngine())  # type: ignore[arg-type]
+    assert [report.part for report in reports] == PARTS[:-1]
+    assert all(report.ok for report in reports)
+
+
+def test_three_text_encoders_are_three_parts(three: Path) -> None:
+    reports = verify_bundle(Bundle.open(three), FakeEngine(manifest=THREE))  # type: ignore[arg-type]
+    assert [report.part for report in reports] == [
+        "text_encoder",
+        "text_encoder_2",
+        "text_encoder_3",
+        *PARTS[1:],
+    ]
+    assert all(report.ok for report in reports)
+    np.savez(three / GOLDEN, **{k: v for k, v in golden(THREE).items() if k != "text_encoder_3.context"})
+    with pytest.raises(BundleInvalid, match=r"the array text_encoder_3\.context, found none"):
+        verify_bundle(seal(three, THREE), FakeEngine(manifest=THREE))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("number", ["", "_2", "_3"])
+def test_a_wrong_encoder_is_found_by_its_name(three: Path, number: str) -> None:
+    path = f"text_encoder{number}/model.onnx"
+    engine = FakeEngine(manifest=THREE)
+    engine.functions[path] = giving(engine.functions[path], context=lambda array: array * 1.001)
+    reports = verify_bundle(Bundle.open(three), engine)  # type: ignore[arg-type]
+    assert [report.part for report in reports if not report.ok] == [f"text_encoder{number}"]
+
+
+def test_a_model_of_classes_is_held_to_its_epsilon(classes: Path) -> None:
+    def reports(engine: FakeEngine) -> list[PartReport]:
+        return verify_bundle(Bundle.open(classes), engine)  # type: ignore[arg-type]
+
+    engine = FakeEngine(manifest=CLASSES)
+    assert [report.part for report in reports(engine)] == [
+        "transformer depth 1",
+        "vae_decoder",
+        "vae_encoder",
+    ]
+    assert all(report.ok and report.routing_agreement is None for report in reports(engine))
+    path = "transformer/depth-1.onnx"
+    engine.functions[path] = giving(engine.functions[path], epsilon=lambda array: array[:, :4])
+    assert [report.part for report in reports(engine) if not report.ok] == ["transformer depth 1"]
+
+
 def test_a_model_that_does_not_think_needs_no_routes(paper: Path) -> None:
     tamper(paper, routes_1=None, routes_2=None, routes_4=None)
-    plain = replace(MANIFEST_OF_PAPER.model, experts=0, thinking_blocks=())
-    bundle = seal(paper, replace(MANIFEST_OF_PAPER, model=plain))
+    plain = replace(PAPER.model, experts=0, thinking_blocks=())
+    bundle = seal(paper, replace(PAPER, model=plain))
     reports = verify_bundle(bundle, FakeEngine())  # type: ignore[arg-type]
     assert all(report.ok and report.routing_agreement is None for report in reports)
 
 
-@pytest.mark.parametrize("name", ["ids", "pooled", "timestep", "velocity_4", "routes_2", "decoder_latents"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("text_encoder.ids", "text_encoder.context", "text_encoder.pooled", "context", "pooled", "latents"),
+        *("timestep", "velocity_4", "routes_2", "decoder_latents", "image", "encoder_latents"),
+    ],
+)
 def test_a_missing_golden_array_is_named(paper: Path, name: str) -> None:
     with pytest.raises(BundleInvalid, match=f"expected the array {name}, found none; export again"):
         verify_bundle(tamper(paper, **{name: None}), FakeEngine())  # type: ignore[arg-type]

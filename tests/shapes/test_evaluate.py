@@ -2,29 +2,45 @@
 
 import json
 import random
+import subprocess
+import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from unittest.mock import create_autospec
+from types import SimpleNamespace
 
-import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
 from samples.shapes import evaluate
-from samples.shapes.captions import KINDS, scene_for, vocabulary
-from samples.shapes.evaluate import NEVER_SEEN, SEEN, Question, asks_for_held_out, interval, questions, report
+from samples.shapes.captions import KINDS, satisfies, scene_for, vocabulary
+from samples.shapes.evaluate import ERRORS, parser_errors, report
+from samples.shapes.parser import WEIGHTS, Parser
+from samples.shapes.parser_errors import COMMAND, Case, misjudged, pose, sha256
+from samples.shapes.questions import (
+    LIST,
+    NEVER_SEEN,
+    SEEN,
+    Question,
+    asks_for_held_out,
+    fingerprint,
+    questions,
+)
 from samples.shapes.render import render
 from samples.shapes.train_parser import to_uint8
-from samples.shapes.world import HELD_OUT, is_held_out
+from samples.shapes.world import HELD_OUT, Scene, is_held_out
+from tpx_runtime.evaluation.cli import main as tpx_eval
+from tpx_runtime.evaluation.compare import Report, compare
 from tpx_runtime.generator import Generator
+from tpx_runtime.settings import Settings
 
 LIST_SHA256 = "6f4a8b5939f0753747304824cd284fd3681bfe821048353070cd27ffc8210be5"
 
 
 def test_the_list_is_the_one_that_scores_were_measured_on() -> None:
     asked = questions()
-    assert evaluate.fingerprint(asked) == LIST_SHA256
+    assert fingerprint(asked) == LIST_SHA256
     rows = Counter(question.row for question in asked)
     assert rows == {**dict.fromkeys(KINDS, 92), SEEN: 96, NEVER_SEEN: 96}
     assert len({(question.row, question.text) for question in asked}) == len(asked)
@@ -38,7 +54,7 @@ def test_the_model_knows_every_word() -> None:
 
 def test_only_the_last_row_asks_for_what_training_has_not_seen() -> None:
     rng = random.Random(0)
-    held_out = Counter()
+    held_out: Counter[tuple[str, str, str | None]] = Counter()
     for question in questions():
         assert asks_for_held_out(question.prompt) == (question.row == NEVER_SEEN), question.text
         if question.row == NEVER_SEEN:
@@ -46,19 +62,6 @@ def test_only_the_last_row_asks_for_what_training_has_not_seen() -> None:
             first = question.prompt.groups[0]
             held_out[first.colour, first.shape, question.prompt.relation] += 1
     assert held_out == dict.fromkeys(HELD_OUT, 8)
-
-
-def test_interval_covers_the_mean_and_narrows_with_more_prompts() -> None:
-    rng = np.random.default_rng(1)
-    few, many = ([[(rng.random(4) < 0.7).tolist() for _ in range(n)] for _ in range(6)] for n in (10, 160))
-    widths = []
-    for verdicts in (few, many):
-        score, low, high = interval(verdicts)
-        assert low < score < high
-        assert score == pytest.approx(np.mean([np.mean(row) for row in verdicts]))
-        widths.append(high - low)
-    assert widths[0] / widths[1] == pytest.approx(4, rel=0.35)  # sixteen times the prompts
-    assert interval([[[True, True]] * 5]) == (1, 1, 1)
 
 
 def test_overall_is_the_unweighted_mean_of_the_six_kinds() -> None:
@@ -76,29 +79,145 @@ def test_overall_is_the_unweighted_mean_of_the_six_kinds() -> None:
     assert NEVER_SEEN not in result
 
 
+RECORD = json.loads(ERRORS.read_text())
+
+
+def wrong_cases(key: str) -> list[Case]:
+    return [(number, which) for row in RECORD["rows"].values() for number, which in row[key]]
+
+
+def test_the_recorded_errors_are_of_this_parser_and_this_list() -> None:
+    assert RECORD["parser sha256"] == sha256(WEIGHTS)
+    assert (RECORD["list"], RECORD["command"]) == (LIST, COMMAND)
+    rows = Counter(question.row for question in questions())
+    each = RECORD["renders of each prompt"]
+    assert {row: found["renders"] for row, found in RECORD["rows"].items()} == {
+        r: each * n for r, n in rows.items()
+    }
+
+
+def test_the_recorded_errors_are_the_real_ones_where_looked_at_again() -> None:
+    """Those that the record calls misjudged, and forty that it does not; one in ten may sit on the edge elsewhere."""
+    parser, asked, rng = Parser.load(), questions(), random.Random(11)
+    refused, accepted = wrong_cases("true refused"), wrong_cases("false accepted")
+    others = [(rng.randrange(len(asked)), rng.randrange(RECORD["renders of each prompt"])) for _ in range(40)]
+    cases = list(dict.fromkeys([*refused, *accepted, *others]))
+    found = misjudged(parser, asked, cases)
+    assert refused  # or the test says little
+    assert len(set(found[0]) ^ set(refused)) <= 1 + len(refused) // 10
+    assert len(set(found[1]) ^ set(accepted)) <= 1
+
+
+def test_the_page_gives_the_recorded_errors() -> None:
+    page = (Path(__file__).parents[2] / "docs/evaluation.md").read_text(encoding="utf-8")
+    for row, error in parser_errors().items():
+        name = "six kinds, mean" if row == "overall" else row
+        assert (
+            f"| {name} | {error.renders:,} | {error.true_refused:.2%} | {error.false_accepted:.2%} |\n"
+            in page
+        )
+
+
+def test_a_blind_parser_is_found_wrong() -> None:
+    class Blind(Parser):
+        def __init__(self) -> None:
+            pass
+
+        def parse(self, images: object, batch_size: int = 32) -> list[Scene]:
+            return [()] * 4
+
+    cases = [(number, 0) for number in (0, 200, 300, 600)]
+    assert misjudged(Blind(), questions(), cases) == (cases, [])
+
+
+def test_the_renders_show_what_the_prompt_says_and_not_its_near_miss() -> None:
+    asked = questions()
+    for number in range(0, len(asked), 5):
+        prompt, near, scene = pose(asked, (number, number % 16))
+        assert prompt == asked[number].prompt
+        assert satisfies(scene, prompt)
+        assert not satisfies(scene, near)
+    assert pose(asked, (3, 0)) == pose(asked, (3, 0)) != pose(asked, (3, 1))
+
+
+def test_errors_of_another_parser_are_refused_before_anything_is_drawn(
+    drawn: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "errors.json").write_text(json.dumps({**RECORD, "parser sha256": "0" * 64}))
+    monkeypatch.setattr(parser_errors, "__defaults__", (tmp_path / "errors.json",))
+    result = run(tmp_path / "a")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: expected errors.json to be measured with the present parser.onnx")
+    assert not drawn
+    assert not (tmp_path / "a").exists()
+
+
+class Painter:
+    """Draws every prompt right, but "cone" prompts without a scene; `asked` lists the prompts of its pictures."""
+
+    manifest = SimpleNamespace(name="fake", sha256="b" * 64)
+    engine = SimpleNamespace(name="fake")
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.jobs: list[Settings] = []
+        self.fails_at: int | None = None
+        self.prompts = {question.text: question.prompt for question in questions()}
+        self.empty = Image.fromarray(to_uint8(render([()]))[0])
+        self.known: dict[tuple[str, int], Image.Image] = {}
+
+    def plan(
+        self,
+        prompt: str,
+        *,
+        seed: int,
+        num_images: int,
+        steps: int | None = None,
+        guidance: float | None = None,
+        sampler: str | None = None,
+        depth: int | None = None,
+    ) -> list[Settings]:
+        chosen = (steps or 20, guidance or 3.0, sampler or "euler", depth or 1)
+        return [Settings(prompt, "", seed + i, *chosen) for i in range(num_images)]
+
+    def draw(self, jobs: Sequence[Settings], batch_size: int) -> list[Image.Image]:
+        assert len(jobs) <= batch_size
+        if self.fails_at is not None and len(self.asked) >= self.fails_at:
+            raise KeyboardInterrupt
+        self.asked += [job.prompt for job in jobs]
+        self.jobs += jobs
+        return [self.empty if "cone" in job.prompt else self.paint(job) for job in jobs]
+
+    def paint(self, job: Settings) -> Image.Image:
+        key = job.prompt, job.seed
+        if key not in self.known:
+            scene = scene_for(random.Random(job.seed), self.prompts[job.prompt])
+            self.known[key] = Image.fromarray(to_uint8(render([scene]))[0])
+        return self.known[key]
+
+
+@pytest.fixture(scope="module")
+def artist() -> Painter:
+    return Painter()  # keeps its renders for all tests
+
+
 @pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A generator that draws every prompt right, but "cone" prompts without a scene; the list of what it was asked."""
-    asked: list[str] = []
-    prompts = {question.text: question.prompt for question in questions()}
-    empty = Image.fromarray(to_uint8(render([()]))[0])
+def painter(artist: Painter, monkeypatch: pytest.MonkeyPatch) -> Painter:
+    artist.asked.clear()
+    artist.jobs.clear()
+    artist.fails_at = None
+    monkeypatch.setattr(Generator, "load", lambda path, engine: artist)
+    return artist
 
-    def draw(prompt: str, *, seed: int, num_images: int, **settings: object) -> list[Image.Image]:
-        asked.append(prompt)
-        if "cone" in prompt:
-            return [empty] * num_images
-        scene = scene_for(random.Random(seed), prompts[prompt])
-        return [Image.fromarray(to_uint8(render([scene]))[0])] * num_images
 
-    generator = create_autospec(Generator, instance=True, side_effect=draw)
-    generator.bundle, generator.engine = create_autospec(object), create_autospec(object)
-    generator.bundle.hash, generator.engine.name = "b" * 64, "fake"
-    monkeypatch.setattr(Generator, "load", lambda path, engine: generator)
-    return asked
+@pytest.fixture
+def drawn(painter: Painter) -> list[str]:
+    return painter.asked
 
 
 def run(out: Path, *more: str) -> Result:
-    return CliRunner().invoke(evaluate.main, ["--bundle", "none", "--out", str(out), "--limit", "3", *more])
+    arguments = ["shapes", "--bundle", "none", "--out", str(out), "--limit", "2", "--images", "1", *more]
+    return CliRunner().invoke(tpx_eval, arguments)
 
 
 def test_a_run_is_judged_reported_and_shown(drawn: list[str], tmp_path: Path) -> None:
@@ -106,30 +225,113 @@ def test_a_run_is_judged_reported_and_shown(drawn: list[str], tmp_path: Path) ->
     assert result.exit_code == 0, result.output
     facts = json.loads((tmp_path / "a/report.json").read_text())
     wrong = sum("cone" in text for text in drawn)
-    assert 0 < wrong < len(drawn) == 24
-    rows = [row for name, row in facts["rows"].items() if name != "overall"]
-    assert sum(row["score"] * row["images"] for row in rows) == pytest.approx(2 * (24 - wrong))
-    assert f"| {KINDS[0]} | 3 | 6 |" in result.stdout
-    page = (tmp_path / "a/index.html").read_text()
-    assert page.count("<img") == len(list((tmp_path / "a").glob("*.png"))) == 24
-    assert "): 0/2</figcaption>" in page
+    assert 0 < wrong < len(drawn) == 32
+    rows = {name: row for name, row in facts["rows"].items() if name != "overall"}
+    assert sum(row["score"] * row["images"] for row in rows.values()) == pytest.approx(32 - wrong)
+    assert list(facts["rows"]) == [*KINDS, "overall", SEEN, NEVER_SEEN]
+    assert [one["right"] for one in facts["prompts"]] == [["cone" not in text] * 2 for text in drawn[::2]]
+    page = (tmp_path / "a/index.html").read_text(encoding="utf-8")
+    assert page.count("<img") == len(list((tmp_path / "a").glob("*.png"))) == 16
+    assert page.count("✗✗ 0/2</figcaption>") == wrong / 2
+    assert page.count("✓✓ 2/2</figcaption>") == 16 - wrong / 2
+    assert page.count("<h2>") == 8
 
 
-def test_an_interrupted_run_goes_on_and_ends_the_same(drawn: list[str], tmp_path: Path) -> None:
-    whole = run(tmp_path / "a", "--images", "1").stdout.splitlines()[:-1]
-    lines = (tmp_path / "a/verdicts.jsonl").read_text().splitlines()
-    (tmp_path / "b").mkdir()
-    (tmp_path / "b/verdicts.jsonl").write_text("\n".join(lines[:11]) + "\n[tr")  # killed while writing
-    drawn.clear()
-    assert run(tmp_path / "b", "--images", "1").stdout.splitlines()[:-1] == whole
-    assert len(drawn) == 24 - 10
-    assert (tmp_path / "b/verdicts.jsonl").read_text().splitlines() == lines
+def test_the_parsers_own_error_stands_beside_every_score(drawn: list[str], tmp_path: Path) -> None:
+    result = run(tmp_path / "a")
+    rows = json.loads((tmp_path / "a/report.json").read_text())["rows"]
+    measured = RECORD["rows"]
+    for row in (*KINDS, SEEN, NEVER_SEEN):
+        renders = measured[row]["renders"]
+        refused, accepted = (len(measured[row][key]) / renders for key in ("true refused", "false accepted"))
+        assert rows[row]["parser"] == {
+            "renders": renders,
+            "true_refused": refused,
+            "false_accepted": accepted,
+        }
+        [line] = [line for line in result.stdout.splitlines() if line.startswith(f"| {row} |")]
+        assert line.endswith(f"| {100 * refused:.2f}% / {100 * accepted:.2f}% |")
+    mean = sum(len(measured[kind]["true refused"]) / measured[kind]["renders"] for kind in KINDS) / 6
+    assert rows["overall"]["parser"]["true_refused"] == pytest.approx(mean)
+
+
+def test_every_prompt_has_seeds_of_its_own_whatever_the_limit(painter: Painter, tmp_path: Path) -> None:
+    places = {question.text: number for number, question in enumerate(questions())}
+    run(tmp_path / "a", "--images", "2", "--seed", "7")
+    seeds = [(job.prompt, job.seed) for job in painter.jobs]
+    assert seeds == [
+        (job.prompt, 7 + 1000 * places[job.prompt] + i % 2) for i, job in enumerate(painter.jobs)
+    ]
+
+
+def test_settings_reach_every_picture_and_the_report(painter: Painter, tmp_path: Path) -> None:
+    more = ("--sampler", "heun", "--steps", "7", "--guidance", "2.5", "--depth", "2")
+    assert run(tmp_path / "a", *more).exit_code == 0
+    used = {(job.sampler, job.steps, job.guidance, job.depth) for job in painter.jobs}
+    assert used == {("heun", 7, 2.5, 2)}
+    facts = json.loads((tmp_path / "a/report.json").read_text())
+    assert [facts[key] for key in ("sampler", "steps", "guidance", "depth")] == ["heun", 7, 2.5, 2]
+    assert (facts["bundle_sha256"], facts["engine"], facts["seed"]) == ("b" * 64, "fake", 0)
+
+
+def test_an_interrupted_run_goes_on_and_ends_the_same(painter: Painter, tmp_path: Path) -> None:
+    whole = run(tmp_path / "a").stdout.splitlines()[:-1]
+    painter.asked.clear()
+    painter.fails_at = 8
+    stopped = run(tmp_path / "b")
+    assert stopped.exit_code == 130
+    assert "8 of 16 pictures are left, which the same command draws" in stopped.stderr
+    verdicts = tmp_path / "b/verdicts.jsonl"
+    verdicts.write_text(verdicts.read_text() + "[tr")  # killed while writing
+    (tmp_path / "b/0006.png").unlink()  # its verdict and those behind it are made anew
+    painter.asked.clear()
+    painter.fails_at = None
+    assert run(tmp_path / "b").stdout.splitlines()[:-1] == whole
+    assert len(painter.asked) == 16 - 6
+    for name in ("verdicts.jsonl", "report.json", "index.html", "0006.png"):
+        assert (tmp_path / "b" / name).read_bytes() == (tmp_path / "a" / name).read_bytes()
 
 
 def test_another_run_in_the_same_place_is_refused(drawn: list[str], tmp_path: Path) -> None:
-    run(tmp_path / "a", "--images", "1")
+    run(tmp_path / "a")
     before = (tmp_path / "a/verdicts.jsonl").read_text()
-    result = run(tmp_path / "a", "--images", "2")
+    result = run(tmp_path / "a", "--steps", "5")
     assert result.exit_code == 2
-    assert "choose another --out" in result.stderr
-    assert (tmp_path / "a/verdicts.jsonl").read_text() == before
+    assert "(steps 20), found steps 5; use those, or another --out" in result.stderr
+    (tmp_path / "a/verdicts.jsonl").write_text("something else\n")
+    assert run(tmp_path / "a").exit_code == 2
+    (tmp_path / "a/verdicts.jsonl").write_text(before)
+    assert run(tmp_path / "a").exit_code == 0
+
+
+def test_two_runs_compare(drawn: list[str], tmp_path: Path) -> None:
+    run(tmp_path / "a")
+    run(tmp_path / "b", "--depth", "2")
+    lines = compare(Report.load(tmp_path / "a"), Report.load(tmp_path / "b"))
+    assert [line.name for line in lines] == [*KINDS, "overall", SEEN, NEVER_SEEN]
+    facts = json.loads((tmp_path / "a/report.json").read_text())
+    for line in lines:
+        assert line.first == line.second == pytest.approx(facts["rows"][line.name]["score"])
+        assert line.change.mean == line.change.low == line.change.high == 0
+
+
+def test_a_place_that_cannot_be_written_is_refused(drawn: list[str], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    result = run(tmp_path / "file")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: expected to write into")
+    assert not drawn
+
+
+def test_the_module_that_is_run_is_the_same_command() -> None:
+    assert evaluate.main is tpx_eval.commands["shapes"]
+    command = [sys.executable, "-m", "samples.shapes.evaluate", "--bundle", "none", "--engine", "nothing"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 3
+    assert result.stderr.startswith("error: ")
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_evaluating_imports_no_torch() -> None:
+    code = "import sys, samples.shapes.evaluate, tpx_runtime.generator; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

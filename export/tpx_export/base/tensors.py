@@ -1,7 +1,8 @@
 """Tensors of foreign checkpoints by name, read one at a time, and how they become the tensors of our modules."""
 
+import argparse
 import json
-import pickle
+import re
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,10 @@ from tpx_export.checkpoint import CheckpointInvalid
 
 M = TypeVar("M", bound=nn.Module)
 Reader = Callable[[], Tensor]
+
+_REAL = (torch.float32, torch.float16, torch.bfloat16)
+# Nothing computes in it here, and float16 holds it exactly.
+_FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 class Tensors(Mapping[str, Tensor]):
@@ -105,9 +110,10 @@ def _safetensors(path: Path) -> dict[str, Reader]:
 
 def _pickled(path: Path) -> dict[str, Reader]:
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        said = " ".join(str(error).split())[:120]
+        with torch.serialization.safe_globals([argparse.Namespace]):  # DiT's training keeps its arguments so
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # a broken pickle may raise anything
+        said = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split())[:120]
         raise CheckpointInvalid(f"{path}: expected a file of tensors alone, found another ({said})") from None
     for key in ("ema", "model", "state_dict"):  # as training scripts wrap it; sampling uses the EMA
         if isinstance(state, dict) and isinstance(state.get(key), dict):
@@ -154,9 +160,9 @@ def load_foreign(
 ) -> M:
     """Fill `module`, made on the meta device, with tensors of `source` in the precision that they are stored in.
 
-    `recipe` has an entry for every tensor of the module's state; `unused` names foreign tensors that a known format holds
-    and we do not need. Raises CheckpointInvalid, whose message lists every tensor that is missing, unknown or of another
-    shape.
+    Only float8 is widened, to float16. `recipe` has an entry for every tensor of the module's state; `unused` names foreign
+    tensors that a known format holds and we do not need. Raises CheckpointInvalid, whose message lists every tensor that is
+    missing, unknown, of another shape or no float.
     """
     wanted = {name: value.shape for name, value in module.state_dict().items()}
     assert recipe.keys() == wanted.keys(), sorted(recipe.keys() ^ wanted.keys())
@@ -167,10 +173,13 @@ def load_foreign(
     if not faults:
         for name, made in recipe.items():
             value = made.make(*(source[foreign] for foreign in made.names))
-            if value.shape == wanted[name]:
-                state[name] = value
-            else:
+            value = value.half() if value.dtype in _FLOAT8 else value
+            if value.shape != wanted[name]:
                 faults.append(f"{made.names[0]} gives {list(value.shape)}, not {list(wanted[name])}")
+            elif value.dtype not in _REAL:
+                faults.append(f"{made.names[0]} is {value.dtype}, not a float of 32 or 16 bits")
+            else:
+                state[name] = value
     if faults:
         raise CheckpointInvalid(
             f"{where}: expected the {len(needed)} tensors of this model, found {len(faults)} that do not fit: "

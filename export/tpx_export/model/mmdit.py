@@ -10,11 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tpx_export.model.attention import SelfAttention, Stream, attention, modulate
 from tpx_export.model.thinking import Thinking, ThinkingSpec
 
 
 @dataclass(frozen=True)
 class MMDiTSpec:
+    """Sizes of the transformer; the defaults are the sample model's, base/sd3.py makes those of SD3 and SD3.5.
+
+    `dual_blocks` have a second attention, of the visual tokens to themselves (SD3.5-medium). `stored_positions`: the table
+    of positions is a tensor of the state, cut to this latent size, instead of being computed.
+    """
+
     latent_channels: int = 4
     latent_size: int = 16
     patch: int = 2
@@ -26,6 +33,8 @@ class MMDiTSpec:
     pooled_width: int = 128
     qk_norm: bool = True
     thinking: ThinkingSpec | None = None
+    dual_blocks: tuple[int, ...] = ()
+    stored_positions: bool = False
 
     def __post_init__(self) -> None:
         if self.width % self.heads or self.latent_size % self.patch:
@@ -33,10 +42,12 @@ class MMDiTSpec:
                 f"expected heads to divide width and patch to divide latent_size, got {self.width}/{self.heads} "
                 f"and {self.latent_size}/{self.patch}"
             )
-        if self.thinking and not all(0 <= b < self.blocks for b in self.thinking.blocks):
-            raise ValueError(
-                f"expected thinking blocks within 0..{self.blocks - 1}, got {self.thinking.blocks}"
-            )
+        for kind, chosen in (
+            ("thinking", self.thinking.blocks if self.thinking else ()),
+            ("dual", self.dual_blocks),
+        ):
+            if not all(0 <= b < self.blocks for b in chosen):
+                raise ValueError(f"expected {kind} blocks within 0..{self.blocks - 1}, got {chosen}")
 
     @property
     def visual_tokens(self) -> int:
@@ -63,24 +74,6 @@ def grid_positions(side: int, width: int) -> Tensor:
     return torch.cat([sinusoid(columns.flatten(), width // 2), sinusoid(rows.flatten(), width // 2)], dim=-1)
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """adaLN: layer norm without affine, then shift and scale [B, D] of the condition."""
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x), times a weight for each channel. Squares are taken in float32: in float16 they overflow at 256."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = x.float()
-        # Division by a root, not rsqrt: the spelling that ONNX Runtime fuses.
-        return (h / (h.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()).to(x.dtype) * self.weight
-
-
 class Embedder(nn.Module):
     """Two linear layers with SiLU between: [B, width_in] -> [B, width]."""
 
@@ -93,55 +86,25 @@ class Embedder(nn.Module):
         return self.linear_2(F.silu(self.linear_1(x)))
 
 
-class Stream(nn.Module):
-    """One modality's own weights in a joint block. `ends` leaves out what nothing reads after the last attention."""
-
-    def __init__(self, width: int, head_width: int, qk_norm: bool, ends: bool = False) -> None:
-        super().__init__()
-        self.modulation = nn.Linear(width, (2 if ends else 6) * width)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.norm_q = RMSNorm(head_width) if qk_norm else nn.Identity()
-        self.norm_k = RMSNorm(head_width) if qk_norm else nn.Identity()
-        if not ends:
-            self.proj = nn.Linear(width, width)
-            self.mlp_in = nn.Linear(width, 4 * width)
-            self.mlp_out = nn.Linear(4 * width, width)
-
-    def heads(self, qkv: Tensor, head_width: int) -> tuple[Tensor, Tensor, Tensor]:
-        """[B, n, 3D] -> q, k, v, each [B, H, n, d]."""
-        q, k, v = (part.unflatten(-1, (-1, head_width)).transpose(1, 2) for part in qkv.chunk(3, dim=-1))
-        return self.norm_q(q), self.norm_k(k), v
-
-    def finish(self, x: Tensor, attended: Tensor, rest: tuple[Tensor, ...]) -> Tensor:
-        """Output projection, gated residual, gated perceptron."""
-        gate_attention, shift, scale, gate_mlp = rest
-        x = x + gate_attention.unsqueeze(1) * self.proj(attended)
-        hidden = F.gelu(self.mlp_in(modulate(x, shift, scale)), approximate="tanh")
-        return x + gate_mlp.unsqueeze(1) * self.mlp_out(hidden)
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """[B, H, n, d] queries against [B, H, m, d] keys and values -> [B, n, D]."""
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-
-
 class JointBlock(nn.Module):
-    """Visual and text tokens attend to one another; the visual ones may think first."""
+    """Visual and text tokens attend to one another; the visual ones may think first, and may attend to themselves too."""
 
     def __init__(self, spec: MMDiTSpec, index: int) -> None:
         super().__init__()
         self.head_width = spec.width // spec.heads
         self.ends = index == spec.blocks - 1
-        self.visual = Stream(spec.width, self.head_width, spec.qk_norm)
+        dual = index in spec.dual_blocks
+        self.visual = Stream(spec.width, self.head_width, spec.qk_norm, dual=dual)
         self.text = Stream(spec.width, self.head_width, spec.qk_norm, ends=self.ends)
+        self.second = SelfAttention(spec.width, self.head_width, spec.qk_norm) if dual else None
         thinks = spec.thinking is not None and index in spec.thinking.blocks
         self.thinking = Thinking(spec.width, spec.thinking) if thinks and spec.thinking else None
 
     def forward(self, x: Tensor, c: Tensor, y: Tensor, depth: int) -> tuple[Tensor, Tensor, list[Tensor]]:
         """x [B, N, D], c [B, L, D], y [B, D] -> both streams after the block, and the routes [B, N] of its steps."""
         act = F.silu(y).to(x.dtype)
-        shift, scale, *x_rest = self.visual.modulation(act).chunk(6, dim=-1)
-        c_shift, c_scale, *c_rest = self.text.modulation(act).chunk(2 if self.ends else 6, dim=-1)
+        shift, scale, *rest = self.visual.modulations(act)
+        c_shift, c_scale, *c_rest = self.text.modulations(act)
         x_in, c_in = modulate(x, shift, scale), modulate(c, c_shift, c_scale)
         c_q, c_k, c_v = self.text.heads(self.text.qkv(c_in), self.head_width)
 
@@ -154,12 +117,20 @@ class JointBlock(nn.Module):
             qkv = self.visual.qkv(x_in)
         else:
             qkv, routes = self.thinking(x_in, y, depth, lambda: self.visual.qkv(x_in), attend_visual)
+        second = None
+        if self.second is not None:
+            *rest, shift, scale, gate = rest
+            second = gate.unsqueeze(1) * self.second(modulate(x, shift, scale))
         if self.ends:
-            return self.visual.finish(x, attend_visual(qkv), tuple(x_rest)), c, routes
+            return self.visual.finish(x, attend_visual(qkv), tuple(rest), second), c, routes
         q, k, v = self.visual.heads(qkv, self.head_width)
         joint = attention(torch.cat([q, c_q], dim=2), torch.cat([k, c_k], dim=2), torch.cat([v, c_v], dim=2))
         visual, text = joint[:, : x.shape[1]], joint[:, x.shape[1] :]
-        return self.visual.finish(x, visual, tuple(x_rest)), self.text.finish(c, text, tuple(c_rest)), routes
+        return (
+            self.visual.finish(x, visual, tuple(rest), second),
+            self.text.finish(c, text, tuple(c_rest)),
+            routes,
+        )
 
 
 class MMDiT(nn.Module):
@@ -179,7 +150,7 @@ class MMDiT(nn.Module):
         self.out_modulation = nn.Linear(spec.width, 2 * spec.width)
         self.patch_out = nn.Linear(spec.width, patch_values)
         positions = grid_positions(spec.latent_size // spec.patch, spec.width)
-        self.register_buffer("positions", positions, persistent=False)
+        self.register_buffer("positions", positions, persistent=spec.stored_positions)
         self._zero_outputs()
 
     def _zero_outputs(self) -> None:

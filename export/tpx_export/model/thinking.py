@@ -11,6 +11,7 @@
   mod_t, a scale and a shift for each channel, is each step's own.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -38,6 +39,10 @@ class ThinkingSpec:
         for field in ("experts", "rank", "max_depth"):
             if getattr(self, field) < 1:
                 raise ValueError(f"expected {field} of 1 or more, got {getattr(self, field)}")
+        if not self.blocks or list(self.blocks) != sorted(set(self.blocks)) or self.blocks[0] < 0:
+            raise ValueError(f"expected blocks that rise from 0 or more, got {self.blocks}")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"expected a temperature above 0, got {self.temperature}")
 
 
 class Gate(nn.Module):
@@ -92,10 +97,12 @@ class Thinking(nn.Module):
         return qkv, routes
 
     def _expert(self, tokens: Tensor, y: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        h = F.layer_norm(tokens * self.scale[step] + self.shift[step], tokens.shape[-1:])
+        scale, shift = self.scale[step].to(tokens.dtype), self.shift[step].to(tokens.dtype)
+        h = F.layer_norm(tokens * scale + shift, tokens.shape[-1:])
         logits = self.gate(tokens.float(), y)  # a route must not hang on float16's rounding
+        a, b = self.a.to(h.dtype), self.b.to(h.dtype)  # experts in training stay in float32 over a lower base
         if self.training:
             weights = F.gumbel_softmax(logits.float(), tau=self.spec.temperature, hard=True).to(h.dtype)
-            return mixed_lora(h, weights, self.a, self.b), weights.argmax(-1)
+            return mixed_lora(h, weights, a, b), weights.argmax(-1)
         route = logits.argmax(-1)
-        return routed_lora(h, route, self.a.to(h.dtype), self.b.to(h.dtype)), route
+        return routed_lora(h, route, a, b), route

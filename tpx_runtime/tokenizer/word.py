@@ -3,21 +3,15 @@
 import difflib
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from .errors import BadInput, BundleInvalid, shorten
+from ..errors import BadInput, BundleInvalid, shorten
+from .encoding import Encoding, Tokenizer
 
 PAD, BOS, EOS, UNK = "<pad>", "<bos>", "<eos>", "<unk>"
 _WORD = re.compile(r"[,.]|[^\s,.]+")
-
-
-@dataclass(frozen=True)
-class Encoding:
-    """`ids`, always text_tokens long, and the words that became <unk>, in order and without repeats."""
-
-    ids: list[int]
-    unknown: list[str]
 
 
 class WordTokenizer:
@@ -29,11 +23,19 @@ class WordTokenizer:
 
     @classmethod
     def from_file(cls, path: Path) -> "WordTokenizer":
-        """Read tokenizer/vocab.json. Raises BundleInvalid."""
+        """Read a vocab.json of this kind. Raises BundleInvalid."""
         try:
             facts = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError):
+            facts = None
+        return cls.from_facts(path, facts if isinstance(facts, dict) else {})
+
+    @classmethod
+    def from_facts(cls, path: Path, facts: Mapping[str, Any]) -> "WordTokenizer":
+        """The fields of the vocab.json at `path`. Raises BundleInvalid."""
+        try:
             kind, tokens, text_tokens = facts["kind"], facts["tokens"], facts["text_tokens"]
-        except (ValueError, TypeError, KeyError, RecursionError):
+        except KeyError:
             raise BundleInvalid(
                 f"{path}: expected JSON with kind, tokens and text_tokens, found none"
             ) from None
@@ -83,13 +85,13 @@ class WordTokenizer:
         return Encoding(ids + [self._ids[PAD]] * (self.text_tokens - len(ids)), list(unknown))
 
 
-def refuse_unknown(encoding: Encoding, tokenizer: WordTokenizer) -> None:
+def refuse_unknown(encoding: Encoding, tokenizer: Tokenizer) -> None:
     """Raise a BadInput that names the unknown words of an encoding and the known words nearest to them."""
     if not encoding.unknown:
         return
     shown = []
     for word in encoding.unknown[:5]:
-        near = tokenizer.suggest(word)
+        near = tokenizer.suggest(word) if isinstance(tokenizer, WordTokenizer) else []
         shown.append(shorten(word) + (f" (near: {', '.join(near)})" if near else ""))
     more = len(encoding.unknown) - len(shown)
     found = ", ".join(shown) + (f" and {more} more" if more else "")

@@ -1,0 +1,108 @@
+"""Export of a random-weight Stable Diffusion 3 with thinking adapters: time, peak memory, sizes.
+
+    python -m benchmarks.sd3_size OUT [--model sd3-medium] [--image-size 1024] [--depth 3]
+
+The transformer has the real model's every name and shape (benchmarks/random_sd3.py). CLIP-L, CLIP-G and the VAE have the
+real widths and few layers, and T5 is left out, for the transformer is what is measured. Then every graph is loaded by ONNX
+Runtime in a process of its own. Needs the extras `export` and `parity`, and about 15 GB of disk for sd3-medium.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+
+from benchmarks.random_sd3 import write_adapters, write_transformer
+from benchmarks.startup import spent
+
+BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+LOAD = """
+import sys, onnxruntime as ort
+options = ort.SessionOptions()
+options.log_severity_level = 3
+options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+ort.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
+"""
+
+
+def write_rest(folder: Path) -> None:
+    """Random CLIP-L, CLIP-G, VAE of few layers, tokenizers of single bytes, and the folder's index."""
+    import torch
+    from diffusers import AutoencoderKL
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    torch.manual_seed(0)
+    bytes_ = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    bytes_ += [256 + i for i in range(256 - len(bytes_))]  # CLIP writes the other bytes as these characters
+    words = [chr(b) for b in bytes_] + [chr(b) + "</w>" for b in bytes_] + [BOS, EOS]
+    for number, (width, heads, act) in {"": (768, 12, "quick_gelu"), "_2": (1280, 20, "gelu")}.items():
+        config = CLIPTextConfig(
+            vocab_size=len(words),
+            hidden_size=width,
+            intermediate_size=4 * width,
+            projection_dim=width,
+            num_hidden_layers=2,
+            num_attention_heads=heads,
+            hidden_act=act,
+            bos_token_id=len(words) - 2,
+            eos_token_id=len(words) - 1,
+            pad_token_id=1,
+        )
+        CLIPTextModelWithProjection(config).half().save_pretrained(folder / f"text_encoder{number}")
+        tokenizer = folder / f"tokenizer{number}"
+        tokenizer.mkdir()
+        vocabulary = {word: i for i, word in enumerate(words)}
+        (tokenizer / "vocab.json").write_text(json.dumps(vocabulary))
+        (tokenizer / "merges.txt").write_text("#version: 0.2\n")
+    vae = AutoencoderKL(
+        latent_channels=16,
+        block_out_channels=(64, 64, 64, 64),
+        layers_per_block=1,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        scaling_factor=1.5305,
+        shift_factor=0.0609,
+    )
+    vae.half().save_pretrained(folder / "vae")
+    (folder / "scheduler").mkdir()
+    (folder / "scheduler/scheduler_config.json").write_text(json.dumps({"shift": 3.0}))
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusion3Pipeline"}))
+
+
+@click.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--model", default="sd3-medium", show_default=True)
+@click.option("--image-size", default=1024, show_default=True, help="Pixels.")
+@click.option("--depth", default=3, show_default=True)
+@click.option("--experts", default=5, show_default=True)
+@click.option("--rank", default=128, show_default=True)
+@click.option("--layers", type=int, help="Fewer blocks, for a try.")
+def main(
+    out: Path, model: str, image_size: int, depth: int, experts: int, rank: int, layers: int | None
+) -> None:
+    """Print the table of docs/real-weights.md; OUT keeps the base and the bundle."""
+    base, bundle, adapters = out / "base", out / "bundle", out / "tpx.safetensors"
+    if not (base / "model_index.json").exists():
+        write_transformer(base / "transformer", model, layers)
+        write_adapters(adapters, model, experts=experts, rank=rank, max_depth=depth, layers=layers)
+        write_rest(base)
+    program = str(Path(sys.executable).with_name("tpx-export"))
+    command = [program, "--base", str(base), "--adapters", str(adapters), "--depth", str(depth)]
+    command += ["--image-size", str(image_size), "--no-t5", "--out", str(bundle), "--force"]
+    print("$", subprocess.list2cmdline(command), flush=True)
+    seconds, peak = spent(command)
+    print(f"export and verification: {seconds / 60:.1f} min, peak {peak / 1024:.2f} GiB\n")
+    print("| file | bytes |\n|---|---|")
+    for path in sorted((bundle / "transformer").iterdir()):
+        print(f"| {path.name} | {path.stat().st_size:,} |")
+    for path in sorted((bundle / "transformer").glob("*.onnx")):
+        seconds, peak = spent([sys.executable, "-c", LOAD, str(path)])
+        print(f"{path.name}: ONNX Runtime loads it in {seconds:.1f} s, peak {peak / 1024:.2f} GiB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""Tiny random Stable Diffusion 3 pipelines, as diffusers saves them: what parity is measured and tested on.
+
+The vocabularies are the real ones, from $TPX_DATA, or the folder shared/data beside the checkout: clip/ with OpenAI's
+bpe_simple_vocab_16e6.txt.gz and t5/ with spiece.model.
+"""
+
+import gzip
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+DATA = Path(os.environ.get("TPX_DATA", Path(__file__).parents[2] / "shared/data"))
+MERGES = "clip/bpe_simple_vocab_16e6.txt.gz"
+VARIANTS: dict[str, dict[str, Any]] = {
+    "sd3-medium": {},
+    "sd3.5-medium": {"qk_norm": "rms_norm", "dual_attention_layers": (0, 1)},
+    "sd3.5-large": {"qk_norm": "rms_norm", "num_layers": 4},
+}
+
+
+def write_clip_tokenizer(folder: Path, pad: str) -> None:
+    """vocab.json, merges.txt and what names the pad token, as CLIPTokenizer is saved."""
+    text = gzip.decompress((DATA / MERGES).read_bytes()).decode()
+    merges = text.split("\n")[1 : 49152 - 256 - 2 + 1]
+    bytes_ = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    alphabet = [chr(b) for b in bytes_] + [chr(256 + i) for i in range(256 - len(bytes_))]
+    words = alphabet + [c + "</w>" for c in alphabet] + ["".join(m.split()) for m in merges]
+    words += ["<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True)
+    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+    facts = {
+        "bos_token": "<|startoftext|>",
+        "eos_token": "<|endoftext|>",
+        "unk_token": "<|endoftext|>",
+        "pad_token": pad,
+        "model_max_length": 77,
+        "tokenizer_class": "CLIPTokenizer",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(facts))
+
+
+def randomise(module: torch.nn.Module, scale: float = 0.2) -> torch.nn.Module:
+    """Norms and biases too, so that none of them can be lost unnoticed."""
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) * scale / 2)
+            elif "embedding" not in name:
+                parameter.normal_(std=parameter.shape[-1] ** -0.5)
+    return module.eval()
+
+
+def save_pipeline(folder: Path, variant: str, seed: int = 0) -> Any:
+    """diffusers' StableDiffusion3Pipeline of random weights and real vocabularies, saved in `folder`: 32 x 32 pixels."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+    from transformers import (
+        CLIPTextConfig,
+        CLIPTextModelWithProjection,
+        CLIPTokenizer,
+        T5Config,
+        T5EncoderModel,
+        T5TokenizerFast,
+    )
+
+    torch.manual_seed(seed)
+    tokenizers, clips = [], []
+    for number, (width, act, pad) in enumerate(((16, "quick_gelu", "<|endoftext|>"), (24, "gelu", "!"))):
+        write_clip_tokenizer(folder / f"vocabulary{number}", pad)
+        tokenizers.append(CLIPTokenizer.from_pretrained(folder / f"vocabulary{number}"))
+        config = CLIPTextConfig(
+            hidden_size=width,
+            intermediate_size=2 * width,
+            projection_dim=width,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            hidden_act=act,
+        )
+        clips.append(randomise(CLIPTextModelWithProjection(config)))
+        shutil.rmtree(folder / f"vocabulary{number}")
+    t5 = T5Config(d_model=48, d_kv=8, d_ff=64, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu")
+    transformer = {
+        "sample_size": 16,
+        "num_layers": 3,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 48,
+        "caption_projection_dim": 32,
+        "pooled_projection_dim": 40,
+        "pos_embed_max_size": 12,
+        **VARIANTS[variant],
+    }
+    pipeline = StableDiffusion3Pipeline(
+        transformer=randomise(SD3Transformer2DModel(**transformer)),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=tiny_vae(),
+        text_encoder=clips[0],
+        tokenizer=tokenizers[0],
+        text_encoder_2=clips[1],
+        tokenizer_2=tokenizers[1],
+        text_encoder_3=randomise(T5EncoderModel(t5)),
+        tokenizer_3=T5TokenizerFast.from_pretrained(DATA / "t5"),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.save_pretrained(folder)
+    return pipeline
+
+
+def tiny_vae() -> Any:
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL(
+        latent_channels=16,
+        block_out_channels=(32, 32),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        scaling_factor=1.5305,
+        shift_factor=0.0609,
+    )
+    randomise(vae)
+    with torch.no_grad():
+        vae.decoder.conv_out.weight.mul_(0.1)  # grey pictures: in black and white ones no error shows
+    return vae

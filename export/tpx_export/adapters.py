@@ -1,0 +1,192 @@
+"""Thinking adapters by themselves, `tpx.safetensors`: what a base model needs in order to think.
+
+The file's metadata holds, under `tpx`, the JSON text {"format": "tpx-adapters", "version": 1, "spec": {ThinkingSpec},
+"width": D, "base": name, "training": {...}}; its tensors are `blocks.N.thinking.*`. A base is any module with a `spec`
+that has `width` and `thinking`, and with `blocks` that each have a `thinking`: an MMDiT, a DiT.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from tpx_export.checkpoint import CheckpointInvalid, _build
+from tpx_export.model.thinking import Thinking, ThinkingSpec
+from tpx_runtime.errors import BadInput, shorten
+
+FORMAT, VERSION = "tpx-adapters", 1
+FILE = "tpx.safetensors"
+_REAL = (torch.float32, torch.float16, torch.bfloat16)
+
+M = TypeVar("M", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What an adapter file says beside its specification: the base's width and name, and how it was trained."""
+
+    width: int
+    base: str
+    training: dict[str, Any] = field(default_factory=dict)
+
+
+class Adapters(NamedTuple):
+    """The contents of an adapter file; `state` has the names of the file."""
+
+    thinking: ThinkingSpec
+    state: dict[str, Tensor]
+    facts: Facts
+
+
+def attach(
+    model: M,
+    thinking: ThinkingSpec,
+    state: Mapping[str, Tensor] | None = None,
+    dtype: torch.dtype | None = None,
+) -> M:
+    """Make `model` think: in place, whatever it thought before; its other parameters are left as they are.
+
+    Without a state the adapters are fresh, and the model's answer is the base's exactly. They take `dtype`, that of the
+    blocks if None; gates are float32. New parameters require gradients as ThinkingSpec says. Returns `model`. Raises
+    CheckpointInvalid for blocks that the model has not, and for a state that does not fit its width or the spec.
+    """
+    base: Any = model
+    blocks, width = base.blocks, base.spec.width
+    if thinking.blocks[-1] >= len(blocks):
+        raise CheckpointInvalid(
+            f"expected thinking blocks within 0..{len(blocks) - 1}, found {list(thinking.blocks)}; "
+            "these adapters belong to another base"
+        )
+    if state is not None:
+        _check(state, thinking, width, f"thinking adapters for a base of width {width}")
+    example = next(value for name, value in blocks[0].named_parameters() if not name.startswith("thinking."))
+    for index, block in enumerate(blocks):
+        block.thinking = None
+        if index not in thinking.blocks:
+            continue
+        part = Thinking(width, thinking)
+        if state is not None:
+            prefix = _prefix(index)
+            part.load_state_dict(
+                {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
+            )
+        part.to(example.device, dtype or example.dtype)
+        part.gate.float()
+        block.thinking = part.train(model.training)
+    base.spec = dataclasses.replace(base.spec, thinking=thinking)
+    return model
+
+
+def save_adapters(model: nn.Module, path: Path, base: str, training: Mapping[str, Any] | None = None) -> None:
+    """Write the thinking adapters of `model`, whole or not at all; `base` names the model that they were trained on.
+
+    Raises ValueError for a model that does not think, BadInput for a place that cannot be written to.
+    """
+    spec: Any = model.spec
+    if spec.thinking is None:
+        raise ValueError("expected a model that thinks, got one without thinking blocks")
+    state = {name: value for name, value in model.state_dict().items() if ".thinking." in name}
+    write_adapters(path, spec.thinking, state, Facts(spec.width, base, dict(training or {})))
+
+
+def write_adapters(path: Path, thinking: ThinkingSpec, state: Mapping[str, Tensor], facts: Facts) -> None:
+    """`save_adapters` of a state by itself."""
+    tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    spec = dataclasses.asdict(thinking)
+    header = {"format": FORMAT, "version": VERSION, "spec": spec, **dataclasses.asdict(facts)}
+    partial = path.with_name(path.name + ".part")
+    try:
+        save_file(tensors, partial, metadata={"tpx": json.dumps(header)})
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        raise BadInput(
+            f"expected to write {path}, found: {error}; free some space or choose another place"
+        ) from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load_adapters(path: Path) -> Adapters:
+    """Read an adapter file, or `tpx.safetensors` in a folder. Raises CheckpointInvalid."""
+    path = path / FILE if path.is_dir() else path
+    if not path.is_file():
+        raise CheckpointInvalid(f"{path}: expected thinking adapters, found none; check the path")
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get("tpx", "{}")
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        said = " ".join(str(error).split())[:120]
+        raise CheckpointInvalid(
+            f"{path}: expected a whole .safetensors file, found one that is truncated or damaged ({said}); copy it again"
+        ) from None
+    thinking, facts = _header(path, text)
+    _check(state, thinking, facts.width, str(path))
+    return Adapters(thinking, state, facts)
+
+
+def _header(path: Path, text: str) -> tuple[ThinkingSpec, Facts]:
+    try:
+        header = json.loads(text)
+    except (ValueError, RecursionError):
+        header = None
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        kind = header.get("format") if isinstance(header, dict) else None
+        found = f"a file of format {shorten(kind)}" if kind else "a file of another project"
+        raise CheckpointInvalid(
+            f"{path}: expected thinking adapters written by tpx_export.adapters, found {found}; check the path"
+        )
+    if header.get("version") != VERSION:
+        raise CheckpointInvalid(
+            f"{path}: expected adapters of version {VERSION}, found {shorten(header.get('version'))}; install the tpx that "
+            "wrote them"
+        )
+    rest = {name: value for name, value in header.items() if name not in ("format", "version", "spec")}
+    try:
+        thinking, facts = _build(ThinkingSpec, header.get("spec")), _build(Facts, rest)
+        if facts.width < 1:
+            raise ValueError(f"expected a width of 1 or more, found {facts.width}")
+    except (TypeError, ValueError) as error:
+        raise CheckpointInvalid(
+            f"{path}: expected a thinking specification, found one that does not fit ({error})"
+        ) from None
+    return thinking, facts
+
+
+def _prefix(block: int) -> str:
+    return f"blocks.{block}.thinking."
+
+
+def _check(state: Mapping[str, Tensor], thinking: ThinkingSpec, width: int, where: str) -> None:
+    """Names, shapes and values are those of `thinking` at that width, or CheckpointInvalid lists what is not."""
+    try:
+        with torch.device("meta"):
+            example = Thinking(width, thinking).state_dict()
+    except (RuntimeError, TypeError, OverflowError):  # sizes beyond any tensor's
+        raise CheckpointInvalid(f"{where}: expected a thinking specification, found one too large") from None
+    wanted = {_prefix(block) + name: v.shape for block in thinking.blocks for name, v in example.items()}
+    faults = [f"{name} missing" for name in sorted(wanted.keys() - state.keys())]
+    faults += [f"{name} unknown" for name in sorted(state.keys() - wanted.keys())]
+    for name in sorted(wanted.keys() & state.keys()):
+        value = state[name]
+        if value.shape != wanted[name]:
+            faults.append(f"{name} is {list(value.shape)}, not {list(wanted[name])}")
+        elif value.dtype not in _REAL:
+            faults.append(
+                f"{name} is {str(value.dtype).removeprefix('torch.')}, not float32, float16 or bfloat16"
+            )
+        elif not torch.isfinite(value).all():
+            faults.append(f"{name} has NaN or infinity")
+    if faults:
+        raise CheckpointInvalid(
+            f"{where}: expected the {len(wanted)} tensors of its specification, found {len(faults)} that do not fit: "
+            f"{'; '.join(faults)}"
+        )

@@ -1,0 +1,97 @@
+"""What a foreign checkpoint says of its sizes, checked: the fields of a config.json, or the shapes of its tensors."""
+
+import json
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tpx_export.base.tensors import Tensors
+from tpx_export.checkpoint import CheckpointInvalid
+from tpx_runtime.errors import shorten
+
+_MOST = 2**24  # of anything that is counted; identifiers up to here are exact in float32
+
+
+@dataclass(frozen=True)
+class Config:
+    """The fields of a config.json. Fields that are left out have the defaults of the library that wrote it."""
+
+    path: Path
+    fields: dict[str, Any]
+
+    def count(self, name: str, default: int | None = None, most: int = _MOST) -> int:
+        """A whole number in 1..most. Raises CheckpointInvalid."""
+        value = self.fields.get(name, default)
+        if type(value) is not int or not 1 <= value <= most:
+            raise self.unfit(f"{name} in 1..{most}", value)
+        return value
+
+    def counts(self, name: str, default: tuple[int, ...]) -> tuple[int, ...]:
+        """Some whole numbers. Raises CheckpointInvalid."""
+        values = self.fields.get(name, default)
+        if (
+            not isinstance(values, list | tuple)
+            or not values
+            or not all(type(value) is int and 1 <= value <= _MOST for value in values)
+        ):
+            raise self.unfit(f"{name} of some whole numbers", values)
+        return tuple(values)
+
+    def real(self, name: str, default: float) -> float:
+        """A number; null means the default. Raises CheckpointInvalid."""
+        value = self.fields.get(name)
+        if value is not None and (type(value) not in (int, float) or not math.isfinite(value)):
+            raise self.unfit(f"a number {name}", value)
+        return default if value is None else float(value)
+
+    def one_of(self, name: str, allowed: tuple[Any, ...], default: Any = None) -> Any:
+        """A value that the import knows. Raises CheckpointInvalid."""
+        value = self.fields.get(name, default)
+        if not any(type(value) is type(known) and value == known for known in allowed):
+            raise self.unfit(f"{name} {' or '.join(map(str, allowed))}", value)
+        return value
+
+    def unfit(self, expected: str, found: object) -> CheckpointInvalid:
+        return CheckpointInvalid(
+            f"{self.path}: expected {expected}, found {shorten(found)}; other models cannot be imported"
+        )
+
+
+def read_config(folder: Path) -> Config:
+    """Of config.json in `folder`. Raises CheckpointInvalid."""
+    path = folder / "config.json"
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise CheckpointInvalid(f"{path}: expected a file, found none; check the path") from None
+    except (ValueError, RecursionError):
+        raise CheckpointInvalid(f"{path}: expected JSON, found something else; copy it again") from None
+    if not isinstance(fields, dict):
+        raise CheckpointInvalid(f"{path}: expected fields by name, found {shorten(fields)}; copy it again")
+    return Config(path, fields)
+
+
+def shape(tensors: Tensors, name: str, dimensions: int) -> tuple[int, ...]:
+    """Of that tensor. Raises CheckpointInvalid where there is none or it is no such tensor."""
+    if name not in tensors:
+        raise CheckpointInvalid(
+            f"{tensors.where}: expected a tensor {name}, found it missing; check the file"
+        )
+    found = tuple(tensors[name].shape)
+    if len(found) != dimensions or 0 in found:
+        raise CheckpointInvalid(
+            f"{tensors.where}: expected {name} of {dimensions} dimensions, found {list(found)}; check the file"
+        )
+    return found
+
+
+def numbered(names: Iterable[str], prefix: str) -> int:
+    """How many parts there are under PREFIX.0., PREFIX.1. ..., at least one.
+
+    Where one is left out its tensors are reported missing, and those of the last unknown.
+    """
+    found = (re.match(rf"{re.escape(prefix)}\.(\d+)\.", name) for name in names)
+    return max(1, len({match[1] for match in found if match}))

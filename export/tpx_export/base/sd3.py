@@ -1,0 +1,100 @@
+"""Stable Diffusion 3 and 3.5 transformers: a diffusers folder, or an original single file, as our MMDiT."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tpx_export.adapters import attach
+from tpx_export.base.sd3_names import from_diffusers, from_original
+from tpx_export.base.sd3_spec import spec_of_config, spec_of_shapes
+from tpx_export.base.tensors import From, Tensors, load_foreign, open_tensors
+from tpx_export.checkpoint import CheckpointInvalid
+from tpx_export.model.mmdit import MMDiT, MMDiTSpec
+from tpx_export.model.thinking import ThinkingSpec
+from tpx_runtime.errors import BadInput
+
+PREFIX = "model.diffusion_model."
+
+
+def load_transformer(source: Path, latent_size: int = 128, thinking: ThinkingSpec | None = None) -> MMDiT:
+    """The transformer at `source` for square latents of that size (an eighth of the picture's pixels).
+
+    `source` is a diffusers folder (with config.json, or with transformer/config.json) or an original single file. Weights
+    keep their stored precision, but float8 becomes float16, and the embedders of time and condition are float32;
+    `thinking` attaches fresh adapters, which change nothing yet. Raises CheckpointInvalid for a checkpoint that is not
+    SD3's, damaged or incomplete, BadInput for a latent size that its table of positions does not cover.
+    """
+    if source.is_dir():
+        folder = source if (source / "config.json").exists() else source / "transformer"
+        tensors = open_tensors(folder)
+        spec = spec_of_config(folder, tensors)
+        recipe, table = from_diffusers(spec), "pos_embed.pos_embed"
+    else:
+        tensors = open_tensors(source)
+        tensors = tensors.under(PREFIX) or tensors
+        spec = spec_of_shapes(tensors)
+        recipe, table = from_original(spec), "pos_embed"
+    spec = _for_latents(spec, latent_size, tensors, table)
+    side = latent_size // spec.patch
+    recipe["positions"] = From((table,), lambda values: cropped(values, side))
+    with torch.device("meta"):
+        model = MMDiT(spec)
+    _check_shapes(model, recipe, tensors)
+    load_foreign(model, recipe, tensors, tensors.where)
+    model.to(model.patch_in.weight.dtype)
+    for embedder in (model.time, model.pooled):
+        embedder.float()
+    return attach(model, thinking) if thinking else model
+
+
+def cropped(table: Tensor, side: int) -> Tensor:
+    """The middle side x side of a square table of positions [1, max^2, D] -> [side^2, D]."""
+    most = math.isqrt(table.shape[1])
+    first = (most - side) // 2
+    rows = table.reshape(most, most, -1)[first : first + side, first : first + side]
+    return rows.flatten(0, 1).contiguous()
+
+
+def _for_latents(spec: MMDiTSpec, latent_size: int, tensors: Tensors, table: str) -> MMDiTSpec:
+    """The spec at that latent size, which the table of positions must cover."""
+    if table not in tensors:
+        most = latent_size  # load_foreign names what is missing
+    else:
+        shape = tensors[table].shape
+        most = math.isqrt(shape[1]) * spec.patch if len(shape) == 3 else 0
+        if shape != (1, (most // spec.patch) ** 2, spec.width) or not most:
+            raise CheckpointInvalid(
+                f"{tensors.where}: expected {table} of [1, side^2, {spec.width}], found {list(shape)}; check the file"
+            )
+    if latent_size % spec.patch or not spec.patch <= latent_size <= most:
+        raise BadInput(
+            f"expected a latent size of {spec.patch}..{most} in steps of {spec.patch}, as the table of positions of "
+            f"{tensors.where} allows, found {latent_size}"
+        )
+    return dataclasses.replace(spec, latent_size=latent_size)
+
+
+def _check_shapes(model: MMDiT, recipe: Mapping[str, From], tensors: Tensors) -> None:
+    """Every foreign tensor's own shape, before any of them are stacked or reordered. Raises CheckpointInvalid."""
+    spec, faults = model.spec, []
+    for name, wanted in model.state_dict().items():
+        sources = recipe[name].names
+        shape = (wanted.shape[0] // len(sources), *wanted.shape[1:])
+        if name == "patch_in.weight":
+            shape = (spec.width, spec.latent_channels, spec.patch, spec.patch)
+        for foreign in sources:
+            if foreign not in tensors or name == "positions":
+                continue
+            value = tensors[foreign]
+            if value.shape != shape or not value.is_floating_point():
+                kind = str(value.dtype).removeprefix("torch.")
+                faults.append(f"{foreign} is {kind} {list(value.shape)}, not {list(shape)}")
+    if faults:
+        raise CheckpointInvalid(
+            f"{tensors.where}: expected real tensors of this model's shapes, found {len(faults)} that do not fit: "
+            f"{'; '.join(faults)}"
+        )

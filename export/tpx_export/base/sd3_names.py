@@ -1,0 +1,113 @@
+"""Where each tensor of our MMDiT comes from in SD3 and SD3.5, by diffusers' names and by those of the original files.
+
+| ours | diffusers | original, under model.diffusion_model. |
+|---|---|---|
+| patch_in, positions | pos_embed.{proj, pos_embed} | x_embedder.proj, pos_embed |
+| time, pooled | time_text_embed.{timestep,text}_embedder | {t,y}_embedder.mlp |
+| context_in | context_embedder | context_embedder |
+| blocks.N.visual | transformer_blocks.N.{norm1, attn, ff} | joint_blocks.N.x_block |
+| blocks.N.text | transformer_blocks.N.{norm1_context, attn.*add*, ff_context} | joint_blocks.N.context_block |
+| blocks.N.second | transformer_blocks.N.attn2 | joint_blocks.N.x_block.attn2 |
+| out_modulation, patch_out | norm_out.linear, proj_out | final_layer.{adaLN_modulation.1, linear} |
+
+We modulate by (shift, scale) everywhere, as the original does; diffusers has (scale, shift) in two places: the final
+layer's modulation and the last block's text modulation. Both write the last projection's rows as (p, q, channel), we write
+(channel, p, q).
+"""
+
+from torch import Tensor
+
+from tpx_export.base.tensors import From, same, stacked, swapped_halves
+from tpx_export.model.mmdit import MMDiTSpec
+
+
+def from_diffusers(spec: MMDiTSpec) -> dict[str, From]:
+    """Recipe of every tensor but `positions` from the names of diffusers' SD3Transformer2DModel."""
+    recipe = {
+        **_patches(spec, "pos_embed.proj", "proj_out"),
+        **_linear("time.linear_1", "time_text_embed.timestep_embedder.linear_1"),
+        **_linear("time.linear_2", "time_text_embed.timestep_embedder.linear_2"),
+        **_linear("pooled.linear_1", "time_text_embed.text_embedder.linear_1"),
+        **_linear("pooled.linear_2", "time_text_embed.text_embedder.linear_2"),
+        **_linear("context_in", "context_embedder"),
+        **_swapped("out_modulation", "norm_out.linear"),
+    }
+    for index in range(spec.blocks):
+        last = index == spec.blocks - 1
+        visual, text, second = (f"blocks.{index}.{part}" for part in ("visual", "text", "second"))
+        block = f"transformer_blocks.{index}"
+        attn, attn2 = f"{block}.attn", f"{block}.attn2"
+        recipe |= _linear(f"{visual}.modulation", f"{block}.norm1.linear")
+        recipe |= _linear(f"{visual}.qkv", *(f"{attn}.to_{part}" for part in "qkv"))
+        recipe |= _linear(f"{visual}.proj", f"{attn}.to_out.0")
+        recipe |= _linear(f"{visual}.mlp_in", f"{block}.ff.net.0.proj")
+        recipe |= _linear(f"{visual}.mlp_out", f"{block}.ff.net.2")
+        recipe |= (_swapped if last else _linear)(f"{text}.modulation", f"{block}.norm1_context.linear")
+        recipe |= _linear(f"{text}.qkv", *(f"{attn}.add_{part}_proj" for part in "qkv"))
+        if not last:
+            recipe |= _linear(f"{text}.proj", f"{attn}.to_add_out")
+            recipe |= _linear(f"{text}.mlp_in", f"{block}.ff_context.net.0.proj")
+            recipe |= _linear(f"{text}.mlp_out", f"{block}.ff_context.net.2")
+        if index in spec.dual_blocks:
+            recipe |= _linear(f"{second}.qkv", *(f"{attn2}.to_{part}" for part in "qkv"))
+            recipe |= _linear(f"{second}.proj", f"{attn2}.to_out.0")
+        if spec.qk_norm:
+            recipe |= _norms(visual, f"{attn}.norm_") | _norms(text, f"{attn}.norm_added_")
+            recipe |= _norms(second, f"{attn2}.norm_") if index in spec.dual_blocks else {}
+    return recipe
+
+
+def from_original(spec: MMDiTSpec) -> dict[str, From]:
+    """Recipe of every tensor but `positions` from the names of the original single files, without their prefix."""
+    recipe = {
+        **_patches(spec, "x_embedder.proj", "final_layer.linear"),
+        **_linear("time.linear_1", "t_embedder.mlp.0"),
+        **_linear("time.linear_2", "t_embedder.mlp.2"),
+        **_linear("pooled.linear_1", "y_embedder.mlp.0"),
+        **_linear("pooled.linear_2", "y_embedder.mlp.2"),
+        **_linear("context_in", "context_embedder"),
+        **_linear("out_modulation", "final_layer.adaLN_modulation.1"),
+    }
+    for index in range(spec.blocks):
+        second, attn2 = f"blocks.{index}.second", f"joint_blocks.{index}.x_block.attn2"
+        for ours, theirs in (("visual", "x_block"), ("text", "context_block")):
+            stream, block = f"blocks.{index}.{ours}", f"joint_blocks.{index}.{theirs}"
+            recipe |= _linear(f"{stream}.modulation", f"{block}.adaLN_modulation.1")
+            recipe |= _linear(f"{stream}.qkv", f"{block}.attn.qkv")
+            recipe |= _norms(stream, f"{block}.attn.ln_") if spec.qk_norm else {}
+            if ours == "visual" or index < spec.blocks - 1:
+                recipe |= _linear(f"{stream}.proj", f"{block}.attn.proj")
+                recipe |= _linear(f"{stream}.mlp_in", f"{block}.mlp.fc1")
+                recipe |= _linear(f"{stream}.mlp_out", f"{block}.mlp.fc2")
+        if index in spec.dual_blocks:
+            recipe |= _linear(f"{second}.qkv", f"{attn2}.qkv") | _linear(f"{second}.proj", f"{attn2}.proj")
+            recipe |= _norms(second, f"{attn2}.ln_") if spec.qk_norm else {}
+    return recipe
+
+
+def _linear(ours: str, *theirs: str) -> dict[str, From]:
+    """Weight and bias of one layer, from one of theirs or from several stacked."""
+    parts = {part: [f"{name}.{part}" for name in theirs] for part in ("weight", "bias")}
+    return {f"{ours}.{part}": stacked(*n) if len(n) > 1 else same(*n) for part, n in parts.items()}
+
+
+def _swapped(ours: str, theirs: str) -> dict[str, From]:
+    return {f"{ours}.{part}": swapped_halves(f"{theirs}.{part}") for part in ("weight", "bias")}
+
+
+def _norms(ours: str, theirs: str) -> dict[str, From]:
+    return {f"{ours}.norm_{part}.weight": same(f"{theirs}{part}.weight") for part in "qk"}
+
+
+def _patches(spec: MMDiTSpec, patch_in: str, patch_out: str) -> dict[str, From]:
+    p, channels = spec.patch, spec.latent_channels
+
+    def reordered(rows: Tensor) -> Tensor:
+        return rows.unflatten(0, (p * p, channels)).transpose(0, 1).flatten(0, 1)
+
+    return {
+        "patch_in.weight": From((f"{patch_in}.weight",), lambda weight: weight.flatten(1)),
+        "patch_in.bias": same(f"{patch_in}.bias"),
+        "patch_out.weight": From((f"{patch_out}.weight",), reordered),
+        "patch_out.bias": From((f"{patch_out}.bias",), reordered),
+    }

@@ -1,0 +1,156 @@
+"""Stable Diffusion 3 and 3.5 as a pipeline: a diffusers folder, or an original single file with its components."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from torch import nn
+
+from tpx_export.base.sd3 import PREFIX, load_transformer
+from tpx_export.base.sd3_spec import spec_of_config, spec_of_shapes
+from tpx_export.base.sources import Sources, name_of, precision_of
+from tpx_export.base.tensors import Tensors, open_tensors
+from tpx_export.base.text_encoders import CLIP_G, CLIP_L, T5, clip_of, load_clip, load_t5, t5_of
+from tpx_export.base.tokenizers import clip_tokenizer, t5_tokenizer
+from tpx_export.base.vae import VAE, load_vae, vae_of
+from tpx_export.checkpoint import CheckpointInvalid
+from tpx_export.model.autoencoder_kl import AutoencoderKL
+from tpx_export.model.clip import CLIPText
+from tpx_export.model.mmdit import MMDiTSpec
+from tpx_export.model.t5 import T5Encoder
+from tpx_export.pipeline import Pipeline, TextPart, example_ids
+from tpx_runtime.manifest import Defaults, EncoderSpec, LatentSpec, ModelSpec
+
+_CLIP_TOKENS, _T5_TOKENS = 77, 256
+_SHIFT = 3.0
+_SAMPLE_SIZE = 128  # latents a side that a single file, which does not say it, was trained for
+_SCRATCH_PX = 1024
+
+
+def open_pipeline(sources: Sources, image_size_px: int | None, t5: bool) -> Pipeline:
+    """The parts of an SD3 model; T5 is left out unless `t5`. Raises CheckpointInvalid, BadInput."""
+    single = sources.path.is_file()
+    tensors = open_tensors(sources.path) if single else None
+    path = sources.path if single else sources.folder("transformer")
+    spec, stored = _transformer(path)
+    vae = _vae(sources, tensors)
+    size = image_size_px or _sample_size(path) * vae(_SCRATCH_PX).spec.factor
+    picture = vae(size).spec
+    text = (
+        _clip(sources, tensors, "", CLIP_L),
+        _clip(sources, tensors, "_2", CLIP_G),
+        *([_t5(sources, tensors)] if t5 else []),
+    )
+    latent, width = picture.latent_size, spec.context_width
+    _check(spec, picture.latent_channels, text, path)
+    return Pipeline(
+        name=name_of(sources.path),
+        license="the base model's own",
+        model=ModelSpec(
+            latent_channels=spec.latent_channels,
+            latent_size=(latent, latent),
+            image_size_px=(size, size),
+            context_tokens=spec.context_tokens,
+            context_width=width,
+            pooled_width=spec.pooled_width,
+            classes=0,
+            prediction="velocity",
+            out_channels=spec.latent_channels,
+            guided_channels=spec.latent_channels,
+            visual_tokens=replace(spec, latent_size=latent).visual_tokens,
+            depths=(1,),
+            experts=0,
+            thinking_blocks=(),
+        ),
+        latent=LatentSpec(picture.scale, picture.shift),
+        defaults=Defaults(sampler="euler", steps=28, guidance=7.0, depth=1),  # diffusers'
+        shift=_schedule_shift(sources),
+        text=text,
+        transformer=lambda: load_transformer(path, latent),
+        autoencoder=lambda: vae(size),
+        precision=precision_of(stored.dtype),
+    )
+
+
+def _transformer(path: Path) -> tuple[MMDiTSpec, Tensors]:
+    tensors = open_tensors(path)
+    if path.is_dir():
+        return spec_of_config(path, tensors), tensors
+    tensors = tensors.under(PREFIX) or tensors
+    return spec_of_shapes(tensors), tensors
+
+
+def _vae(sources: Sources, single: Tensors | None) -> Callable[[int], AutoencoderKL]:
+    if single is not None and (own := single.under(VAE)):
+        return lambda size: vae_of(own, size)
+    folder = sources.folder("vae")
+    return lambda size: load_vae(folder, size)
+
+
+def _clip(sources: Sources, single: Tensors | None, number: str, prefix: str) -> TextPart:
+    load: Callable[[], CLIPText]
+    if single is not None and (own := single.under(prefix)):
+        load = lambda: clip_of(own, "quick_gelu" if prefix == CLIP_L else "gelu")  # noqa: E731
+    else:
+        folder = sources.folder(f"text_encoder{number}")
+        load = lambda: load_clip(folder)  # noqa: E731
+    spec = load().spec
+    vocabulary = clip_tokenizer(sources.any_folder(f"tokenizer{number}"), _CLIP_TOKENS)
+    entry = EncoderSpec(
+        f"text_encoder{number}", f"tokenizer{number}", _CLIP_TOKENS, spec.width, spec.projection
+    )
+    return _part(entry, vocabulary, load)
+
+
+def _t5(sources: Sources, single: Tensors | None) -> TextPart:
+    load: Callable[[], T5Encoder]
+    if single is not None and (own := single.under(T5)):
+        load = lambda: t5_of(own)  # noqa: E731
+    else:
+        folder = sources.folder("text_encoder_3", hint="or leave T5 out with --no-t5")
+        load = lambda: load_t5(folder)  # noqa: E731
+    vocabulary = t5_tokenizer(sources.any_folder("tokenizer_3"), _T5_TOKENS)
+    entry = EncoderSpec("text_encoder_3", "tokenizer_3", _T5_TOKENS, load().spec.width, 0)
+    return _part(entry, vocabulary, load)
+
+
+def _part(entry: EncoderSpec, vocabulary: dict[str, object], load: Callable[[], nn.Module]) -> TextPart:
+    return TextPart(entry, vocabulary, example_ids(vocabulary), load)
+
+
+def _check(spec: MMDiTSpec, channels: int, text: tuple[TextPart, ...], path: Path) -> None:
+    """The parts are one model's. Raises CheckpointInvalid."""
+    pooled = sum(part.spec.pooled_width for part in text)
+    clip = sum(part.spec.context_width for part in text if part.spec.pooled_width)
+    others = {part.spec.context_width for part in text if not part.spec.pooled_width}
+    for what, expected, fits in (
+        ("latent channels", f"{spec.latent_channels}, found a VAE of {channels}", channels == spec.latent_channels),
+        ("pooled text", f"{spec.pooled_width} wide, found CLIPs of {pooled} together", pooled == spec.pooled_width),
+        ("text", f"{spec.context_width} wide, found CLIPs of {clip} together", clip <= spec.context_width),
+        ("text", f"{spec.context_width} wide, found T5 of {others}", others <= {spec.context_width}),
+    ):  # fmt: skip
+        if not fits:
+            raise CheckpointInvalid(f"{path}: expected {what} {expected}; take all parts from one model")
+
+
+def _sample_size(path: Path) -> int:
+    if path.is_file():
+        return _SAMPLE_SIZE
+    value = json.loads((path / "config.json").read_text(encoding="utf-8")).get("sample_size", _SAMPLE_SIZE)
+    if type(value) is not int or value < 1:
+        raise CheckpointInvalid(
+            f"{path / 'config.json'}: expected a sample_size of 1 or more, found {value!r}"
+        )
+    return value
+
+
+def _schedule_shift(sources: Sources) -> float:
+    name = "scheduler_config.json"
+    folder = sources.find("scheduler", name)
+    if folder is None:
+        return _SHIFT
+    try:
+        return float(json.loads((folder / name).read_text(encoding="utf-8")).get("shift", _SHIFT))
+    except (ValueError, TypeError, AttributeError):
+        raise CheckpointInvalid(f"{folder / name}: expected JSON with a number shift, found none") from None

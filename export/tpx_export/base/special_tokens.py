@@ -1,0 +1,120 @@
+"""Which tokens of a tokenizer's folder a prompt can spell out, read in the way of transformers 5."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tpx_export.checkpoint import CheckpointInvalid
+from tpx_runtime.errors import shorten
+
+NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """`named`: bos_token and so on -> token. `normalized`: token -> whether it is looked for in normalised text.
+
+    `ids` are those that the folder states; a token of the vocabulary has its place there.
+    """
+
+    path: Path
+    named: dict[str, str]
+    normalized: dict[str, bool]
+    ids: dict[str, int]
+
+    def padded_with(self, token: str) -> "SpecialTokens":
+        """The same with another token to fill up with, which is special by that."""
+        named = self.named | {"pad_token": token}
+        return replace(self, named=named, normalized={token: False} | self.normalized)
+
+    def fields(self, vocabulary: Mapping[str, int]) -> dict[str, object]:
+        """`special` and `special_normalized` of vocab.json. Raises CheckpointInvalid."""
+        found: dict[bool, dict[str, int]] = {False: {}, True: {}}
+        for token, normalized in self.normalized.items():
+            found[normalized][token] = self.number(token, vocabulary)
+        return {"special": found[False], "special_normalized": found[True]}
+
+    def number(self, token: str, vocabulary: Mapping[str, int]) -> int:
+        """Id of a special token. Raises CheckpointInvalid."""
+        number = vocabulary.get(token, self.ids.get(token))
+        if type(number) is not int or number < 0:
+            raise CheckpointInvalid(
+                f"{self.path}: expected special tokens that are in the vocabulary, found {shorten(token)}"
+            )
+        return number
+
+
+def special_tokens(
+    path: Path, named: dict[str, str], others: Iterable[str], tokenizer: Mapping[str, Any]
+) -> SpecialTokens:
+    """Of a folder, or of a file alone.
+
+    `named` and `others` are taken for granted where nothing else is said; `tokenizer` is the content of tokenizer.json,
+    empty where there is none. Raises CheckpointInvalid.
+    """
+    config = _optional(path / "tokenizer_config.json")
+    if stated := config.get("added_tokens_decoder"):
+        added = [
+            {**as_object(path, token), "id": number} for number, token in as_object(path, stated).items()
+        ]
+    else:
+        config |= _optional(path / "special_tokens_map.json")
+        added = as_list(path, tokenizer.get("added_tokens"))
+    named, normalized, ids = dict(named), {}, {}
+    for name in NAMES:
+        value = config.get(name)
+        if value and name in named:
+            token = {"content": value} if isinstance(value, str) else as_object(path, value)
+            named[name] = _content(path, token)
+            normalized[named[name]] = token.get("normalized") is True
+    normalized = dict.fromkeys([*named.values(), *others], False) | normalized
+    for token in added:
+        content = _content(path, token)
+        normalized[content] = token.get("normalized") is True
+        number = str(token.get("id"))
+        if not (number.isascii() and number.isdecimal() and len(number) < 10):
+            raise CheckpointInvalid(
+                f"{path}: expected an id of the token {shorten(content)}, found {shorten(number)}"
+            )
+        ids[content] = int(number)
+    return SpecialTokens(path, named, normalized, ids)
+
+
+def as_object(path: Path, value: Any) -> dict[str, Any]:
+    """`value`, where it is a JSON object. Raises CheckpointInvalid."""
+    if not isinstance(value, dict):
+        raise CheckpointInvalid(f"{path}: expected fields by name, found {shorten(value)}; copy it again")
+    return value
+
+
+def as_list(path: Path, value: Any) -> list[Any]:
+    """`value`, where it is a JSON array; empty where there is none. Raises CheckpointInvalid."""
+    if not isinstance(value, list | None):
+        raise CheckpointInvalid(f"{path}: expected a list, found {shorten(value)}; copy it again")
+    return value or []
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A file that holds a JSON object. Raises CheckpointInvalid."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise CheckpointInvalid(f"{path}: expected a file, found none; check the path") from None
+    except (ValueError, RecursionError):
+        raise CheckpointInvalid(f"{path}: expected JSON, found something else; copy it again") from None
+    return as_object(path, value)
+
+
+def _optional(path: Path) -> dict[str, Any]:
+    return read_object(path) if path.is_file() else {}
+
+
+def _content(path: Path, token: Any) -> str:
+    content = as_object(path, token).get("content")
+    if not isinstance(content, str) or not content or token.get("single_word") is True:
+        raise CheckpointInvalid(
+            f"{path}: expected special tokens with a text, that count inside a word too, found {shorten(token)}"
+        )
+    return content

@@ -1,0 +1,191 @@
+"""The tokenizers of text encoders, as users have them -> `vocab.json` of a bundle (docs/bundle.md).
+
+Where a folder has tokenizer.json and other files, tokenizer.json counts, as it does for transformers. Which tokens are
+special is read from the folder in transformers' way; where nothing is said it is what transformers takes for granted.
+"""
+
+import base64
+import gzip
+import json
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tpx_export.base.special_tokens import SpecialTokens, as_list, as_object, read_object, special_tokens
+from tpx_export.base.spiece import CONTROL, UNKNOWN, USER_DEFINED, expand_charsmap, read_spiece
+from tpx_export.checkpoint import CheckpointInvalid
+from tpx_runtime.errors import shorten
+from tpx_runtime.tokenizer.clip import END, byte_alphabet
+
+_CLIP_NAMED = {"bos_token": "<|startoftext|>"} | dict.fromkeys(
+    ("eos_token", "unk_token", "pad_token"), "<|endoftext|>"
+)
+_OPENAI_MERGES = 49152 - 256 - 2  # CLIP uses that many of the 262,144 lines of OpenAI's file
+_T5_NAMED = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+_T5_SENTINELS = [f"<extra_id_{i}>" for i in range(99, -1, -1)]
+_T5_UNKNOWN = 2
+
+
+def clip_tokenizer(path: Path, text_tokens: int = 77, pad: int | None = None) -> dict[str, object]:
+    """CLIP's byte pair encoding as the fields of vocab.json.
+
+    `path` is a folder with vocab.json and merges.txt or with tokenizer.json, that file alone, or OpenAI's
+    bpe_simple_vocab_16e6.txt.gz. `pad`: the id to fill up with; by default what the folder says, else <|endoftext|>. As for
+    transformers, that token is special: with 0, which is "!", every "!" of a prompt becomes 0. Raises CheckpointInvalid.
+    """
+    tokenizer = _tokenizer_json(path)
+    if tokenizer:
+        model = as_object(path, tokenizer.get("model"))
+        vocabulary, merges = as_object(path, model.get("vocab")), _merges(path, model.get("merges"))
+    elif path.is_dir():
+        vocabulary = read_object(path / "vocab.json")
+        merges = _merges(path / "merges.txt", _lines(path / "merges.txt"))
+    else:
+        merges = _merges(path, _lines(path)[:_OPENAI_MERGES])
+        if len(merges) != _OPENAI_MERGES:
+            raise CheckpointInvalid(
+                f"{path}: expected {_OPENAI_MERGES} merges, found {len(merges)}; copy it again"
+            )
+        names = (_CLIP_NAMED["bos_token"], _CLIP_NAMED["eos_token"])
+        vocabulary = {token: i for i, token in enumerate([*_clip_tokens(merges), *names])}
+    special = special_tokens(path, _CLIP_NAMED, (), tokenizer)
+    _check_order(path, vocabulary, _clip_tokens(merges), special)
+    if pad is not None:
+        special = special.padded_with(_token(path, vocabulary, pad))
+    bos, eos, pad = (
+        special.number(special.named[name], vocabulary) for name in ("bos_token", "eos_token", "pad_token")
+    )
+    facts = {"kind": "clip", "text_tokens": text_tokens, "bos": bos, "eos": eos, "pad": pad}
+    return _writable(path, facts | special.fields(vocabulary) | {"merges": merges})
+
+
+def t5_tokenizer(path: Path, text_tokens: int = 256) -> dict[str, object]:
+    """T5's unigram model as the fields of vocab.json.
+
+    `path` is a folder with tokenizer.json or spiece.model, or one of those files. Raises CheckpointInvalid.
+    """
+    tokenizer = _tokenizer_json(path)
+    others: list[str] = []
+    if tokenizer:
+        pieces, scores = _unigram(path, as_object(path, tokenizer.get("model")))
+        charsmap = _precompiled(path, tokenizer.get("normalizer"))
+    else:
+        model = read_spiece(path / "spiece.model" if path.is_dir() else path)
+        pieces, scores, charsmap = model.pieces + _T5_SENTINELS, model.scores + [0.0] * 100, model.charsmap
+        if model.types[_T5_UNKNOWN : _T5_UNKNOWN + 1] != [UNKNOWN]:
+            raise CheckpointInvalid(f"{path}: expected T5's pieces, the third for the unknown, found others")
+        others = [p for p, kind in zip(pieces, model.types, strict=False) if kind in (CONTROL, USER_DEFINED)]
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    others += [token for token in _T5_SENTINELS if token in vocabulary]
+    special = special_tokens(path, _T5_NAMED, others, tokenizer)
+    facts: dict[str, object] = {"kind": "t5", "text_tokens": text_tokens, "unknown": _T5_UNKNOWN}
+    facts |= {name: special.number(special.named[f"{name}_token"], vocabulary) for name in ("eos", "pad")}
+    charmap = expand_charsmap(path, charsmap) if charsmap else {}
+    facts |= special.fields(vocabulary) | {"charmap": charmap, "pieces": pieces, "scores": scores}
+    return _writable(path, facts)
+
+
+def _writable(path: Path, facts: dict[str, object]) -> dict[str, object]:
+    try:
+        json.dumps(facts, ensure_ascii=False, allow_nan=False).encode()
+    except ValueError:
+        raise CheckpointInvalid(
+            f"{path}: expected Unicode and finite scores, found others; copy it again"
+        ) from None
+    return facts
+
+
+def _tokenizer_json(path: Path) -> dict[str, Any]:
+    """Content of tokenizer.json; nothing where `path` is another file or a folder without it."""
+    file = path / "tokenizer.json" if path.is_dir() else path
+    return read_object(file) if file.suffix == ".json" and file.is_file() else {}
+
+
+def _lines(path: Path) -> list[str]:
+    """Merges of a text file, gzipped or not."""
+    try:
+        data = path.read_bytes()
+        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
+    except (ValueError, EOFError, zlib.error, gzip.BadGzipFile):
+        raise CheckpointInvalid(
+            f"{path}: expected a file of merges, found something else; copy it again"
+        ) from None
+    except OSError:
+        raise CheckpointInvalid(f"{path}: expected a file of merges, found none; check the path") from None
+    lines = text.split("\n")
+    if "#version" in lines[0]:
+        del lines[0]
+    return [line.rstrip("\r") for line in lines if line.strip()]
+
+
+def _merges(path: Path, found: Any) -> list[str]:
+    """Every merge as "left right"; tokenizer.json may have pairs instead."""
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in as_list(path, found)]
+    for pair in pairs:
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(p, str) and p for p in pair):
+            raise CheckpointInvalid(
+                f"{path}: expected merges of two tokens, found {shorten(pair)}; copy it again"
+            )
+    return [" ".join(pair) for pair in pairs]
+
+
+def _clip_tokens(merges: Iterable[str]) -> list[str]:
+    characters = list(byte_alphabet().values())
+    return [*characters, *(c + END for c in characters), *(merge.replace(" ", "") for merge in merges)]
+
+
+def _check_order(
+    path: Path, vocabulary: Mapping[str, Any], tokens: Sequence[str], special: SpecialTokens
+) -> None:
+    """Raise CheckpointInvalid where a vocabulary is not these tokens, in this order, and special ones."""
+    for number, token in enumerate(tokens):
+        if vocabulary.get(token) != number:
+            raise CheckpointInvalid(
+                f"{path}: expected bytes, ends of words and merges in the order of CLIP's vocabulary, found "
+                f"{shorten(token)} at {shorten(vocabulary.get(token))}, not {number}"
+            )
+    if unmade := vocabulary.keys() - set(tokens) - special.normalized.keys():
+        raise CheckpointInvalid(
+            f"{path}: expected a merge for every token, found none for {len(unmade)}, such as {shorten(min(unmade))}; "
+            "copy merges.txt again"
+        )
+
+
+def _token(path: Path, vocabulary: Mapping[str, int], number: int) -> str:
+    for token, found in vocabulary.items():
+        if found == number:
+            return token
+    raise CheckpointInvalid(
+        f"{path}: expected a token {number} to fill up with, found none; pad with another"
+    )
+
+
+def _unigram(path: Path, model: Mapping[str, Any]) -> tuple[list[str], list[float]]:
+    unknown = model.get("unk_id")
+    if model.get("type", "Unigram") != "Unigram" or model.get("byte_fallback") or unknown != _T5_UNKNOWN:
+        raise CheckpointInvalid(
+            f"{path}: expected T5's unigram model with {_T5_UNKNOWN} for the unknown, found {shorten(model.get('type'))} "
+            f"with {shorten(unknown)}"
+        )
+    try:
+        pieces, scores = [str(piece) for piece, _ in model["vocab"]], [float(s) for _, s in model["vocab"]]
+    except (KeyError, TypeError, ValueError):
+        raise CheckpointInvalid(
+            f"{path}: expected pieces with their scores, found something else; copy it again"
+        ) from None
+    return pieces, scores
+
+
+def _precompiled(path: Path, normalizer: Any) -> bytes:
+    """SentencePiece's table in tokenizer.json; nothing else of its normalizer counts, as for transformers."""
+    steps = as_object(path, normalizer or {})
+    for step in as_list(path, steps.get("normalizers")) or [steps]:
+        if as_object(path, step).get("type") == "Precompiled":
+            try:
+                return base64.b64decode(step.get("precompiled_charsmap"), validate=True)
+            except (TypeError, ValueError):
+                raise CheckpointInvalid(
+                    f"{path}: expected a table in base64, found none; copy it again"
+                ) from None
+    return b""

@@ -1,0 +1,167 @@
+"""SD3's and SD1's autoencoder from a diffusers folder and from a single file, whose names are those of latent diffusion.
+
+| ours | diffusers | single file, under first_stage_model. |
+|---|---|---|
+| encoder.stages.N.blocks.M | encoder.down_blocks.N.resnets.M | encoder.down.N.block.M |
+| encoder.stages.N.resample | encoder.down_blocks.N.downsamplers.0.conv | encoder.down.N.downsample.conv |
+| decoder.stages.N.blocks.M | decoder.up_blocks.N.resnets.M | decoder.up.(last - N).block.M |
+| decoder.stages.N.resample | decoder.up_blocks.N.upsamplers.0.conv | decoder.up.(last - N).upsample.conv |
+| middle.{0, 1, 2} | mid_block.{resnets.0, attentions.0, resnets.1} | mid.{block_1, attn_1, block_2} |
+| encoder.quant, decoder.quant | quant_conv, post_quant_conv | the same |
+"""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tpx_export.base.facts import numbered, read_config, shape
+from tpx_export.base.tensors import From, Tensors, load_foreign, open_tensors
+from tpx_export.checkpoint import CheckpointInvalid
+from tpx_export.model.autoencoder_kl import AutoencoderKL, AutoencoderKLSpec
+from tpx_runtime.errors import BadInput
+
+VAE = "first_stage_model."
+
+SCALES = {16: (1.5305, 0.0609), 4: (0.18215, 0.0)}  # latent channels -> scale and shift: SD3, SD1
+_ATTENTION = ("norm", "q", "k", "v", "proj")
+_NEW = ("group_norm", "to_q", "to_k", "to_v", "to_out.0")  # diffusers from 0.18
+_OLD = ("group_norm", "query", "key", "value", "proj_attn")  # and before
+
+Names = Callable[
+    [bool, int], dict[str, str]
+]  # (of the encoder, how many stages) -> our parts' names -> theirs
+
+
+def load_vae(folder: Path, image_size_px: int) -> AutoencoderKL:
+    """For square pictures of `image_size_px`, from a folder that diffusers' AutoencoderKL was saved in.
+
+    Raises CheckpointInvalid for a file that does not fit, BadInput for pictures of a size that it cannot make.
+    """
+    config = read_config(folder)
+    config.one_of("_class_name", ("AutoencoderKL",))
+    widths = config.counts("block_out_channels", (64,))
+    groups = config.count("norm_num_groups", 32)
+    if any(width % groups for width in widths) or len(widths) > 8:
+        raise config.unfit(f"block_out_channels in groups of {groups}", list(widths))
+    for name, allowed, default in (
+        ("down_block_types", ["DownEncoderBlock2D"] * len(widths), ["DownEncoderBlock2D"]),
+        ("up_block_types", ["UpDecoderBlock2D"] * len(widths), ["UpDecoderBlock2D"]),
+        ("act_fn", "silu", "silu"),
+        ("in_channels", 3, 3),
+        ("out_channels", 3, 3),
+        ("mid_block_add_attention", True, True),
+        ("latents_mean", None, None),
+        ("latents_std", None, None),
+    ):
+        config.one_of(name, (allowed,), default)
+    quant = config.one_of("use_quant_conv", (True, False), True)
+    config.one_of("use_post_quant_conv", (quant,), True)
+    if (scale := config.real("scaling_factor", 0.18215)) <= 0:
+        raise config.unfit("a scaling_factor above 0", scale)
+    tensors = open_tensors(folder)
+    old = "encoder.mid_block.attentions.0.query.weight" in tensors  # sd-vae-ft-ema is
+    spec = _spec(
+        image_size_px,
+        config.count("latent_channels", 4),
+        widths,
+        config.count("layers_per_block", 1, 100),
+        groups,
+        quant,
+        (scale, config.real("shift_factor", 0.0)),
+    )
+    return _fill(spec, tensors, partial(_diffusers, attention=_OLD if old else _NEW))
+
+
+def vae_of(tensors: Tensors, image_size_px: int) -> AutoencoderKL:
+    """For square pictures of `image_size_px`, from a single file's tensors under VAE.
+
+    Latents are scaled as SD3's where they have 16 channels, as SD1's where they have 4. Raises CheckpointInvalid, BadInput.
+    """
+    stages = numbered(tensors, "encoder.down")
+    channels = shape(tensors, "decoder.conv_in.weight", 4)[1]
+    widths = tuple(shape(tensors, f"encoder.down.{i}.block.0.conv2.weight", 4)[0] for i in range(stages))
+    if channels not in SCALES or any(width % 32 for width in widths):
+        raise CheckpointInvalid(
+            f"{tensors.where}: expected an autoencoder with latents of 16 or 4 channels and widths in groups of 32, found "
+            f"{channels} and {list(widths)}; check the file"
+        )
+    blocks, quant = numbered(tensors, "encoder.down.0.block"), "quant_conv.weight" in tensors
+    spec = _spec(image_size_px, channels, widths, blocks, 32, quant, SCALES[channels])
+    return _fill(spec, tensors, _latent_diffusion)
+
+
+def _spec(
+    image_size_px: int,
+    channels: int,
+    widths: tuple[int, ...],
+    blocks: int,
+    groups: int,
+    quant: bool,
+    scaling: tuple[float, float],
+) -> AutoencoderKLSpec:
+    factor = 2 ** (len(widths) - 1)
+    if image_size_px < factor or image_size_px % factor:
+        raise BadInput(f"expected an image size that {factor} divides, found {image_size_px}; choose another")
+    return AutoencoderKLSpec(image_size_px, channels, widths, blocks, groups, quant, *scaling)
+
+
+def _fill(spec: AutoencoderKLSpec, tensors: Tensors, names: Names) -> AutoencoderKL:
+    with torch.device("meta"):
+        model = AutoencoderKL(spec)
+    recipe = {}
+    for half in ("encoder", "decoder"):
+        encoder = half == "encoder"
+        known = names(encoder, len(spec.widths))
+        for ours in getattr(model, half).state_dict():
+            part, _, kind = ours.rpartition(".")
+            quant = "quant_conv" if encoder else "post_quant_conv"
+            theirs = quant if part == "quant" else f"{half}.{_renamed(part, known)}"
+            make = _matrix if part.startswith("middle.1.") else _as_is
+            recipe[f"{half}.{ours}"] = From((f"{theirs}.{kind}",), make)
+    unused = (found for found in tensors if found.startswith(("loss.", "model_ema.")))
+    load_foreign(model, recipe, tensors, tensors.where, unused)
+    return model.to(model.decoder.conv_in.weight.dtype)
+
+
+def _diffusers(encoder: bool, stages: int, attention: tuple[str, ...]) -> dict[str, str]:
+    way = "down" if encoder else "up"
+    names = {"middle.0": "mid_block.resnets.0", "middle.2": "mid_block.resnets.1"}
+    for ours, theirs in zip(_ATTENTION, attention, strict=True):
+        names[f"middle.1.{ours}"] = f"mid_block.attentions.0.{theirs}"
+    for index in range(stages):
+        names[f"stages.{index}.blocks"] = f"{way}_blocks.{index}.resnets"
+        names[f"stages.{index}.resample"] = f"{way}_blocks.{index}.{way}samplers.0.conv"
+    return names | {"norm_out": "conv_norm_out", "shortcut": "conv_shortcut"}
+
+
+def _latent_diffusion(encoder: bool, stages: int) -> dict[str, str]:
+    way = "down" if encoder else "up"
+    names = {"middle.0": "mid.block_1", "middle.1": "mid.attn_1", "middle.2": "mid.block_2"}
+    names["middle.1.proj"] = "mid.attn_1.proj_out"
+    for index in range(stages):
+        level = index if encoder else stages - 1 - index  # 0 is the full resolution
+        names[f"stages.{index}.blocks"] = f"{way}.{level}.block"
+        names[f"stages.{index}.resample"] = f"{way}.{level}.{way}sample.conv"
+    return names | {"shortcut": "nin_shortcut"}
+
+
+def _renamed(part: str, names: dict[str, str]) -> str:
+    """`part` with its longest known beginning replaced, and its last word."""
+    for ours in sorted(names, key=len, reverse=True):
+        if part == ours or part.startswith(f"{ours}."):
+            part = names[ours] + part.removeprefix(ours)
+            break
+    before, _, last = part.rpartition(".")
+    return f"{before}.{names['shortcut']}" if last == "shortcut" else part
+
+
+def _as_is(value: Tensor) -> Tensor:
+    return value
+
+
+def _matrix(value: Tensor) -> Tensor:
+    """Of a 1x1 convolution, if it is one."""
+    return value.flatten(1) if value.ndim == 4 else value

@@ -1,0 +1,196 @@
+"""The autoencoder of latent diffusion (Rombach et al., 2112.10752) in SD1's and SD3's sizes.
+
+Shapes: B batch, C channels, and pictures of 8f pixels for latents f wide where there are four widths.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_QUERIES = 2048  # tokens attended at once: all 16,384 of a 1,024-pixel picture have a gigabyte of scores
+
+
+@dataclass(frozen=True)
+class AutoencoderKLSpec:
+    """SD3's. Widths are the channels at 1, 1/2, 1/4 and 1/8 of the picture's resolution.
+
+    Latents seen by the transformer are (z - shift) * scale. `quant` has a 1x1 convolution on either side of the latents.
+    """
+
+    image_size_px: int = 1024
+    latent_channels: int = 16
+    widths: tuple[int, ...] = (128, 256, 512, 512)
+    blocks: int = 2  # for each width of the encoder; the decoder has one more
+    groups: int = 32
+    quant: bool = False
+    scale: float = 1.5305
+    shift: float = 0.0609
+
+    def __post_init__(self) -> None:
+        if self.image_size_px % self.factor or any(width % self.groups for width in self.widths):
+            raise ValueError(
+                f"expected a picture of a multiple of {self.factor} pixels and widths in groups of {self.groups}, found "
+                f"{self.image_size_px} and {self.widths}"
+            )
+
+    @property
+    def factor(self) -> int:
+        """Pixels for each latent, along one side."""
+        return int(2 ** (len(self.widths) - 1))
+
+    @property
+    def latent_size(self) -> int:
+        return self.image_size_px // self.factor
+
+
+class GroupNorm(nn.GroupNorm):
+    """Over [B, C, H, W] in float32, means taken row by row and then over the rows.
+
+    The exporter's spelling is InstanceNormalization, whose sums of millions of pixels in ONNX Runtime are wrong by 8e-5 in
+    a picture of 1,024 pixels.
+    """
+
+    def __init__(self, groups: int, channels: int) -> None:
+        super().__init__(groups, channels, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        rows = wide.reshape(x.shape[0], self.num_groups, -1, x.shape[3])  # [B, G, C/G H, W]
+        mean = rows.mean(3, keepdim=True).mean(2, keepdim=True)
+        off = rows - mean
+        variance = (off * off).mean(3, keepdim=True).mean(2, keepdim=True)
+        scale = self.weight.float().view(self.num_groups, -1, 1) / (variance + self.eps).sqrt()
+        shift = self.bias.float().view(self.num_groups, -1, 1) - mean * scale
+        scale, shift = (part.reshape(x.shape[0], -1, 1, 1) for part in (scale, shift))
+        return (wide * scale + shift).to(x.dtype)
+
+
+class ResidualBlock(nn.Module):
+    """x + conv(silu(norm(conv(silu(norm(x)))))), [B, C, H, W] -> [B, C', H, W]; x is projected where C' is not C."""
+
+    def __init__(self, channels: int, out: int, groups: int) -> None:
+        super().__init__()
+        self.norm1 = GroupNorm(groups, channels)
+        self.conv1 = nn.Conv2d(channels, out, 3, padding=1)
+        self.norm2 = GroupNorm(groups, out)
+        self.conv2 = nn.Conv2d(out, out, 3, padding=1)
+        self.shortcut = nn.Identity() if out == channels else nn.Conv2d(channels, out, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        return self.shortcut(x) + self.conv2(F.silu(self.norm2(h)))
+
+
+class Attention(nn.Module):
+    """Every pixel attends to every pixel, one head, [B, C, H, W] -> the same."""
+
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__()
+        self.norm = GroupNorm(groups, channels)
+        self.q, self.k, self.v, self.proj = (nn.Linear(channels, channels) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        pixels = self.norm(x).flatten(2).transpose(1, 2).unsqueeze(1)  # [B, 1, H W, C]
+        q, k, v = self.q(pixels), self.k(pixels), self.v(pixels)
+        some = q.chunk(-(-q.shape[2] // _QUERIES), dim=2) if q.shape[2] > _QUERIES else (q,)
+        answers = [F.scaled_dot_product_attention(part, k, v) for part in some]
+        attended = torch.cat(answers, dim=2) if len(answers) > 1 else answers[0]
+        return x + self.proj(attended).squeeze(1).transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+class Stage(nn.Module):
+    """Residual blocks at one resolution, then a step to half of it or to twice, or none."""
+
+    def __init__(self, channels: int, out: int, blocks: int, groups: int, step: str = "") -> None:
+        super().__init__()
+        inputs = [channels, *[out] * (blocks - 1)]
+        self.blocks = nn.Sequential(*(ResidualBlock(each, out, groups) for each in inputs))
+        self.step = step
+        if step:
+            self.resample = nn.Conv2d(
+                out, out, 3, stride=2 if step == "down" else 1, padding=0 if step == "down" else 1
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.blocks(x)
+        if self.step == "down":
+            return self.resample(F.pad(x, (0, 1, 0, 1)))
+        return self.resample(F.interpolate(x, scale_factor=2.0, mode="nearest")) if self.step == "up" else x
+
+
+def middle(channels: int, groups: int) -> nn.Sequential:
+    return nn.Sequential(
+        ResidualBlock(channels, channels, groups),
+        Attention(channels, groups),
+        ResidualBlock(channels, channels, groups),
+    )
+
+
+class Encoder(nn.Module):
+    """Pictures [B, 3, 8f, 8f] in -1..1 -> mean and log variance, each [B, latent_channels, f, f]."""
+
+    def __init__(self, spec: AutoencoderKLSpec) -> None:
+        super().__init__()
+        widths, out = spec.widths, 2 * spec.latent_channels
+        steps = ["down"] * (len(widths) - 1) + [""]
+        self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
+        self.stages = nn.Sequential(
+            *(
+                Stage(before, width, spec.blocks, spec.groups, step)
+                for before, width, step in zip((widths[0], *widths), widths, steps, strict=False)
+            )
+        )
+        self.middle = middle(widths[-1], spec.groups)
+        self.norm_out = GroupNorm(spec.groups, widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], out, 3, padding=1)
+        self.quant = nn.Conv2d(out, out, 1) if spec.quant else nn.Identity()
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.middle(self.stages(self.conv_in(image)))
+        mean, log_variance = self.quant(self.conv_out(F.silu(self.norm_out(x)))).chunk(2, dim=1)
+        return mean, log_variance.clamp(-30, 20)
+
+
+class Decoder(nn.Module):
+    """Latents z [B, latent_channels, f, f] -> pictures [B, 3, 8f, 8f], about -1..1."""
+
+    def __init__(self, spec: AutoencoderKLSpec) -> None:
+        super().__init__()
+        widths = spec.widths[::-1]
+        steps = ["up"] * (len(widths) - 1) + [""]
+        self.quant = nn.Conv2d(spec.latent_channels, spec.latent_channels, 1) if spec.quant else nn.Identity()
+        self.conv_in = nn.Conv2d(spec.latent_channels, widths[0], 3, padding=1)
+        self.middle = middle(widths[0], spec.groups)
+        self.stages = nn.Sequential(
+            *(
+                Stage(before, width, spec.blocks + 1, spec.groups, step)
+                for before, width, step in zip((widths[0], *widths), widths, steps, strict=False)
+            )
+        )
+        self.norm_out = GroupNorm(spec.groups, widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        x = self.stages(self.middle(self.conv_in(self.quant(latents))))
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class AutoencoderKL(nn.Module):
+    """The pair, and the affine map between its latents and those that the transformer sees."""
+
+    def __init__(self, spec: AutoencoderKLSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.encoder = Encoder(spec)
+        self.decoder = Decoder(spec)
+
+    def encode(self, image: Tensor) -> Tensor:
+        """Pictures [B, 3, H, W] in -1..1 -> transformer latents [B, C, H/8, W/8], the posterior's mean."""
+        mean, _ = self.encoder(image)
+        return (mean - self.spec.shift) * self.spec.scale
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Transformer latents -> pictures in -1..1."""
+        return self.decoder(latents / self.spec.scale + self.spec.shift).clamp(-1, 1)

@@ -1,0 +1,163 @@
+"""The class-conditional diffusion transformer (DiT; Peebles and Xie, 2212.09748), some of whose blocks think.
+
+Shapes: B batch, C latent channels, S latent size, N visual tokens, D width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tpx_export.model.attention import Stream, attention, modulate
+from tpx_export.model.mmdit import Embedder, sinusoid
+from tpx_export.model.thinking import Thinking, ThinkingSpec
+
+
+@dataclass(frozen=True)
+class DiTSpec:
+    """Sizes of the transformer; the defaults are those of DiT-XL/2 at 256 x 256 pixels, base/dit.py reads others.
+
+    `learned_sigma`: behind epsilon the model predicts where the log variance lies in its range (Nichol and Dhariwal,
+    2102.09672), in as many channels again.
+    """
+
+    latent_channels: int = 4
+    latent_size: int = 32
+    patch: int = 2
+    width: int = 1152
+    heads: int = 16
+    blocks: int = 28
+    classes: int = 1000
+    learned_sigma: bool = True
+    qk_norm: bool = False
+    thinking: ThinkingSpec | None = None
+
+    def __post_init__(self) -> None:
+        for field in ("latent_channels", "latent_size", "patch", "width", "heads", "blocks", "classes"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"expected {field} of 1 or more, got {getattr(self, field)}")
+        if self.width % self.heads or self.width % 4 or self.latent_size % self.patch:
+            raise ValueError(
+                f"expected heads and 4 to divide width and patch to divide latent_size, got {self.width}/{self.heads} "
+                f"and {self.latent_size}/{self.patch}"
+            )
+        if self.thinking and not all(0 <= b < self.blocks for b in self.thinking.blocks):
+            raise ValueError(
+                f"expected thinking blocks within 0..{self.blocks - 1}, got {self.thinking.blocks}"
+            )
+
+    @property
+    def visual_tokens(self) -> int:
+        return (self.latent_size // self.patch) ** 2
+
+    @property
+    def out_channels(self) -> int:
+        return self.latent_channels * (2 if self.learned_sigma else 1)
+
+    @property
+    def max_depth(self) -> int:
+        """Without thinking blocks there is one step: the plain block."""
+        return self.thinking.max_depth if self.thinking else 1
+
+
+def position_table(side: int, width: int) -> Tensor:
+    """[side^2, width]: of column, then row, half the width each, sines, then cosines, at 10000^(-i / (width/4)).
+
+    Worked out in float64, as the table in DiT's checkpoints was.
+    """
+    quarter = width // 4
+    frequencies = 10_000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
+    steps = torch.arange(side, dtype=torch.float64)
+    rows, columns = torch.meshgrid(steps, steps, indexing="ij")
+    angles = [place.flatten().unsqueeze(-1) * frequencies for place in (columns, rows)]
+    return torch.cat([wave for angle in angles for wave in (angle.sin(), angle.cos())], dim=-1).float()
+
+
+def to_patches(latents: Tensor, patch: int) -> Tensor:
+    """[B, C, S, S] -> [B, N, C patch^2]: patches row by row, the values of each channel by channel."""
+    side = latents.shape[-1] // patch
+    cut = latents.unflatten(3, (side, patch)).unflatten(2, (side, patch))
+    return cut.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+def from_patches(tokens: Tensor, patch: int, side: int) -> Tensor:
+    """[B, side^2, C patch^2] -> [B, C, side patch, side patch]: what `to_patches` undoes."""
+    cut = tokens.unflatten(2, (-1, patch, patch)).unflatten(1, (side, side))
+    return cut.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+
+
+class Block(nn.Module):
+    """Visual tokens attend to one another, and may think first."""
+
+    def __init__(self, spec: DiTSpec, index: int) -> None:
+        super().__init__()
+        self.head_width = spec.width // spec.heads
+        self.visual = Stream(spec.width, self.head_width, spec.qk_norm)
+        thinks = spec.thinking is not None and index in spec.thinking.blocks
+        self.thinking = Thinking(spec.width, spec.thinking) if thinks and spec.thinking else None
+
+    def forward(self, x: Tensor, y: Tensor, depth: int) -> tuple[Tensor, list[Tensor]]:
+        """x [B, N, D] and y [B, D] -> x after the block, and the routes [B, N] of its steps."""
+        shift, scale, *rest = self.visual.modulations(F.silu(y).to(x.dtype))
+        x_in = modulate(x, shift, scale)
+
+        def attend(qkv: Tensor) -> Tensor:
+            return attention(*self.visual.heads(qkv, self.head_width))
+
+        routes: list[Tensor] = []
+        if self.thinking is None:
+            qkv = self.visual.qkv(x_in)
+        else:
+            qkv, routes = self.thinking(x_in, y, depth, lambda: self.visual.qkv(x_in), attend)
+        return self.visual.finish(x, attend(qkv), tuple(rest)), routes
+
+
+class DiT(nn.Module):
+    """Epsilon of a diffusion, x = sqrt(abar) x0 + sqrt(1 - abar) epsilon, and where learned the range of its variance."""
+
+    positions: Tensor
+
+    def __init__(self, spec: DiTSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.patch_in = nn.Linear(spec.latent_channels * spec.patch**2, spec.width)
+        self.time = Embedder(256, spec.width)
+        self.classes = nn.Embedding(spec.classes + 1, spec.width)
+        self.blocks = nn.ModuleList(Block(spec, i) for i in range(spec.blocks))
+        self.out_modulation = nn.Linear(spec.width, 2 * spec.width)
+        self.patch_out = nn.Linear(spec.width, spec.out_channels * spec.patch**2)
+        self.register_buffer("positions", position_table(spec.latent_size // spec.patch, spec.width))
+        self._zero_outputs()
+
+    def _zero_outputs(self) -> None:
+        """adaLN-zero: a fresh block is the identity, a fresh model predicts zero."""
+        modulations = [module.modulation for module in self.modules() if isinstance(module, Stream)]
+        for layer in (*modulations, self.out_modulation, self.patch_out):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(
+        self, latents: Tensor, timestep: Tensor, class_id: Tensor, depth: int
+    ) -> tuple[Tensor, Tensor]:
+        """Latents [B, C, S, S], timestep [B] in 0..1000, class_id int64 [B] in 0..classes, depth in 1..max_depth.
+
+        The class after the last, `classes`, means no class. Returns the prediction [B, C or 2C, S, S], epsilon first, and
+        the routes int64 [B, thinking blocks * depth, N], block-major. Raises ValueError for a depth that the model was not
+        built for.
+        """
+        spec = self.spec
+        if not 1 <= depth <= spec.max_depth:
+            raise ValueError(f"expected a depth of 1..{spec.max_depth}, got {depth}")
+        time = self.time(sinusoid(timestep, 256))
+        y = time + self.classes(class_id).to(time.dtype)
+        x = self.patch_in(to_patches(latents, spec.patch)) + self.positions.to(latents.dtype)
+        routes: list[Tensor] = []
+        for block in self.blocks:
+            x, chosen = block(x, y, depth)
+            routes += chosen
+        shift, scale = self.out_modulation(F.silu(y).to(x.dtype)).chunk(2, dim=-1)
+        tokens = self.patch_out(modulate(x, shift, scale))
+        prediction = from_patches(tokens, spec.patch, spec.latent_size // spec.patch)
+        empty = torch.zeros(x.shape[0], 0, x.shape[1], dtype=torch.int64, device=x.device)
+        return prediction, torch.stack(routes, dim=1) if routes else empty

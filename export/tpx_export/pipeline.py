@@ -1,0 +1,117 @@
+"""What an export is made of: the parts of a text-to-image or class-to-image model, each loaded when its turn comes.
+
+Only one part is in memory at a time, so that the largest part decides what an export takes.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from torch import nn
+
+from tpx_export.model.text_to_image import TextToImage
+from tpx_runtime.manifest import Defaults, EncoderSpec, LatentSpec, ModelSpec
+from tpx_runtime.tokenizer import tokenizer_of
+
+_SEED = 20260428
+_EXAMPLES = (
+    "a red cube on a blue sphere",
+    "a photograph of two old boats in a harbour, early in the morning",
+)
+
+
+@dataclass(frozen=True)
+class TextPart:
+    """A text encoder: its manifest entry, `vocab.json` of its tokenizer, ids int64 [2, tokens] to hold engines against.
+
+    The module maps ids to (context, pooled), or to context alone where it says nothing pooled.
+    """
+
+    spec: EncoderSpec
+    vocabulary: dict[str, object]
+    ids: npt.NDArray[np.int64]
+    load: Callable[[], nn.Module]
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A model to export. `shift` is that of a flow's schedule, None for a diffusion's linear betas.
+
+    `transformer` loads an MMDiT, called with latents, timestep, context, pooled and depth, or a DiT, called with class_id in
+    the place of the text. `autoencoder` loads a module with `encoder(image) -> (mean, log variance)` and
+    `decoder(latents) -> image`. `precision` is what the weights are stored in.
+    """
+
+    name: str
+    license: str
+    model: ModelSpec
+    latent: LatentSpec
+    defaults: Defaults
+    shift: float | None
+    text: tuple[TextPart, ...]
+    transformer: Callable[[], nn.Module]
+    autoencoder: Callable[[], nn.Module]
+    precision: str = "fp32"
+
+    @classmethod
+    def of(cls, model: TextToImage) -> "Pipeline":
+        """The parts of a checkpoint of ours."""
+        spec, transformer, text = model.spec, model.spec.transformer, model.spec.text_encoder
+        picture, latent = spec.autoencoder.image_size_px, spec.autoencoder.latent_size
+        thinking = transformer.thinking
+        return cls(
+            name=spec.name,
+            license=spec.license,
+            model=ModelSpec(
+                latent_channels=transformer.latent_channels,
+                latent_size=(latent, latent),
+                image_size_px=(picture, picture),
+                context_tokens=transformer.context_tokens,
+                context_width=transformer.context_width,
+                pooled_width=transformer.pooled_width,
+                classes=0,
+                prediction="velocity",
+                out_channels=transformer.latent_channels,
+                guided_channels=transformer.latent_channels,
+                visual_tokens=transformer.visual_tokens,
+                depths=tuple(range(1, transformer.max_depth + 1)),
+                experts=thinking.experts if thinking else 0,
+                thinking_blocks=thinking.blocks if thinking else (),
+            ),
+            latent=LatentSpec(spec.autoencoder.scale, spec.autoencoder.shift),
+            defaults=spec.defaults,
+            shift=spec.shift,
+            text=(
+                TextPart(
+                    spec=EncoderSpec("text_encoder", "tokenizer", text.tokens, text.width, text.width),
+                    vocabulary={
+                        "kind": "word",
+                        "tokens": list(text.vocabulary),
+                        "text_tokens": text.tokens,
+                    },
+                    ids=_random_words(len(text.vocabulary), text.tokens),
+                    load=lambda: copy.deepcopy(model.text_encoder),
+                ),
+            ),
+            transformer=lambda: copy.deepcopy(model.transformer),
+            autoencoder=lambda: copy.deepcopy(model.autoencoder),
+        )
+
+
+def example_ids(vocabulary: dict[str, object]) -> npt.NDArray[np.int64]:
+    """Ids [2, tokens] of two plain prompts, by the tokenizer of a vocab.json."""
+    tokenizer = tokenizer_of(vocabulary, Path("vocab.json"))
+    return np.array([tokenizer.encode(text).ids for text in _EXAMPLES], np.int64)
+
+
+def _random_words(vocabulary: int, tokens: int) -> npt.NDArray[np.int64]:
+    """Two prompts of random words, framed as the runtime's word tokenizer frames them."""
+    rng = np.random.Generator(np.random.Philox(key=_SEED))
+    words = rng.integers(4, vocabulary, (2, tokens - 2))
+    ids = np.zeros((2, tokens), np.int64)
+    for row, length in enumerate(rng.integers(2, max(3, tokens // 2), 2)):
+        ids[row, : length + 2] = [1, *words[row, :length], 2]
+    return ids

@@ -1,0 +1,1 @@
+"""Fine-tuning of thinking adapters on a frozen base: docs/training.md."""

@@ -1,0 +1,66 @@
+"""Latents and text embeddings on disk, each made once: one small .safetensors file an entry, by the hash of what made it."""
+
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tpx_runtime.errors import BadInput
+
+_VERSION = 1  # of what is stored and how it is made
+
+
+def key(*parts: object) -> str:
+    """A name for what is made of `parts`, and of nothing else."""
+    text = "\0".join(map(str, (_VERSION, *parts)))
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:40]
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Entries by key, in a folder that is made when there is a first one. It can be deleted at any time."""
+
+    folder: Path
+
+    def __contains__(self, name: str) -> bool:
+        return self._path(name).is_file()
+
+    def get(self, name: str) -> dict[str, Tensor]:
+        """The float32 tensors of an entry. Raises BadInput for one that is gone or damaged."""
+        try:
+            return {part: value.float() for part, value in load_file(self._path(name)).items()}
+        except (SafetensorError, OSError):
+            raise BadInput(
+                f"expected what was encoded before in {self._path(name)}, found it gone or damaged; delete the folder "
+                f"{self.folder} and run the same command"
+            ) from None
+
+    def put(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Keep tensors, in float16 where it reaches so far. Written whole or not at all. Raises BadInput."""
+        path = self._path(name)
+        partial = path.with_suffix(f".{os.getpid()}.part")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file({part: _narrow(value) for part, value in tensors.items()}, partial)
+            os.replace(partial, path)
+        except (OSError, SafetensorError) as error:
+            raise BadInput(
+                f"expected to write {path}, found: {error}; free some space or choose another place"
+            ) from None
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def _path(self, name: str) -> Path:
+        return self.folder / name[:2] / f"{name}.safetensors"
+
+
+def _narrow(value: Tensor) -> Tensor:
+    value = value.detach().cpu().contiguous()
+    half = value.half()
+    return half if torch.isfinite(half).all() else value

@@ -1,0 +1,121 @@
+"""The command tpx-train."""
+
+from pathlib import Path
+
+import click
+
+from tpx_runtime.cli import TpxCommand
+
+_PATH = click.Path(path_type=Path)
+
+
+@click.command(cls=TpxCommand)
+@click.option(
+    "--base", type=_PATH, required=True, help="Diffusers folder or single file of SD3 or SD3.5, or DiT."
+)
+@click.option("--components", type=_PATH, help="Diffusers folder with the parts that BASE lacks.")
+@click.option("--data", type=_PATH, required=True, help="Folder of pictures and captions, or classes.")
+@click.option("--out", type=_PATH, default=Path("tpx.safetensors"), show_default=True, help="File to write.")
+@click.option("--cache", "cache_folder", type=_PATH, help="Folder of what is encoded.  [default: OUT.cache]")
+@click.option("--experts", default=2, show_default=True, help="Experts in each block.")
+@click.option("--rank", default=128, show_default=True, help="Rank of an expert.")
+@click.option("--max-depth", default=2, show_default=True, help="Latent steps.")
+@click.option("--blocks", help="Blocks that think, from 0.  [default: 4,8,12 as far as BASE has them]")
+@click.option("--temperature", default=5.0, show_default=True, help="Of the Gumbel softmax.")
+@click.option(
+    "--image-size", "image_size_px", type=int, help="Pixels a side.  [default: 512; DiT's own for DiT]"
+)
+@click.option("--no-t5", is_flag=True, help="Leave out BASE's T5 encoder.")
+@click.option(
+    "--steps", default=2000, show_default=True, help="In all; more of them go on from a finished run."
+)
+@click.option("--batch", default=4, show_default=True, help="Pictures in a step.")
+@click.option("--lr", default=1e-4, show_default=True, help="Learning rate of AdamW.")
+@click.option("--warmup", default=100, show_default=True, help="Steps until the rate is reached.")
+@click.option("--weight-decay", default=0.01, show_default=True)
+@click.option(
+    "--caption-dropout", default=0.1, show_default=True, help="Share of steps without caption or class."
+)
+@click.option(
+    "--depth",
+    default="fixed",
+    show_default=True,
+    help="fixed: MAX-DEPTH in every step; random: 1..MAX-DEPTH.",
+)
+@click.option("--precision", default="bf16", show_default=True, help="Of the frozen base: bf16 or fp32.")
+@click.option("--gradient-checkpointing/--no-gradient-checkpointing", default=True, show_default=True)
+@click.option("--skip-broken", is_flag=True, help="Leave out pictures that cannot be read, and name them.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--device", help="cpu or cuda.  [default: cuda where torch has it]")
+def main(
+    base: Path,
+    components: Path | None,
+    data: Path,
+    out: Path,
+    cache_folder: Path | None,
+    experts: int,
+    rank: int,
+    max_depth: int,
+    blocks: str | None,
+    temperature: float,
+    image_size_px: int | None,
+    no_t5: bool,
+    steps: int,
+    batch: int,
+    lr: float,
+    warmup: int,
+    weight_decay: float,
+    caption_dropout: float,
+    depth: str,
+    precision: str,
+    gradient_checkpointing: bool,
+    skip_broken: bool,
+    seed: int,
+    device: str | None,
+) -> None:
+    """Train thinking adapters on a frozen base, and print the path of their file.
+
+    What is encoded is kept in OUT.cache and a run's state in OUT.state.pt: the same command takes up a run that was stopped.
+    """
+    import torch
+
+    from tpx_export.training.settings import Settings, thinking_spec
+    from tpx_export.training.train import Request, train
+
+    settings = Settings(
+        thinking=thinking_spec(experts, rank, max_depth, temperature, blocks),
+        batch=batch,
+        learning_rate=lr,
+        warmup=warmup,
+        weight_decay=weight_decay,
+        seed=seed,
+        precision=precision,
+        caption_dropout=caption_dropout,
+        depth=depth,
+    )
+    request = Request(
+        base=base,
+        data=data,
+        out=out,
+        steps=steps,
+        components=components,
+        cache_folder=cache_folder,
+        image_size_px=image_size_px,
+        t5=not no_t5,
+        blocks_asked=blocks is not None,
+        skip_broken=skip_broken,
+        gradient_checkpointing=gradient_checkpointing,
+        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+    )
+    outcome = train(request, settings)
+    change = outcome.loss_after / outcome.loss_before - 1
+    click.echo(
+        f"loss of fixed pictures and noise: base {outcome.loss_before:.4f}, with adapters {outcome.loss_after:.4f} "
+        f"({change:+.1%})",
+        err=True,
+    )
+    click.echo(click.format_filename(out))
+
+
+if __name__ == "__main__":
+    main()

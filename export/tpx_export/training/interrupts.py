@@ -1,0 +1,29 @@
+"""Ctrl-C that waits for the step under way: half of an optimizer's step is no state to go on from."""
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def interrupts() -> Iterator[Callable[[], bool]]:
+    """Yields whether Ctrl-C was pressed; pressed a second time it raises KeyboardInterrupt at once.
+
+    Outside of the main thread, which alone gets signals, nothing is changed.
+    """
+    noted = threading.Event()
+
+    def note(number: int, frame: object) -> None:
+        if noted.is_set():
+            raise KeyboardInterrupt
+        noted.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield noted.is_set
+        return
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield noted.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)

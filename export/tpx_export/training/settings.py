@@ -1,0 +1,102 @@
+"""What decides how adapters turn out: the options of tpx-train, checked."""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tpx_export.model.thinking import ThinkingSpec
+from tpx_runtime.errors import BadInput, shorten
+
+PAPER_BLOCKS = (4, 8, 12)  # arXiv 2604.25299, of SD3-medium's 24
+PRECISIONS = ("bf16", "fp32")
+DEPTHS = ("fixed", "random")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of a run. Experts, rank, depth, temperature and blocks are the paper's, the rest is our choice.
+
+    `depth` is fixed, max_depth at every step, or random, 1..max_depth, for adapters that draw at every depth. The rate
+    rises linearly during the first `warmup` steps and stays.
+    """
+
+    thinking: ThinkingSpec
+    batch: int = 4
+    learning_rate: float = 1e-4
+    warmup: int = 100
+    weight_decay: float = 0.01
+    seed: int = 0
+    precision: str = "bf16"
+    caption_dropout: float = 0.1
+    depth: str = "fixed"
+
+    def __post_init__(self) -> None:
+        """Raises BadInput for a value that cannot be used."""
+        _require(self.batch >= 1, "--batch of 1 or more", self.batch)
+        _require(self.warmup >= 0, "--warmup of 0 or more", self.warmup)
+        _require(0 < self.learning_rate < math.inf, "--lr above 0", self.learning_rate)
+        _require(0 <= self.weight_decay < math.inf, "--weight-decay of 0 or more", self.weight_decay)
+        _require(0 <= self.seed < 2**31, "--seed in 0..2147483647", self.seed)
+        _require(0 <= self.caption_dropout <= 1, "--caption-dropout in 0..1", self.caption_dropout)
+        _require(self.precision in PRECISIONS, f"--precision {' or '.join(PRECISIONS)}", self.precision)
+        _require(self.depth in DEPTHS, f"--depth {' or '.join(DEPTHS)}", self.depth)
+
+    def options(self) -> dict[str, Any]:
+        """By the options' names, as they are written to files."""
+        thinking = self.thinking
+        return {
+            "--experts": thinking.experts,
+            "--rank": thinking.rank,
+            "--max-depth": thinking.max_depth,
+            "--blocks": ",".join(map(str, thinking.blocks)),
+            "--temperature": thinking.temperature,
+            "--batch": self.batch,
+            "--lr": self.learning_rate,
+            "--warmup": self.warmup,
+            "--weight-decay": self.weight_decay,
+            "--seed": self.seed,
+            "--precision": self.precision,
+            "--caption-dropout": self.caption_dropout,
+            "--depth": self.depth,
+        }
+
+
+def thinking_spec(
+    experts: int, rank: int, max_depth: int, temperature: float, blocks: str | None
+) -> ThinkingSpec:
+    """The adapters that the options ask for; `blocks` are numbers such as "4,8,12", None the paper's. Raises BadInput."""
+    chosen = PAPER_BLOCKS if blocks is None else _numbers(blocks)
+    for option, value, most in (
+        ("--experts", experts, 64),
+        ("--rank", rank, 4096),
+        ("--max-depth", max_depth, 64),
+    ):
+        _require(1 <= value <= most, f"{option} in 1..{most}", value)
+    _require(0 < temperature < math.inf, "--temperature above 0", temperature)
+    return ThinkingSpec(chosen, experts, rank, max_depth, temperature)
+
+
+def within_base(thinking: ThinkingSpec, base_blocks: int, asked: bool) -> ThinkingSpec:
+    """`thinking` for a base with that many blocks.
+
+    Blocks that were `asked` for and are not there raise BadInput; of the paper's those that are there remain, or the middle
+    one.
+    """
+    inside = tuple(block for block in thinking.blocks if block < base_blocks)
+    if asked:
+        expected = f"--blocks within 0..{base_blocks - 1}, this base's"
+        _require(inside == thinking.blocks, expected, ",".join(map(str, thinking.blocks)))
+    return replace(thinking, blocks=inside or (base_blocks // 2,))
+
+
+def _numbers(blocks: str) -> tuple[int, ...]:
+    parts = [part.strip() for part in blocks.split(",")]
+    good = all(part.isascii() and part.isdecimal() and len(part) < 6 for part in parts)
+    chosen = sorted({int(part) for part in parts}) if good else []
+    _require(good and len(chosen) == len(parts), "--blocks such as 4,8,12, each once", blocks)
+    return tuple(chosen)
+
+
+def _require(right: bool, expected: str, found: object) -> None:
+    if not right:
+        raise BadInput(f"expected {expected}, found {shorten(found)}")

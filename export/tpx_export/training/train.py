@@ -1,0 +1,178 @@
+"""From a base and a folder of pictures to tpx.safetensors, one part of the base in memory at a time.
+
+pictures ──VAE──▶ cache        captions ──each text encoder──▶ cache        cache ──transformer──▶ adapters
+"""
+
+import dataclasses
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tpx_export.adapters import Facts, write_adapters
+from tpx_export.base.dit_pipeline import recognises
+from tpx_export.base.pipeline import open_base
+from tpx_export.pipeline import Pipeline
+from tpx_export.training import fingerprint, state
+from tpx_export.training.cache import Cache
+from tpx_export.training.data import Data
+from tpx_export.training.diffusion import DiffusionLoss
+from tpx_export.training.encode import encode_captions, encode_pictures
+from tpx_export.training.flow import FlowLoss
+from tpx_export.training.frozen import checkpoint_blocks, thinking_model
+from tpx_export.training.images import Example, read_folder
+from tpx_export.training.loop import Job, Objective, Outcome, TrainingFailed, fit
+from tpx_export.training.settings import Settings, within_base
+from tpx_runtime.errors import BadInput, Cancelled
+
+SD3_SIZE_PX = 512
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to train on what, and where it goes. `blocks_asked`: the settings' blocks were named, not taken for granted."""
+
+    base: Path
+    data: Path
+    out: Path
+    steps: int
+    components: Path | None = None
+    cache_folder: Path | None = None
+    image_size_px: int | None = None
+    t5: bool = True
+    blocks_asked: bool = False
+    skip_broken: bool = False
+    gradient_checkpointing: bool = True
+    device: str = "cpu"
+
+    @property
+    def state(self) -> Path:
+        return self.out.with_name(f"{self.out.name}.state.pt")
+
+    @property
+    def cache(self) -> Path:
+        return self.cache_folder or self.out.with_name(f"{self.out.name}.cache")
+
+
+def train(request: Request, settings: Settings) -> Outcome:
+    """Train adapters and write them to `request.out`; a run that was stopped goes on.
+
+    Everything that can be refused is, before anything is encoded, but for pictures that cannot be read. Raises BadInput,
+    CheckpointInvalid, TrainingFailed, Cancelled.
+    """
+    _check(request)
+    try:
+        return _train(request, settings)
+    except torch.OutOfMemoryError:
+        raise TrainingFailed(
+            f"expected memory for {settings.batch} pictures a step on {request.device}, found too little; take a smaller "
+            "--batch or --image-size, and leave --gradient-checkpointing on"
+        ) from None
+
+
+def _train(request: Request, settings: Settings) -> Outcome:
+    size = request.image_size_px or (None if recognises(request.base) else SD3_SIZE_PX)
+    pipeline = open_base(request.base, request.components, size, t5=request.t5)
+    examples = read_folder(request.data, pipeline.model.classes)
+    base = fingerprint.of_base(request.base, request.components)
+    blocks = len(_blocks(pipeline.transformer()))
+    settings = dataclasses.replace(
+        settings, thinking=within_base(settings.thinking, blocks, request.blocks_asked)
+    )
+    identity = {
+        **settings.options(),
+        "--image-size": pipeline.model.image_size_px[0],
+        "--no-t5": not request.t5,
+        "base": base,
+    }
+    if request.state.exists():
+        state.read(request.state, identity)
+    data = _encoded(request, pipeline, examples, base)
+    identity["pictures and captions"] = data.fingerprint
+    model = thinking_model(
+        pipeline.transformer(), settings.thinking, settings.precision, request.device, settings.seed
+    )
+    if request.gradient_checkpointing:
+        checkpoint_blocks(model)
+    job = Job(model, objective_of(pipeline), data, settings, request.device)
+    outcome = fit(job, request.steps, request.state, identity)
+    _write(request, pipeline, job, outcome, identity)
+    return outcome
+
+
+def objective_of(pipeline: Pipeline) -> Objective:
+    """The loss that a base was trained with: a flow's or a diffusion's."""
+    if pipeline.model.prediction == "velocity":
+        return FlowLoss(pipeline.shift or 1.0)
+    return DiffusionLoss(pipeline.model.out_channels > pipeline.model.latent_channels)
+
+
+def _encoded(request: Request, pipeline: Pipeline, examples: list[Example], base: str) -> Data:
+    cache = Cache(request.cache)
+    try:
+        latents = encode_pictures(examples, pipeline, base, cache, request.device, request.skip_broken)
+        told = tuple(example.told for example in latents)
+        texts = ["", *(t for t in told if isinstance(t, str))] if pipeline.text else []
+        captions = encode_captions(texts, pipeline, base, cache, request.device)
+    except KeyboardInterrupt:
+        raise Cancelled(
+            f"cancelled; what is encoded by now is kept in {cache.folder}, the same command goes on"
+        ) from None
+    return Data(pipeline.model, cache, tuple(latents.values()), told, captions)
+
+
+def _write(
+    request: Request, pipeline: Pipeline, job: Job, outcome: Outcome, identity: dict[str, Any]
+) -> None:
+    facts = {
+        name.removeprefix("--").replace("-", "_"): value for name, value in job.settings.options().items()
+    }
+    for name in [field.name for field in dataclasses.fields(job.settings.thinking)]:
+        facts.pop(name, None)  # the specification says it
+    facts |= {
+        "objective": pipeline.model.prediction,
+        "image_size_px": pipeline.model.image_size_px[0],
+        "t5": request.t5,
+        "pictures": len(job.data),
+        "data": job.data.fingerprint,
+        "base_sha256": identity["base"],
+        "weights": "average",
+        **dataclasses.asdict(outcome),
+    }
+    tensors = {name: value for name, value in job.model.state_dict().items() if ".thinking." in name}
+    spec: Any = job.model.spec
+    write_adapters(request.out, job.settings.thinking, tensors, Facts(spec.width, pipeline.name, facts))
+
+
+def _check(request: Request) -> None:
+    """What can be seen without opening the base. Raises BadInput."""
+    if request.steps < 1:
+        raise BadInput(f"expected --steps of 1 or more, found {request.steps}")
+    if request.device not in ("cpu", "cuda"):
+        raise BadInput(f"expected --device cpu or cuda, found {request.device!r}")
+    if request.device == "cuda" and not torch.cuda.is_available():
+        raise BadInput(
+            "expected a GPU that torch can use, found none; take --device cpu, or a torch for CUDA"
+        )
+    out = request.out
+    if out.suffix != ".safetensors":
+        raise BadInput(f"expected --out to end in .safetensors, found {out}")
+    try:
+        if out.is_dir():
+            raise BadInput(f"expected --out to name a file, found the folder {out}; name a file in it")
+        if out.exists() and not request.state.exists():
+            raise BadInput(
+                f"expected a new file, found {out} there already, without the state of its run; name another"
+            )
+        tempfile.TemporaryFile(dir=out.parent).close()
+    except OSError as error:
+        raise BadInput(f"expected a place to write {out}, found: {error.strerror}; choose another") from None
+
+
+def _blocks(transformer: nn.Module) -> nn.ModuleList:
+    blocks = transformer.blocks
+    assert isinstance(blocks, nn.ModuleList)
+    return blocks

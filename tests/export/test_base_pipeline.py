@@ -1,0 +1,215 @@
+"""Published models from their files to pictures: diffusers' pipeline, and what a user may get wrong."""
+
+import json
+import shutil
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+from benchmarks.tiny_sd3 import DATA, MERGES, VARIANTS, save_pipeline
+from tpx_export.adapters import attach, save_adapters
+from tpx_export.base.pipeline import open_base
+from tpx_export.checkpoint import CheckpointInvalid
+from tpx_export.cli import main
+from tpx_export.exporter import export_bundle
+from tpx_export.model import ThinkingSpec
+from tpx_runtime.bundle import Bundle
+from tpx_runtime.errors import BadInput
+from tpx_runtime.generator import Generator
+from tpx_runtime.noise import batch_noise
+
+pytestmark = pytest.mark.skipif(
+    not (DATA / MERGES).is_file(), reason=f"no {MERGES}: set TPX_DATA to the folder that holds clip/ and t5/"
+)
+PROMPT, NEGATIVE = "A red cube on a blue sphere! Très beau, 3 times.", "blurry"
+LONG = " ".join(f"word{i}" for i in range(90))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quiet() -> Iterator[None]:
+    """diffusers and transformers warn about what is theirs; two threads leave room for others."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    folder = tmp_path_factory.mktemp("sd3") / "tiny-sd3"
+    return folder, save_pipeline(folder, "sd3-medium")
+
+
+@pytest.fixture(scope="module")
+def bundle(reference: tuple[Path, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("bundles") / "sd3"
+    export_bundle(open_base(reference[0]), out)
+    return out
+
+
+def theirs(pipeline: Any, prompt: str, negative: str, **settings: Any) -> np.ndarray:
+    latents = torch.from_numpy(batch_noise([3], (16, 16, 16)))
+    [image] = pipeline(
+        prompt, negative_prompt=negative, height=32, width=32, latents=latents, **settings
+    ).images
+    return np.asarray(image, np.float64)
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    error = float(np.mean((a - b) ** 2))
+    return 10 * np.log10(255**2 / error) if error else float("inf")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_whole_pipeline_draws_what_diffusers_draws(variant: str, tmp_path: Path) -> None:
+    reference = save_pipeline(tmp_path / "base", variant)
+    export_bundle(open_base(tmp_path / "base"), tmp_path / "bundle")
+    generator = Generator.load(tmp_path / "bundle", engine="onnxruntime")
+    assert generator.manifest.defaults.steps == 28 and generator.manifest.defaults.guidance == 7.0
+    [image] = generator(PROMPT, negative_prompt=NEGATIVE, seed=3)
+    ours = np.asarray(image, np.float64)
+    expected = theirs(reference, PROMPT, NEGATIVE, num_inference_steps=28, guidance_scale=7.0)
+    assert psnr(ours, expected) >= 50
+    assert expected.std() > 5 and np.mean((expected > 0) & (expected < 255)) > 0.02  # a picture, not a blank
+    other = np.asarray(generator("a dog", negative_prompt=NEGATIVE, seed=3)[0], np.float64)
+    assert psnr(other, expected) < 45  # which hangs on the words
+
+
+def test_without_t5(reference: tuple[Path, Any], bundle: Path, tmp_path: Path) -> None:
+    """Left out at the export or when drawing, it is the same picture, and diffusers'."""
+    folder, pipeline = reference
+    export_bundle(open_base(folder, t5=False), tmp_path / "no-t5")
+    assert not (tmp_path / "no-t5/text_encoder_3").exists()
+    drawn = [
+        np.asarray(generator(PROMPT, seed=3, steps=4)[0], np.float64)
+        for generator in (
+            Generator.load(tmp_path / "no-t5", engine="onnxruntime"),
+            Generator.load(bundle, engine="onnxruntime", t5=False),
+        )
+    ]
+    np.testing.assert_array_equal(*drawn)
+    kept = pipeline.text_encoder_3
+    pipeline.text_encoder_3 = None
+    try:
+        expected = theirs(pipeline, PROMPT, "", num_inference_steps=4, guidance_scale=7.0)
+    finally:
+        pipeline.text_encoder_3 = kept
+    assert psnr(drawn[0], expected) >= 50
+    whole = np.asarray(Generator.load(bundle, engine="onnxruntime")(PROMPT, seed=3, steps=4)[0], np.float64)
+    assert psnr(drawn[0], whole) < 60
+
+
+def test_a_long_prompt_is_cut_as_diffusers_cuts_it(reference: tuple[Path, Any], bundle: Path) -> None:
+    generator = Generator.load(bundle, engine="onnxruntime")
+    with pytest.warns(UserWarning, match="text_encoder, text_encoder_2 reads, .*text_encoder_3 reads it"):
+        [image] = generator(LONG, seed=3, steps=4)
+    expected = theirs(reference[1], LONG, "", num_inference_steps=4, guidance_scale=7.0)
+    assert psnr(np.asarray(image, np.float64), expected) >= 50
+
+
+def test_adapters_on_a_base(reference: tuple[Path, Any], tmp_path: Path) -> None:
+    folder, _ = reference
+    base = open_base(folder)
+    thinking = ThinkingSpec(blocks=(0, 2), experts=3, rank=4, max_depth=2)
+    model = attach(base.transformer(), thinking)
+    torch.manual_seed(1)
+    for block in (0, 2):
+        model.blocks[block].thinking.b.normal_(std=0.3)
+    save_adapters(model, tmp_path / "tpx.safetensors", "tiny")
+    result = CliRunner().invoke(
+        main,
+        ["--base", str(folder), "--adapters", str(tmp_path / "tpx.safetensors"), "--no-t5"]
+        + ["--depth", "2", "--out", str(tmp_path / "bundle")],
+    )
+    assert result.exit_code == 0, result.output
+    opened = Bundle.open(tmp_path / "bundle")
+    assert opened.manifest.name == "tiny-sd3-thinking"
+    assert opened.manifest.model.depths == (1, 2) and opened.manifest.model.experts == 3
+    generator = Generator.load(tmp_path / "bundle", engine="onnxruntime")
+    deep, shallow = (np.asarray(generator("a cube", steps=3, depth=depth)[0]) for depth in (2, 1))
+    assert (deep != shallow).any()
+
+
+def test_half_precision_weights_make_a_half_precision_bundle(
+    reference: tuple[Path, Any], tmp_path: Path
+) -> None:
+    folder = tmp_path / "half"
+    save_pipeline(folder, "sd3.5-medium").to(torch.float16).save_pretrained(folder)
+    summary = export_bundle(open_base(folder), tmp_path / "bundle")
+    assert Bundle.open(tmp_path / "bundle").manifest.precision == "fp16"
+    assert all(part.ok for parts in summary.reports.values() for part in parts)
+
+
+def test_image_sizes(reference: tuple[Path, Any]) -> None:
+    small = open_base(reference[0], image_size_px=24).model
+    assert (small.image_size_px, small.latent_size, small.visual_tokens) == ((24, 24), (12, 12), 36)
+    with pytest.raises(BadInput, match="expected"):
+        open_base(reference[0], image_size_px=4096).transformer()
+    with pytest.raises(BadInput, match="expected an image size that 2 divides"):
+        open_base(reference[0], image_size_px=33)
+
+
+def without(folder: Path, part: str, tmp_path: Path) -> Path:
+    made = tmp_path / "broken"
+    shutil.copytree(folder, made)
+    shutil.rmtree(made / part)
+    return made
+
+
+@pytest.mark.parametrize(
+    "part",
+    ["transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_3"],
+)
+def test_a_missing_part_is_named_and_taken_from_the_components(
+    reference: tuple[Path, Any], tmp_path: Path, part: str
+) -> None:
+    broken = without(reference[0], part, tmp_path)
+    with pytest.raises(CheckpointInvalid, match=rf"expected {part}/.*--components") as caught:
+        open_base(broken)
+    assert ("--no-t5" in str(caught.value)) == (part == "text_encoder_3")
+    if part != "transformer":
+        assert open_base(broken, components=reference[0]).model.visual_tokens == 64
+
+
+def test_parts_of_other_models_do_not_mix(reference: tuple[Path, Any], tmp_path: Path) -> None:
+    mixed = without(reference[0], "text_encoder", tmp_path)
+    shutil.copytree(reference[0] / "text_encoder_2", mixed / "text_encoder")
+    with pytest.raises(CheckpointInvalid, match="expected pooled text 40 wide, found CLIPs of 48 together"):
+        open_base(mixed)
+
+
+def refused(*arguments: str) -> str:
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code not in (0, 1) and result.stdout == ""
+    [line] = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert "expected" in line and "found" in line
+    return line
+
+
+def test_refusals_are_one_line(reference: tuple[Path, Any], tmp_path: Path) -> None:
+    folder = str(reference[0])
+    assert "neither" in refused("--depth", "1")
+    assert "both" in refused("--ckpt", "x.pt", "--base", folder)
+    assert "--adapters" in refused("--ckpt", "x.pt", "--adapters", "a.safetensors")
+    assert "nothing there" in refused("--base", str(tmp_path / "none"))
+    assert "thinking adapters" in refused("--base", folder, "--adapters", str(tmp_path / "none.safetensors"))
+    (tmp_path / "empty").mkdir()
+    assert "transformer/config.json" in refused("--base", str(tmp_path / "empty"))
+    assert list(tmp_path.iterdir()) == [tmp_path / "empty"]
+
+
+def test_a_scheduler_of_its_own(reference: tuple[Path, Any], tmp_path: Path) -> None:
+    other = without(reference[0], "scheduler", tmp_path)
+    assert open_base(other).shift == 3.0
+    (other / "scheduler").mkdir()
+    (other / "scheduler/scheduler_config.json").write_text(json.dumps({"shift": 1.5}))
+    assert open_base(other).shift == 1.5

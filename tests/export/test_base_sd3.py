@@ -1,0 +1,569 @@
+"""SD3 and SD3.5 transformers imported from both layouts: what diffusers computes, our MMDiT computes."""
+
+import json
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir
+import onnxruntime
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from benchmarks import random_sd3
+from tpx_export.adapters import attach, load_adapters
+from tpx_export.base.sd3 import load_transformer
+from tpx_export.base.sd3_names import from_diffusers, from_original
+from tpx_export.checkpoint import CheckpointInvalid
+from tpx_export.graphs import Graph, TransformerGraph, to_onnx
+from tpx_export.model import MMDiT, MMDiTSpec, ThinkingSpec
+from tpx_export.routing import masked
+from tpx_runtime.errors import BadInput, TpxError
+
+KINDS: dict[str, dict[str, Any]] = {
+    "sd3-medium": {"num_layers": 3, "pos_embed_max_size": 12},
+    "sd3.5-medium": {
+        "num_layers": 3,
+        "pos_embed_max_size": 15,
+        "qk_norm": "rms_norm",
+        "dual_attention_layers": (0, 1),
+    },
+    "sd3.5-large": {"num_layers": 2, "pos_embed_max_size": 12, "qk_norm": "rms_norm"},
+}
+PARAMETERS = {"sd3-medium": 2_028_328_000, "sd3.5-medium": 2_243_171_520, "sd3.5-large": 8_056_627_520}
+LATENTS = 16
+
+
+@pytest.fixture(autouse=True, scope="module")
+def two_threads_without_gradients() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    with torch.no_grad():
+        yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def real_shapes() -> dict[str, dict[str, tuple[int, ...]]]:
+    """Names and shapes of the released models, as diffusers 0.42.1 makes them."""
+    beside = Path(__file__).parents[3] / "shared/data"
+    path = Path(os.environ.get("TPX_DATA", beside)) / "diffusers/diffusers_0.42.1_full_shapes.json"
+    if not path.is_file():
+        pytest.skip(f"no {path.name}: set TPX_DATA to the folder that holds diffusers/")
+    models = json.loads(path.read_text())
+    return {kind: {name: tuple(shape) for name, shape in models[kind].items()} for kind in random_sd3.SIZES}
+
+
+def diffusers_model(kind: str) -> Any:
+    """A tiny random SD3Transformer2DModel of that kind, no parameter at its special start."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from diffusers import SD3Transformer2DModel
+    torch.manual_seed(0)
+    model: Any = SD3Transformer2DModel(
+        sample_size=LATENTS,
+        attention_head_dim=64,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        caption_projection_dim=128,
+        pooled_projection_dim=24,
+        **KINDS[kind],
+    )
+    for parameter in model.parameters():
+        parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module", params=list(KINDS))
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def theirs(kind: str) -> Any:
+    return diffusers_model(kind)
+
+
+@pytest.fixture(scope="module")
+def folder(theirs: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("sd3")
+    theirs.save_pretrained(path / "transformer")
+    return path
+
+
+@pytest.fixture(scope="module")
+def medium(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny SD3-medium; copy before changing anything in it."""
+    path = tmp_path_factory.mktemp("medium")
+    diffusers_model("sd3-medium").save_pretrained(path / "transformer")
+    return path
+
+
+def state_of(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "transformer/diffusion_pytorch_model.safetensors")
+
+
+def original(state: dict[str, Tensor], prefix: str = "model.diffusion_model.") -> dict[str, Tensor]:
+    """A diffusers state in the layout of the original single files."""
+    blocks = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("transformer_blocks."))
+    fixed = {
+        "pos_embed.pos_embed": "pos_embed",
+        "pos_embed.proj": "x_embedder.proj",
+        "time_text_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
+        "time_text_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
+        "time_text_embed.text_embedder.linear_1": "y_embedder.mlp.0",
+        "time_text_embed.text_embedder.linear_2": "y_embedder.mlp.2",
+        "context_embedder": "context_embedder",
+        "proj_out": "final_layer.linear",
+        "norm_out.linear": "final_layer.adaLN_modulation.1",
+    }
+    in_block = {
+        "norm1.linear": "x_block.adaLN_modulation.1",
+        "norm1_context.linear": "context_block.adaLN_modulation.1",
+        "attn.to_out.0": "x_block.attn.proj",
+        "attn.to_add_out": "context_block.attn.proj",
+        "attn2.to_out.0": "x_block.attn2.proj",
+        "attn.norm_q": "x_block.attn.ln_q",
+        "attn.norm_k": "x_block.attn.ln_k",
+        "attn.norm_added_q": "context_block.attn.ln_q",
+        "attn.norm_added_k": "context_block.attn.ln_k",
+        "attn2.norm_q": "x_block.attn2.ln_q",
+        "attn2.norm_k": "x_block.attn2.ln_k",
+        "ff.net.0.proj": "x_block.mlp.fc1",
+        "ff.net.2": "x_block.mlp.fc2",
+        "ff_context.net.0.proj": "context_block.mlp.fc1",
+        "ff_context.net.2": "context_block.mlp.fc2",
+    }
+    fused = {
+        ("attn.to_q", "attn.to_k", "attn.to_v"): "x_block.attn.qkv",
+        ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"): "context_block.attn.qkv",
+        ("attn2.to_q", "attn2.to_k", "attn2.to_v"): "x_block.attn2.qkv",
+    }
+    made, left = {}, dict(state)
+    for part in (".weight", ".bias", ""):
+        for name, new in fixed.items():
+            if name + part in left:
+                made[new + part] = left.pop(name + part)
+        for i in range(blocks):
+            old, new_block = f"transformer_blocks.{i}.", f"joint_blocks.{i}."
+            for name, new in in_block.items():
+                if old + name + part in left:
+                    made[new_block + new + part] = left.pop(old + name + part)
+            for names, new in fused.items():
+                if old + names[0] + part in left:
+                    made[new_block + new + part] = torch.cat([left.pop(old + n + part) for n in names])
+    assert not left, sorted(left)
+    for name in (
+        "final_layer.adaLN_modulation.1",
+        f"joint_blocks.{blocks - 1}.context_block.adaLN_modulation.1",
+    ):
+        for part in (".weight", ".bias"):
+            scale, shift = made[name + part].chunk(2)
+            made[name + part] = torch.cat([shift, scale])
+    return {prefix + name: value for name, value in made.items()}
+
+
+def single_file(theirs: Any, path: Path, extra: dict[str, Tensor] | None = None) -> Path:
+    save_file({**original(theirs.state_dict()), **(extra or {})}, path)
+    return path
+
+
+def inputs(latent_size: int = LATENTS) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    torch.manual_seed(1)
+    latents, context = torch.randn(2, 16, latent_size, latent_size), torch.randn(2, 7, 32)
+    return latents, torch.tensor([987.5, 12.0]), context, torch.randn(2, 24)
+
+
+def answer(theirs: Any, latents: Tensor, timestep: Tensor, context: Tensor, pooled: Tensor) -> Tensor:
+    made: Tensor = theirs(latents, context, pooled, timestep, return_dict=False)[0]
+    return made
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    """max|a - b| / max|b|"""
+    found, expected = found.float(), expected.float()
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def refusal(act: Callable[[], object], kind: type[TpxError] = CheckpointInvalid) -> str:
+    with pytest.raises(kind) as caught:
+        act()
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "expected" in message and "found" in message
+    return message
+
+
+@pytest.mark.parametrize("latent_size", [2, 10, 16, 24])
+def test_our_answer_is_diffusers(theirs: Any, folder: Path, latent_size: int) -> None:
+    ours = load_transformer(folder, latent_size)
+    given = inputs(latent_size)
+    assert error(ours(*given, 1)[0], answer(theirs, *given)) < 2e-5
+
+
+def test_positions_are_cropped_as_diffusers_crops_them(theirs: Any, folder: Path) -> None:
+    most = 2 * theirs.config.pos_embed_max_size
+    for latent_size in (2, 4, 6, 14, 16, most - 2, most):
+        expected = theirs.pos_embed.cropped_pos_embed(latent_size, latent_size)[0]
+        ours = load_transformer(folder, latent_size)
+        assert torch.equal(ours.positions, expected), latent_size
+        assert ours.state_dict()["positions"].shape == ((latent_size // 2) ** 2, 128)
+
+
+def test_a_latent_size_that_the_table_does_not_cover_is_refused(theirs: Any, folder: Path) -> None:
+    most = 2 * theirs.config.pos_embed_max_size
+    for latent_size in (most + 2, 0, -2, 15):
+        said = refusal(lambda size=latent_size: load_transformer(folder, size), BadInput)  # type: ignore[misc]
+        assert f"2..{most}" in said and str(latent_size) in said
+
+
+def test_diffusers_own_converter_undoes_the_layout_of_the_single_files(theirs: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from diffusers.loaders import single_file_utils
+    back = single_file_utils.convert_sd3_transformer_checkpoint_to_diffusers(original(theirs.state_dict()))
+    state = theirs.state_dict()
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[name], state[name]) for name in state)
+
+
+def test_a_single_file_gives_the_same_module(theirs: Any, folder: Path, tmp_path: Path) -> None:
+    others = {
+        "first_stage_model.x": torch.zeros(1),
+        "text_encoders.clip_l.x": torch.zeros(1),
+    }  # as shipped
+    found = load_transformer(single_file(theirs, tmp_path / "sd3.safetensors", others), LATENTS)
+    expected = load_transformer(folder, LATENTS)
+    assert found.spec == expected.spec
+    assert found.state_dict().keys() == expected.state_dict().keys()
+    assert all(torch.equal(found.state_dict()[n], value) for n, value in expected.state_dict().items())
+
+
+def test_a_single_file_may_lack_the_prefix(theirs: Any, folder: Path, tmp_path: Path) -> None:
+    save_file(original(theirs.state_dict(), prefix=""), tmp_path / "bare.safetensors")
+    found = load_transformer(tmp_path / "bare.safetensors", LATENTS)
+    assert torch.equal(found(*inputs(), 1)[0], load_transformer(folder, LATENTS)(*inputs(), 1)[0])
+
+
+def test_half_precision_and_shards(kind: str, tmp_path: Path) -> None:
+    """Shards give what one file gives; float16 stays float16, but for the embedders of time and condition."""
+    half = diffusers_model(kind).half()
+    half.save_pretrained(tmp_path / "whole")
+    half.save_pretrained(tmp_path / "shards", max_shard_size="300KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 3
+    whole, shards = (load_transformer(tmp_path / name, LATENTS) for name in ("whole", "shards"))
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, shards.state_dict()[name]), name
+        embedder = name.startswith(("time.", "pooled."))
+        assert value.dtype == (torch.float32 if embedder else torch.float16), name
+    latents, timestep, context, pooled = inputs()
+    in_half = whole(latents.half(), timestep, context.half(), pooled.half(), 1)[0]
+    assert in_half.dtype == torch.float16
+    expected = answer(half.float(), *inputs())
+    assert error(in_half, expected) < 1e-2
+    assert error(whole.float()(*inputs(), 1)[0], expected) < 2e-5
+
+
+def test_a_table_in_another_precision_takes_the_weights(theirs: Any, folder: Path, tmp_path: Path) -> None:
+    state = {n: v if "norm" in n or "pos_embed" in n else v.half() for n, v in theirs.state_dict().items()}
+    state["pos_embed.proj.weight"] = state["pos_embed.proj.weight"].half()
+    write_folder(tmp_path, state, folder)
+    model = load_transformer(tmp_path, LATENTS)
+    assert {v.dtype for n, v in model.state_dict().items() if n.startswith("blocks")} == {torch.float16}
+    assert model.positions.dtype == torch.float16
+    latents, timestep, context, pooled = inputs()
+    assert model(latents.half(), timestep, context.half(), pooled.half(), 1)[0].isfinite().all()
+
+
+def test_float8_becomes_float16(theirs: Any, folder: Path, tmp_path: Path) -> None:
+    low = {name: value.to(torch.float8_e4m3fn) for name, value in theirs.state_dict().items()}
+    write_folder(tmp_path, low, folder)
+    write_folder(tmp_path / "half", {name: value.half() for name, value in low.items()}, folder)
+    expected = load_transformer(tmp_path / "half", LATENTS).state_dict()
+    for name, value in load_transformer(tmp_path, LATENTS).state_dict().items():
+        assert value.dtype == expected[name].dtype and torch.equal(value, expected[name]), name
+
+
+def write_folder(path: Path, state: dict[str, Tensor], like: Path, **fields: object) -> None:
+    """A diffusers folder of `state`, with the configuration of `like` but for `fields`."""
+    path.mkdir(exist_ok=True)
+    config = {**json.loads((like / "transformer/config.json").read_text()), **fields}
+    (path / "config.json").write_text(json.dumps(config))
+    save_file(state, path / "diffusion_pytorch_model.safetensors")
+
+
+def damaged(state: dict[str, Tensor], name: str, fault: str) -> dict[str, Tensor]:
+    state = dict(state)
+    if fault == "missing":
+        del state[name]
+    elif fault == "unknown":
+        state[name.replace(".weight", ".scale_weight")] = torch.ones(1)
+    elif fault == "transposed":
+        state[name] = state[name][..., None]
+    elif fault == "short":
+        state[name] = state[name][:-1].contiguous()
+    else:
+        state[name] = state[name].to(torch.int8)
+    return state
+
+
+@pytest.mark.parametrize("fault", ["missing", "unknown", "transposed", "short", "int8"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "transformer_blocks.1.attn.to_k.weight",
+        "transformer_blocks.0.norm1.linear.weight",
+        "pos_embed.proj.weight",
+        "proj_out.weight",
+        "norm_out.linear.weight",
+    ],
+)
+def test_a_tensor_that_does_not_fit_is_named(fault: str, name: str, medium: Path, tmp_path: Path) -> None:
+    write_folder(tmp_path / "bad", damaged(state_of(medium), name, fault), medium)
+    said = refusal(lambda: load_transformer(tmp_path / "bad", LATENTS))
+    assert (name if fault != "unknown" else name.replace(".weight", ".scale_weight")) in said
+
+
+@pytest.mark.parametrize("fault", ["missing", "unknown", "transposed", "short", "int8"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "joint_blocks.1.x_block.attn.qkv.weight",
+        "joint_blocks.2.context_block.adaLN_modulation.1.weight",
+        "x_embedder.proj.weight",
+        "context_embedder.weight",
+        "final_layer.linear.weight",
+    ],
+)
+def test_a_tensor_of_a_single_file_that_does_not_fit_is_named(
+    fault: str, name: str, medium: Path, tmp_path: Path
+) -> None:
+    prefix = "model.diffusion_model."
+    state = original(state_of(medium))
+    save_file(damaged(state, prefix + name, fault), tmp_path / "bad.safetensors")
+    said = refusal(lambda: load_transformer(tmp_path / "bad.safetensors", LATENTS))
+    if (fault, name) == ("short", "x_embedder.proj.weight"):
+        assert "whole heads" in said  # the width is read from it
+    elif (fault, name) == ("short", "context_embedder.weight"):
+        assert "context_embedder.weight is float32 [127, 32], not [128, 32]" in said
+    else:
+        assert (name if fault != "unknown" else name.replace(".weight", ".scale_weight")) in said
+
+
+@pytest.mark.parametrize("table", [(1, 140, 128), (144, 128), (1, 144, 64), (1, 0, 128)])
+def test_a_table_of_positions_that_is_no_square_is_refused(
+    table: tuple[int, ...], medium: Path, tmp_path: Path
+) -> None:
+    state = {**state_of(medium), "pos_embed.pos_embed": torch.zeros(table)}
+    write_folder(tmp_path / "bad", state, medium)
+    assert "pos_embed.pos_embed" in refusal(lambda: load_transformer(tmp_path / "bad", LATENTS))
+    save_file(original(state), tmp_path / "bad.safetensors")
+    assert "pos_embed" in refusal(lambda: load_transformer(tmp_path / "bad.safetensors", LATENTS))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("_class_name", "FluxTransformer2DModel"),
+        ("num_layers", 4),
+        ("num_layers", "3"),
+        ("num_layers", 10**12),
+        ("num_attention_heads", None),
+        ("attention_head_dim", 0),
+        ("attention_head_dim", 2.5),
+        ("caption_projection_dim", 64),
+        ("out_channels", 8),
+        ("qk_norm", "layer_norm"),
+        ("dual_attention_layers", [3]),
+        ("dual_attention_layers", 1),
+        ("joint_attention_dim", True),
+    ],
+)
+def test_a_configuration_that_is_not_sd3s_is_refused(
+    field: str, value: object, medium: Path, tmp_path: Path
+) -> None:
+    write_folder(tmp_path / "bad", state_of(medium), medium, **{field: value})
+    assert field in refusal(lambda: load_transformer(tmp_path / "bad", LATENTS))
+
+
+def test_a_configuration_older_than_a_field_is_read(tmp_path: Path) -> None:
+    """SD3-medium was released before diffusers knew of query-key norms and dual blocks."""
+    theirs = diffusers_model("sd3-medium")
+    theirs.save_pretrained(tmp_path / "transformer")
+    path = tmp_path / "transformer/config.json"
+    config = json.loads(path.read_text())
+    for name in ("qk_norm", "dual_attention_layers", "sample_size", "pos_embed_max_size"):
+        config.pop(name, None)
+    path.write_text(json.dumps(config))
+    assert error(load_transformer(tmp_path, LATENTS)(*inputs(), 1)[0], answer(theirs, *inputs())) < 2e-5
+
+
+def test_what_is_no_sd3_transformer_is_refused(tmp_path: Path) -> None:
+    theirs = diffusers_model("sd3-medium")
+    theirs.save_pretrained(tmp_path / "transformer")
+    refusal(lambda: load_transformer(tmp_path / "nowhere", LATENTS))
+    weights = tmp_path / "transformer/diffusion_pytorch_model.safetensors"
+    assert "config.json" in refusal(lambda: load_transformer(weights, LATENTS))
+    save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
+    assert "joint_blocks" in refusal(lambda: load_transformer(tmp_path / "other.safetensors", LATENTS))
+    config = tmp_path / "transformer/config.json"
+    for text in ("{", "[]", "\udcff"):
+        config.write_bytes(text.encode("utf-8", "surrogateescape"))
+        assert "config.json" in refusal(lambda: load_transformer(tmp_path, LATENTS))
+    config.unlink()
+    refusal(lambda: load_transformer(tmp_path, LATENTS))
+    whole = tmp_path / "whole.safetensors"
+    single_file(theirs, whole)
+    whole.write_bytes(whole.read_bytes()[:5000])
+    refusal(lambda: load_transformer(whole, LATENTS))
+
+
+def test_full_size_models_have_the_released_parameters(
+    kind: str, real_shapes: dict[str, dict[str, tuple[int, ...]]]
+) -> None:
+    """On the meta device, and both recipes name every tensor of them and no other."""
+    size = random_sd3.SIZES[kind]
+    spec = MMDiTSpec(
+        latent_channels=16,
+        latent_size=128,
+        width=size.width,
+        heads=size.heads,
+        blocks=size.layers,
+        context_tokens=333,
+        context_width=4096,
+        pooled_width=2048,
+        qk_norm=size.qk_norm,
+        dual_blocks=tuple(range(size.dual)),
+        stored_positions=True,
+    )
+    with torch.device("meta"):
+        model = MMDiT(spec)
+    assert sum(p.numel() for p in model.parameters()) == PARAMETERS[kind]
+    needed = {name for made in from_diffusers(spec).values() for name in made.names}
+    assert needed | {"pos_embed.pos_embed"} == real_shapes[kind].keys()
+    names = original(dict.fromkeys(real_shapes[kind], torch.zeros(2)), prefix="").keys()
+    needed = {name for made in from_original(spec).values() for name in made.names}
+    assert needed | {"pos_embed"} == names
+
+
+def test_a_model_that_starts_on_stored_positions_has_the_computed_ones(theirs: Any) -> None:
+    """And where they are computed they are no part of the state, as in the sample model."""
+    spec = MMDiTSpec(latent_size=8, width=64, heads=2, blocks=1)
+    computed, stored = MMDiT(spec), MMDiT(replace(spec, stored_positions=True))
+    assert torch.equal(computed.positions, stored.positions)
+    assert stored.state_dict().keys() - computed.state_dict().keys() == {"positions"}
+
+
+def random_experts(model: MMDiT) -> MMDiT:
+    torch.manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if name.endswith("thinking.b"):
+            parameter.normal_(std=0.1)
+    return model
+
+
+def test_thinking_blocks_change_nothing_until_they_have_learnt(folder: Path) -> None:
+    expected = load_transformer(folder, LATENTS)(*inputs(), 1)[0]
+    for blocks in ((0,), (0, 1)):
+        thinking = load_transformer(folder, LATENTS, ThinkingSpec(blocks=blocks, max_depth=2)).eval()
+        for depth in (1, 2):
+            found, routes = thinking(*inputs(), depth)
+            assert torch.equal(found, expected)
+            assert routes.shape == (2, len(blocks) * depth, 64)
+
+
+def test_a_dual_block_thinks_in_its_joint_attention_alone(tmp_path: Path) -> None:
+    diffusers_model("sd3.5-medium").save_pretrained(tmp_path / "transformer")
+    spec = ThinkingSpec(blocks=(0,), rank=4, max_depth=2)
+    model = random_experts(load_transformer(tmp_path, LATENTS, spec))
+    block: Any = model.blocks[0]
+    second: list[Tensor] = []
+    joint: list[Tensor] = []
+    block.second.register_forward_hook(lambda _, __, out: second.append(out))
+    block.thinking.register_forward_hook(lambda _, __, out: joint.append(out[0]))
+    answers = [model(*inputs(), depth)[0] for depth in (1, 2)]
+    assert torch.equal(second[0], second[1])
+    assert not torch.allclose(joint[0], joint[1], rtol=1e-3)
+    assert error(answers[0], answers[1]) > 1e-3
+
+
+def run_onnx(model: MMDiT, depth: int, path: Path) -> tuple[Tensor, Tensor]:
+    """Answer and routes of ONNX Runtime, through the exporter's own graph."""
+    names = ("latents", "timestep", "context", "pooled")
+    given = dict(zip(names, inputs(), strict=True))
+    proto = onnx_ir.to_proto(
+        to_onnx(Graph(TransformerGraph(model, depth, True), given, ("velocity", "routes")))
+    )
+    proto.functions.append(masked())
+    onnx.save(proto, path)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    velocity, routes = session.run(None, {name: value.numpy() for name, value in given.items()})
+    return torch.from_numpy(np.asarray(velocity)), torch.from_numpy(np.asarray(routes))
+
+
+@pytest.mark.parametrize("name", ["sd3-medium", "sd3.5-medium"])
+def test_onnx_runtime_computes_the_same_at_depth_2(name: str, tmp_path: Path) -> None:
+    diffusers_model(name).save_pretrained(tmp_path / "transformer")
+    thinking = ThinkingSpec(blocks=(0, 2), rank=4, max_depth=2)
+    model = random_experts(load_transformer(tmp_path, LATENTS, thinking))
+    expected, routes = model(*inputs(), 2)
+    found, found_routes = run_onnx(model, 2, tmp_path / "model.onnx")
+    assert error(found, expected) < 1e-4
+    assert torch.equal(routes, found_routes)
+    assert routes.unique().numel() > 1
+
+
+def test_random_models_have_the_released_names_and_shapes(
+    kind: str, real_shapes: dict[str, dict[str, tuple[int, ...]]]
+) -> None:
+    assert random_sd3.shapes(random_sd3.size_of(kind)) == real_shapes[kind]
+
+
+def test_random_models_stay_sane_through_every_block(kind: str, tmp_path: Path) -> None:
+    """As deep as the real one, one head wide, in shards, with experts that matter."""
+    limit = 2 * 64 * random_sd3.SIZES[kind].table ** 2  # bytes of the largest tensor
+    random_sd3.write_transformer(tmp_path / "transformer", kind, heads=1, shard_bytes=limit)
+    random_sd3.write_adapters(tmp_path / "tpx.safetensors", kind, experts=2, rank=8, max_depth=2, heads=1)
+    shards = sorted((tmp_path / "transformer").glob("*.safetensors"))
+    assert len(shards) > 1 and all(path.stat().st_size < 1.02 * limit for path in shards)
+    index = json.loads((tmp_path / "transformer/diffusion_pytorch_model.safetensors.index.json").read_text())
+    assert {name for path in shards for name in load_file(path)} == index["weight_map"].keys()
+    adapters = load_adapters(tmp_path / "tpx.safetensors")
+    assert adapters.thinking.blocks == (4, 8, 12)
+    model = load_transformer(tmp_path, 8).float()
+    assert model.spec.blocks == random_sd3.SIZES[kind].layers
+    given = (*inputs(8)[:2], torch.randn(2, 5, 4096), torch.randn(2, 2048))
+    seen: list[float] = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda _, __, out: seen.append(float(out[0].abs().max())))
+    before = model(*given, 1)[0]
+    assert min(seen) > 0.1 and max(seen) < 30
+    assert 0.02 < float(before.std()) < 5
+    after = attach(model, adapters.thinking, adapters.state)(*given, 2)[0]
+    assert error(after, before) > 1e-3
+
+
+def test_a_random_model_is_one_that_diffusers_reads(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from diffusers import SD3Transformer2DModel
+    random_sd3.write_transformer(tmp_path / "transformer", "sd3.5-medium", layers=4, heads=1)
+    assert re.fullmatch(
+        r"diffusion_pytorch_model\.safetensors", next((tmp_path / "transformer").glob("*.safe*")).name
+    )
+    theirs, report = SD3Transformer2DModel.from_pretrained(
+        tmp_path / "transformer", output_loading_info=True, torch_dtype=torch.float32
+    )
+    assert not any(report.values())
+    assert theirs.config.dual_attention_layers == [0, 1]
+    ours = load_transformer(tmp_path, LATENTS).float()
+    given = (inputs()[0], inputs()[1], torch.randn(2, 5, 4096), torch.randn(2, 2048))
+    assert error(ours(*given, 1)[0], answer(theirs, *given)) < 2e-5

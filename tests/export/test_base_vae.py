@@ -1,0 +1,320 @@
+"""The autoencoders of SD3 and SD1 imported from folders and single files: what diffusers computes, ours computes."""
+
+import json
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from foreign_parity import TIGHT, randomise, relative, run_onnx, same_state
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tpx_export.base.tensors import Tensors, open_tensors
+from tpx_export.base.vae import VAE, load_vae, vae_of
+from tpx_export.checkpoint import CheckpointInvalid
+from tpx_export.graphs import DecoderGraph, EncoderGraph
+from tpx_export.model import autoencoder_kl
+from tpx_export.model.autoencoder_kl import Attention, AutoencoderKL, AutoencoderKLSpec, GroupNorm
+from tpx_export.precision import in_float32
+from tpx_runtime.errors import BadInput
+
+PIXELS = 32
+KINDS: dict[str, dict[str, Any]] = {
+    "sd3": {
+        "block_out_channels": (32, 64),
+        "latent_channels": 16,
+        "layers_per_block": 2,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+        "scaling_factor": 1.5305,
+        "shift_factor": 0.0609,
+    },
+    "sd1": {"block_out_channels": (32, 32, 64), "latent_channels": 4, "layers_per_block": 1},
+}
+FACTORS = {"sd3": 2, "sd1": 4}
+SCALES = {"sd3": (1.5305, 0.0609), "sd1": (0.18215, 0.0)}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def two_threads_without_gradients() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    with torch.no_grad():
+        yield
+    torch.set_num_threads(before)
+
+
+def their_vae(kind: str, **changes: Any) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import diffusers
+    config = KINDS[kind] | changes
+    stages = len(config["block_out_channels"])
+    model = diffusers.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * stages,
+        up_block_types=("UpDecoderBlock2D",) * stages,
+        sample_size=PIXELS,
+        **config,
+    ).eval()
+    randomise(model)
+    return model
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def vae(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any, Path]:
+    """A kind of autoencoder, diffusers' model, and the folder that it was saved in."""
+    model, folder = their_vae(request.param), tmp_path_factory.mktemp("vae")
+    model.save_pretrained(folder)
+    return request.param, model, folder
+
+
+@pytest.fixture
+def sd1(tmp_path: Path) -> Path:
+    their_vae("sd1").save_pretrained(tmp_path / "sd1")
+    return tmp_path / "sd1"
+
+
+def noise(batch: int, *shape: int) -> Tensor:
+    return torch.randn(batch, *shape, generator=torch.Generator().manual_seed(batch))
+
+
+def pictures(batch: int) -> Tensor:
+    return noise(batch, 3, PIXELS, PIXELS).clamp(-1, 1)
+
+
+def latents(kind: str, batch: int) -> Tensor:
+    size = PIXELS // FACTORS[kind]
+    return noise(batch, KINDS[kind]["latent_channels"], size, size)
+
+
+def original(state: dict[str, Tensor], stages: int) -> dict[str, Tensor]:
+    """diffusers' tensors under the names and in the shapes of latent diffusion's own files."""
+    found = {}
+    for name, value in state.items():
+        for theirs, ours in (
+            ("mid_block.resnets.0", "mid.block_1"),
+            ("mid_block.resnets.1", "mid.block_2"),
+            ("mid_block.attentions.0", "mid.attn_1"),
+            ("group_norm", "norm"),
+            ("to_out.0", "proj_out"),
+            ("to_q", "q"),
+            ("to_k", "k"),
+            ("to_v", "v"),
+            ("conv_norm_out", "norm_out"),
+            ("conv_shortcut", "nin_shortcut"),
+            ("downsamplers.0.", "downsample."),
+            ("upsamplers.0.", "upsample."),
+            ("resnets", "block"),
+            ("down_blocks", "down"),
+            *((f"up_blocks.{i}.", f"up.{stages - 1 - i}.") for i in range(stages)),
+        ):
+            name = name.replace(theirs, ours)
+        found[name] = value[:, :, None, None] if "attn_1" in name and value.ndim == 2 else value
+    return found
+
+
+def edit(folder: Path, **changes: Any) -> None:
+    """Change the fields of config.json; ... takes one out."""
+    config = json.loads((folder / "config.json").read_text()) | changes
+    kept = {name: value for name, value in config.items() if value is not ...}
+    (folder / "config.json").write_text(json.dumps(kept))
+
+
+def test_encoder_and_decoder_give_what_diffusers_gives(vae: tuple[str, Any, Path]) -> None:
+    kind, theirs, folder = vae
+    model = load_vae(folder, PIXELS)
+    mean, log_variance = model.encoder(pictures(2))
+    posterior = theirs.encode(pictures(2)).latent_dist
+    assert relative(mean, posterior.mean) < TIGHT
+    assert relative(log_variance, posterior.logvar) < TIGHT
+    assert relative(model.decoder(latents(kind, 2)), theirs.decode(latents(kind, 2)).sample) < TIGHT
+
+
+def test_transformer_latents_are_shifted_and_scaled(vae: tuple[str, Any, Path]) -> None:
+    kind, theirs, folder = vae
+    model = load_vae(folder, PIXELS)
+    scale, shift = SCALES[kind]
+    assert (model.spec.scale, model.spec.shift) == (scale, shift)
+    assert (model.spec.image_size_px, model.spec.latent_size) == (PIXELS, PIXELS // FACTORS[kind])
+    z = theirs.encode(pictures(2)).latent_dist.mean
+    assert relative(model.encode(pictures(2)), (z - shift) * scale) < TIGHT
+    image = theirs.decode(latents(kind, 2) / scale + shift).sample.clamp(-1, 1)
+    assert relative(model.decode(latents(kind, 2)), image) < TIGHT
+
+
+def test_graphs_in_onnx_runtime_give_what_diffusers_gives_at_any_batch(vae: tuple[str, Any, Path]) -> None:
+    kind, theirs, folder = vae
+    model = load_vae(folder, PIXELS)
+    feeds = [latents(kind, 1), latents(kind, 3)]
+    said = run_onnx(DecoderGraph(model), "latents", latents(kind, 2), ("image",), feeds)
+    for z, (image,) in zip(feeds, said, strict=True):
+        assert relative(image, theirs.decode(z).sample.clamp(-1, 1)) < TIGHT
+    images = [pictures(1), pictures(3)]
+    said = run_onnx(EncoderGraph(model), "image", pictures(2), ("latents",), images)
+    for image, (mean,) in zip(images, said, strict=True):
+        assert relative(mean, theirs.encode(torch.as_tensor(image)).latent_dist.mean) < TIGHT
+
+
+def test_half_weights_are_near_float32_and_can_compute_in_it(sd1: Path) -> None:
+    whole, half = load_vae(sd1, PIXELS), load_vae(sd1, PIXELS).half()
+    z = latents("sd1", 2)
+    expected = whole.decoder(z)
+    assert relative(half.decoder(z.half()), expected) < 1e-2
+    ((image,),) = run_onnx(DecoderGraph(half), "latents", z, ("image",), [z])
+    assert relative(image, expected.clamp(-1, 1)) < 2e-2
+    with in_float32(half):
+        exact = half.decoder(z)
+    assert torch.equal(exact, half.float().decoder(z))
+
+
+@pytest.mark.parametrize("prefix", [VAE, ""])
+def test_the_original_single_file_is_bit_identical(
+    vae: tuple[str, Any, Path], tmp_path: Path, prefix: str
+) -> None:
+    _, theirs, folder = vae
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+    state = original(theirs.state_dict(), len(theirs.config.block_out_channels))
+    back = convert_ldm_vae_checkpoint({VAE + n: v for n, v in state.items()}, theirs.config)
+    assert back.keys() == theirs.state_dict().keys()  # these are the names that diffusers knows, too
+    single = {prefix + name: value.contiguous() for name, value in state.items()}
+    single[f"{prefix}loss.logvar"] = torch.zeros(())
+    save_file(single, tmp_path / "vae.safetensors")
+    model = vae_of(open_tensors(tmp_path / "vae.safetensors").under(prefix), PIXELS)
+    assert model.spec == load_vae(folder, PIXELS).spec
+    assert same_state(model, load_vae(folder, PIXELS))
+
+
+def test_attention_under_its_names_of_before_2023_is_bit_identical(sd1: Path, tmp_path: Path) -> None:
+    state = load_file(sd1 / "diffusion_pytorch_model.safetensors")
+    old = {}
+    for name, value in state.items():
+        for new, before in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+            name = name.replace(new, before)
+        old[name] = value
+    save_file(old, tmp_path / "diffusion_pytorch_model.safetensors")
+    (tmp_path / "config.json").write_text((sd1 / "config.json").read_text())
+    assert same_state(load_vae(tmp_path, PIXELS), load_vae(sd1, PIXELS))
+
+
+def test_a_configuration_without_newer_fields_is_sd1s(sd1: Path) -> None:
+    spec = load_vae(sd1, PIXELS).spec
+    newer = ("scaling_factor", "shift_factor", "use_quant_conv", "use_post_quant_conv", "latents_mean")
+    edit(sd1, **dict.fromkeys((*newer, "latents_std", "mid_block_add_attention"), ...))
+    assert load_vae(sd1, PIXELS).spec == spec
+    assert spec.quant and (spec.scale, spec.shift) == (0.18215, 0.0)
+
+
+def test_the_model_is_the_same_from_shards_and_from_an_fp16_variant(tmp_path: Path) -> None:
+    theirs = their_vae("sd3")
+    theirs.save_pretrained(tmp_path / "whole")
+    theirs.save_pretrained(tmp_path / "shards", max_shard_size="2MB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    whole = load_vae(tmp_path / "whole", PIXELS)
+    assert same_state(load_vae(tmp_path / "shards", PIXELS), whole)
+    theirs.half().save_pretrained(tmp_path / "half", variant="fp16")
+    half = load_vae(tmp_path / "half", PIXELS)
+    assert {p.dtype for p in half.parameters()} == {torch.float16}
+    assert same_state(half, whole.half())
+
+
+def test_attention_in_parts_is_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    part, x = Attention(64, 32), noise(2, 64, 8, 8)
+    randomise(part)
+    expected = part(x)
+    monkeypatch.setattr(autoencoder_kl, "_QUERIES", 24)  # of 64: three parts, the last one smaller
+    assert relative(part(x), expected) < TIGHT
+    ((found,),) = run_onnx(part, "x", x, ("y",), [x])
+    assert relative(found, expected) < TIGHT
+
+
+def test_norms_of_large_pictures_are_exact_in_onnx_runtime() -> None:
+    x = noise(1, 16, 512, 512) + 0.5
+    ((found,),) = run_onnx(GroupNorm(4, 16), "x", torch.cat([x, x]), ("y",), [x])
+    assert relative(found, F.group_norm(x.double(), 4, eps=1e-6)) < 2e-6  # InstanceNormalization: 1e-5
+
+
+def test_missing_and_unknown_tensors_are_named_together(sd1: Path) -> None:
+    path = sd1 / "diffusion_pytorch_model.safetensors"
+    state, missing = load_file(path), "decoder.up_blocks.1.resnets.0.conv1.bias"
+    state["surprise.weight"] = state.pop(missing)
+    save_file(state, path)
+    with pytest.raises(CheckpointInvalid, match=f"{missing} missing; surprise.weight unknown"):
+        load_vae(sd1, PIXELS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"_class_name": "AutoencoderTiny"}, "_class_name AutoencoderKL, found 'AutoencoderTiny'"),
+        ({"act_fn": "relu"}, "act_fn silu, found 'relu'"),
+        ({"mid_block_add_attention": False}, "mid_block_add_attention True, found False"),
+        ({"latents_mean": [0.0]}, "latents_mean None"),
+        ({"use_post_quant_conv": False}, "use_post_quant_conv True, found False"),
+        ({"up_block_types": ["AttnUpDecoderBlock2D"] * 3}, "up_block_types"),
+        ({"block_out_channels": [32, 40, 64]}, "block_out_channels in groups of 32"),
+        ({"block_out_channels": 32}, "block_out_channels of some whole numbers"),
+        ({"block_out_channels": []}, "block_out_channels of some whole numbers"),
+        ({"norm_num_groups": 0}, "norm_num_groups in 1"),
+        ({"scaling_factor": 0}, "scaling_factor above 0"),
+        ({"shift_factor": True}, "a number shift_factor"),
+        ({"layers_per_block": 2}, r"encoder\.down_blocks\.0\.resnets\.1\.conv1\.bias missing"),
+        ({"latent_channels": 8}, r"decoder\.conv_in\.weight gives \[64, 4, 3, 3\], not \[64, 8, 3, 3\]"),
+    ],
+)
+def test_a_configuration_that_cannot_be_is_one_line(sd1: Path, changes: dict[str, Any], said: str) -> None:
+    edit(sd1, **changes)
+    with pytest.raises(CheckpointInvalid, match=said) as caught:
+        load_vae(sd1, PIXELS)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("size", [-8, 0, 2, 30])
+def test_a_picture_that_latents_do_not_cover_is_refused(sd1: Path, size: int) -> None:
+    with pytest.raises(BadInput, match=f"that 4 divides, found {size}"):
+        load_vae(sd1, size)
+
+
+def test_single_files_of_other_things_are_refused(sd1: Path, tmp_path: Path) -> None:
+    save_file({"a": torch.ones(2)}, tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointInvalid, match=r"decoder\.conv_in\.weight, found it missing"):
+        vae_of(open_tensors(tmp_path / "other.safetensors"), PIXELS)
+    with pytest.raises(
+        CheckpointInvalid, match=r"encoder\.down\.0\.block\.0\.conv2\.weight, found it missing"
+    ):
+        vae_of(open_tensors(sd1), PIXELS)  # diffusers' names
+    state = original(load_file(sd1 / "diffusion_pytorch_model.safetensors"), stages=3)
+    state["decoder.conv_in.weight"] = torch.ones(64, 8, 3, 3)
+    save_file({n: v.contiguous() for n, v in state.items()}, tmp_path / "eight.safetensors")
+    with pytest.raises(CheckpointInvalid, match="16 or 4 channels"):
+        vae_of(open_tensors(tmp_path / "eight.safetensors"), PIXELS)
+
+
+def test_full_sizes_have_the_parameters_that_are_known() -> None:
+    with torch.device("meta"):
+        models = [
+            AutoencoderKL(AutoencoderKLSpec()),
+            AutoencoderKL(AutoencoderKLSpec(latent_channels=4, quant=True)),
+        ]
+    assert [sum(p.numel() for p in model.parameters()) for model in models] == [83_819_683, 83_653_863]
+    assert models[0].spec.latent_size == 128
+
+
+def test_every_name_and_shape_of_the_released_sd3_is_taken(tmp_path: Path) -> None:
+    beside = Path(__file__).parents[3] / "shared/data"
+    path = Path(os.environ.get("TPX_DATA") or beside) / "diffusers/diffusers_0.42.1_full_shapes.json"
+    if not path.is_file():
+        pytest.skip(f"no {path.name}: set TPX_DATA to the folder that holds diffusers/")
+    shapes = json.loads(path.read_text())["sd3-vae"]
+    zeros = {name: torch.zeros(shape, dtype=torch.float16) for name, shape in shapes.items()}
+    single = Tensors(path, {n: lambda v=v: v for n, v in original(zeros, stages=4).items()})
+    model = vae_of(single, 1024)
+    assert model.spec == AutoencoderKLSpec()
+    assert np.isclose(sum(p.numel() for p in model.parameters()) / 1e6, 83.82, atol=0.01)

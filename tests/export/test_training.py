@@ -1,0 +1,900 @@
+"""tpx-train from a folder of pictures to a bundle that draws, and what may go wrong on the way."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from PIL import Image, ImageDraw
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from tpx_export.adapters import load_adapters
+from tpx_export.base.dit import shapes_of
+from tpx_export.base.pipeline import open_base
+from tpx_export.exporter import export_bundle
+from tpx_export.model import MMDiT, MMDiTSpec, ThinkingSpec
+from tpx_export.model.clip import CLIPText, CLIPTextSpec
+from tpx_export.model.dit import DiT, DiTSpec
+from tpx_export.precision import in_float32
+from tpx_export.training import fingerprint, loop, state, train
+from tpx_export.training.cache import Cache, key
+from tpx_export.training.cli import main
+from tpx_export.training.data import Data
+from tpx_export.training.diffusion import DiffusionLoss, bound
+from tpx_export.training.encode import encode_captions, encode_pictures
+from tpx_export.training.flow import FlowLoss
+from tpx_export.training.frozen import adapters_of, checkpoint_blocks, thinking_model
+from tpx_export.training.images import Example, read_folder
+from tpx_export.training.settings import Settings, thinking_spec, within_base
+from tpx_runtime.bundle import Bundle
+from tpx_runtime.errors import BadInput, TpxError
+from tpx_runtime.generator import Generator
+from tpx_runtime.tokenizer import tokenizer_of
+
+COLOURS, KINDS = ("red", "green", "blue", "yellow"), ("square", "disc")
+QUICK = ("--rank", "4", "--batch", "4", "--warmup", "0", "--precision", "fp32", "--device", "cpu")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Models this small only wait for a second one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# Tiny bases and pictures.
+
+
+def randomise(module: nn.Module) -> nn.Module:
+    """Norms and biases too, so that nothing stands at a start where it has no effect."""
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+            elif "embedding" not in name:
+                parameter.normal_(std=parameter[0].numel() ** -0.5)
+    return module.eval()
+
+
+def save_vae(folder: Path, channels: int, scale: float) -> Any:
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL(
+        latent_channels=channels,
+        block_out_channels=(32, 32),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        scaling_factor=scale,
+        shift_factor=0.1,
+    )
+    randomise(vae).save_pretrained(folder)
+    return vae
+
+
+def write_tokenizers(folder: Path) -> None:
+    """CLIP's without a merge, and T5's of letters: transformers' files, small."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letters = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
+    words = letters + [letter + "</w>" for letter in letters] + ["<|startoftext|>", "<|endoftext|>"]
+    for name, pad in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!")):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+        (folder / name / "merges.txt").write_text("#version: 0.2\n")
+        (folder / name / "tokenizer_config.json").write_text(json.dumps({"pad_token": pad}))
+    pieces = ["<pad>", "</s>", "<unk>", "▁", *"abcdefghijklmnopqrstuvwxyz"]
+    model = {"type": "Unigram", "unk_id": 2, "vocab": [[piece, -float(i)] for i, piece in enumerate(pieces)]}
+    (folder / "tokenizer_3").mkdir()
+    (folder / "tokenizer_3/tokenizer.json").write_text(json.dumps({"model": model, "normalizer": None}))
+
+
+def save_sd3(folder: Path) -> Path:
+    """A diffusers folder like SD3.5-medium's, of 32 x 32 pixels: query-key norms, a dual block, three text encoders."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+        from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+
+        torch.manual_seed(0)
+        write_tokenizers(folder)
+        for name, width, act in (("text_encoder", 16, "quick_gelu"), ("text_encoder_2", 24, "gelu")):
+            config = CLIPTextConfig(
+                vocab_size=514,
+                hidden_size=width,
+                intermediate_size=32,
+                projection_dim=width,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                hidden_act=act,
+                bos_token_id=512,
+                eos_token_id=513,
+            )
+            randomise(CLIPTextModelWithProjection(config)).save_pretrained(folder / name)
+        t5 = T5Config(
+            vocab_size=32,
+            d_model=48,
+            d_kv=8,
+            d_ff=32,
+            num_layers=1,
+            num_heads=2,
+            feed_forward_proj="gated-gelu",
+        )
+        randomise(T5EncoderModel(t5)).save_pretrained(folder / "text_encoder_3")
+        transformer = SD3Transformer2DModel(
+            sample_size=16,
+            num_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=48,
+            caption_projection_dim=32,
+            pooled_projection_dim=40,
+            pos_embed_max_size=12,
+            qk_norm="rms_norm",
+            dual_attention_layers=(0,),
+        )
+        randomise(transformer).save_pretrained(folder / "transformer")
+        save_vae(folder / "vae", 16, scale=0.3)
+        FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(folder / "scheduler")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_sd3(tmp_path_factory.mktemp("base") / "tiny-sd3.5")
+
+
+@pytest.fixture(scope="module")
+def dit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An original DiT checkpoint as narrow as they come, of 16 x 16 pixels and 4 classes; `vae` lies beside it."""
+    folder = tmp_path_factory.mktemp("dit")
+    torch.manual_seed(1)
+    spec = DiTSpec(latent_size=8, width=384, heads=6, blocks=2, classes=4)
+    tensors = {
+        name: torch.randn(shape) * (0.1 if len(shape) == 1 else math.prod(shape[1:]) ** -0.5)
+        for name, shape in shapes_of(spec).items()
+    }
+    save_file(tensors, folder / "dit.safetensors")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        save_vae(folder / "vae", 4, scale=0.3)
+    return folder
+
+
+def draw(colour: str, kind: str) -> Image.Image:
+    picture = Image.new("RGB", (40, 32), "white")
+    pen = ImageDraw.Draw(picture)
+    (pen.rectangle if kind == "square" else pen.ellipse)((10, 6, 30, 26), fill=colour)
+    return picture
+
+
+def save_pictures(folder: Path) -> Path:
+    """Eight pictures beside their captions."""
+    folder.mkdir(parents=True)
+    for colour in COLOURS:
+        for kind in KINDS:
+            draw(colour, kind).save(folder / f"{colour}-{kind}.png")
+            (folder / f"{colour}-{kind}.txt").write_text(f"a {colour} {kind}\n")
+    return folder
+
+
+@pytest.fixture
+def captioned(tmp_path: Path) -> Path:
+    return save_pictures(tmp_path / "pictures")
+
+
+@pytest.fixture
+def classed(tmp_path: Path) -> Path:
+    """Two pictures of each of four classes, in folders whose names sort in the order of COLOURS."""
+    for number, colour in enumerate(COLOURS):
+        for kind in KINDS:
+            path = tmp_path / "classes" / f"{number}-{colour}" / f"{kind}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            draw(colour, kind).save(path)
+    return tmp_path / "classes"
+
+
+def tpx_train(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(each) for each in arguments])
+
+
+def trained(*arguments: object) -> Result:
+    result = tpx_train(*arguments)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def refusal(*arguments: object) -> str:
+    """The one line that a command is refused with, which it wrote nothing for."""
+    result = tpx_train(*arguments)
+    assert result.exit_code not in (0, 1) and result.stdout == "", result.output
+    [line] = [line for line in result.stderr.splitlines() if not line.startswith(("pictures ", "text "))]
+    assert line.startswith("error: ") and "expected" in line and "found" in line, line
+    return line
+
+
+def files(folder: Path) -> dict[str, str]:
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def on_tiny(
+    spec: MMDiTSpec | DiTSpec | None = None, precision: str = "fp32", device: str = "cpu"
+) -> nn.Module:
+    """A random base with experts that matter."""
+    torch.manual_seed(0)
+    spec = spec or MMDiTSpec(
+        latent_size=8, width=32, heads=2, blocks=3, context_tokens=5, context_width=16, pooled_width=8
+    )
+    base = randomise(MMDiT(spec) if isinstance(spec, MMDiTSpec) else DiT(spec))
+    model = thinking_model(base, ThinkingSpec((0, 2), experts=3, rank=4, max_depth=2), precision, device, 0)
+    with torch.no_grad():
+        for name, parameter in adapters_of(model).items():
+            if name.endswith("thinking.b"):
+                parameter.normal_(std=0.3)
+    return model
+
+
+def told(batch: int = 2) -> tuple[Tensor, Tensor]:
+    return torch.randn(batch, 5, 16), torch.randn(batch, 8)
+
+
+# The whole way.
+
+
+def test_sd3_from_pictures_to_a_bundle_that_draws(sd3: Path, captioned: Path, tmp_path: Path) -> None:
+    before, out = files(sd3), tmp_path / "out/tpx.safetensors"
+    out.parent.mkdir()
+    result = trained(
+        *("--base", sd3, "--data", captioned, "--out", out, "--image-size", 32, "--blocks", "0,1"),
+        *("--steps", 50, "--lr", "2e-2", *QUICK),
+    )  # fmt: skip
+    assert result.stdout.strip() == str(out)
+    assert files(sd3) == before, "the base is read, never written"
+    thinking, tensors, facts = load_adapters(out)
+    assert thinking == ThinkingSpec((0, 1), experts=2, rank=4, max_depth=2, temperature=5.0)
+    assert all(value.dtype == torch.float32 for value in tensors.values())
+    said = facts.training
+    assert facts.base == "tiny-sd3.5" and said["base_sha256"] == fingerprint.of_base(sd3)
+    assert (said["steps"], said["batch"], said["lr"], said["pictures"]) == (50, 4, 2e-2, 8)
+    # The same pictures, noise and noise levels, by the adapters as they are read back.
+    losses = [_loss(sd3, captioned, out, adapters) for adapters in (None, out)]
+    assert losses == pytest.approx([said["loss_before"], said["loss_after"]], rel=1e-4)
+    assert losses[1] < 0.9 * losses[0]
+    assert f"base {losses[0]:.4f}, with adapters {losses[1]:.4f}" in result.stderr
+
+    export_bundle(open_base(sd3, image_size_px=32, adapters=out, t5=False), tmp_path / "bundle")
+    assert Bundle.open(tmp_path / "bundle").manifest.model.thinking_blocks == (0, 1)
+    drawn = Generator.load(tmp_path / "bundle", engine="onnxruntime")("a red disc", steps=2, depth=2)
+    assert drawn[0].size == (32, 32)
+
+
+def _loss(
+    base: Path, pictures: Path, out: Path, adapters: Path | None, components: Path | None = None
+) -> float:
+    """Judged anew: of an opened base, in evaluation mode, by the cache that training left."""
+    size = None if components else 32
+    pipeline = open_base(base, components, size, adapters)
+    cache, name = Cache(out.with_name(f"{out.name}.cache")), fingerprint.of_base(base, components)
+    keys = encode_pictures(read_folder(pictures, pipeline.model.classes), pipeline, name, cache, "cpu")
+    told_of = tuple(example.told for example in keys)
+    captions = (
+        encode_captions(["", *map(str, told_of)], pipeline, name, cache, "cpu") if pipeline.text else {}
+    )
+    data = Data(pipeline.model, cache, tuple(keys.values()), told_of, captions)
+    settings = Settings(ThinkingSpec((0,), max_depth=pipeline.model.depths[-1]))
+    return loop.judge(loop.Job(pipeline.transformer(), train.objective_of(pipeline), data, settings))
+
+
+def test_dit_from_folders_of_classes(dit: Path, classed: Path, tmp_path: Path) -> None:
+    before, out = files(dit), tmp_path / "tpx.safetensors"
+    base = ("--base", dit / "dit.safetensors", "--components", dit)
+    trained(
+        *(*base, "--data", classed, "--out", out, "--steps", 40, "--lr", "1e-2", "--depth", "random"), *QUICK
+    )
+    assert files(dit) == before
+    thinking, _, facts = load_adapters(out)
+    said = facts.training
+    assert thinking.blocks == (1,), "the paper's blocks are beyond this base, so its middle one"
+    assert (said["objective"], said["image_size_px"], said["pictures"]) == ("epsilon", 16, 8)
+    losses = [_loss(dit / "dit.safetensors", classed, out, adapters, dit) for adapters in (None, out)]
+    assert losses == pytest.approx([said["loss_before"], said["loss_after"]], rel=1e-4)
+    assert losses[1] < 0.95 * losses[0]
+
+
+def test_the_module_is_a_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tpx_export.training.cli", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "--gradient-checkpointing" in done.stdout and done.stderr == ""
+
+
+# Stopping and going on.
+
+
+@pytest.fixture
+def dit_run(dit: Path, classed: Path) -> tuple[object, ...]:
+    return ("--base", dit / "dit.safetensors", "--components", dit, "--data", classed, *QUICK)
+
+
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(
+    dit_run: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, parts = tmp_path / "whole.safetensors", tmp_path / "parts.safetensors"
+    command = (*dit_run, "--steps", 6, "--depth", "random", "--cache", tmp_path / "cache")
+    trained(*command, "--out", whole)
+    one_step, taken = loop.one_step, []
+
+    def interrupted(job: loop.Job, run: state.Run) -> float:
+        taken.append(run.step)
+        if run.step == 2:
+            signal.raise_signal(signal.SIGINT)  # Ctrl-C in the middle of a step
+        return one_step(job, run)
+
+    monkeypatch.setattr(loop, "one_step", interrupted)
+    stopped = tpx_train(*command, "--out", parts)
+    held = tmp_path / "parts.safetensors.state.pt"
+    assert stopped.exit_code == 130 and stopped.stdout == ""
+    last = stopped.stderr.splitlines()[-1]
+    assert last == f"error: cancelled after 3 of 6 steps, which {held} holds; the same command goes on"
+    assert held.exists() and not parts.exists()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    monkeypatch.setattr(loop, "one_step", lambda job, run: taken.append(run.step) or one_step(job, run))
+    trained(*command, "--out", parts)
+    assert taken == [0, 1, 2, 3, 4, 5]
+    expected, found = load_file(whole), load_file(parts)
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+    assert load_adapters(parts).facts == load_adapters(whole).facts
+
+    # A finished run is at its end; asked for more steps, it goes on and is the longer run.
+    trained(*command, "--out", parts)
+    assert len(taken) == 6
+    longer = tmp_path / "longer.safetensors"
+    trained(*dit_run, "--depth", "random", "--cache", tmp_path / "cache", "--steps", 8, "--out", parts)
+    trained(*dit_run, "--depth", "random", "--cache", tmp_path / "cache", "--steps", 8, "--out", longer)
+    assert files(tmp_path)["parts.safetensors"] == files(tmp_path)["longer.safetensors"]
+    assert "--steps of 8 or more" in refusal(*command, "--out", parts)
+
+
+def test_a_state_is_kept_every_two_minutes(
+    dit_run: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: list[int] = []
+    monkeypatch.setattr(loop, "SAVE_EVERY_S", 0.0)
+    monkeypatch.setattr(loop.state, "save", lambda run, identity, path: saved.append(run.step))
+    trained(*dit_run, "--steps", 2, "--out", tmp_path / "tpx.safetensors")
+    assert saved == [1, 2, 2]
+
+
+def test_other_settings_do_not_go_on(
+    dit_run: tuple[object, ...], dit: Path, classed: Path, tmp_path: Path
+) -> None:
+    command = (*dit_run, "--steps", 1, "--out", tmp_path / "tpx.safetensors")
+    trained(*command)
+    for option, value in (
+        ("--rank", 8), ("--experts", 3), ("--max-depth", 1), ("--temperature", 1.0), ("--blocks", "0"), ("--batch", 2),
+        ("--lr", 1e-3), ("--warmup", 1), ("--weight-decay", 0.1), ("--seed", 1), ("--precision", "bf16"),
+        ("--caption-dropout", 0.5), ("--depth", "random"),
+    ):  # fmt: skip
+        said = refusal(*command, option, value)
+        assert (
+            f"expected {option} " in said and str(value) in said and "tpx.safetensors.state.pt holds" in said
+        )
+    trained(*command, "--no-gradient-checkpointing")  # which changes nothing
+    draw("black", "disc").save(classed / "0-red" / "disc.png")
+    assert "expected the pictures and captions of the run" in refusal(*command)
+    other = load_file(dit / "dit.safetensors")
+    save_file({**other, "pos_embed": other["pos_embed"] + 1}, tmp_path / "dit.safetensors")
+    assert "expected the base of the run" in refusal(*command, "--base", tmp_path / "dit.safetensors")
+    held = tmp_path / "tpx.safetensors.state.pt"
+    whole = held.read_bytes()
+    for damage in (b"", whole[: len(whole) // 2], b"nothing of the kind", pickle.dumps(Path("x"))):
+        held.write_bytes(damage)
+        assert f"expected the state of a training run in {held}" in refusal(*command)
+    held.unlink()
+    assert "without the state of its run" in refusal(*command)
+
+
+# Losses, gradients, precision.
+
+
+class Recorder(nn.Module):
+    """A model that answers what it is told to, and keeps what it was given."""
+
+    def __init__(self, answer: Tensor) -> None:
+        super().__init__()
+        self.patch_in = nn.Linear(1, 1)
+        self.answer, self.given = answer, ()
+
+    def forward(self, *given: Any) -> tuple[Tensor, None]:
+        self.given = given
+        return self.answer, None
+
+
+def test_the_flow_loss_is_sd3s() -> None:
+    torch.manual_seed(0)
+    clean, model, shift = torch.randn(4, 2, 3, 3), Recorder(torch.randn(4, 2, 3, 3)), 3.0
+    found = FlowLoss(shift)(model, clean, told(4), 2, torch.Generator().manual_seed(7))
+    latents, timestep, context, pooled, depth = model.given
+    stream = torch.Generator().manual_seed(7)
+    normal, noise = torch.randn(4, generator=stream), torch.randn(4, 2, 3, 3, generator=stream)
+    total = 0.0
+    for i in range(4):
+        even = 1 / (1 + math.exp(-normal[i]))
+        sigma = shift * even / (1 + (shift - 1) * even)
+        assert timestep[i] == pytest.approx(1000 * sigma, rel=1e-5)
+        torch.testing.assert_close(latents[i], (1 - sigma) * clean[i] + sigma * noise[i])
+        total += float(((model.answer[i] - (noise[i] - clean[i])) ** 2).mean()) / 4
+    assert found.item() == pytest.approx(total, rel=1e-5)
+    assert depth == 2 and context.shape == (4, 5, 16) and pooled.shape == (4, 8)
+
+
+def test_sigma_is_logit_normal_and_shifted() -> None:
+    model, count = Recorder(torch.zeros(1)), 20_000
+    FlowLoss(3.0)(model, torch.zeros(count, 1, 1, 1), (), 1, torch.Generator().manual_seed(0))
+    sigma = model.given[1].double() / 1000
+    even = sigma / (3 - 2 * sigma)
+    logit = torch.log(even / (1 - even))
+    assert abs(logit.mean()) < 0.03 and abs(logit.std() - 1) < 0.03
+
+
+def test_the_diffusion_loss_is_that_of_dits_training() -> None:
+    """Against torch.distributions, with means and variances written out from 2006.11239 and 2102.09672."""
+    beta = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+    abar = torch.cumprod(1 - beta, 0)
+    torch.manual_seed(0)
+    clean, epsilon, noise = (torch.randn(3, 2, 4, 4) for _ in range(3))
+    clean, share = clean.clamp(-0.9, 0.9), torch.rand(3, 2, 4, 4) * 2 - 1
+    t = torch.tensor([1, 500, 999])
+    found = bound(clean, noise, epsilon, share, t)
+    for i, step in enumerate(t.tolist()):
+        now, before = abar[step], abar[step - 1]
+        noisy = now.sqrt() * clean[i] + (1 - now).sqrt() * noise[i]
+        least = beta[step] * (1 - before) / (1 - now)
+
+        def mean(x0: Tensor, now: Tensor = now, before: Tensor = before, noisy: Tensor = noisy) -> Tensor:
+            alpha = now / before
+            return (
+                before.sqrt() * (1 - alpha) / (1 - now) * x0 + alpha.sqrt() * (1 - before) / (1 - now) * noisy
+            )
+
+        guess = (noisy - (1 - now).sqrt() * epsilon[i]) / now.sqrt()
+        deviation = least ** ((1 - share[i]) / 4) * beta[step] ** ((1 + share[i]) / 4)
+        truth = torch.distributions.Normal(mean(clean[i]), least.sqrt().expand_as(guess))
+        model = torch.distributions.Normal(mean(guess), deviation)
+        expected = torch.distributions.kl_divergence(truth, model).mean() / math.log(2)
+        assert found[i].item() == pytest.approx(expected.item(), rel=1e-4)
+
+    # At t = 0: the likelihood of a bin, from below -1 + 1/255 and above 1 - 1/255 without end.
+    clean = torch.tensor([[-1.0, -0.3, 0.4, 1.0]]).view(1, 1, 2, 2)
+    epsilon, noise, share = (torch.randn(1, 1, 2, 2) * 0.3 for _ in range(3))
+    error = (epsilon - noise).double() * ((1 - abar[0]) / abar[0]).sqrt()
+    least = torch.log(beta[1] * (1 - abar[0]) / (1 - abar[1]))
+    deviation = ((least + (share + 1) / 2 * (beta[0].log() - least)) / 2).exp()
+    normal = torch.distributions.Normal(clean - error, deviation)
+    above, below = normal.cdf(clean + 1 / 255), normal.cdf(clean - 1 / 255)
+    above[clean == 1], below[clean == -1] = 1.0, 0.0
+    expected = -(above - below).log2().mean()
+    assert bound(clean, noise, epsilon, share, torch.tensor([0])).item() == pytest.approx(
+        expected.item(), rel=1e-4
+    )
+
+
+def test_the_variance_teaches_itself_alone() -> None:
+    torch.manual_seed(0)
+    answer = torch.randn(2, 8, 4, 4, requires_grad=True)
+    clean, model = torch.randn(2, 4, 4, 4), Recorder(answer)
+    noise_of = lambda: torch.Generator().manual_seed(3)  # noqa: E731
+    [whole] = torch.autograd.grad(DiffusionLoss(True)(model, clean, (), 1, noise_of()), answer)
+    model.answer = answer[:, :4]
+    [simple] = torch.autograd.grad(DiffusionLoss(False)(model, clean, (), 1, noise_of()), answer)
+    torch.testing.assert_close(whole[:, :4], simple[:, :4])
+    assert whole[:, 4:].abs().min() > 0 and not simple[:, 4:].any()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_gradient_checkpointing_changes_neither_loss_nor_gradients(precision: str) -> None:
+    """With routes drawn at random: they are drawn again alike."""
+    torch.manual_seed(5)
+    clean, conditions = torch.randn(2, 4, 8, 8), told()
+    results, forwards = [], []
+    for again in (False, True):
+        model = on_tiny(precision=precision)
+        blocks: Any = model.blocks
+        count: list[int] = []
+        blocks[1].text.mlp_in.register_forward_hook(lambda *_, count=count: count.append(1))
+        if again:
+            checkpoint_blocks(model)
+        torch.manual_seed(11)
+        loss = FlowLoss(3.0)(model, clean, conditions, 2, torch.Generator().manual_seed(7))
+        loss.backward()
+        results.append((loss, {name: p.grad for name, p in adapters_of(model).items()}))
+        forwards.append(len(count))
+        assert not any(p.grad is not None for name, p in model.named_parameters() if ".thinking." not in name)
+    assert forwards == [1, 2], "the block is computed again for its gradient"
+    (loss, gradients), (loss_again, gradients_again) = results
+    assert torch.equal(loss, loss_again)
+    for name, gradient in gradients.items():
+        assert gradient is not None and gradient.abs().max() > 0, name
+        assert torch.equal(gradient, gradients_again[name]), name
+    torch.manual_seed(12)
+    other = FlowLoss(3.0)(model, clean, conditions, 2, torch.Generator().manual_seed(7))
+    assert not torch.equal(loss, other), "routes are noisy, or this test could not fail"
+
+
+def test_a_step_moves_the_adapters_and_nothing_else(sd3: Path, captioned: Path, tmp_path: Path) -> None:
+    pipeline = open_base(sd3, image_size_px=32, t5=False)
+    base = pipeline.transformer()
+    stored = {name: value.clone() for name, value in base.state_dict().items()}
+    model = thinking_model(base, ThinkingSpec((0, 1), 2, 4, 2), "fp32", "cpu", 0)
+    keys = encode_pictures(read_folder(captioned), pipeline, "base", Cache(tmp_path / "cache"), "cpu")
+    captions = encode_captions(["", "a disc"], pipeline, "base", Cache(tmp_path / "cache"), "cpu")
+    data = Data(pipeline.model, Cache(tmp_path / "cache"), tuple(keys.values()), ("a disc",) * 8, captions)
+    settings = Settings(ThinkingSpec((0, 1), 2, 4, 2), warmup=0, learning_rate=1e-2, precision="fp32")
+    job = loop.Job(model, FlowLoss(3.0), data, settings)
+    parameters = adapters_of(model)
+    run = state.Run(parameters, loop._optimizer(parameters, settings))
+    before = {name: p.detach().clone() for name, p in parameters.items()}
+    for _ in range(3):
+        loop.one_step(job, run)
+    now = model.state_dict()
+    assert all(torch.equal(now[name], value) for name, value in stored.items())
+    assert now.keys() - stored.keys() == {name for name in now if ".thinking." in name}
+    assert all(not torch.equal(parameters[name], value) for name, value in before.items())
+    assert {id(p) for group in run.optimizer.param_groups for p in group["params"]} == set(
+        map(id, parameters.values())
+    )
+    # The average: each parameter once more, weighed 1/10, 2/11, 3/12 ... at the first steps.
+    assert all(run.ema[name].sub(value).abs().max() > 0 for name, value in before.items())
+
+
+def test_bf16_rounds_the_base_and_neither_adapters_nor_gates() -> None:
+    model = on_tiny(precision="bf16")
+    kinds = {name: p.dtype for name, p in model.named_parameters()}
+    assert kinds["blocks.0.visual.qkv.weight"] == torch.bfloat16
+    for name in ("blocks.0.thinking.a", "blocks.0.thinking.gate.token.weight", "time.linear_1.weight"):
+        assert kinds[name] == torch.float32
+    loss = FlowLoss(3.0)(model, torch.randn(2, 4, 8, 8), told(), 2, torch.Generator().manual_seed(7))
+    assert loss.dtype == torch.float32
+
+
+def test_a_step_leaves_nothing_on_the_cpu() -> None:
+    """Meta tensors, which refuse to meet the CPU's, stand in for a GPU's."""
+    for spec, objective, conditions in (
+        (None, FlowLoss(3.0), tuple(value.to("meta") for value in told())),
+        (
+            DiTSpec(latent_size=8, width=32, heads=2, blocks=3),
+            DiffusionLoss(),
+            (torch.zeros(2, device="meta").long(),),
+        ),
+    ):
+        model = checkpoint_blocks(on_tiny(spec, "bf16", "meta"))  # type: ignore[arg-type]
+        clean = torch.zeros(2, 4, 8, 8, device="meta")
+        objective(model, clean, conditions, 2, torch.Generator()).backward()  # type: ignore[operator]
+        assert {str(p.grad.device) for p in adapters_of(model).values() if p.grad is not None} == {"meta"}
+    encoder = (
+        CLIPText(CLIPTextSpec(vocabulary=20, layers=1, width=8, heads=2, projection=8)).half().to("meta")
+    )
+    with pytest.raises(RuntimeError, match="expected device meta"):
+        encoder(torch.zeros(1, 5, device="meta").long())  # it makes its mask where tensors are made
+    with torch.no_grad(), in_float32(encoder), torch.device("meta"):
+        assert encoder(torch.tensor([[1, 2, 3]]))[0].device.type == "meta"
+
+
+def test_a_loss_that_is_not_finite_stops(sd3: Path) -> None:
+    model = on_tiny()
+    nn.init.constant_(model.patch_out.bias, math.inf)  # type: ignore[arg-type, union-attr]
+    parameters = adapters_of(model)
+    settings = Settings(ThinkingSpec((0, 2), 3, 4, 2))
+    run = state.Run(parameters, loop._optimizer(parameters, settings))
+
+    class Some(Data):
+        def batch(self, rows: Any, dropped: Any, device: str) -> Any:
+            return torch.randn(4, 4, 8, 8), told(4)
+
+    data = Some(None, None, ("a", "b"), ("", ""), {})  # type: ignore[arg-type]
+    before = {name: p.detach().clone() for name, p in parameters.items()}
+    with pytest.raises(
+        loop.TrainingFailed, match=r"expected a finite loss, found inf .* at step 1; take a lower --lr"
+    ):
+        loop.one_step(loop.Job(model, FlowLoss(), data, settings), run)
+    assert run.step == 0 and all(torch.equal(parameters[name], value) for name, value in before.items())
+
+
+# Pictures, captions and the cache.
+
+
+def test_pictures_and_captions_are_encoded_as_diffusers_and_transformers_do(
+    sd3: Path, captioned: Path, tmp_path: Path
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from diffusers import AutoencoderKL
+        from transformers import CLIPTextModelWithProjection, T5EncoderModel
+    pipeline, cache = open_base(sd3, image_size_px=32), Cache(tmp_path / "cache")
+    keys = encode_pictures(read_folder(captioned), pipeline, "base", cache, "cpu")
+    path = captioned / "blue-disc.png"
+    pixels = np.asarray(Image.open(path).crop((4, 0, 36, 32)), np.float32)  # 40 x 32, cut about its middle
+    image = torch.from_numpy(pixels / 127.5 - 1).permute(2, 0, 1).unsqueeze(0)
+    vae = AutoencoderKL.from_pretrained(sd3 / "vae")
+    with torch.no_grad():
+        latents = (vae.encode(image).latent_dist.mode() - 0.1) * 0.3
+    found = cache.get(keys[Example(path, "a blue disc")])["latents"]
+    assert (found - latents[0]).abs().max() < 2e-3 * latents.abs().max()  # it is kept in float16
+
+    captions = encode_captions(["", "a blue disc"], pipeline, "base", cache, "cpu")
+    data = Data(pipeline.model, cache, tuple(keys.values()), ("a blue disc",) * 8, captions)
+    _, (context, pooled) = data.batch([0, 1], [False, True], "cpu")
+    expected, whole = torch.zeros(2, 333, 48), torch.zeros(2, 40)
+    place = 0
+    for part, kind in zip(pipeline.text, (CLIPTextModelWithProjection,) * 2 + (T5EncoderModel,), strict=True):
+        tokenizer = tokenizer_of(part.vocabulary, Path())
+        ids = torch.tensor([tokenizer.encode(text).ids for text in ("a blue disc", "")])
+        with torch.no_grad():
+            said = kind.from_pretrained(sd3 / part.spec.folder)(ids, output_hidden_states=True)
+        if width := part.spec.pooled_width:
+            expected[:, :77, place : place + width] = said.hidden_states[-2]
+            whole[:, place : place + width] = said.text_embeds
+            place += width
+        else:
+            expected[:, 77:] = said.last_hidden_state
+    assert (context - expected).abs().max() < 5e-3 and (pooled - whole).abs().max() < 5e-3
+    assert (context[0] - context[1]).abs().max() > 0.1
+
+
+def test_what_is_encoded_is_kept_until_what_made_it_changes(
+    sd3: Path, captioned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = Cache(tmp_path / "cache")
+
+    def encoded(size: int = 32, base: str = "base") -> tuple[str, ...]:
+        pipeline = open_base(sd3, image_size_px=size, t5=False)
+        keys = encode_pictures(read_folder(captioned), pipeline, base, cache, "cpu")
+        encode_captions([str(example.told) for example in keys], pipeline, base, cache, "cpu")
+        said = capsys.readouterr().err.splitlines()
+        return tuple(line for line in said if line.split()[-1].split("/")[0] == line.split("/")[-1])
+
+    assert encoded() == ("pictures 8/8", "text encoder 8/8", "text encoder 2 8/8")
+    assert encoded() == ()
+    draw("black", "disc").save(captioned / "red-disc.png")
+    (captioned / "red-disc.txt").write_text("a black disc")
+    assert encoded() == ("pictures 1/1", "text encoder 1/1", "text encoder 2 1/1")
+    assert encoded(size=24) == ("pictures 8/8",)
+    assert encoded(base="other") == ("pictures 8/8", "text encoder 8/8", "text encoder 2 8/8")
+    [entry, *_] = sorted((tmp_path / "cache").rglob("*.safetensors"))
+    entry.write_bytes(entry.read_bytes()[:50])
+    with pytest.raises(BadInput, match="gone or damaged; delete the folder"):
+        cache.get(entry.stem)
+
+
+def test_numbers_beyond_float16_are_kept(tmp_path: Path) -> None:
+    cache, values = Cache(tmp_path / "cache"), torch.tensor([1e6, -3.0])
+    cache.put(key("x"), {"large": values, "small": values[1:]})
+    kept = cache.get(key("x"))
+    assert torch.equal(kept["large"], values) and torch.equal(kept["small"], values[1:])
+
+
+def test_the_fingerprint_is_of_names_and_content(sd3: Path, tmp_path: Path) -> None:
+    copied = tmp_path / "copied"
+    shutil.copytree(sd3, copied)
+    whole = fingerprint.of_base(sd3)
+    assert fingerprint.of_base(copied) == whole and len(whole) == 64
+    config = copied / "vae/config.json"
+    config.write_text(config.read_text().replace('"scaling_factor": 0.3', '"scaling_factor": 0.4'))
+    assert fingerprint.of_base(copied) not in (whole, fingerprint.of_base(sd3, copied))
+    large = tmp_path / "large.safetensors"
+    large.write_bytes(bytes(20 << 20))
+    empty = fingerprint.of_base(large)
+    with large.open("r+b") as file:  # a changed part of 1%
+        file.seek(10 << 20)
+        file.write(bytes([1]) * (200 << 10))
+    assert fingerprint.of_base(large) != empty
+
+
+def test_every_picture_has_its_turn() -> None:
+    data = Data(None, None, tuple("abcde"), ("",) * 5, {})  # type: ignore[arg-type]
+    seen = [row for step in range(10) for row in data.rows(0, step, 3)]
+    assert all(sorted(seen[i : i + 5]) == list(range(5)) for i in range(0, 30, 5))
+    assert seen[:5] != seen[5:10] and data.rows(0, 3, 3) == seen[9:12] != data.rows(1, 3, 3)
+    assert len(data.rows(0, 0, 12)) == 12  # more than there are
+
+
+def test_nothing_is_told_of_those_that_are_dropped(dit_run: tuple[object, ...], tmp_path: Path) -> None:
+    folder = tmp_path / "classes"
+    examples = read_folder(folder, 4)
+    spec = dataclasses.make_dataclass("Spec", ["classes"])(4)
+    cache = Cache(tmp_path / "cache")
+    cache.put(key(1), {"latents": torch.zeros(4, 8, 8)})
+    data = Data(spec, cache, (key(1),) * 8, tuple(example.told for example in examples), {})
+    _, (ids,) = data.batch([0, 2, 7], [False, True, False], "cpu")
+    assert ids.tolist() == [0, 4, 3]
+
+
+def test_layouts_of_captions(captioned: Path, tmp_path: Path) -> None:
+    (captioned / "red-disc.txt").write_text("\ufeffa red\n  disc\n", encoding="utf-8")
+    (captioned / "red-square.txt").write_text("")
+    (captioned / "inside").mkdir()
+    for name in ("more.JPG", ".hidden.png"):
+        shutil.copy(captioned / "blue-disc.png", captioned / "inside" / name)
+    (captioned / "inside/more.txt").write_text("more")
+    found = {example.path.name: example.told for example in read_folder(captioned)}
+    assert len(found) == 9 and found["more.JPG"] == "more"
+    assert found["red-disc.png"] == "a red disc" and found["red-square.png"] == ""
+    lines = [
+        {"file_name": "inside/more.JPG", "text": "in a list", "other": 1},
+        {"file_name": "blue-disc.png", "text": ""},
+    ]
+    (captioned / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    assert read_folder(captioned) == [
+        Example(captioned / "inside/more.JPG", "in a list"),
+        Example(captioned / "blue-disc.png", ""),
+    ]
+
+
+def test_layouts_of_classes(classed: Path) -> None:
+    assert [example.told for example in read_folder(classed, 4)] == [0, 0, 1, 1, 2, 2, 3, 3]
+    with pytest.raises(
+        BadInput, match=r"each of the base's 10 classes .* found 4 with names such as '0-red'"
+    ):
+        read_folder(classed, 10)  # who knows which of the ten they are
+    for path in list(classed.iterdir()):
+        path.rename(classed / str(3 - int(path.name[0])))
+    told_of = {example.path.parent.name: example.told for example in read_folder(classed, 10)}
+    assert told_of == {"0": 0, "1": 1, "2": 2, "3": 3}
+    (classed / "3").rename(classed / "10")
+    with pytest.raises(BadInput, match=r"classes 0\.\.9 .* found 10"):
+        read_folder(classed, 10)
+    (classed / "metadata.jsonl").write_text('{"file_name": "0/disc.png", "class_id": 9}\n')
+    assert [example.told for example in read_folder(classed, 10)] == [9]
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("{", "line 2"),
+        ("[]", "file_name and text in line 2"),
+        ('{"file_name": "red-disc.png"}', "file_name and text in line 2"),
+        ('{"file_name": "red-disc.png", "text": 3}', "file_name and text in line 2"),
+        ('{"file_name": "none.png", "text": "x"}', "found no 'none.png'"),
+        ('{"file_name": "../secret.png", "text": "x"}', "secret.png"),
+        ('{"file_name": "a\\u0000b.png", "text": "x"}', "line 2"),
+    ],
+)
+def test_a_bad_line_of_metadata_is_named(captioned: Path, line: str, said: str) -> None:
+    draw("red", "disc").save(captioned.parent / "secret.png")
+    (captioned / "metadata.jsonl").write_text(f'{{"file_name": "red-disc.png", "text": ""}}\n{line}\n')
+    with pytest.raises(BadInput, match=r"expected .* found") as caught:
+        read_folder(captioned)
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_captions_that_are_cut_are_counted(
+    sd3: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipeline = open_base(sd3, image_size_px=32)
+    encode_captions(["", "x" * 100], pipeline, "base", Cache(tmp_path / "cache"), "cpu")
+    said = [line for line in capsys.readouterr().err.splitlines() if "leaves out" in line]
+    assert [line.split()[0] for line in said] == ["text_encoder", "text_encoder_2"]
+    assert "the end of 1 of 2 captions" in said[0]
+    # Both CLIPs read the same ids where nothing is filled up, and do not answer alike.
+    [first, second, _] = encode_captions(["x" * 100], pipeline, "base", Cache(tmp_path / "cache"), "cpu")[
+        "x" * 100
+    ]
+    widths = [Cache(tmp_path / "cache").get(name)["context"].shape for name in (first, second)]
+    assert widths == [(77, 16), (77, 24)]
+
+
+# Refusals.
+
+
+def test_broken_pictures_are_named_or_skipped(
+    dit_run: tuple[object, ...], classed: Path, tmp_path: Path
+) -> None:
+    command = (*dit_run, "--steps", 1, "--out", tmp_path / "tpx.safetensors")
+    whole = (classed / "0-red/disc.png").read_bytes()
+    (classed / "1-green/half.png").write_bytes(whole[: len(whole) // 2])
+    (classed / "2-blue/empty.png").write_bytes(b"")
+    said = refusal(*command)
+    assert "half.png" in said and "--skip-broken" in said and not (tmp_path / "tpx.safetensors").exists()
+    result = trained(*command, "--skip-broken")
+    skipped = [line for line in result.stderr.splitlines() if line.startswith("skipped: ")]
+    assert len(skipped) == 2 and "half.png" in skipped[0] and "empty.png" in skipped[1]
+    assert load_adapters(tmp_path / "tpx.safetensors").facts.training["pictures"] == 8
+    for path in classed.rglob("*.png"):
+        path.write_bytes(b"")
+    other = (*dit_run, "--out", tmp_path / "other.safetensors", "--skip-broken")
+    result = tpx_train(*other)
+    assert result.exit_code == 2 and "found none among 10" in result.stderr.splitlines()[-1]
+
+
+def test_refusals_are_one_line_and_leave_nothing(
+    dit: Path, dit_run: tuple[object, ...], classed: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "tpx.safetensors"
+    command, before = (*dit_run, "--out", out), files(tmp_path)
+    for arguments, said in (
+        (("--base", tmp_path / "none"), "nothing there"),
+        (("--base", classed), "transformer/config.json"),
+        (("--components", classed), "vae/config.json"),
+        (("--data", tmp_path / "none"), "a folder of pictures"),
+        (("--data", dit), "folders named by number"),
+        (("--out", tmp_path / "tpx.bin"), "--out to end in .safetensors"),
+        (("--out", tmp_path / "none/tpx.safetensors"), "a place to write"),
+        (("--blocks", "1,x"), "--blocks such as 4,8,12"),
+        (("--blocks", "1,1"), "--blocks such as 4,8,12"),
+        (("--blocks", ""), "--blocks such as 4,8,12"),
+        (("--blocks", "0,2"), "--blocks within 0..1, this base's, found '0,2'"),
+        (("--experts", 0), "--experts in 1..64"),
+        (("--rank", 0), "--rank in 1..4096"),
+        (("--max-depth", 0), "--max-depth in 1..64"),
+        (("--temperature", 0), "--temperature above 0"),
+        (("--temperature", "nan"), "--temperature above 0"),
+        (("--steps", 0), "--steps of 1 or more"),
+        (("--batch", 0), "--batch of 1 or more"),
+        (("--lr", 0), "--lr above 0"),
+        (("--warmup", -1), "--warmup of 0 or more"),
+        (("--weight-decay", -1), "--weight-decay of 0 or more"),
+        (("--caption-dropout", 2), "--caption-dropout in 0..1"),
+        (("--seed", -1), "--seed in 0..2147483647"),
+        (("--precision", "fp8"), "--precision bf16 or fp32"),
+        (("--depth", "deep"), "--depth fixed or random"),
+        (("--image-size", 32), "an image size of 16"),
+        (("--device", "tpu"), "--device cpu or cuda"),
+        *(() if torch.cuda.is_available() else ((("--device", "cuda"), "a GPU that torch can use"),)),
+    ):  # fmt: skip
+        assert said in refusal(*command, *arguments), arguments
+    assert files(tmp_path) == before
+    out.mkdir()
+    assert "found the folder" in refusal(*command)
+    out.rmdir()
+    out.write_bytes(b"something dear")
+    assert "found" in refusal(*command) and out.read_bytes() == b"something dear"
+    (tmp_path / "empty").mkdir()
+    assert "found no pictures" in refusal(
+        *command, "--data", tmp_path / "empty", "--out", tmp_path / "x.safetensors"
+    )
+
+
+def test_a_caption_that_is_missing_is_named(captioned: Path) -> None:
+    (captioned / "red-disc.txt").unlink()
+    with pytest.raises(BadInput, match=r"caption of .*red-disc.png in red-disc.txt, found no such file"):
+        read_folder(captioned)
+    (captioned / "red-disc.txt").write_bytes(b"\xff\xfe\xff")
+    with pytest.raises(BadInput, match=r"caption in UTF-8 in .*red-disc.txt"):
+        read_folder(captioned)
+
+
+def test_the_papers_blocks_are_those_that_a_base_has() -> None:
+    paper = thinking_spec(2, 128, 2, 5.0, None)
+    assert paper == ThinkingSpec((4, 8, 12), experts=2, rank=128, max_depth=2, temperature=5.0)
+    assert within_base(paper, 24, asked=False) == paper
+    assert within_base(paper, 10, asked=False).blocks == (4, 8)
+    assert within_base(paper, 4, asked=False).blocks == (2,)
+    with pytest.raises(TpxError, match=r"--blocks within 0\.\.9, this base's, found '4,8,12'"):
+        within_base(paper, 10, asked=True)
+    assert thinking_spec(1, 1, 1, 1.0, " 7, 3").blocks == (3, 7)

@@ -1,0 +1,34 @@
+"""How much memory is left: the system's word, and a container's."""
+
+from pathlib import Path
+
+from tpx_runtime.memory import available_bytes
+
+
+def test_reads_what_memory_is_left(tmp_path: Path) -> None:
+    assert available_bytes(tmp_path) is None
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:    4000 kB\n")
+    assert available_bytes(tmp_path) == 4000 << 10
+    group = tmp_path / "sys/fs/cgroup"
+    group.mkdir(parents=True)
+    for name, text in (("max", "max"), ("current", "3000"), ("stat", "anon 7\ninactive_file 500\n")):
+        (group / f"memory.{name}").write_text(text)
+    assert available_bytes(tmp_path) == 4000 << 10
+    (group / "memory.max").write_text("5000\n")
+    assert available_bytes(tmp_path) == 2500
+
+
+def test_a_container_that_is_full_has_none_left(tmp_path: Path) -> None:
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemAvailable:    4000 kB\n")
+    group = tmp_path / "sys/fs/cgroup"
+    group.mkdir(parents=True)
+    for name, text in (("max", "5000"), ("current", "6000"), ("stat", "anon 7\n")):
+        (group / f"memory.{name}").write_text(text)
+    assert available_bytes(tmp_path) == -1000
+
+
+def test_this_machine_says_something_or_nothing() -> None:
+    found = available_bytes()
+    assert found is None or found > 0

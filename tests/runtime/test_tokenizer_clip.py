@@ -1,0 +1,191 @@
+"""CLIP's tokenizer on a vocabulary small enough to follow by hand, and what it refuses."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from tpx_runtime.errors import BadInput, BundleInvalid
+from tpx_runtime.tokenizer import ClipTokenizer, load_tokenizer
+from tpx_runtime.tokenizer.characters import compose, lower
+
+BOS, EOS, PAD = 520, 521, 0
+FACTS: dict[str, Any] = {
+    "kind": "clip",
+    "text_tokens": 8,
+    "bos": BOS,
+    "eos": EOS,
+    "pad": PAD,
+    "special": {"<|startoftext|>": BOS, "<|endoftext|>": EOS, "!": PAD},
+    "special_normalized": {"<Cat>": 522},
+    "merges": ["r e", "re d</w>", "c u", "b e</w>", "cu be</w>"],
+}
+RED, CUBE = 512 + 1, 512 + 4
+
+
+def byte(character: str, ends: bool = True) -> int:
+    """Id of a printable ASCII character, as the vocabulary counts them."""
+    return ord(character) - ord("!") + 256 * ends
+
+
+def make(**changes: object) -> ClipTokenizer:
+    return ClipTokenizer.from_facts(Path("vocab.json"), FACTS | changes)
+
+
+TOKENIZER = make()
+
+
+def said(prompt: str) -> list[int]:
+    """Ids of a prompt without its frame."""
+    ids = make(text_tokens=100).encode(prompt).ids
+    assert ids[0] == BOS
+    return ids[1 : max(i for i, number in enumerate(ids) if number == EOS)]
+
+
+def test_ids_of_a_prompt() -> None:
+    encoding = TOKENIZER.encode("Red cube")
+    assert encoding.ids == [BOS, RED, CUBE, EOS, PAD, PAD, PAD, PAD]
+    assert (encoding.unknown, encoding.dropped) == ([], 0)
+
+
+@pytest.mark.parametrize("prompt", ["red cube", " RED\tCube\n", "rEd\u00a0cuBE", "red\u2028cube\u3000"])
+def test_case_and_spaces_do_not_matter(prompt: str) -> None:
+    assert TOKENIZER.encode(prompt) == TOKENIZER.encode("Red cube")
+
+
+@pytest.mark.parametrize("prompt", ["", " ", " \n\t\u3000"])
+def test_no_prompt_is_a_frame_of_padding(prompt: str) -> None:
+    assert TOKENIZER.encode(prompt) == TOKENIZER.encode_empty()
+    assert TOKENIZER.encode_empty().ids == [BOS, EOS] + [PAD] * 6
+
+
+def test_words_end_at_digits_marks_and_contractions() -> None:
+    assert said("red's 12,. red") == [
+        RED,
+        byte("'", ends=False),
+        byte("s"),
+        byte("1"),
+        byte("2"),
+        byte(",", ends=False),
+        byte("."),
+        RED,
+    ]
+
+
+def test_a_prompt_may_be_as_long_as_fits_and_loses_what_is_more() -> None:
+    full = TOKENIZER.encode("red " * 6)
+    assert (full.ids, full.dropped) == ([BOS] + [RED] * 6 + [EOS], 0)
+    more = TOKENIZER.encode("red " * 6 + "cube cube")
+    assert (more.ids, more.dropped) == (full.ids, 2)
+
+
+def test_special_tokens_are_cut_out_as_they_are_written() -> None:
+    assert said("red<|startoftext|>!red") == [RED, BOS, PAD, RED]
+    assert BOS not in said("<|StartOfText|>")
+
+
+def test_special_tokens_of_normalised_text_are_found_in_any_case() -> None:
+    assert said("red<cAT>red <CAT>") == [RED, 522, RED, 522]
+
+
+def test_an_exclamation_mark_is_a_byte_where_it_is_not_special() -> None:
+    ordinary = make(special={"<|endoftext|>": EOS}, pad=EOS)
+    assert ordinary.encode("red!").ids == [BOS, RED, byte("!"), EOS, EOS, EOS, EOS, EOS]
+
+
+def test_letters_of_other_scripts_are_words_of_their_bytes() -> None:
+    assert len(said("é")) == 2
+    assert said("e\u0301") == said("é")
+    assert said("É") == said("é")
+    assert said("漢字1") == [*said("漢字"), byte("1")]
+    assert len(said("漢字")) == 6
+
+
+def test_a_final_sigma_is_as_any_other() -> None:
+    assert lower("ΑΣ") == "ασ"
+    assert compose("e\u0301") == "é"
+
+
+class Counting(dict[str, int]):
+    asked = 0
+
+    def get(self, *arguments: Any) -> Any:
+        self.asked += 1
+        return super().get(*arguments)
+
+
+def test_a_word_of_thousands_of_characters_takes_a_few_look_ups_for_each() -> None:
+    tokenizer = make()
+    tokenizer._ranks = ranks = Counting(tokenizer._ranks)
+    assert tokenizer.encode("cu" * 10_000).dropped == 10_001 - 6
+    assert ranks.asked < 5 * 20_000
+
+
+def test_only_short_words_are_kept() -> None:
+    tokenizer = make()
+    tokenizer.encode("red " + "x" * 1000 + " red")
+    assert tokenizer._kept.cache_info().currsize == 1
+
+
+@settings(max_examples=300, deadline=None, database=None)
+@given(st.text(st.characters(), max_size=60))
+@example("\ud800 red")
+@example("red\x00cube")
+@example("<|endoftext|>")
+def test_any_text_gives_an_encoding_or_a_line(prompt: str) -> None:
+    try:
+        ids = TOKENIZER.encode(prompt).ids
+    except BadInput as caught:
+        line = str(caught)
+    else:
+        line = ""
+        assert len(ids) == 8
+        assert ids[0] == BOS
+        assert EOS in ids
+    assert line.isprintable()
+    assert (line != "") == any("\ud800" <= character <= "\udfff" for character in prompt)
+
+
+def test_says_which_half_of_a_surrogate_pair_it_found() -> None:
+    with pytest.raises(
+        BadInput, match=r"^expected a prompt in Unicode, found '\\udcff' in it; write it in UTF-8$"
+    ):
+        TOKENIZER.encode("r\udcffd")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"merges": "r e"}, "expected merges, a list of str, found 'r e'"),
+        ({"merges": [1]}, "expected merges, a list of str, found [1]"),
+        ({"bos": None}, "expected bos in 0..16777215, found None"),
+        ({"eos": -1}, "expected eos in 0..16777215, found -1"),
+        ({"pad": True}, "expected pad in 0..16777215, found True"),
+        ({"pad": 2**70}, "expected pad in 0..16777215, found 118"),
+        ({"text_tokens": 2}, "expected text_tokens in 3..16777215, found 2"),
+        ({"special": []}, "expected special, int by name, found []"),
+        ({"special": {"!": "0"}}, "expected special, int by name, found {'!': '0'}"),
+        ({"special_normalized": {"x": -1}}, "expected an id in 0..16777215, found -1"),
+    ],
+)
+def test_refuses_a_vocabulary(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    path = tmp_path / "vocab.json"
+    path.write_text(json.dumps(FACTS | changes), encoding="utf-8")
+    with pytest.raises(BundleInvalid) as caught:
+        load_tokenizer(path)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("merge", ["", " ", "r", "r  e", "r e d", "q w</w> x", "é ñ", " e", "r "])
+def test_merges_that_say_nothing_do_nothing(merge: str) -> None:
+    tokenizer = make(merges=[merge, *FACTS["merges"]])
+    assert tokenizer.encode("Red cube").ids[1:3] == [RED + 1, CUBE + 1]
+
+
+@pytest.mark.parametrize("name", [name for name in FACTS if name != "kind"])
+def test_refuses_a_vocabulary_that_lacks_a_field(name: str) -> None:
+    with pytest.raises(BundleInvalid, match=f"vocab.json: expected {name}"):
+        ClipTokenizer.from_facts(Path("vocab.json"), {k: v for k, v in FACTS.items() if k != name})
