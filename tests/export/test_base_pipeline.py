@@ -11,6 +11,9 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+from test_base_sd3 import original
+from test_base_vae import original as vae_names
 
 from benchmarks.tiny_sd3 import DATA, MERGES, VARIANTS, save_pipeline
 from tpx_export.adapters import attach, save_adapters
@@ -70,14 +73,18 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_whole_pipeline_draws_what_diffusers_draws(variant: str, tmp_path: Path) -> None:
-    reference = save_pipeline(tmp_path / "base", variant)
-    export_bundle(open_base(tmp_path / "base"), tmp_path / "bundle")
-    generator = Generator.load(tmp_path / "bundle", engine="onnxruntime")
+def test_the_whole_pipeline_draws_what_diffusers_draws(
+    variant: str, reference: tuple[Path, Any], bundle: Path, tmp_path: Path
+) -> None:
+    theirs_here, ours_here = reference[1], bundle
+    if variant != "sd3-medium":
+        theirs_here, ours_here = save_pipeline(tmp_path / "base", variant), tmp_path / "bundle"
+        export_bundle(open_base(tmp_path / "base"), ours_here)
+    generator = Generator.load(ours_here, engine="onnxruntime")
     assert generator.manifest.defaults.steps == 28 and generator.manifest.defaults.guidance == 7.0
     [image] = generator(PROMPT, negative_prompt=NEGATIVE, seed=3)
     ours = np.asarray(image, np.float64)
-    expected = theirs(reference, PROMPT, NEGATIVE, num_inference_steps=28, guidance_scale=7.0)
+    expected = theirs(theirs_here, PROMPT, NEGATIVE, num_inference_steps=28, guidance_scale=7.0)
     assert psnr(ours, expected) >= 50
     assert expected.std() > 5 and np.mean((expected > 0) & (expected < 255)) > 0.02  # a picture, not a blank
     other = np.asarray(generator("a dog", negative_prompt=NEGATIVE, seed=3)[0], np.float64)
@@ -110,7 +117,9 @@ def test_without_t5(reference: tuple[Path, Any], bundle: Path, tmp_path: Path) -
 
 def test_a_long_prompt_is_cut_as_diffusers_cuts_it(reference: tuple[Path, Any], bundle: Path) -> None:
     generator = Generator.load(bundle, engine="onnxruntime")
-    with pytest.warns(UserWarning, match="text_encoder, text_encoder_2 reads, .*text_encoder_3 reads it"):
+    with pytest.warns(
+        UserWarning, match=r"longer than text_encoder, text_encoder_2 read: .*text_encoder_3 reads it whole"
+    ):
         [image] = generator(LONG, seed=3, steps=4)
     expected = theirs(reference[1], LONG, "", num_inference_steps=4, guidance_scale=7.0)
     assert psnr(np.asarray(image, np.float64), expected) >= 50
@@ -213,3 +222,36 @@ def test_a_scheduler_of_its_own(reference: tuple[Path, Any], tmp_path: Path) -> 
     (other / "scheduler").mkdir()
     (other / "scheduler/scheduler_config.json").write_text(json.dumps({"shift": 1.5}))
     assert open_base(other).shift == 1.5
+
+
+def single_file(folder: Path, path: Path) -> Path:
+    """The pipeline in one original file; its tokenizers have no place there."""
+    state = original(load_file(folder / "transformer/diffusion_pytorch_model.safetensors"))
+    vae = load_file(folder / "vae/diffusion_pytorch_model.safetensors")
+    state |= {f"first_stage_model.{name}": value for name, value in vae_names(vae, 2).items()}
+    for part, prefix in (("", "clip_l"), ("_2", "clip_g"), ("_3", "t5xxl")):
+        text = load_file(folder / f"text_encoder{part}/model.safetensors")
+        state |= {f"text_encoders.{prefix}.transformer.{name}": value for name, value in text.items()}
+    save_file({name: value.contiguous() for name, value in state.items()}, path)
+    return path
+
+
+def test_a_single_file_is_the_same_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything in one file but the tokenizers; heads of CLIP and SD3, which shapes do not say, are the released ones'."""
+    folder = tmp_path / "base"
+    save_pipeline(folder, "sd3.5-medium")
+    monkeypatch.setattr("tpx_export.base.text_encoders._HEAD_WIDTH", 8)
+    path = single_file(folder, tmp_path / "sd3.5.safetensors")
+    with pytest.raises(CheckpointInvalid, match=r"expected tokenizer/, found none .*--components"):
+        open_base(path)
+    whole, single = open_base(folder), open_base(path, components=folder, image_size_px=32)
+    assert single.model == whole.model and single.latent == whole.latent and single.name == "sd3.5"
+    assert [part.spec for part in single.text] == [part.spec for part in whole.text]
+    for one, other in (
+        (single.transformer(), whole.transformer()),
+        (single.autoencoder(), whole.autoencoder()),
+        *((a.load(), b.load()) for a, b in zip(single.text, whole.text, strict=True)),
+    ):
+        theirs_here = other.state_dict()
+        assert one.state_dict().keys() == theirs_here.keys()
+        assert all(torch.equal(value, theirs_here[name]) for name, value in one.state_dict().items())

@@ -236,9 +236,9 @@ def test_attention_in_parts_is_attention(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_norms_of_large_pictures_are_exact_in_onnx_runtime() -> None:
-    x = noise(1, 16, 512, 512) + 0.5
+    x = noise(1, 16, 512, 512) + 3
     ((found,),) = run_onnx(GroupNorm(4, 16), "x", torch.cat([x, x]), ("y",), [x])
-    assert relative(found, F.group_norm(x.double(), 4, eps=1e-6)) < 2e-6  # InstanceNormalization: 1e-5
+    assert relative(found, F.group_norm(x.double(), 4, eps=1e-6)) < 1.5e-6  # InstanceNormalization: 1e-5
 
 
 def test_missing_and_unknown_tensors_are_named_together(sd1: Path) -> None:

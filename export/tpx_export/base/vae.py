@@ -27,12 +27,11 @@ VAE = "first_stage_model."
 
 SCALES = {16: (1.5305, 0.0609), 4: (0.18215, 0.0)}  # latent channels -> scale and shift: SD3, SD1
 _ATTENTION = ("norm", "q", "k", "v", "proj")
-_NEW = ("group_norm", "to_q", "to_k", "to_v", "to_out.0")  # diffusers from 0.18
-_OLD = ("group_norm", "query", "key", "value", "proj_attn")  # and before
+_NEW = ("group_norm", "to_q", "to_k", "to_v", "to_out.0")  # diffusers
+_OLD = ("group_norm", "query", "key", "value", "proj_attn")  # diffusers until 2023
 
-Names = Callable[
-    [bool, int], dict[str, str]
-]  # (of the encoder, how many stages) -> our parts' names -> theirs
+# (whether it is the encoder, how many stages) -> names of our parts -> of theirs
+Names = Callable[[bool, int], dict[str, str]]
 
 
 def load_vae(folder: Path, image_size_px: int) -> AutoencoderKL:
@@ -62,7 +61,7 @@ def load_vae(folder: Path, image_size_px: int) -> AutoencoderKL:
     if (scale := config.real("scaling_factor", 0.18215)) <= 0:
         raise config.unfit("a scaling_factor above 0", scale)
     tensors = open_tensors(folder)
-    old = "encoder.mid_block.attentions.0.query.weight" in tensors  # sd-vae-ft-ema is
+    old = "encoder.mid_block.attentions.0.query.weight" in tensors
     spec = _spec(
         image_size_px,
         config.count("latent_channels", 4),
