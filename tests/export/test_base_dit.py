@@ -23,8 +23,9 @@ from tpx_export.base.dit import HEADS, from_tensors, load_transformer, recipe, s
 from tpx_export.base.tensors import Tensors
 from tpx_export.checkpoint import CheckpointInvalid
 from tpx_export.graphs import Graph, TransformerGraph, to_onnx
-from tpx_export.model.dit import DiT, DiTSpec, from_patches, position_table, to_patches
+from tpx_export.model.dit import DiT, DiTSpec, position_table
 from tpx_export.model.mmdit import Embedder, sinusoid
+from tpx_export.model.patches import from_patches, to_patches
 from tpx_export.model.thinking import Gate, Thinking, ThinkingSpec
 from tpx_export.routing import masked, permuted
 from tpx_runtime.diffusion import ddpm, respaced_schedule

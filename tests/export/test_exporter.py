@@ -12,8 +12,8 @@ import onnx
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import make_tiny
 from PIL import Image
+from tiny import make_tiny
 
 from tpx_export import checkpoint, exporter
 from tpx_export.cli import main, table

@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from conftest import make_tiny
+from tiny import make_tiny
 from torch import Tensor
 
 from tpx_export.model import MMDiT, MMDiTSpec, ThinkingSpec

@@ -3,12 +3,12 @@
 The latent size is the caller's: a spec made here has a placeholder of one patch.
 """
 
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from tpx_export.base.facts import read_config, shape
 from tpx_export.base.tensors import Tensors
 from tpx_export.checkpoint import CheckpointInvalid
 from tpx_export.model.mmdit import MMDiTSpec
@@ -31,7 +31,7 @@ _FIELDS: dict[str, Any] = {
 def spec_of_config(folder: Path, tensors: Tensors) -> MMDiTSpec:
     """From config.json beside the weights `tensors`. Raises CheckpointInvalid."""
     path = folder / "config.json"
-    config = _read(path)
+    config = read_config(folder).fields
     if config.get("_class_name") != CLASS:
         raise _unfit(path, f"_class_name {CLASS}", config.get("_class_name"))
     given = {name: config.get(name, default) for name, default in _FIELDS.items()}
@@ -75,9 +75,9 @@ def spec_of_shapes(tensors: Tensors) -> MMDiTSpec:
             f"{tensors.where}: expected an SD3 transformer's joint_blocks under model.diffusion_model., found "
             + (found if _blocks(tensors, "transformer_blocks") else "none; check the file")
         )
-    width, channels, patch, _ = _shape(tensors, "x_embedder.proj.weight", 4)
+    width, channels, patch, _ = shape(tensors, "x_embedder.proj.weight", 4)
     norm = "joint_blocks.0.x_block.attn.ln_q.weight"
-    head_width = _shape(tensors, norm, 1)[0] if norm in tensors else HEAD_WIDTH
+    head_width = shape(tensors, norm, 1)[0] if norm in tensors else HEAD_WIDTH
     if width % head_width:
         raise CheckpointInvalid(
             f"{tensors.where}: expected a width of whole heads of {head_width}, found {width}; check the file"
@@ -90,8 +90,8 @@ def spec_of_shapes(tensors: Tensors) -> MMDiTSpec:
         heads=width // head_width,
         blocks=len(blocks),
         context_tokens=CONTEXT_TOKENS,
-        context_width=_shape(tensors, "context_embedder.weight", 2)[1],
-        pooled_width=_shape(tensors, "y_embedder.mlp.0.weight", 2)[1],
+        context_width=shape(tensors, "context_embedder.weight", 2)[1],
+        pooled_width=shape(tensors, "y_embedder.mlp.0.weight", 2)[1],
         qk_norm=norm in tensors,
         dual_blocks=tuple(i for i in blocks if f"joint_blocks.{i}.x_block.attn2.qkv.weight" in tensors),
         stored_positions=True,
@@ -102,33 +102,6 @@ def _blocks(names: Iterable[str], prefix: str) -> range:
     """As many as have tensors: where one is left out, the names after it are unknown."""
     found = (re.match(rf"{prefix}\.(\d+)\.", name) for name in names)
     return range(len({match[1] for match in found if match}))
-
-
-def _shape(tensors: Tensors, name: str, dimensions: int) -> tuple[int, ...]:
-    if name not in tensors:
-        raise CheckpointInvalid(
-            f"{tensors.where}: expected a tensor {name}, found it missing; check the file"
-        )
-    shape = tuple(tensors[name].shape)
-    if len(shape) != dimensions or 0 in shape:
-        raise CheckpointInvalid(
-            f"{tensors.where}: expected {name} of {dimensions} dimensions, found {list(shape)}; check the file"
-        )
-    return shape
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise CheckpointInvalid(
-            f"{path}: expected a diffusers config.json, found none; check the path"
-        ) from None
-    except ValueError:
-        raise CheckpointInvalid(f"{path}: expected JSON, found something else; copy it again") from None
-    if not isinstance(config, dict):
-        raise _unfit(path, "fields by name", config)
-    return config
 
 
 def _unfit(path: Path, expected: str, found: object) -> CheckpointInvalid:

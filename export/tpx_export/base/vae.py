@@ -122,7 +122,7 @@ def _fill(spec: AutoencoderKLSpec, tensors: Tensors, names: Names) -> Autoencode
             recipe[f"{half}.{ours}"] = From((f"{theirs}.{kind}",), make)
     unused = (found for found in tensors if found.startswith(("loss.", "model_ema.")))
     load_foreign(model, recipe, tensors, tensors.where, unused)
-    return model.to(model.decoder.conv_in.weight.dtype)
+    return model.to(next(model.decoder.parameters()).dtype)
 
 
 def _diffusers(encoder: bool, stages: int, attention: tuple[str, ...]) -> dict[str, str]:

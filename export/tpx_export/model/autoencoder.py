@@ -1,6 +1,7 @@
 """A small convolutional autoencoder: pictures of 8f pixels <-> latents f pixels wide (Rombach et al., 2112.10752)."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -85,14 +86,13 @@ class Decoder(nn.Module):
         return self.net(latents)
 
 
-class Autoencoder(nn.Module):
-    """The pair, and the affine map between its latents and those that the transformer sees."""
+class LatentAutoencoder(nn.Module):
+    """An encoder, a decoder, and the affine map between their latents and those that the transformer sees."""
 
-    def __init__(self, spec: AutoencoderSpec) -> None:
+    def __init__(self, spec: Any, encoder: nn.Module, decoder: nn.Module) -> None:
         super().__init__()
-        self.spec = spec
-        self.encoder = Encoder(spec)
-        self.decoder = Decoder(spec)
+        self.spec = spec  # of either kind: both have scale and shift
+        self.encoder, self.decoder = encoder, decoder
 
     def encode(self, image: Tensor) -> Tensor:
         """Pictures [B, 3, H, W] in -1..1 -> transformer latents [B, C, H/8, W/8], the posterior's mean."""
@@ -102,6 +102,13 @@ class Autoencoder(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:
         """Transformer latents -> pictures in -1..1."""
         return self.decoder(latents / self.spec.scale + self.spec.shift).clamp(-1, 1)
+
+
+class Autoencoder(LatentAutoencoder):
+    """The sample model's."""
+
+    def __init__(self, spec: AutoencoderSpec) -> None:
+        super().__init__(spec, Encoder(spec), Decoder(spec))
 
     def reconstruct(self, image: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """A reconstruction from a sample of the posterior, and the mean KL divergence to N(0, 1) of one latent."""

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tpx_export.model.autoencoder import LatentAutoencoder
+
 _QUERIES = 2048  # tokens attended at once: all 16,384 of a 1,024-pixel picture have a gigabyte of scores
 
 
@@ -177,20 +179,8 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
-class AutoencoderKL(nn.Module):
-    """The pair, and the affine map between its latents and those that the transformer sees."""
+class AutoencoderKL(LatentAutoencoder):
+    """SD3's and SD1's."""
 
     def __init__(self, spec: AutoencoderKLSpec) -> None:
-        super().__init__()
-        self.spec = spec
-        self.encoder = Encoder(spec)
-        self.decoder = Decoder(spec)
-
-    def encode(self, image: Tensor) -> Tensor:
-        """Pictures [B, 3, H, W] in -1..1 -> transformer latents [B, C, H/8, W/8], the posterior's mean."""
-        mean, _ = self.encoder(image)
-        return (mean - self.spec.shift) * self.spec.scale
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Transformer latents -> pictures in -1..1."""
-        return self.decoder(latents / self.spec.scale + self.spec.shift).clamp(-1, 1)
+        super().__init__(spec, Encoder(spec), Decoder(spec))

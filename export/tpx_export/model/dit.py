@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tpx_export.model.attention import Stream, attention, modulate
 from tpx_export.model.mmdit import Embedder, sinusoid
+from tpx_export.model.patches import from_patches, to_patches
 from tpx_export.model.thinking import Thinking, ThinkingSpec
 
 
@@ -72,19 +73,6 @@ def position_table(side: int, width: int) -> Tensor:
     rows, columns = torch.meshgrid(steps, steps, indexing="ij")
     angles = [place.flatten().unsqueeze(-1) * frequencies for place in (columns, rows)]
     return torch.cat([wave for angle in angles for wave in (angle.sin(), angle.cos())], dim=-1).float()
-
-
-def to_patches(latents: Tensor, patch: int) -> Tensor:
-    """[B, C, S, S] -> [B, N, C patch^2]: patches row by row, the values of each channel by channel."""
-    side = latents.shape[-1] // patch
-    cut = latents.unflatten(3, (side, patch)).unflatten(2, (side, patch))
-    return cut.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-
-
-def from_patches(tokens: Tensor, patch: int, side: int) -> Tensor:
-    """[B, side^2, C patch^2] -> [B, C, side patch, side patch]: what `to_patches` undoes."""
-    cut = tokens.unflatten(2, (-1, patch, patch)).unflatten(1, (side, side))
-    return cut.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
 
 
 class Block(nn.Module):

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tpx_export.model.attention import SelfAttention, Stream, attention, modulate
+from tpx_export.model.patches import from_patches, to_patches
 from tpx_export.model.thinking import Thinking, ThinkingSpec
 
 
@@ -172,26 +173,18 @@ class MMDiT(nn.Module):
         Returns the velocity [B, C, S, S] and the routes int64 [B, thinking blocks * depth, N], block-major.
         Raises ValueError for a depth that the model was not built for.
         """
-        if not 1 <= depth <= self.spec.max_depth:
-            raise ValueError(f"expected a depth of 1..{self.spec.max_depth}, got {depth}")
+        spec = self.spec
+        if not 1 <= depth <= spec.max_depth:
+            raise ValueError(f"expected a depth of 1..{spec.max_depth}, got {depth}")
         y = self.time(sinusoid(timestep, 256)) + self.pooled(pooled.to(self.pooled.linear_1.weight.dtype))
-        x = self.patch_in(self._patches(latents)) + self.positions.to(latents.dtype)
+        x = self.patch_in(to_patches(latents, spec.patch)) + self.positions.to(latents.dtype)
         c = self.context_in(context)
         routes: list[Tensor] = []
         for block in self.blocks:
             x, c, chosen = block(x, c, y, depth)
             routes += chosen
         shift, scale = self.out_modulation(F.silu(y).to(x.dtype)).chunk(2, dim=-1)
-        velocity = self._unpatch(self.patch_out(modulate(x, shift, scale)))
+        tokens = self.patch_out(modulate(x, shift, scale))
+        velocity = from_patches(tokens, spec.patch, spec.latent_size // spec.patch)
         empty = torch.zeros(x.shape[0], 0, x.shape[1], dtype=torch.int64, device=x.device)
         return velocity, torch.stack(routes, dim=1) if routes else empty
-
-    def _patches(self, latents: Tensor) -> Tensor:
-        p, side = self.spec.patch, self.spec.latent_size // self.spec.patch
-        cut = latents.unflatten(3, (side, p)).unflatten(2, (side, p))
-        return cut.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-
-    def _unpatch(self, tokens: Tensor) -> Tensor:
-        p, side = self.spec.patch, self.spec.latent_size // self.spec.patch
-        cut = tokens.unflatten(2, (self.spec.latent_channels, p, p)).unflatten(1, (side, side))
-        return cut.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)

@@ -1,0 +1,40 @@
+"""A small random model in which every weight matters."""
+
+import torch
+
+from tpx_export.model import AutoencoderSpec, MMDiTSpec, TextEncoderSpec, TextToImageSpec, ThinkingSpec
+from tpx_export.model.text_to_image import TextToImage
+from tpx_runtime.manifest import Defaults
+
+WORDS = ("a", "an", "and", "blue", "cube", "green", "on", "red", "sphere", "two", ",", ".")
+
+
+def make_tiny(thinking: ThinkingSpec | None, seed: int = 0) -> TextToImage:
+    """A random text-to-image model of 32x32 pixels and 16 visual tokens, in which every weight matters."""
+    torch.manual_seed(seed)
+    spec = TextToImageSpec(
+        name="tiny",
+        license="Apache-2.0",
+        autoencoder=AutoencoderSpec(image_size_px=64, widths=(16, 16, 8), scale=1.3, shift=0.1),
+        text_encoder=TextEncoderSpec(
+            ("<pad>", "<bos>", "<eos>", "<unk>", *WORDS), tokens=12, width=32, heads=2, layers=1
+        ),
+        transformer=MMDiTSpec(
+            latent_size=8,
+            width=64,
+            heads=2,
+            blocks=3,
+            context_tokens=12,
+            context_width=32,
+            pooled_width=32,
+            thinking=thinking,
+        ),
+        shift=1.0,
+        defaults=Defaults(sampler="euler", steps=4, guidance=2.0, depth=3 if thinking else 1),
+    )
+    model = TextToImage(spec)
+    with torch.no_grad():
+        for parameter in model.transformer.parameters():
+            if not parameter.any():  # zero-initialised outputs would hide every error behind them
+                parameter.normal_(std=0.1)
+    return model.eval().requires_grad_(False)
