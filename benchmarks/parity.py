@@ -2,9 +2,9 @@
 
     python -m benchmarks.parity
 
-Tiny random models of the three kinds, with real vocabularies (see tiny_sd3.py), are saved by diffusers, imported, exported
-and run by ONNX Runtime. Errors are max|a - b| / max|b|; the whole pipeline draws 28 steps at guidance 7, from the same
-latents. Needs the extras `cpu`, `export` and `parity`.
+Tiny random models of the three kinds (see tiny_sd3.py) are saved by diffusers, imported, exported and run by ONNX Runtime.
+Errors are max|a - b| / max|b|; the whole pipeline draws 28 steps at guidance 7, from the same latents. Needs the extras
+`cpu`, `export` and `parity`.
 """
 
 import warnings

@@ -16,8 +16,8 @@ import click
 
 from benchmarks.random_sd3 import write_adapters, write_transformer
 from benchmarks.startup import spent
+from benchmarks.tiny_sd3 import EOS, clip_words, write_clip_tokenizer
 
-BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 LOAD = """
 import sys, onnxruntime as ort
 options = ort.SessionOptions()
@@ -34,9 +34,7 @@ def write_rest(folder: Path) -> None:
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
     torch.manual_seed(0)
-    bytes_ = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    bytes_ += [256 + i for i in range(256 - len(bytes_))]  # CLIP writes the other bytes as these characters
-    words = [chr(b) for b in bytes_] + [chr(b) + "</w>" for b in bytes_] + [BOS, EOS]
+    words = clip_words()
     for number, (width, heads, act) in {"": (768, 12, "quick_gelu"), "_2": (1280, 20, "gelu")}.items():
         config = CLIPTextConfig(
             vocab_size=len(words),
@@ -51,11 +49,7 @@ def write_rest(folder: Path) -> None:
             pad_token_id=1,
         )
         CLIPTextModelWithProjection(config).half().save_pretrained(folder / f"text_encoder{number}")
-        tokenizer = folder / f"tokenizer{number}"
-        tokenizer.mkdir()
-        vocabulary = {word: i for i, word in enumerate(words)}
-        (tokenizer / "vocab.json").write_text(json.dumps(vocabulary))
-        (tokenizer / "merges.txt").write_text("#version: 0.2\n")
+        write_clip_tokenizer(folder / f"tokenizer{number}", "!" if number else EOS)
     vae = AutoencoderKL(
         latent_channels=16,
         block_out_channels=(64, 64, 64, 64),

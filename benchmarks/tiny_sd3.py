@@ -1,20 +1,20 @@
 """Tiny random Stable Diffusion 3 pipelines, as diffusers saves them: what parity is measured and tested on.
 
-The vocabularies are the real ones, from $TPX_DATA, or the folder shared/data beside the checkout: clip/ with OpenAI's
-bpe_simple_vocab_16e6.txt.gz and t5/ with spiece.model.
+Their vocabularies are small, so that nothing needs to be downloaded; the real ones are compared in test_tokenizer_parity.py.
 """
 
-import gzip
 import json
-import os
 import shutil
+import string
 from pathlib import Path
 from typing import Any
 
 import torch
 
-DATA = Path(os.environ.get("TPX_DATA", Path(__file__).parents[2] / "shared/data"))
-MERGES = "clip/bpe_simple_vocab_16e6.txt.gz"
+MERGES = ("r e", "re d</w>", "b l", "bl u", "blu e</w>", "c u", "o n</w>", "a</w> !</w>")
+PIECES = ("▁red", "▁blue", "▁cube", "▁on", "▁a", "▁b", "ball", "▁")
+BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+
 VARIANTS: dict[str, dict[str, Any]] = {
     "sd3-medium": {},
     "sd3.5-medium": {"qk_norm": "rms_norm", "dual_attention_layers": (0, 1)},
@@ -22,26 +22,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def write_clip_tokenizer(folder: Path, pad: str) -> None:
-    """vocab.json, merges.txt and what names the pad token, as CLIPTokenizer is saved."""
-    text = gzip.decompress((DATA / MERGES).read_bytes()).decode()
-    merges = text.split("\n")[1 : 49152 - 256 - 2 + 1]
+def clip_words() -> list[str]:
+    """CLIP's vocabulary in id order: bytes, bytes that end a word, merges, two marks."""
     bytes_ = [*range(33, 127), *range(161, 173), *range(174, 256)]
     alphabet = [chr(b) for b in bytes_] + [chr(256 + i) for i in range(256 - len(bytes_))]
-    words = alphabet + [c + "</w>" for c in alphabet] + ["".join(m.split()) for m in merges]
-    words += ["<|startoftext|>", "<|endoftext|>"]
+    return [*alphabet, *(c + "</w>" for c in alphabet), *("".join(m.split()) for m in MERGES), BOS, EOS]
+
+
+def write_clip_tokenizer(folder: Path, pad: str) -> None:
+    """vocab.json, merges.txt and what names the pad token, as CLIPTokenizer is saved."""
     folder.mkdir(parents=True)
-    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
-    facts = {
-        "bos_token": "<|startoftext|>",
-        "eos_token": "<|endoftext|>",
-        "unk_token": "<|endoftext|>",
-        "pad_token": pad,
-        "model_max_length": 77,
-        "tokenizer_class": "CLIPTokenizer",
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(facts))
+    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(clip_words())}))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(MERGES) + "\n")
+    facts = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": pad, "model_max_length": 77}
+    (folder / "tokenizer_config.json").write_text(json.dumps({**facts, "tokenizer_class": "CLIPTokenizer"}))
 
 
 def randomise(module: torch.nn.Module, scale: float = 0.2) -> torch.nn.Module:
@@ -56,7 +50,7 @@ def randomise(module: torch.nn.Module, scale: float = 0.2) -> torch.nn.Module:
 
 
 def save_pipeline(folder: Path, variant: str, seed: int = 0) -> Any:
-    """diffusers' StableDiffusion3Pipeline of random weights and real vocabularies, saved in `folder`: 32 x 32 pixels."""
+    """diffusers' StableDiffusion3Pipeline of random weights and small vocabularies, saved in `folder`: 32 x 32 pixels."""
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
     from transformers import (
         CLIPTextConfig,
@@ -73,6 +67,9 @@ def save_pipeline(folder: Path, variant: str, seed: int = 0) -> Any:
         write_clip_tokenizer(folder / f"vocabulary{number}", pad)
         tokenizers.append(CLIPTokenizer.from_pretrained(folder / f"vocabulary{number}"))
         config = CLIPTextConfig(
+            vocab_size=len(clip_words()),
+            bos_token_id=len(clip_words()) - 2,
+            eos_token_id=len(clip_words()) - 1,
             hidden_size=width,
             intermediate_size=2 * width,
             projection_dim=width,
@@ -82,7 +79,18 @@ def save_pipeline(folder: Path, variant: str, seed: int = 0) -> Any:
         )
         clips.append(randomise(CLIPTextModelWithProjection(config)))
         shutil.rmtree(folder / f"vocabulary{number}")
-    t5 = T5Config(d_model=48, d_kv=8, d_ff=64, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu")
+    letters = string.ascii_letters + string.digits + string.punctuation
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((p, -3.0) for p in PIECES)]
+    t5_tokenizer = T5TokenizerFast(vocab=[*pieces, *((c, -6.0) for c in letters)])
+    t5 = T5Config(
+        vocab_size=len(t5_tokenizer),
+        d_model=48,
+        d_kv=8,
+        d_ff=64,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+    )
     transformer = {
         "sample_size": 16,
         "num_layers": 3,
@@ -103,7 +111,7 @@ def save_pipeline(folder: Path, variant: str, seed: int = 0) -> Any:
         text_encoder_2=clips[1],
         tokenizer_2=tokenizers[1],
         text_encoder_3=randomise(T5EncoderModel(t5)),
-        tokenizer_3=T5TokenizerFast.from_pretrained(DATA / "t5"),
+        tokenizer_3=t5_tokenizer,
     )
     pipeline.set_progress_bar_config(disable=True)
     pipeline.save_pretrained(folder)

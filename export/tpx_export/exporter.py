@@ -2,8 +2,8 @@
 
 import gc
 import json
+import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -218,17 +218,11 @@ def _check_place(out: Path, force: bool) -> None:
 @contextmanager
 def _whole_or_nothing(out: Path) -> Iterator[Path]:
     """A folder to fill, which takes the place of `out` at the end, or vanishes if anything goes wrong."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
-    except OSError as error:
-        raise BadInput(
-            f"expected a folder that can be written to at {out.parent}, found: {error.strerror}"
-        ) from None
+    folder = out.with_name(f".{out.name}.{os.getpid()}-{time.monotonic_ns():x}.partial")
     replaced = folder.with_suffix(".replaced")
     try:
+        _make(folder)
         yield folder
-        folder.chmod(0o755)
         if out.exists():
             out.rename(replaced)
         folder.rename(out)
@@ -241,6 +235,15 @@ def _whole_or_nothing(out: Path) -> Iterator[Path]:
             replaced.rename(out)
         shutil.rmtree(folder, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise BadInput(
+            f"expected a folder that can be written to at {folder.parent}, found: {error.strerror}"
+        ) from None
 
 
 def _write_json(path: Path, facts: dict[str, object]) -> None:

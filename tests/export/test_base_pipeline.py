@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from test_base_sd3 import original
 from test_base_vae import original as vae_names
 
-from benchmarks.tiny_sd3 import DATA, MERGES, VARIANTS, save_pipeline
+from benchmarks.tiny_sd3 import VARIANTS, save_pipeline
 from tpx_export.adapters import attach, save_adapters
 from tpx_export.base.pipeline import open_base
 from tpx_export.checkpoint import CheckpointInvalid
@@ -27,11 +27,8 @@ from tpx_runtime.errors import BadInput
 from tpx_runtime.generator import Generator
 from tpx_runtime.noise import batch_noise
 
-pytestmark = pytest.mark.skipif(
-    not (DATA / MERGES).is_file(), reason=f"no {MERGES}: set TPX_DATA to the folder that holds clip/ and t5/"
-)
 PROMPT, NEGATIVE = "A red cube on a blue sphere! Très beau, 3 times.", "blurry"
-LONG = " ".join(f"word{i}" for i in range(90))
+LONG = "red blue " * 45  # 90 tokens of CLIP, which reads 75, and of T5, which reads 255
 
 
 @pytest.fixture(scope="module", autouse=True)

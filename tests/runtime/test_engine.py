@@ -2,6 +2,8 @@
 
 import importlib
 import importlib.util
+import signal
+import subprocess
 import sys
 import tomllib
 from importlib.machinery import ModuleSpec
@@ -227,3 +229,24 @@ def test_openvino_runs_without_a_place_for_its_cache(copy: Path) -> None:
         ENGINES["openvino"].open(copy / "text_encoder/model.onnx").run({"ids": golden["text_encoder.ids"]})
     )
     assert "context" in outputs
+
+
+RELEASE_AND_INTERRUPT = """
+import signal
+from pathlib import Path
+from tpx_runtime.engine import ENGINES
+
+first, second = (ENGINES[{name!r}].open(Path({bundle!r}) / part / "model.onnx") for part in ("text_encoder", "vae_decoder"))
+del first
+del second
+signal.raise_signal(signal.SIGINT)
+"""
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_ctrl_c_is_heard_after_graphs_were_released_in_any_order(name: str, tiny_bundle: Path) -> None:
+    """OpenVINO gives the thread a stack for signals; one that is gone makes the next signal a crash."""
+    code = RELEASE_AND_INTERRUPT.format(name=name, bundle=str(tiny_bundle))
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == -signal.SIGINT
+    assert result.stderr.splitlines()[-1] == "KeyboardInterrupt"

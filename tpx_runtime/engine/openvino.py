@@ -5,6 +5,7 @@ OpenVINO itself tells by path, size, time and settings whether one still fits.
 """
 
 import os
+from functools import cache
 from pathlib import Path
 
 import openvino
@@ -48,10 +49,20 @@ def open_session(engine_name: str, path: Path) -> OpenVinoSession:
     bundle = path.resolve().parent.parent
     config = {**_CONFIG, **_cache(bundle.with_name(f"{bundle.name}.engines") / "openvino")}
     try:
-        model = openvino.Core().compile_model(str(path), "CPU", config)
+        model = _core().compile_model(str(path), "CPU", config)
     except Exception as error:
         raise EngineFailed(f"{path}: openvino could not load it: {one_line(error)}") from error
     return OpenVinoSession(model, path)
+
+
+@cache
+def _core() -> openvino.Core:
+    """One for all graphs, for as long as the process lives.
+
+    Every Core gives the thread a stack for signals and takes it back when its last graph goes. Where an older one goes first
+    the stack that is left is no memory, and the next Ctrl-C a crash.
+    """
+    return openvino.Core()
 
 
 def _cache(folder: Path) -> dict[str, str]:
