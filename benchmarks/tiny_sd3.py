@@ -118,19 +118,22 @@ def save_pipeline(folder: Path, variant: str, seed: int = 0) -> Any:
     return pipeline
 
 
-def tiny_vae() -> Any:
+def tiny_vae(**changes: Any) -> Any:
+    """SD3's autoencoder in small, or with `changes` another."""
     from diffusers import AutoencoderKL
 
-    vae = AutoencoderKL(
-        latent_channels=16,
-        block_out_channels=(32, 32),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        scaling_factor=1.5305,
-        shift_factor=0.0609,
-    )
+    settings = {
+        "latent_channels": 16,
+        "block_out_channels": (32, 32),
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+        "scaling_factor": 1.5305,
+        "shift_factor": 0.0609,
+        **changes,
+    }
+    vae = AutoencoderKL(**settings)
     randomise(vae)
     with torch.no_grad():
         vae.decoder.conv_out.weight.mul_(0.1)  # grey pictures: in black and white ones no error shows

@@ -15,13 +15,16 @@ from safetensors.torch import load_file, save_file
 from test_base_sd3 import original
 from test_base_vae import original as vae_names
 
-from benchmarks.tiny_sd3 import VARIANTS, save_pipeline
+from benchmarks.tiny_sd3 import VARIANTS, save_pipeline, tiny_vae
 from tpx_export.adapters import attach, save_adapters
+from tpx_export.base.dit import load_transformer as load_dit
+from tpx_export.base.dit import shapes_of
 from tpx_export.base.pipeline import open_base
 from tpx_export.checkpoint import CheckpointInvalid
 from tpx_export.cli import main
 from tpx_export.exporter import export_bundle
 from tpx_export.model import ThinkingSpec
+from tpx_export.model.dit import DiTSpec
 from tpx_runtime.bundle import Bundle
 from tpx_runtime.errors import BadInput
 from tpx_runtime.generator import Generator
@@ -252,3 +255,28 @@ def test_a_single_file_is_the_same_pipeline(tmp_path: Path, monkeypatch: pytest.
         theirs_here = other.state_dict()
         assert one.state_dict().keys() == theirs_here.keys()
         assert all(torch.equal(value, theirs_here[name]) for name, value in one.state_dict().items())
+
+
+def test_a_dit_with_adapters_draws_classes(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    spec = DiTSpec(latent_size=8, width=384, heads=6, blocks=2, classes=10)
+    torch.save({name: torch.randn(s) * 0.05 for name, s in shapes_of(spec).items()}, tmp_path / "dit.pt")
+    tiny_vae(latent_channels=4, use_quant_conv=True, use_post_quant_conv=True).save_pretrained(
+        tmp_path / "vae"
+    )
+    model = attach(load_dit(tmp_path / "dit.pt"), ThinkingSpec(blocks=(0,), experts=3, rank=4, max_depth=2))
+    model.blocks[0].thinking.b.normal_(std=0.3)
+    save_adapters(model, tmp_path / "tpx.safetensors", "dit")
+    arguments = ["--base", str(tmp_path / "dit.pt"), "--adapters", str(tmp_path / "tpx.safetensors")]
+    assert "expected vae/config.json" in refused(*arguments)
+    arguments += ["--components", str(tmp_path), "--out", str(tmp_path / "bundle")]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    generator = Generator.load(tmp_path / "bundle", engine="onnxruntime")
+    facts = generator.manifest
+    assert (facts.model.classes, facts.model.guided_channels, facts.model.out_channels) == (10, 3, 8)
+    assert (facts.defaults.sampler, facts.defaults.steps, facts.defaults.guidance) == ("ddpm", 250, 4.0)
+    seven, three, shallow = (
+        np.asarray(generator(class_id=c, steps=3, depth=depth)[0]) for c, depth in ((7, 2), (3, 2), (7, 1))
+    )
+    assert (seven != three).any() and (seven != shallow).any()
