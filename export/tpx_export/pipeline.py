@@ -42,7 +42,7 @@ class Pipeline:
 
     `transformer` loads an MMDiT, called with latents, timestep, context, pooled and depth, or a DiT, called with class_id in
     the place of the text. `autoencoder` loads a module with `encoder(image) -> (mean, log variance)` and
-    `decoder(latents) -> image`. `precision` is what the weights are stored in.
+    `decoder(latents) -> image`. `blocks` are the transformer's; `precision` is what the weights are stored in.
     """
 
     name: str
@@ -52,6 +52,7 @@ class Pipeline:
     defaults: Defaults
     shift: float | None
     text: tuple[TextPart, ...]
+    blocks: int
     transformer: Callable[[], nn.Module]
     autoencoder: Callable[[], nn.Module]
     precision: str = "fp32"
@@ -96,6 +97,7 @@ class Pipeline:
                     load=lambda: copy.deepcopy(model.text_encoder),
                 ),
             ),
+            blocks=transformer.blocks,
             transformer=lambda: copy.deepcopy(model.transformer),
             autoencoder=lambda: copy.deepcopy(model.autoencoder),
         )

@@ -35,7 +35,7 @@ from tpx_export.training.cache import Cache, key
 from tpx_export.training.cli import main
 from tpx_export.training.data import Data
 from tpx_export.training.diffusion import DiffusionLoss, bound
-from tpx_export.training.encode import encode_captions, encode_pictures
+from tpx_export.training.encode import _pixels, encode_captions, encode_pictures
 from tpx_export.training.flow import FlowLoss
 from tpx_export.training.frozen import adapters_of, checkpoint_blocks, thinking_model
 from tpx_export.training.images import Example, read_folder
@@ -898,3 +898,11 @@ def test_the_papers_blocks_are_those_that_a_base_has() -> None:
     with pytest.raises(TpxError, match=r"--blocks within 0\.\.9, this base's, found '4,8,12'"):
         within_base(paper, 10, asked=True)
     assert thinking_spec(1, 1, 1, 1.0, " 7, 3").blocks == (3, 7)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "I;16"])
+def test_pictures_of_every_mode_are_read(mode: str, tmp_path: Path) -> None:
+    Image.new(mode, (40, 30)).save(tmp_path / "x.png")
+    pixels = _pixels(tmp_path / "x.png", (16, 16))
+    assert pixels.shape == (3, 16, 16)
+    assert pixels.unique().tolist() == [1.0 if mode == "RGBA" else -1.0]  # transparent is white

@@ -9,8 +9,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tpx_runtime.errors import BadInput, BundleInvalid
-from tpx_runtime.tokenizer import ClipTokenizer, load_tokenizer
+from tpx_runtime.tokenizer import load_tokenizer
 from tpx_runtime.tokenizer.characters import compose, lower
+from tpx_runtime.tokenizer.clip import ClipTokenizer
 
 BOS, EOS, PAD = 520, 521, 0
 FACTS: dict[str, Any] = {

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from reference_tokenizers import SPIECE, clip_folder, need, prompts, published_config, t5_folder
 
 from tpx_export.base.tokenizers import clip_tokenizer, t5_tokenizer
-from tpx_runtime.tokenizer import ClipTokenizer, T5Tokenizer, Tokenizer, load_tokenizer
-from tpx_runtime.tokenizer.clip import byte_alphabet
+from tpx_runtime.tokenizer import Tokenizer, load_tokenizer
+from tpx_runtime.tokenizer.clip import ClipTokenizer, byte_alphabet
 from tpx_runtime.tokenizer.special import SpecialTokens
+from tpx_runtime.tokenizer.t5 import T5Tokenizer
 
 transformers = pytest.importorskip("transformers", reason="needs transformers (pip install 'tpx[parity]')")
 tokenizers = pytest.importorskip("tokenizers", reason="needs tokenizers (pip install 'tpx[parity]')")

@@ -9,8 +9,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tpx_runtime.errors import BadInput, BundleInvalid
-from tpx_runtime.tokenizer import ClipTokenizer, T5Tokenizer, WordTokenizer, load_tokenizer
-from tpx_runtime.tokenizer.t5 import Charmap
+from tpx_runtime.tokenizer import WordTokenizer, load_tokenizer
+from tpx_runtime.tokenizer.clip import ClipTokenizer
+from tpx_runtime.tokenizer.t5 import Charmap, T5Tokenizer
 
 from .fakes import write_vocabulary
 from .test_tokenizer_clip import FACTS as CLIP_FACTS

@@ -4,9 +4,7 @@ import json
 from pathlib import Path
 
 from ..errors import BundleInvalid, shorten
-from .clip import ClipTokenizer
 from .encoding import Encoding, Tokenizer
-from .t5 import T5Tokenizer
 from .word import BOS, EOS, PAD, UNK, WordTokenizer, refuse_unknown
 
 __all__ = [
@@ -14,9 +12,7 @@ __all__ = [
     "EOS",
     "PAD",
     "UNK",
-    "ClipTokenizer",
     "Encoding",
-    "T5Tokenizer",
     "Tokenizer",
     "WordTokenizer",
     "load_tokenizer",
@@ -41,9 +37,13 @@ def tokenizer_of(facts: object, path: Path) -> Tokenizer:
     kind = facts["kind"]
     if kind == "word":
         return WordTokenizer.from_facts(path, facts)
-    if kind == "clip":
+    if kind == "clip":  # imported when asked for: a model of words starts without them
+        from .clip import ClipTokenizer
+
         return ClipTokenizer.from_facts(path, facts)
     if kind == "t5":
+        from .t5 import T5Tokenizer
+
         return T5Tokenizer.from_facts(path, facts)
     raise BundleInvalid(
         f'{path}: expected a vocabulary of kind "word", "clip" or "t5", found {shorten(kind)}'

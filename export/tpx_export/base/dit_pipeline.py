@@ -58,6 +58,7 @@ def open_pipeline(
         defaults=Defaults(sampler="ddpm", steps=250, guidance=4.0, depth=1),  # the original's sample.py
         shift=None,
         text=(),
+        blocks=spec.blocks,
         transformer=lambda: from_tensors(tensors, head_width),
         autoencoder=lambda: load_vae(folder, size),
         precision=precision_of(tensors.dtype),

@@ -32,6 +32,8 @@ def open_pipeline(sources: Sources, image_size_px: int | None, t5: bool) -> Pipe
     """The parts of an SD3 model; T5 is left out unless `t5`. Raises CheckpointInvalid, BadInput."""
     single = sources.path.is_file()
     tensors = open_tensors(sources.path) if single else None
+    if tensors is not None:
+        _check_names(tensors)
     path = sources.path if single else sources.folder("transformer")
     spec, stored = _transformer(path)
     vae = _vae(sources, tensors)
@@ -67,6 +69,7 @@ def open_pipeline(sources: Sources, image_size_px: int | None, t5: bool) -> Pipe
         defaults=Defaults(sampler="euler", steps=28, guidance=7.0, depth=1),  # diffusers'
         shift=_schedule_shift(sources),
         text=text,
+        blocks=spec.blocks,
         transformer=lambda: load_transformer(path, latent),
         autoencoder=lambda: vae(size),
         precision=precision_of(stored.dtype),
@@ -79,6 +82,19 @@ def _transformer(path: Path) -> tuple[MMDiTSpec, Tensors]:
         return spec_of_config(path, tensors), tensors
     tensors = tensors.under(PREFIX) or tensors
     return spec_of_shapes(tensors), tensors
+
+
+def _check_names(tensors: Tensors) -> None:
+    """A file of several parts has no others than those that are read. Raises CheckpointInvalid."""
+    known = (PREFIX, VAE, CLIP_L, CLIP_G, T5)
+    if not any(name.startswith(PREFIX) for name in tensors):
+        return  # the transformer alone, under bare names: its import lists what it does not know
+    scales = {f"{prefix.removesuffix('transformer.')}logit_scale" for prefix in (CLIP_L, CLIP_G, T5)}
+    if unknown := sorted(name for name in tensors if not name.startswith(known) and name not in scales):
+        raise CheckpointInvalid(
+            f"{tensors.where}: expected tensors under {', '.join(known)} alone, found {len(unknown)} others: "
+            f"{'; '.join(unknown)}"
+        )
 
 
 def _vae(sources: Sources, single: Tensors | None) -> Callable[[int], AutoencoderKL]:

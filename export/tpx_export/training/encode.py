@@ -4,7 +4,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import click
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -14,8 +13,9 @@ from tpx_export.training.cache import Cache, key
 from tpx_export.training.fingerprint import of_file
 from tpx_export.training.images import Example
 from tpx_export.training.progress import progress
+from tpx_runtime.editing import to_pixels
 from tpx_runtime.errors import BadInput
-from tpx_runtime.pictures import fit, open_picture
+from tpx_runtime.pictures import fit, flat, open_picture
 from tpx_runtime.tokenizer import Encoding, refuse_unknown, tokenizer_of
 
 _PICTURES, _CAPTIONS = 2, 8  # of one batch
@@ -135,9 +135,8 @@ def _encode_group(
 
 
 def _pixels(path: Path, size_px: tuple[int, int]) -> Tensor:
-    """[3, height, width] in -1..1, scaled and cropped about the middle."""
-    picture = np.array(fit(open_picture(path), size_px), np.float32)
-    return torch.from_numpy(picture).permute(2, 0, 1) / 127.5 - 1
+    """[3, height, width] in -1..1, upright, scaled and cropped about the middle."""
+    return torch.from_numpy(to_pixels(fit(flat(open_picture(path), "white"), size_px))[0])
 
 
 def _require_finite(values: Iterable[Tensor], part: str) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from tpx_export.adapters import Facts, write_adapters
 from tpx_export.base.dit_pipeline import recognises
@@ -78,9 +77,8 @@ def _train(request: Request, settings: Settings) -> Outcome:
     pipeline = open_base(request.base, request.components, size, t5=request.t5)
     examples = read_folder(request.data, pipeline.model.classes)
     base = fingerprint.of_base(request.base, request.components)
-    blocks = len(_blocks(pipeline.transformer()))
     settings = dataclasses.replace(
-        settings, thinking=within_base(settings.thinking, blocks, request.blocks_asked)
+        settings, thinking=within_base(settings.thinking, pipeline.blocks, request.blocks_asked)
     )
     identity = {
         **settings.options(),
@@ -170,9 +168,3 @@ def _check(request: Request) -> None:
         tempfile.TemporaryFile(dir=out.parent).close()
     except OSError as error:
         raise BadInput(f"expected a place to write {out}, found: {error.strerror}; choose another") from None
-
-
-def _blocks(transformer: nn.Module) -> nn.ModuleList:
-    blocks = transformer.blocks
-    assert isinstance(blocks, nn.ModuleList)
-    return blocks
