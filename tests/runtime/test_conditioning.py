@@ -1,6 +1,7 @@
 """What the transformer is told: SD3's rule for several encoders, classes, memory, and what is remembered."""
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,16 @@ def test_an_encoder_that_pools_nothing_may_be_named_first() -> None:
     made = combine([(three, None), one, two], THREE.model)
     np.testing.assert_array_equal(made["context"], expected["context"])
     np.testing.assert_array_equal(made["pooled"], expected["pooled"])
+
+
+def test_encoders_that_do_not_pool_lie_below_one_another() -> None:
+    width = THREE.model.context_width
+    model = replace(THREE.model, context_tokens=9)
+    one, three, four = (normal(2, 3, 4), normal(2, 3)), normal(2, 2, width), normal(2, 3, width)
+    context = combine([one, (three, None), (four, None)], model)["context"]
+    np.testing.assert_array_equal(context[:, 3:5], three)
+    np.testing.assert_array_equal(context[:, 5:8], four)
+    assert not context[:, 8:].any() and not context[:, :3, 4:].any()
 
 
 def test_a_single_encoder_says_what_it_says(tiny_bundle: Path) -> None:
