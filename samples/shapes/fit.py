@@ -48,7 +48,8 @@ def fit(
 ) -> nn.Module:
     """Minimise `loss_at(step)` over `module`'s trainable parameters; returns the EMA copy of the module.
 
-    The run's whole state lies in `state` and is taken up from there; a finished run returns at once.
+    The run's whole state lies in `state` and is taken up from there; a finished run returns at once. Beside it lies the
+    curve, step and mean loss of the last `every` steps a line; a resumed run may write a step twice.
     `show(ema, step)` draws progress. Interrupting (Ctrl-C) saves first.
     """
     ema = copy.deepcopy(module).requires_grad_(False)
@@ -67,6 +68,7 @@ def fit(
         whole = {"module": module.state_dict(), "ema": ema.state_dict(), "optimizers": values, "step": step}
         save_whole(whole, state)
 
+    state.parent.mkdir(parents=True, exist_ok=True)
     trainable = [p for p in module.parameters() if p.requires_grad]
     pairs = [(e, p) for e, p in zip(ema.parameters(), module.parameters(), strict=True) if p.requires_grad]
     losses: list[float] = []
@@ -98,6 +100,8 @@ def fit(
                 mean, left = sum(recent) / len(recent), (steps - taken) / rate / 60
                 line = f"{name} {taken}/{steps}  loss {mean:.4f}  {rate:.2f} steps/s  {left:.0f} min"
                 print(line, flush=True)
+                with state.with_suffix(".csv").open("a") as curve:
+                    curve.write(f"{taken},{mean:.5f}\n")
             if show and taken % show_every == 0:
                 show(ema, taken)
             if time.monotonic() - last_save > save_s:

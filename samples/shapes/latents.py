@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -10,31 +11,35 @@ from torch import Tensor
 from samples.shapes.captions import Prompt, training_pairs
 from samples.shapes.fit import save_whole
 from samples.shapes.render import render
+from samples.shapes.world import Scene
 from tpx_export.model.autoencoder import Autoencoder
 
 SHARD = 2048
 RENDER_BATCH = 32
 
 
-@torch.no_grad()
 def shard(folder: Path, index: int, seed: int, autoencoder: Autoencoder) -> tuple[list[Prompt], Tensor]:
     """Prompts and latents float16 [SHARD, C, S, S] of one shard, rendered and encoded if not there yet."""
     pairs = list(itertools.islice(training_pairs(seed * 1_000_003 + index), SHARD))
-    path = folder / f"latents-{seed}-{_fingerprint(autoencoder)}-{index:04d}.pt"
+    path = folder / f"latents-{seed}-{fingerprint(autoencoder)}-{index:04d}.pt"
     if not path.exists():
-        device = next(autoencoder.parameters()).device
-        parts = []
-        for start in range(0, SHARD, RENDER_BATCH):
-            group = pairs[start : start + RENDER_BATCH]
-            scenes = [scene for _, scene in group]
-            image = render(scenes, autoencoder.spec.image_size_px, str(device), fast=True)
-            with torch.autocast(device.type, dtype=torch.bfloat16):
-                parts.append(autoencoder.encode(image * 2 - 1).half().cpu())
-        save_whole(torch.cat(parts), path)
+        save_whole(encoded([scene for _, scene in pairs], autoencoder), path)
     return [prompt for prompt, _ in pairs], torch.load(path, weights_only=True)
 
 
-def _fingerprint(autoencoder: Autoencoder) -> str:
+@torch.no_grad()
+def encoded(scenes: Sequence[Scene], autoencoder: Autoencoder) -> Tensor:
+    """Scenes rendered and encoded, float16 [len(scenes), C, S, S]."""
+    device, parts = next(autoencoder.parameters()).device, []
+    for start in range(0, len(scenes), RENDER_BATCH):
+        group = scenes[start : start + RENDER_BATCH]
+        image = render(group, autoencoder.spec.image_size_px, str(device), fast=True)
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            parts.append(autoencoder.encode(image * 2 - 1).half().cpu())
+    return torch.cat(parts)
+
+
+def fingerprint(autoencoder: Autoencoder) -> str:
     """Latents of another autoencoder are other latents, so its weights and scale are in a shard's name."""
     digest = hashlib.sha256(repr(autoencoder.spec).encode())
     for value in autoencoder.encoder.state_dict().values():

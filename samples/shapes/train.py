@@ -15,11 +15,32 @@ import torch
 from samples.shapes import train_autoencoder, train_flow, train_text
 from tpx_export import checkpoint
 from tpx_export.model import ThinkingSpec
+from tpx_export.model.autoencoder import Autoencoder
+from tpx_export.model.mmdit import MMDiT
+from tpx_export.model.text_encoder import TextEncoder
 from tpx_export.model.text_to_image import TextToImage, TextToImageSpec
 from tpx_runtime.manifest import Defaults
 
 STAGES = ("autoencoder", "text", "base", "adapters")
 SHARDS = 32  # pools of 2,048 scenes
+
+
+def assemble(autoencoder: Autoencoder, text_encoder: TextEncoder, transformer: MMDiT) -> TextToImage:
+    """The trained parts as one model with its settings."""
+    spec = TextToImageSpec(
+        name="shapes",
+        license="Apache-2.0",
+        autoencoder=autoencoder.spec,
+        text_encoder=text_encoder.spec,
+        transformer=transformer.spec,
+        shift=train_flow.SHIFT,
+        defaults=Defaults(sampler="euler", steps=20, guidance=3.0, depth=transformer.spec.max_depth),
+    )
+    model = TextToImage(spec)
+    model.autoencoder.load_state_dict(autoencoder.state_dict())
+    model.text_encoder.load_state_dict(text_encoder.state_dict())
+    model.transformer.load_state_dict(transformer.state_dict())
+    return model
 
 
 @click.command()
@@ -61,22 +82,7 @@ def main(
     if last == 3:
         run = replace(run, steps=adapter_steps)
         transformer = train_flow.train_adapters(transformer, data, autoencoder, run, ThinkingSpec())
-    spec = TextToImageSpec(
-        name="shapes",
-        license="Apache-2.0",
-        autoencoder=autoencoder.spec,
-        text_encoder=text_encoder.spec,
-        transformer=transformer.spec,
-        shift=train_flow.SHIFT,
-        defaults=Defaults(sampler="euler", steps=20, guidance=3.0, depth=transformer.spec.max_depth),
-    )
-    model = TextToImage(spec)
-    for part, trained in (
-        ("autoencoder", autoencoder),
-        ("text_encoder", text_encoder),
-        ("transformer", transformer),
-    ):
-        getattr(model, part).load_state_dict(trained.state_dict())
+    model = assemble(autoencoder, text_encoder, transformer)
     path = out / ("shapes.safetensors" if last == 3 else "base.safetensors")
     checkpoint.save(model, path, torch.float16)
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB", flush=True)

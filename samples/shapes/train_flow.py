@@ -10,6 +10,7 @@ import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -21,12 +22,14 @@ from samples.shapes.latents import SHARD, shard
 from samples.shapes.pictures import save_grid
 from samples.shapes.train_text import tokenizer_for
 from tpx_export.model.autoencoder import Autoencoder
+from tpx_export.model.dit import DiT
 from tpx_export.model.mmdit import MMDiT, MMDiTSpec
 from tpx_export.model.text_encoder import TextEncoder
 from tpx_export.model.thinking import ThinkingSpec
 from tpx_runtime.noise import batch_noise
 from tpx_runtime.samplers import SAMPLERS
 
+Transformer = TypeVar("Transformer", MMDiT, DiT)
 SIGMA_MEAN, SIGMA_DEVIATION = 0.3, 1.1  # of the logit of sigma
 CAPTION_DROPOUT = 0.1
 SHIFT = 1.0
@@ -79,7 +82,7 @@ class Data:
         return self.latents[rows].float().to(context.device), context, pooled
 
 
-def optimizers(model: MMDiT, rate: float) -> list[torch.optim.Optimizer]:
+def optimizers(model: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
     """Muon (Jordan et al., 2024) for the matrices inside blocks, AdamW for everything else."""
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     inner = [p for name, p in trained if p.ndim == 2 and "blocks." in name and "modulation" not in name]
@@ -200,9 +203,9 @@ def train_base(data: Data, autoencoder: Autoencoder, run: Run) -> MMDiT:
     return _train("base", model, data, autoencoder, run, depths=(1,), ema_decay=0.998, show_every=500)
 
 
-def with_thinking(base: MMDiT, thinking: ThinkingSpec) -> MMDiT:
+def with_thinking(base: Transformer, thinking: ThinkingSpec) -> Transformer:
     """The base, frozen, with fresh adapters: it computes what the base computes until they are trained."""
-    model = MMDiT(replace(base.spec, thinking=thinking)).to(base.patch_in.weight.device)
+    model = type(base)(replace(base.spec, thinking=thinking)).to(base.patch_in.weight.device)
     missing, unexpected = model.load_state_dict(base.state_dict(), strict=False)
     assert not unexpected and all(".thinking." in name for name in missing)
     for name, parameter in model.named_parameters():
@@ -211,10 +214,15 @@ def with_thinking(base: MMDiT, thinking: ThinkingSpec) -> MMDiT:
 
 
 def train_adapters(
-    base: MMDiT, data: Data, autoencoder: Autoencoder, run: Run, thinking: ThinkingSpec
+    base: MMDiT,
+    data: Data,
+    autoencoder: Autoencoder,
+    run: Run,
+    thinking: ThinkingSpec,
+    depths: tuple[int, ...] = (),
 ) -> MMDiT:
-    """Experts, gates and modulations, at a random depth each step."""
+    """Experts, gates and modulations, each step at one of `depths`, drawn at random; by default at any of the model's."""
     torch.manual_seed(run.seed)
     model = with_thinking(base, thinking).train()
-    depths = tuple(range(1, thinking.max_depth + 1))
+    depths = depths or tuple(range(1, thinking.max_depth + 1))
     return _train("adapters", model, data, autoencoder, run, depths, ema_decay=0.99, show_every=200)

@@ -1,0 +1,53 @@
+"""The trained model, allowed to think for longer than it was trained to: what becomes of the score?
+
+    python -m samples.shapes.deepen --ckpt samples/shapes/shapes.safetensors --depth 5 --out runs/deep.safetensors
+
+Experts and gate are shared by all steps; only the scale and shift of the recursed tokens are each step's own. The paper
+says nothing of steps beyond the trained ones, so those take the last one's.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import click
+import torch
+
+from tpx_export import checkpoint
+from tpx_export.model import TextToImage
+from tpx_runtime.cli import TpxCommand
+from tpx_runtime.errors import BadInput
+
+
+def deepened(model: TextToImage, depth: int) -> TextToImage:
+    """The same model with graphs to `depth`; up to its own depth it answers as before. Raises BadInput."""
+    transformer = model.spec.transformer
+    if transformer.thinking is None or depth <= transformer.max_depth:
+        raise BadInput(f"expected a depth beyond the model's own {transformer.max_depth}, found {depth}")
+    more = depth - transformer.max_depth
+    thinking = replace(transformer.thinking, max_depth=depth)
+    made = TextToImage(replace(model.spec, transformer=replace(transformer, thinking=thinking)))
+    state = model.state_dict()
+    for name, value in state.items():
+        if name.endswith((".thinking.scale", ".thinking.shift")):
+            state[name] = torch.cat([value, value[-1:].expand(more, -1)])
+    made.load_state_dict(state)
+    return made.eval()
+
+
+@click.command(cls=TpxCommand)
+@click.option("--ckpt", type=click.Path(path_type=Path), required=True)
+@click.option("--depth", type=click.IntRange(1), default=5, show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), required=True, help=".safetensors or .pt")
+def main(ckpt: Path, depth: int, out: Path) -> None:
+    """Write the checkpoint whose bundle also has the graphs beyond the trained depth."""
+    model = checkpoint.load(ckpt)
+    if not isinstance(model, TextToImage):
+        raise BadInput(f"expected a text-to-image checkpoint, found {model.spec.name} of classes")
+    if out.suffix not in checkpoint.SUFFIXES:
+        raise BadInput(f"expected --out ending in {' or '.join(checkpoint.SUFFIXES)}, found {out.name}")
+    checkpoint.save(deepened(model, depth), out, torch.float16)
+    click.echo(out)
+
+
+if __name__ == "__main__":
+    main()

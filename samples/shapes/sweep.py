@@ -1,0 +1,118 @@
+"""ShapesEval over a grid of settings: which sampler, how many steps, how deep; a table, JSON and a plot.
+
+    python -m samples.shapes.sweep --bundle bundles/shapes --sampler euler --sampler dpmpp2m --steps 4,8,12,20,28
+    python -m samples.shapes.sweep --bundle bundles/deep --depth 1,2,3,4,5
+
+Every cell is a run of `tpx-eval shapes` on the same prompts and seeds, so that cells pair; what is finished is not drawn
+again. Needs no torch.
+"""
+
+import itertools
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from samples.shapes import evaluate
+from tpx_runtime.cli import TpxCommand, find_bundle
+from tpx_runtime.errors import BadInput
+from tpx_runtime.evaluation.compare import Report, compare
+from tpx_runtime.evaluation.record import write_json
+from tpx_runtime.generator import Generator
+
+TOGETHER = 8  # pictures in a timed batch
+
+
+def numbers(text: str | None) -> tuple[int, ...] | tuple[None]:
+    """`4,8,12` to (4, 8, 12); None, the bundle's own, for none. Raises BadInput."""
+    if text is None:
+        return (None,)
+    try:
+        found = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        found = ()
+    if not found or min(found) < 1:
+        raise BadInput(
+            f"expected whole numbers of 1 or more with commas between, such as 4,8, found {text!r}"
+        )
+    return found
+
+
+def cell(generator: Generator, out: Path, settings: dict[str, Any], **size: Any) -> dict[str, Any]:
+    """Draw and judge one cell, or read it where it is finished."""
+    folder = out / "-".join(str(value) for value in settings.values())
+    record = folder / "cell.json"
+    if record.exists():
+        return dict(json.loads(record.read_text()))
+    evaluate.run(folder, generator, **size, **settings)
+    rows = json.loads((folder / "report.json").read_text())["rows"]
+    made = {**settings, "folder": folder.name, "seconds an image": pace(generator, settings), "rows": rows}
+    write_json(record, made)
+    return made
+
+
+def pace(generator: Generator, settings: dict[str, Any]) -> float:
+    """Seconds an image in a batch of TOGETHER, decoding included: the median of three batches."""
+    taken = []
+    for _ in range(3):
+        began = time.monotonic()
+        generator("a red cube on a blue sphere", num_images=TOGETHER, batch_size=TOGETHER, **settings)
+        taken.append((time.monotonic() - began) / TOGETHER)
+    return statistics.median(taken)
+
+
+def table(out: Path, cells: list[dict[str, Any]], names: list[str]) -> str:
+    """A line a cell: its settings, its score, and how it differs from the best, paired over prompts."""
+    best = max(cells, key=lambda one: one["rows"]["overall"]["score"])
+    head = [*names, "overall", "95% interval", "minus the best", "95% interval", "s an image"]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for one in cells:
+        overall = one["rows"]["overall"]
+        pair = compare(Report.load(out / best["folder"]), Report.load(out / one["folder"]))
+        change = next(line.change for line in pair if line.name == "overall")
+        told = [str(one[name]) for name in names]
+        told += [
+            f"{100 * overall['score']:.1f}",
+            f"{100 * overall['low']:.1f} to {100 * overall['high']:.1f}",
+        ]
+        told += [f"{100 * change.mean:+.1f}", f"{100 * change.low:+.1f} to {100 * change.high:+.1f}"]
+        told.append(f"{one['seconds an image']:.3f}")
+        lines.append(f"| {' | '.join(told)} |")
+    return "\n".join(lines)
+
+
+@click.command(cls=TpxCommand)
+@click.option("--bundle", help="Folder of the bundle.  [default: $TPX_BUNDLE, else bundles/shapes]")
+@click.option("--engine", default="auto", show_default=True, help="Engine that runs the bundle.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("out/sweep"), show_default=True)
+@click.option("--sampler", "samplers", multiple=True, help="Samplers.  [default: the bundle's]")
+@click.option("--steps", help="Denoising steps, such as 4,8,12.  [default: the bundle's]")
+@click.option("--depth", help="Latent steps, such as 1,2,3.  [default: the bundle's]")
+@click.option("--images", type=click.IntRange(1), default=1, show_default=True, help="Pictures a prompt.")
+@click.option("--limit", type=click.IntRange(1), help="Only the first N prompts of each row.")
+def main(
+    bundle: str | None,
+    engine: str,
+    out: Path,
+    samplers: tuple[str, ...],
+    steps: str | None,
+    depth: str | None,
+    **size: Any,
+) -> None:
+    """Run ShapesEval for every combination of the settings, and print the table."""
+    generator = Generator.load(find_bundle(bundle), engine)
+    defaults = generator.manifest.defaults
+    cells = []
+    grid = itertools.product(samplers or (defaults.sampler,), numbers(depth), numbers(steps))
+    for sampler, deep, many in grid:
+        settings = {"sampler": sampler, "depth": deep or defaults.depth, "steps": many or defaults.steps}
+        cells.append(cell(generator, out, settings, **size))
+        write_json(out / "sweep.json", {"bundle_sha256": generator.manifest.sha256, "cells": cells})
+    click.echo(table(out, cells, ["sampler", "depth", "steps"]))
+
+
+if __name__ == "__main__":
+    main()

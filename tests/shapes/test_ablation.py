@@ -1,0 +1,137 @@
+"""The ablation: rows that are comparable, what a run does, and the arithmetic of its table."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from samples.shapes import ablation, evaluate, sweep
+from samples.shapes.ablation import BASE, LORA, MAIN, ROWS, THINKING, WHOLE_RANK
+from samples.shapes.deepen import deepened
+from samples.shapes.train_flow import with_thinking
+from tpx_export.model import MMDiT, MMDiTSpec, TextToImage, ThinkingSpec
+from tpx_runtime.errors import BadInput
+
+KINDS = ["counting", "colours"]
+
+
+def test_rows_differ_in_one_thing_and_train_equal_experts() -> None:
+    specs = {name: spec for name, spec in ROWS.items() if spec}
+    assert {spec.experts * spec.rank for spec in specs.values()} == {WHOLE_RANK}
+    assert ROWS[BASE] is None and set(MAIN) == {LORA, THINKING}
+    lora = specs[LORA]
+    assert (lora.experts, lora.max_depth, lora.modulation) == (1, 1, False)
+    assert {(s.experts, s.max_depth) for s in specs.values()} >= {(m, t) for m in (2, 4) for t in (1, 2, 3)}
+    for name, switch in (
+        ("no modulation", "modulation"),
+        ("gate sees tokens alone", "gate_sees_condition"),
+        ("base at every step", "base_every_step"),
+    ):
+        row, main = specs[f"{THINKING}, {name}"], specs[THINKING]
+        assert [f for f in vars(row) if getattr(row, f) != getattr(main, f)] == [switch]
+
+
+@pytest.mark.parametrize("modulation", [True, False])
+def test_trained_parameters_are_those_with_a_gradient(modulation: bool) -> None:
+    base = MMDiT(MMDiTSpec(latent_size=4, width=32, heads=2, blocks=2))
+    spec = ThinkingSpec(blocks=(1,), experts=2, rank=3, max_depth=2, modulation=modulation)
+    model = with_thinking(base, spec)
+    wanted = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert ablation.trained_parameters(model, spec) == wanted > 0
+
+
+def finished(out: Path, row: str, seed: int, right: list[list[bool]]) -> dict[str, Any]:
+    """A run's folder as `run` leaves it: two prompts of each of two kinds."""
+    folder = out / f"{len(list(out.iterdir()))}"
+    (folder / "eval").mkdir(parents=True)
+    prompts = [
+        {"row": KINDS[i // 2], "prompt": f"prompt {i}", "right": verdict} for i, verdict in enumerate(right)
+    ]
+    score = sum(sum(one) / len(one) for one in right) / len(right)
+    rows = {"overall": {"score": score}}
+    report = {"list": "x", "images": 2, "seed": 0, "overall of": KINDS, "rows": rows, "prompts": prompts}
+    (folder / "eval/report.json").write_text(json.dumps(report))
+    facts = {"row": row, "seed": seed, "folder": folder.name, "trained parameters": 7, "rows": rows}
+    (folder / "result.json").write_text(json.dumps(facts))
+    return facts
+
+
+def test_the_table_pairs_each_row_with_lora_of_the_same_seeds(tmp_path: Path) -> None:
+    yes, half, no = [True, True], [True, False], [False, False]
+    results = [
+        finished(tmp_path, BASE, 0, [no, no, yes, yes]),
+        finished(tmp_path, LORA, 0, [half, no, yes, yes]),
+        finished(tmp_path, LORA, 1, [half, half, yes, yes]),
+        finished(tmp_path, THINKING, 0, [yes, half, yes, yes]),
+        finished(tmp_path, THINKING, 1, [yes, yes, yes, yes]),
+    ]
+    lines = {
+        line.split(" | ")[0].strip("| "): line for line in ablation.table(tmp_path, results).splitlines()
+    }
+    assert "| 50.0 |" in lines[BASE] and "| -12.5 |" in lines[BASE]  # against seed 0 of LoRA alone
+    assert "| 2 | 68.8 |" in lines[LORA] and lines[LORA].endswith("62.5, 75.0 | | |")
+    assert "| 93.8 |" in lines[THINKING] and "| +25.0 |" in lines[THINKING]
+
+
+def test_a_finished_run_is_not_done_again(tmp_path: Path) -> None:
+    folder = tmp_path / "LoRA-0"
+    folder.mkdir()
+    (folder / "result.json").write_text('{"row": "LoRA"}')
+    assert ablation.run(SimpleNamespace(out=tmp_path), LORA, 0) == {"row": "LoRA"}  # type: ignore[arg-type]
+
+
+def test_numbers_with_commas() -> None:
+    assert sweep.numbers("4,8") == (4, 8)
+    assert sweep.numbers(None) == (None,)
+    for wrong in ("", "4,", "0", "a"):
+        with pytest.raises(BadInput, match="expected whole numbers"):
+            sweep.numbers(wrong)
+
+
+def test_a_cell_is_judged_once_with_its_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def draw(folder: Path, generator: object, **told: Any) -> None:
+        asked.append(told)
+        folder.mkdir()
+        (folder / "report.json").write_text(json.dumps({"rows": {"overall": {"score": 0.5}}}))
+
+    monkeypatch.setattr(evaluate, "run", draw)
+    generator: Any = lambda *prompt, **told: None  # noqa: E731
+    settings = {"sampler": "euler", "depth": 2, "steps": 4}
+    first = sweep.cell(generator, tmp_path, settings, images=1, limit=3)
+    assert sweep.cell(generator, tmp_path, settings, images=1, limit=3) == first
+    assert asked == [{**settings, "images": 1, "limit": 3}]
+    assert first["rows"]["overall"]["score"] == 0.5 and first["seconds an image"] >= 0
+
+
+def test_the_sweeps_table_names_the_best_and_pairs_the_others(tmp_path: Path) -> None:
+    cells = []
+    for steps, right in ((4, [[False], [True], [True], [True]]), (8, [[True]] * 4)):
+        made = finished(tmp_path, "x", 0, right)
+        (tmp_path / made["folder"]).joinpath("eval/report.json").rename(
+            tmp_path / made["folder"] / "report.json"
+        )
+        overall = {**made["rows"]["overall"], "low": 0.0, "high": 1.0}
+        cells.append(
+            {"steps": steps, "folder": made["folder"], "seconds an image": 0.1, "rows": {"overall": overall}}
+        )
+    lines = sweep.table(tmp_path, cells, ["steps"]).splitlines()
+    assert lines[2].startswith("| 4 | 75.0 |") and "| -25.0 |" in lines[2]
+    assert lines[3].startswith("| 8 | 100.0 |") and "| +0.0 |" in lines[3]
+
+
+def test_a_deepened_model_answers_as_before_and_goes_on_with_its_last_step(tiny_model: TextToImage) -> None:
+    deep = deepened(tiny_model, 5)
+    torch.manual_seed(0)
+    inputs = torch.randn(2, 4, 8, 8), torch.tensor([900.0, 100.0]), torch.randn(2, 12, 32), torch.randn(2, 32)
+    for depth in (1, 2, 3):
+        assert torch.equal(deep.transformer(*inputs, depth)[0], tiny_model.transformer(*inputs, depth)[0])
+    shift = deep.transformer.blocks[0].thinking.shift
+    assert torch.equal(shift[4], shift[2]) and not torch.equal(shift[2], shift[1])
+    assert not torch.equal(deep.transformer(*inputs, 5)[0], deep.transformer(*inputs, 3)[0])
+    with pytest.raises(BadInput, match="beyond the model's own 3, found 3"):
+        deepened(tiny_model, 3)
