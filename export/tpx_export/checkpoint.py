@@ -1,7 +1,8 @@
 """Checkpoints: a model and its specification in one file, `.safetensors` or `.pt`.
 
-Both hold a header {"format": "tpx-model", "version": 1, "spec": {...}} and the tensors by name; tensors may be float16 on
-disk and are float32 in memory. Reading runs no code: `.pt` is read with weights_only=True, and what is not ours is refused.
+Both hold a header {"format": "tpx-model", "version": 1, "model": "text-to-image", "spec": {...}} and the tensors by name;
+tensors may be float16 on disk and are float32 in memory. Reading runs no code: `.pt` is read with weights_only=True, and
+what is not ours is refused.
 """
 
 import dataclasses
@@ -19,11 +20,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tpx_export.model.class_to_image import ClassToImage, ClassToImageSpec
 from tpx_export.model.text_to_image import TextToImage, TextToImageSpec
 from tpx_runtime.errors import TpxError, shorten
 
 FORMAT, VERSION = "tpx-model", 1
 SUFFIXES = (".safetensors", ".pt")
+Model = TextToImage | ClassToImage
+MODELS: dict[str, tuple[type[Any], type[Model]]] = {  # a header that names none is of the first
+    "text-to-image": (TextToImageSpec, TextToImage),
+    "class-to-image": (ClassToImageSpec, ClassToImage),
+}
 
 
 class CheckpointInvalid(TpxError):
@@ -32,10 +39,11 @@ class CheckpointInvalid(TpxError):
     exit_code = 6
 
 
-def save(model: TextToImage, path: Path, dtype: torch.dtype = torch.float32) -> None:
+def save(model: Model, path: Path, dtype: torch.dtype = torch.float32) -> None:
     """Write a checkpoint whole or not at all; `dtype` is that of the tensors on disk. Raises ValueError on a suffix."""
     state = {name: value.detach().to("cpu", dtype).contiguous() for name, value in model.state_dict().items()}
-    header = {"format": FORMAT, "version": VERSION, "spec": dataclasses.asdict(model.spec)}
+    (kind,) = (name for name, (_, made) in MODELS.items() if isinstance(model, made))
+    header = {"format": FORMAT, "version": VERSION, "model": kind, "spec": dataclasses.asdict(model.spec)}
     partial = path.with_name(path.name + ".part")
     try:
         if path.suffix == ".safetensors":
@@ -49,7 +57,7 @@ def save(model: TextToImage, path: Path, dtype: torch.dtype = torch.float32) -> 
         partial.unlink(missing_ok=True)
 
 
-def load(path: Path) -> TextToImage:
+def load(path: Path) -> Model:
     """Read a checkpoint into a model in evaluation mode. Raises CheckpointInvalid."""
     if not path.is_file():
         raise CheckpointInvalid(f"{path}: expected a checkpoint file, found none; check the path")
@@ -58,8 +66,7 @@ def load(path: Path) -> TextToImage:
             f"{path}: expected a file ending in {' or '.join(SUFFIXES)}, found {path.suffix or 'none'}"
         )
     header, state = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pt(path)
-    spec = _spec(path, header)
-    model = TextToImage(spec)
+    model = _fresh(path, header)
     wanted = {name: value.shape for name, value in model.state_dict().items()}
     found = {name: value.shape for name, value in state.items()}
     if wanted != found:
@@ -134,21 +141,24 @@ def _shape(shape: torch.Size | None) -> str:
     return "none" if shape is None else str(list(shape))
 
 
-def _spec(path: Path, header: Any) -> TextToImageSpec:
+def _fresh(path: Path, header: Any) -> Model:
+    """The model that a header describes, its weights yet to come."""
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise CheckpointInvalid(_foreign(path, "another header"))
     if header.get("version") != VERSION:
         raise CheckpointInvalid(
             f"{path}: expected checkpoint version {VERSION}, found {header.get('version')!r}; install the tpx that wrote it"
         )
+    kind = header.get("model", "text-to-image")
+    if not isinstance(kind, str) or kind not in MODELS:
+        raise CheckpointInvalid(f"{path}: expected a model of {', '.join(MODELS)}, found {shorten(kind)}")
+    spec, made = MODELS[kind]
     try:
-        spec = _build(TextToImageSpec, header["spec"])
+        return made(_build(spec, header["spec"]))
     except (TypeError, ValueError, KeyError) as error:
         raise CheckpointInvalid(
             f"{path}: expected a model specification, found one that does not fit ({error})"
         ) from None
-    assert isinstance(spec, TextToImageSpec)
-    return spec
 
 
 def _build(kind: Any, value: Any) -> Any:

@@ -28,13 +28,14 @@ def manifest(pipeline: Pipeline, depths: tuple[int, ...], precision: str, folder
 def scheduler(pipeline: Pipeline) -> dict[str, object]:
     """diffusers' configuration of the schedule that the model was trained for."""
     if pipeline.shift is None:
+        learned = pipeline.model.out_channels > pipeline.model.latent_channels
         return {
             "_class_name": "DDPMScheduler",
             "num_train_timesteps": 1000,
             "beta_start": 1e-4,
             "beta_end": 0.02,
             "beta_schedule": "linear",
-            "variance_type": "learned_range",
+            "variance_type": "learned_range" if learned else "fixed_large",
             "clip_sample": False,
         }
     return {

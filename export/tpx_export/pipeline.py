@@ -7,11 +7,16 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from torch import nn
 
+from tpx_export.model.class_to_image import ClassToImage
+from tpx_export.model.dit import DiTSpec
+from tpx_export.model.mmdit import MMDiTSpec
+from tpx_export.model.text_encoder import TextEncoder
 from tpx_export.model.text_to_image import TextToImage
 from tpx_runtime.manifest import Defaults, EncoderSpec, LatentSpec, ModelSpec
 from tpx_runtime.tokenizer import tokenizer_of
@@ -58,24 +63,20 @@ class Pipeline:
     precision: str = "fp32"
 
     @classmethod
-    def of(cls, model: TextToImage) -> "Pipeline":
-        """The parts of a checkpoint of ours."""
-        spec, transformer, text = model.spec, model.spec.transformer, model.spec.text_encoder
-        picture, latent = spec.autoencoder.image_size_px, spec.autoencoder.latent_size
-        thinking = transformer.thinking
+    def of(cls, model: TextToImage | ClassToImage) -> "Pipeline":
+        """The parts of a checkpoint of ours: a flow that is told a prompt, or a diffusion that is told a class."""
+        spec, transformer = model.spec, model.spec.transformer
+        side, latent, thinking = spec.autoencoder.image_size_px, transformer.latent_size, transformer.thinking
+        flow = model if isinstance(model, TextToImage) else None
         return cls(
             name=spec.name,
             license=spec.license,
             model=ModelSpec(
                 latent_channels=transformer.latent_channels,
                 latent_size=(latent, latent),
-                image_size_px=(picture, picture),
-                context_tokens=transformer.context_tokens,
-                context_width=transformer.context_width,
-                pooled_width=transformer.pooled_width,
-                classes=0,
-                prediction="velocity",
-                out_channels=transformer.latent_channels,
+                image_size_px=(side, side),
+                **_told(transformer),
+                conditions_width=transformer.conditions_width,
                 guided_channels=transformer.latent_channels,
                 visual_tokens=transformer.visual_tokens,
                 depths=tuple(range(1, transformer.max_depth + 1)),
@@ -84,23 +85,38 @@ class Pipeline:
             ),
             latent=LatentSpec(spec.autoencoder.scale, spec.autoencoder.shift),
             defaults=spec.defaults,
-            shift=spec.shift,
-            text=(
-                TextPart(
-                    spec=EncoderSpec("text_encoder", "tokenizer", text.tokens, text.width, text.width),
-                    vocabulary={
-                        "kind": "word",
-                        "tokens": list(text.vocabulary),
-                        "text_tokens": text.tokens,
-                    },
-                    ids=_random_words(len(text.vocabulary), text.tokens),
-                    load=lambda: copy.deepcopy(model.text_encoder),
-                ),
-            ),
+            shift=flow.spec.shift if flow else None,
+            text=(_text_part(flow.text_encoder),) if flow else (),
             blocks=transformer.blocks,
             transformer=lambda: copy.deepcopy(model.transformer),
             autoencoder=lambda: copy.deepcopy(model.autoencoder),
         )
+
+
+def _told(transformer: MMDiTSpec | DiTSpec) -> dict[str, Any]:
+    """What the transformer is told and what it answers, as the manifest says it."""
+    if isinstance(transformer, MMDiTSpec):
+        return {
+            "context_tokens": transformer.context_tokens,
+            "context_width": transformer.context_width,
+            "pooled_width": transformer.pooled_width,
+            "classes": 0,
+            "prediction": "velocity",
+            "out_channels": transformer.latent_channels,
+        }
+    nothing = dict.fromkeys(("context_tokens", "context_width", "pooled_width"), 0)
+    answer = {"prediction": "epsilon", "out_channels": transformer.out_channels}
+    return {**nothing, "classes": transformer.classes, **answer}
+
+
+def _text_part(encoder: TextEncoder) -> TextPart:
+    spec = encoder.spec
+    return TextPart(
+        spec=EncoderSpec("text_encoder", "tokenizer", spec.tokens, spec.width, spec.width),
+        vocabulary={"kind": "word", "tokens": list(spec.vocabulary), "text_tokens": spec.tokens},
+        ids=_random_words(len(spec.vocabulary), spec.tokens),
+        load=lambda: copy.deepcopy(encoder),
+    )
 
 
 def example_ids(vocabulary: dict[str, object]) -> npt.NDArray[np.int64]:

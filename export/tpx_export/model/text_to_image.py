@@ -11,6 +11,18 @@ from tpx_export.model.text_encoder import TextEncoder, TextEncoderSpec
 from tpx_runtime.manifest import Defaults
 
 
+def check_name(name: str) -> None:
+    """A model's name becomes a folder's. Raises ValueError."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise ValueError(f"expected a name of letters, digits, dots and dashes, got {name!r}")
+
+
+def check_same(name: str, expected: int, found: int) -> None:
+    """Parts of one model fit one another. Raises ValueError."""
+    if expected != found:
+        raise ValueError(f"expected {name} {expected} as in the transformer, got {found}")
+
+
 @dataclass(frozen=True)
 class TextToImageSpec:
     """`shift` is that of the flow-matching schedule; `defaults` are what a call that names no value uses."""
@@ -24,19 +36,13 @@ class TextToImageSpec:
     defaults: Defaults
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
-            raise ValueError(f"expected a name of letters, digits, dots and dashes, got {self.name!r}")
+        check_name(self.name)
         seen, given = self.transformer, self.text_encoder
-        pairs = (
-            ("latent_channels", seen.latent_channels, self.autoencoder.latent_channels),
-            ("latent_size", seen.latent_size, self.autoencoder.latent_size),
-            ("context_tokens", seen.context_tokens, given.tokens),
-            ("context_width", seen.context_width, given.width),
-            ("pooled_width", seen.pooled_width, given.width),
-        )
-        for name, expected, found in pairs:
-            if expected != found:
-                raise ValueError(f"expected {name} {expected} as in the transformer, got {found}")
+        check_same("latent_channels", seen.latent_channels, self.autoencoder.latent_channels)
+        check_same("latent_size", seen.latent_size, self.autoencoder.latent_size)
+        check_same("context_tokens", seen.context_tokens, given.tokens)
+        check_same("context_width", seen.context_width, given.width)
+        check_same("pooled_width", seen.pooled_width, given.width)
 
 
 class TextToImage(nn.Module):

@@ -1,0 +1,92 @@
+"""How often the class-conditional sample model draws its classes: every class x seeds, judged by the scene parser.
+
+    python -m samples.shapes.score_classes --bundle bundles/shape-classes --out page.png
+
+A picture is right if the parser sees in it one object alone, of the class's shape and colour. Needs no torch.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from samples.shapes.classes import CLASSES, prompt_of_class
+from samples.shapes.parser import Parser
+from samples.shapes.score import Row, judge, page
+from samples.shapes.world import SHAPES
+from tpx_runtime.cli import TpxCommand
+from tpx_runtime.errors import BadInput
+from tpx_runtime.evaluation.record import write_json
+from tpx_runtime.evaluation.statistics import bootstrap
+
+
+def report(rows: list[Row]) -> dict[str, dict[str, Any]]:
+    """For each shape and "overall": classes, images, score and its 95% interval (bootstrap over classes), parts of 1."""
+    shares = {shape: [] for shape in SHAPES}  # type: dict[str, list[float]]
+    for row in rows:
+        shares[row.prompt.groups[0].shape].append(float(np.mean(row.right)))
+    images, made = len(rows[0].right), {}
+    for name, members in [*((shape, [shape]) for shape in SHAPES), ("overall", list(SHAPES))]:
+        estimate = bootstrap([np.array(shares[shape]) for shape in members])
+        classes = sum(len(shares[shape]) for shape in members)
+        made[name] = {
+            "classes": classes,
+            "images": classes * images,
+            "score": estimate.mean,
+            "low": estimate.low,
+            "high": estimate.high,
+        }
+    return made
+
+
+def as_text(result: dict[str, dict[str, Any]]) -> str:
+    lines = ["| | classes | images | right | 95% interval |", "|---|---|---|---|---|"]
+    for name, row in result.items():
+        score, low, high = (f"{100 * row[key]:.1f}" for key in ("score", "low", "high"))
+        shown = f"**{name}**" if name == "overall" else name
+        lines.append(f"| {shown} | {row['classes']} | {row['images']} | {score}% | {low} to {high} |")
+    return "\n".join(lines)
+
+
+@click.command(cls=TpxCommand)
+@click.option("--bundle", default="bundles/shape-classes", show_default=True, help="Folder of the bundle.")
+@click.option("--seeds", type=click.IntRange(1), default=8, show_default=True, help="Pictures a class.")
+@click.option("--engine", default="auto", show_default=True, help="Engine that runs the bundle.")
+@click.option("--sampler", help="Sampler.  [default: the bundle's]")
+@click.option("--steps", type=int, help="Denoising steps.  [default: the bundle's]")
+@click.option("--guidance", type=float, help="Guidance.  [default: the bundle's]")
+@click.option("--depth", type=int, help="Latent steps of thinking.  [default: the bundle's]")
+@click.option("--out", type=click.Path(path_type=Path), help="PNG of all pictures to write.")
+@click.option("--json", "record", type=click.Path(path_type=Path), help="JSON of the table to write.")
+def main(
+    bundle: str, seeds: int, engine: str, out: Path | None, record: Path | None, **settings: Any
+) -> None:
+    """Draw every class with seeds 0, 1, ... and print how many pictures are right."""
+    from tpx_runtime.generator import Generator
+    from tpx_runtime.images import check_writable, save_png
+
+    if out:
+        check_writable(out)
+    generator, parser, rows = Generator.load(bundle, engine), Parser.load(), []
+    if generator.manifest.model.classes != len(CLASSES):
+        raise BadInput(
+            f"expected a bundle of the {len(CLASSES)} shape classes, found {generator.manifest.name}; "
+            "make one with `tpx-export --ckpt samples/shapes/classes.safetensors`"
+        )
+    with click.progressbar(range(len(CLASSES)), label="drawing", file=sys.stderr) as bar:
+        for class_id in bar:
+            drawn = generator(class_id=class_id, num_images=seeds, **settings)
+            rows.append(judge(parser, prompt_of_class(class_id), drawn))
+    result = report(rows)
+    click.echo(as_text(result))
+    if record:
+        write_json(record, {"bundle_sha256": generator.manifest.sha256, "seeds": seeds, "rows": result})
+    if out:
+        save_png(page(rows), out)
+        click.echo(out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""Trains the class-conditional sibling of the sample model: a DiT on shapes by class, then thinking adapters in it.
+
+    python -m samples.shapes.train_classes --shapes runs/shapes --out runs/classes
+
+The autoencoder is the sample model's. DiT's own training (Peebles and Xie, 2212.09748): epsilon of a diffusion with linear
+betas, without the learned variance. The adapters think in self-attention, as in the paper's class-conditional half. Every
+stage saves its state in `--out` and is taken up from there; the result is `--out`/classes.safetensors.
+"""
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import click
+import torch
+from torch import Tensor, nn
+
+from samples.shapes import train_autoencoder
+from samples.shapes.classes import CLASSES, scene_of_class
+from samples.shapes.fit import fit, save_whole, seeded
+from samples.shapes.latents import encoded, fingerprint
+from samples.shapes.pictures import save_grid
+from samples.shapes.train_flow import CAPTION_DROPOUT, Run, optimizers, with_thinking
+from tpx_export import checkpoint
+from tpx_export.model.autoencoder import Autoencoder
+from tpx_export.model.class_to_image import ClassToImage, ClassToImageSpec
+from tpx_export.model.dit import DiT, DiTSpec
+from tpx_export.model.thinking import ThinkingSpec
+from tpx_export.training.diffusion import DiffusionLoss
+from tpx_runtime.diffusion import DIFFUSION_SAMPLERS
+from tpx_runtime.manifest import Defaults
+from tpx_runtime.noise import batch_noise
+
+EACH = 256  # scenes of a class
+SHOWN = (0, 7, 9, 14, 18, 21, 27, 30)  # classes in the previews
+
+
+def latents_of_classes(folder: Path, autoencoder: Autoencoder) -> tuple[Tensor, Tensor]:
+    """Latents float16 [classes * EACH, C, S, S] and their classes, rendered and encoded if not there yet."""
+    classes = torch.arange(len(CLASSES)).repeat_interleave(EACH)
+    path = folder / f"classes-{fingerprint(autoencoder)}.pt"
+    if not path.exists():
+        rng = random.Random("classes")
+        save_whole(encoded([scene_of_class(rng, int(one)) for one in classes], autoencoder), path)
+    return torch.load(path, weights_only=True), classes
+
+
+def loss_of(
+    model: DiT, data: tuple[Tensor, Tensor], run: Run, depths: tuple[int, ...]
+) -> Callable[[int], Tensor]:
+    """The loss of a step; depth is drawn from `depths`."""
+    compiled, objective = torch.compile(model, dynamic=False), DiffusionLoss(learned_sigma=False)
+    compiled.patch_in = model.patch_in  # the loss asks for the model's type
+    latents, classes = data
+
+    def loss_at(step: int) -> Tensor:
+        torch.manual_seed(run.seed * 1_000_003 + step)  # of the Gumbel noise
+        stream = seeded(run.seed, step)
+        rows = torch.randint(len(latents), (run.batch,), generator=stream)
+        dropped = torch.rand(run.batch, generator=stream) < CAPTION_DROPOUT
+        told = torch.where(dropped, len(CLASSES), classes[rows]).to(run.device)
+        depth = random.Random(run.seed * 7 + step).choice(depths)
+        with torch.autocast(run.device, dtype=torch.bfloat16):
+            return objective(compiled, latents[rows].float().to(run.device), (told,), depth, stream)
+
+    return loss_at
+
+
+@torch.no_grad()
+def sample(
+    model: DiT, autoencoder: Autoencoder, depth: int, guidance: float = 2.0, steps: int = 20
+) -> Tensor:
+    """Pictures [B, 3, H, W] in -1..1 of the classes `SHOWN`, twice each, with the runtime's own sampler and noise."""
+    device = autoencoder.decoder.net[0].weight.device
+    classes = torch.tensor([*SHOWN, *SHOWN], device=device)
+    both = torch.cat([torch.full_like(classes, len(CLASSES)), classes])
+
+    def epsilon(x, timestep):  # type: ignore[no-untyped-def]
+        twice = torch.from_numpy(x).to(device).repeat(2, 1, 1, 1)
+        predicted = model(twice, torch.full((len(twice),), timestep, device=device), both, depth)[0]
+        without, given = predicted.float().cpu().numpy().reshape(2, *x.shape)
+        return without + guidance * (given - without)
+
+    sampler = DIFFUSION_SAMPLERS["ddim"]
+    noise = batch_noise(
+        list(range(len(classes))), (model.spec.latent_channels, *[model.spec.latent_size] * 2)
+    )
+    *_, latents = sampler.sample(epsilon, noise, sampler.schedule(steps, 1.0), lambda step: noise)
+    return autoencoder.decode(torch.from_numpy(latents).float().to(device))
+
+
+def train(
+    name: str,
+    model: DiT,
+    data: tuple[Tensor, Tensor],
+    autoencoder: Autoencoder,
+    run: Run,
+    depths: tuple[int, ...],
+) -> DiT:
+    """Returns the trained (EMA) model in evaluation mode."""
+
+    def show(ema: nn.Module, step: int) -> None:
+        assert isinstance(ema, DiT)
+        save_grid(sample(ema.eval(), autoencoder, max(depths)), run.out / f"{name}-{step:06d}.png", columns=8)
+
+    best = fit(
+        name,
+        model,
+        optimizers(model, run.rate),
+        loss_of(model, data, run, depths),
+        steps=run.steps,
+        state=run.out / f"{name}.state.pt",
+        ema_decay=0.995,
+        show=show,
+        show_every=200,
+    )
+    assert isinstance(best, DiT)
+    return best.eval()
+
+
+@click.command()
+@click.option("--shapes", type=click.Path(path_type=Path), default=Path("runs/shapes"), show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/classes"), show_default=True)
+@click.option("--steps", default=2000, show_default=True)
+@click.option("--adapter-steps", default=400, show_default=True)
+@click.option("--batch", default=96, show_default=True)
+@click.option("--seed", default=0, show_default=True)
+@click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
+def main(shapes: Path, out: Path, steps: int, adapter_steps: int, batch: int, seed: int, device: str) -> None:
+    """Train, or take up training of, the class-conditional sample model."""
+    autoencoder = train_autoencoder.train(shapes, steps=2400, batch=32, seed=0, device=device)
+    data, run = latents_of_classes(out, autoencoder), Run(out, steps, batch, seed, device)
+    spec = DiTSpec(
+        latent_channels=autoencoder.spec.latent_channels,
+        latent_size=autoencoder.spec.latent_size,
+        width=192,
+        heads=3,
+        blocks=6,
+        classes=len(CLASSES),
+        learned_sigma=False,
+        qk_norm=True,
+    )
+    torch.manual_seed(seed)
+    base = train("base", DiT(spec).to(device), data, autoencoder, run, depths=(1,))
+    thinking = ThinkingSpec()
+    torch.manual_seed(seed)
+    adapted = with_thinking(base, thinking).train()
+    depths = tuple(range(1, thinking.max_depth + 1))
+    adapted = train("adapters", adapted, data, autoencoder, replace(run, steps=adapter_steps), depths)
+    for name, transformer in (("base", base), ("classes", adapted)):
+        model = ClassToImage(
+            ClassToImageSpec(
+                name="shape-classes",
+                license="Apache-2.0",
+                autoencoder=autoencoder.spec,
+                transformer=transformer.spec,
+                defaults=Defaults(sampler="ddim", steps=20, guidance=2.0, depth=transformer.spec.max_depth),
+            )
+        )
+        model.autoencoder.load_state_dict(autoencoder.state_dict())
+        model.transformer.load_state_dict(transformer.state_dict())
+        path = out / f"{name}.safetensors"
+        checkpoint.save(model, path, torch.float16)
+        print(f"{path}: {path.stat().st_size / 1e6:.1f} MB", flush=True)
+
+
+if __name__ == "__main__":
+    main()

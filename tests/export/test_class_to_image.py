@@ -1,0 +1,122 @@
+"""A class-to-image checkpoint of ours: saved, read, exported, drawn from, and refused where it does not fit."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from tpx_export import checkpoint
+from tpx_export.exporter import export_bundle
+from tpx_export.model import (
+    AutoencoderSpec,
+    ClassToImage,
+    ClassToImageSpec,
+    DiTSpec,
+    TextToImage,
+    ThinkingSpec,
+)
+from tpx_export.pipeline import Pipeline
+from tpx_runtime.generator import Generator
+from tpx_runtime.manifest import Defaults
+
+CLASSES = 5
+
+
+@pytest.fixture(scope="module")
+def model() -> ClassToImage:
+    torch.manual_seed(0)
+    spec = ClassToImageSpec(
+        name="tiny-classes",
+        license="Apache-2.0",
+        autoencoder=AutoencoderSpec(image_size_px=64, widths=(16, 16, 8)),
+        transformer=DiTSpec(
+            latent_size=8,
+            width=64,
+            heads=2,
+            blocks=3,
+            classes=CLASSES,
+            learned_sigma=False,
+            qk_norm=True,
+            thinking=ThinkingSpec(blocks=(0, 2), experts=3, rank=4, max_depth=2),
+        ),
+        defaults=Defaults(sampler="ddim", steps=3, guidance=2.0, depth=2),
+    )
+    made = ClassToImage(spec)
+    with torch.no_grad():
+        for parameter in made.transformer.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.1)
+    return made.eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("suffix", checkpoint.SUFFIXES)
+def test_round_trip(model: ClassToImage, tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"model{suffix}"
+    checkpoint.save(model, path)
+    found = checkpoint.load(path)
+    assert isinstance(found, ClassToImage)
+    assert found.spec == model.spec
+    for name, value in model.state_dict().items():
+        assert torch.equal(found.state_dict()[name], value), name
+
+
+def _with_header(path: Path, header: dict[str, object]) -> Path:
+    save_file(load_file(path), path, metadata={"tpx": json.dumps(header)})
+    return path
+
+
+def _header(path: Path) -> dict[str, object]:
+    with safe_open(path, framework="pt") as file:
+        found: dict[str, object] = json.loads(file.metadata()["tpx"])
+    return found
+
+
+def test_a_header_without_a_model_is_text_to_image(tiny_model: TextToImage, tmp_path: Path) -> None:
+    path = tmp_path / "old.safetensors"
+    checkpoint.save(tiny_model, path)
+    header = _header(path)
+    assert header.pop("model") == "text-to-image"
+    assert isinstance(checkpoint.load(_with_header(path, header)), TextToImage)
+
+
+@pytest.mark.parametrize("kind", ["video", 3, ["text-to-image"]])
+def test_another_kind_of_model_is_refused(model: ClassToImage, tmp_path: Path, kind: object) -> None:
+    path = tmp_path / "model.safetensors"
+    checkpoint.save(model, path)
+    with pytest.raises(
+        checkpoint.CheckpointInvalid, match="expected a model of text-to-image, class-to-image"
+    ):
+        checkpoint.load(_with_header(path, {**_header(path), "model": kind}))
+
+
+def test_parts_that_do_not_fit_are_refused(model: ClassToImage) -> None:
+    with pytest.raises(ValueError, match="expected latent_size 16 as in the transformer, got 8"):
+        dataclasses.replace(
+            model.spec, transformer=dataclasses.replace(model.spec.transformer, latent_size=16)
+        )
+
+
+def test_the_bundle_draws_what_pytorch_draws(model: ClassToImage, tmp_path: Path) -> None:
+    out = tmp_path / "bundle"
+    export_bundle(Pipeline.of(model), out)
+    generator = Generator.load(out, "onnxruntime")
+    assert generator.manifest.model.classes == CLASSES
+    assert generator.manifest.model.out_channels == 4
+    schedule = json.loads((out / "scheduler/scheduler_config.json").read_text())
+    assert schedule["variance_type"] == "fixed_large"  # ddpm's variance where the model predicts none
+    (job,) = generator.plan(class_id=3, seed=5, guidance=1.0, steps=1)
+    latents = generator.generate_latents([job]).latents
+    # One step of ddim from pure noise at t = 999 gives x0, which epsilon alone decides.
+    from tpx_runtime.noise import batch_noise
+
+    noise = torch.from_numpy(batch_noise([5], (4, 8, 8)))
+    epsilon, _ = model.transformer(noise, torch.tensor([999.0]), torch.tensor([3]), 2)
+    abar = float(np.prod(1 - np.linspace(1e-4, 0.02, 1000)))
+    expected = (noise - (1 - abar) ** 0.5 * epsilon) / abar**0.5
+    scale = float(expected.abs().max())
+    assert np.abs(latents - expected.numpy()).max() < 1e-4 * scale

@@ -1,0 +1,82 @@
+"""The class-conditional sibling: its classes, a step of its training, and its score."""
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from samples.shapes import train_classes
+from samples.shapes.captions import satisfies
+from samples.shapes.classes import CLASSES, name_of_class, prompt_of_class, scene_of_class
+from samples.shapes.score import Row
+from samples.shapes.score_classes import as_text, report
+from samples.shapes.train_flow import Run, with_thinking
+from tpx_export.model import DiT, DiTSpec, ThinkingSpec
+from tpx_runtime.evaluation.statistics import bootstrap
+
+_SPEC = DiTSpec(
+    latent_size=4, width=32, heads=2, blocks=2, classes=len(CLASSES), learned_sigma=False, qk_norm=True
+)
+
+
+def test_classes_are_every_colour_of_every_shape() -> None:
+    assert len(CLASSES) == len(set(CLASSES)) == 32
+    assert (name_of_class(0), name_of_class(7), name_of_class(31)) == (
+        "a red cube",
+        "a black cube",
+        "a black cone",
+    )
+
+
+def test_a_scene_of_a_class_is_of_that_class_alone() -> None:
+    rng = random.Random(0)
+    for class_id in range(len(CLASSES)):
+        scene = scene_of_class(rng, class_id)
+        assert [satisfies(scene, prompt_of_class(other)) for other in range(len(CLASSES))].count(True) == 1
+        assert satisfies(scene, prompt_of_class(class_id))
+
+
+def test_the_loss_tells_classes_apart_and_hides_some(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch, "compile", lambda model, **options: model)
+    torch.manual_seed(0)
+    model, told = DiT(_SPEC), []
+    original = model.forward
+    monkeypatch.setattr(
+        model,
+        "forward",
+        lambda x, t, class_id, depth: told.append(class_id) or original(x, t, class_id, depth),
+    )
+    data = torch.randn(64, 4, 4, 4).half(), torch.arange(64) % len(CLASSES)
+    loss_at = train_classes.loss_of(model, data, Run(tmp_path, 1, 64, 0, "cpu"), depths=(1,))
+    first, again, other = loss_at(0), loss_at(0), loss_at(1)
+    assert first.item() == again.item() != other.item()
+    assert len(set(told[0].tolist()) - {len(CLASSES)}) > 5
+    assert 0 < int((torch.cat(told) == len(CLASSES)).sum()) < 64
+
+
+def test_fresh_adapters_answer_as_the_base() -> None:
+    torch.manual_seed(0)
+    base = DiT(_SPEC).requires_grad_(False).eval()
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter.normal_(std=0.1)
+    adapted = with_thinking(base, ThinkingSpec(blocks=(0,), experts=2, rank=2, max_depth=2)).eval()
+    x, t, ids = torch.randn(2, 4, 4, 4), torch.tensor([10.0, 900.0]), torch.tensor([0, 3])
+    assert torch.allclose(adapted(x, t, ids, 2)[0], base(x, t, ids, 1)[0], atol=1e-6)
+    assert all(".thinking." in name for name, p in adapted.named_parameters() if p.requires_grad)
+
+
+def test_the_score_is_the_share_of_right_pictures_by_shape() -> None:
+    picture = Image.new("RGB", (4, 4))
+    rows = [
+        Row(prompt_of_class(c), [picture] * 4, [c % 2 == 0, True, True, True]) for c in range(len(CLASSES))
+    ]
+    result = report(rows)
+    assert result["cube"]["classes"] == 8
+    assert result["cube"]["images"] == 32
+    assert result["overall"]["score"] == pytest.approx(7 / 8)
+    low = bootstrap([torch.tensor([1.0, 0.75] * 4).double().numpy()]).low
+    assert result["cone"]["low"] == low
+    assert "| **overall** | 32 | 128 | 87.5% |" in as_text(result)
