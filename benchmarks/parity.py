@@ -58,7 +58,10 @@ def our_outputs(generator: Generator, golden: dict[str, Any]) -> dict[str, list[
     for encoder in bundle.manifest.text_encoders:
         out = engine.open(bundle.text_encoder(encoder)).run({"ids": golden[f"{encoder.folder}.ids"]})
         made[encoder.folder] = [out[name] for name in ("context", "pooled") if name in out]
-    inputs = {name: golden[name] for name in ("latents", "timestep", "context", "pooled")}
+    model = bundle.manifest.model
+    known = {name: golden[name] for name in model.conditions_inputs}
+    inputs = {"latents": golden["latents"], "context": golden["context"]}
+    inputs |= engine.open(bundle.conditions).run(known)
     made["transformer depth 1"] = [engine.open(bundle.transformer(1, engine.plain)).run(inputs)["velocity"]]
     decoder = engine.open(bundle.vae_decoder)
     made["vae_decoder"] = [decoder.run({"latents": golden["decoder_latents"]})["image"]]

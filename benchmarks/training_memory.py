@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tpx_export.model import MMDiTSpec, ThinkingSpec
+from tpx_export.model.conditions import GATE_WIDTH
 from tpx_export.model.mmdit import JointBlock
 from tpx_export.model.thinking import Thinking
 
@@ -21,8 +22,13 @@ def kept_bytes(block: JointBlock, tokens: int, depth: int) -> int:
     """Bytes of the distinct tensors that autograd keeps of one forward pass."""
     x = torch.randn(1, tokens, WIDTH, dtype=torch.bfloat16, requires_grad=True)
     c = torch.randn(1, TEXT, WIDTH, dtype=torch.bfloat16, requires_grad=True)
-    y = torch.randn(1, WIDTH)
-    known = {value.untyped_storage().data_ptr() for value in (*block.parameters(), y)}
+    told = list(torch.randn(1, 1, block.modulations * WIDTH, dtype=torch.bfloat16).split(WIDTH, dim=-1))
+    seen = torch.randn(1, 1, GATE_WIDTH) if block.thinking else None
+    known = {
+        value.untyped_storage().data_ptr()
+        for value in (*block.parameters(), *told, seen)
+        if value is not None
+    }
     kept: dict[int, int] = {}
 
     def count(value: Tensor) -> Tensor:
@@ -32,7 +38,7 @@ def kept_bytes(block: JointBlock, tokens: int, depth: int) -> int:
         return value
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda value: value):
-        outputs = block(x, c, y, depth)
+        outputs = block(x, c, told, seen, depth)
     assert outputs[0].requires_grad
     return sum(kept.values())
 

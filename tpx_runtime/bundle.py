@@ -38,6 +38,7 @@ __all__ = [
 MANIFEST = "manifest.json"
 VOCABULARY = "vocab.json"  # in the folder of a tokenizer
 MODEL = "model.onnx"  # in the folder of a text encoder
+CONDITIONS = "transformer/conditions.onnx"
 VAE_ENCODER = "vae_encoder/model.onnx"  # a bundle may lack it
 VAE_DECODER = "vae_decoder/model.onnx"
 SCHEDULER = "scheduler/scheduler_config.json"
@@ -118,7 +119,7 @@ class Bundle:
         for encoder in bundle.manifest.text_encoders:
             bundle.vocabulary(encoder)
             bundle.text_encoder(encoder)
-        for name in (*transformers, VAE_DECODER, SCHEDULER, GOLDEN):
+        for name in (CONDITIONS, *transformers, VAE_DECODER, SCHEDULER, GOLDEN):
             bundle.path(name)
         for fault in (_wrong_size, _wrong_hash) if verify else (_wrong_size,):
             for name, entry in bundle.manifest.files.items():
@@ -145,8 +146,13 @@ class Bundle:
     def text_encoder(self, encoder: EncoderSpec) -> Path:
         return self.path(f"{encoder.folder}/{MODEL}")
 
+    @property
+    def conditions(self) -> Path:
+        """The graph of what timestep and prompt or class alone decide."""
+        return self.path(CONDITIONS)
+
     def transformer(self, depth: int, plain: bool = False) -> Path:
-        """The graph of `depth` latent steps; `plain` is the spelling without local functions."""
+        """The graph of `depth` latent steps, for given conditions; `plain` is the spelling without local functions."""
         return self.path(transformer_name(depth, plain))
 
     @property

@@ -1,37 +1,25 @@
 """The main job: what the model is told, denoising loop, decoder, picture."""
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from functools import cached_property, partial
+from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
 from .bundle import Bundle
 from .conditioning import ClassConditioner, TextConditioner
-from .editing import Edit, Repainting, noised, starting_strength, tail, to_pixels, to_repaint
+from .denoising import Callback, Denoiser, Sample, one_loop, require_finite
+from .editing import Edit, starting_strength, to_pixels, to_repaint
 from .engine import AUTO, Arrays, Engine, Session, output, resolve
-from .errors import BadInput, Cancelled, EngineFailed, shorten
-from .guidance import GuidedPrediction
+from .errors import BadInput, shorten
 from .images import to_pil
-from .noise import MAX_SEED, batch_noise
+from .noise import MAX_SEED
 from .pictures import fit, fit_mask, flat
-from .registry import SAMPLERS_FOR, walk
-from .samplers import Array, Velocity
+from .samplers import Array
 from .settings import Settings, check_int
 
-Callback = Callable[[int, int, Array], bool | None]  # (step from 1, total steps, latents [B, C, H, W])
 MAX_IMAGES = 1000  # of one prompt in one call
-
-
-@dataclass(frozen=True)
-class Sample:
-    """What the loop made: `latents` [B, C, H, W], and for each model call `routes` [B, S, N], if any."""
-
-    latents: Array
-    routes: list[npt.NDArray[np.int64]]
 
 
 class Generator:
@@ -43,7 +31,7 @@ class Generator:
         classes = self.manifest.model.classes
         self.classes = ClassConditioner(classes) if classes else None
         self.text = None if classes else TextConditioner(bundle, engine, t5)
-        self._transformers: dict[int, Session] = {}
+        self._denoise = Denoiser(bundle, engine)
 
     @classmethod
     def load(cls, path: str | Path, engine: str = AUTO, verify: bool = True, t5: bool = True) -> "Generator":
@@ -199,36 +187,9 @@ class Generator:
 
         Raises Cancelled when the callback returns False, BadInput for a strength without an `edit` and the reverse.
         """
-        loops = {(job.sampler, job.steps, job.guidance, job.depth, job.strength) for job in jobs}
-        if len(loops) != 1:
-            raise BadInput(
-                f"expected jobs of one sampler, steps, guidance, depth and strength, found {len(loops)} kinds"
-            )
-        (sampler_name, steps, guidance, depth, strength) = loops.pop()
-        if (strength is None) != (edit is None):
-            found = "no strength" if strength is None else "no picture"
-            raise BadInput(f"expected a picture to start from and a strength, or neither, found {found}")
-        model, seeds = self.manifest.model, [job.seed for job in jobs]
-        told, negative = self._condition(jobs, guided=guidance != 1)
-        predict = GuidedPrediction(self._transformer(depth), model, told, negative, guidance)
-        prediction: Velocity = predict
-        sampler = SAMPLERS_FOR[model.prediction][sampler_name]
-        schedule = sampler.schedule(steps, self._shift)
-        latents = noise = batch_noise(seeds, model.latent_shape)
-        if edit and strength is not None:
-            schedule = tail(schedule, strength)
-            latents = noised(edit.latents, noise, schedule.sigmas[0])
-            if edit.repaint is not None:
-                prediction = Repainting(predict, edit.latents, noise, edit.repaint)
-        path = walk(sampler, prediction, latents, schedule, partial(batch_noise, seeds, model.latent_shape))
-        total = len(schedule.timesteps)
-        with np.errstate(over="ignore", invalid="ignore"):  # the next line says it better
-            for step, latents in enumerate(path, start=1):
-                self._require_finite(latents, f"latents of step {step}")
-                answer = callback(step, total, latents) if callback else None
-                if isinstance(answer, bool | np.bool_) and not answer:
-                    raise Cancelled(f"cancelled at step {step} of {total}, nothing was written")
-        return Sample(latents, predict.routes)
+        job = one_loop(jobs, edit)
+        told = self._told(jobs, guided=job.guidance != 1)
+        return self._denoise(job, [job.seed for job in jobs], told, callback, edit)
 
     def decode(self, latents: Array) -> Array:
         """Latents [B, C, H, W] of the denoising loop to pixels [B, 3, height, width] in -1..1."""
@@ -239,17 +200,14 @@ class Generator:
         self._require_finite(image, "picture")
         return image
 
-    def _condition(self, jobs: Sequence[Settings], guided: bool) -> tuple[Arrays, Arrays | None]:
-        """What the prompts' branch is told, and the negative one: both at once, for an encoder may be loaded for it."""
+    def _told(self, jobs: Sequence[Settings], guided: bool) -> Arrays:
+        """What the branches are told, the negative one first: both at once, for an encoder may be loaded for it."""
         if self.classes:
             nothing = [None] * len(jobs) if guided else []
-            made = self.classes([*(job.class_id for job in jobs), *nothing])
-        else:
-            assert self.text is not None
-            negatives = [job.negative_prompt or None for job in jobs] if guided else []
-            made = self.text([*(job.prompt for job in jobs), *negatives])
-        told = {name: rows[: len(jobs)] for name, rows in made.items()}
-        return told, {name: rows[len(jobs) :] for name, rows in made.items()} if guided else None
+            return self.classes([*nothing, *(job.class_id for job in jobs)])
+        assert self.text is not None
+        negatives = [job.negative_prompt or None for job in jobs] if guided else []
+        return self.text([*negatives, *(job.prompt for job in jobs)])
 
     def _vae_encoder(self) -> Path:
         """The encoder's graph. Raises BadInput for a bundle that cannot start from a picture."""
@@ -267,26 +225,11 @@ class Generator:
         return path
 
     def _require_finite(self, values: Array, what: str) -> None:
-        if not np.isfinite(values).all():
-            raise EngineFailed(
-                f"expected finite numbers in the {what}, found NaN or infinity from engine "
-                f"{self.engine.name} at precision {self.manifest.precision}; try an fp32 bundle, or "
-                "check this one with tpx-verify"
-            )
-
-    @cached_property
-    def _shift(self) -> float:
-        """Of a flow's schedule; a diffusion's has none."""
-        return self.bundle.schedule_shift if self.manifest.model.prediction == "velocity" else 1.0
+        require_finite(values, what, self.bundle, self.engine)
 
     @cached_property
     def _decoder(self) -> Session:
         return self.engine.open(self.bundle.vae_decoder)
-
-    def _transformer(self, depth: int) -> Session:
-        if depth not in self._transformers:
-            self._transformers[depth] = self.engine.open(self.bundle.transformer(depth, self.engine.plain))
-        return self._transformers[depth]
 
 
 def _counted(callback: Callback | None, batch: int, batches: int) -> Callback | None:

@@ -5,6 +5,7 @@ import numpy.typing as npt
 
 from .engine import Arrays, Session, output
 from .manifest import ModelSpec
+from .modulation import Conditions
 from .samplers import Array
 
 
@@ -17,28 +18,28 @@ def guide(negative: Array, prompt: Array, guidance: float, channels: int) -> Arr
 class GuidedPrediction:
     """The function that samplers call: the guided velocity, or epsilon, at latents [B, C, H, W] and a timestep.
 
-    `prompt` and `negative` are what a conditioner made. Each call runs `transformer` once, on the batch [negative, prompt],
-    or [prompt] where `negative` is None. `routes` collects [B, S, N] of the prompt's branch for each call, where the model
-    has thinking blocks.
+    `told` is what a conditioner made of the branches [negative, prompt], or of [prompt] alone at guidance 1, each as long as
+    the latents; `conditions` are those of the same rows. Each call runs `transformer` once, on all rows. `routes` collects
+    [B, S, N] of the prompt's branch for each call, where the model has thinking blocks.
     """
 
     def __init__(
-        self, transformer: Session, model: ModelSpec, prompt: Arrays, negative: Arrays | None, guidance: float
+        self, transformer: Session, model: ModelSpec, told: Arrays, conditions: Conditions, guidance: float
     ) -> None:
         self._transformer, self._model, self._guidance = transformer, model, guidance
-        self._branches = [prompt] if negative is None else [negative, prompt]
-        self._told = {name: np.concatenate([b[name] for b in self._branches]) for name in prompt}
+        self._conditions = conditions
+        self._told = {name: told[name] for name in model.transformer_inputs if name in told}
         self.routes: list[npt.NDArray[np.int64]] = []
 
     def __call__(self, latents: Array, timestep: float) -> Array:
-        batch, model = np.concatenate([latents] * len(self._branches)), self._model
-        times = np.full(len(batch), timestep, np.float32)
-        outputs = self._transformer.run({"latents": batch, "timestep": times, **self._told})
+        model, conditions = self._model, self._conditions.at(timestep)
+        batch = np.concatenate([latents] * (len(conditions) // len(latents)))
+        outputs = self._transformer.run({"latents": batch, "conditions": conditions, **self._told})
         if "routes" in outputs:
             self.routes.append(outputs["routes"][-len(latents) :])
         shape = (len(batch), model.out_channels, *model.latent_size)
         prediction: Array = output(outputs, model.prediction, shape)
-        if len(self._branches) == 1:
+        if len(batch) == len(latents):
             return prediction
         negative, prompt = prediction[: len(latents)], prediction[len(latents) :]
         return guide(negative, prompt, self._guidance, model.guided_channels)

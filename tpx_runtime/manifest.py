@@ -18,7 +18,7 @@ from .registry import SAMPLERS_FOR
 from .samplers import TRAIN_TIMESTEPS
 
 FORMAT = "tpx-bundle"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 T = TypeVar("T")
 
@@ -28,6 +28,7 @@ class ModelSpec:
     """What the transformer takes and gives. Sizes of two are (height, width).
 
     A model is told a prompt (`context_tokens`, `context_width`, `pooled_width`) or one of `classes` (then those are 0).
+    `conditions_width` numbers of a row are what timestep and prompt or class alone decide.
     It predicts a flow's velocity or a diffusion's epsilon, in `out_channels`, of which guidance acts on the first
     `guided_channels`. `experts` is 0 without thinking blocks.
     """
@@ -38,6 +39,7 @@ class ModelSpec:
     context_tokens: int
     context_width: int
     pooled_width: int
+    conditions_width: int
     classes: int
     prediction: str
     out_channels: int
@@ -51,6 +53,16 @@ class ModelSpec:
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of one picture's latents."""
         return (self.latent_channels, *self.latent_size)
+
+    @property
+    def conditions_inputs(self) -> tuple[str, str]:
+        """Of the graph that makes `conditions`."""
+        return ("timestep", "class_id" if self.classes else "pooled")
+
+    @property
+    def transformer_inputs(self) -> tuple[str, ...]:
+        """Of the graphs that predict."""
+        return ("latents", "conditions") if self.classes else ("latents", "conditions", "context")
 
 
 @dataclass(frozen=True)
@@ -151,6 +163,7 @@ class Manifest:
         model = self.model
         told = ["context_tokens", "context_width", "pooled_width"]
         sizes = ["latent_channels", "latent_size", "image_size_px", "guided_channels", "visual_tokens"]
+        sizes += ["conditions_width"]
         for key in sizes + (told if not model.classes else []):
             value = getattr(model, key)
             if min(value if isinstance(value, tuple) else (value,)) < 1:

@@ -12,6 +12,12 @@ import numpy.typing as npt
 from .bundle import Bundle
 from .engine import Arrays, Engine
 from .errors import BundleInvalid, EngineFailed
+from .manifest import Tolerance
+
+# What an engine may lose that computes in less than the graphs say, where a bundle allows no more. It is about three times
+# what the sample loses in bf16: 9e-3 against its golden tensors, and in the worst of 120 random latents 2.0e-2 and 1.6% of
+# routes.
+LOSS = {"bf16": Tolerance(text_encoder=3e-2, transformer=3e-2, vae=3e-2, routing_agreement=0.95)}
 
 
 @dataclass(frozen=True)
@@ -68,15 +74,29 @@ def load_golden(bundle: Bundle) -> Arrays:
         raise BundleInvalid(f"{bundle.golden}: expected arrays by name, found none ({error})") from None
 
 
+def tolerated(promised: Tolerance, precision: str | None) -> Tolerance:
+    """The wider of what a bundle promises and of what the engine's own `precision` loses, if it has one."""
+    loss = LOSS.get(precision or "")
+    if loss is None:
+        return promised
+    return Tolerance(
+        text_encoder=max(promised.text_encoder, loss.text_encoder),
+        transformer=max(promised.transformer, loss.transformer),
+        vae=max(promised.vae, loss.vae),
+        routing_agreement=min(promised.routing_agreement, loss.routing_agreement),
+    )
+
+
 def verify_bundle(bundle: Bundle, engine: Engine) -> list[PartReport]:
     """Run every graph at every depth on the golden inputs; hashes are checked by `Bundle.open`.
 
     Raises BundleInvalid where golden tensors are missing, EngineFailed where a graph does not run.
     """
-    golden, tolerance, model = load_golden(bundle), bundle.manifest.tolerance, bundle.manifest.model
+    golden, model = load_golden(bundle), bundle.manifest.model
+    tolerance = tolerated(bundle.manifest.tolerance, engine.precision)
     depths, routed = model.depths, bool(model.thinking_blocks)
-    told = ["class_id"] if model.classes else ["context", "pooled"]
-    names = ["latents", "timestep", *told, *(f"{model.prediction}_{depth}" for depth in depths)]
+    names = [*model.conditions_inputs, *model.transformer_inputs]
+    names += [f"{model.prediction}_{depth}" for depth in depths]
     names += [f"routes_{depth}" for depth in depths if routed] + ["decoder_latents", "image"]
     names += ["encoder_latents"] if bundle.vae_encoder else []
     said = {
@@ -93,7 +113,11 @@ def verify_bundle(bundle: Bundle, engine: Engine) -> list[PartReport]:
         error = max(relative_error(outputs.get(name), golden[f"{folder}.{name}"]) for name in said[folder])
         reports.append(PartReport(folder, error, tolerance.text_encoder))
 
-    inputs = {name: golden[name] for name in ("latents", "timestep", *told)}
+    outputs = engine.open(bundle.conditions).run({name: golden[name] for name in model.conditions_inputs})
+    error = relative_error(outputs.get("conditions"), golden["conditions"])
+    reports.append(PartReport("transformer conditions", error, tolerance.transformer))
+
+    inputs = {name: golden[name] for name in model.transformer_inputs}
     for depth in depths:
         outputs = engine.open(bundle.transformer(depth, engine.plain)).run(inputs)
         error = relative_error(outputs.get(model.prediction), golden[f"{model.prediction}_{depth}"])

@@ -12,13 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import onnx
-import onnx.inliner
 import torch
 
 from tpx_export.description import manifest, scheduler
-from tpx_export.golden import Golden, text_golden, told, transformer_golden, vae_golden
+from tpx_export.golden import Golden, text_golden, told_of, transformer_golden, vae_golden
 from tpx_export.graphs import (
+    ConditionsGraph,
     DecoderGraph,
     EncoderGraph,
     Graph,
@@ -28,9 +27,10 @@ from tpx_export.graphs import (
 )
 from tpx_export.pipeline import Pipeline, TextPart
 from tpx_export.precision import TOLERANCES, at_precision
-from tpx_export.routing import masked, permuted
+from tpx_export.routing import spellings
 from tpx_export.weights import WeightFile
 from tpx_runtime.bundle import (
+    CONDITIONS,
     GOLDEN,
     MANIFEST,
     MODEL,
@@ -80,7 +80,7 @@ def export_bundle(
         raise BadInput(f"expected a precision of {', '.join(TOLERANCES)}, found {precision!r}")
     _check_place(out, force)
     depths = tuple(range(1, depth + 1))
-    tasks = _Tasks(progress, total=len(pipeline.text) + len(depths) + 4)
+    tasks = _Tasks(progress, total=len(pipeline.text) + len(depths) + 5)
     golden: Golden = {}
     with _whole_or_nothing(out) as folder:
         for part in pipeline.text:
@@ -125,17 +125,21 @@ def _write_transformer(
     model = pipeline.model
     with tasks("transformer in PyTorch"):
         module = pipeline.transformer()
-        inputs = told(pipeline.text, golden, model)
+        inputs = told_of(pipeline.text, golden, model)
         made = transformer_golden(module, model, inputs, pipeline.shift, depths)
         at_precision(module, precision)
-    example = {name: _pair(made[name]) for name in ("latents", "timestep", *inputs)}
+    known = {name: _pair(made[name]) for name in model.conditions_inputs}
+    denoise = {name: _pair(made[name]) for name in model.transformer_inputs}
     routed = bool(model.thinking_blocks)
     outputs = (model.prediction, "routes") if routed else (model.prediction,)
     with WeightFile(folder / "transformer") as weights:
+        with tasks("transformer conditions"):
+            graph = Graph(ConditionsGraph(module), known, ("conditions",))
+            weights.write(weights.take(to_onnx(graph)), Path(CONDITIONS).name)
         for steps in depths:
             with tasks(f"transformer depth {steps}"):
-                graph = Graph(TransformerGraph(module, steps, routed), example, outputs)
-                operator, plain = spellings(weights.take(to_onnx(graph)), model.experts)
+                graph = Graph(TransformerGraph(module, steps, routed), denoise, outputs)
+                operator, plain = spellings(weights.take(to_onnx(graph)), model.visual_tokens)
                 weights.write(operator, Path(transformer_name(steps)).name)
                 weights.write(plain, Path(transformer_name(steps, plain=True)).name)
     return made
@@ -156,17 +160,6 @@ def _write_autoencoder(pipeline: Pipeline, folder: Path, precision: str, end: Ar
 def _pair(values: npt.NDArray[np.generic]) -> torch.Tensor:
     """Two rows: an example of one row would fix the batch at 1."""
     return torch.from_numpy(values if len(values) == 2 else np.concatenate([values, values]))
-
-
-def spellings(model: onnx.ModelProto, experts: int) -> tuple[onnx.ModelProto, onnx.ModelProto]:
-    """The operator spelling, whose nodes carry a function of static shapes, and the plain one, permuted and inlined."""
-    if not experts:
-        return model, model
-    operator, plain = onnx.ModelProto(), onnx.ModelProto()
-    for copy, body in ((operator, masked()), (plain, permuted(experts))):
-        copy.CopyFrom(model)
-        copy.functions.append(body)
-    return operator, onnx.inliner.inline_local_functions(plain)
 
 
 def verify(bundle: Bundle) -> dict[str, list[PartReport]]:

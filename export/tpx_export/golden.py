@@ -34,7 +34,7 @@ def text_golden(part: TextPart, module: nn.Module) -> Golden:
     return {f"{part.spec.folder}.{name}": value for name, value in made.items()}
 
 
-def told(parts: tuple[TextPart, ...], golden: Golden, model: ModelSpec) -> Golden:
+def told_of(parts: tuple[TextPart, ...], golden: Golden, model: ModelSpec) -> Golden:
     """What the transformer is told in both rows: two prompts' `context` and `pooled`, or `class_id`."""
     if model.classes:
         return {"class_id": np.array([model.classes // 2, 0], np.int64)}
@@ -50,7 +50,7 @@ def told(parts: tuple[TextPart, ...], golden: Golden, model: ModelSpec) -> Golde
 def transformer_golden(
     module: nn.Module, model: ModelSpec, inputs: Golden, shift: float | None, depths: tuple[int, ...]
 ) -> Golden:
-    """`latents`, `timestep`, what the model is told, and for every depth its prediction and routes.
+    """`latents`, `timestep`, what the model is told, `conditions`, and for every depth its prediction and routes.
 
     The latents lie on a short sampling trajectory of the model itself: row 0 at its noisy start, row 1 half-way, because
     experts that are told apart late are only told apart on such latents. A large model has only the second row. The end of
@@ -58,8 +58,8 @@ def transformer_golden(
     """
     large = model.visual_tokens > _LARGE
     rows, steps = slice(1 if large else 0, 2), _STEPS_LARGE if large else _STEPS
-    conditions = {name: value[rows] for name, value in inputs.items()}
-    given = [torch.from_numpy(value) for value in conditions.values()]
+    told = {name: value[rows] for name, value in inputs.items()}
+    given = [torch.from_numpy(value) for value in told.values()]
 
     def predict(x: Array, timestep: float, depth: int = depths[-1]) -> Array:
         times = torch.full((len(x),), timestep, dtype=torch.float32)
@@ -76,9 +76,12 @@ def transformer_golden(
         if not large:
             latents, times = np.concatenate([noise[:1], latents]), [schedule.timesteps[0], *times]
         timestep = np.array(times, np.float32)
-        made: Golden = {"latents": latents, "timestep": timestep, **conditions, "end": path[-1]}
+        made: Golden = {"latents": latents, "timestep": timestep, **told, "end": path[-1]}
+        known = (torch.from_numpy(made[name]) for name in model.conditions_inputs)
+        made["conditions"] = module.conditions(*known).numpy()  # type: ignore[operator]
+        denoise = [torch.from_numpy(made[name]) for name in model.transformer_inputs]
         for depth in depths:
-            values = module(torch.from_numpy(latents), torch.from_numpy(timestep), *given, depth)
+            values = module.denoise(*denoise, depth)  # type: ignore[operator]
             made[f"{model.prediction}_{depth}"] = values[0].numpy()
             if model.thinking_blocks:
                 made[f"routes_{depth}"] = values[1].numpy()

@@ -45,17 +45,29 @@ class TextEncoderGraph(nn.Module):
         return tuple(value.float() for value in (said if isinstance(said, tuple) else (said,)))
 
 
+class ConditionsGraph(nn.Module):
+    """timestep, pooled or class_id -> conditions: what of the transformer hangs on no latents."""
+
+    def __init__(self, transformer: nn.Module) -> None:
+        super().__init__()
+        self.transformer = transformer
+
+    def forward(self, timestep: Tensor, told: Tensor) -> Tensor:
+        conditions: Tensor = self.transformer.conditions(timestep, told)  # type: ignore[operator]
+        return conditions
+
+
 class TransformerGraph(nn.Module):
-    """latents, timestep, context and pooled, or class_id -> the prediction, and routes where the model thinks."""
+    """latents, conditions, and context if any -> the prediction, and routes where the model thinks."""
 
     def __init__(self, transformer: nn.Module, depth: int, routed: bool) -> None:
         super().__init__()
         self.transformer, self.depth, self.routed = transformer, depth, routed
 
-    def forward(self, latents: Tensor, timestep: Tensor, *told: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, latents: Tensor, conditions: Tensor, *context: Tensor) -> tuple[Tensor, ...]:
         dtype = cast(nn.Linear, self.transformer.patch_in).weight.dtype
-        given = [value.to(dtype) if value.is_floating_point() else value for value in told]
-        prediction, routes = self.transformer(latents.to(dtype), timestep, *given, self.depth)
+        given = [value.to(dtype) for value in context]
+        prediction, routes = self.transformer.denoise(latents.to(dtype), conditions, *given, self.depth)  # type: ignore[operator]
         return (prediction.float(), routes) if self.routed else (prediction.float(),)
 
 
@@ -91,7 +103,7 @@ def to_onnx(graph: Graph) -> ir.Model:
     batch = torch.export.Dim("batch", min=1, max=1024)
     names = list(inspect.signature(graph.module.forward).parameters.values())
     shapes: list[Any] = [{0: batch} for _ in graph.inputs]
-    if names and names[-1].kind is inspect.Parameter.VAR_POSITIONAL:
+    if names[-1].kind is inspect.Parameter.VAR_POSITIONAL and len(shapes) >= len(names):
         shapes = [*shapes[: len(names) - 1], tuple(shapes[len(names) - 1 :])]
     with _quiet():
         program = torch.onnx.export(

@@ -9,11 +9,32 @@ docs/routing.md holds the measurements that chose between them.
 """
 
 import onnx
+import onnx.inliner
 from onnx.parser import parse_function
 
 from tpx_export.operator import DOMAIN, NAME, OPSET
 
 _HEAD = f'<domain: "{DOMAIN}", opset_import: ["" : {OPSET}]> {NAME} (x, expert, a, b) => (out)'
+
+# Up to so many visual tokens x experts x rank, the work that `masked` wastes costs CPUs less than dynamic shapes do.
+MASKED_UP_TO = 2**14
+
+
+def spellings(model: onnx.ModelProto, visual_tokens: int) -> tuple[onnx.ModelProto, onnx.ModelProto]:
+    """The operator spelling, whose nodes carry a function of static shapes, and the plain one, inlined, for CPUs.
+
+    Both are the same graph where nothing is routed.
+    """
+    routed = {node.input[2] for node in model.graph.node if (node.domain, node.op_type) == (DOMAIN, NAME)}
+    if not routed:
+        return model, model
+    experts, _, rank = next(tensor.dims for tensor in model.graph.initializer if tensor.name in routed)
+    small = visual_tokens * experts * rank <= MASKED_UP_TO
+    operator, plain = onnx.ModelProto(), onnx.ModelProto()
+    for copy, body in ((operator, masked()), (plain, masked() if small else permuted(experts))):
+        copy.CopyFrom(model)
+        copy.functions.append(body)
+    return operator, onnx.inliner.inline_local_functions(plain)
 
 
 def masked() -> onnx.FunctionProto:

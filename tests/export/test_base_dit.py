@@ -22,7 +22,7 @@ from torch import Tensor
 from tpx_export.base.dit import HEADS, from_tensors, load_transformer, recipe, shapes_of, spec_of
 from tpx_export.base.tensors import Tensors
 from tpx_export.checkpoint import CheckpointInvalid
-from tpx_export.graphs import Graph, TransformerGraph, to_onnx
+from tpx_export.graphs import ConditionsGraph, Graph, TransformerGraph, to_onnx
 from tpx_export.model.dit import DiT, DiTSpec, position_table
 from tpx_export.model.mmdit import Embedder, sinusoid
 from tpx_export.model.patches import from_patches, to_patches
@@ -276,18 +276,20 @@ def test_thinking_is_the_papers_recursion_over_self_attention(tmp_path: Path) ->
     model = random_experts(load_transformer(saved(state, tmp_path), head_width=12, thinking=thinking))
     block = model.blocks[0]
     part = block.thinking
-    seen: list[tuple[Tensor, Tensor, int, Tensor]] = []
+    calls: list[tuple[Tensor, Tensor, int, Tensor]] = []
 
     def watch(module: torch.nn.Module, given: tuple, out: tuple) -> None:
-        seen.append((given[0], given[1], given[2], out[0]))
+        calls.append((given[0], given[1], given[2], out[0]))
 
     handle = part.register_forward_hook(watch)
     _, routes = model(*inputs(), 2)
     handle.remove()
-    [(x, y, depth, found)] = seen
+    [(x, seen, depth, found)] = calls
     assert depth == 2
     embedded = model.time(sinusoid(inputs()[1], 256)) + model.classes(inputs()[2])
-    torch.testing.assert_close(y, embedded)
+    torch.testing.assert_close(
+        seen, torch.nn.functional.silu(embedded).unsqueeze(1) @ part.gate.condition.weight.T
+    )
 
     def expert(a: Tensor, step: int) -> Tensor:
         rows = torch.empty(*a.shape[:2], 3 * 48)
@@ -301,7 +303,7 @@ def test_thinking_is_the_papers_recursion_over_self_attention(tmp_path: Path) ->
     q, k, v = expert(x, 0).reshape(3, 16, 3, 4, 12).permute(2, 0, 3, 1, 4)
     weights = torch.softmax(q @ k.transpose(2, 3) / math.sqrt(12), dim=-1)
     state_2 = (weights @ v).transpose(1, 2).flatten(2) + x
-    assert torch.equal(routes[:, 1], part.gate(state_2, y).argmax(-1))
+    assert torch.equal(routes[:, 1], part.gate(state_2, seen).argmax(-1))
     base = x @ state["blocks.0.attn.qkv.weight"].T + state["blocks.0.attn.qkv.bias"]
     torch.testing.assert_close(found, base + expert(state_2, 1), rtol=1e-4, atol=1e-5)
 
@@ -562,7 +564,15 @@ def in_onnx(model: DiT, depth: int, folder: Path) -> list[Callable[..., list[Ten
     """`model` in ONNX Runtime, through the exporter's own graph, once with each body of the routing operator."""
     thinking = model.spec.thinking
     outputs = ("epsilon", "routes") if thinking else ("epsilon",)
-    example = dict(zip(("latents", "timestep", "class_id"), inputs(model.spec, 2), strict=True))
+    latents, timestep, label = inputs(model.spec, 2)
+    known = {"timestep": timestep, "class_id": label}
+    onnx.save(
+        onnx_ir.to_proto(to_onnx(Graph(ConditionsGraph(model), known, ("conditions",)))),
+        folder / "conditions.onnx",
+    )
+    table = onnxruntime.InferenceSession(folder / "conditions.onnx", providers=["CPUExecutionProvider"])
+    assert {value.name: value.type for value in table.get_inputs()}["class_id"] == "tensor(int64)"
+    example = {"latents": latents, "conditions": model.conditions(timestep, label)}
     graph = Graph(TransformerGraph(model, depth, bool(thinking)), example, outputs)
     proto = onnx_ir.to_proto(to_onnx(graph))
     runs = []
@@ -571,10 +581,11 @@ def in_onnx(model: DiT, depth: int, folder: Path) -> list[Callable[..., list[Ten
         proto.functions.extend([body] if body else [])
         onnx.save(proto, folder / "model.onnx")
         session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
-        assert {value.name: value.type for value in session.get_inputs()}["class_id"] == "tensor(int64)"
 
         def run(*given: Tensor, session: onnxruntime.InferenceSession = session) -> list[Tensor]:
-            found = session.run(None, dict(zip(example, (value.numpy() for value in given), strict=True)))
+            x, *told = (value.numpy() for value in given)
+            [conditions] = table.run(None, dict(zip(known, told, strict=True)))
+            found = session.run(None, {"latents": x, "conditions": conditions})
             return [torch.from_numpy(np.asarray(value)) for value in found]
 
         runs.append(run)

@@ -23,7 +23,7 @@ from tpx_export.adapters import attach, load_adapters
 from tpx_export.base.sd3 import load_transformer
 from tpx_export.base.sd3_names import from_diffusers, from_original
 from tpx_export.checkpoint import CheckpointInvalid
-from tpx_export.graphs import Graph, TransformerGraph, to_onnx
+from tpx_export.graphs import ConditionsGraph, Graph, TransformerGraph, to_onnx
 from tpx_export.model import MMDiT, MMDiTSpec, ThinkingSpec
 from tpx_export.routing import masked
 from tpx_runtime.errors import BadInput, TpxError
@@ -497,15 +497,22 @@ def test_a_dual_block_thinks_in_its_joint_attention_alone(tmp_path: Path) -> Non
 
 def run_onnx(model: MMDiT, depth: int, path: Path) -> tuple[Tensor, Tensor]:
     """Answer and routes of ONNX Runtime, through the exporter's own graph."""
-    names = ("latents", "timestep", "context", "pooled")
-    given = dict(zip(names, inputs(), strict=True))
-    proto = onnx_ir.to_proto(
-        to_onnx(Graph(TransformerGraph(model, depth, True), given, ("velocity", "routes")))
-    )
-    proto.functions.append(masked())
-    onnx.save(proto, path)
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    velocity, routes = session.run(None, {name: value.numpy() for name, value in given.items()})
+    latents, timestep, context, pooled = inputs()
+    known, feeds = {"timestep": timestep, "pooled": pooled}, {"latents": latents.numpy()}
+    given = {"latents": latents, "conditions": model.conditions(timestep, pooled), "context": context}
+    outputs = ("velocity", "routes")
+    for graph in (
+        Graph(ConditionsGraph(model), known, ("conditions",)),
+        Graph(TransformerGraph(model, depth, True), given, outputs),
+    ):
+        proto = onnx_ir.to_proto(to_onnx(graph))
+        proto.functions.extend([masked()] if graph.outputs == outputs else [])
+        onnx.save(proto, path)
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        feeds |= {name: value.numpy() for name, value in graph.inputs.items() if name not in feeds}
+        found = session.run(None, {name: feeds[name] for name in graph.inputs})
+        feeds |= dict(zip(graph.outputs, found, strict=True))
+    velocity, routes = found
     return torch.from_numpy(np.asarray(velocity)), torch.from_numpy(np.asarray(routes))
 
 

@@ -15,15 +15,15 @@ from click.testing import CliRunner
 from PIL import Image
 from tiny import make_tiny
 
-from tpx_export import checkpoint, exporter
+from tpx_export import checkpoint, exporter, routing
 from tpx_export.cli import main, table
 from tpx_export.exporter import Summary, export_bundle
 from tpx_export.model.text_to_image import TextToImage
 from tpx_export.operator import DOMAIN, NAME
 from tpx_export.pipeline import Pipeline
 from tpx_export.precision import TOLERANCES
-from tpx_export.routing import permuted
-from tpx_runtime.bundle import Bundle, transformer_name
+from tpx_export.routing import MASKED_UP_TO, masked, spellings
+from tpx_runtime.bundle import CONDITIONS, Bundle, transformer_name
 from tpx_runtime.engine import ENGINES, resolve
 from tpx_runtime.errors import BadInput, EngineFailed
 from tpx_runtime.generator import Generator
@@ -38,7 +38,8 @@ def graph(bundle: Path, depth: int, plain: bool) -> onnx.ModelProto:
 
 def test_every_graph_is_held_to_pytorch(tiny_export: tuple[Path, Summary]) -> None:
     for reports in tiny_export[1].reports.values():
-        assert [report.part for report in reports[1:4]] == [f"transformer depth {depth}" for depth in DEPTHS]
+        depths = [f"transformer depth {depth}" for depth in DEPTHS]
+        assert [report.part for report in reports[1:5]] == ["transformer conditions", *depths]
         for report in reports:
             assert report.tolerance <= 1e-4
             assert report.error <= report.tolerance
@@ -57,6 +58,8 @@ def test_golden_tensors_are_the_models(tiny_bundle: Path, tiny_model: TextToImag
         velocity, routes = tiny_model.transformer(*given, depth)
         np.testing.assert_allclose(velocity.numpy(), golden[f"velocity_{depth}"], rtol=1e-5, atol=1e-6)
         np.testing.assert_array_equal(routes.numpy(), golden[f"routes_{depth}"])
+    conditions = tiny_model.transformer.conditions(given[1], given[3])
+    np.testing.assert_allclose(conditions.numpy(), golden["conditions"], rtol=1e-5, atol=1e-6)
     assert len(np.unique(golden["routes_3"])) > 1  # one expert for all would test no routing
 
 
@@ -116,19 +119,18 @@ def test_a_picture_becomes_the_latents_that_pytorch_makes_of_it(
 def test_one_weight_file_serves_every_depth(tiny_bundle: Path) -> None:
     folder = tiny_bundle / "transformer"
     names = {path.name for path in folder.iterdir()}
-    assert names == {"weights.data"} | {
+    assert names == {"weights.data", "conditions.onnx"} | {
         Path(transformer_name(d, p)).name for d in DEPTHS for p in (False, True)
     }
     used = set()
-    for depth in DEPTHS:
-        for plain in (False, True):
-            for tensor in graph(tiny_bundle, depth, plain).graph.initializer:
-                if tensor.data_location == onnx.TensorProto.EXTERNAL:
-                    facts = {entry.key: entry.value for entry in tensor.external_data}
-                    assert facts["location"] == "weights.data"
-                    used.add((int(facts["offset"]), int(facts["length"])))
-                else:
-                    assert len(tensor.raw_data) <= 1024
+    for path in folder.glob("*.onnx"):
+        for tensor in onnx.load(path, load_external_data=False).graph.initializer:
+            if tensor.data_location == onnx.TensorProto.EXTERNAL:
+                facts = {entry.key: entry.value for entry in tensor.external_data}
+                assert facts["location"] == "weights.data"
+                used.add((int(facts["offset"]), int(facts["length"])))
+            else:
+                assert len(tensor.raw_data) <= 1024
     assert sum(length for _, length in used) <= (folder / "weights.data").stat().st_size
     parameters = sum(p.numel() for p in make_tiny(None).transformer.parameters())
     assert sum(length for _, length in used) < 4 * parameters * 1.2  # no weight stored twice
@@ -143,12 +145,41 @@ def test_spellings(tiny_bundle: Path) -> None:
             attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
             assert attributes == {"plugin_namespace": b"tpx", "aot": 1}
         assert [(f.domain, f.name) for f in operator.functions] == [(DOMAIN, NAME)]
-        # TensorRT refuses NonZero; CPU engines want it; OpenVINO refuses functions.
-        assert "NonZero" not in {node.op_type for node in [*operator.graph.node, *operator.functions[0].node]}
-        assert "NonZero" in {node.op_type for node in plain.graph.node}
+        # TensorRT refuses NonZero; so small a model needs none on a CPU; OpenVINO refuses functions.
+        nodes = [*operator.graph.node, *operator.functions[0].node, *plain.graph.node]
+        assert "NonZero" not in {node.op_type for node in nodes}
         assert not plain.functions
         assert {node.domain for node in plain.graph.node} == {""}
         onnx.checker.check_model(str(tiny_bundle / transformer_name(depth)))
+
+
+@pytest.mark.parametrize(("tokens", "gathers"), [(MASKED_UP_TO // 12, False), (MASKED_UP_TO // 12 + 1, True)])
+def test_the_plain_spelling_hangs_on_the_work_that_masking_wastes(
+    tiny_bundle: Path, tokens: int, gathers: bool
+) -> None:
+    """Of 3 experts of rank 4."""
+    bare = graph(tiny_bundle, 2, False)
+    del bare.functions[:]
+    operator, plain = spellings(bare, tokens)
+    assert "NonZero" not in {node.op_type for node in operator.functions[0].node}
+    assert ("NonZero" in {node.op_type for node in plain.graph.node}) == gathers
+
+
+def test_conditions_and_depths_share_no_layer(tiny_bundle: Path) -> None:
+    """What is worked out ahead is not read again at each step."""
+    ahead = onnx.load(tiny_bundle / CONDITIONS, load_external_data=False).graph
+    step = graph(tiny_bundle, 3, False).graph
+    assert [value.name for value in ahead.input] == ["timestep", "pooled"]
+    assert [value.name for value in step.input] == ["latents", "conditions", "context"]
+    names = [
+        {tensor.name for tensor in found.initializer if len(tensor.dims) == 2} for found in (ahead, step)
+    ]
+    assert not names[0] & names[1]
+    assert all(
+        "modulation" in name or "time" in name or "pooled" in name or "gate.condition" in name
+        for name in names[0]
+    )
+    assert not [name for name in names[1] if "modulation" in name or "gate.condition" in name]
 
 
 def test_graphs_name_nothing_of_the_machine(tiny_bundle: Path) -> None:
@@ -202,7 +233,7 @@ def test_a_graph_out_of_tolerance_leaves_no_bundle(
     strict = replace(TOLERANCES["fp16"], transformer=1e-7)
     monkeypatch.setitem(exporter.TOLERANCES, "fp16", strict)
     with pytest.raises(
-        EngineFailed, match=r"transformer depth 1 with a relative error of .* \(tolerance 1e-07\)"
+        EngineFailed, match=r"transformer conditions with a relative error of .* \(tolerance 1e-07\), and 1"
     ):
         export_bundle(Pipeline.of(tiny_model), tmp_path / "x", depth=1, precision="fp16")
     assert leftovers(tmp_path) == []
@@ -212,13 +243,13 @@ def test_a_wrong_spelling_is_noticed(
     tiny_model: TextToImage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def wrong() -> onnx.FunctionProto:
-        body = permuted(3)
+        body = masked()
         for node in body.node:
             if node.op_type == "Equal":
                 node.op_type = "Less"
         return body
 
-    monkeypatch.setattr(exporter, "masked", wrong)
+    monkeypatch.setattr(routing, "masked", wrong)
     with pytest.raises(EngineFailed):
         export_bundle(Pipeline.of(tiny_model), tmp_path / "x", depth=1)
     assert leftovers(tmp_path) == []

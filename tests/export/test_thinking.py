@@ -1,5 +1,7 @@
 """The recursive sparse module against the paper's equations, written out token by token."""
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from tiny import make_tiny
@@ -8,7 +10,7 @@ from torch import Tensor
 from tpx_export.model import MMDiT, MMDiTSpec, ThinkingSpec
 from tpx_export.model.mmdit import JointBlock, attention, modulate
 from tpx_export.model.routed_lora import mixed_lora, routed_lora
-from tpx_export.model.thinking import Thinking
+from tpx_export.model.thinking import Gate, Thinking
 
 SPEC = {
     "latent_size": 8,
@@ -81,17 +83,23 @@ def test_fresh_module_changes_nothing_at_any_depth() -> None:
         torch.testing.assert_close(thinking(*inputs(), depth)[0], expected, rtol=1e-5, atol=1e-6)
 
 
+def seen_by(gate: Gate, y: Tensor) -> Tensor:
+    """What a gate is told of the condition y [B, D]: [B, 1, 64]."""
+    assert gate.condition is not None
+    return gate.condition(F.silu(y)).unsqueeze(1)
+
+
 def paper(block: JointBlock, x: Tensor, c: Tensor, y: Tensor, depth: int) -> tuple[Tensor, list[Tensor]]:
     """q, k, v of the last step and all routes, as method.md writes the recursion, one token at a time."""
     thinking = block.thinking
     assert isinstance(thinking, Thinking)
-    act = F.silu(y)
+    act = F.silu(y).unsqueeze(1)
     shift, scale = block.visual.modulation(act).chunk(6, dim=-1)[:2]
     c_shift, c_scale = block.text.modulation(act).chunk(2 if block.ends else 6, dim=-1)[:2]
     x_in, c_in = modulate(x, shift, scale), modulate(c, c_shift, c_scale)
     state, routes = x_in, []
     for t in range(depth):
-        expert = thinking.gate(state, y).argmax(-1)
+        expert = thinking.gate(state, seen_by(thinking.gate, y)).argmax(-1)
         routes.append(expert)
         rows = []
         for i in range(x.shape[0]):
@@ -116,7 +124,9 @@ def test_recursion_is_the_papers() -> None:
     for depth in (1, 2, 3):
         seen: list[Tensor] = []
         handle = block.thinking.register_forward_hook(lambda _, __, out, seen=seen: seen.append(out[0]))
-        _, _, routes = block(x, c, y, depth)
+        act = F.silu(y).unsqueeze(1)
+        told = [*block.visual.modulation(act).chunk(6, -1), *block.text.modulation(act).chunk(6, -1)]
+        _, _, routes = block(x, c, told, seen_by(block.thinking.gate, y), depth)
         handle.remove()
         expected, expected_routes = paper(block, x, c, y, depth)
         torch.testing.assert_close(seen[0], expected, rtol=1e-4, atol=1e-5)
@@ -140,13 +150,21 @@ def test_routes_depend_on_token_time_and_condition() -> None:
     block = model.blocks[1]
     assert isinstance(block, JointBlock) and block.thinking
     tokens = torch.randn(1, 16, 64)
-    quiet, loud = (
-        block.thinking.gate(tokens, torch.zeros(1, 64)),
-        block.thinking.gate(tokens, torch.ones(1, 64)),
-    )
+    gate = block.thinking.gate
+    quiet, loud = (gate(tokens, seen_by(gate, y)) for y in (torch.zeros(1, 64), torch.ones(1, 64)))
     assert not torch.allclose(quiet, loud)
-    blind = Thinking(64, ThinkingSpec(gate_sees_condition=False))
-    torch.testing.assert_close(blind.gate(tokens, torch.zeros(1, 64)), blind.gate(tokens, torch.ones(1, 64)))
+
+
+def test_a_gate_that_does_not_see_the_condition_has_no_layer_for_it() -> None:
+    blind = replace(THINKING, gate_sees_condition=False)
+    model = randomised(MMDiT(MMDiTSpec(**SPEC, thinking=blind)))
+    assert not [name for name in model.state_dict() if "gate.condition" in name]
+    seen: list[Tensor | None] = []
+    for block in model.blocks:
+        if block.thinking:
+            block.thinking.gate.register_forward_hook(lambda _, given, __: seen.append(given[1]))
+    model(*inputs(), 2)
+    assert seen == [None, None]
 
 
 def test_training_reaches_gate_experts_and_modulations() -> None:
@@ -164,9 +182,10 @@ def test_gumbel_draws_are_close_to_the_softmax_at_the_papers_temperature() -> No
     thinking = Thinking(8, ThinkingSpec(experts=3, rank=2, max_depth=1)).train()
     tokens, y = torch.randn(1, 1, 8), torch.zeros(1, 8)
     with torch.no_grad():
-        chances = thinking.gate(tokens, y).softmax(-1)[0, 0]
+        seen = seen_by(thinking.gate, y)
+        chances = thinking.gate(tokens, seen).softmax(-1)[0, 0]
         _, routes = thinking(
-            tokens.expand(1, 20_000, 8), y, 1, lambda: torch.zeros(1, 20_000, 24), lambda qkv: qkv
+            tokens.expand(1, 20_000, 8), seen, 1, lambda: torch.zeros(1, 20_000, 24), lambda qkv: qkv
         )
     drawn = torch.bincount(routes[0].flatten(), minlength=3) / 20_000
     torch.testing.assert_close(drawn, chances, atol=0.015, rtol=0)

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from tpx_runtime.bundle import (
+    CONDITIONS,
     GOLDEN,
     MANIFEST,
     SCHEDULER,
@@ -36,6 +37,7 @@ MODEL = ModelSpec(  # no two sizes are alike, so that none can stand in for anot
     context_tokens=9,
     context_width=5,
     pooled_width=7,
+    conditions_width=11,
     classes=0,
     prediction="velocity",
     out_channels=4,
@@ -105,14 +107,25 @@ def encoder(spec: EncoderSpec) -> Function:
 text_encoder = encoder(PAPER.text_encoders[0])
 
 
+def conditions(model: ModelSpec = MODEL) -> Function:
+    """Waves of the timestep and of what is told beside it; no two columns and no two rows are alike."""
+
+    def run(inputs: Arrays) -> Arrays:
+        told = inputs["class_id"] / model.classes if model.classes else inputs["pooled"].mean(1)
+        rows = told + inputs["timestep"] / 1000
+        said = rows[:, None] * np.linspace(0.5, 1.5, model.conditions_width)
+        return {"conditions": said.astype(np.float32)}
+
+    return run
+
+
 def transformer(depth: int, model: ModelSpec = MODEL) -> Function:
     def run(inputs: Arrays) -> Arrays:
         x = inputs["latents"]
-        if model.classes:
-            told = inputs["class_id"] / model.classes
-        else:
-            told = inputs["context"].mean((1, 2)) + inputs["pooled"].mean(1)
-        told = (told + inputs["timestep"] / 1000)[:, None, None, None]
+        told = inputs["conditions"].mean(1)
+        if not model.classes:
+            told = told + inputs["context"].mean((1, 2))
+        told = told[:, None, None, None]
         said = 0.3 * depth * x + told
         if model.out_channels > model.latent_channels:
             said = np.concatenate([said, np.tanh(x - told)], axis=1)
@@ -142,6 +155,7 @@ def functions(manifest: Manifest) -> dict[str, Function]:
     """What each graph of a bundle of paper computes, by its path."""
     return {
         **{f"{spec.folder}/model.onnx": encoder(spec) for spec in manifest.text_encoders},
+        CONDITIONS: conditions(manifest.model),
         **{transformer_name(depth): transformer(depth, manifest.model) for depth in manifest.model.depths},
         VAE_DECODER: vae_decoder,
         VAE_ENCODER: vae_encoder,
@@ -161,6 +175,7 @@ class FakeEngine:
     """`opened`, `calls` and `alive` say what was asked of it; `replaced` maps a graph's path to another function."""
 
     plain = False
+    precision: str | None = None
 
     def __init__(
         self,
@@ -205,6 +220,7 @@ def golden(manifest: Manifest = PAPER) -> Arrays:
     inputs = combine(said, model) if said else {"class_id": np.array([3, 0], np.int64)}
     inputs["latents"] = rng.standard_normal((2, *model.latent_shape)).astype(np.float32)
     inputs["timestep"] = np.array([1000, 400], np.float32)
+    inputs |= conditions(model)(inputs)
     arrays |= inputs
     for depth in model.depths:
         arrays |= {f"{name}_{depth}": array for name, array in transformer(depth, model)(inputs).items()}

@@ -16,7 +16,7 @@ from .fakes import CLASSES, PAPER, THREE, make_bundle, seal, without_encoder
 
 MEND = "copy the bundle again or export it again"
 FILES = ["transformer/weights.data", "text_encoder/model.onnx", "vae_decoder/model.onnx"]
-FILES += ["vae_encoder/model.onnx"]
+FILES += ["vae_encoder/model.onnx", "transformer/conditions.onnx"]
 FILES += ["tokenizer/vocab.json", SCHEDULER, "golden/golden.npz"]
 FILES += [transformer_name(depth, plain) for depth in (1, 2, 4) for plain in (False, True)]
 
@@ -39,6 +39,7 @@ def test_opens_what_was_exported(paper: Path) -> None:
     assert bundle.hash == Bundle.open(str(paper), verify=False).hash == bundle.manifest.sha256
     assert bundle.transformer(2) == paper / "transformer/depth-2.onnx"
     assert bundle.transformer(2, plain=True) == paper / "transformer/depth-2.plain.onnx"
+    assert bundle.conditions == paper / "transformer/conditions.onnx"
     assert bundle.schedule_shift == 3.0
     assert bundle.vae_encoder == paper / "vae_encoder/model.onnx"
     (encoder,) = bundle.manifest.text_encoders
@@ -70,7 +71,7 @@ def test_a_model_of_classes_has_no_text_encoder(classes: Path) -> None:
 
 def test_weighs_a_folder(paper: Path) -> None:
     bundle = Bundle.open(paper)
-    assert bundle.weight_bytes("transformer") == 700  # six graphs over one file of weights
+    assert bundle.weight_bytes("transformer") == 800  # seven graphs over one file of weights
     assert bundle.weight_bytes("text_encoder") == 100
     assert bundle.weight_bytes("text") == 0
 
@@ -132,9 +133,9 @@ def test_a_file_beside_the_listed_ones_changes_nothing(paper: Path) -> None:
 
 def test_another_version_is_refused_with_a_way_out(paper: Path) -> None:
     text = (paper / MANIFEST).read_text()
-    (paper / MANIFEST).write_text(text.replace('"version": 2', '"version": 1'))
+    (paper / MANIFEST).write_text(text.replace('"version": 3', '"version": 2'))
     assert refusal(paper) == (
-        "manifest.json: expected format version 2, found 1; "
+        "manifest.json: expected format version 3, found 2; "
         "export the bundle again with this tpx, or install the tpx that wrote it"
     )
 

@@ -261,8 +261,8 @@ def test_draws_a_class(classes: Path, elsewhere: Path, monkeypatch: pytest.Monke
         assert image.text["parameters"].startswith("class 7\nSteps: 3, Sampler: ddim, ")
     assert facts["class_id"] == 7
     assert "strength" not in facts
-    (told,) = {tuple(inputs["class_id"]) for name, inputs in engine.calls if name.startswith("transformer")}
-    assert told == (13, 7)
+    made = [inputs["class_id"] for name, inputs in engine.calls if name == "transformer/conditions.onnx"]
+    assert {tuple(np.unique(told)) for told in made} == {(7, 13)}
 
 
 @pytest.mark.parametrize(
@@ -536,7 +536,13 @@ def test_a_free_name_is_found_and_force_takes_the_first(
 
 
 @pytest.mark.parametrize(
-    "graph", ["text_encoder/model.onnx", "transformer/depth-2.onnx", "vae_decoder/model.onnx"]
+    "graph",
+    [
+        "text_encoder/model.onnx",
+        "transformer/conditions.onnx",
+        "transformer/depth-2.onnx",
+        "vae_decoder/model.onnx",
+    ],
 )
 def test_ctrl_c_in_any_graph_ends_in_one_line(
     paper: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch, graph: str
@@ -612,11 +618,11 @@ def test_verify_prints_a_table_and_exits_with_zero(tiny_bundle: Path) -> None:
     assert result.exit_code == 0
     assert result.stderr == "engine: onnxruntime (chosen by auto)\n"
     first, heading, *rows = result.stdout.splitlines()
-    assert first == "tiny (fp32): 16 files, each of its size and SHA-256"
+    assert first == "tiny (fp32): 17 files, each of its size and SHA-256"
     assert heading.split() == ["part", "error", "tolerance", "same", "routes", "at", "least", "ok"]
     assert [row.split()[0] for row in rows] == [
         "text_encoder",
-        *["transformer"] * 3,
+        *["transformer"] * 4,
         "vae_decoder",
         "vae_encoder",
     ]
@@ -687,12 +693,12 @@ def test_verify_of_all_engines_goes_on_after_one_that_cannot_or_fails(
     assert result.exit_code == 5
     assert result.stderr == "error: depth-2.onnx: refused\n"
     head, *blocks = result.stdout.rstrip().split("\n\n")
-    assert head.startswith("paper (fp32): 13 files")
+    assert head.startswith("paper (fp32): 14 files")
     assert blocks[0] == "unusable\nnot usable: expected luck, found none"
     assert blocks[1] == "refusing\nfailed: depth-2.onnx: refused"
     assert blocks[2].startswith("wrong\npart ")
     assert " NO\nfailed: expected the golden outputs from engine wrong, found vae_encoder with" in blocks[2]
-    assert blocks[3].count(" yes") == 6
+    assert blocks[3].count(" yes") == 7
 
     result = verify_on(unusable, good)
     assert (result.exit_code, result.stderr) == (0, "")

@@ -223,7 +223,8 @@ def test_little_memory_changes_no_picture_and_loads_each_encoder_once(
     assert [name for name in engine.opened if name.startswith("text")] == [
         f"text_encoder{number}/model.onnx" for number in ("", "_2", "_3")
     ]
-    assert engine.alive == ["transformer/depth-2.onnx", "vae_decoder/model.onnx"]
+    transformers = ["transformer/conditions.onnx", "transformer/depth-2.onnx"]
+    assert engine.alive == [*transformers, "vae_decoder/model.onnx"]
 
 
 def test_memory_is_asked_without_the_encoder_that_is_left_out(

@@ -60,7 +60,7 @@ def levels(image: Image.Image) -> np.ndarray:
 
 
 def transformer_calls(engine: FakeEngine) -> list[Arrays]:
-    return [inputs for name, inputs in engine.calls if name.startswith("transformer")]
+    return [inputs for name, inputs in engine.calls if name.startswith("transformer/depth")]
 
 
 # Strength
@@ -115,7 +115,8 @@ def test_the_loop_starts_from_the_picture_with_noise(generator: Generator, engin
     schedule = SAMPLERS["euler"].schedule(4, 3.0)
     first, *rest = transformer_calls(engine)
     assert len(rest) == 1
-    assert first["timestep"] == pytest.approx(schedule.timesteps[2])
+    (table,) = [inputs for name, inputs in engine.calls if name == "transformer/conditions.onnx"]
+    assert table["timestep"] == pytest.approx(schedule.timesteps[2:])
     sigma = schedule.sigmas[2]
     start = (1 - sigma) * latents + sigma * batch_noise([9], MODEL.latent_shape)
     np.testing.assert_allclose(first["latents"], start, rtol=1e-5, atol=1e-6)

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import tpx_runtime
-from tpx_runtime.bundle import Bundle
+from tpx_runtime.bundle import CONDITIONS, Bundle
 from tpx_runtime.diffusion import DIFFUSION_SAMPLERS
 from tpx_runtime.engine import Arrays
 from tpx_runtime.errors import BadInput, BundleInvalid, Cancelled, EngineFailed
@@ -25,12 +25,15 @@ from .fakes import (
     MODEL,
     TOKENS,
     FakeEngine,
+    conditions,
     seal,
     text_encoder,
     transformer,
     vae_decoder,
     write_vocabulary,
 )
+
+DENOISE = "transformer/depth"
 
 
 def levels(image: Image.Image) -> np.ndarray:
@@ -73,8 +76,11 @@ def test_a_picture_is_encoder_loop_and_decoder(generator: Generator, engine: Fak
     said, unsaid = text_encoder({"ids": ids}), text_encoder({"ids": nothing})
 
     def velocity(x: Array, timestep: float) -> Array:
+        times = np.array([timestep], np.float32)
         towards, away = (
-            transformer(2)({"latents": x, "timestep": np.array([timestep]), **branch})["velocity"]
+            transformer(2)({"latents": x, **branch, **conditions()({"timestep": times, **branch})})[
+                "velocity"
+            ]
             for branch in (said, unsaid)
         )
         return away + 3.0 * (towards - away)
@@ -95,9 +101,10 @@ def test_graphs_are_opened_when_first_used_and_once(generator: Generator, engine
     assert engine.opened == []
     generator("red cube")
     generator("a sphere", num_images=3)
-    assert engine.opened == ["text_encoder/model.onnx", "transformer/depth-2.onnx", "vae_decoder/model.onnx"]
+    transformers = ["transformer/conditions.onnx", "transformer/depth-2.onnx"]
+    assert engine.opened == ["text_encoder/model.onnx", *transformers, "vae_decoder/model.onnx"]
     generator("a sphere", depth=4)
-    assert engine.opened[3:] == ["transformer/depth-4.onnx"]
+    assert engine.opened[4:] == ["transformer/depth-4.onnx"]
 
 
 def test_an_engine_that_wants_it_gets_the_plain_spelling(generator: Generator, engine: FakeEngine) -> None:
@@ -108,18 +115,25 @@ def test_an_engine_that_wants_it_gets_the_plain_spelling(generator: Generator, e
 
 def test_guidance_one_runs_no_second_branch(generator: Generator, engine: FakeEngine) -> None:
     generator("red cube", guidance=1)
-    assert {len(inputs["latents"]) for inputs in calls(engine, "transformer")} == {1}
+    assert {len(inputs["latents"]) for inputs in calls(engine, DENOISE)} == {1}
     assert [len(inputs["ids"]) for inputs in calls(engine, "text_encoder")] == [1]
     engine.calls.clear()
     generator("red cube", guidance=1.5)
-    assert {len(inputs["latents"]) for inputs in calls(engine, "transformer")} == {2}
+    assert {len(inputs["latents"]) for inputs in calls(engine, DENOISE)} == {2}
 
 
 def test_the_negative_prompt_is_the_first_branch(generator: Generator, engine: FakeEngine) -> None:
-    generator("red cube", negative_prompt="blue sphere")
-    expected = text_encoder({"ids": np.array([generator.text.tokenizers[0].encode("blue sphere").ids])})
-    for inputs in calls(engine, "transformer"):
+    generator("red cube", negative_prompt="a blue sphere")
+    said, expected = (
+        text_encoder({"ids": np.array([generator.text.tokenizers[0].encode(text).ids])})
+        for text in ("red cube", "a blue sphere")
+    )
+    for inputs in calls(engine, DENOISE):
         np.testing.assert_array_equal(inputs["context"][:1], expected["context"])
+    (inputs,) = calls(engine, CONDITIONS)
+    assert {row.tobytes() for row in inputs["pooled"]} == {
+        branch["pooled"].tobytes() for branch in (said, expected)
+    }
 
 
 def test_pictures_of_one_prompt_share_one_row_of_the_encoder(
@@ -128,7 +142,7 @@ def test_pictures_of_one_prompt_share_one_row_of_the_encoder(
     generator(["red cube", "a sphere"], num_images=3, guidance=1)
     (inputs,) = calls(engine, "text_encoder")
     assert len(inputs["ids"]) == 2
-    for inputs in calls(engine, "transformer"):
+    for inputs in calls(engine, DENOISE):
         contexts = inputs["context"]
         assert len(contexts) == 6
         assert (contexts[:3] == contexts[0]).all()
@@ -140,7 +154,8 @@ def test_the_sampler_sets_the_number_of_model_calls(generator: Generator, engine
     for sampler, expected in (("euler", 4), ("heun", 7), ("dpmpp2m", 4), ("unipc", 4)):
         engine.calls.clear()
         generator("red cube", sampler=sampler, steps=4)
-        assert len(calls(engine, "transformer")) == expected
+        assert len(calls(engine, DENOISE)) == expected
+        assert len(calls(engine, CONDITIONS)) == 1
 
 
 def test_latents_come_with_the_routes_of_every_call(generator: Generator) -> None:
@@ -204,10 +219,8 @@ def test_a_class_is_a_diffusion_of_guided_epsilon(by_class: Generator, name: str
 
     def epsilon(x: Array, timestep: float) -> Array:
         times = np.full(2, timestep, np.float32)
-        towards, away = (
-            transformer(1, model)({"latents": x, "timestep": times, "class_id": np.array([c, c])})["epsilon"]
-            for c in (7, 13)
-        )
+        tables = (conditions(model)({"timestep": times, "class_id": np.array([c, c])}) for c in (7, 13))
+        towards, away = (transformer(1, model)({"latents": x, **table})["epsilon"] for table in tables)
         return np.concatenate([away[:, :3] + 4.0 * (towards - away)[:, :3], towards[:, 3:]], axis=1)
 
     sampler = DIFFUSION_SAMPLERS[name]
@@ -243,11 +256,14 @@ def test_a_seed_is_the_same_picture_although_steps_add_noise(by_class: Generator
 
 def test_without_guidance_no_null_class_is_asked(by_class: Generator, class_engine: FakeEngine) -> None:
     by_class(class_id=7, guidance=1)
-    assert {tuple(inputs["class_id"]) for inputs in calls(class_engine, "transformer")} == {(7,)}
-    assert set(calls(class_engine, "transformer")[0]) == {"latents", "timestep", "class_id"}
+    (inputs,) = calls(class_engine, CONDITIONS)
+    assert inputs["class_id"].tolist() == [7] * 3
+    assert set(calls(class_engine, DENOISE)[0]) == {"latents", "conditions"}
     class_engine.calls.clear()
     by_class(class_id=7, num_images=2)
-    assert {tuple(inputs["class_id"]) for inputs in calls(class_engine, "transformer")} == {(13, 13, 7, 7)}
+    (inputs,) = calls(class_engine, CONDITIONS)
+    assert inputs["class_id"].tolist() == [7, 13] * 3  # once for both pictures
+    assert {len(inputs["conditions"]) for inputs in calls(class_engine, DENOISE)} == {4}
 
 
 def test_a_class_needs_no_prompt_and_an_empty_one_is_none(by_class: Generator) -> None:
@@ -359,6 +375,7 @@ def broken(key: str, value: object) -> dict[str, Callable[[Arrays], Arrays]]:
     """The graph that gives `key`, giving `value` instead, or nothing where that is None."""
     name, function = {
         "context": ("text_encoder/model.onnx", text_encoder),
+        "conditions": (CONDITIONS, conditions()),
         "velocity": ("transformer/depth-2.onnx", transformer(2)),
         "image": ("vae_decoder/model.onnx", vae_decoder),
     }[key]
@@ -377,7 +394,12 @@ def broken(key: str, value: object) -> dict[str, Callable[[Arrays], Arrays]]:
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize(
     ("key", "what"),
-    [("velocity", "latents of step 1"), ("image", "picture"), ("context", "latents of step 1")],
+    [
+        ("velocity", "latents of step 1"),
+        ("image", "picture"),
+        ("context", "latents of step 1"),
+        ("conditions", "latents of step 1"),
+    ],
 )
 def test_numbers_that_are_no_picture_are_an_error_and_no_warning(
     paper: Path, key: str, what: str, value: float
@@ -397,7 +419,7 @@ def test_numbers_that_grow_out_of_float32_are_an_error_and_no_warning(paper: Pat
         generator("red cube", sampler="heun", guidance=1)
 
 
-@pytest.mark.parametrize("key", ["context", "velocity", "image"])
+@pytest.mark.parametrize("key", ["context", "conditions", "velocity", "image"])
 def test_an_output_that_is_not_there_is_an_error(paper: Path, key: str) -> None:
     generator = Generator(Bundle.open(paper), FakeEngine(broken(key, None)))  # type: ignore[arg-type]
     with pytest.raises(EngineFailed, match=f"expected an output {key} of shape .* found none; export"):
@@ -425,7 +447,7 @@ def test_a_callback_that_says_no_cancels(generator: Generator, engine: FakeEngin
     with pytest.raises(Cancelled, match="cancelled at step 2 of 3, nothing was written") as caught:
         generator("red cube", callback=lambda step, total, latents: no if step == 2 else True)
     assert caught.value.exit_code == 130
-    assert len(calls(engine, "transformer")) == 2
+    assert len(calls(engine, DENOISE)) == 2
     assert calls(engine, "vae_decoder") == []
 
 

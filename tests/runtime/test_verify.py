@@ -25,6 +25,7 @@ from .fakes import (
     THREE,
     FakeEngine,
     Function,
+    conditions,
     golden,
     seal,
     text_encoder,
@@ -35,7 +36,7 @@ from .fakes import (
 )
 
 TRANSFORMERS = [f"transformer depth {depth}" for depth in PAPER.model.depths]
-PARTS = ["text_encoder", *TRANSFORMERS, "vae_decoder", "vae_encoder"]
+PARTS = ["text_encoder", "transformer conditions", *TRANSFORMERS, "vae_decoder", "vae_encoder"]
 
 
 def tamper(root: Path, **arrays: np.ndarray | None) -> Bundle:
@@ -56,7 +57,7 @@ def test_the_engine_that_made_the_golden_arrays_agrees_with_them(paper: Path) ->
     assert [(report.part, report.error, report.ok) for report in reports] == [
         (part, 0, True) for part in PARTS
     ]
-    assert [report.routing_agreement for report in reports] == [None, 1, 1, 1, None, None]
+    assert [report.routing_agreement for report in reports] == [None, None, 1, 1, 1, None, None]
     require_ok(reports, "fake")
 
 
@@ -65,7 +66,7 @@ def test_a_real_export_holds_on_a_real_engine(tiny_bundle: Path, name: str) -> N
     reports = verify_bundle(Bundle.open(tiny_bundle), resolve(name))
     assert all(report.ok for report in reports)
     assert all(report.error < 1e-5 for report in reports)
-    assert [report.routing_agreement for report in reports[1:4]] == [1, 1, 1]
+    assert [report.routing_agreement for report in reports[2:5]] == [1, 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -88,9 +89,18 @@ def test_one_changed_golden_number_is_noticed(paper: Path, name: str, part: str)
     assert set(found) - {part} <= ({"vae_encoder"} if name == "image" else set())
 
 
-@pytest.mark.parametrize("name", ["context", "pooled", "latents", "timestep"])
+@pytest.mark.parametrize("name", ["context", "latents", "conditions"])
 def test_a_changed_input_of_the_transformer_is_noticed_at_every_depth(paper: Path, name: str) -> None:
-    assert wrong_parts(tamper(paper, **{name: golden()[name] * np.float32(1.1)})) == TRANSFORMERS
+    found = wrong_parts(tamper(paper, **{name: golden()[name] * np.float32(1.1)}))
+    assert found == (["transformer conditions"] if name == "conditions" else []) + TRANSFORMERS
+
+
+@pytest.mark.parametrize("name", ["pooled", "timestep"])
+def test_a_changed_input_of_the_conditions_is_noticed_there(paper: Path, name: str) -> None:
+    """Depths are fed the golden conditions, so that a fault is found in the graph that has it."""
+    assert wrong_parts(tamper(paper, **{name: golden()[name] * np.float32(1.1)})) == [
+        "transformer conditions"
+    ]
 
 
 def test_a_change_within_tolerance_is_fine(paper: Path) -> None:
@@ -150,6 +160,7 @@ def giving(function: Function, **changes: object) -> Function:
     [
         ("context", "text_encoder/model.onnx", text_encoder, "text_encoder"),
         ("pooled", "text_encoder/model.onnx", text_encoder, "text_encoder"),
+        ("conditions", "transformer/conditions.onnx", conditions(), "transformer conditions"),
         ("velocity", "transformer/depth-2.onnx", transformer(2), "transformer depth 2"),
         ("image", "vae_decoder/model.onnx", vae_decoder, "vae_decoder"),
         ("latents", "vae_encoder/model.onnx", vae_encoder, "vae_encoder"),
@@ -204,6 +215,7 @@ def test_a_model_of_classes_is_held_to_its_epsilon(classes: Path) -> None:
 
     engine = FakeEngine(manifest=CLASSES)
     assert [report.part for report in reports(engine)] == [
+        "transformer conditions",
         "transformer depth 1",
         "vae_decoder",
         "vae_encoder",
@@ -226,7 +238,7 @@ def test_a_model_that_does_not_think_needs_no_routes(paper: Path) -> None:
     "name",
     [
         *("text_encoder.ids", "text_encoder.context", "text_encoder.pooled", "context", "pooled", "latents"),
-        *("timestep", "velocity_4", "routes_2", "decoder_latents", "image", "encoder_latents"),
+        *("timestep", "conditions", "velocity_4", "routes_2", "decoder_latents", "image", "encoder_latents"),
     ],
 )
 def test_a_missing_golden_array_is_named(paper: Path, name: str) -> None:

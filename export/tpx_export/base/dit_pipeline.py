@@ -45,6 +45,7 @@ def open_pipeline(
             context_tokens=0,
             context_width=0,
             pooled_width=0,
+            conditions_width=spec.conditions_width,
             classes=spec.classes,
             prediction="epsilon",
             out_channels=spec.out_channels,

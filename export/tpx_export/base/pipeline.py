@@ -47,6 +47,7 @@ def with_adapters(pipeline: Pipeline, path: Path) -> Pipeline:
     thinking, state, _ = load_adapters(path)
     model = replace(
         pipeline.model,
+        conditions_width=pipeline.model.conditions_width + thinking.conditions_width,
         depths=tuple(range(1, thinking.max_depth + 1)),
         experts=thinking.experts,
         thinking_blocks=thinking.blocks,

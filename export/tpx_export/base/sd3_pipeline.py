@@ -56,6 +56,7 @@ def open_pipeline(sources: Sources, image_size_px: int | None, t5: bool) -> Pipe
             context_tokens=spec.context_tokens,
             context_width=width,
             pooled_width=spec.pooled_width,
+            conditions_width=spec.conditions_width,
             classes=0,
             prediction="velocity",
             out_channels=spec.latent_channels,

@@ -7,10 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tpx_export.model.conditions import Modulation
+
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """adaLN: layer norm without affine, then shift and scale [B, D] of the condition."""
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+    """adaLN: layer norm without affine, then shift and scale [B, 1, D] of the condition."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -40,8 +42,8 @@ class RMSNorm(nn.Module):
 class Stream(nn.Module):
     """One modality's own weights in a joint block.
 
-    `dual` adds shift, scale and gate of a second attention to the modulation; `ends` leaves out what nothing reads after
-    the last attention.
+    `modulation` makes shift, scale, gate (attention), shift, scale, gate (perceptron) and, where `dual`, shift, scale, gate
+    of a second attention. `ends` leaves out what nothing reads after the last attention: all but the first two.
     """
 
     def __init__(
@@ -49,8 +51,7 @@ class Stream(nn.Module):
     ) -> None:
         super().__init__()
         self.head_width = head_width
-        self.parts = 2 if ends else 9 if dual else 6
-        self.modulation = nn.Linear(width, self.parts * width)
+        self.modulation = Modulation(width, parts=2 if ends else 9 if dual else 6)
         self.qkv = nn.Linear(width, 3 * width)
         self.norm_q = RMSNorm(head_width) if qk_norm else nn.Identity()
         self.norm_k = RMSNorm(head_width) if qk_norm else nn.Identity()
@@ -58,11 +59,6 @@ class Stream(nn.Module):
             self.proj = nn.Linear(width, width)
             self.mlp_in = nn.Linear(width, 4 * width)
             self.mlp_out = nn.Linear(4 * width, width)
-
-    def modulations(self, act: Tensor) -> tuple[Tensor, ...]:
-        """SiLU of the condition [B, D] -> shift, scale, gate (attention), shift, scale, gate (perceptron) and, where dual,
-        shift, scale, gate (second attention), each [B, D]. A stream that ends has the first two alone."""
-        return self.modulation(act).chunk(self.parts, dim=-1)
 
     def heads(self, qkv: Tensor, head_width: int) -> tuple[Tensor, Tensor, Tensor]:
         """[B, n, 3D] -> q, k, v, each [B, H, n, d]; q and k normed."""
@@ -72,13 +68,14 @@ class Stream(nn.Module):
     def finish(
         self, x: Tensor, attended: Tensor, rest: tuple[Tensor, ...], second: Tensor | None = None
     ) -> Tensor:
-        """Output projection, gated residual, the residual of the second attention, gated perceptron."""
+        """Output projection, gated residual, the residual of the second attention, gated perceptron; `rest` are the
+        modulations behind the first two."""
         gate_attention, shift, scale, gate_mlp = rest
-        x = x + gate_attention.unsqueeze(1) * self.proj(attended)
+        x = x + gate_attention * self.proj(attended)
         if second is not None:
             x = x + second
         hidden = F.gelu(self.mlp_in(modulate(x, shift, scale)), approximate="tanh")
-        return x + gate_mlp.unsqueeze(1) * self.mlp_out(hidden)
+        return x + gate_mlp * self.mlp_out(hidden)
 
 
 class SelfAttention(nn.Module):

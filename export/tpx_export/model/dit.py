@@ -3,13 +3,15 @@
 Shapes: B batch, C latent channels, S latent size, N visual tokens, D width.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tpx_export.model.attention import Stream, attention, modulate
+from tpx_export.model.conditions import Modulation, handed_out, table
 from tpx_export.model.mmdit import Embedder, sinusoid
 from tpx_export.model.patches import from_patches, to_patches
 from tpx_export.model.thinking import Thinking, ThinkingSpec
@@ -61,6 +63,16 @@ class DiTSpec:
         """Without thinking blocks there is one step: the plain block."""
         return self.thinking.max_depth if self.thinking else 1
 
+    @property
+    def modulations(self) -> int:
+        """Of all blocks and of the output."""
+        return 6 * self.blocks + 2
+
+    @property
+    def conditions_width(self) -> int:
+        """Numbers that time and class alone decide, of one sample."""
+        return self.modulations * self.width + (self.thinking.conditions_width if self.thinking else 0)
+
 
 def position_table(side: int, width: int) -> Tensor:
     """[side^2, width]: of column, then row, half the width each, sines, then cosines, at 10000^(-i / (width/4)).
@@ -85,9 +97,14 @@ class Block(nn.Module):
         thinks = spec.thinking is not None and index in spec.thinking.blocks
         self.thinking = Thinking(spec.width, spec.thinking) if thinks and spec.thinking else None
 
-    def forward(self, x: Tensor, y: Tensor, depth: int) -> tuple[Tensor, list[Tensor]]:
-        """x [B, N, D] and y [B, D] -> x after the block, and the routes [B, N] of its steps."""
-        shift, scale, *rest = self.visual.modulations(F.silu(y).to(x.dtype))
+    def forward(
+        self, x: Tensor, told: Sequence[Tensor], seen: Tensor | None, depth: int
+    ) -> tuple[Tensor, list[Tensor]]:
+        """x [B, N, D] -> x after the block, and the routes [B, N] of its steps.
+
+        `told` are the block's modulations, each [B, 1, D]; the gate sees `seen`, [B, 1, 64].
+        """
+        shift, scale, *rest = told
         x_in = modulate(x, shift, scale)
 
         def attend(qkv: Tensor) -> Tensor:
@@ -97,7 +114,7 @@ class Block(nn.Module):
         if self.thinking is None:
             qkv = self.visual.qkv(x_in)
         else:
-            qkv, routes = self.thinking(x_in, y, depth, lambda: self.visual.qkv(x_in), attend)
+            qkv, routes = self.thinking(x_in, seen, depth, lambda: self.visual.qkv(x_in), attend)
         return self.visual.finish(x, attend(qkv), tuple(rest)), routes
 
 
@@ -113,15 +130,15 @@ class DiT(nn.Module):
         self.time = Embedder(256, spec.width)
         self.classes = nn.Embedding(spec.classes + 1, spec.width)
         self.blocks = nn.ModuleList(Block(spec, i) for i in range(spec.blocks))
-        self.out_modulation = nn.Linear(spec.width, 2 * spec.width)
+        self.out_modulation = Modulation(spec.width, parts=2)
         self.patch_out = nn.Linear(spec.width, spec.out_channels * spec.patch**2)
         self.register_buffer("positions", position_table(spec.latent_size // spec.patch, spec.width))
         self._zero_outputs()
 
     def _zero_outputs(self) -> None:
         """adaLN-zero: a fresh block is the identity, a fresh model predicts zero."""
-        modulations = [module.modulation for module in self.modules() if isinstance(module, Stream)]
-        for layer in (*modulations, self.out_modulation, self.patch_out):
+        modulations = [module for module in self.modules() if isinstance(module, Modulation)]
+        for layer in (*modulations, self.patch_out):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
@@ -130,21 +147,31 @@ class DiT(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Latents [B, C, S, S], timestep [B] in 0..1000, class_id int64 [B] in 0..classes, depth in 1..max_depth.
 
-        The class after the last, `classes`, means no class. Returns the prediction [B, C or 2C, S, S], epsilon first, and
-        the routes int64 [B, thinking blocks * depth, N], block-major. Raises ValueError for a depth that the model was not
-        built for.
+        The class after the last, `classes`, means no class. Returns what `denoise` does, of `conditions`.
+        """
+        return self.denoise(latents, self.conditions(timestep, class_id), depth)
+
+    def conditions(self, timestep: Tensor, class_id: Tensor) -> Tensor:
+        """Timestep [B] and class_id [B] -> what they alone decide, float32 [B, K]."""
+        time = self.time(sinusoid(timestep, 256))
+        return table(self, time + self.classes(class_id).to(time.dtype))
+
+    def denoise(self, latents: Tensor, conditions: Tensor, depth: int) -> tuple[Tensor, Tensor]:
+        """Latents [B, C, S, S], conditions [B, K], depth in 1..max_depth.
+
+        Returns the prediction [B, C or 2C, S, S], epsilon first, and the routes int64 [B, thinking blocks * depth, N],
+        block-major. Raises ValueError for a depth that the model was not built for.
         """
         spec = self.spec
         if not 1 <= depth <= spec.max_depth:
             raise ValueError(f"expected a depth of 1..{spec.max_depth}, got {depth}")
-        time = self.time(sinusoid(timestep, 256))
-        y = time + self.classes(class_id).to(time.dtype)
         x = self.patch_in(to_patches(latents, spec.patch)) + self.positions.to(latents.dtype)
+        told, seen = handed_out(conditions, spec.modulations, spec.width, x.dtype)
         routes: list[Tensor] = []
         for block in self.blocks:
-            x, chosen = block(x, y, depth)
+            x, chosen = block(x, list(islice(told, 6)), next(seen, None) if block.thinking else None, depth)
             routes += chosen
-        shift, scale = self.out_modulation(F.silu(y).to(x.dtype)).chunk(2, dim=-1)
+        shift, scale = told
         tokens = self.patch_out(modulate(x, shift, scale))
         prediction = from_patches(tokens, spec.patch, spec.latent_size // spec.patch)
         empty = torch.zeros(x.shape[0], 0, x.shape[1], dtype=torch.int64, device=x.device)

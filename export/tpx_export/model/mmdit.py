@@ -4,13 +4,16 @@ Shapes: B batch, N visual tokens, L text tokens, D width, H heads, d = D / H.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tpx_export.model.attention import SelfAttention, Stream, attention, modulate
+from tpx_export.model.conditions import Modulation, handed_out, table
 from tpx_export.model.patches import from_patches, to_patches
 from tpx_export.model.thinking import Thinking, ThinkingSpec
 
@@ -59,6 +62,16 @@ class MMDiTSpec:
         """Without thinking blocks there is one step: the plain block."""
         return self.thinking.max_depth if self.thinking else 1
 
+    @property
+    def modulations(self) -> int:
+        """Of all streams and of the output: the last text stream has 2, the output too."""
+        return 12 * self.blocks + 3 * len(self.dual_blocks) - 2
+
+    @property
+    def conditions_width(self) -> int:
+        """Numbers that time and condition alone decide, of one sample."""
+        return self.modulations * self.width + (self.thinking.conditions_width if self.thinking else 0)
+
 
 def sinusoid(positions: Tensor, width: int) -> Tensor:
     """[...] -> [..., width]: cosines, then sines, at frequencies 10000^(-i / (width/2))."""
@@ -101,11 +114,21 @@ class JointBlock(nn.Module):
         thinks = spec.thinking is not None and index in spec.thinking.blocks
         self.thinking = Thinking(spec.width, spec.thinking) if thinks and spec.thinking else None
 
-    def forward(self, x: Tensor, c: Tensor, y: Tensor, depth: int) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """x [B, N, D], c [B, L, D], y [B, D] -> both streams after the block, and the routes [B, N] of its steps."""
-        act = F.silu(y).to(x.dtype)
-        shift, scale, *rest = self.visual.modulations(act)
-        c_shift, c_scale, *c_rest = self.text.modulations(act)
+    @property
+    def modulations(self) -> int:
+        """How many the block is told."""
+        return self.visual.modulation.parts + self.text.modulation.parts
+
+    def forward(
+        self, x: Tensor, c: Tensor, told: Sequence[Tensor], seen: Tensor | None, depth: int
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """x [B, N, D], c [B, L, D] -> both streams after the block, and the routes [B, N] of its steps.
+
+        `told` are the modulations of the visual stream and of the text's, each [B, 1, D]; the gate sees `seen`, [B, 1, 64].
+        """
+        parts = self.visual.modulation.parts
+        shift, scale, *rest = told[:parts]
+        c_shift, c_scale, *c_rest = told[parts:]
         x_in, c_in = modulate(x, shift, scale), modulate(c, c_shift, c_scale)
         c_q, c_k, c_v = self.text.heads(self.text.qkv(c_in), self.head_width)
 
@@ -117,11 +140,11 @@ class JointBlock(nn.Module):
         if self.thinking is None:
             qkv = self.visual.qkv(x_in)
         else:
-            qkv, routes = self.thinking(x_in, y, depth, lambda: self.visual.qkv(x_in), attend_visual)
+            qkv, routes = self.thinking(x_in, seen, depth, lambda: self.visual.qkv(x_in), attend_visual)
         second = None
         if self.second is not None:
             *rest, shift, scale, gate = rest
-            second = gate.unsqueeze(1) * self.second(modulate(x, shift, scale))
+            second = gate * self.second(modulate(x, shift, scale))
         if self.ends:
             return self.visual.finish(x, attend_visual(qkv), tuple(rest), second), c, routes
         q, k, v = self.visual.heads(qkv, self.head_width)
@@ -148,7 +171,7 @@ class MMDiT(nn.Module):
         self.time = Embedder(256, spec.width)
         self.pooled = Embedder(spec.pooled_width, spec.width)
         self.blocks = nn.ModuleList(JointBlock(spec, i) for i in range(spec.blocks))
-        self.out_modulation = nn.Linear(spec.width, 2 * spec.width)
+        self.out_modulation = Modulation(spec.width, parts=2)
         self.patch_out = nn.Linear(spec.width, patch_values)
         positions = grid_positions(spec.latent_size // spec.patch, spec.width)
         self.register_buffer("positions", positions, persistent=spec.stored_positions)
@@ -170,20 +193,36 @@ class MMDiT(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Latents [B, C, S, S], timestep [B] in 0..1000, context [B, L, W], pooled [B, P], depth in 1..max_depth.
 
+        Returns what `denoise` does, of `conditions`.
+        """
+        return self.denoise(latents, self.conditions(timestep, pooled), context, depth)
+
+    def conditions(self, timestep: Tensor, pooled: Tensor) -> Tensor:
+        """Timestep [B] and pooled [B, P] -> what they alone decide, float32 [B, K]."""
+        pooled = pooled.to(self.pooled.linear_1.weight.dtype)
+        return table(self, self.time(sinusoid(timestep, 256)) + self.pooled(pooled))
+
+    def denoise(
+        self, latents: Tensor, conditions: Tensor, context: Tensor, depth: int
+    ) -> tuple[Tensor, Tensor]:
+        """Latents [B, C, S, S], conditions [B, K], context [B, L, W], depth in 1..max_depth.
+
         Returns the velocity [B, C, S, S] and the routes int64 [B, thinking blocks * depth, N], block-major.
         Raises ValueError for a depth that the model was not built for.
         """
         spec = self.spec
         if not 1 <= depth <= spec.max_depth:
             raise ValueError(f"expected a depth of 1..{spec.max_depth}, got {depth}")
-        y = self.time(sinusoid(timestep, 256)) + self.pooled(pooled.to(self.pooled.linear_1.weight.dtype))
         x = self.patch_in(to_patches(latents, spec.patch)) + self.positions.to(latents.dtype)
         c = self.context_in(context)
+        told, seen = handed_out(conditions, spec.modulations, spec.width, x.dtype)
         routes: list[Tensor] = []
         for block in self.blocks:
-            x, c, chosen = block(x, c, y, depth)
+            assert isinstance(block, JointBlock)
+            own = list(islice(told, block.modulations))
+            x, c, chosen = block(x, c, own, next(seen, None) if block.thinking else None, depth)
             routes += chosen
-        shift, scale = self.out_modulation(F.silu(y).to(x.dtype)).chunk(2, dim=-1)
+        shift, scale = told
         tokens = self.patch_out(modulate(x, shift, scale))
         velocity = from_patches(tokens, spec.patch, spec.latent_size // spec.patch)
         empty = torch.zeros(x.shape[0], 0, x.shape[1], dtype=torch.int64, device=x.device)

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tpx_export.model.conditions import GATE_WIDTH, Condition
 from tpx_export.model.routed_lora import mixed_lora, routed_lora
 
 
@@ -44,21 +45,24 @@ class ThinkingSpec:
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"expected a temperature above 0, got {self.temperature}")
 
+    @property
+    def conditions_width(self) -> int:
+        """Numbers of a row of conditions that gates see."""
+        return GATE_WIDTH * len(self.blocks) if self.gate_sees_condition else 0
+
 
 class Gate(nn.Module):
-    """Logits over experts from tokens [B, N, D] and the condition y [B, D] -> [B, N, M]."""
+    """Logits over experts from tokens [B, N, D] and what `condition` made of the condition, [B, 1, 64] -> [B, N, M]."""
 
-    def __init__(self, width: int, experts: int, sees_condition: bool, hidden: int = 64) -> None:
+    def __init__(self, width: int, experts: int, sees_condition: bool) -> None:
         super().__init__()
-        self.token = nn.Linear(width, hidden)
-        self.condition = nn.Linear(width, hidden, bias=False) if sees_condition else None
-        self.out = nn.Linear(hidden, experts)
+        self.token = nn.Linear(width, GATE_WIDTH)
+        self.condition = Condition(width, 1, GATE_WIDTH, bias=False) if sees_condition else None
+        self.out = nn.Linear(GATE_WIDTH, experts)
 
-    def forward(self, tokens: Tensor, y: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, seen: Tensor | None) -> Tensor:
         hidden = self.token(F.layer_norm(tokens, tokens.shape[-1:]))
-        if self.condition is not None:
-            hidden = hidden + self.condition(F.silu(y)).unsqueeze(1)
-        return self.out(F.silu(hidden))
+        return self.out(F.silu(hidden if seen is None else hidden + seen))
 
 
 class Thinking(nn.Module):
@@ -76,19 +80,20 @@ class Thinking(nn.Module):
     def forward(
         self,
         x: Tensor,
-        y: Tensor,
+        seen: Tensor | None,
         depth: int,
         base_qkv: Callable[[], Tensor],
         attend: Callable[[Tensor], Tensor],
     ) -> tuple[Tensor, list[Tensor]]:
-        """Visual tokens x [B, N, D] and condition y [B, D] -> q, k, v of the last step [B, N, 3D], and every step's routes.
+        """Visual tokens x [B, N, D] -> q, k, v of the last step [B, N, 3D], and every step's routes.
 
-        `base_qkv()` is W x, the frozen base; `attend(qkv)` is joint attention's visual rows, [B, N, D]. In training mode
-        the routes are Gumbel-Softmax draws, straight-through; in evaluation they are the gate's argmax.
+        `seen` [B, 1, 64] is what the gate is told of the condition, if anything. `base_qkv()` is W x, the frozen base;
+        `attend(qkv)` is joint attention's visual rows, [B, N, D]. In training mode the routes are Gumbel-Softmax draws,
+        straight-through; in evaluation they are the gate's argmax.
         """
         thought, routes = x, []
         for step in range(depth):
-            delta, route = self._expert(thought, y, step)
+            delta, route = self._expert(thought, seen, step)
             routes.append(route)
             last = step == depth - 1
             qkv = base_qkv() + delta if last or self.spec.base_every_step else delta
@@ -96,10 +101,10 @@ class Thinking(nn.Module):
                 thought = attend(qkv) + x
         return qkv, routes
 
-    def _expert(self, tokens: Tensor, y: Tensor, step: int) -> tuple[Tensor, Tensor]:
+    def _expert(self, tokens: Tensor, seen: Tensor | None, step: int) -> tuple[Tensor, Tensor]:
         scale, shift = self.scale[step].to(tokens.dtype), self.shift[step].to(tokens.dtype)
         h = F.layer_norm(tokens * scale + shift, tokens.shape[-1:])
-        logits = self.gate(tokens.float(), y)  # a route must not hang on float16's rounding
+        logits = self.gate(tokens.float(), seen)  # a route must not hang on float16's rounding
         a, b = self.a.to(h.dtype), self.b.to(h.dtype)  # experts in training stay in float32 over a lower base
         if self.training:
             weights = F.gumbel_softmax(logits.float(), tau=self.spec.temperature, hard=True).to(h.dtype)

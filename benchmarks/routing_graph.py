@@ -1,0 +1,77 @@
+"""The two spellings of routing that a bundle may hold for CPUs, timed over its whole transformer on this machine.
+
+    python benchmarks/routing_graph.py bundles/shapes [--rounds 25]
+
+Each engine gets the deepest graph once in each spelling, run in turn (A B A B ...) on the golden inputs, repeated to more
+rows; the table gives the median milliseconds of a forward pass.
+"""
+
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import click
+import numpy as np
+import onnx
+import onnx.inliner
+
+from tpx_export.operator import register_schema
+from tpx_export.routing import masked, permuted
+from tpx_runtime.bundle import Bundle
+from tpx_runtime.engine import Session, resolve
+from tpx_runtime.verify import load_golden
+
+ROWS = (2, 16)
+
+
+def spelt(graph: onnx.ModelProto, body: onnx.FunctionProto, path: Path) -> Path:
+    """The graph with routing inlined as `body`, saved with its weights inside."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(graph)
+    del copy.functions[:]
+    copy.functions.append(body)
+    onnx.save(onnx.inliner.inline_local_functions(copy), path)
+    return path
+
+
+def medians(sessions: list[Session], inputs: dict[str, np.ndarray], rounds: int) -> list[float]:
+    """Milliseconds of each session on the same inputs."""
+    times: list[list[float]] = [[] for _ in sessions]
+    for number in range(rounds + 2):
+        for session, found in zip(sessions, times, strict=True):
+            began = time.perf_counter()
+            session.run(inputs)
+            if number > 1:  # the first two are slower
+                found.append(1e3 * (time.perf_counter() - began))
+    return [float(np.median(found)) for found in times]
+
+
+@click.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--rounds", default=25, show_default=True, help="Timed runs of each; the median counts.")
+@click.option("--engine", "engines", multiple=True, default=("onnxruntime", "openvino"), show_default=True)
+def main(path: Path, rounds: int, engines: tuple[str, ...]) -> None:
+    """Print the table of docs/routing.md."""
+    register_schema()
+    bundle = Bundle.open(path, verify=False)
+    model, golden = bundle.manifest.model, load_golden(bundle)
+    graph = onnx.load(bundle.transformer(model.depths[-1]))
+    print("| engine | rows x tokens | masked, ms | permuted, ms |\n|---|---|---|---|")
+    with TemporaryDirectory() as folder:
+        bodies = {"masked": masked(), "permuted": permuted(model.experts)}
+        paths = [spelt(graph, body, Path(folder) / f"{name}.onnx") for name, body in bodies.items()]
+        for name in engines:
+            sessions = [resolve(name).open(found) for found in paths]
+            for rows in ROWS:
+                inputs = {
+                    n: np.resize(golden[n], (rows, *golden[n].shape[1:])) for n in model.transformer_inputs
+                }
+                found = medians(sessions, inputs, rounds)
+                print(
+                    f"| {name} | {rows} x {model.visual_tokens} | {found[0]:.2f} | {found[1]:.2f} |",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()

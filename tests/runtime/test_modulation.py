@@ -1,0 +1,113 @@
+"""Conditions ahead of the loop: what the graph says of each timestep, in few calls, whatever the sampler asks for."""
+
+import numpy as np
+import pytest
+
+from tpx_runtime import modulation
+from tpx_runtime.diffusion import DIFFUSION_SAMPLERS
+from tpx_runtime.engine import Arrays
+from tpx_runtime.errors import EngineFailed
+from tpx_runtime.manifest import ModelSpec
+from tpx_runtime.modulation import Conditions
+from tpx_runtime.registry import SAMPLERS_FOR, walk
+from tpx_runtime.samplers import SAMPLERS, Array
+
+from .fakes import CLASSES, MODEL, FakeSession, conditions
+
+rng = np.random.default_rng(5)
+POOLED = rng.standard_normal((4, MODEL.pooled_width)).astype(np.float32)
+TIMES = [1000.0, 700.5, 400.0, 100.0]
+
+
+def session(model: ModelSpec = MODEL) -> FakeSession:
+    return FakeSession("conditions", conditions(model), [])
+
+
+def expected(told: Arrays, timestep: float, model: ModelSpec = MODEL) -> Array:
+    times = np.full(len(next(iter(told.values()))), timestep, np.float32)
+    return conditions(model)({"timestep": times, **told})["conditions"]
+
+
+def test_all_steps_and_rows_are_made_in_one_call_when_first_asked_for() -> None:
+    graph = session()
+    table = Conditions(graph, MODEL, {"pooled": POOLED}, TIMES)
+    assert graph.calls == []
+    for timestep in TIMES:
+        np.testing.assert_array_equal(table.at(timestep), expected({"pooled": POOLED}, timestep))
+    ((_, inputs),) = graph.calls
+    assert {name: (value.dtype, value.shape) for name, value in inputs.items()} == {
+        "timestep": (np.float32, (16,)),
+        "pooled": (np.float32, (16, 7)),
+    }
+
+
+def test_rows_that_are_told_the_same_are_made_once_and_come_back_in_their_places() -> None:
+    graph = session()
+    told = {"pooled": POOLED[[2, 2, 0, 1, 0]]}
+    table = Conditions(graph, MODEL, told, TIMES)
+    for timestep in reversed(TIMES):
+        np.testing.assert_array_equal(table.at(timestep), expected(told, timestep))
+    assert sum(len(inputs["timestep"]) for _, inputs in graph.calls) == 3 * (4 + 3 + 2 + 1)
+
+
+def test_classes_are_told_as_numbers() -> None:
+    graph, told = session(CLASSES.model), {"class_id": np.array([13, 13, 7, 2])}
+    table = Conditions(graph, CLASSES.model, told, TIMES)
+    np.testing.assert_array_equal(table.at(400.0), expected(told, 400.0, CLASSES.model))
+    assert graph.calls[0][1]["class_id"].dtype == np.int64
+    assert len(graph.calls[0][1]["class_id"]) == 6
+
+
+@pytest.mark.parametrize(
+    ("steps_at_once", "calls"), [(0, [4] * 4), (1, [4] * 4), (2, [8, 8]), (3, [12, 4]), (4, [16]), (9, [16])]
+)
+def test_a_table_beyond_the_bound_is_made_some_steps_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, steps_at_once: int, calls: list[int]
+) -> None:
+    row = 4 * MODEL.conditions_width * len(POOLED)
+    monkeypatch.setattr(modulation, "TABLE_BYTES", steps_at_once * row + row // 2)
+    graph = session()
+    table = Conditions(graph, MODEL, {"pooled": POOLED}, TIMES)
+    for timestep in TIMES:
+        for _ in range(2):
+            np.testing.assert_array_equal(table.at(timestep), expected({"pooled": POOLED}, timestep))
+        assert sum(array.nbytes for array in table._made.values()) <= max(1, steps_at_once) * row
+    assert [len(inputs["timestep"]) for _, inputs in graph.calls] == calls
+
+
+def test_a_timestep_that_nobody_announced_is_exact_and_disturbs_nothing() -> None:
+    graph = session()
+    table = Conditions(graph, MODEL, {"pooled": POOLED}, TIMES)
+    for timestep in (1000.0, 850.25, 700.5, 850.25, 400.0):
+        np.testing.assert_array_equal(table.at(timestep), expected({"pooled": POOLED}, timestep))
+    assert [len(inputs["timestep"]) for _, inputs in graph.calls] == [16, 4, 4]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 40])
+@pytest.mark.parametrize("name", [*SAMPLERS, *DIFFUSION_SAMPLERS])
+def test_no_sampler_asks_for_a_timestep_outside_its_schedule(
+    name: str, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each table is made once, even where memory holds those of one step alone."""
+    monkeypatch.setattr(modulation, "TABLE_BYTES", 0)
+    graph, told = session(), {"pooled": POOLED[:1]}
+    sampler = {**SAMPLERS_FOR["velocity"], **SAMPLERS_FOR["epsilon"]}[name]
+    schedule = sampler.schedule(steps, 3.0)
+    table = Conditions(graph, MODEL, told, schedule.timesteps)
+
+    def prediction(x: Array, timestep: float) -> Array:
+        np.testing.assert_array_equal(table.at(timestep), expected(told, timestep))
+        return np.zeros_like(x)
+
+    noise = np.ones((1, *MODEL.latent_shape), np.float32)
+    assert len(list(walk(sampler, prediction, noise, schedule, lambda step: noise))) == steps
+    asked = [float(inputs["timestep"][0]) for _, inputs in graph.calls]
+    assert asked == [float(np.float32(timestep)) for timestep in dict.fromkeys(schedule.timesteps)]
+
+
+@pytest.mark.parametrize("shape", [(16, 10), (15, 11), (16,)])
+def test_a_table_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
+    graph = FakeSession("conditions", lambda inputs: {"conditions": np.zeros(shape, np.float32)}, [])
+    table = Conditions(graph, MODEL, {"pooled": POOLED}, TIMES)
+    with pytest.raises(EngineFailed, match=r"expected an output conditions of shape \(16, 11\), found \(1"):
+        table.at(TIMES[0])

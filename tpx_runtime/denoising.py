@@ -1,0 +1,107 @@
+"""The denoising loop of one batch: from noise, or from a picture with noise, to latents that the decoder takes."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+
+import numpy as np
+import numpy.typing as npt
+
+from .bundle import Bundle
+from .editing import Edit, Repainting, noised, tail
+from .engine import Arrays, Engine, Session
+from .errors import BadInput, Cancelled, EngineFailed
+from .guidance import GuidedPrediction
+from .modulation import Conditions
+from .noise import batch_noise
+from .registry import SAMPLERS_FOR, walk
+from .samplers import Array, Velocity
+from .settings import Settings
+
+Callback = Callable[[int, int, Array], bool | None]  # (step from 1, total steps, latents [B, C, H, W])
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What the loop made: `latents` [B, C, H, W], and for each model call `routes` [B, S, N], if any."""
+
+    latents: Array
+    routes: list[npt.NDArray[np.int64]]
+
+
+def one_loop(jobs: Sequence[Settings], edit: Edit | None) -> Settings:
+    """The job that stands for all of a batch, which differ in nothing but prompts, classes and seed.
+
+    Raises BadInput where they do, and for a strength without an `edit` and the reverse.
+    """
+    loops = {(job.sampler, job.steps, job.guidance, job.depth, job.strength) for job in jobs}
+    if len(loops) != 1:
+        raise BadInput(
+            f"expected jobs of one sampler, steps, guidance, depth and strength, found {len(loops)} kinds"
+        )
+    if (jobs[0].strength is None) != (edit is None):
+        found = "no strength" if jobs[0].strength is None else "no picture"
+        raise BadInput(f"expected a picture to start from and a strength, or neither, found {found}")
+    return jobs[0]
+
+
+def require_finite(values: Array, what: str, bundle: Bundle, engine: Engine) -> None:
+    """Raises EngineFailed."""
+    if not np.isfinite(values).all():
+        raise EngineFailed(
+            f"expected finite numbers in the {what}, found NaN or infinity from engine {engine.name} at precision "
+            f"{bundle.manifest.precision}; try an fp32 bundle, or check this one with tpx-verify"
+        )
+
+
+class Denoiser:
+    """Runs the loop on a bundle's transformer, whose graphs are loaded when first used, and kept."""
+
+    def __init__(self, bundle: Bundle, engine: Engine) -> None:
+        self._bundle, self._engine = bundle, engine
+        self._transformers: dict[int, Session] = {}
+
+    def __call__(
+        self, job: Settings, seeds: list[int], told: Arrays, callback: Callback | None, edit: Edit | None
+    ) -> Sample:
+        """One picture's latents for each seed; `told` as GuidedPrediction wants it, the rest as `job` says.
+
+        Raises Cancelled when the callback returns False, EngineFailed for latents that are not finite.
+        """
+        model = self._bundle.manifest.model
+        sampler = SAMPLERS_FOR[model.prediction][job.sampler]
+        schedule = sampler.schedule(job.steps, self._shift)
+        latents = noise = batch_noise(seeds, model.latent_shape)
+        if edit and job.strength is not None:
+            schedule = tail(schedule, job.strength)
+            latents = noised(edit.latents, noise, schedule.sigmas[0])
+        conditions = Conditions(self._conditions, model, told, schedule.timesteps)
+        predict = GuidedPrediction(self._transformer(job.depth), model, told, conditions, job.guidance)
+        prediction: Velocity = predict
+        if edit and edit.repaint is not None:
+            prediction = Repainting(predict, edit.latents, noise, edit.repaint)
+        path = walk(sampler, prediction, latents, schedule, partial(batch_noise, seeds, model.latent_shape))
+        total = len(schedule.timesteps)
+        with np.errstate(over="ignore", invalid="ignore"):  # the next line says it better
+            for step, latents in enumerate(path, start=1):
+                require_finite(latents, f"latents of step {step}", self._bundle, self._engine)
+                answer = callback(step, total, latents) if callback else None
+                if isinstance(answer, bool | np.bool_) and not answer:
+                    raise Cancelled(f"cancelled at step {step} of {total}, nothing was written")
+        return Sample(latents, predict.routes)
+
+    @cached_property
+    def _shift(self) -> float:
+        """Of a flow's schedule; a diffusion's has none."""
+        bundle = self._bundle
+        return bundle.schedule_shift if bundle.manifest.model.prediction == "velocity" else 1.0
+
+    @cached_property
+    def _conditions(self) -> Session:
+        return self._engine.open(self._bundle.conditions)
+
+    def _transformer(self, depth: int) -> Session:
+        if depth not in self._transformers:
+            path = self._bundle.transformer(depth, self._engine.plain)
+            self._transformers[depth] = self._engine.open(path)
+        return self._transformers[depth]

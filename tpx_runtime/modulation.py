@@ -1,0 +1,55 @@
+"""What the transformer's timestep and prompt or class alone decide, worked out ahead of the loop.
+
+adaLN's layers read a third of the weights for a row or two at each step. All steps of a loop are known before its first,
+so their rows are made together, in as few calls as memory allows.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from .engine import Arrays, Session, output
+from .manifest import ModelSpec
+from .samplers import Array
+
+TABLE_BYTES = 64 << 20  # of the rows made at once: all steps of a small model, some of a large one's
+
+
+class Conditions:
+    """`at(timestep)`, for a batch that is told `told`: exactly what the graph says of that timestep.
+
+    Rows that are told the same are made once, and steps when first asked for; a timestep outside `timesteps`, which a
+    sampler may ask for too, is made alone.
+    """
+
+    def __init__(
+        self, session: Session, model: ModelSpec, told: Arrays, timesteps: Sequence[float] = ()
+    ) -> None:
+        self._session, self._width = session, model.conditions_width
+        self._times, self._name = model.conditions_inputs
+        self._told, self._row = np.unique(told[self._name], axis=0, return_inverse=True)
+        self._row = self._row.reshape(-1)
+        self._timesteps = list(dict.fromkeys(timesteps))
+        self._made: dict[float, Array] = {}  # [distinct rows, K] by timestep
+
+    def at(self, timestep: float) -> Array:
+        """The conditions [B, K] of every row. Raises EngineFailed."""
+        if timestep not in self._made:
+            if timestep not in self._timesteps:
+                return self._make([timestep])[0][self._row]
+            at_once = max(1, TABLE_BYTES // (4 * self._width * len(self._told)))
+            first = self._timesteps.index(timestep)
+            some = self._timesteps[first : first + at_once]
+            self._made = {}  # the last ones first, so that two lots are never held
+            self._made = dict(zip(some, self._make(some), strict=True))
+        return self._made[timestep][self._row]
+
+    def _make(self, timesteps: Sequence[float]) -> Array:
+        """[len(timesteps), distinct rows, K]."""
+        steps, rows = len(timesteps), len(self._told)
+        inputs = {
+            self._times: np.repeat(np.array(timesteps, np.float32), rows),
+            self._name: np.concatenate([self._told] * steps),
+        }
+        made: Array = output(self._session.run(inputs), "conditions", (steps * rows, self._width))
+        return made.reshape(steps, rows, self._width)
