@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 SAMPLE_BUNDLE = Path("bundles/shapes")
 _PATH = click.Path(path_type=Path)
-_ENGINE_HELP = "onnxruntime, onnxruntime-cuda or openvino; auto takes the first that runs here."
+_ENGINE_HELP = (
+    "onnxruntime, onnxruntime-cuda, openvino or openvino-bf16, or what tpx-build made for tensorrt-rtx or tensorrt; "
+    "auto takes the first that runs here."
+)
 
 
 class TpxCommand(click.Command):

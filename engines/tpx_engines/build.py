@@ -1,7 +1,5 @@
 """A bundle to its engines: which graphs, for which GPU, whether memory suffices, and what the cache still lacks."""
 
-import ctypes
-import re
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,18 +10,22 @@ from pathlib import Path
 from threading import Event, Thread, current_thread, main_thread
 
 from tpx_runtime.bundle import Bundle
-from tpx_runtime.errors import BadInput, Cancelled, EngineUnavailable, shorten
+from tpx_runtime.engine.built import graph_name
+from tpx_runtime.engine.gpu import Gpu
+from tpx_runtime.engine.tensorrt_flavours import FLAVOURS, Flavour, version
+from tpx_runtime.errors import Cancelled, EngineUnavailable
 from tpx_runtime.memory import available_bytes
 
-from . import tensorrt_rtx
+from . import tensorrt
 from .cache import EngineCache, Key, Stale
-from .tensorrt_rtx import Progress, Shapes
+from .progress import Progress
+from .routed_lora_choice import obstacle, plugin_hash, register_once
+from .tensorrt import Shapes, Timings
 
-LARGEST_BATCH = 9999
 # A build of a tiny graph was seen to peak at 0.44 GB, large ones at 3.1 to 3.6 times their weights (docs/engines.md).
 BASE_BYTES, BYTES_PER_WEIGHT_BYTE = 512 << 20, 4
 POLL_S = 0.1
-_MAJOR, _MINOR = 75, 76  # CUdevice_attribute of the compute capability
+ROUTED = "transformer depth "  # how the names of the graphs begin in which tpx::RoutedLora may be
 
 Watch = Callable[[str, float, int, str], None]  # (graph, graphs done, graphs in all, what the builder does)
 
@@ -32,95 +34,28 @@ class Abandoned(Cancelled):
     """Ctrl-C was pressed again: the builder still runs in its thread, and only the end of the process stops it."""
 
 
-@dataclass(frozen=True)
-class Gpu:
-    """What an engine is built for; `name` and `driver` are None for a GPU that is not in this machine."""
-
-    capability: int  # times ten
-    name: str | None = None
-    driver: str | None = None
-
-
-def gpu_here() -> Gpu | None:
-    """The first GPU that CUDA sees on this machine; None without a driver or a GPU."""
-    cuda, name = _library("libcuda.so.1"), ctypes.create_string_buffer(256)
-    device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
-    if (
-        cuda is None
-        or cuda.cuInit(0)
-        or cuda.cuDeviceGet(ctypes.byref(device), 0)
-        or cuda.cuDeviceGetName(name, len(name), device)
-        or cuda.cuDeviceGetAttribute(ctypes.byref(major), _MAJOR, device)
-        or cuda.cuDeviceGetAttribute(ctypes.byref(minor), _MINOR, device)
-    ):
-        return None
-    return Gpu(major.value * 10 + minor.value, name.value.decode(errors="replace"), _driver())
-
-
-def _driver() -> str | None:
-    management, version = _library("libnvidia-ml.so.1"), ctypes.create_string_buffer(96)
-    if management is None or management.nvmlInit_v2():
-        return None
-    failed = management.nvmlSystemGetDriverVersion(version, len(version))
-    management.nvmlShutdown()
-    return None if failed else version.value.decode(errors="replace")
-
-
-def _library(name: str) -> ctypes.CDLL | None:
-    try:
-        return ctypes.CDLL(name)
-    except OSError:
-        return None
-
-
-def choose_gpu(asked: str | None) -> Gpu:
-    """The GPU of `--gpu`, such as sm89, or else the one in this machine. Raises BadInput."""
-    known = [f"sm{capability}" for capability in tensorrt_rtx.CAPABILITIES]
-    here = gpu_here()
-    if asked is None:
-        if here is None:
-            raise BadInput(
-                f"expected an NVIDIA GPU to build for, found none here; name one with --gpu: {', '.join(known)}"
-            )
-        if here.capability not in tensorrt_rtx.CAPABILITIES:
-            raise BadInput(
-                f"expected a GPU of {', '.join(known)} for engine {tensorrt_rtx.NAME}, found {here.name} "
-                f"(sm{here.capability}); name another with --gpu"
-            )
-        return here
-    if asked not in known:
-        raise BadInput(f"expected --gpu of {', '.join(known)}, found {shorten(asked)}")
-    capability = int(asked.removeprefix("sm"))
-    return here if here and here.capability == capability else Gpu(capability)
-
-
-def parse_batch(text: str) -> tuple[int, int]:
-    """`1,4` to (1, 4), and `2` to (2, 2). Raises BadInput."""
-    if found := re.fullmatch(r"([0-9]{1,4})(?:,([0-9]{1,4}))?", text):
-        least, most = int(found[1]), int(found[2] or found[1])
-        if 1 <= least <= most:
-            return least, most
-    raise BadInput(
-        f"expected --batch LEAST,MOST with 1 <= LEAST <= MOST <= {LARGEST_BATCH}, such as 1,4, "
-        f"found {shorten(text)}"
-    )
-
-
 def graphs(bundle: Bundle) -> dict[str, tuple[Path, Shapes]]:
     """Every graph that TensorRT builds, with the shapes of its inputs."""
     model = bundle.manifest.model
-    denoise: Shapes = {"latents": (None, *model.latent_shape), "timestep": (None,)}
-    if model.classes:
-        denoise["class_id"] = (None,)
-    else:
-        denoise["context"] = (None, model.context_tokens, model.context_width)
-        denoise["pooled"] = (None, model.pooled_width)
+    sizes: Shapes = {
+        "timestep": (None,),
+        "pooled": (None, model.pooled_width),
+        "class_id": (None,),
+        "latents": (None, *model.latent_shape),
+        "conditions": (None, model.conditions_width),
+        "context": (None, model.context_tokens, model.context_width),
+    }
     made: dict[str, tuple[Path, Shapes]] = {
         encoder.folder: (bundle.text_encoder(encoder), {"ids": (None, encoder.tokens)})
         for encoder in bundle.manifest.text_encoders
     }
+    made["transformer conditions"] = (
+        bundle.conditions,
+        {name: sizes[name] for name in model.conditions_inputs},
+    )
     for depth in model.depths:
-        made[f"transformer depth {depth}"] = (bundle.transformer(depth), denoise)
+        shapes = {name: sizes[name] for name in model.transformer_inputs}
+        made[f"transformer depth {depth}"] = (bundle.transformer(depth), shapes)
     made["vae_decoder"] = (bundle.vae_decoder, {"latents": (None, *model.latent_shape)})
     if bundle.vae_encoder:
         made["vae_encoder"] = (bundle.vae_encoder, {"image": (None, 3, *model.image_size_px)})
@@ -149,20 +84,25 @@ class Result:
     cached: bool
 
 
-def plan(bundle: Bundle, cache: EngineCache, batch: tuple[int, int], gpu: Gpu) -> list[Task]:
-    """What is to be done for each graph of the bundle. Raises EngineUnavailable without TensorRT for RTX."""
-    version, tasks = tensorrt_rtx.version(), []
-    for graph, (path, inputs) in graphs(bundle).items():
+def plan(
+    bundle: Bundle, cache: EngineCache, batch: tuple[int, int], gpu: Gpu, flavour: Flavour
+) -> list[Task]:
+    """What is to be done for each graph of the bundle. Raises EngineUnavailable without the flavour's package."""
+    full_version, tasks = version(flavour), []
+    routes = bool(bundle.manifest.model.thinking_blocks) and obstacle(flavour, gpu.capability) is None
+    for path, inputs in graphs(bundle).values():
+        graph = graph_name(path)
         key = Key(
             bundle=bundle.hash,
             graph=graph,
             precision=bundle.manifest.precision,
             batch=batch,
-            engine=tensorrt_rtx.NAME,
-            version=version,
+            engine=flavour.name,
+            version=full_version,
             capability=f"sm{gpu.capability}",
             gpu=gpu.name,
             driver=gpu.driver,
+            plugin=plugin_hash() if routes and graph.startswith(ROUTED) else "",
         )
         engine, stale = None, None
         try:
@@ -223,11 +163,14 @@ def build_all(
                 def advance(share: float, phase: str, graph: str = task.key.graph) -> None:
                     watch(graph, len(results) + share, len(tasks), phase)
 
-                engine = _build(task, gpu, Progress(stop), advance)
+                timings = Timings(cache.read_timings(task.key))
+                engine = _build(task, gpu, Progress(stop), timings, advance)
                 seconds = time.monotonic() - began
                 if engine is None:
                     break
                 cache.store(task.key, engine)
+                if not FLAVOURS[task.key.engine].ahead:
+                    cache.store_timings(task.key, timings.data)
                 size = len(engine)
             results.append(Result(task.key.graph, size, seconds, task.cached_bytes is not None))
             watch(task.key.graph, len(results), len(tasks), "")
@@ -259,7 +202,9 @@ def _ctrl_c(left: str) -> Iterator[Event]:
         signal.signal(signal.SIGINT, previous)
 
 
-def _build(task: Task, gpu: Gpu, progress: Progress, watch: Callable[[float, str], None]) -> bytes | None:
+def _build(
+    task: Task, gpu: Gpu, progress: Progress, timings: Timings, watch: Callable[[float, str], None]
+) -> bytes | None:
     """The engine of `task`, or None if it was cancelled.
 
     The builder holds on to the thread it is called in for long steps, so it gets one of its own: this one draws, and hears
@@ -270,7 +215,20 @@ def _build(task: Task, gpu: Gpu, progress: Progress, watch: Callable[[float, str
     def work() -> None:
         try:
             key = task.key
-            future.set_result(tensorrt_rtx.build(task.path, task.inputs, key.batch, gpu.capability, progress))
+            if key.plugin:
+                register_once(gpu.capability)
+            future.set_result(
+                tensorrt.build(
+                    FLAVOURS[key.engine],
+                    task.path,
+                    task.inputs,
+                    key.batch,
+                    gpu.capability,
+                    progress,
+                    timings,
+                    bool(key.plugin),
+                )
+            )
         except BaseException as error:
             future.set_exception(error)
 

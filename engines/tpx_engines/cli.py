@@ -2,7 +2,8 @@
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,52 +13,80 @@ from tpx_runtime.cli import TpxCommand, find_bundle
 from tpx_runtime.errors import BadInput, shorten
 
 if TYPE_CHECKING:
-    from tpx_engines.build import Result
+    from tpx_engines.build import Result, Watch
+    from tpx_runtime.bundle import Bundle
 
-BUILT_AHEAD = "tensorrt-rtx"
+TENSORRT, OPENVINO = ("tensorrt-rtx", "tensorrt"), ("openvino", "openvino-bf16")
+BUILT_AHEAD = (*TENSORRT, *OPENVINO)
 _BAR_STEPS = 1000
 
 
 @click.command(cls=TpxCommand)
 @click.argument("bundle", required=False)
-@click.option("--engine", default=BUILT_AHEAD, show_default=True, help="The engine to build for.")
+@click.option("--engine", default="tensorrt-rtx", show_default=True, help=f"{', '.join(BUILT_AHEAD)}.")
 @click.option("--batch", default="1,2", show_default=True, help="Least and most rows; tuned for the most.")
-@click.option("--gpu", help="sm75, sm80, sm86, sm89, sm120 or sm121.  [default: this machine's]")
+@click.option(
+    "--gpu", help="For tensorrt-rtx: sm75, sm80, sm86, sm89, sm120 or sm121.  [default: this machine's]"
+)
 @click.option(
     "--cache", "folder", type=click.Path(path_type=Path), help="Folder of engines.  [default: BUNDLE.engines]"
 )
 def main(bundle: str | None, engine: str, batch: str, gpu: str | None, folder: Path | None) -> None:
-    """Build the engines of BUNDLE that its cache lacks, and print the cache's folder. Needs no GPU.
+    """Build the engines of BUNDLE that its cache lacks, and print the cache's folder.
+
+    TensorRT for RTX builds for any GPU and needs none here; TensorRT builds for the GPU that is here. OpenVINO would
+    compile in the first process that draws; built ahead, its transformer is also there for exact batches, which is faster.
 
     Without BUNDLE it takes $TPX_BUNDLE, else bundles/shapes.
     """
     check_engine(engine)
     from tpx_runtime.bundle import Bundle
 
-    from .build import Abandoned, build_all, choose_gpu, parse_batch, plan
-    from .cache import EngineCache
+    from .target import parse_batch
 
-    rows, target = parse_batch(batch), choose_gpu(gpu)
-    opened = Bundle.open(find_bundle(bundle))
+    rows, opened = parse_batch(batch), Bundle.open(find_bundle(bundle))
+    if engine in OPENVINO:
+        refuse(engine, {"--gpu": gpu, "--cache": folder})
+        compile_ahead(opened, engine, rows)
+    else:
+        build_tensorrt(opened, engine, rows, gpu, folder)
+
+
+def compile_ahead(opened: "Bundle", engine: str, rows: tuple[int, int]) -> None:
+    """OpenVINO: every graph, and the transformer's for exactly the least and the most rows."""
+    from tpx_runtime.engine.built import default_folder
+
+    from .ahead import build_ahead
+
+    with progress_bar() as watch:
+        results = build_ahead(opened, engine, rows, watch)
+    click.echo(table(results), err=True)
+    click.echo(default_folder(opened.root) / "openvino")
+
+
+def build_tensorrt(
+    opened: "Bundle", engine: str, rows: tuple[int, int], gpu: str | None, folder: Path | None
+) -> None:
+    """TensorRT: every graph for batches from the least to the most rows."""
+    from tpx_runtime.engine.tensorrt_flavours import FLAVOURS
+
+    from .build import Abandoned, build_all, plan
+    from .cache import EngineCache
+    from .routed_lora_choice import obstacle
+    from .target import choose_gpu
+
+    flavour = FLAVOURS[engine]
+    target = choose_gpu(flavour, gpu)
     cache = EngineCache.beside(opened, folder)
-    tasks = plan(opened, cache, rows, target)
+    tasks = plan(opened, cache, rows, target, flavour)
+    reason = obstacle(flavour, target.capability)
+    if reason and not flavour.ahead and opened.manifest.model.thinking_blocks:
+        click.echo(f"notice: routing without its plugin: {reason}", err=True)
     for task in tasks:
         if task.stale:
             click.echo(f"building again: {task.stale}", err=True)
     try:
-        with click.progressbar(
-            length=len(tasks) * _BAR_STEPS,
-            label=f"{len(tasks)} engines",
-            file=sys.stderr,
-            show_eta=False,
-            item_show_func=lambda phase: phase,
-        ) as bar:
-
-            def watch(graph: str, done: float, total: int, phase: str) -> None:
-                bar.label = f"{graph:<20}"
-                bar.update(round(done * _BAR_STEPS) - bar.pos, phase)
-                bar.render_progress()  # a new phase shows, though the bar stands still
-
+        with progress_bar() as watch:
             results = build_all(tasks, cache, target, watch)
     except Abandoned as error:
         click.echo(f"error: {error}", err=True)
@@ -67,17 +96,42 @@ def main(bundle: str | None, engine: str, batch: str, gpu: str | None, folder: P
     click.echo(cache.folder)
 
 
+@contextmanager
+def progress_bar() -> "Iterator[Watch]":
+    """A bar on stderr, and what moves it."""
+    with click.progressbar(
+        length=1, file=sys.stderr, show_eta=False, item_show_func=lambda phase: phase
+    ) as bar:
+
+        def watch(graph: str, done: float, total: int, phase: str) -> None:
+            bar.length, bar.label = total * _BAR_STEPS, f"{graph:<22}"
+            bar.update(round(done * _BAR_STEPS) - bar.pos, phase)
+            bar.render_progress()  # a new phase shows, though the bar stands still
+
+        yield watch
+
+
 def check_engine(name: str) -> None:
     """Raises BadInput for an engine that is not built ahead, or is none."""
     from tpx_runtime.engine import AUTO, ENGINES
 
+    if name in BUILT_AHEAD:
+        return
     if name in (*ENGINES, AUTO):
         raise BadInput(
-            f"expected an engine that is built ahead ({BUILT_AHEAD}), found {name}, "
+            f"expected an engine that is built ahead ({', '.join(BUILT_AHEAD)}), found {name}, "
             "which reads the bundle as it is: nothing to build"
         )
-    if name != BUILT_AHEAD:
-        raise BadInput(f"expected --engine {BUILT_AHEAD}, found {shorten(name)}")
+    raise BadInput(f"expected --engine of {', '.join(BUILT_AHEAD)}, found {shorten(name)}")
+
+
+def refuse(engine: str, given: dict[str, object]) -> None:
+    """Raises BadInput for the first option that was given, which the engine has no use for."""
+    for option, value in given.items():
+        if value is not None:
+            raise BadInput(
+                f"expected {option} with {' or '.join(TENSORRT)} alone, found it with {engine}; leave it out"
+            )
 
 
 def table(results: "Sequence[Result]") -> str:

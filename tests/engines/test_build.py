@@ -1,33 +1,35 @@
 """tpx-build: what is built and what comes from the cache, refusals, progress, and a build that is cancelled."""
 
-import ctypes
 import os
 import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner, Result
 from runtime.fakes import CLASSES, THREE, make_bundle, without_encoder
 
 from tpx_engines import build as module
-from tpx_engines import tensorrt_rtx
-from tpx_engines.build import Gpu, choose_gpu, gpu_here, parse_batch
+from tpx_engines import cli, routed_lora_choice, target, tensorrt
 from tpx_engines.cache import EngineCache
 from tpx_engines.cli import main
-from tpx_engines.tensorrt_rtx import Progress, Shapes
+from tpx_engines.progress import Progress
+from tpx_engines.target import choose_gpu, parse_batch
+from tpx_engines.tensorrt import Shapes, Timings
 from tpx_runtime.bundle import Bundle
+from tpx_runtime.engine import tensorrt_flavours
+from tpx_runtime.engine.gpu import Gpu
+from tpx_runtime.engine.tensorrt_flavours import FULL, RTX, Flavour, bindings
 from tpx_runtime.errors import BadInput, Cancelled, EngineFailed, EngineUnavailable
 
 TRANSFORMERS = [f"transformer depth {depth}" for depth in (1, 2, 3)]
-GRAPHS = ["text_encoder", *TRANSFORMERS, "vae_decoder", "vae_encoder"]
+GRAPHS = ["text_encoder", "transformer conditions", *TRANSFORMERS, "vae_decoder", "vae_encoder"]
 
 
 @pytest.fixture(autouse=True)
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "gpu_here", lambda: None)
+    monkeypatch.setattr(target, "gpu_here", lambda: None)
 
 
 class FakeBuilder:
@@ -35,11 +37,21 @@ class FakeBuilder:
 
     def __init__(self) -> None:
         self.built: list[str] = []
+        self.timings: list[bytes] = []
+        self.plugins: list[bool] = []
         self.version = "1.7.1.116"
         self.at, self.then = -1, lambda progress: None
 
     def __call__(
-        self, path: Path, inputs: Shapes, batch: tuple[int, int], capability: int, progress: Progress
+        self,
+        flavour: Flavour,
+        path: Path,
+        inputs: Shapes,
+        batch: tuple[int, int],
+        capability: int,
+        progress: Progress,
+        timings: Timings,
+        plugin: bool,
     ) -> bytes:
         if len(self.built) == self.at:
             self.at = -1
@@ -47,6 +59,9 @@ class FakeBuilder:
         if progress.cancelled:
             raise Cancelled("stopped by the monitor")
         self.built.append(f"{path.parent.name}/{path.stem}")
+        self.timings.append(timings.data)
+        self.plugins.append(plugin)
+        timings.data += b"+"
         return f"{path} {batch} {capability}".encode()
 
 
@@ -59,8 +74,8 @@ def press(progress: Progress) -> None:
 @pytest.fixture
 def builder(monkeypatch: pytest.MonkeyPatch) -> FakeBuilder:
     fake = FakeBuilder()
-    monkeypatch.setattr(tensorrt_rtx, "build", fake)
-    monkeypatch.setattr(tensorrt_rtx, "version", lambda: fake.version)
+    monkeypatch.setattr(tensorrt, "build", fake)
+    monkeypatch.setattr(module, "version", lambda flavour: fake.version)
     return fake
 
 
@@ -92,6 +107,7 @@ def test_builds_once(builder: FakeBuilder, tpx_build: Callable[..., Result], tmp
     assert origins(tpx_build()) == ["cache"] * len(GRAPHS)
     assert builder.built == [
         "text_encoder/model",
+        "transformer/conditions",
         "transformer/depth-1",
         "transformer/depth-2",
         "transformer/depth-3",
@@ -126,7 +142,7 @@ def test_a_damaged_engine_alone_is_built_again(
     (damaged,) = (tmp_path / "cache").glob("transformer-depth-2.*")
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
     result = tpx_build()
-    assert origins(result) == ["cache", "cache", "build", "cache", "cache", "cache"]
+    assert origins(result) == ["cache"] * 3 + ["build"] + ["cache"] * 3
     assert result.stderr.startswith(f"building again: {damaged}: expected SHA-256 ")
 
 
@@ -140,7 +156,7 @@ def test_a_failed_build_keeps_what_was_built(
     result = tpx_build()
     assert (result.exit_code, result.stdout) == (5, "")
     assert "error: cannot build it\n" in result.stderr
-    assert origins(tpx_build()) == ["cache", "cache", "build", "build", "build", "build"]
+    assert origins(tpx_build()) == ["cache"] * 2 + ["build"] * 5
 
 
 def test_ctrl_c_stops_the_builder_and_the_next_run_goes_on(
@@ -150,12 +166,12 @@ def test_ctrl_c_stops_the_builder_and_the_next_run_goes_on(
     result = tpx_build()
     assert (result.exit_code, result.stdout) == (130, "")
     left = (
-        f"error: cancelled; 2 of 6 engines are in {tmp_path / 'cache'}, the same command goes on from there\n"
+        f"error: cancelled; 2 of 7 engines are in {tmp_path / 'cache'}, the same command goes on from there\n"
     )
     assert result.stderr.endswith(left)
     names = sorted(path.name for path in (tmp_path / "cache").iterdir())
-    assert [name.split(".")[0] for name in names] == ["text-encoder", "transformer-depth-1"]
-    assert origins(tpx_build()) == ["cache", "cache", "build", "build", "build", "build"]
+    assert [name.split(".")[0] for name in names] == ["text-encoder", "transformer-conditions"]
+    assert origins(tpx_build()) == ["cache"] * 2 + ["build"] * 5
 
 
 def test_an_engine_that_was_finished_in_spite_of_ctrl_c_is_kept(
@@ -168,8 +184,8 @@ def test_an_engine_that_was_finished_in_spite_of_ctrl_c_is_kept(
     builder.at, builder.then = 1, too_late
     result = tpx_build()
     assert result.exit_code == 130
-    assert "error: cancelled; 2 of 6 engines are in " in result.stderr
-    assert origins(tpx_build()) == ["cache", "cache", "build", "build", "build", "build"]
+    assert "error: cancelled; 2 of 7 engines are in " in result.stderr
+    assert origins(tpx_build()) == ["cache"] * 2 + ["build"] * 5
 
 
 def test_a_second_ctrl_c_does_not_wait(
@@ -230,11 +246,18 @@ def test_refuses_a_batch(text: str) -> None:
         (["--gpu", "89"], "expected --gpu of sm75"),
         (
             ["--engine", "onnxruntime"],
-            "built ahead (tensorrt-rtx), found onnxruntime, which reads the bundle",
+            "built ahead (tensorrt-rtx, tensorrt, openvino, openvino-bf16), found onnxruntime, which reads the bundle",
         ),
-        (["--engine", "openvino"], "built ahead (tensorrt-rtx), found openvino, which reads the bundle"),
-        (["--engine", "auto"], "built ahead (tensorrt-rtx), found auto"),
-        (["--engine", "tensorrt"], "expected --engine tensorrt-rtx, found 'tensorrt'"),
+        (["--engine", "auto"], "openvino, openvino-bf16), found auto"),
+        (["--engine", "tensorflow"], "expected --engine of tensorrt-rtx, tensorrt, openvino"),
+        (
+            ["--engine", "openvino", "--gpu", "sm89"],
+            "expected --gpu with tensorrt-rtx or tensorrt alone, found it",
+        ),
+        (
+            ["--engine", "openvino-bf16", "--cache", "x"],
+            "expected --cache with tensorrt-rtx or tensorrt alone",
+        ),
     ],
 )
 def test_refuses_arguments(
@@ -258,44 +281,129 @@ def test_asks_for_a_gpu_where_there_is_none(builder: FakeBuilder, tiny_bundle: P
 
 def test_takes_the_gpu_that_is_here(monkeypatch: pytest.MonkeyPatch) -> None:
     here = Gpu(89, "NVIDIA L4", "580.65.06")
-    monkeypatch.setattr(module, "gpu_here", lambda: here)
-    assert choose_gpu(None) == choose_gpu("sm89") == here
-    assert choose_gpu("sm86") == Gpu(86)
-    monkeypatch.setattr(module, "gpu_here", lambda: Gpu(90, "NVIDIA H100", None))
-    assert choose_gpu("sm89") == Gpu(89)
+    monkeypatch.setattr(target, "gpu_here", lambda: here)
+    assert choose_gpu(RTX, None) == choose_gpu(RTX, "sm89") == here
+    assert choose_gpu(RTX, "sm86") == Gpu(86)
+    monkeypatch.setattr(target, "gpu_here", lambda: Gpu(90, "NVIDIA H100", None))
+    assert choose_gpu(RTX, "sm89") == Gpu(89)
     with pytest.raises(BadInput, match=r"expected a GPU of sm75.*, found NVIDIA H100 \(sm90\); name another"):
-        choose_gpu(None)
+        choose_gpu(RTX, None)
 
 
-def test_asks_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
-    def write(text: bytes) -> Callable[..., int]:
-        def call(buffer: ctypes.Array[ctypes.c_char], size: int, *rest: object) -> int:
-            buffer.value = text
-            return 0
+L4 = Gpu(89, "NVIDIA L4", "580.65.06")
 
-        return call
 
-    def attribute(value: object, number: int, device: object) -> int:
-        ctypes.cast(value, ctypes.POINTER(ctypes.c_int))[0] = {75: 12, 76: 1}[number]  # type: ignore[arg-type]
-        return 0
+class TestFull:
+    """--engine tensorrt: for the GPU that is here, with its timing cache and the plugin."""
 
-    driver = SimpleNamespace(
-        cuInit=lambda flags: 0,
-        cuDeviceGet=lambda device, index: 0,
-        cuDeviceGetName=write(b"NVIDIA GB10"),
-        cuDeviceGetAttribute=attribute,
-        nvmlInit_v2=lambda: 0,
-        nvmlSystemGetDriverVersion=write(b"580.95"),
-        nvmlShutdown=lambda: 0,
-    )
-    monkeypatch.setattr(module, "_library", lambda name: driver)
-    assert gpu_here() == Gpu(121, "NVIDIA GB10", "580.95")
-    monkeypatch.setattr(module, "_library", lambda name: driver if "cuda" in name else None)
-    assert gpu_here() == Gpu(121, "NVIDIA GB10", None)
-    driver.cuInit = lambda flags: 100
-    assert gpu_here() is None
-    monkeypatch.setattr(module, "_library", lambda name: None)
-    assert gpu_here() is None
+    @pytest.fixture(autouse=True)
+    def here(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(target, "gpu_here", lambda: L4)
+
+    @pytest.fixture
+    def tpx_build(self, tiny_bundle: Path, tmp_path: Path, builder: FakeBuilder) -> Callable[..., Result]:
+        builder.version = "11.4.0.106"
+        fixed = [str(tiny_bundle), "--cache", str(tmp_path / "cache"), "--engine", "tensorrt"]
+        return lambda *arguments: CliRunner().invoke(main, [*fixed, *arguments])
+
+    @pytest.fixture
+    def plugin(self, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+        """A TensorRT that takes the plugin; holds the capabilities that it was registered for."""
+        registered: list[int] = []
+        for where in (module, cli):
+            monkeypatch.setattr(where, "obstacle", lambda flavour, capability: None, raising=False)
+        monkeypatch.setattr(routed_lora_choice, "obstacle", lambda flavour, capability: None)
+        monkeypatch.setattr(module, "register_once", registered.append)
+        return registered
+
+    def test_keeps_its_timings_and_goes_on_from_them(
+        self, builder: FakeBuilder, tpx_build: Callable[..., Result], plugin: list[int], tmp_path: Path
+    ) -> None:
+        assert origins(tpx_build()) == ["build"] * len(GRAPHS)
+        assert builder.timings == [b"+" * number for number in range(len(GRAPHS))]
+        kept = tmp_path / "cache/tensorrt.11.4.0.106.sm89.timings"
+        assert kept.read_bytes() == b"+" * len(GRAPHS)
+        assert origins(tpx_build()) == ["cache"] * len(GRAPHS)
+
+    def test_puts_the_plugin_into_the_transformers_alone(
+        self, builder: FakeBuilder, tpx_build: Callable[..., Result], plugin: list[int]
+    ) -> None:
+        tpx_build()
+        routed = [path.startswith("transformer/depth") for path in builder.built]
+        assert builder.plugins == routed
+        assert plugin == [89] * sum(routed)
+
+    def test_another_plugin_builds_the_transformers_again(
+        self,
+        builder: FakeBuilder,
+        tpx_build: Callable[..., Result],
+        plugin: list[int],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        tpx_build()
+        monkeypatch.setattr(module, "plugin_hash", lambda: "fedcba9876543210")
+        result = tpx_build()
+        again = [graph.startswith("transformer depth") for graph in GRAPHS]
+        assert origins(result) == ["build" if one else "cache" for one in again]
+        assert result.stderr.count("expected plugin 'fedcba9876543210', found '") == sum(again)
+
+    def test_says_when_it_builds_without_the_plugin(
+        self,
+        builder: FakeBuilder,
+        tpx_build: Callable[..., Result],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr(routed_lora_choice, "bindings", lambda flavour: None)
+        monkeypatch.setattr(routed_lora_choice, "find_spec", lambda name: None if name == "triton" else name)
+        result = tpx_build()
+        assert result.stderr.startswith(
+            "notice: routing without its plugin: expected the package triton, found none; install it with "
+        )
+        assert not any(builder.plugins)
+
+    @pytest.mark.parametrize("arguments", [["--gpu", "sm86"], ["--gpu", "x"]])
+    def test_builds_for_no_gpu_but_this_one(
+        self, builder: FakeBuilder, tpx_build: Callable[..., Result], arguments: list[str]
+    ) -> None:
+        result = tpx_build(*arguments)
+        assert (result.exit_code, builder.built) == (2, [])
+        assert result.stderr == (
+            f"error: expected a GPU of '{arguments[1]}' in this machine, where alone engine tensorrt is built, "
+            "found NVIDIA L4 (sm89); build on the machine that will run it\n"
+        )
+
+    def test_needs_a_gpu(
+        self, builder: FakeBuilder, tpx_build: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(target, "gpu_here", lambda: None)
+        result = tpx_build()
+        assert (result.exit_code, result.stderr) == (
+            2,
+            "error: expected an NVIDIA GPU in this machine, where alone engine tensorrt is built, found none; "
+            "build on the machine that will run it\n",
+        )
+
+
+def test_the_plugin_goes_where_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="expected the package triton, found none")
+    assert routed_lora_choice.obstacle(RTX, 89) == "TensorRT for RTX takes no plugins"
+    monkeypatch.setattr(routed_lora_choice, "bindings", lambda flavour: None)
+    monkeypatch.setattr(routed_lora_choice, "find_spec", lambda name: name)
+    assert routed_lora_choice.obstacle(FULL, 89) is None
+    assert "found sm75" in (routed_lora_choice.obstacle(FULL, 75) or "")
+    monkeypatch.setattr(routed_lora_choice, "find_spec", lambda name: None)
+    assert routed_lora_choice.obstacle(FULL, 89) == "expected TensorRT with its module plugin, found none"
+
+
+def test_the_plugins_hash_is_of_its_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="expected the package triton, found none")
+    first = routed_lora_choice.plugin_hash()
+    assert first == routed_lora_choice.plugin_hash()
+    for name in routed_lora_choice.SOURCES:
+        text = Path(routed_lora_choice.__file__).with_name(name).read_bytes()
+        (tmp_path / name).write_bytes(text + b"#" * (name == routed_lora_choice.SOURCES[-1]))
+    monkeypatch.setattr(routed_lora_choice, "__file__", str(tmp_path / "x.py"))
+    assert routed_lora_choice.plugin_hash() != first
 
 
 def test_refuses_to_build_without_memory(
@@ -316,19 +424,20 @@ def test_refuses_to_build_without_memory(
 
 def test_counts_the_weights_of_a_graph_once(builder: FakeBuilder, tiny_bundle: Path, tmp_path: Path) -> None:
     bundle = Bundle.open(tiny_bundle, verify=False)
-    tasks = module.plan(bundle, EngineCache(tmp_path), (1, 2), Gpu(89))
+    tasks = module.plan(bundle, EngineCache(tmp_path), (1, 2), Gpu(89), RTX)
     sizes = {path.name: path.stat().st_size for path in (tiny_bundle / "transformer").iterdir()}
-    assert tasks[2].weight_bytes == sizes["depth-2.onnx"] + sizes["weights.data"]
+    assert tasks[3].weight_bytes == sizes["depth-2.onnx"] + sizes["weights.data"]
 
 
 def test_shapes_are_those_of_the_bundle(tiny_bundle: Path) -> None:
     found = {
         name: inputs for name, (_, inputs) in module.graphs(Bundle.open(tiny_bundle, verify=False)).items()
     }
-    told = {"context": (None, 12, 32), "pooled": (None, 32)}
-    denoise = {"latents": (None, 4, 8, 8), "timestep": (None,), **told}
+    row = 64 * (12 * 3 - 2) + 2 * 64  # modulations of three blocks and the output, and two gates
+    denoise = {"latents": (None, 4, 8, 8), "conditions": (None, row), "context": (None, 12, 32)}
     assert found == {
         "text_encoder": {"ids": (None, 12)},
+        "transformer conditions": {"timestep": (None,), "pooled": (None, 32)},
         **dict.fromkeys(TRANSFORMERS, denoise),
         "vae_decoder": {"latents": (None, 4, 8, 8)},
         "vae_encoder": {"image": (None, 3, 64, 64)},
@@ -344,17 +453,16 @@ def test_every_text_encoder_is_built(tmp_path: Path) -> None:
         (root / "text_encoder_3/model.onnx", {"ids": (None, 13)}),
     ]
     assert found["transformer depth 2"][1]["context"] == (None, 21, 16)
-    assert found["transformer depth 2"][1]["pooled"] == (None, 19)
+    assert found["transformer conditions"][1]["pooled"] == (None, 19)
 
 
 def test_a_model_of_classes_is_told_a_class(tmp_path: Path) -> None:
     found = module.graphs(Bundle.open(make_bundle(tmp_path / "classes", CLASSES)))
-    assert list(found) == ["transformer depth 1", "vae_decoder", "vae_encoder"]
-    assert found["transformer depth 1"][1] == {
-        "latents": (None, 4, 2, 3),
-        "timestep": (None,),
-        "class_id": (None,),
-    }
+    transformers = ["transformer conditions", "transformer depth 1"]
+    assert list(found) == [*transformers, "vae_decoder", "vae_encoder"]
+    conditions, denoise = (found[name][1] for name in transformers)
+    assert conditions == {"timestep": (None,), "class_id": (None,)}
+    assert denoise == {"latents": (None, 4, 2, 3), "conditions": (None, 11)}
 
 
 def test_an_encoder_of_pictures_that_is_not_there_is_not_built(tmp_path: Path) -> None:
@@ -364,10 +472,10 @@ def test_an_encoder_of_pictures_that_is_not_there_is_not_built(tmp_path: Path) -
 
 
 def test_needs_the_libraries(monkeypatch: pytest.MonkeyPatch, tpx_build: Callable[..., Result]) -> None:
-    monkeypatch.setattr(tensorrt_rtx, "find_spec", lambda name: None)
-    tensorrt_rtx.bindings.cache_clear()
+    monkeypatch.setattr(tensorrt_flavours, "find_spec", lambda name: None)
+    bindings.cache_clear()
     result = tpx_build()
-    tensorrt_rtx.bindings.cache_clear()
+    bindings.cache_clear()
     assert result.exit_code == 4
     assert "found none; install it with `pip install 'tpx[tensorrt-rtx]'`" in result.stderr
 
@@ -397,7 +505,7 @@ def test_progress_never_falls() -> None:
 @pytest.fixture
 def real() -> None:
     try:
-        tensorrt_rtx.bindings()
+        bindings(RTX)
     except EngineUnavailable as missing:
         pytest.skip(str(missing))
 
@@ -407,7 +515,7 @@ def test_builds_the_tiny_bundle(tpx_build: Callable[..., Result], tiny_bundle: P
     assert origins(tpx_build("--batch", "1,4")) == ["build"] * len(GRAPHS)
     assert len(list((tmp_path / "cache").iterdir())) == len(GRAPHS)
     bundle, cache = Bundle.open(tiny_bundle), EngineCache(tmp_path / "cache")
-    for task in module.plan(bundle, cache, (1, 4), Gpu(89)):
+    for task in module.plan(bundle, cache, (1, 4), Gpu(89), RTX):
         engine = cache.load(task.key)
         assert engine is not None
         assert len(engine) > task.weight_bytes / 4, task.key.graph
@@ -427,7 +535,7 @@ def test_ctrl_c_cancels_a_real_build(
     monkeypatch.setattr(Progress, "step", step_and_press)
     result = tpx_build()
     assert (result.exit_code, result.stdout) == (130, "")
-    assert "error: cancelled; 0 of 6 engines are in " in result.stderr
+    assert "error: cancelled; 0 of 7 engines are in " in result.stderr
     assert list((tmp_path / "cache").iterdir()) == []
 
 
@@ -435,8 +543,8 @@ def test_ctrl_c_cancels_a_real_build(
 def test_the_monitor_sees_a_whole_build_or_stops_it(tiny_bundle: Path) -> None:
     path, inputs = module.graphs(Bundle.open(tiny_bundle, verify=False))["text_encoder"]
     progress = Progress()
-    assert tensorrt_rtx.build(path, inputs, progress=progress)
+    assert tensorrt.build(RTX, path, inputs, progress=progress)
     assert progress.fraction > 0.5
     progress._stop.set()
     with pytest.raises(Cancelled, match=r"model\.onnx: cancelled, nothing was written"):
-        tensorrt_rtx.build(path, inputs, progress=progress)
+        tensorrt.build(RTX, path, inputs, progress=progress)

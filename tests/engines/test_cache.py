@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from tpx_engines import cache as module
 from tpx_engines.cache import EngineCache, Key, Stale
 from tpx_runtime.bundle import Bundle
+from tpx_runtime.engine import built as module
 from tpx_runtime.errors import BadInput
 
 KEY = Key(
@@ -24,6 +24,7 @@ KEY = Key(
     capability="sm89",
     gpu="NVIDIA L4",
     driver="580.65.06",
+    plugin="0123456789abcdef",
 )
 OTHER: dict[str, Any] = {
     "bundle": "cd" * 32,
@@ -35,6 +36,7 @@ OTHER: dict[str, Any] = {
     "capability": "sm120",
     "gpu": "NVIDIA L40",
     "driver": "590.10",
+    "plugin": "fedcba9876543210",
 }
 ENGINE = bytes(range(256)) * 3
 
@@ -78,7 +80,7 @@ def test_names_all_fields_that_differ(cache: EngineCache) -> None:
     assert str(caught.value).count("expected") == len(fields(Key))
 
 
-@pytest.mark.parametrize("field", ["bundle", "version", "gpu", "driver"])
+@pytest.mark.parametrize("field", ["bundle", "version", "gpu", "driver", "plugin"])
 def test_a_new_bundle_version_or_gpu_takes_the_old_place(cache: EngineCache, field: str) -> None:
     other = replace(KEY, **{field: OTHER[field]})
     assert cache.store(KEY, ENGINE) == cache.store(other, ENGINE)
@@ -99,6 +101,13 @@ def test_an_engine_built_without_a_gpu_serves_any_of_its_capability(cache: Engin
     assert cache.load(KEY) == ENGINE
     cache.store(KEY, ENGINE)
     assert cache.load(ahead) == ENGINE
+
+
+def test_whoever_runs_an_engine_does_not_ask_for_its_plugin(cache: EngineCache) -> None:
+    cache.store(KEY, ENGINE)
+    assert cache.load(replace(KEY, plugin=None)) == ENGINE
+    with pytest.raises(Stale, match="expected plugin '', found '0123456789abcdef'"):
+        cache.load(replace(KEY, plugin=""))
 
 
 @pytest.mark.parametrize("flip", [0x01, 0x20])
@@ -127,14 +136,14 @@ def test_notices_every_length(cache: EngineCache) -> None:
 
 def _file(version: int = module.VERSION, header: object = None, length: int | None = None) -> bytes:
     text = json.dumps(header).encode()
-    return module._PREFIX.pack(module.MAGIC, version, len(text) if length is None else length) + text
+    return module.PREFIX.pack(module.MAGIC, version, len(text) if length is None else length) + text
 
 
 @pytest.mark.parametrize(
     ("contents", "message"),
     [
         (b"", "expected an engine file of tpx, found another file"),
-        (_file(version=2), "expected an engine file of version 1, found 2"),
+        (_file(version=1), "expected an engine file of version 2, found 1"),
         (_file(length=2**31), "expected a header of at most 65536 bytes, found 2147483648"),
         (_file(header=[]), "expected a header of JSON with key, bytes and sha256, found none"),
         (_file(header={"key": {}, "bytes": 0}), "expected a header of JSON with key, bytes and sha256"),
@@ -175,6 +184,15 @@ def test_what_is_not_whole_does_not_appear(
         cache.store(KEY, b"half")
     assert cache.load(KEY) == ENGINE
     assert list(cache.folder.iterdir()) == [cache.path(KEY)]
+
+
+def test_keeps_timings_by_version_and_capability(cache: EngineCache) -> None:
+    assert cache.read_timings(KEY) == b""
+    cache.store_timings(KEY, b"times")
+    assert cache.read_timings(replace(KEY, graph="vae_decoder", batch=(1, 8))) == b"times"
+    for field in ("version", "capability", "engine"):
+        assert cache.read_timings(replace(KEY, **{field: OTHER[field]})) == b""
+    assert [entry.name for entry in cache.folder.iterdir()] == ["tensorrt-rtx.1.7.1.116.sm89.timings"]
 
 
 def test_refuses_a_folder_that_cannot_be(tmp_path: Path) -> None:

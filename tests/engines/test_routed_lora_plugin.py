@@ -5,11 +5,9 @@ What the stubs cannot give (the registry, dimensions, the expression builder) is
 """
 
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from importlib import metadata
 from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
@@ -17,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from surface import load_beside_stubs
 
 from tpx_runtime.errors import BadInput, EngineUnavailable
 
@@ -24,21 +23,6 @@ if find_spec("triton") is None:
     pytest.skip("expected the package triton, found none; pip install triton", allow_module_level=True)
 
 DISTRIBUTION = "tensorrt-cu13-bindings"
-SYMBOLS = {
-    "nvinfer": (
-        "createInferBuilder_INTERNAL",
-        "createInferRefitter_INTERNAL",
-        "createInferRuntime_INTERNAL",
-        "getBuilderPluginRegistry",
-        "getPluginRegistry",
-    ),
-    "nvinfer_plugin": ("initLibNvInferPlugins",),
-    "nvonnxparser": (
-        "createNvOnnxParser_INTERNAL",
-        "createNvOnnxParserRefitter_INTERNAL",
-        "getNvOnnxParserVersion",
-    ),
-}
 TOKENS = {"batch": 2, "tokens": 77}  # values of the dimensions that stay open while building
 SHAPES: tuple[tuple[Any, ...], ...] = (("batch", "tokens", 48), ("batch", "tokens"), (3, 48, 20), (3, 20, 72))
 
@@ -74,18 +58,7 @@ def _dimension(size: int | str) -> Dimension:
 
 def _load(folder: Path) -> Any:
     """The bindings as the module `tensorrt`, over stub libraries; dimensions and the registry replaced."""
-    import ctypes
-
-    major = metadata.version(DISTRIBUTION).split(".")[0]
-    for library, symbols in SYMBOLS.items():
-        name = f"lib{library}.so.{major}"
-        source = folder / f"{library}.c"
-        source.write_text("".join(f"void *{symbol}(void) {{ return 0; }}\n" for symbol in symbols))
-        command = ["gcc", "-shared", "-fPIC", f"-Wl,-soname,{name}", "-o", str(folder / name), str(source)]
-        subprocess.run(command, check=True)
-        ctypes.CDLL(str(folder / name), ctypes.RTLD_GLOBAL)
-    import tensorrt_bindings as trt
-
+    trt: Any = load_beside_stubs(folder)
     sys.modules["tensorrt"] = trt
     creators: dict[tuple[str, str], Any] = {}
     registry = SimpleNamespace(

@@ -5,16 +5,19 @@ from pathlib import Path
 import onnx
 import pytest
 
-from tpx_engines import tensorrt_rtx
+from tpx_engines import tensorrt
 from tpx_engines.build import graphs
+from tpx_engines.tensorrt import Timings
 from tpx_export.exporter import export_bundle
 from tpx_export.model.text_to_image import TextToImage
 from tpx_export.pipeline import Pipeline
+from tpx_export.routing import MASKED_UP_TO, spellings
 from tpx_runtime.bundle import Bundle, transformer_name
+from tpx_runtime.engine.tensorrt_flavours import RTX, bindings, log
 from tpx_runtime.errors import BadInput, EngineFailed, EngineUnavailable
 
 try:
-    tensorrt_rtx.bindings()
+    bindings(RTX)
 except EngineUnavailable as missing:
     pytest.skip(str(missing), allow_module_level=True)
 
@@ -36,29 +39,33 @@ def bundle(
 @pytest.mark.parametrize("capability", [86, 89, 120])
 def test_builds_every_graph_at_every_depth(bundle: Bundle, capability: int) -> None:
     made = graphs(bundle)
-    assert len(made) == 6
+    assert len(made) == 7
     for name, (path, inputs) in made.items():
-        engine = tensorrt_rtx.build(path, inputs, capability=capability)
+        engine = tensorrt.build(RTX, path, inputs, capability=capability)
         assert len(engine) > 10_000, name
 
 
-@pytest.mark.parametrize("capability", tensorrt_rtx.CAPABILITIES)
+@pytest.mark.parametrize("capability", RTX.capabilities or ())
 def test_builds_for_every_capability(tiny_bundle: Path, capability: int) -> None:
     path, inputs = graphs(Bundle.open(tiny_bundle))["text_encoder"]
     if capability == 75:
         with pytest.raises(EngineFailed, match=r"cannot build it: .*SM75.*FP32 GEMM is not supported"):
-            tensorrt_rtx.build(path, inputs, capability=capability)
+            tensorrt.build(RTX, path, inputs, capability=capability)
     else:
-        assert tensorrt_rtx.build(path, inputs, capability=capability)
+        assert tensorrt.build(RTX, path, inputs, capability=capability)
 
 
-def test_refuses_the_spelling_for_cpus(tiny_bundle: Path) -> None:
-    bundle = Bundle.open(tiny_bundle)
-    _, inputs = graphs(bundle)["transformer depth 1"]
+def test_refuses_the_spelling_of_large_models_for_cpus(tiny_bundle: Path, tmp_path: Path) -> None:
+    _, inputs = graphs(Bundle.open(tiny_bundle))["transformer depth 1"]
+    model = onnx.load(tiny_bundle / transformer_name(1))
+    model.functions.clear()
+    _, plain = spellings(model, visual_tokens=MASKED_UP_TO)
+    path = tmp_path / "depth-1.plain.onnx"
+    onnx.save(plain, path)
     with pytest.raises(
         EngineFailed, match=r"depth-1\.plain\.onnx: TensorRT for RTX cannot read it: .*NonZero"
     ):
-        tensorrt_rtx.build(bundle.transformer(1, plain=True), inputs)
+        tensorrt.build(RTX, path, inputs)
 
 
 def test_refuses_a_damaged_graph(tiny_bundle: Path, tmp_path: Path) -> None:
@@ -69,9 +76,27 @@ def test_refuses_a_damaged_graph(tiny_bundle: Path, tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     onnx.save(model, path)
     with pytest.raises(EngineFailed, match="Plugin not found"):
-        tensorrt_rtx.build(path, inputs)
+        tensorrt.build(RTX, path, inputs)
 
 
 def test_refuses_unknown_capability(tiny_bundle: Path) -> None:
     with pytest.raises(BadInput, match="expected a compute capability of 75, 80, 86, 89, 120, 121, found 90"):
-        tensorrt_rtx.build(tiny_bundle / "x.onnx", {}, capability=90)
+        tensorrt.build(RTX, tiny_bundle / "x.onnx", {}, capability=90)
+
+
+def test_the_way_of_older_parsers_finds_the_weights(tiny_bundle: Path) -> None:
+    """Before TensorRT 10.15 the graph is handed over as bytes without its function, its weights beside the path."""
+    made = graphs(Bundle.open(tiny_bundle))
+    path, inputs = made["text_encoder"]
+    assert len(tensorrt.build(RTX, path, inputs, plugin=True)) > 10_000
+    path, inputs = made["transformer depth 1"]
+    with pytest.raises(EngineFailed, match="Plugin not found"):  # which RTX cannot have
+        tensorrt.build(RTX, path, inputs, plugin=True)
+
+
+@pytest.mark.parametrize("data", [b"", b"damaged" * 100])
+def test_timings_of_any_kind_are_taken_or_dropped(data: bytes) -> None:
+    """RTX has the calls of a timing cache, though they do nothing there."""
+    config = bindings(RTX).Builder(log(RTX)).create_builder_config()
+    tensorrt._recall_full(config, Timings(data))
+    assert config.get_timing_cache() is not None

@@ -49,6 +49,7 @@ class Engine:
     extra: str
     module: str
     plain: bool  # which spelling of the transformer it reads: standard operators alone, or tpx::RoutedLora
+    precision: str | None = None  # that it computes in; None where that is the graph's own
 
     def problem(self) -> str | None:
         """Why this engine cannot run here, on one line; None if it can."""
@@ -82,6 +83,23 @@ ENGINES = {
         Engine("onnxruntime-cuda", package="onnxruntime", extra="gpu", module="onnxruntime", plain=False),
         Engine("onnxruntime", package="onnxruntime", extra="cpu", module="onnxruntime", plain=True),
         Engine("openvino", package="openvino", extra="openvino", module="openvino", plain=True),
+        Engine(
+            "openvino-bf16",
+            package="openvino",
+            extra="openvino",
+            module="openvino",
+            plain=True,
+            precision="bf16",
+        ),
+        # These run what tpx-build made before: auto takes them only where nothing else is installed.
+        Engine(
+            "tensorrt-rtx",
+            package="tensorrt_rtx_bindings",
+            extra="tensorrt-rtx",
+            module="tensorrt",
+            plain=False,
+        ),
+        Engine("tensorrt", package="tensorrt", extra="tensorrt", module="tensorrt", plain=False),
     )
 }
 AUTO = "auto"

@@ -1,0 +1,129 @@
+"""A bundle's graphs compiled ahead for OpenVINO, which would otherwise do so in the first process that draws.
+
+Every graph is compiled for any shapes, and the transformer, which runs at each step, for the exact ones of some batches too
+(tpx_runtime/engine/openvino_exact.py says what that is worth).
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tpx_runtime.bundle import Bundle
+from tpx_runtime.engine import one_line, resolve
+from tpx_runtime.errors import BadInput, Cancelled, EngineFailed, shorten
+
+from .build import Result, Watch
+
+AHEAD = ("openvino", "openvino-bf16")
+
+
+def build_ahead(
+    bundle: Bundle, engine_name: str, rows: Sequence[int], watch: Watch = lambda *_: None
+) -> list[Result]:
+    """Compile what the cache beside `bundle` lacks for an engine of AHEAD, and say what there is then.
+
+    `rows` are the batches to compile the transformer for exactly, two rows for each picture with guidance; none is
+    fine too. Ctrl-C ends in Cancelled once the graph at hand is done; what was finished stays. Raises BadInput for rows
+    below 1 and a folder that cannot be written, EngineUnavailable and EngineFailed.
+    """
+    if engine_name not in AHEAD:
+        raise BadInput(f"expected an engine of {', '.join(AHEAD)}, found {shorten(engine_name)}")
+    if wrong := [n for n in rows if n < 1]:
+        raise BadInput(f"expected batches of at least 1 row, found {wrong[0]}")
+    engine, results = resolve(engine_name), []  # before openvino is imported: it may not be there
+    tasks = list(_tasks(bundle, engine.name, engine.plain, list(dict.fromkeys(rows))))
+    try:
+        for number, task in enumerate(tasks):
+            watch(task.name, number, len(tasks), "compiling")
+            began = time.monotonic()
+            size, cached = task.run()
+            results.append(Result(task.name, size, 0.0 if cached else time.monotonic() - began, cached))
+            watch(task.name, number + 1, len(tasks), "")
+    except KeyboardInterrupt:
+        raise Cancelled(
+            f"cancelled; {len(results)} of {len(tasks)} compiled graphs are there, the same command goes on from there"
+        ) from None
+    return results
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A row of the table; `run` sees to it that it is there: its bytes, and whether it was before."""
+
+    name: str
+    run: Callable[[], tuple[int, bool]]
+
+
+def _tasks(bundle: Bundle, engine_name: str, plain: bool, rows: Sequence[int]) -> Iterator[_Task]:
+    for encoder in bundle.manifest.text_encoders:
+        yield _any(encoder.folder, engine_name, bundle.text_encoder(encoder))
+    yield _any("transformer conditions", engine_name, bundle.conditions)
+    for depth in bundle.manifest.model.depths:
+        path, name = bundle.transformer(depth, plain), f"transformer depth {depth}"
+        yield _any(name, engine_name, path)
+        for batch in rows:
+            yield _exact(f"{name} x{batch}", engine_name, path, batch)
+    yield _any("vae_decoder", engine_name, bundle.vae_decoder)
+    if bundle.vae_encoder:
+        yield _any("vae_encoder", engine_name, bundle.vae_encoder)
+
+
+def _any(name: str, engine_name: str, path: Path) -> _Task:
+    def run() -> tuple[int, bool]:
+        from tpx_runtime.engine import openvino
+
+        store = openvino.store_of(engine_name, path)
+        _require_writable(store)
+        before = set(store.folder.glob("*.blob"))
+        cached = _loaded_from_cache(openvino.compile_any(path, openvino.settings(engine_name, path), store))
+        there = set(store.folder.glob("*.blob"))
+        if (
+            not cached and there > before
+        ):  # those were of another version of the graph, of OpenVINO or of the CPU
+            for old in before:
+                old.unlink(missing_ok=True)
+            there -= before
+        return sum(file.stat().st_size for file in there), cached
+
+    return _Task(name, run)
+
+
+def _exact(name: str, engine_name: str, path: Path, batch: int) -> _Task:
+    def run() -> tuple[int, bool]:
+        from tpx_runtime.engine import openvino, openvino_exact
+
+        store, config, core = (
+            openvino.store_of(engine_name, path),
+            openvino.settings(engine_name, path),
+            openvino.core(),
+        )
+        _require_writable(store)
+        try:
+            shapes = openvino_exact.shapes_at(core, path, batch)
+            file = store.exact(shapes)
+            if openvino_exact.load_exactly(core, file, config):
+                return file.stat().st_size, True
+            content = openvino_exact.compile_exactly(core, path, config, shapes).export_model().getbuffer()
+        except Exception as error:
+            raise EngineFailed(f"{path}: openvino could not compile it: {one_line(error)}") from error
+        try:
+            store.write(file, content)
+        except OSError as error:
+            raise BadInput(f"expected to write {file}, found: {error.strerror}; make room there") from None
+        return len(content), False
+
+    return _Task(name, run)
+
+
+def _loaded_from_cache(model: Any) -> bool:
+    return bool(model.get_property("LOADED_FROM_CACHE"))
+
+
+def _require_writable(store: Any) -> None:
+    if not store.prepare():
+        raise BadInput(
+            f"expected a folder for compiled graphs at {store.folder}, found one that cannot be written; "
+            "copy the bundle to where you may write"
+        )

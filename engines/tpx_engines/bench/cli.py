@@ -1,0 +1,214 @@
+"""The command tpx-bench. Heavy imports wait until an argument has been read."""
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tpx_runtime.cli import TpxCommand, find_bundle
+from tpx_runtime.errors import BadInput, Cancelled, EngineUnavailable, TpxError
+
+if TYPE_CHECKING:
+    from tpx_runtime.bundle import Bundle
+
+    from .configurations import Configuration
+    from .measure import Plan
+    from .record import Record
+
+PROMPT = "a red cube on a blue sphere"
+_SAMPLERS = {"velocity": "euler", "epsilon": "ddim"}  # those that call the model once a step
+_PATH = click.Path(path_type=Path)
+
+
+@click.command(cls=TpxCommand)
+@click.argument("bundle", required=False)
+@click.option(
+    "--ckpt", type=_PATH, help="The bundle's checkpoint: its baselines in PyTorch are measured too."
+)
+@click.option("--engine", "engines", multiple=True, help="Only this engine; may be repeated.  [default: all]")
+@click.option("--baseline", "baselines", multiple=True, help="Only this one of CKPT; may be repeated.")
+@click.option("--depth", "depths", type=int, multiple=True, help="May be repeated.  [default: the bundle's]")
+@click.option("--batch", default="1,4", show_default=True, help="Pictures at once; 1 is always measured.")
+@click.option("--prompt", help=f"What to draw.  [default: {PROMPT}; class 0]")
+@click.option("--steps", type=int, default=20, show_default=True, help="Denoising steps of a picture.")
+@click.option(
+    "--rounds", type=click.IntRange(1), default=7, show_default=True, help="Samples of each figure."
+)
+@click.option("--json", "json_path", type=_PATH, help="File of results; a stopped run goes on from it.")
+@click.option("--plot", type=_PATH, help="PNG to draw of them; needs matplotlib.")
+def main(
+    bundle: str | None,
+    ckpt: Path | None,
+    engines: tuple[str, ...],
+    baselines: tuple[str, ...],
+    depths: tuple[int, ...],
+    batch: str,
+    prompt: str | None,
+    steps: int,
+    rounds: int,
+    json_path: Path | None,
+    plot: Path | None,
+) -> None:
+    """Measure how fast BUNDLE is on this machine with every engine, and print a table.
+
+    Without BUNDLE it takes $TPX_BUNDLE, else bundles/shapes.
+    """
+    from tpx_runtime.bundle import Bundle
+
+    from . import plot as plotting
+    from .measure import run
+    from .report import as_text
+
+    sizes = parse_batches(batch)
+    if plot:
+        plotting.check(plot)
+    opened = Bundle.open(find_bundle(bundle))
+    planned, record = prepare(
+        opened, ckpt, (engines, baselines), depths, sizes, prompt, steps, rounds, json_path
+    )
+    total = planned.units(record)
+    try:
+        with (
+            _terminable(),
+            click.progressbar(length=max(total, 1), label="bench", file=sys.stderr) as bar,
+        ):
+
+            def advance(label: str, done: int) -> None:
+                bar.label = f"{label:<38}"
+                bar.update(done)
+                bar.render_progress()
+
+            run(planned, record, advance)
+            bar.update(max(total, 1) - bar.pos)
+    except KeyboardInterrupt:
+        kept = f"the same command goes on from {json_path}" if json_path else "add --json to keep results"
+        raise Cancelled(f"cancelled; {kept}") from None
+    click.echo(as_text(record.facts))
+    if plot:
+        plotting.draw(record.facts, plot)
+    require_measured(planned, record)
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """A polite kill is a Ctrl-C too: workers and temporary files go with it."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def parse_batches(text: str) -> tuple[int, ...]:
+    """ "1,4" -> (1, 4), always with 1. Raises BadInput."""
+    try:
+        sizes = {int(part) for part in text.split(",")}
+    except ValueError:
+        sizes = {0}
+    if min(sizes) < 1 or max(sizes) > 256:
+        raise BadInput(f"expected --batch to be whole numbers in 1..256 with commas between, found {text!r}")
+    return tuple(sorted({1, *sizes}))
+
+
+def prepare(
+    bundle: "Bundle",
+    ckpt: Path | None,
+    names: tuple[tuple[str, ...], tuple[str, ...]],
+    depths: tuple[int, ...],
+    batches: tuple[int, ...],
+    prompt: str | None,
+    steps: int,
+    rounds: int,
+    json_path: Path | None,
+) -> "tuple[Plan, Record]":
+    """What is to measure, checked before anything runs, and the record that it is added to. `names`: engines, baselines.
+
+    Raises BadInput, BundleInvalid.
+    """
+    from tpx_runtime.bundle import hash_file
+    from tpx_runtime.engine import ENGINES
+    from tpx_runtime.generator import Generator
+
+    from .configurations import REFERENCE, baselines, engines
+    from .machine import describe
+    from .measure import Plan
+    from .record import Record
+    from .subject import Work
+
+    manifest, classes = bundle.manifest, bool(bundle.manifest.model.classes)
+    depths = tuple(sorted(set(depths))) or (manifest.defaults.depth,)
+    if names[1] and ckpt is None:
+        raise BadInput("expected --ckpt with --baseline, found none; name the bundle's checkpoint")
+    if ckpt is not None and not ckpt.is_file():
+        raise BadInput(f"expected a checkpoint in --ckpt, found no file {ckpt}; check the path")
+    work = Work(
+        bundle=bundle.root.resolve(),
+        depth=depths[0],
+        prompt=prompt if classes else prompt or PROMPT,
+        class_id=0 if classes else None,
+        seed=0,
+        steps=steps,
+        guidance=manifest.defaults.guidance,
+        sampler=_SAMPLERS[manifest.model.prediction],
+        ckpt=ckpt.resolve() if ckpt else None,
+    )
+    checker = Generator(bundle, next(iter(ENGINES.values())))  # which opens no graph
+    for depth in depths:
+        checker.plan(
+            work.prompt,
+            class_id=work.class_id,
+            steps=steps,
+            guidance=work.guidance,
+            sampler=work.sampler,
+            depth=depth,
+        )
+    chosen = baselines(names[1], depths) if ckpt else []
+    chosen += engines(names[0], depths, manifest.precision)
+    settings = {
+        "bundle": manifest.name,
+        "bundle_sha256": bundle.hash,
+        "precision": manifest.precision,
+        "image_size_px": list(manifest.model.image_size_px),
+        "ckpt_sha256": hash_file(ckpt) if ckpt else None,
+        **{
+            name: getattr(work, name)
+            for name in ("prompt", "class_id", "seed", "steps", "guidance", "sampler")
+        },
+        "machine": describe(),
+    }
+    record = Record.begin(json_path, settings)
+    _count(bundle, depths, 1 if work.guidance == 1 else 2, record)
+    able = [
+        c for c in chosen if c.problem is None and c.device == "cpu" and c.precision == manifest.precision
+    ]
+    reference = REFERENCE if any(c.name == REFERENCE for c in chosen) else able[0].name if able else None
+    return Plan(work, tuple(chosen), reference, rounds, batches), record
+
+
+def _count(bundle: "Bundle", depths: tuple[int, ...], rows: int, record: "Record") -> None:
+    """Operations of a step at batch 1, or why they could not be counted."""
+    from .flops import transformer_flops
+
+    for depth in depths:
+        try:
+            counted: Any = transformer_flops(bundle, depth, rows)
+        except TpxError as error:
+            counted = str(error)
+        record.facts["flops"][str(depth)] = counted
+
+
+def require_measured(plan: "Plan", record: "Record") -> None:
+    """Raise EngineUnavailable where nothing at all could be measured."""
+    failed: list[Configuration] = [c for c in plan.configurations if record.entry(c)["problem"]]
+    if len(failed) == len(plan.configurations):
+        raise EngineUnavailable(
+            f"expected at least one of {len(failed)} configurations to run here, found none; the reasons are above"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""What is measured beside what: every engine of the runtime, and the baselines of a checkpoint."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from tpx_runtime.engine import ENGINES, Engine
+from tpx_runtime.errors import BadInput, shorten
+
+_BENCH = "tpx_engines.bench"
+_GPU_WORDS = ("cuda", "tensorrt", "gpu", "directml", "rocm")
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One row of the table. `maker` is the function, `module:name`, that a worker calls with a Work and `options`.
+
+    `precision` and `device` say which peak it is held against; `packages` are distributions whose versions are recorded.
+    `problem`: why it cannot run here, known beforehand. `compiles`: starting it takes minutes, so that it is started cold
+    once alone. `exported`: needs the naive export.
+    """
+
+    name: str
+    depth: int
+    maker: str
+    options: dict[str, Any] = field(default_factory=dict)
+    precision: str = "fp32"
+    device: str = "cpu"
+    packages: tuple[str, ...] = ()
+    problem: str | None = None
+    compiles: bool = False
+    exported: bool = False
+
+    @property
+    def key(self) -> str:
+        return f"{self.name} depth {self.depth}"
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Of its packages, as far as they are installed under that name."""
+        found = {}
+        for package in self.packages:
+            try:
+                found[package] = version(package)
+            except PackageNotFoundError:
+                continue
+        return found
+
+
+def engines(names: Sequence[str], depths: Sequence[int], bundle_precision: str) -> list[Configuration]:
+    """Every engine of the runtime, or those named, at each depth; what cannot run here with its reason. Raises BadInput."""
+    for name in names:
+        if name not in ENGINES:
+            raise BadInput(f"expected an engine of {', '.join(ENGINES)}, found {shorten(name)}")
+    chosen = [ENGINES[name] for name in names or ENGINES]
+    problems = {engine.name: engine.problem() for engine in chosen}
+    return [
+        Configuration(
+            name=f"TPX, {engine.name}",
+            depth=depth,
+            maker=f"{_BENCH}.subject:of_engine",
+            options={"engine": engine.name},
+            precision=engine.precision or bundle_precision,
+            device=_device(engine),
+            packages=("tpx", engine.package),
+            problem=problems[engine.name],
+        )
+        for depth in depths
+        for engine in chosen
+    ]
+
+
+def _device(engine: Engine) -> str:
+    """The peak that is measured is the CPU's, and says nothing of an engine of a GPU."""
+    return "gpu" if any(word in engine.name for word in _GPU_WORDS) else "cpu"
+
+
+_TORCH = ("tpx", "torch")
+_BASELINES = (
+    Configuration("PyTorch eager fp32", 0, f"{_BENCH}.baselines:of_eager", packages=_TORCH),
+    Configuration("PyTorch eager bf16", 0, f"{_BENCH}.baselines:of_eager", precision="bf16", packages=_TORCH),
+    Configuration("torch.compile fp32", 0, f"{_BENCH}.compiled:of_compiled", packages=_TORCH, compiles=True),
+    Configuration(
+        "torch.compile bf16",
+        0,
+        f"{_BENCH}.compiled:of_compiled",
+        precision="bf16",
+        packages=_TORCH,
+        compiles=True,
+    ),
+    Configuration(
+        "naive export, ONNX Runtime",
+        0,
+        f"{_BENCH}.naive:of_naive",
+        options={"framework": "onnxruntime"},
+        packages=(*_TORCH, "onnxruntime"),
+        exported=True,
+    ),
+    Configuration(
+        "naive export, OpenVINO f32",
+        0,
+        f"{_BENCH}.naive:of_naive",
+        options={"framework": "openvino"},
+        packages=(*_TORCH, "openvino"),
+        exported=True,
+    ),
+    Configuration(
+        "naive export, OpenVINO bf16",
+        0,
+        f"{_BENCH}.naive:of_naive",
+        options={"framework": "openvino"},
+        precision="bf16",
+        packages=(*_TORCH, "openvino"),
+        exported=True,
+    ),
+)
+BASELINES = tuple(one.name for one in _BASELINES)
+REFERENCE = BASELINES[0]
+
+
+def baselines(names: Sequence[str], depths: Sequence[int]) -> list[Configuration]:
+    """All of them, or those named, at each depth. Raises BadInput."""
+    for name in names:
+        if name not in BASELINES:
+            raise BadInput(f"expected a baseline of {'; '.join(BASELINES)}, found {shorten(name)}")
+    return [
+        Configuration(
+            **{
+                **vars(one),
+                "depth": depth,
+                "options": {**one.options, "name": one.name, "precision": one.precision},
+            }
+        )
+        for depth in depths
+        for one in _BASELINES
+        if not names or one.name in names
+    ]

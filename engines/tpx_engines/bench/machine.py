@@ -1,0 +1,49 @@
+"""What the figures hold for: processor, cores, memory and the variables that tell libraries how many threads to take."""
+
+import os
+import platform
+import re
+from pathlib import Path
+from typing import Any
+
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+def describe() -> dict[str, Any]:
+    """Facts that a record must share with the machine which goes on with it; no name of it, nor of its user."""
+    threads = {name: os.environ[name] for name in _THREADS if name in os.environ}
+    return {
+        "processor": _processor(),
+        "cores": cores(),
+        "memory_gib": _memory_gib(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "threads": threads,
+    }
+
+
+def cores() -> int:
+    """That this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not Linux
+        return os.cpu_count() or 1
+
+
+def _processor() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor()
+    found = [
+        re.search(rf"^{field}\s*:\s*(.+)$", text, re.M) for field in ("model name", "cpu family", "model")
+    ]
+    name, family, model = (match[1] if match else "" for match in found)
+    return f"{name} (family {family}, model {model})" if name and family else name or platform.processor()
+
+
+def _memory_gib() -> int | None:
+    try:
+        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30)
+    except (ValueError, OSError, AttributeError):
+        return None

@@ -1,0 +1,140 @@
+"""What `torch.onnx.export` makes of the same model without this project's rewrites, and plain sessions of it.
+
+`export` needs torch and onnx and runs in a process of its own; the sessions need their engine alone. The operator
+tpx::RoutedLora, which no engine knows, is spelled in masked standard operators.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+
+from tpx_runtime.bundle import Bundle
+
+from .process import Unmeasured
+from .sampling import BaselineGenerator
+from .subject import Subject, Work
+
+DENOISER = "transformer-depth-{depth}.onnx"
+
+
+def export(ckpt: str, depths: Sequence[int], out: str) -> dict[str, Any]:
+    """Write each depth's transformer, every text encoder (FOLDER.onnx) and vae_decoder.onnx into the folder `out`."""
+    import torch
+
+    from .baselines import Decoder, Denoiser, open_pipeline
+
+    folder, pipeline = Path(out), open_pipeline(Path(ckpt))
+    model, told = pipeline.model, []
+    for part in pipeline.text:
+        encoder = part.load().eval()
+        _write(encoder, [torch.from_numpy(part.ids)], folder / f"{part.spec.folder}.onnx")
+    if model.classes:
+        told = [torch.zeros(2, dtype=torch.int64)]
+    else:
+        told = [
+            torch.zeros(2, model.context_tokens, model.context_width),
+            torch.zeros(2, model.pooled_width),
+        ]
+    latents = torch.zeros(2, *model.latent_shape)
+    for depth in depths:
+        denoiser = Denoiser(pipeline.transformer(), depth).eval()
+        _write(denoiser, [latents, torch.full((2,), 500.0), *told], folder / DENOISER.format(depth=depth))
+    _write(Decoder(pipeline.autoencoder()).eval(), [latents], folder / "vae_decoder.onnx")
+    return {"files": sorted(path.name for path in folder.iterdir())}
+
+
+def _write(module: Any, example: Sequence[Any], path: Path) -> None:
+    """The exporter's defaults, with a dynamic batch."""
+    import inspect
+    import warnings
+
+    import onnx
+    import onnx.inliner
+    import torch
+
+    from tpx_export.operator import OPSET, TRANSLATIONS, register_schema
+    from tpx_export.routing import masked
+
+    register_schema()
+    batch = torch.export.Dim("batch", min=1, max=1024)
+    shapes: list[Any] = [{0: batch} for _ in example]
+    parameters = list(inspect.signature(module.forward).parameters.values())
+    if parameters[-1].kind is inspect.Parameter.VAR_POSITIONAL:
+        shapes = [*shapes[: len(parameters) - 1], tuple(shapes[len(parameters) - 1 :])]
+    operator = torch.ops.tpx.RoutedLora.default
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            module,
+            tuple(example),
+            dynamo=True,
+            opset_version=OPSET,
+            dynamic_shapes=tuple(shapes),
+            custom_translation_table={operator: TRANSLATIONS[operator]},
+            verbose=False,
+        )
+    assert program is not None
+    made = program.model_proto
+    made.functions.append(masked())
+    onnx.save(
+        onnx.inliner.inline_local_functions(made),
+        str(path),
+        save_as_external_data=True,
+        location=f"{path.name}.data",
+    )
+
+
+class _OnnxRuntime:
+    """A session with no option set."""
+
+    def __init__(self, path: Path) -> None:
+        import onnxruntime as ort
+
+        self._session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        self._names = [value.name for value in self._session.get_inputs()]
+
+    def __call__(self, *arrays: npt.NDArray[Any]) -> Sequence[npt.NDArray[Any]]:
+        outputs: Sequence[npt.NDArray[Any]] = self._session.run(
+            None, dict(zip(self._names, arrays, strict=True))
+        )
+        return outputs
+
+
+class _OpenVino:
+    """A compiled model with no option set but the precision."""
+
+    def __init__(self, path: Path, precision: str) -> None:
+        import openvino
+
+        core = openvino.Core()
+        has = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        if precision == "bf16" and "BF16" not in has:
+            raise Unmeasured(f"expected a CPU with bf16 for OpenVINO, found {', '.join(has)}; leave it out")
+        hint = {"fp32": "f32", "bf16": "bf16"}[precision]
+        self._core = core  # which must outlive what it compiled
+        self._model = core.compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": hint})
+
+    def __call__(self, *arrays: npt.NDArray[Any]) -> Sequence[npt.NDArray[Any]]:
+        outputs = self._model(list(arrays))
+        return [outputs[index].copy() for index in range(len(self._model.outputs))]
+
+
+def of_naive(work: Work, options: dict[str, Any]) -> Subject:
+    """The exported files in options["framework"] and options["precision"]."""
+    assert work.prepared is not None
+    folder, bundle = work.prepared, Bundle.open(work.bundle)
+
+    def load(name: str) -> Any:
+        path = folder / name
+        return (
+            _OnnxRuntime(path)
+            if options["framework"] == "onnxruntime"
+            else _OpenVino(path, options["precision"])
+        )
+
+    others = {encoder.folder: load(f"{encoder.folder}.onnx") for encoder in bundle.manifest.text_encoders}
+    others["vae_decoder"] = load("vae_decoder.onnx")
+    denoiser = load(DENOISER.format(depth=work.depth))
+    return Subject(BaselineGenerator(bundle, options["name"], denoiser, others), work)

@@ -1,0 +1,46 @@
+"""The machine's peak: the most floating-point operations a second that its matrix products reach, as measured here."""
+
+import time
+from typing import Any
+
+import numpy as np
+
+SIDE = 2048  # three float32 matrices of 16 MiB: past the caches, so that blocking has to work
+_REPEATS = 5
+
+
+def gemm(precision: str) -> dict[str, Any]:
+    """{"flops": a second, "by": the library that reached it}: the best of a few products of SIDE x SIDE matrices.
+
+    fp32 is the better of numpy's and, where it is installed, torch's; bf16 needs torch. Without it "by" is "" and "flops" 0.
+    """
+    found = [one for one in (_numpy(precision), _torch(precision)) if one]
+    flops, by = max(found, default=(0.0, ""))
+    return {"flops": flops, "by": by}
+
+
+def _numpy(precision: str) -> tuple[float, str] | None:
+    if precision != "fp32":
+        return None
+    a = np.ones((SIDE, SIDE), np.float32)
+    out = np.empty_like(a)
+    return _best(lambda: np.matmul(a, a, out=out)), f"numpy {np.__version__}"
+
+
+def _torch(precision: str) -> tuple[float, str] | None:
+    try:
+        import torch
+    except ImportError:
+        return None
+    a = torch.ones(SIDE, SIDE, dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
+    return _best(lambda: torch.mm(a, a)), f"PyTorch {torch.__version__.partition('+')[0]}"
+
+
+def _best(product: Any) -> float:
+    """Operations a second of the fastest of a few calls."""
+    fastest = float("inf")
+    for _ in range(_REPEATS + 1):
+        began = time.perf_counter()
+        product()
+        fastest = min(fastest, time.perf_counter() - began)
+    return 2.0 * SIDE**3 / fastest

@@ -1,0 +1,50 @@
+"""The record as a picture: seconds an image of every configuration, one panel for each depth."""
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+from tpx_runtime.errors import BadInput
+from tpx_runtime.images import check_writable
+
+from .summary import rows
+
+
+def check(path: Path) -> None:
+    """Find out before the long work. Raises BadInput where no PNG can be written at `path`, or without matplotlib."""
+    check_writable(path)
+    _matplotlib()
+
+
+def draw(facts: dict[str, Any], path: Path) -> None:
+    """Bars of seconds an image with their spread's half on both sides. Raises BadInput."""
+    figures = _matplotlib()
+    measured = [row for row in rows(facts) if row.image_s is not None]
+    depths = sorted({row.depth for row in measured})
+    if not depths:
+        raise BadInput("expected something measured to plot, found nothing; see the reasons in the table")
+    most = max(sum(row.depth == depth for row in measured) for depth in depths)
+    size = (8.0, len(depths) * (0.9 + 0.32 * most))
+    figure = figures.Figure(figsize=size, dpi=150, layout="constrained")
+    for axes, depth in zip(figure.subplots(len(depths), squeeze=False)[:, 0], depths, strict=True):
+        own = sorted((row for row in measured if row.depth == depth), key=lambda row: -(row.image_s or 0))
+        seconds = [row.image_s or 0.0 for row in own]
+        errors = [0.5 * (row.spread or 0.0) * (row.image_s or 0.0) for row in own]
+        bars = axes.barh([row.name for row in own], seconds, xerr=errors, color="#4c78a8", ecolor="#333333")
+        axes.bar_label(bars, fmt="%.3f", padding=4)
+        axes.set_xlim(0, 1.15 * max(s + e for s, e in zip(seconds, errors, strict=True)))
+        axes.set_xlabel("seconds an image")
+        axes.set_title(f"{facts['settings']['bundle']}, depth {depth}", loc="left")
+        axes.spines[["top", "right"]].set_visible(False)
+    try:
+        figure.savefig(path, format="png")
+    except OSError as error:
+        raise BadInput(f"expected to write {path}, found: {error.strerror}; choose another place") from None
+
+
+def _matplotlib() -> Any:
+    """Figures that need no display. Raises BadInput."""
+    try:
+        return importlib.import_module("matplotlib.figure")
+    except ImportError:
+        raise BadInput("expected matplotlib for --plot, found none; pip install 'tpx[bench]'") from None

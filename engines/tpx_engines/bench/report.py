@@ -1,0 +1,89 @@
+"""The record as Markdown: one table for each depth, what was not measured and why, and what each figure holds for."""
+
+from typing import Any
+
+from .configurations import REFERENCE
+from .summary import Row, batches, peak_flops, rows
+
+Facts = dict[str, Any]
+
+
+def as_text(facts: Facts) -> str:
+    """The whole report."""
+    every, sizes = rows(facts), batches(facts)
+    parts = [_heading(facts)]
+    for depth in sorted({row.depth for row in every}):
+        own = [row for row in every if row.depth == depth]
+        measured = [row for row in own if row.image_s is not None]
+        parts.append(f"## Depth {depth}{_work(facts, depth)}")
+        if measured:
+            parts.append(_table(measured, sizes, facts["references"].get(str(depth), {}).get("by")))
+        if notes := [_compiled(row) for row in measured if "setting" in row.notes]:
+            parts.append("\n".join(notes))
+        if failed := [row for row in own if row.problem]:
+            parts.append("Not measured:\n\n" + "\n".join(f"- {row.name}: {row.problem}" for row in failed))
+    return "\n\n".join(parts)
+
+
+def _heading(facts: Facts) -> str:
+    said, machine = facts["settings"], facts["settings"]["machine"]
+    what = f'"{said["prompt"]}"' if said["class_id"] is None else f"class {said['class_id']}"
+    size = "x".join(str(pixels) for pixels in reversed(said["image_size_px"]))
+    taken = [
+        len(samples) for entry in facts["configurations"].values() for samples in entry["samples"].values()
+    ]
+    peaks = [
+        f"{precision} {peak / 1e9:.0f} GFLOP/s ({facts['peaks'][precision]['by']})"
+        for precision in facts["peaks"]
+        if (peak := peak_flops(facts, precision))
+    ]
+    return "\n".join(
+        [
+            f"# {said['bundle']} ({said['precision']}), {size} pixels",
+            "",
+            f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB, {machine['system']}. "
+            f"{what}, seed {said['seed']}, {said['steps']} steps of {said['sampler']}, guidance {said['guidance']:g}. "
+            f"Medians of up to {max(taken, default=0)} interleaved rounds.",
+            f"Peak of matrix products here: {', '.join(peaks) or 'not measured'}.",
+        ]
+    )
+
+
+def _work(facts: Facts, depth: int) -> str:
+    flops = facts["flops"].get(str(depth))
+    if isinstance(flops, int):
+        return f": {flops / 1e9:.2f} GFLOP a step"
+    return f" (operations not counted: {flops})" if flops else ""
+
+
+def _table(measured: list[Row], sizes: list[int], reference: str | None) -> str:
+    known = {REFERENCE: "eager fp32"}.get(reference or "", reference or "none")
+    columns = ["configuration", "cold start, s", "ms/step", "s/image", "spread", f"speed-up over {known}"]
+    columns += [f"images/s, batch {size}" for size in sizes if size > 1] + [
+        "peak MB",
+        "PSNR, dB",
+        "of GEMM peak",
+    ]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for row in measured:
+        cells = [
+            row.name,
+            _number(row.cold_s, ".2f"),
+            _number(row.step_ms, ".2f"),
+            _number(row.image_s, ".3f"),
+        ]
+        cells += [_number(row.spread, ".0%"), _number(row.speed_up, ".2f")]
+        cells += [_number(row.images_per_s.get(size), ".2f") for size in sizes if size > 1]
+        psnr = "same picture" if row.same else _number(row.psnr_db, ".1f")
+        cells += [_number(row.peak_mb, ".0f"), psnr, _number(row.peak_share, ".0%")]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _compiled(row: Row) -> str:
+    tried = ", ".join(f"{name} {ms:.2f} ms" for name, ms in row.notes["tried"].items())
+    return f"- {row.name}: {row.notes['setting']} was the fastest ({tried}); compiled in {row.notes['compile_s']:.0f} s"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)

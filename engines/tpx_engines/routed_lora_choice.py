@@ -1,0 +1,43 @@
+"""Whether the plugin of `tpx::RoutedLora` goes into an engine, and which one: its hash is part of the engine's key."""
+
+import hashlib
+from functools import cache
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+
+from tpx_runtime.engine.tensorrt_flavours import Flavour, bindings
+
+SOURCES = ("routed_lora_kernel.py", "routed_lora_ptx.py", "routed_lora_plugin.py")
+
+
+def obstacle(flavour: Flavour, capability: int) -> str | None:
+    """Why engines of this flavour and capability get the function of standard operators instead; None if they do not."""
+    if flavour.ahead:
+        return f"{flavour.title} takes no plugins"
+    bindings(flavour)
+    if find_spec(f"{flavour.module}.plugin") is None:
+        return f"expected {flavour.title} with its module plugin, found none"
+    if find_spec("triton") is None:
+        return "expected the package triton, found none; install it with `pip install 'tpx[triton]'`"
+    from .routed_lora_ptx import TARGETS
+
+    if capability not in TARGETS:
+        return f"expected a GPU of {', '.join(f'sm{one}' for one in TARGETS)}, found sm{capability}"
+    return None
+
+
+def plugin_hash() -> str:
+    """Of all that the plugin's machine code comes from: its sources here, and Triton's version."""
+    digest = hashlib.sha256(metadata.version("triton").encode())
+    for name in SOURCES:
+        digest.update(Path(__file__).with_name(name).read_bytes())
+    return digest.hexdigest()[:16]
+
+
+@cache
+def register_once(capability: int) -> None:
+    """Register the plugin, which TensorRT allows once in a process."""
+    from .routed_lora_plugin import register
+
+    register(capability)

@@ -1,0 +1,82 @@
+"""Plans of configurations that need no engine, in real worker processes."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tpx_engines.bench.configurations import Configuration
+from tpx_engines.bench.measure import Plan
+from tpx_engines.bench.record import Record
+from tpx_engines.bench.subject import Work
+
+HERE = Path(__file__).parent
+SETTINGS: dict[str, Any] = {
+    "bundle": "paper",
+    "bundle_sha256": "0" * 64,
+    "precision": "fp32",
+    "image_size_px": [8, 12],
+    "ckpt_sha256": None,
+    "prompt": "a cube",
+    "class_id": None,
+    "seed": 0,
+    "steps": 3,
+    "guidance": 3.0,
+    "sampler": "euler",
+    "machine": {
+        "processor": "a processor",
+        "cores": 2,
+        "memory_gib": 8,
+        "system": "Linux",
+        "python": "3.11",
+        "threads": {},
+    },
+}
+
+
+@pytest.fixture(autouse=True)
+def makers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers find the makers of these tests."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]))
+
+
+@pytest.fixture
+def configuration(tmp_path: Path) -> Callable[..., Configuration]:
+    """One of a maker's name, which is its own name too."""
+
+    def make(maker: str, **options: Any) -> Configuration:
+        fields = {name: options.pop(name) for name in ("compiles", "problem", "packages") if name in options}
+        log = {"log": str(tmp_path / "log"), **options}
+        return Configuration(maker, depth=2, maker=f"bench_makers:{maker}", options=log, **fields)
+
+    return make
+
+
+@pytest.fixture
+def started(tmp_path: Path) -> Callable[[], list[int]]:
+    """Process ids of the subjects that were made by now."""
+    log = tmp_path / "log"
+    return lambda: [int(line) for line in log.read_text().split()] if log.exists() else []
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Callable[..., Plan]:
+    def make(*configurations: Configuration, rounds: int = 2, batches: tuple[int, ...] = (1, 2)) -> Plan:
+        work = Work(tmp_path, 2, "a cube", None, seed=0, steps=3, guidance=3.0, sampler="euler")
+        return Plan(work, configurations, configurations[0].name, rounds, batches)
+
+    return make
+
+
+@pytest.fixture
+def record(tmp_path: Path) -> Callable[..., Record]:
+    """The record of this test's file, begun or gone on with."""
+    return lambda **changes: Record.begin(tmp_path / "bench.json", {**SETTINGS, **changes})
+
+
+@pytest.fixture(autouse=True)
+def small_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No products of large matrices: torch takes seconds to import, and they have a test of their own."""
+    monkeypatch.setattr("tpx_engines.bench.measure.PEAKS", ())

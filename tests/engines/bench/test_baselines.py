@@ -1,0 +1,109 @@
+"""Baselines draw the bundle's own picture: the same model, sampler and noise, in another framework."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tpx_engines.bench import compiled, naive
+from tpx_engines.bench.baselines import of_eager
+from tpx_engines.bench.flops import graph_flops
+from tpx_engines.bench.peak import gemm
+from tpx_engines.bench.similarity import psnr_db
+from tpx_engines.bench.subject import Subject, Work, of_engine
+from tpx_export import checkpoint
+from tpx_export.model.text_to_image import TextToImage
+
+
+@pytest.fixture(scope="module")
+def work(tiny_bundle: Path, tiny_model: TextToImage, tmp_path_factory: pytest.TempPathFactory) -> Work:
+    ckpt = tmp_path_factory.mktemp("ckpt") / "tiny.safetensors"
+    checkpoint.save(tiny_model, ckpt)
+    return Work(tiny_bundle, 3, "a red cube", None, seed=5, steps=3, guidance=2.0, sampler="euler", ckpt=ckpt)
+
+
+def similarity(a: Subject, b: Subject, images: int = 2) -> float:
+    """Of the worst of the pictures."""
+    (first, _), (second, _) = a.draw(images), b.draw(images)
+    return min(psnr_db(*pair) for pair in zip(first, second, strict=True))
+
+
+def test_eager_pytorch_draws_the_bundles_picture(work: Work) -> None:
+    bundle = of_engine(work, {"engine": "onnxruntime"})
+    eager = of_eager(work, {"name": "eager", "precision": "fp32"})
+    same = similarity(bundle, eager)
+    assert same > 55
+    low = of_eager(work, {"name": "eager", "precision": "bf16"})
+    assert 15 < similarity(eager, low) < same  # another precision is another picture, of the same thing
+    other = of_eager(replace(work, seed=6), {"name": "eager", "precision": "fp32"})
+    assert similarity(eager, other) < 30
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_without_guidance_there_is_one_branch(work: Work, guidance: float) -> None:
+    told = replace(work, guidance=guidance)
+    assert (
+        similarity(
+            of_engine(told, {"engine": "onnxruntime"}), of_eager(told, {"name": "", "precision": "fp32"}), 1
+        )
+        > 55
+    )
+
+
+def test_the_naive_export_draws_the_bundles_picture(work: Work, tmp_path: Path) -> None:
+    naive.export(str(work.ckpt), [3], str(tmp_path))
+    prepared = replace(work, prepared=tmp_path)
+    bundle = of_engine(work, {"engine": "onnxruntime"})
+    for framework in ("onnxruntime", "openvino"):
+        options = {"name": "naive", "framework": framework, "precision": "fp32"}
+        assert similarity(bundle, naive.of_naive(prepared, options)) > 55
+    assert graph_flops(tmp_path / "transformer-depth-3.onnx", 2) > 0
+
+
+def test_compiling_takes_the_fastest_setting(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
+    delays = {"default": 0.02, "freezing": 0.0, "freezing + max-autotune": 0.04}
+    tried: list[Any] = []
+
+    def compile_(module: torch.nn.Module, dynamic: bool, options: dict[str, Any]) -> Callable[..., Any]:
+        (name,) = (name for name, chosen in compiled.SETTINGS.items() if chosen == options)
+        tried.append(name)
+        return lambda *inputs: (_sleep(delays[name]), module(*inputs))[1]
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    subject = compiled.of_compiled(work, {"name": "compiled", "precision": "fp32"})
+    assert subject.notes["setting"] == "freezing"
+    assert tried == [*compiled.SETTINGS, "freezing"]  # the last is the decoder
+    assert list(subject.notes["tried"]) == list(compiled.SETTINGS)
+    assert similarity(subject, of_eager(work, {"name": "eager", "precision": "fp32"}), 1) == np.inf
+    tried.clear()
+    compiled.of_compiled(replace(work, tuned="default"), {"name": "compiled", "precision": "fp32"})
+    assert tried == ["default", "default"]
+
+
+def _sleep(seconds: float) -> None:
+    import time
+
+    time.sleep(seconds)
+
+
+def test_the_peak_is_of_the_precision_that_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tpx_engines.bench.peak.SIDE", 256)
+    single, half = gemm("fp32"), gemm("bf16")
+    assert single["flops"] > 1e8 and half["flops"] > 1e7
+    assert half["by"].startswith("PyTorch ")
+    monkeypatch.setitem(__import__("sys").modules, "torch", None)
+    assert gemm("fp32")["by"].startswith("numpy ")
+    assert gemm("bf16") == {"flops": 0.0, "by": ""}
+
+
+def test_a_psnr_is_that_of_its_definition() -> None:
+    from PIL import Image
+
+    grey: Sequence[Image.Image] = [Image.new("RGB", (4, 4), (level,) * 3) for level in (100, 110)]
+    assert psnr_db(grey[0], grey[0]) == np.inf
+    assert psnr_db(*grey) == pytest.approx(20 * np.log10(255 / 10))
+    assert psnr_db(grey[0], Image.new("RGB", (5, 4))) == 0

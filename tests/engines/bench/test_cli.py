@@ -1,0 +1,165 @@
+"""tpx-bench: arguments, the table and plot, and that Ctrl-C leaves nothing behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+from runtime.fakes import CLASSES, make_bundle
+
+from tpx_engines.bench.cli import main
+from tpx_engines.bench.configurations import Configuration
+
+HERE = Path(__file__).parent
+INTERRUPTED = """
+import sys
+import tpx_engines.bench.configurations as configurations
+import tpx_engines.bench.measure as measure
+from tpx_engines.bench.cli import main
+
+def engines(names, depths, precision):
+    options = {"log": sys.argv[2], "step_s": 60.0}
+    fast = configurations.Configuration("right", 2, "bench_makers:right", options)
+    return [fast, configurations.Configuration("slow", 2, "bench_makers:slow", options)]
+
+measure.PEAKS = ()
+configurations.engines = engines
+main([sys.argv[1], "--rounds", "1", "--batch", "1", "--prompt", "a cube", "--json", sys.argv[3]])
+"""
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    return make_bundle(tmp_path / "paper")
+
+
+@pytest.fixture
+def bench(
+    bundle: Path, configuration: Callable[..., Configuration], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Result]:
+    """tpx-bench of a bundle whose only engine is a maker of these tests."""
+    monkeypatch.setattr(
+        "tpx_engines.bench.configurations.engines", lambda names, depths, precision: [configuration("right")]
+    )
+
+    def invoke(*arguments: str) -> Result:
+        return CliRunner().invoke(
+            main, [str(bundle), "--rounds", "1", "--batch", "1", "--prompt", "a cube", *arguments]
+        )
+
+    return invoke
+
+
+def test_prints_a_table_and_draws_it(bench: Callable[..., Result], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    result = bench("--plot", str(tmp_path / "bench.png"))
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("# paper (fp32), 12x8 pixels\n")
+    (row,) = [line for line in result.stdout.splitlines() if line.startswith("| right | ")]
+    assert "| same picture | - |" in row  # a bundle of paper has no graph to count
+    with Image.open(tmp_path / "bench.png") as image:
+        assert image.width > 500
+
+
+def test_a_plot_without_matplotlib_is_refused_before_the_work(
+    bench: Callable[..., Result],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    started: Callable[[], list[int]],
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    result = bench("--plot", str(tmp_path / "bench.png"))
+    message = "error: expected matplotlib for --plot, found none; pip install 'tpx[bench]'\n"
+    assert (result.exit_code, result.stdout, result.stderr) == (2, "", message)
+    assert started() == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batch", "1,x"], "expected --batch to be whole numbers in 1..256"),
+        (["--batch", "0"], "expected --batch to be whole numbers in 1..256"),
+        (["--depth", "3"], "expected a depth of 1, 2, 4"),
+        (["--steps", "0"], "expected steps to be a whole number"),
+        (["--prompt", "a zebra"], "zebra"),
+        (["--baseline", "PyTorch eager fp32"], "expected --ckpt with --baseline"),
+        (["--ckpt", "nowhere.safetensors"], "expected a checkpoint in --ckpt, found no file"),
+        (["--plot", "picture.jpg"], "expected an output name that ends in .png"),
+        (["--json", "nowhere/at/all.json"], "expected to write nowhere/at/all.json"),
+    ],
+)
+def test_bad_arguments_are_one_line(
+    bench: Callable[..., Result], arguments: list[str], message: str, started: Callable[[], list[int]]
+) -> None:
+    result = bench(*arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.count("\n") == 1 and message in result.stderr
+    assert started() == []
+
+
+def test_an_unknown_engine_or_baseline_is_one_line(bundle: Path) -> None:
+    for option, name in (("--engine", "warp"), ("--baseline", "warp")):
+        ckpt = ["--ckpt", __file__] if option == "--baseline" else []
+        result = CliRunner().invoke(main, [str(bundle), "--prompt", "a cube", option, name, *ckpt])
+        assert result.exit_code == 2
+        assert result.stderr.startswith(f"error: expected a{'n' * (option == '--engine')} {option[2:]} of ")
+
+
+def test_nothing_that_runs_is_an_error_with_the_reasons_above(
+    bench: Callable[..., Result], configuration: Callable[..., Configuration], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing = configuration("right", problem="expected a GPU, found none")
+    monkeypatch.setattr(
+        "tpx_engines.bench.configurations.engines", lambda names, depths, precision: [failing]
+    )
+    result = bench()
+    assert result.exit_code == 4
+    assert "- right: expected a GPU, found none" in result.stdout
+    assert "error: expected at least one of 1 configurations to run here" in result.stderr
+
+
+def test_a_bundle_of_classes_draws_its_first_class(tmp_path: Path, bench: Callable[..., Result]) -> None:
+    classes = make_bundle(tmp_path / "classes", CLASSES)
+    result = CliRunner().invoke(main, [str(classes), "--rounds", "1", "--batch", "1"])
+    assert result.exit_code == 0, result.output
+    assert "class 0, seed 0, 20 steps of ddim" in result.stdout
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_leaves_no_process_and_no_file_behind(
+    bundle: Path, tmp_path: Path, started: Callable[[], list[int]], how: signal.Signals
+) -> None:
+    (tmp_path / "scratch").mkdir()
+    paths = [str(HERE), str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")]
+    process = subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED, str(bundle), str(tmp_path / "log"), str(tmp_path / "bench.json")],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "TMPDIR": str(tmp_path / "scratch")},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    ends = time.monotonic() + 60
+    while len(started()) < 2 and process.poll() is None and time.monotonic() < ends:
+        time.sleep(0.05)
+    workers = started()
+    assert len(workers) == 2 and all(map(alive, workers))
+    process.send_signal(how)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert said.endswith(f"error: cancelled; the same command goes on from {tmp_path / 'bench.json'}\n")
+    assert not any(map(alive, workers))
+    assert list((tmp_path / "scratch").iterdir()) == []
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True

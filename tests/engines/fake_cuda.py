@@ -1,0 +1,180 @@
+"""A CUDA driver without a GPU: its device memory is the host's, and a stream runs nothing before it is synchronised.
+
+So whoever reads an answer too early, or changes pinned memory that is still to be copied, gets the wrong numbers. Every
+entry is a real C callback with cuda.h's types: pointers are cut, and arguments mixed up, as they would be.
+"""
+
+import ctypes
+from collections import Counter
+from collections.abc import Callable
+from ctypes import POINTER, c_char_p, c_int, c_size_t, c_uint, c_uint64, c_void_p
+from typing import Any
+
+NAMES = {2: b"CUDA_ERROR_OUT_OF_MEMORY", 100: b"CUDA_ERROR_NO_DEVICE", 700: b"CUDA_ERROR_ILLEGAL_ADDRESS"}
+POISON = 0xA5
+
+Work = Callable[[], None]
+
+
+class FakeDriver:
+    """`calls` counts the entries called; `fail[name]` is the code that the next call of that entry returns."""
+
+    def __init__(self, capability: tuple[int, int] = (8, 9), name: bytes = b"NVIDIA L4") -> None:
+        self.capability, self.name = capability, name
+        self.calls: Counter[str] = Counter()
+        self.order: list[str] = []
+        self.fail: dict[str, int] = {}
+        self.device: dict[int, Any] = {}  # what is allocated, by address
+        self.host: dict[int, Any] = {}
+        self.streams: dict[int, list[Work]] = {}
+        self.graphs: dict[int, list[Work]] = {}
+        self.launchable: dict[int, list[Work]] = {}
+        self.retained, self.current, self.capturing = 0, 0, False
+        self.captured: list[Work] = []
+        self._handles = iter(range(0x7F00_0000_1000, 0x7F00_0100_0000, 16))  # above 32 bits
+        self._make("cuInit", self._succeed, c_uint)
+        self._make("cuDeviceGet", lambda out, index: self._set(out, 0), POINTER(c_int), c_int)
+        self._make("cuDeviceGetName", self._device_name, c_void_p, c_int, c_int)
+        self._make("cuDeviceGetAttribute", self._attribute, POINTER(c_int), c_int, c_int)
+        self._make("cuGetErrorName", self._error_name, c_int, POINTER(c_char_p))
+        self._make("cuDevicePrimaryCtxRetain", self._retain, POINTER(c_void_p), c_int)
+        self._make("cuDevicePrimaryCtxRelease_v2", self._release, c_int)
+        self._make("cuCtxSetCurrent", self._set_current, c_void_p)
+        self._make("cuStreamCreate", self._stream_create, POINTER(c_void_p), c_uint)
+        self._make("cuStreamSynchronize", self._synchronize, c_void_p)
+        self._make("cuStreamDestroy_v2", lambda stream: self._drop(self.streams, stream), c_void_p)
+        self._make("cuMemAlloc_v2", self._allocate(self.device), POINTER(c_uint64), c_size_t)
+        self._make("cuMemFree_v2", lambda address: self._drop(self.device, address), c_uint64)
+        self._make("cuMemAllocHost_v2", self._allocate(self.host), POINTER(c_void_p), c_size_t)
+        self._make("cuMemFreeHost", lambda address: self._drop(self.host, address), c_void_p)
+        self._make("cuMemcpyHtoDAsync_v2", self._copy, c_uint64, c_void_p, c_size_t, c_void_p)
+        self._make("cuMemcpyDtoHAsync_v2", self._copy, c_void_p, c_uint64, c_size_t, c_void_p)
+        self._make("cuStreamBeginCapture_v2", self._begin_capture, c_void_p, c_int)
+        self._make("cuStreamEndCapture", self._end_capture, c_void_p, POINTER(c_void_p))
+        self._make("cuGraphInstantiateWithFlags", self._instantiate, POINTER(c_void_p), c_void_p, c_uint64)
+        self._make("cuGraphLaunch", self._launch, c_void_p, c_void_p)
+        self._make("cuGraphExecDestroy", lambda graph: self._drop(self.launchable, graph), c_void_p)
+        self._make("cuGraphDestroy", lambda graph: self._drop(self.graphs, graph), c_void_p)
+
+    def enqueue(self, stream: int, work: Work) -> None:
+        """Put work into a stream, or into what is being captured from it."""
+        (self.captured if self.capturing else self.streams[stream]).append(work)
+
+    @property
+    def held(self) -> dict[str, int]:
+        """What somebody has not given back."""
+        counts = {
+            name: len(getattr(self, name)) for name in ("device", "host", "streams", "graphs", "launchable")
+        }
+        return {name: count for name, count in {**counts, "retained": self.retained}.items() if count}
+
+    def _make(self, name: str, function: Callable[..., int], *types: Any) -> None:
+        def entry(*arguments: Any) -> int:
+            self.calls[name] += 1
+            self.order.append(name)
+            return self.fail.pop(name, 0) or function(*arguments) or 0
+
+        setattr(self, name, ctypes.CFUNCTYPE(c_int, *types)(entry))
+
+    @staticmethod
+    def _succeed(*_: object) -> int:
+        return 0
+
+    @staticmethod
+    def _set(out: Any, value: int) -> int:
+        out[0] = value
+        return 0
+
+    @staticmethod
+    def _drop(kept: dict[int, Any], handle: int) -> int:
+        return 0 if kept.pop(handle, None) is not None else 1
+
+    def _device_name(self, out: int, length: int, device: int) -> int:
+        ctypes.memmove(out, self.name + b"\0", len(self.name) + 1)
+        return 0
+
+    def _attribute(self, out: Any, which: int, device: int) -> int:
+        return self._set(out, {75: self.capability[0], 76: self.capability[1]}[which])
+
+    def _error_name(self, code: int, out: Any) -> int:
+        return self._set(out, NAMES[code]) if code in NAMES else 1
+
+    def _retain(self, out: Any, device: int) -> int:
+        self.retained += 1
+        return self._set(out, 0x7F00_0000_0800)
+
+    def _release(self, device: int) -> int:
+        self.retained -= 1
+        return 0
+
+    def _set_current(self, context: int) -> int:
+        self.current = context
+        return 0
+
+    def _stream_create(self, out: Any, flags: int) -> int:
+        handle = next(self._handles)
+        self.streams[handle] = []
+        return self._set(out, handle) if flags == 1 else 1
+
+    def _synchronize(self, stream: int) -> int:
+        work, self.streams[stream] = self.streams[stream], []
+        for one in work:
+            one()
+        return 0
+
+    def _allocate(self, kept: dict[int, Any]) -> Callable[[Any, int], int]:
+        def allocate(out: Any, size: int) -> int:
+            if not self.current or not size:
+                return 1
+            buffer = ctypes.create_string_buffer(bytes([POISON]) * size, size)
+            kept[ctypes.addressof(buffer)] = buffer
+            return self._set(out, ctypes.addressof(buffer))
+
+        return allocate
+
+    def _copy(self, target: int, source: int, size: int, stream: int) -> int:
+        known = {**self.device, **self.host}
+        if target not in known or source not in known or size > min(len(known[target]), len(known[source])):
+            return 700
+        self.enqueue(stream, lambda: ctypes.memmove(target, source, size) and None)
+        return 0
+
+    def _begin_capture(self, stream: int, mode: int) -> int:
+        self.capturing, self.captured = True, []
+        return 0
+
+    def _end_capture(self, stream: int, out: Any) -> int:
+        self.capturing, handle = False, next(self._handles)
+        self.graphs[handle] = self.captured
+        return self._set(out, handle)
+
+    def _instantiate(self, out: Any, graph: int, flags: int) -> int:
+        handle = next(self._handles)
+        self.launchable[handle] = list(self.graphs[graph])
+        return self._set(out, handle)
+
+    def _launch(self, graph: int, stream: int) -> int:
+        self.streams[stream] += self.launchable[graph]
+        return 0
+
+
+class FakeManagement:
+    """NVML, which says the driver's version."""
+
+    def nvmlInit_v2(self) -> int:
+        return 0
+
+    def nvmlShutdown(self) -> int:
+        return 0
+
+    def nvmlSystemGetDriverVersion(self, out: Any, length: int) -> int:
+        out.value = b"580.65.06"
+        return 0
+
+
+def install(patch: Any, driver: FakeDriver | None) -> None:
+    """Let tpx_runtime find `driver` in the place of NVIDIA's, or none."""
+    from tpx_runtime.engine import cuda
+
+    found = {cuda.DRIVER: driver, "libnvidia-ml.so.1": FakeManagement() if driver else None}
+    patch.setattr(cuda, "library", found.get)

@@ -1,0 +1,173 @@
+"""A TensorRT without a GPU: an engine is the name of a numpy function, run on what lies at the addresses it was given.
+
+Its names are TensorRT's; a test holds them against the real bindings.
+"""
+
+import ctypes
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum, IntEnum
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from fake_cuda import FakeDriver
+
+DTYPES = {"FLOAT": np.float32, "HALF": np.float16, "INT64": np.int64, "INT8": np.int8}
+Ports = dict[str, tuple[str, tuple[int, ...]]]  # name -> (kind, shape); -1 is the batch
+
+
+@dataclass
+class Made:
+    """A function that an engine stands for; the outputs' shapes are those of its ports, with the inputs' batch."""
+
+    function: Callable[..., dict[str, Any]]
+    inputs: Ports
+    outputs: Ports
+
+
+class FakeTensorRt(SimpleNamespace):
+    """The module. `refuse` names what fails next: "deserialize", "context", "shape", "address", "execute"."""
+
+    def __init__(self, driver: FakeDriver, version: str = "11.4.0.106", **made: Made) -> None:
+        self.driver, self.made, self.__version__ = driver, made, version
+        self.refuse: set[str] = set()
+        self.alive: list[str] = []
+        self.executed: list[dict[str, tuple[int, ...]]] = []
+        self.strategies: list[Any] = []
+        fake = self
+
+        class ILogger:
+            class Severity(IntEnum):
+                INTERNAL_ERROR, ERROR, WARNING, INFO, VERBOSE = range(5)
+
+        class TensorIOMode(Enum):
+            NONE, INPUT, OUTPUT = range(3)
+
+        class DataType(Enum):
+            FLOAT, HALF, INT64, INT8 = range(4)
+
+        class CudaGraphStrategy(Enum):
+            DISABLED, WHOLE_GRAPH_CAPTURE = range(2)
+
+        class Runtime:
+            def __init__(self, logger: Any) -> None:
+                self.log = logger.log
+                fake.alive.append("runtime")
+
+            def deserialize_cuda_engine(self, serialized_engine: bytes) -> "ICudaEngine | None":
+                if fake._fails("deserialize", self.log):
+                    return None
+                return ICudaEngine(fake.made[json.loads(serialized_engine)], self.log)
+
+            def __del__(self) -> None:
+                fake.alive.remove("runtime")
+
+        class ICudaEngine:
+            def __init__(self, made: Made, log: Any) -> None:
+                self.ports = {**made.inputs, **made.outputs}
+                self._made, self._log = made, log
+                self.num_io_tensors = len(self.ports)
+                fake.alive.append("engine")
+
+            def get_tensor_name(self, index: int) -> str:
+                return list(self.ports)[index]
+
+            def get_tensor_dtype(self, name: str) -> DataType:
+                return DataType[self.ports[name][0]]
+
+            def get_tensor_shape(self, name: str) -> "Dims":
+                return Dims(self.ports[name][1])
+
+            def get_tensor_mode(self, name: str) -> TensorIOMode:
+                return TensorIOMode.INPUT if name in self._made.inputs else TensorIOMode.OUTPUT
+
+            def create_runtime_config(self) -> "IRuntimeConfig":
+                return IRuntimeConfig()
+
+            def create_execution_context(self, config: Any = None) -> "IExecutionContext | None":
+                fake.strategies.append(config and config.cuda_graph_strategy)
+                return None if fake._fails("context", self._log) else IExecutionContext(self._made, self._log)
+
+            def __del__(self) -> None:
+                assert "runtime" in fake.alive
+                fake.alive.remove("engine")
+
+        class IRuntimeConfig:
+            cuda_graph_strategy = CudaGraphStrategy.DISABLED
+
+        class IExecutionContext:
+            def __init__(self, made: Made, log: Any) -> None:
+                self._made, self._log = made, log
+                self._shapes: dict[str, tuple[int, ...]] = {}
+                self._addresses: dict[str, int] = {}
+                fake.alive.append("context")
+
+            def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+                self._shapes[name] = tuple(shape)
+                return not fake._fails("shape", self._log)
+
+            def get_tensor_shape(self, name: str) -> "Dims":
+                rows = next(iter(self._shapes.values()))[0]
+                return Dims(rows if size == -1 else size for size in self._made.outputs[name][1])
+
+            def set_tensor_address(self, name: str, memory: int) -> bool:
+                self._addresses[name] = memory
+                return not fake._fails("address", self._log)
+
+            def execute_async_v3(self, stream_handle: int) -> bool:
+                if fake._fails("execute", self._log):
+                    return False
+                made, addresses, shapes = self._made, dict(self._addresses), dict(self._shapes)
+                outputs = {name: self.get_tensor_shape(name) for name in self._made.outputs}
+
+                def work() -> None:
+                    fake.executed.append(shapes)
+                    given = {
+                        name: fake._at(addresses[name], kind, shapes[name])
+                        for name, (kind, _) in made.inputs.items()
+                    }
+                    for name, value in made.function(**given).items():
+                        kind = made.outputs[name][0]
+                        fake._at(addresses[name], kind, tuple(outputs[name]))[...] = value
+
+                fake.driver.enqueue(stream_handle, work)
+                return True
+
+            def __del__(self) -> None:
+                assert "engine" in fake.alive
+                fake.alive.remove("context")
+
+        self.Runtime, self.ICudaEngine, self.IExecutionContext = Runtime, ICudaEngine, IExecutionContext
+        self.ILogger, self.TensorIOMode, self.DataType = ILogger, TensorIOMode, DataType
+        self.IRuntimeConfig, self.CudaGraphStrategy = IRuntimeConfig, CudaGraphStrategy
+        self.Dims = Dims
+
+    def _fails(self, what: str, log: Any) -> bool:
+        if what not in self.refuse:
+            return False
+        self.refuse.discard(what)
+        log(self.ILogger.Severity.ERROR, f"Error Code 1:\n {what} refused")
+        return True
+
+    def _at(self, address: int, kind: str, shape: tuple[int, ...]) -> Any:
+        """An array over device memory, which must be there and large enough."""
+        buffer, dtype = self.driver.device[address], np.dtype(DTYPES[kind])
+        count = int(np.prod(shape))
+        assert len(buffer) >= count * dtype.itemsize
+        raw = (ctypes.c_uint8 * len(buffer)).from_address(address)
+        return np.frombuffer(memoryview(raw), dtype, count).reshape(shape)
+
+
+class Dims:
+    """Sizes by index alone, as TensorRT has them."""
+
+    def __init__(self, shape: Any) -> None:
+        self._sizes = tuple(shape)
+
+    def __len__(self) -> int:
+        return len(self._sizes)
+
+    def __getitem__(self, index: int) -> int:
+        return self._sizes[index]

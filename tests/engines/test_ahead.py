@@ -1,0 +1,146 @@
+"""Compiling ahead for OpenVINO: what is there afterwards, what is not done twice, and what is said of bad wishes."""
+
+from pathlib import Path
+
+import pytest
+
+import tpx_engines.ahead
+from tpx_engines.ahead import AHEAD, build_ahead
+from tpx_engines.cli import table
+from tpx_runtime.bundle import Bundle
+from tpx_runtime.engine import ENGINES, openvino, resolve
+from tpx_runtime.errors import BadInput, Cancelled, EngineFailed
+from tpx_runtime.verify import require_ok, verify_bundle
+
+ROWS = ["text_encoder", "transformer conditions"]
+ROWS += [
+    name for depth in (1, 2, 3) for name in (f"transformer depth {depth}", f"transformer depth {depth} x2")
+]
+ROWS += ["vae_decoder", "vae_encoder"]
+
+
+@pytest.fixture
+def bundle(tiny_bundle: Path, tmp_path: Path) -> Bundle:
+    """The real bundle at a place of its own, so that nobody else has a cache beside it."""
+    root = tmp_path / "copy"
+    root.mkdir()
+    for file in tiny_bundle.rglob("*"):
+        if file.is_file():
+            (root / file.relative_to(tiny_bundle)).parent.mkdir(parents=True, exist_ok=True)
+            (root / file.relative_to(tiny_bundle)).write_bytes(file.read_bytes())
+    return Bundle.open(root)
+
+
+def files(bundle: Bundle) -> dict[str, int]:
+    folder = bundle.root.with_name(f"{bundle.root.name}.engines")
+    return {path.name: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def test_every_graph_is_there_and_the_next_process_compiles_none(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watched: list[tuple[str, float, int]] = []
+    results = build_ahead(
+        bundle, "openvino", [2, 2], lambda graph, done, total, _: watched.append((graph, done, total))
+    )
+    assert [result.graph for result in results] == ROWS
+    assert all(result.engine_bytes > 1000 and result.seconds > 0 and not result.cached for result in results)
+    assert watched[0] == ("text_encoder", 0, len(ROWS)) and watched[-1] == (
+        "vae_encoder",
+        len(ROWS),
+        len(ROWS),
+    )
+    assert "transformer depth 3 x2" in table(results)
+
+    there = files(bundle)
+    assert len(there) == len(ROWS)
+    again = build_ahead(bundle, "openvino", [2])
+    assert [(r.graph, r.engine_bytes, r.seconds) for r in again] == [
+        (r.graph, r.engine_bytes, 0) for r in results
+    ]
+    assert all(result.cached for result in again)
+
+    monkeypatch.setattr(openvino.OpenVinoSession, "_compile", lambda self: pytest.fail("compiled again"))
+    from tpx_runtime.verify import load_golden
+
+    golden = load_golden(bundle)
+    inputs = {name: golden[name] for name in bundle.manifest.model.transformer_inputs}
+    resolve("openvino").open(bundle.transformer(3, plain=True)).run(inputs)
+    monkeypatch.undo()
+    require_ok(verify_bundle(bundle, resolve("openvino")), "openvino")
+    assert files(bundle) == there
+
+
+def test_no_rows_is_the_graphs_for_any_shapes_alone(bundle: Bundle) -> None:
+    assert [r.graph for r in build_ahead(bundle, "openvino", [])] == [row for row in ROWS if "x2" not in row]
+
+
+def test_what_is_damaged_is_built_again_and_what_is_stale_goes(bundle: Bundle) -> None:
+    build_ahead(bundle, "openvino", [2])
+    folder = bundle.root.with_name("copy.engines") / "openvino/transformer.depth-3.plain.f32"
+    [exact], [blob] = folder.glob("*.exact"), folder.glob("*.blob")
+    exact.write_bytes(b"damaged")
+    (folder / "123.blob").write_bytes(b"of an older bundle")
+    blob.unlink()
+    results = {result.graph: result.cached for result in build_ahead(bundle, "openvino", [2])}
+    assert [name for name, cached in results.items() if not cached] == [
+        "transformer depth 3",
+        "transformer depth 3 x2",
+    ]
+    assert {path.name for path in folder.iterdir()} == {exact.name, blob.name}
+    assert exact.stat().st_size > 1000
+
+
+def test_ctrl_c_leaves_what_is_finished_and_the_next_goes_on(bundle: Bundle) -> None:
+    def press(graph: str, done: float, total: int, what: str) -> None:
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(Cancelled, match=f"cancelled; 3 of {len(ROWS)} compiled graphs are there"):
+        build_ahead(bundle, "openvino", [2], press)
+    results = build_ahead(bundle, "openvino", [2])
+    assert [result.cached for result in results] == [True] * 3 + [False] * (len(ROWS) - 3)
+    assert not [name for name in files(bundle) if name.endswith(".part")]
+
+
+def test_a_full_disk_leaves_nothing_half_written(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Path, content: object) -> int:
+        self.touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(BadInput, match=r"expected to write .*exact, found: No space left on device"):
+        build_ahead(bundle, "openvino", [2])
+    assert all(name.endswith(".blob") for name in files(bundle))
+
+
+@pytest.mark.parametrize("rows", [[0], [2, -1]])
+def test_rows_below_one_are_refused(bundle: Bundle, rows: list[int]) -> None:
+    with pytest.raises(BadInput, match="expected batches of at least 1 row, found"):
+        build_ahead(bundle, "openvino", rows)
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "auto", "x"])
+def test_another_engine_is_refused(bundle: Bundle, name: str) -> None:
+    with pytest.raises(BadInput, match="expected an engine of openvino, openvino-bf16, found"):
+        build_ahead(bundle, name, [2])
+
+
+def test_a_folder_that_cannot_be_made_is_refused(bundle: Bundle) -> None:
+    bundle.root.with_name("copy.engines").write_text("a file where the folder should be")
+    with pytest.raises(
+        BadInput, match=r"expected a folder for compiled graphs at .* found one that cannot be written"
+    ):
+        build_ahead(bundle, "openvino", [2])
+
+
+def test_a_broken_graph_is_one_line(bundle: Bundle) -> None:
+    bundle.transformer(1, plain=True).write_bytes(b"no graph")
+    with pytest.raises(EngineFailed, match=r"depth-1\.plain\.onnx: openvino could not load it") as caught:
+        build_ahead(bundle, "openvino", [2])
+    assert str(caught.value).isprintable()
+
+
+def test_the_engines_built_ahead_are_those_of_openvino() -> None:
+    assert list(AHEAD) == [name for name, engine in ENGINES.items() if engine.package == "openvino"]
+    assert tuple(openvino.PRECISIONS) == tpx_engines.ahead.AHEAD

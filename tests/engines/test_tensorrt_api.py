@@ -1,0 +1,215 @@
+"""Every attribute and call that the code makes on TensorRT exists there: mypy checks our sources against the real modules.
+
+The surface of TensorRT for RTX and of TensorRT 11 is read from the installed bindings, that of 10.16 was recorded by
+surface.py. Sources are found by what they say: whoever takes `trt = bindings(...)` is checked, in every line. In a copy for
+mypy that statement becomes `import tensorrt as trt`, `ICudaEngine = Any` becomes an import of the real class, and functions
+that end in `_rtx` or `_full` are emptied for the other flavour.
+"""
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from fake_cuda import FakeDriver
+from fake_tensorrt import FakeTensorRt
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+RECORDED = {"10.16": HERE / "tensorrt-10.16.1.11.surface"}
+INSTALLED = {"11.4": "tensorrt_bindings", "rtx": "tensorrt_rtx_bindings"}
+SURFACES = [*RECORDED, *INSTALLED]
+MODULES = {"trt", "trtp", "np", "npt", "cuda", "tensorrt", "Path", "threading", "ctypes"}
+USES = re.compile(r"= bindings\(|^\s*import tensorrt\b", re.MULTILINE)
+RUN_ELSEWHERE = "routed_lora_plugin.py"  # test_routed_lora_plugin.py, on NVIDIA's own tensorrt.plugin
+SOURCES = [
+    path
+    for folder in (ROOT / "tpx_runtime", ROOT / "engines/tpx_engines")
+    for path in sorted(folder.rglob("*.py"))
+    if USES.search(path.read_text(encoding="utf-8"))
+]
+
+
+@pytest.fixture(scope="module")
+def surfaces(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders with a stub package `tensorrt`; those whose bindings are not installed are missing."""
+    made = {}
+    for name in SURFACES:
+        folder = tmp_path_factory.mktemp(name) / "stubs"
+        package = folder / "tensorrt"
+        package.mkdir(parents=True)
+        stub, module = package / "__init__.pyi", INSTALLED.get(name)
+        if module is None:
+            shutil.copy(RECORDED[name], stub)
+        elif find_spec(module) is None or shutil.which("gcc") is None:
+            continue
+        else:
+            subprocess.run(
+                [sys.executable, HERE / "surface.py", module, stub], check=True, capture_output=True
+            )
+        (package / "plugin.pyi").write_text(
+            "from typing import Any\ndef __getattr__(name: str) -> Any: ...\n"
+        )
+        made[name] = folder
+    return made
+
+
+def names(surface: Path) -> dict[str, set[str]]:
+    """The classes of a surface with the names of their members."""
+    tree = ast.parse((surface / "tensorrt/__init__.pyi").read_text(encoding="utf-8"))
+    found = {}
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef):
+            found[node.name] = {
+                getattr(one, "name", "") or ast.unparse(getattr(one, "target", ast.Constant(0)))
+                for one in node.body
+            }
+    return found
+
+
+class ForMypy(ast.NodeTransformer):
+    """A source as it would be if TensorRT were there to import.
+
+    With `reveal`, mypy is asked of what type each thing is whose attribute has a name that TensorRT has too.
+    """
+
+    def __init__(self, classes: dict[str, set[str]], emptied: str, reveal: bool = False) -> None:
+        self.classes, self.emptied, self.reveal = classes, emptied, reveal
+        self.members = {name for members in classes.values() for name in members} | set(classes)
+
+    def visit_Assign(self, node: ast.Assign) -> ast.AST | list[ast.stmt]:
+        self.generic_visit(node)
+        [target] = node.targets
+        if isinstance(target, ast.Name) and ast.unparse(node.value) == "Any" and target.id in self.classes:
+            return ast.copy_location(ast.ImportFrom("tensorrt", [ast.alias(target.id)], 0), node)
+        pairs = [(target, node.value)]
+        if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
+            pairs = list(zip(target.elts, node.value.elts, strict=True))
+        made: list[ast.stmt] = []
+        for name, value in pairs:
+            taken = ast.unparse(value).startswith("bindings(")
+            one = self._import() if taken else ast.Assign([name], value)
+            made.append(ast.copy_location(one, node))
+        return made
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
+        self.generic_visit(node)
+        taken = node.value is not None and ast.unparse(node.value).startswith("bindings(")
+        return ast.copy_location(self._import(), node) if taken else node
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        if node.name.endswith(self.emptied):
+            node.body = ast.parse("raise NotImplementedError").body
+            ast.fix_missing_locations(node)
+            return node
+        self.generic_visit(node)
+        return node
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
+        """`x.run` becomes `(reveal_type(x), x.run)[1]`, but for modules, which mypy knows."""
+        self.generic_visit(node)
+        known = ast.unparse(node.value) in MODULES or node.attr.startswith("__")
+        if not self.reveal or known or node.attr not in self.members or not isinstance(node.ctx, ast.Load):
+            return node
+        asked = ast.Call(ast.Name("reveal_type"), [node.value], [])
+        return ast.Subscript(ast.Tuple([asked, node]), ast.Constant(1))
+
+    @staticmethod
+    def _import() -> ast.stmt:
+        return ast.Import([ast.alias("tensorrt", "trt")])
+
+
+def check(
+    surface: Path, flavour: str, folder: Path, reveal: bool = False, instead: dict[str, str] | None = None
+) -> list[str]:
+    """What mypy says of all sources, with some words in the place of others.
+
+    With `reveal`, of those alone that no other test runs against the real thing.
+    """
+    shadows, modules = [], []
+    for path in SOURCES:
+        if reveal and path.name == RUN_ELSEWHERE:
+            continue
+        text = path.read_text(encoding="utf-8")
+        for word, other in (instead or {}).items():
+            text = text.replace(word, other)
+        transform = ForMypy(names(surface), "_full" if flavour == "rtx" else "_rtx", reveal)
+        tree = ast.fix_missing_locations(transform.visit(ast.parse(text)))
+        shadow = folder / f"{path.stem}-{path.parent.name}.py"
+        shadow.write_text(ast.unparse(tree), encoding="utf-8")
+        shadows += ["--shadow-file", str(path), str(shadow)]
+        base = ROOT / "engines" if "tpx_engines" in path.parts else ROOT
+        modules += ["-m", ".".join(path.relative_to(base).with_suffix("").parts)]
+    options = ["--config-file=", "--check-untyped-defs", "--no-strict-optional", "--follow-imports=silent"]
+    options += ["--ignore-missing-imports", "--no-error-summary", f"--cache-dir={folder}"]
+    result = subprocess.run(
+        [sys.executable, "-m", "mypy", *options, *shadows, *modules],
+        env={**os.environ, "MYPYPATH": os.pathsep.join(map(str, (surface, ROOT, ROOT / "engines")))},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode in (0, 1), result.stdout + result.stderr
+    return result.stdout.splitlines()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where mypy works, and keeps what it knows of numpy."""
+    return tmp_path_factory.mktemp("mypy")
+
+
+@pytest.mark.parametrize("name", SURFACES)
+def test_every_call_is_one_that_tensorrt_has(surfaces: dict[str, Path], name: str, folder: Path) -> None:
+    if name not in surfaces:
+        pytest.skip(f"expected the package {INSTALLED[name]} and gcc, found not both")
+    assert check(surfaces[name], name, folder) == []
+
+
+def test_another_call_is_noticed(surfaces: dict[str, Path], folder: Path) -> None:
+    instead = {
+        "execute_async_v3": "execute_async_v2",
+        "trt.Runtime(": "trt.RunTime(",
+        "set_tensor_address(name, ": "set_tensor_address(",
+        "least, most, most)": "least, most)",
+    }
+    said = "\n".join(check(surfaces["10.16"], "10.16", folder, instead=instead))
+    assert '"IExecutionContext" has no attribute "execute_async_v2"' in said
+    assert 'Module has no attribute "RunTime"' in said
+    for call in ("set_tensor_address", "set_shape"):
+        assert re.search(f'Missing positional argument.* in call to "{call}"', said)
+
+
+@pytest.mark.parametrize("name", ["10.16", "rtx"])
+def test_nothing_hides_from_the_check(surfaces: dict[str, Path], name: str, folder: Path) -> None:
+    """Whatever has an attribute of TensorRT's is known to mypy: of no type, it would not be checked."""
+    if name not in surfaces:
+        pytest.skip(f"expected the package {INSTALLED[name]} and gcc, found not both")
+    said = check(surfaces[name], name, folder, reveal=True)
+    assert len([line for line in said if 'Revealed type is "tensorrt.' in line]) > 20
+    assert [line for line in said if 'Revealed type is "Any"' in line] == []
+
+
+def test_finds_the_sources_that_use_tensorrt() -> None:
+    stems = {path.stem for path in SOURCES}
+    assert {"tensorrt_flavours", "tensorrt_session", "tensorrt", "routed_lora_plugin"} <= stems
+
+
+@pytest.mark.parametrize("name", SURFACES)
+def test_the_fake_has_no_names_of_its_own(surfaces: dict[str, Path], name: str) -> None:
+    if name not in surfaces:
+        pytest.skip(f"expected the package {INSTALLED[name]} and gcc, found not both")
+    real, fake = names(surfaces[name]), FakeTensorRt(FakeDriver())
+    classes = {n: v for n, v in vars(fake).items() if isinstance(v, type)}
+    if name != "rtx":
+        del classes["CudaGraphStrategy"]
+        real["IRuntimeConfig"].add("cuda_graph_strategy")
+    assert classes.keys() <= real.keys()
+    for class_name, kind in classes.items():
+        members = {one for one in vars(kind) if not one.startswith("_")}
+        assert members <= real[class_name], class_name

@@ -1,0 +1,371 @@
+"""The runner of built engines without a GPU: a fake driver and a fake TensorRT compute in what is really host memory."""
+
+import gc
+import json
+import re
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fake_cuda import FakeDriver, install
+from fake_tensorrt import FakeTensorRt, Made
+
+from tpx_runtime.engine import cuda, tensorrt_flavours
+from tpx_runtime.engine import tensorrt_session as module
+from tpx_runtime.engine.tensorrt_flavours import FULL, RTX, Flavour
+from tpx_runtime.engine.tensorrt_session import TensorRtSession
+from tpx_runtime.errors import EngineFailed, EngineUnavailable
+
+PATH = Path("bundle/transformer/depth-2.onnx")
+WIDE = Made(
+    lambda x, context, ids: {
+        "y": x * 2 + context.sum((1, 2))[:, None] + ids[:, None],
+        "routes": ids[:, None] * np.array([[1, 10]]),
+    },
+    inputs={"x": ("FLOAT", (-1, 5)), "context": ("FLOAT", (-1, 3, 4)), "ids": ("INT64", (-1,))},
+    outputs={"y": ("FLOAT", (-1, 5)), "routes": ("INT64", (-1, 2))},
+)
+ODD = Made(lambda x: {"y": x}, inputs={"x": ("INT8", (-1, 2))}, outputs={"y": ("INT8", (-1, 2))})
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
+    fake = FakeDriver()
+    install(monkeypatch, fake)
+    return fake
+
+
+@pytest.fixture
+def trt(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTensorRt]:
+    fake = FakeTensorRt(driver, wide=WIDE, odd=ODD)
+    tensorrt_flavours.log.cache_clear()
+    for where in (module, tensorrt_flavours):
+        monkeypatch.setattr(where, "bindings", lambda flavour: fake)
+    yield fake
+    tensorrt_flavours.log.cache_clear()
+
+
+Open = Callable[..., TensorRtSession]
+
+
+@pytest.fixture
+def open_session(trt: FakeTensorRt, driver: FakeDriver) -> Iterator[Open]:
+    """Opens a session, and shows at the end that nothing stays behind."""
+
+    def make(
+        name: str = "wide",
+        batch: tuple[int, int] = (1, 4),
+        graphs: bool = False,
+        flavour: Flavour = FULL,
+    ) -> TensorRtSession:
+        return TensorRtSession(flavour, cuda.Driver(), json.dumps(name).encode(), batch, PATH, graphs)
+
+    gc.freeze()  # the collection below is of what the test made alone
+    yield make
+    gc.collect()
+    gc.unfreeze()
+    assert (driver.held, trt.alive) == ({}, [])
+
+
+def inputs(rows: int, seed: int = 0) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {
+        "x": rng.standard_normal((rows, 5)).astype(np.float32),
+        "context": rng.standard_normal((rows, 3, 4)).astype(np.float32),
+        "ids": rng.integers(0, 9, rows),
+    }
+
+
+def check(session: TensorRtSession, given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Run, and hold against numpy."""
+    outputs = session.run(given)
+    expected = WIDE.function(**given)
+    assert outputs.keys() == {"y", "routes"}
+    np.testing.assert_allclose(outputs["y"], expected["y"], rtol=1e-5)
+    np.testing.assert_array_equal(outputs["routes"], expected["routes"])
+    assert (outputs["y"].dtype, outputs["routes"].dtype) == (np.float32, np.int64)
+    return outputs
+
+
+def test_computes_what_the_engine_computes(open_session: Open) -> None:
+    session = open_session()
+    first = check(session, inputs(2))
+    kept = {name: array.copy() for name, array in first.items()}
+    check(session, inputs(3, seed=1))
+    check(session, inputs(1, seed=2))
+    for name, array in first.items():
+        np.testing.assert_array_equal(array, kept[name])  # an answer is the caller's
+
+
+def test_buffers_and_shapes_are_kept(open_session: Open, driver: FakeDriver) -> None:
+    session = open_session()
+    for seed in range(4):
+        check(session, inputs(4, seed))
+    assert driver.calls["cuMemAlloc_v2"] == driver.calls["cuMemAllocHost_v2"] == 5
+    check(session, inputs(2))
+    check(session, inputs(4))
+    assert driver.calls["cuMemAlloc_v2"] == 5
+
+
+def test_a_buffer_that_is_too_small_is_replaced(open_session: Open, driver: FakeDriver) -> None:
+    session = open_session()
+    check(session, inputs(1))
+    check(session, inputs(4))
+    assert (driver.calls["cuMemAlloc_v2"], driver.calls["cuMemFree_v2"], len(driver.device)) == (10, 5, 5)
+
+
+def test_what_did_not_change_is_not_uploaded_again(open_session: Open, driver: FakeDriver) -> None:
+    session, given = open_session(), inputs(2)
+    check(session, given)
+    assert driver.calls["cuMemcpyHtoDAsync_v2"] == 3
+    check(session, {**given, "x": given["x"] + 1})
+    assert driver.calls["cuMemcpyHtoDAsync_v2"] == 4
+    check(session, {name: array.copy() for name, array in given.items()})
+    assert driver.calls["cuMemcpyHtoDAsync_v2"] == 7
+
+
+def test_what_was_changed_in_place_is_uploaded(open_session: Open, driver: FakeDriver) -> None:
+    session, given = open_session(), inputs(2)
+    check(session, given)
+    given["context"][1, 2, 3] += 1
+    check(session, given)
+    assert driver.calls["cuMemcpyHtoDAsync_v2"] == 4
+
+
+def test_another_shape_between_does_not_confuse_it(open_session: Open) -> None:
+    session, given = open_session(), inputs(2)
+    check(session, given)
+    check(session, inputs(1, seed=3))
+    check(session, given)
+
+
+def test_after_a_failure_everything_is_uploaded_again(open_session: Open, trt: FakeTensorRt) -> None:
+    session, given = open_session(), inputs(2)
+    check(session, given)
+    trt.refuse.add("execute")
+    other = inputs(2, seed=4)
+    with pytest.raises(EngineFailed):
+        session.run({**given, "x": other["x"]})
+    check(session, given)
+
+
+@pytest.mark.parametrize(
+    ("batch", "rows", "ran"),
+    [
+        ((1, 4), 4, [4]),
+        ((1, 4), 9, [4, 4, 1]),
+        ((2, 4), 1, [2]),
+        ((2, 4), 5, [4, 2]),
+        ((3, 3), 7, [3, 3, 3]),
+    ],
+)
+def test_any_number_of_rows_runs_in_slices(
+    open_session: Open, trt: FakeTensorRt, batch: tuple[int, int], rows: int, ran: list[int]
+) -> None:
+    check(open_session(batch=batch), inputs(rows))
+    assert [shapes["x"][0] for shapes in trt.executed] == ran
+
+
+def test_arrays_of_any_layout_are_taken(open_session: Open) -> None:
+    given = inputs(2)
+    given["x"] = np.asfortranarray(given["x"])
+    given["context"] = given["context"].transpose(0, 2, 1).copy().transpose(0, 2, 1)
+    check(open_session(), given)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": None}, "expected x of float32 [-1, 5], found <class 'NoneType'>"),
+        ({"x": np.zeros((2, 5))}, "expected x of float32 [-1, 5], found float64 [2, 5]"),
+        ({"x": np.zeros((2, 6), np.float32)}, "expected x of float32 [-1, 5], found float32 [2, 6]"),
+        ({"ids": np.zeros((2, 1), np.int64)}, "expected ids of int64 [-1], found int64 [2, 1]"),
+        ({"ids": np.zeros(3, np.int64)}, "expected as many rows in every input, found [2, 3]"),
+        (inputs(0), "expected as many rows in every input, found [0]"),
+        ({"more": np.zeros(2)}, "expected the inputs context, ids, x, found context, ids, more, x"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_one_line(
+    open_session: Open, driver: FakeDriver, change: dict[str, np.ndarray], message: str
+) -> None:
+    session = open_session()
+    with pytest.raises(EngineFailed, match=re.escape(message)) as caught:
+        session.run({**inputs(2), **change})
+    assert str(caught.value).startswith(f"{PATH}: tensorrt could not run it: ")
+    assert not driver.calls["cuMemAlloc_v2"]
+    check(session, inputs(2))
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [("shape", "take x of shape (2, 5)"), ("address", "take memory for x"), ("execute", "run it")],
+)
+def test_a_refusal_of_tensorrt_is_one_line(
+    open_session: Open, trt: FakeTensorRt, what: str, message: str
+) -> None:
+    session = open_session()
+    trt.refuse.add(what)
+    with pytest.raises(EngineFailed) as caught:
+        session.run(inputs(2))
+    assert str(caught.value) == f"{PATH}: tensorrt could not {message}: Error Code 1: {what} refused"
+
+
+@pytest.mark.parametrize(
+    ("what", "message"), [("deserialize", "load its engine"), ("context", "make room to run it")]
+)
+def test_an_engine_that_does_not_open_leaves_nothing(
+    open_session: Open, trt: FakeTensorRt, what: str, message: str
+) -> None:
+    trt.refuse.add(what)
+    with pytest.raises(EngineFailed) as caught:
+        open_session()
+    assert str(caught.value) == f"{PATH}: tensorrt could not {message}: Error Code 1: {what} refused"
+
+
+def test_a_type_that_no_bundle_has_is_refused(open_session: Open) -> None:
+    with pytest.raises(EngineFailed, match="expected x of FLOAT, HALF, INT64, INT32, BOOL, found INT8"):
+        open_session("odd")
+
+
+@pytest.mark.parametrize(
+    ("entry", "code", "message"),
+    [
+        (
+            "cuMemAlloc_v2",
+            2,
+            "expected CUDA's cuMemAlloc_v2 to succeed, found CUDA_ERROR_OUT_OF_MEMORY; draw fewer",
+        ),
+        ("cuMemAllocHost_v2", 2, "cuMemAllocHost_v2 to succeed, found CUDA_ERROR_OUT_OF_MEMORY"),
+        ("cuMemcpyHtoDAsync_v2", 700, "cuMemcpyHtoDAsync_v2 to succeed, found CUDA_ERROR_ILLEGAL_ADDRESS"),
+        ("cuMemcpyDtoHAsync_v2", 700, "cuMemcpyDtoHAsync_v2 to succeed, found CUDA_ERROR_ILLEGAL_ADDRESS"),
+        ("cuStreamSynchronize", 4711, "cuStreamSynchronize to succeed, found error 4711"),
+        ("cuCtxSetCurrent", 700, "cuCtxSetCurrent to succeed, found CUDA_ERROR_ILLEGAL_ADDRESS"),
+    ],
+)
+def test_a_call_of_cuda_that_fails_is_one_line_with_its_name(
+    open_session: Open, driver: FakeDriver, entry: str, code: int, message: str
+) -> None:
+    session = open_session()
+    driver.fail[entry] = code
+    with pytest.raises(EngineFailed, match=re.escape(message)) as caught:
+        session.run(inputs(2))
+    assert str(caught.value).isprintable()
+    check(session, inputs(2))
+
+
+@pytest.mark.parametrize("entry", ["cuDevicePrimaryCtxRetain", "cuCtxSetCurrent", "cuStreamCreate"])
+def test_a_device_that_gives_no_stream_leaves_nothing(
+    open_session: Open, driver: FakeDriver, entry: str
+) -> None:
+    driver.fail[entry] = 2
+    with pytest.raises(EngineFailed, match=f"expected CUDA's {entry} to succeed"):
+        open_session()
+
+
+def test_an_older_driver_is_named(driver: FakeDriver) -> None:
+    del driver.cuStreamCreate  # type: ignore[attr-defined]
+    with pytest.raises(EngineUnavailable, match="driver with cuStreamCreate, found an older one; update it"):
+        cuda.Driver().handle("cuStreamCreate", 1)
+
+
+def test_is_freed_in_order_when_nobody_holds_it(
+    open_session: Open, driver: FakeDriver, trt: FakeTensorRt
+) -> None:
+    session = open_session()
+    check(session, inputs(2))
+    gone = weakref.ref(session)
+    driver.order.clear()
+    del session
+    gc.collect()
+    assert gone() is None
+    assert driver.order == [
+        "cuCtxSetCurrent",
+        *["cuMemFree_v2", "cuMemFreeHost"] * 5,
+        "cuStreamDestroy_v2",
+        "cuDevicePrimaryCtxRelease_v2",
+    ]
+    assert trt.alive == []
+
+
+def test_closing_twice_is_once_and_a_closed_session_says_so(open_session: Open, driver: FakeDriver) -> None:
+    session = open_session()
+    check(session, inputs(2))
+    session.close()
+    session.close()
+    assert driver.held == {}
+    with pytest.raises(EngineFailed, match="expected an open session, found a closed one"):
+        session.run(inputs(2))
+
+
+def test_what_cannot_be_freed_does_not_keep_the_rest(open_session: Open, driver: FakeDriver) -> None:
+    session = open_session()
+    check(session, inputs(2))
+    driver.fail |= dict.fromkeys(["cuCtxSetCurrent", "cuMemFree_v2", "cuStreamDestroy_v2"], 700)
+    session.close()
+    assert driver.held == {"device": 1, "streams": 1}
+    driver.device.clear()
+    driver.streams.clear()
+
+
+def test_two_sessions_do_not_share(open_session: Open, driver: FakeDriver) -> None:
+    one, two = open_session(), open_session()
+    for seed in range(3):
+        check(one, inputs(2, seed))
+        check(two, inputs(3, seed + 10))
+    one.close()
+    check(two, inputs(3))
+    assert driver.retained == 1
+
+
+class TestGraphs:
+    """CUDA graphs: captured once the same shapes come a second time, launched from then on."""
+
+    def test_computes_the_same(self, open_session: Open, driver: FakeDriver, trt: FakeTensorRt) -> None:
+        session = open_session(graphs=True)
+        for seed in range(5):
+            check(session, inputs(2, seed))
+        assert driver.calls["cuStreamBeginCapture_v2"] == 1
+        assert driver.calls["cuGraphLaunch"] == 4
+        assert len(trt.executed) == 5
+
+    def test_other_shapes_are_captured_anew(self, open_session: Open, driver: FakeDriver) -> None:
+        session = open_session(graphs=True)
+        for rows in (2, 2, 2, 3, 3, 3, 2, 2):
+            check(session, inputs(rows, rows))
+        assert driver.calls["cuStreamBeginCapture_v2"] == 3
+        assert len(driver.launchable) == 1
+
+    def test_a_capture_that_fails_is_one_line(self, open_session: Open, driver: FakeDriver) -> None:
+        session = open_session(graphs=True)
+        check(session, inputs(2))
+        driver.fail["cuGraphInstantiateWithFlags"] = 2
+        with pytest.raises(EngineFailed, match="CUDA's cuGraphInstantiateWithFlags to succeed"):
+            session.run(inputs(2))
+        assert driver.graphs == {}
+
+    def test_work_that_fails_while_captured_ends_the_capture(
+        self, open_session: Open, driver: FakeDriver, trt: FakeTensorRt
+    ) -> None:
+        session = open_session(graphs=True)
+        check(session, inputs(2))
+        trt.refuse.add("execute")
+        with pytest.raises(EngineFailed, match="execute refused"):
+            session.run(inputs(2))
+        assert not driver.capturing
+        assert driver.graphs == {}
+        check(session, inputs(2, 1))
+
+    def test_is_off_unless_asked_for(self, open_session: Open, driver: FakeDriver) -> None:
+        session = open_session()
+        for seed in range(3):
+            check(session, inputs(2, seed))
+        assert not driver.calls["cuStreamBeginCapture_v2"]
+
+    def test_rtx_captures_by_itself(self, open_session: Open, driver: FakeDriver, trt: FakeTensorRt) -> None:
+        session = open_session(graphs=True, flavour=RTX)
+        for seed in range(3):
+            check(session, inputs(2, seed))
+        assert trt.strategies == [trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE]
+        assert not driver.calls["cuStreamBeginCapture_v2"]

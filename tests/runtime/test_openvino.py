@@ -1,0 +1,250 @@
+"""OpenVINO: its caches, graphs for exact shapes, and bf16 with a tolerance of its own."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import openvino as ov
+import pytest
+
+from tpx_runtime.bundle import CONDITIONS, Bundle, transformer_name
+from tpx_runtime.engine import ENGINES, Arrays, Session, openvino, openvino_exact, resolve
+from tpx_runtime.errors import EngineFailed, EngineUnavailable
+from tpx_runtime.manifest import Tolerance
+from tpx_runtime.verify import LOSS, load_golden, require_ok, tolerated, verify_bundle
+
+BF16 = "openvino-bf16"
+HAS_BF16 = ENGINES[BF16].problem() is None
+needs_bf16 = pytest.mark.skipif(not HAS_BF16, reason="this CPU has no instructions for BF16")
+GRAPH = "text_encoder/model.onnx"
+
+
+def ids(rows: int) -> Arrays:
+    return {"ids": np.arange(rows * 12).reshape(rows, 12) % 16}
+
+
+def folder(bundle: Path, part: str = "text_encoder.model.f32") -> Path:
+    return bundle.with_name(f"{bundle.name}.engines") / "openvino" / part
+
+
+def build(bundle: Path, rows: int, engine: str = "openvino") -> Path:
+    """What tpx-build does for the text encoder, and the file that it leaves."""
+    path, core = bundle / GRAPH, openvino.core()
+    config = openvino.settings(engine, path)
+    store, shapes = openvino.store_of(engine, path), openvino_exact.shapes_at(core, path, rows)
+    assert store.prepare()
+    compiled = openvino_exact.compile_exactly(core, path, config, shapes)
+    store.write(store.exact(shapes), compiled.export_model().getbuffer())
+    return store.exact(shapes)
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """The row counts for which graphs were compiled exactly; "any" for those of any shapes."""
+    made: list[object] = []
+    exactly, any_shapes = openvino_exact.compile_exactly, openvino.compile_any
+
+    def spy_exactly(
+        core: ov.Core, path: Path, config: dict[str, str], shapes: openvino_exact.Shapes
+    ) -> object:
+        made.append(shapes[0][1][0])
+        return exactly(core, path, config, shapes)
+
+    def spy_any(*args: object) -> object:
+        made.append("any")
+        return any_shapes(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(openvino_exact, "compile_exactly", spy_exactly)
+    monkeypatch.setattr(openvino, "compile_any", spy_any)
+    monkeypatch.setattr(openvino_exact, "EARNED_CALLS", 3)
+    return made
+
+
+def same(session: Session, rows: int, copy: Path) -> None:
+    """Run it, and hold the answer to ONNX Runtime's."""
+    found, expected = session.run(ids(rows)), ENGINES["onnxruntime"].open(copy / GRAPH).run(ids(rows))
+    for name, array in expected.items():
+        np.testing.assert_allclose(found[name], array, rtol=1e-4, atol=1e-5)
+
+
+class TestCache:
+    """OpenVINO's own, of the graph for any shapes."""
+
+    def test_a_damaged_file_is_made_anew(self, copy: Path) -> None:
+        resolve("openvino").open(copy / GRAPH)
+        [blob] = folder(copy).iterdir()
+        blob.chmod(0o600)
+        blob.write_bytes(b"damaged")
+        resolve("openvino").open(copy / GRAPH).run(ids(2))
+        assert blob.stat().st_size > 1000
+
+    def test_without_a_place_for_it_graphs_run(self, copy: Path) -> None:
+        copy.with_name(f"{copy.name}.engines").write_text("a file where the folder should be")
+        assert "context" in resolve("openvino").open(copy / GRAPH).run(ids(2))
+
+    @needs_bf16
+    def test_each_precision_has_its_own(self, copy: Path) -> None:
+        for name in ("openvino", BF16):
+            resolve(name).open(copy / GRAPH)
+        assert len(list(folder(copy).iterdir())) == 1
+        assert len(list(folder(copy, "text_encoder.model.bf16").iterdir())) == 1
+
+
+class TestExactShapes:
+    def test_a_shape_that_is_run_often_earns_a_graph(self, copy: Path, compiled: list[object]) -> None:
+        session = resolve("openvino").open(copy / GRAPH)
+        for rows in (2, 1, 2, 2, 2, 2):
+            same(session, rows, copy)
+        assert compiled == ["any", 2]
+
+    def test_only_so_many_are_kept_and_an_older_one_makes_room(
+        self, copy: Path, compiled: list[object], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(openvino_exact, "MOST_KEPT", 2)
+        session = resolve("openvino").open(copy / GRAPH)
+        for rows in (1, 1, 1, 2, 2, 2, 1, 3, 3, 3):  # 2 has waited longest when 3 has earned it
+            session.run(ids(rows))
+        assert compiled == ["any", 1, 2, 3]
+        for rows in (1, 3, 2, 2):  # 2 has to earn it again
+            same(session, rows, copy)
+        assert compiled == ["any", 1, 2, 3]
+        same(session, 2, copy)
+        assert compiled == ["any", 1, 2, 3, 2]
+
+    def test_large_graphs_earn_none(
+        self, copy: Path, compiled: list[object], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        weights = (copy / "text_encoder/weights.data").stat().st_size
+        monkeypatch.setattr(openvino_exact, "MOST_WEIGHT_BYTES", weights - 1)
+        session = resolve("openvino").open(copy / GRAPH)
+        for _ in range(5):
+            session.run(ids(2))
+        assert compiled == ["any"]
+
+    def test_one_that_was_built_is_used_at_once_and_alone(self, copy: Path, compiled: list[object]) -> None:
+        build(copy, 2)
+        compiled.clear()
+        session = resolve("openvino").open(copy / GRAPH)
+        same(session, 2, copy)
+        assert compiled == []
+        same(session, 1, copy)
+        assert compiled == ["any"]
+
+    @pytest.mark.parametrize("content", [b"", b"damaged", None])
+    def test_a_damaged_file_is_passed_over(
+        self, content: bytes | None, copy: Path, compiled: list[object]
+    ) -> None:
+        file = build(copy, 2)
+        compiled.clear()
+        file.write_bytes(file.read_bytes()[:-1000] if content is None else content)
+        same(resolve("openvino").open(copy / GRAPH), 2, copy)
+        assert compiled == ["any"]
+
+    def test_one_of_other_weights_is_passed_over_and_replaced(
+        self, copy: Path, compiled: list[object]
+    ) -> None:
+        stale = build(copy, 2)
+        shutil.copyfile(copy / GRAPH, copy / "again")
+        (copy / "again").replace(copy / GRAPH)  # the same bytes of another time
+        compiled.clear()
+        same(resolve("openvino").open(copy / GRAPH), 2, copy)
+        assert compiled == ["any"]
+        again = build(copy, 2)
+        assert again != stale
+        assert list(folder(copy).glob("*.exact")) == [again]
+
+    def test_a_built_one_does_not_hide_wrong_inputs(self, copy: Path) -> None:
+        build(copy, 2)
+        session = resolve("openvino").open(copy / GRAPH)
+        with pytest.raises(EngineFailed, match="expected the inputs ids, found other"):
+            session.run({"other": np.zeros((2, 12), np.int64)})
+        with pytest.raises(EngineFailed, match="openvino could not run it"):
+            session.run({"ids": np.zeros((2, 3), np.int64)})
+
+    def test_a_shape_that_does_not_fit_earns_none(self, copy: Path, compiled: list[object]) -> None:
+        session = resolve("openvino").open(copy / GRAPH)
+        for _ in range(5):
+            with pytest.raises(EngineFailed, match="openvino could not run it"):
+                session.run({"ids": np.zeros((2, 3), np.int64)})
+        same(session, 2, copy)
+
+
+class TestBf16:
+    def test_a_cpu_without_bf16_is_a_problem(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        class Core:
+            def get_property(self, device: str, name: str) -> list[str]:
+                return ["FP32", "INT8"]
+
+        monkeypatch.setattr(openvino, "core", Core)
+        with pytest.raises(EngineUnavailable) as caught:
+            resolve(BF16)
+        assert str(caught.value) == (
+            "expected a CPU with instructions for BF16 for engine openvino-bf16, found one with FP32, INT8; "
+            "use the engine openvino"
+        )
+        assert ENGINES["openvino"].problem() is None
+
+    @needs_bf16
+    def test_it_computes_in_bf16_and_openvino_does_not(self, copy: Path) -> None:
+        exact = ENGINES["onnxruntime"].open(copy / GRAPH).run(ids(2))["context"]
+        errors = {
+            name: np.abs(resolve(name).open(copy / GRAPH).run(ids(2))["context"] - exact).max()
+            for name in ("openvino", BF16)
+        }
+        assert errors["openvino"] < 1e-5
+        assert 1e-4 < errors[BF16] < 5e-2
+
+    def test_the_conditions_stay_in_f32(self, tiny_bundle: Path) -> None:
+        assert openvino.settings(BF16, tiny_bundle / CONDITIONS)["INFERENCE_PRECISION_HINT"] == "f32"
+        assert openvino.settings(BF16, tiny_bundle / GRAPH)["INFERENCE_PRECISION_HINT"] == "bf16"
+
+    @needs_bf16
+    def test_it_is_held_to_its_own_tolerance_and_openvino_to_the_bundles(self, tiny_bundle: Path) -> None:
+        bundle = Bundle.open(tiny_bundle)
+        reports = verify_bundle(bundle, resolve(BF16))
+        require_ok(reports, BF16)
+        assert {report.tolerance for report in reports} == {LOSS["bf16"].transformer}
+        assert any(report.error > bundle.manifest.tolerance.transformer for report in reports)
+
+    @needs_bf16
+    def test_a_wrong_graph_is_out_of_its_tolerance(self, copy: Path) -> None:
+        bundle = Bundle.open(copy)
+        shutil.copyfile(copy / transformer_name(1, plain=True), copy / transformer_name(3, plain=True))
+        reports = verify_bundle(bundle, resolve(BF16))
+        assert [report.part for report in reports if not report.ok] == ["transformer depth 3"]
+
+    @needs_bf16
+    def test_wrong_weights_are_out_of_its_tolerance(self, copy: Path) -> None:
+        path = copy / "transformer/weights.data"
+        weights = np.fromfile(path, np.float32)
+        weights *= 1.2
+        weights.tofile(path)
+        wrong = [r.part for r in verify_bundle(Bundle.open(copy, verify=False), resolve(BF16)) if not r.ok]
+        assert {"transformer depth 1", "transformer depth 2", "transformer depth 3"} <= set(wrong)
+
+    def test_the_wider_tolerance_counts(self) -> None:
+        strict, loose = Tolerance(1e-4, 1e-4, 1e-4, 1.0), Tolerance(0.5, 1e-4, 0.5, 0.5)
+        assert tolerated(strict, None) is strict
+        assert tolerated(strict, "bf16") == LOSS["bf16"]
+        assert tolerated(loose, "bf16") == Tolerance(0.5, LOSS["bf16"].transformer, 0.5, 0.5)
+
+
+def test_the_arrays_of_a_bundle_built_ahead_are_those_of_the_golden(copy: Path) -> None:
+    """A transformer whose weights are mapped from the file, not only an encoder."""
+    path, core = copy / transformer_name(3, plain=True), openvino.core()
+    bundle = Bundle.open(copy)
+    golden = load_golden(bundle)
+    inputs = {name: golden[name] for name in bundle.manifest.model.transformer_inputs}
+    store, config = openvino.store_of("openvino", path), openvino.settings("openvino", path)
+    shapes = openvino_exact.shapes_of(inputs)
+    assert shapes == openvino_exact.shapes_at(core, path, 2)
+    assert store.prepare()
+    store.write(
+        store.exact(shapes),
+        openvino_exact.compile_exactly(core, path, config, shapes).export_model().getbuffer(),
+    )
+    session = resolve("openvino").open(path)
+    for _ in range(2):
+        outputs = session.run(inputs)
+        np.testing.assert_array_equal(outputs["routes"], golden["routes_3"])
+        np.testing.assert_allclose(outputs["velocity"], golden["velocity_3"], atol=1e-4)

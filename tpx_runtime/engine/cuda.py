@@ -1,0 +1,167 @@
+"""NVIDIA's driver API, by ctypes: memory, one stream, and errors by their names. Neither CUDA's toolkit nor a package."""
+
+import ctypes
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_uint, c_uint64, c_void_p
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import EngineFailed, EngineUnavailable
+
+DRIVER = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+NO_DEVICE, OUT_OF_MEMORY = 100, 2  # CUresult
+NON_BLOCKING = 1  # CUstream_flags: never waits for the stream that others use by default
+_THREAD_LOCAL = 1  # CUstreamCaptureMode: other threads may allocate meanwhile
+
+# What is called, and its arguments: without them ctypes would cut a pointer to 32 bits.
+SIGNATURES: dict[str, tuple[Any, ...]] = {
+    "cuInit": (c_uint,),
+    "cuDeviceGet": (POINTER(c_int), c_int),
+    "cuDeviceGetName": (c_char_p, c_int, c_int),
+    "cuDeviceGetAttribute": (POINTER(c_int), c_int, c_int),
+    "cuGetErrorName": (c_int, POINTER(c_char_p)),
+    "cuDevicePrimaryCtxRetain": (POINTER(c_void_p), c_int),
+    "cuDevicePrimaryCtxRelease_v2": (c_int,),
+    "cuCtxSetCurrent": (c_void_p,),
+    "cuStreamCreate": (POINTER(c_void_p), c_uint),
+    "cuStreamSynchronize": (c_void_p,),
+    "cuStreamDestroy_v2": (c_void_p,),
+    "cuMemAlloc_v2": (POINTER(c_uint64), c_size_t),
+    "cuMemFree_v2": (c_uint64,),
+    "cuMemAllocHost_v2": (POINTER(c_void_p), c_size_t),
+    "cuMemFreeHost": (c_void_p,),
+    "cuMemcpyHtoDAsync_v2": (c_uint64, c_void_p, c_size_t, c_void_p),
+    "cuMemcpyDtoHAsync_v2": (c_void_p, c_uint64, c_size_t, c_void_p),
+    "cuStreamBeginCapture_v2": (c_void_p, c_int),
+    "cuStreamEndCapture": (c_void_p, POINTER(c_void_p)),
+    "cuGraphInstantiateWithFlags": (POINTER(c_void_p), c_void_p, c_uint64),
+    "cuGraphLaunch": (c_void_p, c_void_p),
+    "cuGraphExecDestroy": (c_void_p,),
+    "cuGraphDestroy": (c_void_p,),
+}
+
+
+class CudaFailed(EngineFailed):
+    """A call of the driver returned an error; `code` is its CUresult."""
+
+    def __init__(self, call: str, code: int, name: str) -> None:
+        mend = "; draw fewer pictures at a time, or close other programs" if code == OUT_OF_MEMORY else ""
+        super().__init__(f"expected CUDA's {call} to succeed, found {name}{mend}")
+        self.code, self.name = code, name
+
+
+def library(name: str) -> Any:
+    """The shared library of that name, or None."""
+    try:
+        return ctypes.CDLL(name)
+    except OSError:
+        return None
+
+
+class Driver:
+    """The driver, initialised. Raises EngineUnavailable where there is none, or no GPU."""
+
+    def __init__(self) -> None:
+        self._library = library(DRIVER)
+        if self._library is None:
+            raise EngineUnavailable(f"expected an NVIDIA driver ({DRIVER}), found none")
+        try:
+            self.call("cuInit", 0)
+        except CudaFailed as error:
+            if error.code == NO_DEVICE:
+                raise EngineUnavailable("expected an NVIDIA GPU, found a driver without one") from None
+            raise EngineUnavailable(f"expected an NVIDIA driver that starts, found {error.name}") from None
+
+    def call(self, name: str, *arguments: Any) -> None:
+        """Raises CudaFailed for every answer but success."""
+        function = getattr(self._library, name, None)
+        if function is None:
+            raise EngineUnavailable(f"expected an NVIDIA driver with {name}, found an older one; update it")
+        function.argtypes, function.restype = SIGNATURES[name], c_int
+        if code := function(*arguments):
+            raise CudaFailed(name, code, self._error_name(code))
+
+    def _error_name(self, code: int) -> str:
+        text = c_char_p()
+        function = self._library.cuGetErrorName
+        function.argtypes, function.restype = SIGNATURES["cuGetErrorName"], c_int
+        known = function(code, byref(text)) == 0 and text.value
+        return text.value.decode() if known and text.value else f"error {code}"
+
+    def handle(self, name: str, *arguments: Any, kind: Callable[[], Any] = c_void_p) -> int:
+        """The handle or number that call `name` writes to its first argument."""
+        made = kind()
+        self.call(name, byref(made), *arguments)
+        return made.value or 0
+
+
+class Buffer:
+    """`size` bytes on the device and as many in pinned memory of the host, between which a stream copies."""
+
+    def __init__(self, driver: Driver, size: int) -> None:
+        self._driver, self.size = driver, size
+        self.device = driver.handle("cuMemAlloc_v2", size, kind=c_uint64)
+        try:
+            self._host = driver.handle("cuMemAllocHost_v2", size)
+        except EngineFailed:
+            driver.call("cuMemFree_v2", self.device)
+            raise
+
+    def view(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+        """The pinned memory as an array, which is good until `free`."""
+        raw = (ctypes.c_uint8 * self.size).from_address(self._host)
+        return np.frombuffer(memoryview(raw), dtype, int(np.prod(shape))).reshape(shape)
+
+    def upload(self, array: npt.NDArray[Any], stream: int) -> None:
+        """Copy `array` to the device, in the stream's turn."""
+        self.view(array.shape, array.dtype)[...] = array
+        self._driver.call("cuMemcpyHtoDAsync_v2", self.device, self._host, array.nbytes, stream)
+
+    def download(self, size: int, stream: int) -> None:
+        """Copy the first `size` bytes to the pinned memory, in the stream's turn."""
+        self._driver.call("cuMemcpyDtoHAsync_v2", self._host, self.device, size, stream)
+
+    def free(self) -> None:
+        try:
+            self._driver.call("cuMemFree_v2", self.device)
+        finally:
+            self._driver.call("cuMemFreeHost", self._host)
+
+
+class Graph:
+    """Work that was captured from a stream once and is launched as one from then on."""
+
+    def __init__(self, driver: Driver, stream: int, work: Callable[[], None]) -> None:
+        """Capture what `work` puts into the stream, which does not run now."""
+        self._driver = driver
+        driver.call("cuStreamBeginCapture_v2", stream, _THREAD_LOCAL)
+        try:
+            work()
+        except EngineFailed:  # which says more than that the capture is broken
+            with suppress(EngineFailed):
+                self._destroy(self._captured(stream))
+            raise
+        graph = self._captured(stream)
+        try:
+            self._launchable = driver.handle("cuGraphInstantiateWithFlags", graph, 0)
+        finally:
+            self._destroy(graph)
+
+    def _captured(self, stream: int) -> int:
+        graph = c_void_p()
+        self._driver.call("cuStreamEndCapture", stream, byref(graph))
+        return graph.value or 0
+
+    def _destroy(self, graph: int) -> None:
+        if graph:
+            self._driver.call("cuGraphDestroy", graph)
+
+    def launch(self, stream: int) -> None:
+        self._driver.call("cuGraphLaunch", self._launchable, stream)
+
+    def free(self) -> None:
+        self._driver.call("cuGraphExecDestroy", self._launchable)

@@ -1,0 +1,48 @@
+"""Which GPU is in this machine, as far as an engine depends on it."""
+
+import ctypes
+import sys
+from ctypes import c_int
+from dataclasses import dataclass
+
+from ..errors import TpxError
+from . import cuda
+
+_MAJOR, _MINOR = 75, 76  # CUdevice_attribute of the compute capability
+_MANAGEMENT = "nvml.dll" if sys.platform == "win32" else "libnvidia-ml.so.1"
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What an engine is built for; `name` and `driver` are None for a GPU that is not in this machine."""
+
+    capability: int  # times ten
+    name: str | None = None
+    driver: str | None = None
+
+
+def find_gpu(driver: cuda.Driver) -> Gpu:
+    """The first GPU that CUDA sees. Raises CudaFailed."""
+    device, name = driver.handle("cuDeviceGet", 0, kind=c_int), ctypes.create_string_buffer(256)
+    driver.call("cuDeviceGetName", name, len(name), device)
+    major, minor = (
+        driver.handle("cuDeviceGetAttribute", which, device, kind=c_int) for which in (_MAJOR, _MINOR)
+    )
+    return Gpu(major * 10 + minor, name.value.decode(errors="replace"), _driver_version())
+
+
+def gpu_here() -> Gpu | None:
+    """The same; None without a driver or a GPU."""
+    try:
+        return find_gpu(cuda.Driver())
+    except TpxError:
+        return None
+
+
+def _driver_version() -> str | None:
+    management, version = cuda.library(_MANAGEMENT), ctypes.create_string_buffer(96)
+    if management is None or management.nvmlInit_v2():
+        return None
+    failed = management.nvmlSystemGetDriverVersion(version, len(version))
+    management.nvmlShutdown()
+    return None if failed else version.value.decode(errors="replace")

@@ -1,0 +1,78 @@
+"""Where compiled OpenVINO graphs lie: BUNDLE.engines/openvino/, a folder for each graph and precision.
+
+In such a folder are OpenVINO's own cache of the graph for any shapes (`NUMBER.blob`), and what tpx-build made for exact ones
+(`rows-ROWS.KEY.exact`). The key is over all that such a file depends on: the graph and its weights by size and time, the
+shapes, OpenVINO's version, the CPU and the settings.
+"""
+
+import hashlib
+import os
+import uuid
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+Shapes = tuple[tuple[str, tuple[int, ...]], ...]  # of a graph's inputs, in the order of their names
+
+
+@dataclass(frozen=True)
+class Store:
+    """What is kept of the graph at `path`; `context` is what else a compiled graph depends on."""
+
+    folder: Path
+    path: Path
+    context: str
+
+    @classmethod
+    def beside(cls, path: Path, precision: str, context: str) -> "Store":
+        """The store of the graph at BUNDLE/FOLDER/STEM.onnx."""
+        part = path.resolve().parent
+        engines = part.parent.with_name(f"{part.parent.name}.engines")
+        return cls(engines / "openvino" / f"{part.name}.{path.stem}.{precision}", path, context)
+
+    def prepare(self) -> bool:
+        """Make the folder, and say whether it can be written."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            return False
+        return os.access(self.folder, os.W_OK)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of the weights in the graph's folder, which all its graphs share."""
+        return sum(size for name, size, _ in self._sources if not name.endswith(".onnx"))
+
+    def exact(self, shapes: Shapes) -> Path:
+        """The file of the graph for these shapes, whether there is one or not."""
+        key = hashlib.sha256(repr((self.context, self._sources, shapes)).encode()).hexdigest()[:16]
+        rows = "-".join(str(n) for n in sorted({shape[0] for _, shape in shapes if shape}))
+        return self.folder / f"rows-{rows}.{key}.exact"
+
+    def built(self) -> bool:
+        """Whether there are graphs for exact shapes, of whatever key."""
+        return any(self.folder.glob("*.exact"))
+
+    def write(self, file: Path, content: bytes | memoryview) -> None:
+        """Write a file of `exact` whole, in the place of those for the same rows. Raises OSError, and then there is none."""
+        part = file.with_name(f".{file.name}.{uuid.uuid4().hex[:12]}.part")
+        try:
+            part.write_bytes(content)
+            part.replace(file)
+        finally:
+            part.unlink(missing_ok=True)
+        for old in self.folder.glob(f"{file.name.split('.')[0]}.*.exact"):
+            if old != file:
+                old.unlink(missing_ok=True)
+
+    @cached_property
+    def _sources(self) -> list[tuple[str, int, int]]:
+        """Name, size and time of the graph and of all in its folder that is no graph."""
+        try:
+            files = [
+                file for file in self.path.parent.iterdir() if file == self.path or file.suffix != ".onnx"
+            ]
+            found = [(file.name, file.stat()) for file in files]
+        except OSError:  # opening the graph says it better
+            return []
+        return sorted((name, facts.st_size, facts.st_mtime_ns) for name, facts in found)
