@@ -88,8 +88,10 @@ class Pipeline:
             shift=flow.spec.shift if flow else None,
             text=(_text_part(flow.text_encoder),) if flow else (),
             blocks=transformer.blocks,
-            transformer=lambda: copy.deepcopy(model.transformer),
-            autoencoder=lambda: copy.deepcopy(model.autoencoder),
+            transformer=lambda: copy.deepcopy(
+                model.transformer
+            ).eval(),  # in training, routes are drawn at random
+            autoencoder=lambda: copy.deepcopy(model.autoencoder).eval(),
         )
 
 
@@ -115,7 +117,7 @@ def _text_part(encoder: TextEncoder) -> TextPart:
         spec=EncoderSpec("text_encoder", "tokenizer", spec.tokens, spec.width, spec.width),
         vocabulary={"kind": "word", "tokens": list(spec.vocabulary), "text_tokens": spec.tokens},
         ids=_random_words(len(spec.vocabulary), spec.tokens),
-        load=lambda: copy.deepcopy(encoder),
+        load=lambda: copy.deepcopy(encoder).eval(),
     )
 
 

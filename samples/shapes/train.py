@@ -22,11 +22,11 @@ from tpx_export.model.text_to_image import TextToImage, TextToImageSpec
 from tpx_runtime.manifest import Defaults
 
 STAGES = ("autoencoder", "text", "base", "adapters")
-SHARDS = 32  # pools of 2,048 scenes
+SHARDS = 48  # pools of 2,048 scenes
 
 
 def assemble(autoencoder: Autoencoder, text_encoder: TextEncoder, transformer: MMDiT) -> TextToImage:
-    """The trained parts as one model with its settings."""
+    """The trained parts as one model with its settings, in evaluation mode."""
     spec = TextToImageSpec(
         name="shapes",
         license="Apache-2.0",
@@ -40,7 +40,7 @@ def assemble(autoencoder: Autoencoder, text_encoder: TextEncoder, transformer: M
     model.autoencoder.load_state_dict(autoencoder.state_dict())
     model.text_encoder.load_state_dict(text_encoder.state_dict())
     model.transformer.load_state_dict(transformer.state_dict())
-    return model
+    return model.eval()
 
 
 @click.command()
@@ -50,7 +50,7 @@ def assemble(autoencoder: Autoencoder, text_encoder: TextEncoder, transformer: M
 )
 @click.option("--autoencoder-steps", default=2400, show_default=True)
 @click.option("--text-steps", default=1500, show_default=True)
-@click.option("--base-steps", default=3200, show_default=True)
+@click.option("--base-steps", default=7000, show_default=True)
 @click.option("--adapter-steps", default=600, show_default=True)
 @click.option("--batch", default=96, show_default=True, help="Of the base and the adapters.")
 @click.option("--shards", default=SHARDS, show_default=True, help="Pools of 2,048 scenes to learn from.")

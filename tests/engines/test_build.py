@@ -1,6 +1,7 @@
 """tpx-build: what is built and what comes from the cache, refusals, progress, and a build that is cancelled."""
 
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Callable
@@ -254,10 +255,6 @@ def test_refuses_a_batch(text: str) -> None:
             ["--engine", "openvino", "--gpu", "sm89"],
             "expected --gpu with tensorrt-rtx or tensorrt alone, found it",
         ),
-        (
-            ["--engine", "openvino-bf16", "--cache", "x"],
-            "expected --cache with tensorrt-rtx or tensorrt alone",
-        ),
     ],
 )
 def test_refuses_arguments(
@@ -268,6 +265,28 @@ def test_refuses_arguments(
     assert result.stderr.startswith("error: expected ")
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+def test_openvino_takes_no_folder(tiny_bundle: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(
+        main, [str(tiny_bundle), "--engine", "openvino-bf16", "--cache", str(tmp_path / "cache")]
+    )
+    assert result.exit_code == 2
+    assert (
+        "expected --cache with tensorrt-rtx or tensorrt alone, found it with openvino-bf16" in result.stderr
+    )
+
+
+def test_openvino_is_built_once_and_then_from_its_cache(tiny_bundle: Path, tmp_path: Path) -> None:
+    bundle = shutil.copytree(tiny_bundle, tmp_path / "tiny")
+    first, again = (
+        CliRunner().invoke(main, [str(bundle), "--engine", "openvino", "--batch", "2"]) for _ in range(2)
+    )
+    assert (first.exit_code, first.stdout) == (0, f"{tmp_path / 'tiny.engines' / 'openvino'}\n")
+    rows = [line.split() for line in first.stderr.splitlines() if line.startswith("transformer depth 3")]
+    assert [row[:4] for row in rows][-1] == ["transformer", "depth", "3", "x2"]
+    assert "build" in first.stderr and "cache" not in first.stderr.split("from")[-1]
+    assert again.exit_code == 0 and "build" not in again.stderr.split("from")[-1]
 
 
 def test_asks_for_a_gpu_where_there_is_none(builder: FakeBuilder, tiny_bundle: Path) -> None:

@@ -220,6 +220,14 @@ def leftovers(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
+def test_a_model_fresh_from_training_is_exported_as_it_infers(tiny_model: TextToImage) -> None:
+    training = make_tiny(tiny_model.spec.transformer.thinking).train()
+    pipeline = Pipeline.of(training)
+    modules = (pipeline.transformer(), pipeline.autoencoder(), pipeline.text[0].load())
+    assert not any(module.training for module in modules)
+    assert training.transformer.training
+
+
 @pytest.mark.parametrize("depth", [0, -1, 4])
 def test_depths_that_the_checkpoint_has_not(tiny_model: TextToImage, tmp_path: Path, depth: int) -> None:
     with pytest.raises(BadInput, match=r"expected a depth of 1\.\.3"):
