@@ -143,13 +143,13 @@ def prompt_of(rng: random.Random, kind: str) -> Prompt:
 
 
 TRAINING_MIX = {
-    "single object": 0.06,
-    "two objects": 0.08,
-    "counting": 0.16,
-    "colours": 0.12,
+    "single object": 0.05,
+    "two objects": 0.13,
+    "counting": 0.22,
+    "colours": 0.08,
     "position": 0.10,
     "colour attribution": 0.14,
-    "attribution + position": 0.24,
+    "attribution + position": 0.18,
     "list": 0.05,
     "groups": 0.05,
 }

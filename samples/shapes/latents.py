@@ -21,7 +21,10 @@ RENDER_BATCH = 32
 def shard(folder: Path, index: int, seed: int, autoencoder: Autoencoder) -> tuple[list[Prompt], Tensor]:
     """Prompts and latents float16 [SHARD, C, S, S] of one shard, rendered and encoded if not there yet."""
     pairs = list(itertools.islice(training_pairs(seed * 1_000_003 + index), SHARD))
-    path = folder / f"latents-{seed}-{fingerprint(autoencoder)}-{index:04d}.pt"
+    told = hashlib.sha256(repr([prompt for prompt, _ in pairs]).encode()).hexdigest()[
+        :8
+    ]  # of another mix, others
+    path = folder / f"latents-{seed}-{fingerprint(autoencoder)}-{told}-{index:04d}.pt"
     if not path.exists():
         save_whole(encoded([scene for _, scene in pairs], autoencoder), path)
     return [prompt for prompt, _ in pairs], torch.load(path, weights_only=True)
