@@ -248,3 +248,11 @@ def test_the_arrays_of_a_bundle_built_ahead_are_those_of_the_golden(copy: Path) 
         outputs = session.run(inputs)
         np.testing.assert_array_equal(outputs["routes"], golden["routes_3"])
         np.testing.assert_allclose(outputs["velocity"], golden["velocity_3"], atol=1e-4)
+
+
+def test_a_process_makes_one_core() -> None:
+    """A second one that goes first leaves the thread's signals a stack that is no memory: the next Ctrl-C is a crash."""
+    root = Path(__file__).parents[2]
+    folders = (root / "tpx_runtime", root / "engines", root / "export")
+    made = [path.name for folder in folders for path in folder.rglob("*.py") if "Core()" in path.read_text()]
+    assert made == ["openvino.py"]

@@ -106,15 +106,13 @@ class _OpenVino:
     """A compiled model with no option set but the precision."""
 
     def __init__(self, path: Path, precision: str) -> None:
-        import openvino
+        from tpx_runtime.engine.openvino import core
 
-        core = openvino.Core()
-        has = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        has = core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         if precision == "bf16" and "BF16" not in has:
             raise Unmeasured(f"expected a CPU with bf16 for OpenVINO, found {', '.join(has)}; leave it out")
         hint = {"fp32": "f32", "bf16": "bf16"}[precision]
-        self._core = core  # which must outlive what it compiled
-        self._model = core.compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": hint})
+        self._model = core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": hint})
 
     def __call__(self, *arrays: npt.NDArray[Any]) -> Sequence[npt.NDArray[Any]]:
         outputs = self._model(list(arrays))
