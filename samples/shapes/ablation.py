@@ -1,12 +1,12 @@
 """Does recursive sparse reasoning follow the prompt better than LoRA, and LoRA better than the base? (arXiv 2604.25299)
 
-    python -m samples.shapes.ablation --shapes runs/shapes --out runs/ablation
+    python -m samples.shapes.ablation --out runs/ablation
 
-One base, trained for a third of the sample model's steps so that it has something left to learn, is frozen. Each row of
-`ROWS` then trains adapters on it: the same data in the same order, the same steps, the same number of trained parameters
-in experts (M r is constant), at its own fixed depth. Each is exported and judged by ShapesEval. `--out` holds a folder a
-run, with its state, its curve, its pictures and its verdicts, and results.json; what is finished is not done again, so a
-stopped run goes on and more seeds can be added.
+Autoencoder and text encoder are the sample model's own. One base, trained for a seventh of the sample model's steps so that
+it has something left to learn, is frozen. Each row of `ROWS` then trains adapters on it: the same data in the same order,
+the same steps, the same number of trained parameters in experts (M r is constant), at its own fixed depth. Each is exported
+and judged by ShapesEval. `--out` holds a folder a run, with its state, its curve, its pictures and its verdicts, and
+results.json; what is finished is not done again, so a stopped run goes on and more seeds can be added.
 """
 
 import json
@@ -20,10 +20,11 @@ import click
 import numpy as np
 import torch
 
-from samples.shapes import evaluate, train_autoencoder, train_flow, train_text
-from samples.shapes.train import assemble
+from samples.shapes import evaluate, train_flow
+from samples.shapes.train import SHIPPED, assemble, trained_parts
 from tpx_export.exporter import export_bundle
 from tpx_export.model import ThinkingSpec
+from tpx_export.model.autoencoder import Autoencoder
 from tpx_export.model.mmdit import MMDiT
 from tpx_export.pipeline import Pipeline
 from tpx_runtime.cli import TpxCommand
@@ -63,7 +64,7 @@ class Work:
 
     out: Path
     data: train_flow.Data
-    autoencoder: train_autoencoder.Autoencoder
+    autoencoder: Autoencoder
     base: MMDiT
     steps: int
     batch: int
@@ -153,11 +154,18 @@ def table(out: Path, results: list[dict[str, Any]]) -> str:
 
 @click.command(cls=TpxCommand)
 @click.option(
-    "--shapes",
+    "--ckpt",
     type=click.Path(path_type=Path),
-    default=Path("runs/shapes"),
+    default=SHIPPED,
     show_default=True,
-    help="Of samples.shapes.train: autoencoder, text encoder and latents are taken from there, or made there.",
+    help="Whose autoencoder and text encoder to take.",
+)
+@click.option(
+    "--latents",
+    type=click.Path(path_type=Path),
+    default=Path("runs/latents"),
+    show_default=True,
+    help="Folder of the scenes to learn from; those that are not there yet are rendered.",
 )
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/ablation"), show_default=True)
 @click.option("--base-steps", default=1000, show_default=True)
@@ -173,7 +181,8 @@ def table(out: Path, results: list[dict[str, Any]]) -> str:
     "--row", "names", type=click.Choice(list(ROWS)), multiple=True, help="Only these.  [default: all]"
 )
 def main(
-    shapes: Path,
+    ckpt: Path,
+    latents: Path,
     out: Path,
     base_steps: int,
     steps: int,
@@ -186,9 +195,8 @@ def main(
 ) -> None:
     """Train and judge every row, or those named, and print the table."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    autoencoder = train_autoencoder.train(shapes, steps=2400, batch=32, seed=0, device=device)
-    text_encoder = train_text.train(shapes, steps=1500, batch=256, seed=0, device=device)
-    data = train_flow.Data.load(shapes, shards, 0, autoencoder, text_encoder)
+    autoencoder, text_encoder = trained_parts(ckpt, device)
+    data = train_flow.Data.load(latents, shards, 0, autoencoder, text_encoder)
     base = train_flow.train_base(data, autoencoder, train_flow.Run(out, base_steps, batch, 0, device))
     work = Work(out, data, autoencoder, base, steps, batch, images, limit, device)
     wanted = [(name, 0) for name in names or ROWS]

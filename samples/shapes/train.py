@@ -19,10 +19,21 @@ from tpx_export.model.autoencoder import Autoencoder
 from tpx_export.model.mmdit import MMDiT
 from tpx_export.model.text_encoder import TextEncoder
 from tpx_export.model.text_to_image import TextToImage, TextToImageSpec
+from tpx_runtime.errors import BadInput
 from tpx_runtime.manifest import Defaults
 
 STAGES = ("autoencoder", "text", "base", "adapters")
 SHARDS = 48  # pools of 2,048 scenes
+SHIPPED = Path(__file__).with_name("shapes.safetensors")
+
+
+def trained_parts(path: Path, device: str) -> tuple[Autoencoder, TextEncoder]:
+    """Autoencoder and text encoder of a text-to-image checkpoint, frozen. Raises BadInput, CheckpointInvalid."""
+    model = checkpoint.load(path)
+    if not isinstance(model, TextToImage):
+        raise BadInput(f"expected a text-to-image checkpoint at {path}, found one of classes")
+    model.to(device).eval().requires_grad_(False)
+    return model.autoencoder, model.text_encoder
 
 
 def assemble(autoencoder: Autoencoder, text_encoder: TextEncoder, transformer: MMDiT) -> TextToImage:

@@ -1,6 +1,6 @@
 """Trains the class-conditional sibling of the sample model: a DiT on shapes by class, then thinking adapters in it.
 
-    python -m samples.shapes.train_classes --shapes runs/shapes --out runs/classes
+    python -m samples.shapes.train_classes --out runs/classes
 
 The autoencoder is the sample model's. DiT's own training (Peebles and Xie, 2212.09748): epsilon of a diffusion with linear
 betas, without the learned variance. The adapters think in self-attention, as in the paper's class-conditional half. Every
@@ -16,11 +16,11 @@ import click
 import torch
 from torch import Tensor, nn
 
-from samples.shapes import train_autoencoder
 from samples.shapes.classes import CLASSES, scene_of_class
 from samples.shapes.fit import fit, save_whole, seeded
 from samples.shapes.latents import encoded, fingerprint
 from samples.shapes.pictures import save_grid
+from samples.shapes.train import SHIPPED, trained_parts
 from samples.shapes.train_flow import CAPTION_DROPOUT, Run, optimizers, with_thinking
 from tpx_export import checkpoint
 from tpx_export.model.autoencoder import Autoencoder
@@ -120,16 +120,22 @@ def train(
 
 
 @click.command()
-@click.option("--shapes", type=click.Path(path_type=Path), default=Path("runs/shapes"), show_default=True)
+@click.option(
+    "--ckpt",
+    type=click.Path(path_type=Path),
+    default=SHIPPED,
+    show_default=True,
+    help="Whose autoencoder to take.",
+)
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/classes"), show_default=True)
 @click.option("--steps", default=2000, show_default=True)
 @click.option("--adapter-steps", default=400, show_default=True)
 @click.option("--batch", default=96, show_default=True)
 @click.option("--seed", default=0, show_default=True)
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
-def main(shapes: Path, out: Path, steps: int, adapter_steps: int, batch: int, seed: int, device: str) -> None:
+def main(ckpt: Path, out: Path, steps: int, adapter_steps: int, batch: int, seed: int, device: str) -> None:
     """Train, or take up training of, the class-conditional sample model."""
-    autoencoder = train_autoencoder.train(shapes, steps=2400, batch=32, seed=0, device=device)
+    autoencoder, _ = trained_parts(ckpt, device)
     data, run = latents_of_classes(out, autoencoder), Run(out, steps, batch, seed, device)
     spec = DiTSpec(
         latent_channels=autoencoder.spec.latent_channels,
