@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from samples.shapes import evaluate, train_flow
-from samples.shapes.train import SHIPPED, assemble, trained_parts
+from samples.shapes.train import SHIPPED, assemble, trained
 from tpx_export.exporter import export_bundle
 from tpx_export.model import ThinkingSpec
 from tpx_export.model.autoencoder import Autoencoder
@@ -195,7 +195,8 @@ def main(
 ) -> None:
     """Train and judge every row, or those named, and print the table."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    autoencoder, text_encoder = trained_parts(ckpt, device)
+    model = trained(ckpt, device)
+    autoencoder, text_encoder = model.autoencoder, model.text_encoder
     data = train_flow.Data.load(latents, shards, 0, autoencoder, text_encoder)
     base = train_flow.train_base(data, autoencoder, train_flow.Run(out, base_steps, batch, 0, device))
     work = Work(out, data, autoencoder, base, steps, batch, images, limit, device)

@@ -2,11 +2,11 @@
 
     python -m samples.shapes.train --out runs/shapes
 
-Every stage is seeded and saves its state in `--out` every two minutes; the same command takes up where a stopped run
-left off. `--until` ends after a stage. The result is `--out`/shapes.safetensors, ready for `tpx-export`.
+With `--start CKPT` autoencoder and text encoder are that checkpoint's, and its base is trained on. Every stage is seeded
+and saves its state in `--out` every two minutes; the same command takes up where a stopped run left off. `--until` ends
+after a stage. The result is `--out`/shapes.safetensors, ready for `tpx-export`.
 """
 
-from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -27,13 +27,12 @@ SHARDS = 48  # pools of 2,048 scenes
 SHIPPED = Path(__file__).with_name("shapes.safetensors")
 
 
-def trained_parts(path: Path, device: str) -> tuple[Autoencoder, TextEncoder]:
-    """Autoencoder and text encoder of a text-to-image checkpoint, frozen. Raises BadInput, CheckpointInvalid."""
+def trained(path: Path, device: str) -> TextToImage:
+    """A text-to-image checkpoint, frozen, in evaluation mode. Raises BadInput, CheckpointInvalid."""
     model = checkpoint.load(path)
     if not isinstance(model, TextToImage):
         raise BadInput(f"expected a text-to-image checkpoint at {path}, found one of classes")
-    model.to(device).eval().requires_grad_(False)
-    return model.autoencoder, model.text_encoder
+    return model.to(device).eval().requires_grad_(False)
 
 
 def assemble(autoencoder: Autoencoder, text_encoder: TextEncoder, transformer: MMDiT) -> TextToImage:
@@ -59,9 +58,15 @@ def assemble(autoencoder: Autoencoder, text_encoder: TextEncoder, transformer: M
 @click.option(
     "--until", type=click.Choice(STAGES), default=STAGES[-1], show_default=True, help="Last stage to run."
 )
+@click.option(
+    "--start", type=click.Path(path_type=Path), help="Checkpoint to go on from.  [default: from nothing]"
+)
 @click.option("--autoencoder-steps", default=2400, show_default=True)
 @click.option("--text-steps", default=1500, show_default=True)
 @click.option("--base-steps", default=7000, show_default=True)
+@click.option(
+    "--rate", default=train_flow.Run.rate, show_default=True, help="Highest learning rate of the base."
+)
 @click.option("--adapter-steps", default=600, show_default=True)
 @click.option("--batch", default=96, show_default=True, help="Of the base and the adapters.")
 @click.option("--shards", default=SHARDS, show_default=True, help="Pools of 2,048 scenes to learn from.")
@@ -70,9 +75,11 @@ def assemble(autoencoder: Autoencoder, text_encoder: TextEncoder, transformer: M
 def main(
     out: Path,
     until: str,
+    start: Path | None,
     autoencoder_steps: int,
     text_steps: int,
     base_steps: int,
+    rate: float,
     adapter_steps: int,
     batch: int,
     shards: int,
@@ -81,17 +88,23 @@ def main(
 ) -> None:
     """Train, or take up training of, the sample model."""
     last = STAGES.index(until)
-    autoencoder = train_autoencoder.train(out, steps=autoencoder_steps, batch=32, seed=seed, device=device)
-    if last == 0:
-        return
-    text_encoder = train_text.train(out, steps=text_steps, batch=256, seed=seed, device=device)
-    if last == 1:
+    shipped = trained(start, device) if start else None
+    if shipped:
+        autoencoder, text_encoder = shipped.autoencoder, shipped.text_encoder
+    else:
+        autoencoder = train_autoencoder.train(
+            out, steps=autoencoder_steps, batch=32, seed=seed, device=device
+        )
+        if last == 0:
+            return
+        text_encoder = train_text.train(out, steps=text_steps, batch=256, seed=seed, device=device)
+    if last <= 1:
         return
     data = train_flow.Data.load(out, shards, seed, autoencoder, text_encoder)
-    run = train_flow.Run(out, base_steps, batch, seed, device)
-    transformer = train_flow.train_base(data, autoencoder, run)
+    run = train_flow.Run(out, base_steps, batch, seed, device, rate)
+    transformer = train_flow.train_base(data, autoencoder, run, shipped.transformer if shipped else None)
     if last == 3:
-        run = replace(run, steps=adapter_steps)
+        run = train_flow.Run(out, adapter_steps, batch, seed, device)
         transformer = train_flow.train_adapters(transformer, data, autoencoder, run, ThinkingSpec())
     model = assemble(autoencoder, text_encoder, transformer)
     path = out / ("shapes.safetensors" if last == 3 else "base.safetensors")

@@ -188,8 +188,8 @@ def _train(
     return best.eval()
 
 
-def train_base(data: Data, autoencoder: Autoencoder, run: Run) -> MMDiT:
-    """The plain MMDiT, no thinking."""
+def train_base(data: Data, autoencoder: Autoencoder, run: Run, start: MMDiT | None = None) -> MMDiT:
+    """The plain MMDiT, no thinking: a fresh one, or the base of `start`, trained on."""
     torch.manual_seed(run.seed)
     text = data.text_encoder.spec
     spec = MMDiTSpec(
@@ -199,7 +199,12 @@ def train_base(data: Data, autoencoder: Autoencoder, run: Run) -> MMDiT:
         context_width=text.width,
         pooled_width=text.width,
     )
-    model = MMDiT(spec).to(run.device)
+    model = MMDiT(spec)
+    if start:
+        model.load_state_dict(
+            {name: value for name, value in start.state_dict().items() if ".thinking." not in name}
+        )
+    model = model.to(run.device)
     return _train("base", model, data, autoencoder, run, depths=(1,), ema_decay=0.998, show_every=500)
 
 
