@@ -12,6 +12,7 @@ results.json; what is finished is not done again, so a stopped run goes on and m
 import json
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import click
 import numpy as np
 import torch
 
-from samples.shapes import evaluate, train_flow
+from samples.shapes import evaluate, held_out, train_flow
 from samples.shapes.train import SHIPPED, assemble, trained
 from tpx_export.exporter import export_bundle
 from tpx_export.model import ThinkingSpec
@@ -30,9 +31,13 @@ from tpx_export.pipeline import Pipeline
 from tpx_runtime.cli import TpxCommand
 from tpx_runtime.evaluation.compare import Report
 from tpx_runtime.evaluation.record import write_json
-from tpx_runtime.evaluation.statistics import bootstrap
+from tpx_runtime.evaluation.statistics import Estimate, bootstrap
 from tpx_runtime.generator import Generator
 
+LOSSES = "losses.npy"
+FRESH_SEED, FRESH_SHARDS = 2**20, 2  # scenes that no training with a seed below sees
+BASE_BATCH = 96
+WIDTH = 192  # three quarters of the sample model's: narrow enough to be trained a score of times on two cores
 WHOLE_RANK = 128  # M r of every row
 BASE, LORA, THINKING = "base", "LoRA", "M=4, T=3"
 
@@ -64,12 +69,15 @@ class Work:
 
     out: Path
     data: train_flow.Data
+    fresh: train_flow.Data  # scenes that nothing is trained on
     autoencoder: Autoencoder
     base: MMDiT
     steps: int
     batch: int
+    rate: float
     images: int
     limit: int | None
+    engine: str
     device: str
 
 
@@ -82,16 +90,19 @@ def run(work: Work, name: str, seed: int) -> dict[str, Any]:
     spec, began = ROWS[name], time.monotonic()
     transformer, trained = work.base, 0
     if spec:
-        told = train_flow.Run(folder, work.steps, work.batch, seed, work.device)
+        told = train_flow.Run(folder, work.steps, work.batch, seed, work.device, work.rate)
         transformer = train_flow.train_adapters(
             work.base, work.data, work.autoencoder, told, spec, depths=(spec.max_depth,)
         )
         trained = trained_parameters(transformer, spec)
     seconds = time.monotonic() - began
+    lost = held_out.losses(transformer, work.fresh, spec.max_depth if spec else 1)
+    folder.mkdir(parents=True, exist_ok=True)
+    np.save(folder / LOSSES, lost)
     bundle = folder / "bundle"
     model = assemble(work.autoencoder, work.data.text_encoder, transformer.cpu())
     export_bundle(Pipeline.of(model), bundle, force=True)
-    drawn = Generator.load(bundle, "onnxruntime", verify=False)
+    drawn = Generator.load(bundle, work.engine, verify=False)
     evaluate.run(folder / "eval", drawn, images=work.images, limit=work.limit)
     shutil.rmtree(bundle)
     facts = {
@@ -100,9 +111,11 @@ def run(work: Work, name: str, seed: int) -> dict[str, Any]:
         "folder": folder.name,
         "steps": work.steps if spec else 0,
         "batch": work.batch,
+        "rate": work.rate,
         "trained parameters": trained,
         "seconds of training": round(seconds),
         "spec": asdict(spec) if spec else None,
+        "loss on fresh scenes": float(lost.mean()),
         "rows": json.loads((folder / "eval/report.json").read_text())["rows"],
     }
     write_json(record, facts)
@@ -125,30 +138,57 @@ def shares(out: Path, facts: list[dict[str, Any]]) -> list[np.ndarray]:
     return [mean[rows == kind] for kind in first.overall]
 
 
+def lost(out: Path, facts: list[dict[str, Any]]) -> list[np.ndarray]:
+    """The losses on fresh scenes, [scenes], the mean over seeds."""
+    return [np.mean([np.load(out / one["folder"] / LOSSES) for one in facts], axis=0)]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A column of the table: what is measured, how it is read, and how its numbers are written."""
+
+    name: str
+    read: Callable[[Path, list[dict[str, Any]]], list[np.ndarray]]
+    times: float
+    digits: int
+
+    def written(self, estimate: Estimate, sign: str = "") -> str:
+        mean, low, high = (
+            f"{self.times * value:{sign}.{self.digits}f}"
+            for value in (estimate.mean, estimate.low, estimate.high)
+        )
+        return f"{mean} ({low} to {high})"
+
+
+MEASURES = (
+    Measure("ShapesEval overall, %", shares, 100, 1),
+    Measure("loss on fresh scenes, 1/1000", lost, 1000, 2),
+)
+
+
 def table(out: Path, results: list[dict[str, Any]]) -> str:
-    """Each row's score in percent with its interval, each seed's, and the paired difference to LoRA."""
-    lines = [
-        "| | trained | seeds | overall | 95% interval | by seed | minus LoRA, same seeds | 95% interval |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    """Of each row both measures with their 95% intervals, and the paired differences to LoRA of the same seeds."""
+    head = ["", "trained", "seeds", "by seed, %"]
+    for measure in MEASURES:
+        head += [measure.name, "minus LoRA"]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     by_name = {name: [one for one in results if one["row"] == name] for name in ROWS}
     for name, found in by_name.items():
         if not found:
             continue
-        score = bootstrap(shares(out, found))
         each = ", ".join(f"{100 * one['rows']['overall']['score']:.1f}" for one in found)
-        difference = "| | |"
+        told = [name, f"{found[0]['trained parameters']:,}", str(len(found)), each]
         seeds = {one["seed"] for one in found}
         beside = [one for one in by_name[LORA] if one["seed"] in seeds]
-        if name != LORA and beside:
-            mine = [one for one in found if one["seed"] in {other["seed"] for other in beside}]
-            pairs = zip(shares(out, mine), shares(out, beside), strict=True)
-            change = bootstrap([a - b for a, b in pairs])
-            difference = f"| {100 * change.mean:+.1f} | {100 * change.low:+.1f} to {100 * change.high:+.1f} |"
-        lines.append(
-            f"| {name} | {found[0]['trained parameters']:,} | {len(found)} | {100 * score.mean:.1f} "
-            f"| {100 * score.low:.1f} to {100 * score.high:.1f} | {each} {difference}"
-        )
+        mine = [one for one in found if one["seed"] in {other["seed"] for other in beside}]
+        for measure in MEASURES:
+            told.append(measure.written(bootstrap(measure.read(out, found))))
+            difference = ""
+            if name != LORA and beside:
+                pairs = zip(measure.read(out, mine), measure.read(out, beside), strict=True)
+                difference = measure.written(bootstrap([a - b for a, b in pairs]), "+")
+            told.append(difference)
+        lines.append(f"| {' | '.join(told)} |")
     return "\n".join(lines)
 
 
@@ -170,11 +210,13 @@ def table(out: Path, results: list[dict[str, Any]]) -> str:
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/ablation"), show_default=True)
 @click.option("--base-steps", default=1000, show_default=True)
 @click.option("--steps", default=400, show_default=True, help="Of each row's adapters.")
-@click.option("--batch", default=96, show_default=True)
+@click.option("--batch", default=96, show_default=True, help="Of each row's adapters.")
+@click.option("--rate", default=1e-3, show_default=True, help="Highest learning rate of adapters.")
 @click.option("--images", default=2, show_default=True, help="Pictures a prompt of ShapesEval.")
 @click.option(
     "--limit", type=click.IntRange(1), help="Only the first N prompts of each of ShapesEval's rows."
 )
+@click.option("--engine", default="auto", show_default=True, help="Engine that draws ShapesEval.")
 @click.option("--seeds", default=3, show_default=True, help=f"Of {' and '.join(MAIN)}; other rows have one.")
 @click.option("--shards", default=48, show_default=True, help="Pools of 2,048 scenes to learn from.")
 @click.option(
@@ -187,8 +229,10 @@ def main(
     base_steps: int,
     steps: int,
     batch: int,
+    rate: float,
     images: int,
     limit: int | None,
+    engine: str,
     seeds: int,
     shards: int,
     names: tuple[str, ...],
@@ -198,8 +242,13 @@ def main(
     model = trained(ckpt, device)
     autoencoder, text_encoder = model.autoencoder, model.text_encoder
     data = train_flow.Data.load(latents, shards, 0, autoencoder, text_encoder)
-    base = train_flow.train_base(data, autoencoder, train_flow.Run(out, base_steps, batch, 0, device))
-    work = Work(out, data, autoencoder, base, steps, batch, images, limit, device)
+    fresh = train_flow.Data.load(latents, FRESH_SHARDS, FRESH_SEED, autoencoder, text_encoder)
+    torch.manual_seed(0)
+    narrow = train_flow.fresh_base(autoencoder, text_encoder, WIDTH)
+    base = train_flow.train_base(
+        narrow, data, autoencoder, train_flow.Run(out, base_steps, BASE_BATCH, 0, device)
+    )
+    work = Work(out, data, fresh, autoencoder, base, steps, batch, rate, images, limit, engine, device)
     wanted = [(name, 0) for name in names or ROWS]
     wanted += [(name, seed) for name in MAIN for seed in range(1, seeds) if name in (names or ROWS)]
     for name, seed in wanted:

@@ -102,7 +102,13 @@ def main(
         return
     data = train_flow.Data.load(out, shards, seed, autoencoder, text_encoder)
     run = train_flow.Run(out, base_steps, batch, seed, device, rate)
-    transformer = train_flow.train_base(data, autoencoder, run, shipped.transformer if shipped else None)
+    torch.manual_seed(seed)
+    fresh = (
+        train_flow.base_of(shipped.transformer)
+        if shipped
+        else train_flow.fresh_base(autoencoder, text_encoder)
+    )
+    transformer = train_flow.train_base(fresh, data, autoencoder, run)
     if last == 3:
         run = train_flow.Run(out, adapter_steps, batch, seed, device)
         transformer = train_flow.train_adapters(transformer, data, autoencoder, run, ThinkingSpec())

@@ -33,6 +33,7 @@ Transformer = TypeVar("Transformer", MMDiT, DiT)
 SIGMA_MEAN, SIGMA_DEVIATION = 0.3, 1.1  # of the logit of sigma
 CAPTION_DROPOUT = 0.1
 SHIFT = 1.0
+HEAD_WIDTH = MMDiTSpec.width // MMDiTSpec.heads
 PREVIEW = (
     "a red cube on a blue sphere",
     "a green cone",
@@ -188,24 +189,35 @@ def _train(
     return best.eval()
 
 
-def train_base(data: Data, autoencoder: Autoencoder, run: Run, start: MMDiT | None = None) -> MMDiT:
-    """The plain MMDiT, no thinking: a fresh one, or the base of `start`, trained on."""
-    torch.manual_seed(run.seed)
-    text = data.text_encoder.spec
+def fresh_base(autoencoder: Autoencoder, text_encoder: TextEncoder, width: int = MMDiTSpec.width) -> MMDiT:
+    """An untrained MMDiT of the sample model's sizes, or narrower, without thinking."""
+    text = text_encoder.spec
     spec = MMDiTSpec(
         latent_channels=autoencoder.spec.latent_channels,
         latent_size=autoencoder.spec.latent_size,
+        width=width,
+        heads=width // HEAD_WIDTH,
         context_tokens=text.tokens,
         context_width=text.width,
         pooled_width=text.width,
     )
-    model = MMDiT(spec)
-    if start:
-        model.load_state_dict(
-            {name: value for name, value in start.state_dict().items() if ".thinking." not in name}
-        )
-    model = model.to(run.device)
-    return _train("base", model, data, autoencoder, run, depths=(1,), ema_decay=0.998, show_every=500)
+    return MMDiT(spec)
+
+
+def base_of(model: MMDiT) -> MMDiT:
+    """The model without its adapters."""
+    base = MMDiT(replace(model.spec, thinking=None))
+    base.load_state_dict(
+        {name: value for name, value in model.state_dict().items() if ".thinking." not in name}
+    )
+    return base
+
+
+def train_base(base: MMDiT, data: Data, autoencoder: Autoencoder, run: Run) -> MMDiT:
+    """The base alone, no thinking."""
+    return _train(
+        "base", base.to(run.device), data, autoencoder, run, depths=(1,), ema_decay=0.998, show_every=500
+    )
 
 
 def with_thinking(base: Transformer, thinking: ThinkingSpec) -> Transformer:

@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -43,10 +44,13 @@ def test_trained_parameters_are_those_with_a_gradient(modulation: bool) -> None:
     assert ablation.trained_parameters(model, spec) == wanted > 0
 
 
-def finished(out: Path, row: str, seed: int, right: list[list[bool]]) -> dict[str, Any]:
-    """A run's folder as `run` leaves it: two prompts of each of two kinds."""
+def finished(
+    out: Path, row: str, seed: int, right: list[list[bool]], lost: tuple[float, ...] = (0.1,)
+) -> dict[str, Any]:
+    """A run's folder as `run` leaves it: two prompts of each of two kinds, and the losses of some scenes."""
     folder = out / f"{len(list(out.iterdir()))}"
     (folder / "eval").mkdir(parents=True)
+    np.save(folder / ablation.LOSSES, np.array(lost))
     prompts = [
         {"row": KINDS[i // 2], "prompt": f"prompt {i}", "right": verdict} for i, verdict in enumerate(right)
     ]
@@ -62,18 +66,29 @@ def finished(out: Path, row: str, seed: int, right: list[list[bool]]) -> dict[st
 def test_the_table_pairs_each_row_with_lora_of_the_same_seeds(tmp_path: Path) -> None:
     yes, half, no = [True, True], [True, False], [False, False]
     results = [
-        finished(tmp_path, BASE, 0, [no, no, yes, yes]),
-        finished(tmp_path, LORA, 0, [half, no, yes, yes]),
-        finished(tmp_path, LORA, 1, [half, half, yes, yes]),
-        finished(tmp_path, THINKING, 0, [yes, half, yes, yes]),
-        finished(tmp_path, THINKING, 1, [yes, yes, yes, yes]),
+        finished(tmp_path, BASE, 0, [no, no, yes, yes], (0.3, 0.3)),
+        finished(tmp_path, LORA, 0, [half, no, yes, yes], (0.1, 0.2)),
+        finished(tmp_path, LORA, 1, [half, half, yes, yes], (0.3, 0.4)),
+        finished(tmp_path, THINKING, 0, [yes, half, yes, yes], (0.05, 0.15)),
+        finished(tmp_path, THINKING, 1, [yes, yes, yes, yes], (0.15, 0.25)),
     ]
-    lines = {
-        line.split(" | ")[0].strip("| "): line for line in ablation.table(tmp_path, results).splitlines()
-    }
-    assert "| 50.0 |" in lines[BASE] and "| -12.5 |" in lines[BASE]  # against seed 0 of LoRA alone
-    assert "| 2 | 68.8 |" in lines[LORA] and lines[LORA].endswith("62.5, 75.0 | | |")
-    assert "| 93.8 |" in lines[THINKING] and "| +25.0 |" in lines[THINKING]
+    head, _, *lines = ablation.table(tmp_path, results).splitlines()
+    cells = {row[1]: dict(zip(_cells(head), row, strict=True)) for row in map(_cells, lines)}
+    score, loss = (measure.name for measure in ablation.MEASURES)
+    assert cells[BASE][score].startswith("50.0 (")
+    assert cells[BASE]["minus LoRA"].startswith(
+        "+150.00 ("
+    )  # against seed 0 of LoRA alone; the loss, the last column
+    assert (cells[LORA]["seeds"], cells[LORA]["by seed, %"]) == ("2", "62.5, 75.0")
+    assert cells[LORA][score].startswith("68.8 (") and cells[LORA]["minus LoRA"] == ""
+    assert cells[LORA][loss].startswith("250.00 (")
+    assert cells[THINKING][score].startswith("93.8 (")
+    assert "| +25.0 (" in lines[2] and "| -100.00 (-100.00 to -100.00) |" in lines[2]
+    assert "| -12.5 (" in lines[0]
+
+
+def _cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.split("|")]
 
 
 def test_a_finished_run_is_not_done_again(tmp_path: Path) -> None:
