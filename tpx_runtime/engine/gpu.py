@@ -1,6 +1,7 @@
 """Which GPU is in this machine, as far as an engine depends on it."""
 
 import ctypes
+import os
 import sys
 from ctypes import c_int
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from ..errors import TpxError
 from . import cuda
 
 _MAJOR, _MINOR = 75, 76  # CUdevice_attribute of the compute capability
+GRAPHS_VARIABLE = "TPX_CUDA_GRAPHS"
 _MANAGEMENT = "nvml.dll" if sys.platform == "win32" else "libnvidia-ml.so.1"
 
 
@@ -37,6 +39,11 @@ def gpu_here() -> Gpu | None:
         return find_gpu(cuda.Driver())
     except TpxError:
         return None
+
+
+def graphs_wanted() -> bool:
+    """Whether each graph is to be launched as one CUDA graph, with TPX_CUDA_GRAPHS=1."""
+    return os.environ.get(GRAPHS_VARIABLE, "0") not in ("", "0")
 
 
 def _driver_version() -> str | None:

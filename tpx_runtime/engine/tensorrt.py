@@ -10,11 +10,11 @@ from pathlib import Path
 from ..bundle import Bundle
 from ..errors import EngineUnavailable, TpxError
 from . import built, cuda
-from .gpu import Gpu, find_gpu
+from .gpu import Gpu, find_gpu, graphs_wanted
 from .tensorrt_flavours import FLAVOURS, FULL, Flavour, bindings, version
 from .tensorrt_session import TensorRtSession
 
-ENGINES_VARIABLE, GRAPHS_VARIABLE = "TPX_ENGINES", "TPX_CUDA_GRAPHS"
+ENGINES_VARIABLE = "TPX_ENGINES"
 
 
 def problem(engine_name: str) -> str | None:
@@ -70,5 +70,4 @@ def open_session(engine_name: str, path: Path) -> TensorRtSession:
             f"expected an engine of {key.graph} in {folder} ({key.pattern}), found none; build it with `{command}`"
         )
     batch, engine = found
-    graphs = os.environ.get(GRAPHS_VARIABLE, "0") not in ("", "0")
-    return TensorRtSession(flavour, driver, engine, batch, path, graphs)
+    return TensorRtSession(flavour, driver, engine, batch, path, graphs_wanted())
