@@ -1,7 +1,8 @@
-"""ShapesEval over a grid of settings: which sampler, how many steps, how deep; a table, JSON and a plot.
+"""ShapesEval over a grid of settings: which sampler, how many steps, how deep, how guided; a table, JSON and a plot.
 
     python -m samples.shapes.sweep --bundle bundles/shapes --sampler euler --sampler dpmpp2m --steps 4,8,12,20,28
     python -m samples.shapes.sweep --bundle bundles/deep --depth 1,2,3,4,5
+    python -m samples.shapes.sweep --bundle bundles/shapes --guidance 2 --guidance 3 --guidance 4 --guidance 5
 
 Every cell is a run of `tpx-eval shapes` on the same prompts and seeds, so that cells pair; what is finished is not drawn
 again. Needs no torch.
@@ -91,6 +92,7 @@ def table(out: Path, cells: list[dict[str, Any]], names: list[str]) -> str:
 @click.option("--sampler", "samplers", multiple=True, help="Samplers.  [default: the bundle's]")
 @click.option("--steps", help="Denoising steps, such as 4,8,12.  [default: the bundle's]")
 @click.option("--depth", help="Latent steps, such as 1,2,3.  [default: the bundle's]")
+@click.option("--guidance", type=float, multiple=True, help="Guidance.  [default: the bundle's]")
 @click.option("--images", type=click.IntRange(1), default=1, show_default=True, help="Pictures a prompt.")
 @click.option("--limit", type=click.IntRange(1), help="Only the first N prompts of each row.")
 def main(
@@ -100,18 +102,26 @@ def main(
     samplers: tuple[str, ...],
     steps: str | None,
     depth: str | None,
+    guidance: tuple[float, ...],
     **size: Any,
 ) -> None:
     """Run ShapesEval for every combination of the settings, and print the table."""
     generator = Generator.load(find_bundle(bundle), engine)
     defaults = generator.manifest.defaults
     cells = []
-    grid = itertools.product(samplers or (defaults.sampler,), numbers(depth), numbers(steps))
-    for sampler, deep, many in grid:
-        settings = {"sampler": sampler, "depth": deep or defaults.depth, "steps": many or defaults.steps}
+    grid = itertools.product(
+        samplers or (defaults.sampler,), numbers(depth), numbers(steps), guidance or (defaults.guidance,)
+    )
+    for sampler, deep, many, guided in grid:
+        settings = {
+            "sampler": sampler,
+            "depth": deep or defaults.depth,
+            "steps": many or defaults.steps,
+            "guidance": guided,
+        }
         cells.append(cell(generator, out, settings, **size))
         write_json(out / "sweep.json", {"bundle_sha256": generator.manifest.sha256, "cells": cells})
-    click.echo(table(out, cells, ["sampler", "depth", "steps"]))
+    click.echo(table(out, cells, list(settings)))
 
 
 if __name__ == "__main__":
