@@ -10,12 +10,16 @@ from PIL import Image
 from samples.shapes import train_classes
 from samples.shapes.captions import satisfies
 from samples.shapes.classes import CLASSES, name_of_class, prompt_of_class, scene_of_class
-from samples.shapes.score import Row
+from samples.shapes.parser import Parser
+from samples.shapes.score import Row, judge
 from samples.shapes.score_classes import as_text, report
 from samples.shapes.train_flow import Run, with_thinking
+from tpx_export import checkpoint
 from tpx_export.model import DiT, DiTSpec, ThinkingSpec
+from tpx_export.model.class_to_image import ClassToImage
 from tpx_runtime.evaluation.statistics import bootstrap
 
+SHIPPED = Path(train_classes.__file__).with_name("classes.safetensors")
 _SPEC = DiTSpec(
     latent_size=4, width=32, heads=2, blocks=2, classes=len(CLASSES), learned_sigma=False, qk_norm=True
 )
@@ -80,3 +84,15 @@ def test_the_score_is_the_share_of_right_pictures_by_shape() -> None:
     low = bootstrap([torch.tensor([1.0, 0.75] * 4).double().numpy()]).low
     assert result["cone"]["low"] == low
     assert "| **overall** | 32 | 128 | 87.5% |" in as_text(result)
+
+
+def test_the_shipped_checkpoint_draws_its_classes() -> None:
+    model = checkpoint.load(SHIPPED)
+    assert isinstance(model, ClassToImage)
+    assert model.spec.transformer.classes == len(CLASSES) and model.spec.transformer.max_depth == 3
+    drawn = train_classes.sample(model.transformer.eval(), model.autoencoder.eval(), depth=3)
+    pixels = ((drawn.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    pictures, parser, right = [Image.fromarray(one) for one in pixels], Parser.load(), 0
+    for place, class_id in enumerate([*train_classes.SHOWN, *train_classes.SHOWN]):
+        right += sum(judge(parser, prompt_of_class(class_id), [pictures[place]]).right)
+    assert right >= 13, right  # of 16; the checkpoint's score is 92.6%
