@@ -9,6 +9,7 @@ from tpx_export.exporter import Summary, export_bundle
 from tpx_export.model import ThinkingSpec
 from tpx_export.model.text_to_image import TextToImage
 from tpx_export.pipeline import Pipeline
+from tpx_export.quantise.quantiser import Int8Options
 
 
 @pytest.fixture(scope="session")
@@ -27,3 +28,11 @@ def tiny_export(tiny_model: TextToImage, tmp_path_factory: pytest.TempPathFactor
 def tiny_bundle(tiny_export: tuple[Path, Summary]) -> Path:
     """A bundle with depths 1..3; copy it before changing anything in it."""
     return tiny_export[0]
+
+
+@pytest.fixture(scope="session")
+def int8_export(tiny_model: TextToImage, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Summary]:
+    """In int8 with depths 1 and 2, kept whatever it costs: so small a model gains nothing."""
+    out = tmp_path_factory.mktemp("int8") / "tiny"
+    options = Int8Options(accept_loss=True)
+    return out, export_bundle(Pipeline.of(tiny_model), out, depth=2, precision="int8", int8=options)

@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -27,7 +27,14 @@ _PATH = click.Path(path_type=Path)
 @click.option("--no-t5", is_flag=True, help="Leave out BASE's T5 encoder.")
 @click.option("--depth", type=int, help="Latent steps; graphs 1..DEPTH are written.  [default: the model's]")
 @click.option("--out", type=_PATH, help="Folder to write.  [default: bundles/<model's name>]")
-@click.option("--precision", help="fp32 or fp16.  [default: as the weights are stored]")
+@click.option("--precision", help="fp32, fp16, int8 or int8-weights.  [default: as the weights are stored]")
+@click.option(
+    "--calibration", type=_PATH, help="int8: prompts to calibrate with, one a line.  [default: own]"
+)
+@click.option("--accept-loss", is_flag=True, help="int8: keep the bundle whatever it costs.")
+@click.option(
+    "--score-prompts", type=int, help="int8: prompts of each kind of ShapesEval.  [default: all 92]"
+)
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 def main(
     ckpt: Path | None,
@@ -39,6 +46,9 @@ def main(
     depth: int | None,
     out: Path | None,
     precision: str | None,
+    calibration: Path | None,
+    accept_loss: bool,
+    score_prompts: int | None,
     force: bool,
 ) -> None:
     """Write an ONNX bundle of a model, verified against PyTorch, and print its path.
@@ -47,7 +57,11 @@ def main(
     """
     pipeline = open_model(ckpt, base, components, adapters, image_size_px, no_t5)
     from tpx_export.exporter import export_bundle
+    from tpx_export.quantise.quantiser import Int8Options
+    from tpx_export.quantise.verdict import Refused
 
+    given = {"calibration": calibration, "score_prompts": score_prompts, "accept_loss": accept_loss or None}
+    chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     out = out or Path("bundles") / pipeline.name
     with click.progressbar(length=1, label="export", file=sys.stderr) as bar:
 
@@ -55,8 +69,16 @@ def main(
             bar.length, bar.label = total, f"{task:<22}"
             bar.update(done - bar.pos)
 
-        summary = export_bundle(pipeline, out, depth, precision, force, advance)
+        try:
+            options = Int8Options(**chosen) if chosen else None
+            summary = export_bundle(pipeline, out, depth, precision, force, advance, options)
+        except Refused as refused:
+            bar.finish()
+            click.echo(f"\n{table(refused.summary)}", err=True)
+            raise
     click.echo(table(summary), err=True)
+    if summary.loss:
+        click.echo(f"accepted: {summary.loss}", err=True)
     click.echo(out)
 
 
@@ -97,4 +119,8 @@ def table(summary: "Summary") -> str:
     lines += [f"{name:<32}{size / 1e6:>9.2f} MB" for name, size in summary.folder_bytes.items()]
     lines.append("")
     lines += [f"{name:<32}{seconds:>9.1f} s" for name, seconds in summary.seconds.items()]
+    if summary.int8:
+        from tpx_export.quantise.report import as_text
+
+        lines += ["", as_text(summary.int8)]
     return "\n".join(lines)

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from tpx_export.pipeline import Pipeline
-from tpx_export.precision import TOLERANCES
+from tpx_export.precision import tolerance_of
 from tpx_runtime import __version__
 from tpx_runtime.bundle import Manifest, describe_files
 
@@ -20,7 +20,7 @@ def manifest(pipeline: Pipeline, depths: tuple[int, ...], precision: str, folder
         text_encoders=tuple(part.spec for part in pipeline.text),
         latent=pipeline.latent,
         defaults=replace(pipeline.defaults, depth=min(pipeline.defaults.depth, depths[-1])),
-        tolerance=TOLERANCES[precision],
+        tolerance=tolerance_of(precision, pipeline.precision),
         files=describe_files(folder),
     )
 

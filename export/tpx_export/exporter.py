@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import nn
 
 from tpx_export.description import manifest, scheduler
 from tpx_export.golden import Golden, text_golden, told_of, transformer_golden, vae_golden
@@ -26,7 +27,10 @@ from tpx_export.graphs import (
     to_onnx,
 )
 from tpx_export.pipeline import Pipeline, TextPart
-from tpx_export.precision import TOLERANCES, at_precision
+from tpx_export.precision import QUANTISED, TOLERANCES, around, at_precision
+from tpx_export.quantise.quantiser import Int8Options, Quantiser, Tasks, complete, fp32_beside
+from tpx_export.quantise.report import Report
+from tpx_export.quantise.verdict import Refused, verdict
 from tpx_export.routing import spellings
 from tpx_export.weights import WeightFile
 from tpx_runtime.bundle import (
@@ -51,11 +55,16 @@ Progress = Callable[[str, int, int], None]  # (what comes next, tasks done, task
 
 @dataclass(frozen=True)
 class Summary:
-    """What an export did: the verification of each graph in both spellings, seconds of each task, bytes by folder."""
+    """What an export did: the verification of each graph in both spellings, seconds of each task, bytes by folder.
+
+    In int8 also its comparison with fp32, and what speaks against it: a bundle that has such a line was kept all the same.
+    """
 
     reports: dict[str, list[PartReport]]
     seconds: dict[str, float]
     folder_bytes: dict[str, int]
+    int8: Report | None = None
+    loss: str | None = None
 
 
 def export_bundle(
@@ -65,12 +74,14 @@ def export_bundle(
     precision: str | None = None,
     force: bool = False,
     progress: Progress = lambda task, done, total: None,
+    int8: Int8Options | None = None,
 ) -> Summary:
     """Write the bundle of `pipeline` at `out`, with the transformer at every depth 1..`depth` (the model's own if None).
 
     The precision is that of the stored weights if None. The bundle is made in a hidden sibling of `out`, verified with ONNX
     Runtime against PyTorch, and renamed when whole: what is interrupted or fails leaves nothing. Raises BadInput for a
-    depth, precision or place that cannot be used, EngineFailed where a graph is out of tolerance.
+    depth, precision, place or `int8` that cannot be used, EngineFailed where a graph is out of tolerance, Refused for int8
+    that is not worth having, unless that is accepted.
     """
     deepest, precision = pipeline.model.depths[-1], precision or pipeline.precision
     depth = deepest if depth is None else depth
@@ -79,16 +90,24 @@ def export_bundle(
     if precision not in TOLERANCES:
         raise BadInput(f"expected a precision of {', '.join(TOLERANCES)}, found {precision!r}")
     _check_place(out, force)
+    if int8 is not None and precision not in QUANTISED:
+        raise BadInput(
+            f"expected int8's options with {' or '.join(QUANTISED)}, found {precision}; leave them out"
+        )
+    quantiser = Quantiser(pipeline, precision, int8 or Int8Options()) if precision in QUANTISED else None
     depths = tuple(range(1, depth + 1))
-    tasks = _Tasks(progress, total=len(pipeline.text) + len(depths) + 5)
+    more = quantiser.tasks(depths) if quantiser else 0
+    tasks = _Tasks(progress, total=len(pipeline.text) + len(depths) + 5 + more)
     golden: Golden = {}
-    with _whole_or_nothing(out) as folder:
+    with _whole_or_nothing(out) as folder, fp32_beside(folder) as fp32:
+        places = _Places(folder, fp32, quantiser)
         for part in pipeline.text:
             with tasks(part.spec.folder.replace("_", " ")):
-                golden |= _write_text_encoder(part, folder, precision)
-        golden |= _write_transformer(pipeline, folder, precision, depths, golden, tasks)
+                golden |= _write_text_encoder(pipeline, part, places, precision)
+        golden |= _write_transformer(pipeline, places, precision, depths, golden, tasks)
         with tasks("decoder and encoder"):
-            golden |= _write_autoencoder(pipeline, folder, precision, golden.pop("end"))  # type: ignore[arg-type]
+            rest = around(precision, pipeline.precision)
+            golden |= _write_autoencoder(pipeline, folder, rest, golden.pop("end"))  # type: ignore[arg-type]
         (folder / GOLDEN).parent.mkdir()
         np.savez(folder / GOLDEN, **golden)  # type: ignore[arg-type]
         _write_json(folder / SCHEDULER, scheduler(pipeline))
@@ -98,38 +117,86 @@ def export_bundle(
         gc.collect()  # modules hang in cycles with what traced them, and engines want their memory
         with tasks("verification"):
             reports = verify(bundle)
-    return Summary(reports, tasks.seconds, folder_bytes(out))
+        summary = Summary(reports, tasks.seconds, folder_bytes(folder))
+        if quantiser:
+            with tasks("the same in fp32"):
+                twin = complete(fp32, bundle, pipeline)
+            report = quantiser.report(bundle, twin, tasks)
+            summary = replace(summary, int8=report, loss=verdict(report))
+            if summary.loss and not quantiser.options.accept_loss:
+                raise Refused(f"{summary.loss}; nothing was written, add --accept-loss to keep it", summary)
+    return summary
 
 
-def _write_text_encoder(part: TextPart, folder: Path, precision: str) -> Golden:
+@dataclass(frozen=True)
+class _Places:
+    """Where graphs are written: the bundle's folder, and one for the same in fp32 where a quantiser compares with that."""
+
+    folder: Path
+    fp32: Path
+    quantiser: Quantiser | None
+
+
+def _write_text_encoder(pipeline: Pipeline, part: TextPart, places: _Places, precision: str) -> Golden:
+    folder, quantiser = places.folder, places.quantiser
     _write_json(folder / part.spec.tokenizer / VOCABULARY, part.vocabulary)
     module = part.load()
     golden = text_golden(part, module)
+    if quantiser:
+        quantiser.hear(part, module)
+    if quantiser and quantiser.weights_alone:
+        at_precision(module, "fp32")
+        _write_encoder_graph(part, module, places.fp32)
+        quantiser.text_encoder(module)
+    else:
+        at_precision(module, around(precision, pipeline.precision))
+    _write_encoder_graph(part, module, folder)
+    return golden
+
+
+def _write_encoder_graph(part: TextPart, module: nn.Module, folder: Path) -> None:
     outputs = ("context", "pooled") if part.spec.pooled_width else ("context",)
-    graph = Graph(
-        TextEncoderGraph(at_precision(module, precision)), {"ids": torch.from_numpy(part.ids)}, outputs
-    )
+    graph = Graph(TextEncoderGraph(module), {"ids": torch.from_numpy(part.ids)}, outputs)
     with WeightFile(folder / part.spec.folder) as weights:
         weights.write(weights.take(to_onnx(graph)), MODEL)
-    return golden
 
 
 def _write_transformer(
     pipeline: Pipeline,
-    folder: Path,
+    places: _Places,
     precision: str,
     depths: tuple[int, ...],
     golden: Golden,
     tasks: "_Tasks",
 ) -> Golden:
-    model = pipeline.model
+    model, quantiser = pipeline.model, places.quantiser
     with tasks("transformer in PyTorch"):
         module = pipeline.transformer()
         inputs = told_of(pipeline.text, golden, model)
         made = transformer_golden(module, model, inputs, pipeline.shift, depths)
+    if quantiser:
+        at_precision(module, "fp32")
+        _write_transformer_graphs(
+            module, pipeline, made, places.fp32, depths, lambda task: tasks(f"{task}, fp32")
+        )
+        quantiser.transformer(module, depths, tasks)
+    else:
         at_precision(module, precision)
-    known = {name: _pair(made[name]) for name in model.conditions_inputs}
-    denoise = {name: _pair(made[name]) for name in model.transformer_inputs}
+    _write_transformer_graphs(module, pipeline, made, places.folder, depths, tasks)
+    return made
+
+
+def _write_transformer_graphs(
+    module: nn.Module,
+    pipeline: Pipeline,
+    golden: Golden,
+    folder: Path,
+    depths: tuple[int, ...],
+    tasks: Tasks,
+) -> None:
+    model = pipeline.model
+    known = {name: _pair(golden[name]) for name in model.conditions_inputs}
+    denoise = {name: _pair(golden[name]) for name in model.transformer_inputs}
     routed = bool(model.thinking_blocks)
     outputs = (model.prediction, "routes") if routed else (model.prediction,)
     with WeightFile(folder / "transformer") as weights:
@@ -142,7 +209,6 @@ def _write_transformer(
                 operator, plain = spellings(weights.take(to_onnx(graph)), model.visual_tokens)
                 weights.write(operator, Path(transformer_name(steps)).name)
                 weights.write(plain, Path(transformer_name(steps, plain=True)).name)
-    return made
 
 
 def _write_autoencoder(pipeline: Pipeline, folder: Path, precision: str, end: Array) -> Golden:

@@ -1,6 +1,7 @@
 """How `torch.onnx.export` writes the operations of our models: one table, handed to every export.
 
 tpx::RoutedLora    one node of that name, whatever body it is given later
+tpx::..._linear    int8: QuantizeLinear and DequantizeLinear around one MatMul (quantise/linear.py)
 chunk              one Split (the exporter's own spelling is a sequence, which TensorRT refuses)
 attention          MatMul, Softmax (always float32), MatMul, free of shape arithmetic, so that engines can fuse it
 """
@@ -14,6 +15,7 @@ import onnxscript
 import torch
 
 from tpx_export.model import routed_lora  # noqa: F401  registers torch.ops.tpx.RoutedLora
+from tpx_export.quantise import linear  # noqa: F401  registers torch.ops.tpx's linear layers in int8
 
 OPSET = 20
 DOMAIN, NAME = "tpx", "RoutedLora"
@@ -42,8 +44,21 @@ def _attention(
     return _op.MatMul(_op.CastLike(_op.Softmax(scores, axis=-1), v), v)
 
 
+def _quantised_linear(x: Any, step: Any, weight: Any, steps: Any) -> Any:
+    # Without a zero point of int8, QuantizeLinear would give uint8.
+    zero = _op.Cast(_op.Constant(value_int=0), to=ir.DataType.INT8)
+    rounded = _op.DequantizeLinear(_op.QuantizeLinear(x, step, zero), step, zero)
+    return _dequantised_linear(rounded, weight, steps)
+
+
+def _dequantised_linear(x: Any, weight: Any, steps: Any) -> Any:
+    return _op.MatMul(x, _op.DequantizeLinear(weight, steps, axis=1))
+
+
 TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.tpx.RoutedLora.default: _routed_lora,
+    torch.ops.tpx.quantised_linear.default: _quantised_linear,
+    torch.ops.tpx.dequantised_linear.default: _dequantised_linear,
     torch.ops.aten.chunk.default: _chunk,
     torch.ops.aten.scaled_dot_product_attention.default: _attention,
 }

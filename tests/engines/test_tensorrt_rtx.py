@@ -22,7 +22,7 @@ except EngineUnavailable as missing:
     pytest.skip(str(missing), allow_module_level=True)
 
 
-@pytest.fixture(scope="module", params=["fp32", "fp16"])
+@pytest.fixture(scope="module", params=["fp32", "fp16", "int8"])
 def bundle(
     request: pytest.FixtureRequest,
     tiny_model: TextToImage,
@@ -31,6 +31,8 @@ def bundle(
 ) -> Bundle:
     if request.param == "fp32":
         return Bundle.open(tiny_bundle)
+    if request.param == "int8":
+        return Bundle.open(request.getfixturevalue("int8_export")[0])
     out = tmp_path_factory.mktemp("half") / "tiny"
     export_bundle(Pipeline.of(tiny_model), out, precision="fp16")
     return Bundle.open(out)
@@ -39,7 +41,7 @@ def bundle(
 @pytest.mark.parametrize("capability", [86, 89, 120])
 def test_builds_every_graph_at_every_depth(bundle: Bundle, capability: int) -> None:
     made = graphs(bundle)
-    assert len(made) == 7
+    assert len(made) == 4 + len(bundle.manifest.model.depths)
     for name, (path, inputs) in made.items():
         engine = tensorrt.build(RTX, path, inputs, capability=capability)
         assert len(engine) > 10_000, name

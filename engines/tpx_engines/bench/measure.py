@@ -9,10 +9,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from tpx_runtime.evaluation.similarity import psnr_db
+
 from .configurations import Configuration
 from .process import Unmeasured, WorkerProcess
 from .record import COLD, Record, draw_unit, picture
-from .similarity import psnr_db
 from .subject import Work
 
 Advance = Callable[[str, int], None]  # (what comes next, units that are done since)

@@ -13,10 +13,10 @@ from tpx_engines.bench import compiled, naive
 from tpx_engines.bench.baselines import of_eager
 from tpx_engines.bench.flops import graph_flops
 from tpx_engines.bench.peak import gemm
-from tpx_engines.bench.similarity import psnr_db
 from tpx_engines.bench.subject import Subject, Work, of_engine
 from tpx_export import checkpoint
 from tpx_export.model.text_to_image import TextToImage
+from tpx_runtime.evaluation.similarity import psnr_db
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,80 @@
+"""Where to cut off activations in int8: the rules against one another, and the weights alone, in PyTorch.
+
+    python benchmarks/int8_clipping.py [--ckpt samples/shapes/shapes.safetensors]
+
+One calibration serves all rules. Errors are those of the golden inputs of an export: the greatest over the greatest value,
+and the root mean square over the golden values' own.
+"""
+
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+
+from tpx_export import checkpoint
+from tpx_export.golden import Golden, text_golden, told_of, transformer_golden
+from tpx_export.pipeline import Pipeline
+from tpx_export.quantise.calibration import Told, activations
+from tpx_export.quantise.grid import CLIPPING, Magnitudes
+from tpx_export.quantise.layers import block_linears, modulations
+from tpx_export.quantise.linear import replace
+from tpx_export.quantise.prompts import subjects_of
+
+
+def calibrate(pipeline: Pipeline) -> tuple[dict[str, Magnitudes], Golden]:
+    """Magnitudes by layer over every depth, and the golden tensors of the transformer."""
+    told, golden = Told(subjects_of(pipeline).calibrating), Golden()
+    for part in pipeline.text:
+        encoder = part.load()
+        golden |= text_golden(part, encoder)
+        told.hear(part, encoder)
+    transformer, rows = pipeline.transformer(), told.rows(pipeline)
+    layers = block_linears(transformer)
+    seen = {name: Magnitudes() for name in layers}
+    for depth in pipeline.model.depths:
+        activations(transformer, layers, seen, pipeline, rows, depth)
+    given = told_of(pipeline.text, golden, pipeline.model)
+    return seen, transformer_golden(transformer, pipeline.model, given, pipeline.shift, pipeline.model.depths)
+
+
+@torch.no_grad()
+def losses(pipeline: Pipeline, golden: Golden, rule: str | None, seen: dict[str, Magnitudes]) -> list[str]:
+    """Of each depth: greatest error, root mean square error, and share of equal routes; `rule` None for weights alone."""
+    model, transformer = pipeline.model, pipeline.transformer()
+    layers, steps = block_linears(transformer), None
+    if rule is None:
+        layers |= modulations(transformer)
+    else:
+        steps = {name: one.step(rule) for name, one in seen.items()}
+    replace(transformer, layers, steps)
+    known = [torch.from_numpy(golden[name]) for name in model.conditions_inputs]
+    given = {name: torch.from_numpy(golden[name]) for name in model.transformer_inputs}
+    given["conditions"] = transformer.conditions(*known)  # type: ignore[operator]
+    told = []
+    for depth in model.depths:
+        found, routes = transformer.denoise(*given.values(), depth)  # type: ignore[operator]
+        wanted = golden[f"{model.prediction}_{depth}"]
+        error = found.numpy() - wanted
+        greatest = np.abs(error).max() / np.abs(wanted).max()
+        square = np.sqrt(np.square(error).mean() / np.square(wanted).mean())
+        same = (routes.numpy() == golden[f"routes_{depth}"]).mean() if model.thinking_blocks else 1.0
+        told.append(f"{greatest:.1e}, {square:.1e}, {same:.2%}")
+    return told
+
+
+@click.command()
+@click.option("--ckpt", type=click.Path(path_type=Path), default=Path("samples/shapes/shapes.safetensors"))
+def main(ckpt: Path) -> None:
+    """Print the table as Markdown."""
+    pipeline = Pipeline.of(checkpoint.load(ckpt))
+    seen, golden = calibrate(pipeline)
+    depths = pipeline.model.depths
+    click.echo(f"| clipping | {' | '.join(f'depth {depth}' for depth in depths)} |")
+    click.echo("|---|" + "---|" * len(depths))
+    for rule in (*CLIPPING, None):
+        click.echo(f"| {rule or 'weights alone'} | {' | '.join(losses(pipeline, golden, rule, seen))} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""How large activations become: hooks on every layer, over whole sampling trajectories of the float32 model.
+
+The model's own sampler, steps and guidance, both branches of it, at every depth 1..T: the layers are the same at all depths,
+so one range serves all of them.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from tpx_export.golden import Golden
+from tpx_export.pipeline import Pipeline, TextPart
+from tpx_export.precision import in_float32
+from tpx_export.quantise.grid import Magnitudes
+from tpx_export.quantise.layers import Layers
+from tpx_runtime.conditioning import Said, combine
+from tpx_runtime.guidance import guide
+from tpx_runtime.noise import batch_noise
+from tpx_runtime.registry import SAMPLERS_FOR, walk
+from tpx_runtime.samplers import Array
+from tpx_runtime.tokenizer import tokenizer_of
+
+SEED = 20260501  # of the first trajectory; what is shown afterwards begins elsewhere
+_TOKENS_AT_ONCE = 512  # visual ones, of prompts that are drawn together
+
+
+@dataclass
+class Told:
+    """What calibration's rows are told: row 0 nothing, guidance's other branch, then one row for each prompt or class.
+
+    Encoders say their part one after another, when each is in memory.
+    """
+
+    subjects: Sequence[str | int]
+    said: list[Said] = field(default_factory=list)
+
+    @torch.no_grad()
+    def hear(self, part: TextPart, encoder: nn.Module) -> None:
+        """Take in what a text encoder says of every prompt."""
+        tokenizer = tokenizer_of(part.vocabulary, Path("vocab.json"))
+        every = [tokenizer.encode_empty(), *(tokenizer.encode(str(prompt)) for prompt in self.subjects)]
+        with in_float32(encoder):
+            rows = [encoder(torch.tensor([one.ids])) for one in every]
+        if part.spec.pooled_width:
+            context, pooled = (torch.cat(values).numpy() for values in zip(*rows, strict=True))
+            self.said.append((context, pooled))
+        else:
+            firsts = [row[0] if isinstance(row, tuple) else row for row in rows]
+            self.said.append((torch.cat(firsts).numpy(), None))
+
+    def rows(self, pipeline: Pipeline) -> Golden:
+        """The transformer's inputs by name, each [1 + subjects, ...]."""
+        if classes := pipeline.model.classes:
+            return {"class_id": np.array([classes, *self.subjects], np.int64)}
+        return dict(combine(self.said, pipeline.model))
+
+
+@torch.no_grad()
+def activations(
+    transformer: nn.Module,
+    layers: Layers,
+    seen: Mapping[str, Magnitudes],
+    pipeline: Pipeline,
+    told: Golden,
+    depth: int,
+) -> None:
+    """Add what goes into each of `layers` to `seen`, by name, on a trajectory of every row of `told` (of `Told.rows`).
+
+    Raises ValueError where activations are not finite.
+    """
+    model, defaults = pipeline.model, pipeline.defaults
+    sampler = SAMPLERS_FOR[model.prediction][defaults.sampler]
+    schedule = sampler.schedule(defaults.steps, pipeline.shift or 1.0)
+    rows = len(next(iter(told.values()))) - 1
+    at_once = max(1, _TOKENS_AT_ONCE // model.visual_tokens)
+    with in_float32(transformer), watched(layers, seen):
+        for first in range(1, rows + 1, at_once):
+            some = range(first, min(first + at_once, rows + 1))
+            noise_at = partial(batch_noise, [SEED + row for row in some], model.latent_shape)
+            predict = _guided(transformer, pipeline, told, some, depth)
+            for _ in walk(sampler, predict, noise_at(), schedule, noise_at):
+                pass
+
+
+@contextmanager
+def watched(layers: Layers, seen: Mapping[str, Magnitudes]) -> Iterator[None]:
+    """Inside, what goes into each of `layers` is added to the magnitudes of its name."""
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, inputs, name=name: seen[name].add(inputs[0]))
+        for name, layer in layers.items()
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _guided(
+    transformer: nn.Module, pipeline: Pipeline, told: Golden, some: range, depth: int
+) -> Callable[[Array, float], Array]:
+    guidance, channels = pipeline.defaults.guidance, pipeline.model.guided_channels
+    branches = [0] * len(some) * (guidance != 1) + list(some)
+    given = [torch.from_numpy(values[branches]) for values in told.values()]
+
+    def predict(x: Array, timestep: float) -> Array:
+        latents = torch.from_numpy(np.concatenate([x] * (len(branches) // len(x))).astype(np.float32))
+        times = torch.full((len(latents),), timestep, dtype=torch.float32)
+        prediction: Array = transformer(latents, times, *given, depth)[0].numpy()
+        if guidance == 1:
+            return prediction
+        return guide(prediction[: len(x)], prediction[len(x) :], guidance, channels)
+
+    return predict

@@ -1,0 +1,140 @@
+"""What is drawn to calibrate int8 and to show what it costs: prompts of the user's, or ones that the model can read.
+
+a file            one prompt a line
+CLIP and T5       plain descriptions of varied things
+words             captions of the shapes world where the model knows their words, else prompts of its own random words
+classes           classes spread over all of them
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from tpx_export.pipeline import Pipeline, TextPart
+from tpx_runtime.errors import BadInput, shorten
+from tpx_runtime.tokenizer import Tokenizer, WordTokenizer, refuse_unknown, tokenizer_of
+
+EACH = 8  # prompts to calibrate with, and as many others to show
+EACH_LARGE = 1
+LARGE = 1024  # visual tokens
+
+_PLAIN = (
+    "a portrait of an old fisherman with a grey beard, oil on canvas",
+    "a red bicycle leaning against a white brick wall",
+    "an aerial view of a river delta at dusk",
+    "two cats asleep on a blue sofa under a window",
+    "a bowl of ramen with a soft-boiled egg, seen from above",
+    'a shop sign that says "open", with rain on the glass',
+    "a pencil sketch of a cathedral",
+    "a snow leopard on a cliff, clear morning light",
+    "an astronaut rides a horse on the moon",
+    "three green apples beside a glass of water",
+    "a crowded market street at night with paper lanterns",
+    "a minimal logo of a fox, flat colours",
+    "a wooden cabin by a lake, autumn leaves",
+    "macro photograph of a bee on a yellow flower",
+    "a robot reading a newspaper in a café",
+    "an isometric drawing of a small island with a lighthouse",
+)
+
+
+@dataclass(frozen=True)
+class Subjects:
+    """Prompts, or classes, to calibrate with and to show; one of the two kinds is empty."""
+
+    calibrating: tuple[str | int, ...]
+    shown: tuple[str | int, ...]
+
+
+def subjects_of(pipeline: Pipeline, file: Path | None = None) -> Subjects:
+    """Those of `file`, which are calibrated with and the first of them shown, or the model's own. Raises BadInput."""
+    each = EACH_LARGE if pipeline.model.visual_tokens > LARGE else EACH
+    if file is not None:
+        given = read_prompts(file, pipeline)
+        return Subjects(given, given[:each])
+    if pipeline.model.classes:
+        spread = np.linspace(0, pipeline.model.classes - 1, 2 * each).round().astype(int).tolist()
+        return Subjects(tuple(spread[::2]), tuple(spread[1::2]))
+    prompts = own_prompts(pipeline, 2 * each)
+    half = len(prompts) // 2
+    return Subjects(prompts[:half], prompts[half:])
+
+
+def read_prompts(file: Path, pipeline: Pipeline) -> tuple[str, ...]:
+    """The lines of a file that are not blank, each of which the model can read. Raises BadInput, which names the line."""
+    if pipeline.model.classes:
+        raise BadInput(
+            f"expected no prompts for a model of classes, found {file}; leave it out, its classes are used"
+        )
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise BadInput(
+            f"expected a file of prompts, one a line, at {file}, found: {error.strerror}"
+        ) from None
+    except UnicodeDecodeError:
+        raise BadInput(f"expected UTF-8 text in {file}, found other bytes; save it as UTF-8") from None
+    tokenizers, found = [_tokenizer(part) for part in pipeline.text], []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            _require_readable(line, tokenizers)
+        except BadInput as error:
+            raise BadInput(f"{file}, line {number}: {error}") from None
+        found.append(line.strip())
+    if not found:
+        raise BadInput(f"expected prompts in {file}, one a line, found none; write some")
+    return tuple(found)
+
+
+def own_prompts(pipeline: Pipeline, count: int) -> tuple[str, ...]:
+    """Up to `count` prompts that the model can read, always the same ones."""
+    tokenizers = [_tokenizer(part) for part in pipeline.text]
+    words = next((t for t in tokenizers if isinstance(t, WordTokenizer)), None)
+    if words is None:
+        return _PLAIN[:count]
+    captions = [text for text in _captions(count) if _readable(text, tokenizers)]
+    if len(captions) == count:
+        return tuple(captions)
+    return tuple(_spoken(part, row) for part in pipeline.text[:1] for row in part.ids)
+
+
+def _captions(count: int) -> Sequence[str]:
+    """Of the shapes world, all kinds in turn; none without a checkout's folder samples."""
+    try:
+        from samples.shapes.captions import KINDS, caption, prompt_of
+    except ImportError:
+        return ()
+    rng, texts = random.Random("int8"), dict[str, None]()
+    while len(texts) < count:
+        texts[caption(prompt_of(rng, KINDS[len(texts) % len(KINDS)]), rng)] = None
+    return tuple(texts)
+
+
+def _spoken(part: TextPart, ids: Sequence[int]) -> str:
+    tokens = part.vocabulary["tokens"]
+    assert isinstance(tokens, list)
+    return " ".join(word for word in (tokens[i] for i in ids) if not word.startswith("<"))
+
+
+def _readable(text: str, tokenizers: Sequence[Tokenizer]) -> bool:
+    try:
+        _require_readable(text, tokenizers)
+    except BadInput:
+        return False
+    return True
+
+
+def _require_readable(text: str, tokenizers: Sequence[Tokenizer]) -> None:
+    if not text.isprintable():
+        raise BadInput(f"expected text, found {shorten(text)} with characters that cannot be printed")
+    for tokenizer in tokenizers:
+        refuse_unknown(tokenizer.encode(text), tokenizer)
+
+
+def _tokenizer(part: TextPart) -> Tokenizer:
+    return tokenizer_of(part.vocabulary, Path(part.spec.tokenizer) / "vocab.json")

@@ -1,0 +1,47 @@
+"""Whether int8 was worth it."""
+
+from typing import Any
+
+from tpx_export.quantise.report import Report
+from tpx_runtime.errors import TpxError
+
+MOST_LOST = 0.01  # of the score, in parts of 1
+SMALL = 0.5  # of fp32's bytes: fp16 has that for less error
+
+
+class Refused(TpxError):
+    """A bundle in int8 that loses too much or gains nothing. `summary` is what the export would have returned."""
+
+    exit_code = 7
+
+    def __init__(self, line: str, summary: Any) -> None:
+        super().__init__(line)
+        self.summary = summary
+
+
+def verdict(report: Report) -> str | None:
+    """What speaks against the bundle, in one line; None if it is worth having."""
+    faults = []
+    score = report.score
+    if score and score.change.mean < -MOST_LOST:
+        faults.append(
+            f"{-100 * score.change.mean:.1f} points of ShapesEval lost "
+            f"(95% interval {-100 * score.change.high:.1f} to {-100 * score.change.low:.1f})"
+        )
+    wanted = f"at most {100 * MOST_LOST:.0f} point of score lost"
+    if report.precision == "int8":
+        wanted += " and the best engine faster than with fp32"
+        fp32 = min(report.speeds, key=lambda one: one.fp32_ms)
+        int8 = min(report.speeds, key=lambda one: one.int8_ms)
+        if int8.int8_ms >= fp32.fp32_ms:
+            faults.append(
+                f"{int8.int8_ms:.2f} ms a call on {int8.engine}, where fp32 takes {fp32.fp32_ms:.2f} ms on {fp32.engine}"
+            )
+    else:
+        wanted += f" and less than {SMALL:.0%} of fp32's bytes"
+        before, after = report.bytes
+        if after >= SMALL * before:
+            faults.append(f"{after / before:.0%} of fp32's bytes")
+    if not faults:
+        return None
+    return f"expected of {report.precision} {wanted}, found {' and '.join(faults)}"

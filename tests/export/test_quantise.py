@@ -1,0 +1,597 @@
+"""int8: exactly these layers, on this grid, from these activations; and nothing is left of what was not worth it."""
+
+import copy
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from click.testing import CliRunner
+from onnx import numpy_helper
+from tiny import make_tiny
+from torch import nn
+
+from tpx_export import checkpoint, exporter
+from tpx_export.cli import main
+from tpx_export.exporter import Summary, export_bundle
+from tpx_export.golden import text_golden
+from tpx_export.model import (
+    AutoencoderSpec,
+    ClassToImage,
+    ClassToImageSpec,
+    DiTSpec,
+    MMDiT,
+    TextToImage,
+    ThinkingSpec,
+)
+from tpx_export.model.mmdit import MMDiTSpec
+from tpx_export.pipeline import Pipeline
+from tpx_export.quantise import measure, prompts, quantiser
+from tpx_export.quantise import score as scoring
+from tpx_export.quantise.calibration import SEED, Told, activations
+from tpx_export.quantise.grid import BINS, TOP, Magnitudes, weight_grid
+from tpx_export.quantise.layers import block_linears, encoder_linears, modulations
+from tpx_export.quantise.linear import Int8Linear
+from tpx_export.quantise.linear import replace as replace_layers
+from tpx_export.quantise.prompts import own_prompts, subjects_of
+from tpx_export.quantise.quantiser import Int8Options
+from tpx_export.quantise.report import DepthReport, Report, ScoreReport, SpeedReport, as_text
+from tpx_export.quantise.verdict import Refused, verdict
+from tpx_runtime.bundle import CONDITIONS, Bundle, transformer_name
+from tpx_runtime.engine import resolve
+from tpx_runtime.errors import EngineFailed
+from tpx_runtime.evaluation.statistics import Estimate
+from tpx_runtime.generator import Generator
+from tpx_runtime.manifest import Defaults
+from tpx_runtime.noise import batch_noise
+from tpx_runtime.samplers import SAMPLERS
+from tpx_runtime.verify import verify_bundle
+
+LAYERS = {  # of the tiny model: three blocks, the last of which has no text behind its attention
+    *(f"blocks.{b}.visual.{part}" for b in range(3) for part in ("qkv", "proj", "mlp_in", "mlp_out")),
+    *(f"blocks.{b}.text.{part}" for b in range(2) for part in ("qkv", "proj", "mlp_in", "mlp_out")),
+    "blocks.2.text.qkv",
+}
+
+
+def one_block() -> TextToImage:
+    """A smaller model than the tiny one, where an export is not what is tested."""
+    spec = make_tiny(ThinkingSpec(blocks=(0,), experts=3, rank=4, max_depth=1)).spec
+    torch.manual_seed(0)
+    made = TextToImage(
+        replace(
+            spec, transformer=replace(spec.transformer, blocks=1), defaults=replace(spec.defaults, depth=1)
+        )
+    )
+    with torch.no_grad():
+        for parameter in made.transformer.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.1)
+    return made.eval().requires_grad_(False)
+
+
+def leftovers(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def tensors(path: Path) -> dict[str, np.ndarray]:
+    return {t.name: numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer}
+
+
+# Which layers
+
+
+def test_these_layers_and_no_others(tiny_model: TextToImage) -> None:
+    transformer = tiny_model.transformer
+    assert set(block_linears(transformer)) == LAYERS
+    streams = {f"blocks.{b}.{stream}.modulation" for b in range(3) for stream in ("visual", "text")}
+    assert set(modulations(transformer)) == streams | {"out_modulation"}
+    linears = {f"layers.0.{part}" for part in ("qkv", "proj", "mlp_in", "mlp_out")}
+    assert set(encoder_linears(tiny_model.text_encoder)) == linears
+
+
+def test_the_second_attention_of_dual_blocks_is_quantised_too(tiny_model: TextToImage) -> None:
+    spec = MMDiTSpec(**{**vars(tiny_model.spec.transformer), "dual_blocks": (1,), "thinking": None})
+    assert set(block_linears(MMDiT(spec))) == LAYERS | {"blocks.1.second.qkv", "blocks.1.second.proj"}
+
+
+# The grid
+
+
+def test_weights_are_within_half_a_step() -> None:
+    weight = (
+        torch.randn(48, 64, generator=torch.Generator().manual_seed(0)) * torch.logspace(-4, 3, 48)[:, None]
+    )
+    weight[7] = 0
+    values, steps = weight_grid(weight)
+    assert (values.dtype, values.shape, steps.shape) == (torch.int8, (64, 48), (48,))
+    assert (values.float() * steps - weight.t()).abs().le(steps * 0.5001).all()
+    assert values.abs().amax(0)[weight.any(1)].eq(TOP).all()  # each channel uses all of its grid
+    assert not values[:, 7].any() and torch.isfinite(steps).all()
+
+
+def test_magnitudes_do_not_hang_on_the_order_of_what_comes() -> None:
+    rng = torch.Generator().manual_seed(0)
+    parts = [torch.randn(4, 100, generator=rng) * size for size in (0.01, 1, 0.1, 100)]
+    seen = Magnitudes()
+    for part in parts:
+        seen.add(part)
+    values = torch.cat(parts).abs()
+    assert seen.counts.sum() == values.numel()
+    assert seen.largest == values.max() and seen.largest <= seen.reach
+    for share in (0.25, 0.5, 0.9):
+        end = float(values.quantile(share))
+        below = seen.counts[: int(end / seen.reach * BINS) + 1].sum() / values.numel()
+        assert below >= share - 0.01
+
+
+def test_a_step_serves_the_many_and_not_the_one() -> None:
+    seen = Magnitudes()
+    values = torch.randn(100_000, generator=torch.Generator().manual_seed(0))
+    values = torch.cat([values, torch.tensor([30.0])])
+    seen.add(values)
+    assert seen.step("max") * TOP == pytest.approx(30)
+    assert seen.step("percentile") * TOP == pytest.approx(3.9, abs=0.5)
+
+    def error(step: float) -> float:
+        return float(((values / step).round().clamp(-TOP, TOP) * step - values).square().mean())
+
+    assert error(seen.step("mse")) < 0.9 * min(error(seen.step("max")), error(seen.step("percentile")))
+    assert error(seen.step("mse")) < 1.02 * min(error(end / TOP) for end in np.arange(2, 30, 0.1))
+
+
+def test_zeros_and_what_is_not_finite() -> None:
+    seen = Magnitudes()
+    seen.add(torch.zeros(3))
+    assert [seen.step(rule) for rule in ("max", "percentile", "mse")] == [1.0, 1.0, 1.0]
+    with pytest.raises(ValueError, match="finite activations"):
+        seen.add(torch.tensor([1.0, float("nan")]))
+
+
+# Calibration
+
+
+@pytest.fixture(scope="module")
+def calibrated(tiny_model: TextToImage) -> tuple[Pipeline, dict[int, dict[str, Magnitudes]]]:
+    """Of depths 1 and 3, each alone."""
+    pipeline = Pipeline.of(tiny_model)
+    told = Told(("a red cube", "a green cube on a sphere"))
+    told.hear(pipeline.text[0], pipeline.text[0].load())
+    found = {}
+    for depth in (1, 3):
+        transformer = pipeline.transformer()
+        layers = block_linears(transformer)
+        found[depth] = {name: Magnitudes() for name in layers}
+        activations(transformer, layers, found[depth], pipeline, told.rows(pipeline), depth)
+        assert not any(layer._forward_pre_hooks for layer in layers.values())
+    return pipeline, found
+
+
+def test_ranges_are_those_of_whole_guided_trajectories(
+    tiny_model: TextToImage, calibrated: tuple[Pipeline, dict[int, dict[str, Magnitudes]]]
+) -> None:
+    """The loop written out by hand: of every layer the largest value at all steps, of both branches."""
+    pipeline, found = calibrated
+    [tokenizer] = [prompts._tokenizer(part) for part in pipeline.text]
+    defaults, largest = pipeline.defaults, dict.fromkeys(LAYERS, 0.0)
+    transformer = copy.deepcopy(tiny_model.transformer)
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[torch.Tensor]], None]:
+        def hook(_: nn.Module, inputs: tuple[torch.Tensor]) -> None:
+            largest[name] = max(largest[name], float(inputs[0].abs().max()))
+
+        return hook
+
+    for name in LAYERS:
+        transformer.get_submodule(name).register_forward_pre_hook(watch(name))
+    for row, prompt in enumerate(("a red cube", "a green cube on a sphere"), start=1):
+        ids = torch.tensor([tokenizer.encode_empty().ids, tokenizer.encode(prompt).ids])
+        context, pooled = tiny_model.text_encoder(ids)
+
+        def velocity(
+            x: np.ndarray, timestep: float, context: torch.Tensor = context, pooled: torch.Tensor = pooled
+        ) -> np.ndarray:
+            latents = torch.from_numpy(np.concatenate([x, x]).astype(np.float32))
+            out, _ = transformer(latents, torch.full((2,), timestep), context, pooled, 3)
+            without, given = out.numpy()
+            return (without + defaults.guidance * (given - without))[None]
+
+        sampler = SAMPLERS[defaults.sampler]
+        noise = batch_noise([SEED + row], pipeline.model.latent_shape)
+        assert len(list(sampler.sample(velocity, noise, sampler.schedule(defaults.steps, 1.0)))) == 4
+    for name, seen in found[3].items():
+        assert seen.largest == pytest.approx(largest[name], rel=1e-4)
+
+
+def test_each_depth_has_ranges_of_its_own(
+    calibrated: tuple[Pipeline, dict[int, dict[str, Magnitudes]]],
+) -> None:
+    """Which is why all are calibrated: what comes behind a block that thinks longer is something else."""
+    shallow, deep = (calibrated[1][depth] for depth in (1, 3))
+    assert shallow["blocks.0.visual.proj"].largest != deep["blocks.0.visual.proj"].largest
+    assert shallow["blocks.0.visual.qkv"].counts.sum() == deep["blocks.0.visual.qkv"].counts.sum()
+
+
+def test_classes_calibrate_themselves() -> None:
+    pipeline = Pipeline.of(make_classes())
+    subjects = subjects_of(pipeline)
+    assert not set(subjects.calibrating) & set(subjects.shown) or pipeline.model.classes < 16
+    assert set(subjects.calibrating) <= set(range(pipeline.model.classes))
+    told = Told(subjects.calibrating).rows(pipeline)
+    assert told["class_id"][0] == pipeline.model.classes  # no class
+    transformer = pipeline.transformer()
+    layers = block_linears(transformer)
+    seen = {name: Magnitudes() for name in layers}
+    activations(transformer, layers, seen, pipeline, told, 2)
+    assert all(one.largest > 0 for one in seen.values())
+
+
+def make_classes() -> ClassToImage:
+    torch.manual_seed(0)
+    spec = ClassToImageSpec(
+        name="tiny-classes",
+        license="Apache-2.0",
+        autoencoder=AutoencoderSpec(image_size_px=64, widths=(16, 16, 8)),
+        transformer=DiTSpec(
+            latent_size=8,
+            width=64,
+            heads=2,
+            blocks=2,
+            classes=40,
+            learned_sigma=False,
+            thinking=ThinkingSpec(blocks=(0,), experts=3, rank=4, max_depth=2),
+        ),
+        defaults=Defaults(sampler="ddim", steps=2, guidance=2.0, depth=2),
+    )
+    made = ClassToImage(spec)
+    with torch.no_grad():
+        for parameter in made.transformer.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.1)
+    return made.eval().requires_grad_(False)
+
+
+def test_prompts_are_ones_that_the_model_can_read(tiny_model: TextToImage) -> None:
+    pipeline = Pipeline.of(tiny_model)
+    assert all(own_prompts(pipeline, 4))  # its own random words: it does not know those of captions
+    from samples.shapes.captions import vocabulary
+
+    [part] = pipeline.text
+    words = {**part.vocabulary, "tokens": ["<pad>", "<bos>", "<eos>", "<unk>", *vocabulary()]}
+    knows = replace(pipeline, text=(replace(part, vocabulary={**words, "text_tokens": 24}),))
+    subjects = subjects_of(knows)
+    assert len({*subjects.calibrating, *subjects.shown}) == 16
+    assert subjects == subjects_of(knows)
+
+
+# The layer, and the graph that it becomes
+
+
+def test_a_layer_in_int8_is_near_the_layer() -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Linear(64, 48), torch.randn(2, 5, 64)
+    with torch.no_grad():
+        expected = layer(x)
+        close = (Int8Linear(layer, 4 / TOP)(x) - expected).abs().max() / expected.abs().max()
+        closer = (Int8Linear(layer, None)(x) - expected).abs().max() / expected.abs().max()
+        coarse = (Int8Linear(layer, 1.0)(x) - expected).abs().max() / expected.abs().max()
+    assert closer < close < 0.03 < coarse
+
+
+def test_the_graph_is_symmetric_int8_in_these_layers_alone(
+    int8_export: tuple[Path, Summary], tiny_model: TextToImage
+) -> None:
+    parameters = {
+        f"transformer.{name}": value.numpy() for name, value in tiny_model.transformer.named_parameters()
+    }
+    for plain in (False, True):
+        path = int8_export[0] / transformer_name(2, plain)
+        graph, stored = onnx.load(path).graph, tensors(path)
+        kinds = [node.op_type for node in graph.node]
+        assert kinds.count("QuantizeLinear") == len(LAYERS)
+        assert kinds.count("DequantizeLinear") == 2 * len(LAYERS)
+        made_by = {node.output[0]: node for node in graph.node}
+        for node in graph.node:
+            if node.op_type == "QuantizeLinear":
+                scale, zero = (stored[name] for name in node.input[1:])
+                assert scale.shape == zero.shape == () and scale > 0
+                assert zero.dtype == np.int8 and zero == 0
+        weights = {name for name, value in stored.items() if value.dtype == np.int8 and value.ndim == 2}
+        assert {name.removeprefix("transformer.").removesuffix(".weight") for name in weights} == LAYERS
+        for node in graph.node:
+            if node.op_type == "MatMul" and (right := made_by.get(node.input[1])) is not None:
+                if right.op_type != "DequantizeLinear":
+                    continue
+                assert onnx.helper.get_attribute_value(right.attribute[0]) == 1
+                name = right.input[0].removesuffix(".weight")
+                values = stored[right.input[0]].astype(np.float32) * stored[right.input[1]]
+                original = parameters[f"{name}.weight"].T
+                half = stored[right.input[1]] / 2
+                assert (np.abs(values - original) <= 1.001 * half).all()
+                assert made_by[node.input[0]].op_type == "DequantizeLinear"
+        kept = [name for name in stored if ".thinking." in name or ".gate." in name]
+        assert len([name for name in kept if name.endswith((".a", ".b"))]) == 4
+        for name in kept:
+            np.testing.assert_array_equal(stored[name], parameters[name])
+    assert not [v for v in tensors(int8_export[0] / CONDITIONS).values() if v.dtype == np.int8]
+
+
+def test_every_engine_computes_what_pytorch_computes_in_int8(
+    int8_export: tuple[Path, Summary], tiny_model: TextToImage
+) -> None:
+    """Far nearer than int8 is to float32: the graph means what the layers mean."""
+    out, _ = int8_export
+    pipeline = Pipeline.of(tiny_model)
+    told = Told(subjects_of(pipeline).calibrating)
+    told.hear(pipeline.text[0], pipeline.text[0].load())
+    transformer = pipeline.transformer()
+    layers = block_linears(transformer)
+    seen = {name: Magnitudes() for name in layers}
+    for depth in (1, 2):
+        activations(transformer, layers, seen, pipeline, told.rows(pipeline), depth)
+    replace_layers(transformer, layers, {name: one.step("mse") for name, one in seen.items()})
+    golden = np.load(out / "golden/golden.npz")
+    inputs = {name: golden[name] for name in ("latents", "conditions", "context")}
+    with torch.no_grad():
+        expected = transformer.denoise(*map(torch.from_numpy, inputs.values()), 2)[0].numpy()
+    for name in ("onnxruntime", "openvino"):
+        engine = resolve(name)
+        found = engine.open(out / transformer_name(2, engine.plain)).run(inputs)["velocity"]
+        assert np.abs(found - expected).max() / np.abs(expected).max() < 1e-3
+    loss = np.abs(expected - golden["velocity_2"]).max() / np.abs(expected).max()
+    assert 1e-3 < loss < 6e-2
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_every_cpu_engine_is_within_the_promised_tolerance(
+    int8_export: tuple[Path, Summary], name: str
+) -> None:
+    bundle = Bundle.open(int8_export[0])
+    assert bundle.manifest.precision == "int8"
+    reports = verify_bundle(bundle, resolve(name))
+    assert all(report.ok for report in reports)
+    assert {r.tolerance for r in reports if not r.part.startswith("transformer")} == {1e-4}
+
+
+def test_onnx_runtime_multiplies_in_int8(int8_export: tuple[Path, Summary], tmp_path: Path) -> None:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    path = str(int8_export[0] / transformer_name(2, plain=True))
+    onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    optimised = onnx.load(tmp_path / "optimised.onnx", load_external_data=False)
+    kinds = [node.op_type for node in optimised.graph.node]
+    assert kinds.count("MatMulIntegerToFloat") == len(LAYERS)
+    assert "DequantizeLinear" not in kinds
+
+
+def test_it_draws_and_its_report_says_how_well(int8_export: tuple[Path, Summary]) -> None:
+    out, summary = int8_export
+    [picture] = Generator.load(out, engine="onnxruntime")("a red cube")
+    assert np.asarray(picture).std() > 0
+    report = summary.int8
+    assert report is not None
+    assert (report.precision, report.layers) == ("int8", len(LAYERS))
+    assert [one.depth for one in report.depths] == [1, 2]
+    for one in report.depths:
+        assert one.calls == 4 * one.pictures  # steps
+        assert 0 < one.error_median <= one.error_worst < 0.1
+        assert one.agreement is not None and one.agreement > 0.95
+        assert 30 < one.psnr_worst_db <= one.psnr_median_db
+    assert {one.engine for one in report.speeds} >= {"onnxruntime", "openvino"}
+    assert report.score is None  # ShapesEval's words are unknown to it
+    text = as_text(report)
+    assert "PSNR" in text and "ShapesEval: not measured" in text
+
+
+# Weights alone
+
+
+def test_weights_alone_take_a_quarter(tiny_model: TextToImage, tmp_path: Path) -> None:
+    options = Int8Options(accept_loss=True)
+    summary = export_bundle(
+        Pipeline.of(tiny_model), tmp_path / "w", depth=1, precision="int8-weights", int8=options
+    )
+    assert summary.int8 is not None and summary.int8.layers == len(LAYERS) + 7 + 4
+    kinds: dict[str, set[str]] = {}
+    for name in (transformer_name(1), CONDITIONS, "text_encoder/model.onnx"):
+        graph = onnx.load(tmp_path / "w" / name).graph
+        kinds[name] = {node.op_type for node in graph.node}
+        assert "DequantizeLinear" in kinds[name] and "QuantizeLinear" not in kinds[name]
+        large = {
+            key: v for key, v in tensors(tmp_path / "w" / name).items() if v.ndim == 2 and v.size > 2**12
+        }
+        embedders = ("transformer.time.", "transformer.pooled.")
+        assert {
+            key for key, v in large.items() if v.dtype != np.int8 and not key.startswith(embedders)
+        } == set()
+    float_bytes = 4 * sum(p.numel() for p in tiny_model.transformer.parameters())
+    assert (tmp_path / "w/transformer/weights.data").stat().st_size < 0.40 * float_bytes
+    layers = {**block_linears(tiny_model.transformer), **modulations(tiny_model.transformer)}
+    stored = {**tensors(tmp_path / "w" / transformer_name(1)), **tensors(tmp_path / "w" / CONDITIONS)}
+    in_int8 = sum(v.nbytes for v in stored.values() if v.dtype == np.int8 and v.ndim == 2)
+    assert in_int8 == sum(layer.weight.numel() for layer in layers.values())
+    assert leftovers(tmp_path) == ["w"]
+
+
+# Refusals
+
+
+def with_outliers(model: TextToImage) -> TextToImage:
+    """Blocks that matter, and in float32 are well: one channel is huge before layers whose weights do not read it."""
+    with torch.no_grad():
+        for block in model.transformer.blocks:
+            for stream in (block.visual, block.text):
+                if not hasattr(stream, "proj"):
+                    continue
+                width = stream.proj.in_features
+                for gate in (2, 5):  # of attention and perceptron
+                    stream.modulation.bias[gate * width : (gate + 1) * width] = 1
+                stream.mlp_in.bias[0], stream.mlp_out.weight[:, 0] = 1e4, 0
+                stream.mlp_in.weight[0] = 0
+                stream.qkv.bias[2 * width], stream.proj.weight[:, 0] = 1e4, 0
+    return model
+
+
+def test_a_model_with_outliers_is_refused(tmp_path: Path) -> None:
+    pipeline = Pipeline.of(with_outliers(one_block()))
+    with pytest.raises(EngineFailed, match=r"transformer depth 1 with a relative error of .*tolerance 6e-02"):
+        export_bundle(pipeline, tmp_path / "x", depth=1, precision="int8", int8=Int8Options(accept_loss=True))
+    assert leftovers(tmp_path) == []
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """int8 takes twice as long, everywhere."""
+    monkeypatch.setattr(
+        quantiser, "speed", lambda int8, fp32, engine: SpeedReport(engine.name, 1, 2, 1.0, 2.0)
+    )
+
+
+@pytest.mark.usefixtures("slow")
+def test_what_is_slower_is_refused_and_gone_unless_accepted(tmp_path: Path) -> None:
+    ckpt, out = tmp_path / "model.pt", tmp_path / "bundle"
+    checkpoint.save(one_block(), ckpt)
+    arguments = ["--ckpt", str(ckpt), "--depth", "1", "--out", str(out), "--precision", "int8"]
+    result = CliRunner().invoke(main, arguments)
+    assert (result.exit_code, result.stdout) == (7, "")
+    [line] = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert "expected of int8" in line and "2.00 ms a call" in line and "--accept-loss" in line
+    assert "same route" in result.stderr and "PSNR" in result.stderr  # what it was judged by
+    assert leftovers(tmp_path) == ["model.pt"]
+    result = CliRunner().invoke(main, [*arguments, "--accept-loss"])
+    assert (result.exit_code, result.stdout) == (0, f"{out}\n")
+    assert "accepted: expected of int8" in result.stderr
+    assert leftovers(tmp_path) == ["bundle", "model.pt"]
+    assert Bundle.open(out).manifest.precision == "int8"
+
+
+REPORT = Report(
+    precision="int8",
+    layers=1,
+    trajectories=1,
+    clipping="mse",
+    depths=(DepthReport(1, 1, 0.01, 0.02, None, 1, float("inf"), 40.0),),
+    speeds=(SpeedReport("a", 1, 2, 10.0, 7.0), SpeedReport("b", 1, 2, 8.0, 9.0)),
+    score=ScoreReport(100, 0.9, 0.895, Estimate(-0.005, -0.02, 0.01)),
+    sizes={"transformer": (100, 40)},
+)
+
+
+def test_verdict() -> None:
+    assert verdict(REPORT) is None
+    assert verdict(replace(REPORT, score=None)) is None
+    lost = replace(REPORT, score=ScoreReport(100, 0.9, 0.88, Estimate(-0.02, -0.04, -0.01)))
+    assert "2.0 points of ShapesEval lost (95% interval 1.0 to 4.0)" in str(verdict(lost))
+    # The best engine with fp32 is the one to beat, whichever it is.
+    beaten = replace(REPORT, speeds=(SpeedReport("a", 1, 2, 10.0, 8.5), SpeedReport("b", 1, 2, 8.0, 9.0)))
+    assert "8.50 ms a call on a, where fp32 takes 8.00 ms on b" in str(verdict(beaten))
+    weights = replace(beaten, precision="int8-weights")
+    assert verdict(weights) is None  # which are not for speed
+    assert "50% of fp32's bytes" in str(verdict(replace(weights, sizes={"transformer": (100, 50)})))
+    assert "same" in as_text(REPORT)
+
+
+def test_a_score_is_paired_and_a_wrong_picture_costs(
+    int8_export: tuple[Path, Summary], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from samples.shapes.questions import questions
+
+    bundle = Bundle.open(int8_export[0])
+    asked = list(enumerate(questions()))[:4] + list(enumerate(questions()))[92:96]
+    answers = iter([[True] * 8, [True, True, True, False] + [False, True, True, True]])
+    monkeypatch.setattr(scoring, "questions_for", lambda generator, each: asked)
+    monkeypatch.setattr(scoring, "_right", lambda generator, asked: next(answers))
+    made = scoring.score(bundle, bundle, resolve("onnxruntime"), 4)
+    assert made is not None
+    assert (made.prompts, made.fp32, made.int8) == (8, 1.0, 0.75)
+    assert made.change.mean == -0.25 and made.change.low < -0.25 < made.change.high
+
+
+def test_the_comparison_sees_what_differs(int8_export: tuple[Path, Summary], tiny_bundle: Path) -> None:
+    """Held against itself nothing does; int8 does a little; a graph that cannot take the inputs is an error."""
+    fp32, int8, engine = Bundle.open(tiny_bundle), Bundle.open(int8_export[0]), resolve("onnxruntime")
+    same = measure.against_fp32(fp32, fp32, engine, 2, ["a red cube"])
+    assert (same.error_worst, same.agreement, same.psnr_worst_db) == (0.0, 1.0, float("inf"))
+    near = measure.against_fp32(int8, fp32, engine, 2, ["a red cube"])
+    assert 0 < near.error_median < 0.02 and near.psnr_worst_db < float("inf")
+    tally = measure.Tally()
+    wrong = measure._Pair(
+        engine.open(fp32.transformer(1, engine.plain)), engine.open(fp32.conditions), "velocity", tally
+    )
+    golden = np.load(tiny_bundle / "golden/golden.npz")
+    with pytest.raises(EngineFailed):
+        wrong.run({name: golden[name] for name in fp32.manifest.model.transformer_inputs})
+
+
+def test_options_that_cannot_be_used(tiny_model: TextToImage, tmp_path: Path) -> None:
+    ckpt = tmp_path / "model.pt"
+    checkpoint.save(tiny_model, ckpt)
+    classes = tmp_path / "classes.pt"
+    checkpoint.save(make_classes(), classes)
+    good, bad, blank, latin = (tmp_path / name for name in ("good", "bad", "blank", "latin"))
+    good.write_text("a red cube\n\na green cube\n")
+    bad.write_text("a red cube\n\na purple elephant\n")
+    blank.write_text("\n \n")
+    latin.write_bytes("a caf\xe9".encode("latin-1"))
+    before = leftovers(tmp_path)
+    for model, precision, option, reason in (
+        (ckpt, "int8", ["--calibration", bad], r"bad, line 3: expected words .* found 'purple'"),
+        (ckpt, "int8", ["--calibration", blank], "expected prompts in .*, one a line, found none"),
+        (ckpt, "int8", ["--calibration", latin], "expected UTF-8 text"),
+        (ckpt, "int8", ["--calibration", tmp_path / "none"], "expected a file of prompts, .*: No such file"),
+        (classes, "int8", ["--calibration", good], "expected no prompts for a model of classes"),
+        (ckpt, "int8-weights", ["--calibration", good], "expected no prompts to calibrate with"),
+        (
+            ckpt,
+            "fp16",
+            ["--calibration", good],
+            "expected int8's options with int8 or int8-weights, found fp16",
+        ),
+        (ckpt, "fp32", ["--accept-loss"], "expected int8's options with"),
+        (ckpt, "int8", ["--score-prompts", "93"], "expected 0 to 92 prompts"),
+        (ckpt, "int4", [], "expected a precision of fp32, fp16, int8, int8-weights, found 'int4'"),
+    ):
+        arguments = ["--ckpt", model, "--precision", precision, "--out", tmp_path / "bundle", *option]
+        result = CliRunner().invoke(main, list(map(str, arguments)))
+        assert result.exit_code == 2, result.output
+        [line] = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+        assert re.search(reason, line), line
+        assert leftovers(tmp_path) == before
+
+
+def test_a_file_of_prompts_is_what_calibrates(tiny_model: TextToImage, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("a red cube\n\n  two green sphere \n")
+    pipeline = Pipeline.of(tiny_model)
+    assert subjects_of(pipeline, file).calibrating == ("a red cube", "two green sphere")
+
+
+def test_an_error_in_the_report_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(exporter, "complete", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        export_bundle(Pipeline.of(one_block()), tmp_path / "x", precision="int8")
+    assert leftovers(tmp_path) == []
+
+
+def test_golden_prompts_are_heard_in_float32(tiny_model: TextToImage) -> None:
+    """A model that is stored in half precision is calibrated as it computes in float32."""
+    pipeline = Pipeline.of(tiny_model)
+    [part] = pipeline.text
+    half, told = part.load().half(), [Told(("a red cube",)), Told(("a red cube",))]
+    told[0].hear(part, half)
+    told[1].hear(part, half.float())
+    np.testing.assert_array_equal(told[0].said[0][0], told[1].said[0][0])
+    assert text_golden(part, half)[f"{part.spec.folder}.context"].dtype == np.float32
+
+
+def test_refused_carries_what_was_measured() -> None:
+    assert Refused("expected x, found y", "a summary").summary == "a summary"
