@@ -29,6 +29,12 @@ _PATH = click.Path(path_type=Path)
 @click.option(
     "--ckpt", type=_PATH, help="The bundle's checkpoint: its baselines in PyTorch are measured too."
 )
+@click.option(
+    "--also",
+    type=_PATH,
+    multiple=True,
+    help="Bundle of the same model in another precision; may be repeated.",
+)
 @click.option("--engine", "engines", multiple=True, help="Only this engine; may be repeated.  [default: all]")
 @click.option("--baseline", "baselines", multiple=True, help="Only this one of CKPT; may be repeated.")
 @click.option("--depth", "depths", type=int, multiple=True, help="May be repeated.  [default: the bundle's]")
@@ -43,6 +49,7 @@ _PATH = click.Path(path_type=Path)
 def main(
     bundle: str | None,
     ckpt: Path | None,
+    also: tuple[Path, ...],
     engines: tuple[str, ...],
     baselines: tuple[str, ...],
     depths: tuple[int, ...],
@@ -68,7 +75,7 @@ def main(
         plotting.check(plot)
     opened = Bundle.open(find_bundle(bundle))
     planned, record = prepare(
-        opened, ckpt, (engines, baselines), depths, sizes, prompt, steps, rounds, json_path
+        opened, ckpt, also, (engines, baselines), depths, sizes, prompt, steps, rounds, json_path
     )
     total = planned.units(record)
     try:
@@ -117,6 +124,7 @@ def parse_batches(text: str) -> tuple[int, ...]:
 def prepare(
     bundle: "Bundle",
     ckpt: Path | None,
+    also: tuple[Path, ...],
     names: tuple[tuple[str, ...], tuple[str, ...]],
     depths: tuple[int, ...],
     batches: tuple[int, ...],
@@ -168,10 +176,14 @@ def prepare(
         )
     chosen = baselines(names[1], depths) if ckpt else []
     chosen += engines(names[0], depths, manifest.precision)
+    others = [_same_model(path, bundle, depths) for path in also]
+    for other in others:
+        chosen += engines(names[0], depths, other.manifest.precision, other.root.resolve())
     settings = {
         "bundle": manifest.name,
         "bundle_sha256": bundle.hash,
         "precision": manifest.precision,
+        "also": {other.manifest.precision: other.hash for other in others},
         "image_size_px": list(manifest.model.image_size_px),
         "ckpt_sha256": hash_file(ckpt) if ckpt else None,
         **{
@@ -187,6 +199,22 @@ def prepare(
     ]
     reference = REFERENCE if any(c.name == REFERENCE for c in chosen) else able[0].name if able else None
     return Plan(work, tuple(chosen), reference, rounds, batches), record
+
+
+def _same_model(path: Path, bundle: "Bundle", depths: tuple[int, ...]) -> "Bundle":
+    """The bundle at `path`. Raises BadInput unless it is `bundle`'s model in another precision, with all of `depths`."""
+    from tpx_runtime.bundle import Bundle
+
+    other = Bundle.open(path)
+    wanted, found = bundle.manifest, other.manifest
+    same = (found.name, found.precision != wanted.precision, set(depths) <= set(found.model.depths))
+    if same != (wanted.name, True, True):
+        raise BadInput(
+            f"expected in --also {wanted.name} in another precision than {wanted.precision} with depth "
+            f"{', '.join(map(str, depths))}, found {found.name} in {found.precision} with depth "
+            f"{', '.join(map(str, found.model.depths))}; export it with `tpx-export --precision`"
+        )
+    return other
 
 
 def _count(bundle: "Bundle", depths: tuple[int, ...], rows: int, record: "Record") -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from tpx_runtime.engine import ENGINES, Engine
@@ -48,8 +49,13 @@ class Configuration:
         return found
 
 
-def engines(names: Sequence[str], depths: Sequence[int], bundle_precision: str) -> list[Configuration]:
-    """Every engine of the runtime, or those named, at each depth; what cannot run here with its reason. Raises BadInput."""
+def engines(
+    names: Sequence[str], depths: Sequence[int], bundle_precision: str, also: Path | None = None
+) -> list[Configuration]:
+    """Every engine of the runtime, or those named, at each depth; what cannot run here with its reason. Raises BadInput.
+
+    `also` is another bundle than the work's, whose precision is then part of the names.
+    """
     for name in names:
         if name not in ENGINES:
             raise BadInput(f"expected an engine of {', '.join(ENGINES)}, found {shorten(name)}")
@@ -57,10 +63,10 @@ def engines(names: Sequence[str], depths: Sequence[int], bundle_precision: str) 
     problems = {engine.name: engine.problem() for engine in chosen}
     return [
         Configuration(
-            name=f"TPX, {engine.name}",
+            name=f"TPX {bundle_precision}, {engine.name}" if also else f"TPX, {engine.name}",
             depth=depth,
             maker=f"{_BENCH}.subject:of_engine",
-            options={"engine": engine.name},
+            options={"engine": engine.name} | ({"bundle": str(also)} if also else {}),
             precision=engine.precision or bundle_precision,
             device=_device(engine),
             packages=("tpx", engine.package),

@@ -91,5 +91,5 @@ Maker = Callable[[Work, dict[str, Any]], Subject]  # given the options of its co
 
 
 def of_engine(work: Work, options: dict[str, Any]) -> Subject:
-    """The bundle in the runtime's engine options["engine"], as `Generator.load` gives it to everybody."""
-    return Subject(Generator.load(work.bundle, options["engine"]), work)
+    """What `Generator.load` gives to everybody, of options["engine"] and the work's bundle, or options["bundle"]."""
+    return Subject(Generator.load(options.get("bundle", work.bundle), options["engine"]), work)

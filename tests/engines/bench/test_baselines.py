@@ -1,5 +1,6 @@
 """Baselines draw the bundle's own picture: the same model, sampler and noise, in another framework."""
 
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 
 from tpx_engines.bench import compiled, naive
 from tpx_engines.bench.baselines import of_eager
+from tpx_engines.bench.configurations import engines
 from tpx_engines.bench.flops import graph_flops
 from tpx_engines.bench.peak import gemm
 from tpx_engines.bench.subject import Subject, Work, of_engine
@@ -107,3 +109,14 @@ def test_a_psnr_is_that_of_its_definition() -> None:
     assert psnr_db(grey[0], grey[0]) == np.inf
     assert psnr_db(*grey) == pytest.approx(20 * np.log10(255 / 10))
     assert psnr_db(grey[0], Image.new("RGB", (5, 4))) == 0
+
+
+def test_engines_of_another_bundle_carry_its_precision_and_its_path(work: Work, tmp_path: Path) -> None:
+    (own,), (other,) = (engines(["openvino"], [2], "fp32"), engines(["openvino"], [2], "int8", tmp_path))
+    assert (own.name, own.precision, own.options) == ("TPX, openvino", "fp32", {"engine": "openvino"})
+    assert (other.name, other.precision) == ("TPX int8, openvino", "int8")
+    assert other.options == {"engine": "openvino", "bundle": str(tmp_path)}
+    (drawn,), _ = of_engine(work, {"engine": "onnxruntime"}).draw(1)
+    shutil.copytree(work.bundle, moved := tmp_path / "moved")
+    subject = of_engine(replace(work, bundle=tmp_path), {"engine": "onnxruntime", "bundle": str(moved)})
+    assert subject.draw(1)[0][0].tobytes() == drawn.tobytes()

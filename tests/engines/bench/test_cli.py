@@ -6,12 +6,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
-from runtime.fakes import CLASSES, make_bundle
+from runtime.fakes import CLASSES, PAPER, make_bundle
 
 from tpx_engines.bench.cli import main
 from tpx_engines.bench.configurations import Configuration
@@ -23,7 +24,7 @@ import tpx_engines.bench.configurations as configurations
 import tpx_engines.bench.measure as measure
 from tpx_engines.bench.cli import main
 
-def engines(names, depths, precision):
+def engines(names, depths, precision, also=None):
     options = {"log": sys.argv[2], "step_s": 60.0}
     fast = configurations.Configuration("right", 2, "bench_makers:right", options)
     return [fast, configurations.Configuration("slow", 2, "bench_makers:slow", options)]
@@ -45,7 +46,8 @@ def bench(
 ) -> Callable[..., Result]:
     """tpx-bench of a bundle whose only engine is a maker of these tests."""
     monkeypatch.setattr(
-        "tpx_engines.bench.configurations.engines", lambda names, depths, precision: [configuration("right")]
+        "tpx_engines.bench.configurations.engines",
+        lambda names, depths, precision, also=None: [configuration("right")],
     )
 
     def invoke(*arguments: str) -> Result:
@@ -116,7 +118,7 @@ def test_nothing_that_runs_is_an_error_with_the_reasons_above(
 ) -> None:
     failing = configuration("right", problem="expected a GPU, found none")
     monkeypatch.setattr(
-        "tpx_engines.bench.configurations.engines", lambda names, depths, precision: [failing]
+        "tpx_engines.bench.configurations.engines", lambda names, depths, precision, also=None: [failing]
     )
     result = bench()
     assert result.exit_code == 4
@@ -129,6 +131,29 @@ def test_a_bundle_of_classes_draws_its_first_class(tmp_path: Path, bench: Callab
     result = CliRunner().invoke(main, [str(classes), "--rounds", "1", "--batch", "1"])
     assert result.exit_code == 0, result.output
     assert "class 0, seed 0, 20 steps of ddim" in result.stdout
+
+
+def test_another_precision_is_measured_beside(
+    bundle: Path, tmp_path: Path, configuration: Callable[..., Configuration], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, Path | None]] = []
+
+    def engines(
+        names: object, depths: object, precision: str, also: Path | None = None
+    ) -> list[Configuration]:
+        asked.append((precision, also))
+        return [configuration("wrong" if also else "right")]
+
+    monkeypatch.setattr("tpx_engines.bench.configurations.engines", engines)
+    half = make_bundle(tmp_path / "half", replace(PAPER, precision="fp16"))
+    arguments = [str(bundle), "--rounds", "1", "--batch", "1", "--prompt", "a cube"]
+    result = CliRunner().invoke(main, [*arguments, "--also", str(half)])
+    assert result.exit_code == 0, result.output
+    assert asked == [("fp32", None), ("fp16", half.resolve())]
+    assert "| right | " in result.stdout and "| wrong | " in result.stdout
+    result = CliRunner().invoke(main, [*arguments, "--also", str(bundle)])
+    assert result.exit_code == 2
+    assert "in another precision than fp32 with depth 2, found paper in fp32" in result.stderr
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
