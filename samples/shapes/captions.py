@@ -5,7 +5,7 @@ exactly what the prompt names, no more; what it leaves open (a colour, a place) 
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from samples.shapes.world import (
@@ -164,10 +164,10 @@ def scene_for(rng: random.Random, prompt: Prompt) -> Scene:
     return scatter(rng, things)
 
 
-def training_pairs(seed: int) -> Iterator[tuple[Prompt, Scene]]:
-    """Endless prompts and scenes; those that would show a held-out combination are thrown away."""
+def training_pairs(seed: int, mix: Mapping[str, float] = TRAINING_MIX) -> Iterator[tuple[Prompt, Scene]]:
+    """Endless prompts, of each kind the part that `mix` says, and scenes; none shows a held-out combination."""
     rng = random.Random(seed)
-    kinds, weights = zip(*TRAINING_MIX.items(), strict=True)
+    kinds, weights = zip(*mix.items(), strict=True)
     while True:
         prompt = prompt_of(rng, rng.choices(kinds, weights)[0])
         scene = scene_for(rng, prompt)

@@ -2,13 +2,13 @@
 
 import hashlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from samples.shapes.captions import Prompt, training_pairs
+from samples.shapes.captions import TRAINING_MIX, Prompt, training_pairs
 from samples.shapes.fit import save_whole
 from samples.shapes.render import render
 from samples.shapes.world import Scene
@@ -18,9 +18,15 @@ SHARD = 2048
 RENDER_BATCH = 32
 
 
-def shard(folder: Path, index: int, seed: int, autoencoder: Autoencoder) -> tuple[list[Prompt], Tensor]:
+def shard(
+    folder: Path,
+    index: int,
+    seed: int,
+    autoencoder: Autoencoder,
+    mix: Mapping[str, float] = TRAINING_MIX,
+) -> tuple[list[Prompt], Tensor]:
     """Prompts and latents float16 [SHARD, C, S, S] of one shard, rendered and encoded if not there yet."""
-    pairs = list(itertools.islice(training_pairs(seed * 1_000_003 + index), SHARD))
+    pairs = list(itertools.islice(training_pairs(seed * 1_000_003 + index, mix), SHARD))
     told = hashlib.sha256(repr([prompt for prompt, _ in pairs]).encode()).hexdigest()[
         :8
     ]  # of another mix, others

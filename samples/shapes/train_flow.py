@@ -7,7 +7,7 @@ step, so that one checkpoint serves every depth.
 """
 
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from samples.shapes.captions import Prompt, caption
+from samples.shapes.captions import TRAINING_MIX, Prompt, caption
 from samples.shapes.fit import fit, seeded
 from samples.shapes.latents import SHARD, shard
 from samples.shapes.pictures import save_grid
@@ -56,12 +56,18 @@ class Data:
 
     @classmethod
     def load(
-        cls, folder: Path, shards: int, seed: int, autoencoder: Autoencoder, text_encoder: TextEncoder
+        cls,
+        folder: Path,
+        shards: int,
+        seed: int,
+        autoencoder: Autoencoder,
+        text_encoder: TextEncoder,
+        mix: Mapping[str, float] = TRAINING_MIX,
     ) -> "Data":
         """`shards` x SHARD scenes, rendered and encoded where they are not there yet."""
         parts = []
         for index in range(shards):
-            parts.append(shard(folder, index, seed, autoencoder))
+            parts.append(shard(folder, index, seed, autoencoder, mix))
             print(f"latents {(index + 1) * SHARD}/{shards * SHARD}", flush=True)
         prompts = [prompt for names, _ in parts for prompt in names]
         return cls(prompts, torch.cat([z for _, z in parts]), text_encoder)
