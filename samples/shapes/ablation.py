@@ -2,8 +2,8 @@
 
     python -m samples.shapes.ablation --out runs/ablation
 
-Autoencoder and text encoder are the sample model's own. One base is trained on a world without relations (`BEFORE`) and frozen:
-it draws objects, colours and numbers, and knows nothing of "on" or "left of", as Stable Diffusion 3 is weak at position.
+Autoencoder and text encoder are the sample model's own. One base is trained on a world without relations (`BEFORE`) and
+frozen: it knows objects, colours and numbers and nothing of "on" or "left of", as Stable Diffusion 3 is weak at position.
 Each row of `ROWS` then trains adapters on it with scenes full of relations (`AFTER`): the same data in the same order,
 the same steps, the same number of trained parameters in experts (M r is constant), at its own fixed depth. Each is exported
 and judged by ShapesEval. `--out` holds a folder a run, with its state, its curve, its pictures and its verdicts, and
@@ -267,7 +267,7 @@ def main(
     torch.manual_seed(0)
     narrow = train_flow.fresh_base(autoencoder, text_encoder, WIDTH)
     base = train_flow.train_base(
-        narrow, data, autoencoder, train_flow.Run(out, base_steps, BASE_BATCH, 0, device)
+        narrow, before, autoencoder, train_flow.Run(out, base_steps, BASE_BATCH, 0, device)
     )
     work = Work(out, data, fresh, autoencoder, base, steps, batch, rate, images, limit, engine, device)
     wanted = [(name, 0) for name in names or ROWS]
