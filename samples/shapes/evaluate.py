@@ -127,12 +127,12 @@ def as_page(asked: Sequence[Question], right: Sequence[Sequence[bool]], text: st
         marks = "".join("✓" if one else "✗" for one in verdict)
         words = f"{html.escape(question.text)}: {marks} {sum(verdict)}/{len(verdict)}"
         parts.append(
-            f"<figure><img loading=lazy src={_picture(number)}><figcaption>{words}</figcaption></figure>"
+            f"<figure><img loading=lazy src={picture_name(number)}><figcaption>{words}</figcaption></figure>"
         )
     return "\n".join(parts)
 
 
-def _picture(number: int) -> str:
+def picture_name(number: int) -> str:
     return f"{number:04d}.png"
 
 
@@ -149,7 +149,7 @@ class Verdicts:
                 raise BadInput(_another(first, facts, folder))
             said = [json.loads(line) for line in rest if line.endswith("]")]
             # Verdicts without their picture are drawn anew.
-            there = takewhile(lambda pair: (folder / _picture(pair[0])).is_file(), enumerate(said))
+            there = takewhile(lambda pair: (folder / picture_name(pair[0])).is_file(), enumerate(said))
             self.right = [right for _, right in there]
         # Written anew: a killed run may have left half a line.
         write_whole(self.path, "".join(json.dumps(line) + "\n" for line in [facts, *self.right]).encode())
@@ -227,7 +227,7 @@ def run(
             drawn = iter(generator.draw([job for place in group for job in jobs[place]], batch_size))
             for place in group:
                 row = judge(parser, listed[place].prompt, [next(drawn) for _ in range(images)])
-                save_png(page([row]), out / _picture(place))
+                save_png(page([row]), out / picture_name(place))
                 verdicts.add(row.right)
                 advance(images)
     result = report(listed, verdicts.right)

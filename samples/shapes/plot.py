@@ -1,7 +1,10 @@
-"""Plots of the replication: training curves, and score and time against depth or steps. Needs matplotlib.
+"""Plots and pictures of the replication: training curves, score and time against depth or steps, pictures side by side.
 
-python -m samples.shapes.plot curves runs/ablation/*/adapters.csv --out docs/images/ablation-curves.png
-python -m samples.shapes.plot sweep out/depths/sweep.json --against depth --out docs/images/depth.png
+    python -m samples.shapes.plot curves runs/ablation/*/adapters.state.csv --out docs/images/ablation-curves.png
+    python -m samples.shapes.plot sweep out/depths/sweep.json --against depth --out docs/images/depth.png
+    python -m samples.shapes.plot pictures runs/ablation/*/eval --kind position --out docs/images/ablation.png
+
+Plots need matplotlib.
 """
 
 import json
@@ -9,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import click
+from PIL import Image
 
+from samples.shapes.evaluate import picture_name
 from tpx_runtime.cli import TpxCommand
 from tpx_runtime.errors import BadInput, EngineUnavailable
+from tpx_runtime.evaluation.compare import Report
 
 _OUT = click.option("--out", type=click.Path(path_type=Path), required=True, help="PNG to write.")
 
@@ -85,6 +91,35 @@ def sweep(file: Path, against: str, out: Path) -> None:
     right.set(xlabel=against, ylabel="seconds an image", ylim=(0, None))
     left.legend()
     figure.savefig(out, dpi=110)
+    click.echo(out)
+
+
+@main.command(cls=TpxCommand)
+@click.argument("runs", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.option("--kind", default="position", show_default=True, help="Row of ShapesEval to take prompts of.")
+@click.option("--first", type=click.IntRange(1), default=12, show_default=True, help="How many of them.")
+@_OUT
+def pictures(runs: tuple[Path, ...], kind: str, first: int, out: Path) -> None:
+    """The first picture of the first prompts of a kind, nothing selected: a line for each of RUNS of ShapesEval."""
+    reports = [Report.load(run) for run in runs]
+    asked = reports[0].prompts
+    places = [place for place, (row, _) in enumerate(asked) if row == kind][:first]
+    if not places or any(report.prompts != asked for report in reports):
+        found = "other prompts in each" if places else f"none of {kind}"
+        raise BadInput(f"expected runs of the same prompts with some of {kind}, found {found}")
+    lines = []
+    for run, report in zip(runs, reports, strict=True):
+        with_all = [Image.open(run / picture_name(place)).convert("RGB") for place in places]
+        many = report.facts["images"]
+        lines.append([one.crop((0, 0, one.width // many, one.height)) for one in with_all])
+    width, height = lines[0][0].size
+    sheet = Image.new("RGB", (width * len(places), height * len(lines)))
+    for y, line in enumerate(lines):
+        for x, one in enumerate(line):
+            sheet.paste(one, (x * width, y * height))
+    sheet.save(out)
+    for place in places:
+        click.echo(asked[place][1])
     click.echo(out)
 
 
