@@ -44,7 +44,7 @@ def assemble(autoencoder: Autoencoder, text_encoder: TextEncoder, transformer: M
         text_encoder=text_encoder.spec,
         transformer=transformer.spec,
         shift=train_flow.SHIFT,
-        defaults=Defaults(sampler="euler", steps=20, guidance=3.0, depth=transformer.spec.max_depth),
+        defaults=Defaults(sampler="unipc", steps=12, guidance=3.0, depth=transformer.spec.max_depth),
     )
     model = TextToImage(spec)
     model.autoencoder.load_state_dict(autoencoder.state_dict())
