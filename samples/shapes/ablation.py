@@ -5,7 +5,7 @@
 Autoencoder and text encoder are the sample model's own. One base is trained on a world without relations (`BEFORE`) and
 frozen: it knows objects, colours and numbers and nothing of "on" or "left of", as Stable Diffusion 3 is weak at position.
 Each row of `ROWS` then trains adapters on it with scenes full of relations (`AFTER`): the same data in the same order,
-the same steps, the same number of trained parameters in experts (M r is constant), at its own fixed depth. Each is exported
+the same steps, the same number of trained parameters in experts (M r is constant but in the last two), at its own depth. Each is exported
 and judged by ShapesEval. `--out` holds a folder a run, with its state, its curve, its pictures and its verdicts, and
 results.json; what is finished is not done again, so a stopped run goes on and more seeds can be added.
 """
@@ -61,8 +61,8 @@ WHOLE_RANK = 128  # M r of every row
 BASE, LORA, THINKING = "base", "LoRA", "M=4, T=3"
 
 
-def _thinking(experts: int, depth: int, **switches: bool) -> ThinkingSpec:
-    return ThinkingSpec(experts=experts, rank=WHOLE_RANK // experts, max_depth=depth, **switches)
+def _thinking(experts: int, depth: int, rank: int | None = None, **switches: bool) -> ThinkingSpec:
+    return ThinkingSpec(experts=experts, rank=rank or WHOLE_RANK // experts, max_depth=depth, **switches)
 
 
 ROWS: dict[str, ThinkingSpec | None] = {
@@ -78,6 +78,9 @@ ROWS: dict[str, ThinkingSpec | None] = {
     "M=4, T=3, gate sees tokens alone": _thinking(4, 3, gate_sees_condition=False),
     "M=4, T=3, base at every step": _thinking(4, 3, base_every_step=True),
     "M=1, T=3": _thinking(1, 3),
+    # The paper's own rank for each expert: more parameters than LoRA has.
+    "M=2, T=2, rank 128 each": _thinking(2, 2, WHOLE_RANK),
+    "M=4, T=3, rank 128 each": _thinking(4, 3, WHOLE_RANK),
 }
 MAIN = (LORA, THINKING)  # the rows that are trained with every seed
 
