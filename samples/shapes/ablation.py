@@ -5,9 +5,9 @@
 Autoencoder and text encoder are the sample model's own. One base is trained on a world without relations (`BEFORE`) and
 frozen: it knows objects, colours and numbers and nothing of "on" or "left of", as Stable Diffusion 3 is weak at position.
 Each row of `ROWS` then trains adapters on it with scenes full of relations (`AFTER`): the same data in the same order,
-the same steps, the same number of trained parameters in experts (M r is constant but in the last two), at its own depth. Each is exported
-and judged by ShapesEval. `--out` holds a folder a run, with its state, its curve, its pictures and its verdicts, and
-results.json; what is finished is not done again, so a stopped run goes on and more seeds can be added.
+the same steps, the same number of trained parameters in experts (M r is constant but in the last two rows), at its own
+fixed depth. Each is exported and judged by ShapesEval. `--out` holds a folder a run, with its state, its curve, its pictures
+and its verdicts, and results.json; what is finished is not done again, so a stopped run goes on and more seeds can be added.
 """
 
 import json
