@@ -143,15 +143,15 @@ def prompt_of(rng: random.Random, kind: str) -> Prompt:
 
 
 TRAINING_MIX = {
-    "single object": 0.03,
-    "two objects": 0.22,
-    "counting": 0.30,
-    "colours": 0.05,
-    "position": 0.08,
-    "colour attribution": 0.08,
-    "attribution + position": 0.14,
-    "list": 0.02,
-    "groups": 0.08,
+    "single object": 0.05,
+    "two objects": 0.13,
+    "counting": 0.22,
+    "colours": 0.08,
+    "position": 0.10,
+    "colour attribution": 0.14,
+    "attribution + position": 0.18,
+    "list": 0.05,
+    "groups": 0.05,
 }
 
 
