@@ -137,6 +137,10 @@ def test_each_set_of_shapes_is_a_graph_once_its_outputs_have_their_place(graphs:
     for rows in range(3, 2 + MOST_KEPT):
         bound.run({"x": np.ones((rows, 2), np.float32), "y": y})
     assert watched.released == ([1] if graphs else [])
+    watched.released.clear()
+    with pytest.raises(EngineFailed):
+        bound.run({"x": np.ones((1, 2), np.float32)})
+    assert len(watched.released) == (MOST_KEPT + 1 if graphs else 0)  # all, with those of what failed
 
 
 @pytest.mark.parametrize("wanted", ["1", "0", None])

@@ -55,6 +55,13 @@ def test_a_shard_is_made_once(
         latents.shard(tmp_path, 0, 0, autoencoder)
 
 
+def test_a_shard_of_another_mix_is_another_shard(tmp_path: Path, autoencoder: Autoencoder) -> None:
+    usual, _ = latents.shard(tmp_path, 0, 0, autoencoder)
+    cubes, _ = latents.shard(tmp_path, 0, 0, autoencoder, {"counting": 1.0})
+    assert {prompt.kind for prompt in cubes} == {"counting"} != {prompt.kind for prompt in usual}
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_save_grid_sets_pictures_row_by_row(tmp_path: Path) -> None:
     values = torch.tensor([-1.0, -0.5, 0.0, 0.5, 1.0, 3.0])
     pictures = values[:, None, None, None].expand(6, 3, 4, 2).clone()

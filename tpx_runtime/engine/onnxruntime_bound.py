@@ -40,23 +40,25 @@ class BoundSession:
             self._session.run_with_iobinding(buffers.binding, buffers.options)
             return buffers.download()
         except Exception as error:  # onnxruntime raises types of its own, which it does not export by name
-            self._bound.clear()  # nothing is known of what they hold
+            self._release(len(self._bound))  # nothing is known of what they hold
             raise EngineFailed(f"{self._path}: onnxruntime could not run it: {one_line(error)}") from error
 
     def _take(self, inputs: Arrays) -> "Buffers":
         kinds = tuple(sorted((name, array.shape, array.dtype.name) for name, array in inputs.items()))
         buffers = self._bound.pop(kinds, None)
         if buffers is None:
-            for old in list(self._bound)[: 1 - MOST_KEPT or None]:
-                self._release(self._bound.pop(old))
+            self._release(len(self._bound) + 1 - MOST_KEPT)
             buffers = Buffers(self._session, self._device, str(self._made) if self._graphs else None)
             self._made += 1
         self._bound[kinds] = buffers
         return buffers
 
-    def _release(self, buffers: "Buffers") -> None:
-        if buffers.graph is not None:
-            self._session.release_captured_graph(int(buffers.graph))
+    def _release(self, many: int) -> None:
+        """Give back the buffers that have waited longest, and the CUDA graphs that run in them."""
+        for kinds in list(self._bound)[: max(0, many)]:
+            graph = self._bound.pop(kinds).graph
+            if graph is not None:
+                self._session.release_captured_graph(int(graph))
 
 
 class Buffers:
@@ -67,9 +69,8 @@ class Buffers:
         self.options = _options(None if graph is None else _NO_GRAPH)
         self._names = [output.name for output in session.get_outputs()]
         self._inputs: dict[str, Any] = {}
-        self._held: dict[
-            str, tuple[object, npt.NDArray[Any]]
-        ] = {}  # the array that was given, and its numbers
+        # By input the array that was given, and its numbers then.
+        self._held: dict[str, tuple[object, npt.NDArray[Any]]] = {}
         self._outputs: list[Any] = []
         for name in self._names:  # the first call finds out how large they are
             self.binding.bind_output(name, device)
@@ -82,9 +83,8 @@ class Buffers:
             if held and held[0] is given and np.array_equal(held[1], array):
                 continue
             self._held.pop(name, None)
-            if (
-                name not in self._inputs
-            ):  # memory of its own, whatever the device: a copy of the array might be the array
+            if name not in self._inputs:
+                # Not made from the array: on the CPU that would be the caller's own memory.
                 self._inputs[name] = ort.OrtValue.ortvalue_from_shape_and_type(
                     array.shape, array.dtype, self._device
                 )
