@@ -2,7 +2,16 @@
 
 import torch
 
-from tpx_export.model import AutoencoderSpec, MMDiTSpec, TextEncoderSpec, TextToImageSpec, ThinkingSpec
+from tpx_export.model import (
+    AutoencoderSpec,
+    ClassToImage,
+    ClassToImageSpec,
+    DiTSpec,
+    MMDiTSpec,
+    TextEncoderSpec,
+    TextToImageSpec,
+    ThinkingSpec,
+)
 from tpx_export.model.text_to_image import TextToImage
 from tpx_runtime.manifest import Defaults
 
@@ -38,3 +47,30 @@ def make_tiny(thinking: ThinkingSpec | None, seed: int = 0) -> TextToImage:
             if not parameter.any():  # zero-initialised outputs would hide every error behind them
                 parameter.normal_(std=0.1)
     return model.eval().requires_grad_(False)
+
+
+def make_tiny_classes(classes: int) -> ClassToImage:
+    """A random class-to-image model of 64x64 pixels and 16 visual tokens, in which every weight matters."""
+    torch.manual_seed(0)
+    spec = ClassToImageSpec(
+        name="tiny-classes",
+        license="Apache-2.0",
+        autoencoder=AutoencoderSpec(image_size_px=64, widths=(16, 16, 8)),
+        transformer=DiTSpec(
+            latent_size=8,
+            width=64,
+            heads=2,
+            blocks=3,
+            classes=classes,
+            learned_sigma=False,
+            qk_norm=True,
+            thinking=ThinkingSpec(blocks=(0, 2), experts=3, rank=4, max_depth=2),
+        ),
+        defaults=Defaults(sampler="ddim", steps=3, guidance=2.0, depth=2),
+    )
+    made = ClassToImage(spec)
+    with torch.no_grad():
+        for parameter in made.transformer.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.1)
+    return made.eval().requires_grad_(False)

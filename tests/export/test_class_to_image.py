@@ -9,49 +9,23 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny import make_tiny_classes
 
 from tpx_export import checkpoint
 from tpx_export.exporter import export_bundle
 from tpx_export.model import (
-    AutoencoderSpec,
     ClassToImage,
-    ClassToImageSpec,
-    DiTSpec,
     TextToImage,
-    ThinkingSpec,
 )
 from tpx_export.pipeline import Pipeline
 from tpx_runtime.generator import Generator
-from tpx_runtime.manifest import Defaults
 
 CLASSES = 5
 
 
 @pytest.fixture(scope="module")
 def model() -> ClassToImage:
-    torch.manual_seed(0)
-    spec = ClassToImageSpec(
-        name="tiny-classes",
-        license="Apache-2.0",
-        autoencoder=AutoencoderSpec(image_size_px=64, widths=(16, 16, 8)),
-        transformer=DiTSpec(
-            latent_size=8,
-            width=64,
-            heads=2,
-            blocks=3,
-            classes=CLASSES,
-            learned_sigma=False,
-            qk_norm=True,
-            thinking=ThinkingSpec(blocks=(0, 2), experts=3, rank=4, max_depth=2),
-        ),
-        defaults=Defaults(sampler="ddim", steps=3, guidance=2.0, depth=2),
-    )
-    made = ClassToImage(spec)
-    with torch.no_grad():
-        for parameter in made.transformer.parameters():
-            if not parameter.any():
-                parameter.normal_(std=0.1)
-    return made.eval().requires_grad_(False)
+    return make_tiny_classes(CLASSES)
 
 
 @pytest.mark.parametrize("suffix", checkpoint.SUFFIXES)

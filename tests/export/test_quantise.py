@@ -13,7 +13,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from onnx import numpy_helper
-from tiny import make_tiny
+from tiny import make_tiny, make_tiny_classes
 from torch import nn
 
 from tpx_export import checkpoint, exporter
@@ -21,10 +21,6 @@ from tpx_export.cli import main
 from tpx_export.exporter import Summary, export_bundle
 from tpx_export.golden import text_golden
 from tpx_export.model import (
-    AutoencoderSpec,
-    ClassToImage,
-    ClassToImageSpec,
-    DiTSpec,
     MMDiT,
     TextToImage,
     ThinkingSpec,
@@ -47,7 +43,6 @@ from tpx_runtime.engine import resolve
 from tpx_runtime.errors import EngineFailed
 from tpx_runtime.evaluation.statistics import Estimate
 from tpx_runtime.generator import Generator
-from tpx_runtime.manifest import Defaults
 from tpx_runtime.noise import batch_noise
 from tpx_runtime.samplers import SAMPLERS
 from tpx_runtime.verify import verify_bundle
@@ -218,7 +213,7 @@ def test_each_depth_has_ranges_of_its_own(
 
 
 def test_classes_calibrate_themselves() -> None:
-    pipeline = Pipeline.of(make_classes())
+    pipeline = Pipeline.of(make_tiny_classes(40))
     subjects = subjects_of(pipeline)
     assert not set(subjects.calibrating) & set(subjects.shown) or pipeline.model.classes < 16
     assert set(subjects.calibrating) <= set(range(pipeline.model.classes))
@@ -229,31 +224,6 @@ def test_classes_calibrate_themselves() -> None:
     seen = {name: Magnitudes() for name in layers}
     activations(transformer, layers, seen, pipeline, told, 2)
     assert all(one.largest > 0 for one in seen.values())
-
-
-def make_classes() -> ClassToImage:
-    torch.manual_seed(0)
-    spec = ClassToImageSpec(
-        name="tiny-classes",
-        license="Apache-2.0",
-        autoencoder=AutoencoderSpec(image_size_px=64, widths=(16, 16, 8)),
-        transformer=DiTSpec(
-            latent_size=8,
-            width=64,
-            heads=2,
-            blocks=2,
-            classes=40,
-            learned_sigma=False,
-            thinking=ThinkingSpec(blocks=(0,), experts=3, rank=4, max_depth=2),
-        ),
-        defaults=Defaults(sampler="ddim", steps=2, guidance=2.0, depth=2),
-    )
-    made = ClassToImage(spec)
-    with torch.no_grad():
-        for parameter in made.transformer.parameters():
-            if not parameter.any():
-                parameter.normal_(std=0.1)
-    return made.eval().requires_grad_(False)
 
 
 def test_prompts_are_ones_that_the_model_can_read(tiny_model: TextToImage) -> None:
@@ -533,7 +503,7 @@ def test_options_that_cannot_be_used(tiny_model: TextToImage, tmp_path: Path) ->
     ckpt = tmp_path / "model.pt"
     checkpoint.save(tiny_model, ckpt)
     classes = tmp_path / "classes.pt"
-    checkpoint.save(make_classes(), classes)
+    checkpoint.save(make_tiny_classes(40), classes)
     good, bad, blank, latin = (tmp_path / name for name in ("good", "bad", "blank", "latin"))
     good.write_text("a red cube\n\na green cube\n")
     bad.write_text("a red cube\n\na purple elephant\n")
