@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from tpx_export import checkpoint
+from tpx_runtime.guidance import is_guided
 from tpx_runtime.noise import batch_noise
 from tpx_runtime.samplers import SAMPLERS
 from tpx_runtime.tokenizer import WordTokenizer
@@ -28,9 +29,11 @@ def main(prompt: str, ckpt: Path, out: Path, seed: int, steps: int) -> None:
     context, pooled = model.text_encoder(ids)
 
     def velocity(x: np.ndarray, timestep: float) -> np.ndarray:
-        latents = torch.from_numpy(x.astype(np.float32)).repeat(2, 1, 1, 1)
-        v, _ = model.transformer(latents, torch.full((2,), timestep), context, pooled, defaults.depth)
-        without, given = v.chunk(2)
+        rows = 2 if is_guided(timestep, defaults.guidance, defaults.guidance_interval) else 1
+        latents = torch.from_numpy(x.astype(np.float32)).repeat(rows, 1, 1, 1)
+        told = (context[-rows:], pooled[-rows:])
+        v, _ = model.transformer(latents, torch.full((rows,), timestep), *told, defaults.depth)
+        without, given = v[:1], v[-1:]
         guided: np.ndarray = (without + defaults.guidance * (given - without)).numpy()
         return guided
 

@@ -26,6 +26,14 @@ _ENGINE_HELP = (
 )
 
 
+guidance_interval = click.option(
+    "--guidance-interval",
+    type=(float, float),
+    metavar="LOW HIGH",
+    help="Noise levels in 0..1 at which guidance acts; other steps cost half.  [default: the bundle's]",
+)
+
+
 class TpxCommand(click.Command):
     """A command whose errors, and Ctrl-C, end in one line on stderr and the error's exit code."""
 
@@ -91,6 +99,7 @@ def _noticing() -> Iterator[None]:
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the first picture; the next adds 1.")
 @click.option("--steps", type=int, help="Denoising steps.  [default: the bundle's]")
 @click.option("--guidance", type=float, help="Pull of the prompt; 1 is off.  [default: the bundle's]")
+@guidance_interval
 @click.option(
     "--sampler", help="euler, heun, dpmpp2m or unipc; ddpm or ddim for class models.  [default: the bundle's]"
 )

@@ -34,7 +34,9 @@ def one_loop(jobs: Sequence[Settings], edit: Edit | None) -> Settings:
 
     Raises BadInput where they do, and for a strength without an `edit` and the reverse.
     """
-    loops = {(job.sampler, job.steps, job.guidance, job.depth, job.strength) for job in jobs}
+    loops = {
+        (job.sampler, job.steps, job.guidance, job.guidance_interval, job.depth, job.strength) for job in jobs
+    }
     if len(loops) != 1:
         raise BadInput(
             f"expected jobs of one sampler, steps, guidance, depth and strength, found {len(loops)} kinds"
@@ -76,7 +78,9 @@ class Denoiser:
             schedule = tail(schedule, job.strength)
             latents = noised(edit.latents, noise, schedule.sigmas[0])
         conditions = Conditions(self._conditions, model, told, schedule.timesteps)
-        predict = GuidedPrediction(self._transformer(job.depth), model, told, conditions, job.guidance)
+        predict = GuidedPrediction(
+            self._transformer(job.depth), model, told, conditions, job.guidance, job.guidance_interval
+        )
         prediction: Velocity = predict
         if edit and edit.repaint is not None:
             prediction = Repainting(predict, edit.latents, noise, edit.repaint)

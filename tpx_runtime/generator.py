@@ -53,6 +53,7 @@ class Generator:
         strength: float | None = None,
         steps: int | None = None,
         guidance: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
         sampler: str | None = None,
         seed: int = 0,
         depth: int | None = None,
@@ -73,6 +74,7 @@ class Generator:
             strength=starting_strength(image, mask, strength),
             steps=steps,
             guidance=guidance,
+            guidance_interval=guidance_interval,
             sampler=sampler,
             seed=seed,
             depth=depth,
@@ -136,6 +138,7 @@ class Generator:
         strength: float | None = None,
         steps: int | None = None,
         guidance: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
         sampler: str | None = None,
         seed: int = 0,
         depth: int | None = None,
@@ -143,7 +146,8 @@ class Generator:
     ) -> list[Settings]:
         """The checked settings of each picture of a call, what is None taken from the bundle's defaults.
 
-        Image i of each prompt has seed `seed + i`, so that a batch equals separate runs. Raises BadInput.
+        Image i of each prompt has seed `seed + i`, so that a batch equals separate runs. `guidance_interval`, of noise
+        levels in 0..1, is where guidance acts: elsewhere a step costs half. Raises BadInput.
         """
         defaults = self.manifest.defaults
         check_int("num_images", num_images, 1, MAX_IMAGES)
@@ -163,6 +167,9 @@ class Generator:
                 seed=seed + i,
                 steps=defaults.steps if steps is None else steps,
                 guidance=defaults.guidance if guidance is None else guidance,
+                guidance_interval=defaults.guidance_interval
+                if guidance_interval is None
+                else guidance_interval,
                 sampler=defaults.sampler if sampler is None else sampler,
                 depth=defaults.depth if depth is None else depth,
                 class_id=class_id,

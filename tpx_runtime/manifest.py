@@ -18,7 +18,7 @@ from .registry import SAMPLERS_FOR
 from .samplers import TRAIN_TIMESTEPS
 
 FORMAT = "tpx-bundle"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 T = TypeVar("T")
 
@@ -89,12 +89,13 @@ class LatentSpec:
 
 @dataclass(frozen=True)
 class Defaults:
-    """What a call that names no value uses."""
+    """What a call that names no value uses. `guidance_interval` is that of `guidance.is_guided`."""
 
     sampler: str
     steps: int
     guidance: float
     depth: int
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -150,6 +151,9 @@ class Manifest:
             )
         if not 1 <= defaults.steps <= TRAIN_TIMESTEPS:
             raise _invalid(f"expected defaults.steps in 1..{TRAIN_TIMESTEPS}, found {defaults.steps}")
+        low, high = defaults.guidance_interval
+        if not 0 <= low < high <= 1:
+            raise _invalid(f"expected defaults.guidance_interval to rise within 0..1, found {[low, high]}")
         if self.latent.scale == 0:
             raise _invalid("expected latent.scale other than 0, found 0")
         for path, entry in self.files.items():
@@ -258,7 +262,7 @@ def _invalid(message: str) -> BundleInvalid:
 
 
 def _parse(kind: type[T], value: Any, where: str) -> T:
-    """`value` (from JSON) as `kind`: a dataclass, a dict or a tuple of them, tuple of ints, int, float or str."""
+    """`value` (from JSON) as `kind`: a dataclass, a dict or a tuple of one kind, int, float or str."""
     hints = get_type_hints(kind) if hasattr(kind, "__dataclass_fields__") else {}
     if hints and isinstance(value, dict):
         names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
@@ -271,12 +275,9 @@ def _parse(kind: type[T], value: Any, where: str) -> T:
     if isinstance(kind, GenericAlias) and kind.__origin__ is dict and isinstance(value, dict):
         return {key: _parse(get_args(kind)[1], item, f"{where}{key}.") for key, item in value.items()}
     if isinstance(kind, GenericAlias) and kind.__origin__ is tuple and isinstance(value, list):
-        member = get_args(kind)[0]
-        if hasattr(member, "__dataclass_fields__"):
-            return tuple(_parse(member, item, f"{where}{i}.") for i, item in enumerate(value))
-        length_fits = Ellipsis in get_args(kind) or len(value) == len(get_args(kind))
-        if length_fits and all(type(item) is int for item in value):
-            return tuple(value)
+        members = get_args(kind)
+        if Ellipsis in members or len(value) == len(members):
+            return tuple(_parse(members[0], item, f"{where}{i}.") for i, item in enumerate(value))
     if kind is float and type(value) in (int, float) and abs(value) <= sys.float_info.max:
         return float(value)  # type: ignore[return-value]
     if kind in (int, str) and type(value) is kind:

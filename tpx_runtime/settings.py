@@ -18,7 +18,7 @@ class Settings:
     """Everything besides the bundle, and a picture to start from, that decides one picture.
 
     `class_id` is None for models that read prompts; `strength`, the share of the steps that are taken, is None where
-    nothing is started from.
+    nothing is started from; `guidance_interval` is that of `guidance.is_guided`.
     """
 
     prompt: str
@@ -30,6 +30,7 @@ class Settings:
     depth: int
     class_id: int | None = None
     strength: float | None = None
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
 
     def check(self, manifest: Manifest) -> "Settings":
         """These settings, fit for the model of `manifest`. Raises BadInput."""
@@ -49,6 +50,7 @@ class Settings:
                 f"expected guidance to be a number in {-MAX_GUIDANCE:g}..{MAX_GUIDANCE:g}, "
                 f"found {shorten(self.guidance)}"
             )
+        self._check_interval()
         if self.guidance == 1 and self.negative_prompt:
             raise BadInput(
                 "expected no negative prompt at guidance 1, which leaves it out, found one; use more guidance"
@@ -68,6 +70,14 @@ class Settings:
                 "leave it out"
             )
         return self
+
+    def _check_interval(self) -> None:
+        interval = self.guidance_interval
+        fits = isinstance(interval, tuple) and [type(end) in (int, float) for end in interval] == [True, True]
+        if not fits or not 0 <= interval[0] < interval[1] <= 1:
+            raise BadInput(
+                f"expected guidance_interval to be two rising numbers in 0..1, found {shorten(interval)}"
+            )
 
     def metadata(self, manifest: Manifest, engine_name: str, left_out: Sequence[str] = ()) -> dict[str, str]:
         """Text for the file: `tpx` is JSON, `parameters` the line that other programs write too.

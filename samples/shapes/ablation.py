@@ -56,6 +56,8 @@ WIDTH = 192  # three quarters of the sample model's: narrow enough to be trained
 DRAWN: dict[str, Any] = {
     "sampler": "dpmpp2m",
     "steps": 8,
+    "guidance": 3.0,
+    "guidance_interval": (0.0, 1.0),
 }  # scores as high as Euler's 20 steps (docs/replication.md)
 WHOLE_RANK = 128  # M r of every row
 BASE, LORA, THINKING = "base", "LoRA", "M=4, T=3"

@@ -207,6 +207,7 @@ def run(
         "bundle_sha256": generator.manifest.sha256,
         "engine": generator.engine.name,
         **{key: getattr(used, key) for key in ("sampler", "steps", "guidance", "depth")},
+        "guidance_interval": list(used.guidance_interval),
         "seed": seed,
         "images": images,
         "limit": limit,

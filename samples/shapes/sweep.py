@@ -2,7 +2,7 @@
 
     python -m samples.shapes.sweep --bundle bundles/shapes --sampler euler --sampler dpmpp2m --steps 4,8,12,20,28
     python -m samples.shapes.sweep --bundle bundles/deep --depth 1,2,3,4,5
-    python -m samples.shapes.sweep --bundle bundles/shapes --guidance 2 --guidance 3 --guidance 4 --guidance 5
+    python -m samples.shapes.sweep --bundle bundles/shapes --guidance 3 --guidance 5 --guidance-interval 0 0.6
 
 Every cell is a run of `tpx-eval shapes` on the same prompts and seeds, so that cells pair; what is finished is not drawn
 again. Needs no torch.
@@ -44,7 +44,10 @@ def numbers(text: str | None) -> tuple[int, ...] | tuple[None]:
 
 def cell(generator: Generator, out: Path, settings: dict[str, Any], **size: Any) -> dict[str, Any]:
     """Draw and judge one cell, or read it where it is finished."""
-    folder = out / "-".join(str(value) for value in settings.values())
+    told = (
+        value for setting in settings.values() for value in (setting if type(setting) is tuple else [setting])
+    )
+    folder = out / "-".join(map(str, told))
     record = folder / "cell.json"
     if record.exists():
         return dict(json.loads(record.read_text()))
@@ -93,6 +96,14 @@ def table(out: Path, cells: list[dict[str, Any]], names: list[str]) -> str:
 @click.option("--steps", help="Denoising steps, such as 4,8,12.  [default: the bundle's]")
 @click.option("--depth", help="Latent steps, such as 1,2,3.  [default: the bundle's]")
 @click.option("--guidance", type=float, multiple=True, help="Guidance.  [default: the bundle's]")
+@click.option(
+    "--guidance-interval",
+    "intervals",
+    type=(float, float),
+    metavar="LOW HIGH",
+    multiple=True,
+    help="Noise levels at which guidance acts.  [default: the bundle's]",
+)
 @click.option("--images", type=click.IntRange(1), default=1, show_default=True, help="Pictures a prompt.")
 @click.option("--limit", type=click.IntRange(1), help="Only the first N prompts of each row.")
 def main(
@@ -103,6 +114,7 @@ def main(
     steps: str | None,
     depth: str | None,
     guidance: tuple[float, ...],
+    intervals: tuple[tuple[float, float], ...],
     **size: Any,
 ) -> None:
     """Run ShapesEval for every combination of the settings, and print the table."""
@@ -110,14 +122,19 @@ def main(
     defaults = generator.manifest.defaults
     cells = []
     grid = itertools.product(
-        samplers or (defaults.sampler,), numbers(depth), numbers(steps), guidance or (defaults.guidance,)
+        samplers or (defaults.sampler,),
+        numbers(depth),
+        numbers(steps),
+        guidance or (defaults.guidance,),
+        intervals or (defaults.guidance_interval,),
     )
-    for sampler, deep, many, guided in grid:
+    for sampler, deep, many, guided, interval in grid:
         settings = {
             "sampler": sampler,
             "depth": deep or defaults.depth,
             "steps": many or defaults.steps,
             "guidance": guided,
+            "guidance_interval": interval,
         }
         cells.append(cell(generator, out, settings, **size))
         write_json(out / "sweep.json", {"bundle_sha256": generator.manifest.sha256, "cells": cells})

@@ -85,10 +85,13 @@ def test_stdout_is_the_path_alone_and_the_rest_is_on_stderr(bundled: Path, elsew
 def test_draws_what_the_generator_draws(bundled: Path) -> None:
     options = {"seed": 5, "steps": 3, "guidance": 1.5, "sampler": "dpmpp2m", "depth": 2}
     flags = [f"--{name}={value}" for name, value in options.items()]
+    flags += ["--guidance-interval", "0", "0.7"]
     result = run(PROMPT, *flags, "--negative", "green", "--out", "a.png", "--engine", "onnxruntime")
     assert result.exit_code == 0
     assert result.stderr == "engine: onnxruntime\ndenoising\n"
-    (expected,) = Generator.load(bundled, "onnxruntime")(PROMPT, negative_prompt="green", **options)  # type: ignore[arg-type]
+    (expected,) = Generator.load(bundled, "onnxruntime")(
+        PROMPT, negative_prompt="green", guidance_interval=(0.0, 0.7), **options
+    )  # type: ignore[arg-type]
     with Image.open("a.png") as image:
         np.testing.assert_array_equal(np.asarray(image), np.asarray(expected))
         facts = json.loads(image.text["tpx"])
@@ -380,6 +383,10 @@ def test_a_notice_of_a_prompt_that_is_refused_after_all_is_not_given(
         ([PROMPT, "--steps", "-3"], "found -3"),
         ([PROMPT, "--seed", "-1"], "expected seed to be a whole number in 0.."),
         ([PROMPT, "--guidance", "nan"], "expected guidance to be a number in -1000..1000, found nan"),
+        (
+            [PROMPT, "--guidance-interval", "0.6", "0.2"],
+            "expected guidance_interval to be two rising numbers in 0..1, found (0.6, 0.2)",
+        ),
         ([PROMPT, "--sampler", "ddim"], "expected a sampler of euler, heun, dpmpp2m, unipc, found 'ddim'"),
         ([PROMPT, "-n", "0"], "expected num_images to be a whole number in 1..1000, found 0"),
         ([PROMPT, "--engine", "tensorflow"], "expected an engine of auto, "),

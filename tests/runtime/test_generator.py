@@ -122,6 +122,16 @@ def test_guidance_one_runs_no_second_branch(generator: Generator, engine: FakeEn
     assert {len(inputs["latents"]) for inputs in calls(engine, DENOISE)} == {2}
 
 
+def test_guidance_acts_in_its_interval(generator: Generator, engine: FakeEngine) -> None:
+    """Where there are two branches there are two rows."""
+    generator("red cube", steps=8, guidance_interval=(0.6, 0.9))
+    (asked,) = calls(engine, CONDITIONS)
+    timesteps = dict.fromkeys(asked["timestep"].tolist())
+    rows = [len(inputs["latents"]) for inputs in calls(engine, DENOISE)]
+    assert rows == [2 if 600 <= timestep <= 900 else 1 for timestep in timesteps]
+    assert rows[0] == rows[-1] == 1 and 2 in rows
+
+
 def test_the_negative_prompt_is_the_first_branch(generator: Generator, engine: FakeEngine) -> None:
     generator("red cube", negative_prompt="a blue sphere")
     said, expected = (

@@ -27,10 +27,14 @@ LATENTS = rng.standard_normal((2, *MODEL.latent_shape)).astype(np.float32)
 
 
 def guided_by(
-    session: FakeSession, said: Arrays, guidance: float, model: ModelSpec = MODEL
+    session: FakeSession,
+    said: Arrays,
+    guidance: float,
+    model: ModelSpec = MODEL,
+    interval: tuple[float, float] = (0.0, 1.0),
 ) -> GuidedPrediction:
     table = Conditions(FakeSession("conditions", conditions(model), []), model, said)
-    return GuidedPrediction(session, model, said, table, guidance)
+    return GuidedPrediction(session, model, said, table, guidance, interval)
 
 
 def branch(said: Arrays, model: ModelSpec = MODEL, depth: int = 2) -> Array:
@@ -84,13 +88,42 @@ def test_guide_leaves_dtype_and_inputs_alone(channels: int) -> None:
     np.testing.assert_array_equal(prompt, LATENTS[1:])
 
 
-@pytest.mark.parametrize("said", [PROMPT, BOTH])
-def test_routes_are_those_of_the_prompt_for_every_call(said: Arrays) -> None:
+@pytest.mark.parametrize(
+    ("timestep", "guided"), [(601, False), (600, True), (400, True), (200, True), (199, False)]
+)
+def test_outside_the_interval_the_prompt_is_asked_alone(timestep: float, guided: bool) -> None:
+    session = FakeSession("transformer", transformer(2), [])
+    found = guided_by(session, BOTH, 3.0, interval=(0.2, 0.6))(LATENTS, timestep)
+    ((_, inputs),) = session.calls
+    alone = FakeSession("transformer", transformer(2), [])
+    said = BOTH if guided else PROMPT
+    np.testing.assert_array_equal(found, guided_by(alone, said, 3.0 if guided else 1.0)(LATENTS, timestep))
+    for name, array in alone.calls[0][1].items():
+        np.testing.assert_array_equal(inputs[name], array)
+
+
+def test_an_array_that_does_not_change_is_one_object() -> None:
+    """An engine on a device need not compare, nor upload, what it was given before."""
+    contexts = []
+
+    def run(inputs: Arrays) -> Arrays:
+        contexts.append(inputs["context"])
+        return transformer(2)(inputs)
+
+    prediction = guided_by(FakeSession("transformer", run, []), BOTH, 3.0, interval=(0.0, 0.5))
+    for timestep in (900.0, 800.0, 400.0, 300.0):
+        prediction(LATENTS, timestep)
+    first, second, third, fourth = contexts
+    assert first is second and third is fourth
+
+
+@pytest.mark.parametrize(("said", "guidance"), [(PROMPT, 1.0), (BOTH, 3.0)])
+def test_routes_are_those_of_the_prompt_for_every_call(said: Arrays, guidance: float) -> None:
     def run(inputs: Arrays) -> Arrays:
         routes = np.round(inputs["context"][:, :1, :1] * 1000).astype(np.int64)
         return {"velocity": inputs["latents"], "routes": routes}
 
-    guided = guided_by(FakeSession("transformer", run, []), said, 3.0)
+    guided = guided_by(FakeSession("transformer", run, []), said, guidance)
     guided(LATENTS, 400.0)
     guided(LATENTS, 200.0)
     expected = np.round(PROMPT["context"][:, :1, :1] * 1000).astype(np.int64)

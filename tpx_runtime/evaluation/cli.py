@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ..cli import TpxCommand, find_bundle
+from ..cli import TpxCommand, find_bundle, guidance_interval
 from ..errors import BadInput, EngineUnavailable
 
 _OUT = click.Path(path_type=Path)
@@ -29,6 +29,7 @@ _drawing = _options(
     click.option("--sampler", help="Sampler.  [default: the bundle's]"),
     click.option("--steps", type=int, help="Denoising steps.  [default: the bundle's]"),
     click.option("--guidance", type=float, help="Pull of the prompt; 1 is off.  [default: the bundle's]"),
+    guidance_interval,
     click.option("--depth", type=int, help="Latent steps of thinking.  [default: the bundle's]"),
     click.option(
         "--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Pictures drawn at once."

@@ -183,6 +183,7 @@ def _settings(
         "sampler": job.sampler,
         "steps": job.steps,
         "guidance": job.guidance,
+        "guidance_interval": list(job.guidance_interval),
         "depth": job.depth,
         "seed": seed,
         "images": images,

@@ -14,7 +14,8 @@ from tpx_runtime.samplers import Array
 
 @dataclass(frozen=True)
 class Work:
-    """What every configuration is given to do. The sampler is one that calls the model once a step.
+    """What every configuration is given to do. The sampler is one that calls the model once a step; guidance acts on all of
+    them or none, so that one step is as much work as another.
 
     `class_id` takes the prompt's place where a bundle draws classes. `prepared` is a folder of what was exported before, and
     `tuned` a choice that was made before: both empty where a configuration has none.
@@ -66,6 +67,7 @@ class Subject:
             seed=work.seed,
             steps=steps or work.steps,
             guidance=work.guidance,
+            guidance_interval=(0.0, 1.0),
             sampler=work.sampler,
             depth=work.depth,
             num_images=images,

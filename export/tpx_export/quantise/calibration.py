@@ -20,7 +20,7 @@ from tpx_export.precision import in_float32
 from tpx_export.quantise.grid import Magnitudes
 from tpx_export.quantise.layers import Layers
 from tpx_runtime.conditioning import Said, combine
-from tpx_runtime.guidance import guide
+from tpx_runtime.guidance import guide, is_guided
 from tpx_runtime.noise import batch_noise
 from tpx_runtime.registry import SAMPLERS_FOR, walk
 from tpx_runtime.samplers import Array
@@ -106,6 +106,7 @@ def _guided(
     transformer: nn.Module, pipeline: Pipeline, told: Golden, some: range, depth: int
 ) -> Callable[[Array, float], Array]:
     guidance, channels = pipeline.defaults.guidance, pipeline.model.guided_channels
+    interval = pipeline.defaults.guidance_interval
     branches = [0] * len(some) * (guidance != 1) + list(some)
     given = [torch.from_numpy(values[branches]) for values in told.values()]
 
@@ -113,8 +114,9 @@ def _guided(
         latents = torch.from_numpy(np.concatenate([x] * (len(branches) // len(x))).astype(np.float32))
         times = torch.full((len(latents),), timestep, dtype=torch.float32)
         prediction: Array = transformer(latents, times, *given, depth)[0].numpy()
-        if guidance == 1:
-            return prediction
-        return guide(prediction[: len(x)], prediction[len(x) :], guidance, channels)
+        negative, prompt = prediction[: len(x)], prediction[-len(x) :]
+        return (
+            guide(negative, prompt, guidance, channels) if is_guided(timestep, guidance, interval) else prompt
+        )
 
     return predict
