@@ -16,8 +16,9 @@ from statistics import median
 from tempfile import TemporaryDirectory
 
 import click
-import numpy as np
 from PIL import Image
+
+from tpx_runtime.evaluation.similarity import psnr_db
 
 PROMPT, SEED, STEPS = "a red cube on a blue sphere", 0, 20
 EAGER = Path(__file__).with_name("pytorch_eager.py")
@@ -34,12 +35,6 @@ def spent(command: list[str]) -> tuple[float, float]:
             f"expected exit code 0, found {os.waitstatus_to_exitcode(status)}: {command}"
         )
     return seconds, usage.ru_maxrss / 1024
-
-
-def psnr(a: Path, b: Path) -> float:
-    x, y = (np.asarray(Image.open(path), np.float64) for path in (a, b))
-    error = float(np.mean((x - y) ** 2))
-    return float("inf") if error == 0 else 10 * np.log10(255**2 / error)
 
 
 @click.command()
@@ -72,7 +67,10 @@ def main(bundle: str, ckpt: str, runs: int, engines: tuple[str, ...]) -> None:
             seconds = median(s for s, _ in results)
             ratio = median(s / e for (s, _), (e, _) in zip(results, found["pytorch"], strict=True))
             megabytes = max(m for _, m in results)
-            same = f"{psnr(pictures[name], pictures['pytorch']):.1f}" if name != "pytorch" else ""
+            same = ""
+            if name != "pytorch":
+                with Image.open(pictures[name]) as mine, Image.open(pictures["pytorch"]) as theirs:
+                    same = f"{psnr_db(mine, theirs):.1f}"
             print(f"| {name} | {seconds:.2f} | {ratio:.2f} | {megabytes:.0f} | {same} |")
 
 

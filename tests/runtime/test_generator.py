@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from tpx_runtime.settings import Settings
 from .fakes import (
     CLASSES,
     MODEL,
+    PAPER,
     TOKENS,
     FakeEngine,
     conditions,
@@ -174,8 +176,9 @@ def test_latents_come_with_the_routes_of_every_call(generator: Generator) -> Non
     assert [routes.shape for routes in sample.routes] == [(2, 4, 6)] * 5
 
 
-def test_jobs_of_one_batch_have_one_loop(generator: Generator) -> None:
-    jobs = generator.plan("red cube", steps=3) + generator.plan("red cube", steps=4)
+@pytest.mark.parametrize("other", [{"steps": 4}, {"guidance_interval": (0.0, 0.5)}])
+def test_jobs_of_one_batch_have_one_loop(generator: Generator, other: dict[str, Any]) -> None:
+    jobs = generator.plan("red cube", steps=3) + generator.plan("red cube", **{"steps": 3, **other})
     with pytest.raises(
         BadInput, match="expected jobs of one sampler, steps, guidance, depth and strength, found 2 kinds"
     ):
@@ -184,6 +187,10 @@ def test_jobs_of_one_batch_have_one_loop(generator: Generator) -> None:
 
 def test_defaults_are_the_bundles(generator: Generator) -> None:
     assert generator.plan("red cube") == [Settings("red cube", "", 0, 3, 3.0, "euler", 2)]
+    limited = replace(PAPER.defaults, guidance_interval=(0.0, 0.5))
+    generator.manifest = replace(PAPER, defaults=limited)
+    assert [job.guidance_interval for job in generator.plan("red cube")] == [(0.0, 0.5)]
+    assert [job.guidance_interval for job in generator.plan("red cube", guidance_interval=(0, 1))] == [(0, 1)]
 
 
 def test_plans_each_prompt_with_each_seed(generator: Generator) -> None:
