@@ -143,13 +143,13 @@ def prompt_of(rng: random.Random, kind: str) -> Prompt:
 
 
 TRAINING_MIX = {
-    "single object": 0.05,
-    "two objects": 0.13,
-    "counting": 0.22,
-    "colours": 0.08,
-    "position": 0.10,
-    "colour attribution": 0.14,
-    "attribution + position": 0.18,
+    "single object": 0.03,
+    "two objects": 0.20,
+    "counting": 0.32,
+    "colours": 0.05,
+    "position": 0.07,
+    "colour attribution": 0.10,
+    "attribution + position": 0.13,
     "list": 0.05,
     "groups": 0.05,
 }
