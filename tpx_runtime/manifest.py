@@ -19,6 +19,7 @@ from .samplers import TRAIN_TIMESTEPS
 
 FORMAT = "tpx-bundle"
 FORMAT_VERSION = 4
+EVERY_LEVEL = (0.0, 1.0)  # the guidance interval that leaves out no step
 
 T = TypeVar("T")
 
@@ -95,7 +96,7 @@ class Defaults:
     steps: int
     guidance: float
     depth: int
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    guidance_interval: tuple[float, float] = EVERY_LEVEL
 
 
 @dataclass(frozen=True)

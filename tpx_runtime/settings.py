@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 
 from .bundle import Manifest
 from .errors import BadInput, shorten
+from .manifest import EVERY_LEVEL
 from .noise import MAX_SEED
 from .registry import SAMPLERS_FOR
 from .samplers import TRAIN_TIMESTEPS
@@ -30,7 +31,7 @@ class Settings:
     depth: int
     class_id: int | None = None
     strength: float | None = None
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    guidance_interval: tuple[float, float] = EVERY_LEVEL
 
     def check(self, manifest: Manifest) -> "Settings":
         """These settings, fit for the model of `manifest`. Raises BadInput."""

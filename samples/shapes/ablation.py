@@ -34,6 +34,7 @@ from tpx_runtime.evaluation.compare import Report
 from tpx_runtime.evaluation.record import write_json
 from tpx_runtime.evaluation.statistics import Estimate, bootstrap
 from tpx_runtime.generator import Generator
+from tpx_runtime.manifest import EVERY_LEVEL
 
 LOSSES = "losses.npy"
 FRESH_SEED, FRESH_SHARDS = 2**20, 2  # scenes that no training with a seed below sees
@@ -57,7 +58,7 @@ DRAWN: dict[str, Any] = {
     "sampler": "dpmpp2m",
     "steps": 8,
     "guidance": 3.0,
-    "guidance_interval": (0.0, 1.0),
+    "guidance_interval": EVERY_LEVEL,
 }  # scores as high as Euler's 20 steps (docs/replication.md)
 WHOLE_RANK = 128  # M r of every row
 BASE, LORA, THINKING = "base", "LoRA", "M=4, T=3"

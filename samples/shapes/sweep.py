@@ -49,13 +49,12 @@ def cell(generator: Generator, out: Path, settings: dict[str, Any], **size: Any)
     )
     folder = out / "-".join(map(str, told))
     record = folder / "cell.json"
-    if record.exists():
-        return dict(json.loads(record.read_text()))
-    evaluate.run(folder, generator, **size, **settings)
-    rows = json.loads((folder / "report.json").read_text())["rows"]
-    made = {**settings, "folder": folder.name, "seconds an image": pace(generator, settings), "rows": rows}
-    write_json(record, made)
-    return made
+    if not record.exists():
+        evaluate.run(folder, generator, **size, **settings)
+        rows = json.loads((folder / "report.json").read_text())["rows"]
+        seconds = pace(generator, settings)
+        write_json(record, {**settings, "folder": folder.name, "seconds an image": seconds, "rows": rows})
+    return dict(json.loads(record.read_text()))
 
 
 def pace(generator: Generator, settings: dict[str, Any]) -> float:

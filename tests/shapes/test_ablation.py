@@ -120,10 +120,11 @@ def test_a_cell_is_judged_once_with_its_settings(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(evaluate, "run", draw)
     generator: Any = lambda *prompt, **told: None  # noqa: E731
-    settings = {"sampler": "euler", "depth": 2, "steps": 4}
+    settings = {"sampler": "euler", "depth": 2, "steps": 4, "guidance_interval": (0.2, 0.7)}
     first = sweep.cell(generator, tmp_path, settings, images=1, limit=3)
     assert sweep.cell(generator, tmp_path, settings, images=1, limit=3) == first
     assert asked == [{**settings, "images": 1, "limit": 3}]
+    assert first["folder"] == "euler-2-4-0.2-0.7"
     assert first["rows"]["overall"]["score"] == 0.5 and first["seconds an image"] >= 0
 
 

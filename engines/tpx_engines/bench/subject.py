@@ -9,6 +9,7 @@ from typing import Any
 from PIL import Image
 
 from tpx_runtime.generator import Generator
+from tpx_runtime.manifest import EVERY_LEVEL
 from tpx_runtime.samplers import Array
 
 
@@ -67,7 +68,7 @@ class Subject:
             seed=work.seed,
             steps=steps or work.steps,
             guidance=work.guidance,
-            guidance_interval=(0.0, 1.0),
+            guidance_interval=EVERY_LEVEL,
             sampler=work.sampler,
             depth=work.depth,
             num_images=images,
