@@ -27,7 +27,7 @@ def main(bundle: Path, precision: str, depth: int, rows: int, runs: int) -> None
     path = Bundle.open(bundle).transformer(depth, plain=True)
     shapes = shapes_at(core(), path, rows)
     counting = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY", "PERF_COUNT": "YES"}
-    request = compile_exactly(core(), path, counting, shapes).create_infer_request()
+    request = compile_exactly(core(), path, counting, shapes, parts=1).create_infer_request()
     rng = np.random.default_rng(0)
     inputs = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes}
     spent: dict[str, float] = defaultdict(float)

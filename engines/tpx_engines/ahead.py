@@ -102,10 +102,12 @@ def _exact(name: str, engine_name: str, path: Path, batch: int) -> _Task:
         _require_writable(store)
         try:
             shapes = openvino_exact.shapes_at(core, path, batch)
-            file = store.exact(shapes)
-            if openvino_exact.load_exactly(core, file, config):
+            parts = openvino_exact.parts_of(core, shapes, store)
+            file = store.exact(shapes, parts)
+            if openvino_exact.load_exactly(core, file, config, parts):
                 return file.stat().st_size, True
-            content = openvino_exact.compile_exactly(core, path, config, shapes).export_model().getbuffer()
+            compiled = openvino_exact.compile_exactly(core, path, config, shapes, parts)
+            content = compiled.export_model().getbuffer()
         except Exception as error:
             raise EngineFailed(f"{path}: openvino could not compile it: {one_line(error)}") from error
         try:

@@ -9,6 +9,7 @@ import pytest
 
 from tpx_runtime.bundle import CONDITIONS, Bundle, transformer_name
 from tpx_runtime.engine import ENGINES, Arrays, Session, openvino, openvino_exact, resolve
+from tpx_runtime.engine.openvino_graph import Graph
 from tpx_runtime.errors import EngineFailed, EngineUnavailable
 from tpx_runtime.manifest import Tolerance
 from tpx_runtime.verify import LOSS, load_golden, require_ok, tolerated, verify_bundle
@@ -27,28 +28,29 @@ def folder(bundle: Path, part: str = "text_encoder.model.f32") -> Path:
     return bundle.with_name(f"{bundle.name}.engines") / "openvino" / part
 
 
-def build(bundle: Path, rows: int, engine: str = "openvino") -> Path:
-    """What tpx-build does for the text encoder, and the file that it leaves."""
-    path, core = bundle / GRAPH, openvino.core()
+def build(bundle: Path, rows: int, engine: str = "openvino", graph: str = GRAPH) -> Path:
+    """What tpx-build does for a graph, and the file that it leaves."""
+    path, core = bundle / graph, openvino.core()
     config = openvino.settings(engine, path)
     store, shapes = openvino.store_of(engine, path), openvino_exact.shapes_at(core, path, rows)
     assert store.prepare()
-    compiled = openvino_exact.compile_exactly(core, path, config, shapes)
-    store.write(store.exact(shapes), compiled.export_model().getbuffer())
-    return store.exact(shapes)
+    parts = openvino_exact.parts_of(core, shapes, store)
+    compiled = openvino_exact.compile_exactly(core, path, config, shapes, parts)
+    store.write(store.exact(shapes, parts), compiled.export_model().getbuffer())
+    return store.exact(shapes, parts)
 
 
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """The row counts for which graphs were compiled exactly; "any" for those of any shapes."""
+    """The row counts of calls for which graphs were compiled exactly; "any" for those of any shapes."""
     made: list[object] = []
     exactly, any_shapes = openvino_exact.compile_exactly, openvino.compile_any
 
     def spy_exactly(
-        core: ov.Core, path: Path, config: dict[str, str], shapes: openvino_exact.Shapes
+        core: ov.Core, path: Path, config: dict[str, str], shapes: openvino_exact.Shapes, parts: int
     ) -> object:
         made.append(shapes[0][1][0])
-        return exactly(core, path, config, shapes)
+        return exactly(core, path, config, shapes, parts)
 
     def spy_any(*args: object) -> object:
         made.append("any")
@@ -169,6 +171,70 @@ class TestExactShapes:
         same(session, 2, copy)
 
 
+class TestHalves:
+    """Even batches, run as two halves side by side."""
+
+    @pytest.mark.parametrize(("rows", "parts"), [(1, 1), (2, 2), (3, 1), (4, 2), (16, 2)])
+    def test_an_even_batch_has_two(self, rows: int, parts: int, copy: Path) -> None:
+        store = openvino.store_of("openvino", copy / GRAPH)
+        assert openvino_exact.parts_of(Cores(2), (("ids", (rows, 12)),), store) == parts  # type: ignore[arg-type]
+
+    def test_one_core_large_weights_and_inputs_without_common_rows_have_one(
+        self, copy: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        store, two = openvino.store_of("openvino", copy / GRAPH), (("ids", (2, 12)),)
+        assert openvino_exact.parts_of(Cores(1), two, store) == 1  # type: ignore[arg-type]
+        for other in ((), (1, 3), (4, 2)):
+            assert openvino_exact.parts_of(Cores(2), (*two, ("other", other)), store) == 1  # type: ignore[arg-type]
+        monkeypatch.setattr(openvino_exact, "MOST_WEIGHT_BYTES", store.weight_bytes)
+        assert openvino_exact.parts_of(Cores(2), two, store) == 2  # type: ignore[arg-type]
+        monkeypatch.setattr(openvino_exact, "MOST_WEIGHT_BYTES", store.weight_bytes - 1)
+        assert openvino_exact.parts_of(Cores(2), two, store) == 1  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize("cores", [1, 2])
+    @pytest.mark.parametrize("ahead", [True, False])
+    def test_rows_come_back_in_their_order(
+        self, cores: int, ahead: bool, copy: Path, compiled: list[object], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Built ahead or earned, as halves or whole."""
+        exact, asked = openvino_exact.parts_of, []
+        monkeypatch.setattr(
+            openvino_exact, "parts_of", lambda _, *rest: asked.append(exact(Cores(cores), *rest)) or asked[-1]
+        )
+        if ahead:
+            build(copy, 4)
+        session = resolve("openvino").open(copy / GRAPH)
+        for _ in range(4):
+            same(session, 4, copy)
+        assert set(asked) == {cores}
+        assert compiled == [4] if ahead else ["any", 4]
+
+    def test_a_file_for_halves_is_not_that_for_whole_batches(self, copy: Path) -> None:
+        store, shapes = openvino.store_of("openvino", copy / GRAPH), (("ids", (2, 12)),)
+        assert store.exact(shapes, 2) != store.exact(shapes, 1)
+
+    def test_after_an_error_in_a_half_the_next_call_is_right(self, copy: Path) -> None:
+        path, core = copy / GRAPH, openvino.core()
+        config, shapes = openvino.settings("openvino", path), openvino_exact.shapes_at(core, path, 4)
+        graph = Graph(openvino_exact.compile_exactly(core, path, config, shapes, 2), 2)
+        with pytest.raises(RuntimeError):
+            graph.run(ids(8))
+        expected = ENGINES["onnxruntime"].open(path).run(ids(4))
+        for name, array in graph.run(ids(4)).items():
+            np.testing.assert_allclose(array, expected[name], rtol=1e-4, atol=1e-5)
+
+
+class Cores:
+    """What OpenVINO says of a machine with so many."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    def get_property(self, device: str, name: str) -> tuple[int, int]:
+        assert (device, name) == ("CPU", "RANGE_FOR_STREAMS")
+        return 1, self._count
+
+
 class TestBf16:
     def test_a_cpu_without_bf16_is_a_problem(self, monkeypatch: pytest.MonkeyPatch) -> None:
         class Core:
@@ -231,18 +297,11 @@ class TestBf16:
 
 def test_the_arrays_of_a_bundle_built_ahead_are_those_of_the_golden(copy: Path) -> None:
     """A transformer whose weights are mapped from the file, not only an encoder."""
-    path, core = copy / transformer_name(3, plain=True), openvino.core()
-    bundle = Bundle.open(copy)
+    path, bundle = copy / transformer_name(3, plain=True), Bundle.open(copy)
     golden = load_golden(bundle)
     inputs = {name: golden[name] for name in bundle.manifest.model.transformer_inputs}
-    store, config = openvino.store_of("openvino", path), openvino.settings("openvino", path)
-    shapes = openvino_exact.shapes_of(inputs)
-    assert shapes == openvino_exact.shapes_at(core, path, 2)
-    assert store.prepare()
-    store.write(
-        store.exact(shapes),
-        openvino_exact.compile_exactly(core, path, config, shapes).export_model().getbuffer(),
-    )
+    assert openvino_exact.shapes_of(inputs) == openvino_exact.shapes_at(openvino.core(), path, 2)
+    build(copy, 2, graph=transformer_name(3, plain=True))
     session = resolve("openvino").open(path)
     for _ in range(2):
         outputs = session.run(inputs)

@@ -15,6 +15,7 @@ from ..bundle import CONDITIONS
 from ..errors import EngineFailed
 from . import Arrays, one_line
 from .openvino_exact import ExactGraphs, shapes_of
+from .openvino_graph import Graph
 from .openvino_store import Store
 
 # Left alone it computes in bf16 where the CPU can, which sends tokens to other experts: that has to be asked for.
@@ -40,26 +41,25 @@ class OpenVinoSession:
     def __init__(self, path: Path, config: dict[str, str], store: Store) -> None:
         self._path, self._config, self._store = path, config, store
         self._exact = ExactGraphs(core(), path, config, store)
-        self._any_shapes: openvino.CompiledModel | None = None
+        self._any_shapes: Graph | None = None
         if not store.built():  # else the first call may want no more than one of those
             self._compile()
 
     def run(self, inputs: Arrays) -> Arrays:
-        model = self._exact.take(shapes_of(inputs)) or self._any_shapes or self._compile()
+        graph = self._exact.take(shapes_of(inputs)) or self._any_shapes or self._compile()
         # For an input that is left out, openvino would take whatever lies in its memory.
-        if inputs.keys() != (expected := {input_.any_name for input_ in model.inputs}):
-            wanted, found = (", ".join(sorted(names)) or "none" for names in (expected, inputs.keys()))
+        if inputs.keys() != graph.inputs:
+            wanted, found = (", ".join(sorted(names)) or "none" for names in (graph.inputs, inputs.keys()))
             raise EngineFailed(
                 f"{self._path}: openvino could not run it: expected the inputs {wanted}, found {found}"
             )
         try:
-            outputs = model(inputs)
+            return graph.run(inputs)
         except Exception as error:
             raise EngineFailed(f"{self._path}: openvino could not run it: {one_line(error)}") from error
-        return {output.any_name: outputs[output] for output in model.outputs}
 
-    def _compile(self) -> openvino.CompiledModel:
-        self._any_shapes = compile_any(self._path, self._config, self._store)
+    def _compile(self) -> Graph:
+        self._any_shapes = Graph(compile_any(self._path, self._config, self._store))
         return self._any_shapes
 
 

@@ -2,7 +2,7 @@
 
 With exact shapes OpenVINO lays out memory and chooses kernels once, not at each call. Loading such a graph costs a start
 0.05 s, which one picture does not make up for and the second does, and every one holds its own copy of the weights. So
-there are few of them, and a shape that nobody built ahead has to earn its own.
+there are few of them, and a shape that nobody built ahead has to earn its own. A small one runs an even batch as two halves.
 """
 
 from collections import Counter
@@ -12,11 +12,14 @@ import numpy as np
 import openvino
 
 from . import Arrays
+from .openvino_graph import Graph
 from .openvino_store import Shapes, Store
 
 EARNED_CALLS = 256  # compiling takes 0.5 s, and a call gains 1 to 2 ms of it (the sample's transformer)
 MOST_KEPT = 4
-MOST_WEIGHT_BYTES = 256 << 20  # of a graph that earns copies: where calls take long, exact shapes gain little
+MOST_WEIGHT_BYTES = (
+    256 << 20
+)  # of a graph that earns copies or runs as halves: where calls take long, both gain little
 
 
 def shapes_of(inputs: Arrays) -> Shapes:
@@ -34,17 +37,25 @@ def shapes_at(core: openvino.Core, path: Path, rows: int) -> Shapes:
     return tuple(sorted(shapes.items()))
 
 
+def parts_of(core: openvino.Core, shapes: Shapes, store: Store) -> int:
+    """In how many parts a call of `shapes` is run: 2 where its rows are even, the weights small and there are two cores."""
+    rows = {shape[:1] for _, shape in shapes}
+    even = len(rows) == 1 and all(row and row[0] % 2 == 0 for row in rows)
+    cores = core.get_property("CPU", "RANGE_FOR_STREAMS")[1]
+    return 2 if even and store.weight_bytes <= MOST_WEIGHT_BYTES and cores > 1 else 1
+
+
 def compile_exactly(
-    core: openvino.Core, path: Path, config: dict[str, str], shapes: Shapes
+    core: openvino.Core, path: Path, config: dict[str, str], shapes: Shapes, parts: int
 ) -> openvino.CompiledModel:
-    """The graph at `path` for `shapes` alone. Raises what OpenVINO raises."""
+    """The graph at `path` for one of `parts` equal parts of `shapes` alone. Raises what OpenVINO raises."""
     model = core.read_model(str(path))
-    model.reshape({name: list(shape) for name, shape in shapes})
-    return core.compile_model(model, "CPU", config)
+    model.reshape({name: [shape[0] // parts, *shape[1:]] for name, shape in shapes})
+    return core.compile_model(model, "CPU", _streams(config, parts))
 
 
 def load_exactly(
-    core: openvino.Core, file: Path, config: dict[str, str]
+    core: openvino.Core, file: Path, config: dict[str, str], parts: int
 ) -> tuple[openvino.CompiledModel, openvino.Tensor] | None:
     """What tpx-build left in `file`, and the memory that has to outlive it; None for a file that is damaged or not there.
 
@@ -52,9 +63,13 @@ def load_exactly(
     """
     try:
         blob = openvino.Tensor(np.memmap(file, np.uint8, "c"), shared_memory=True)
-        return core.import_model(blob, "CPU", config), blob
+        return core.import_model(blob, "CPU", _streams(config, parts)), blob
     except Exception:
         return None
+
+
+def _streams(config: dict[str, str], parts: int) -> dict[str, str]:
+    return {**config, "NUM_STREAMS": str(parts)} if parts > 1 else config
 
 
 class ExactGraphs:
@@ -64,39 +79,41 @@ class ExactGraphs:
         self._core, self._path, self._config, self._store = core, path, config, store
         self._may_earn = store.weight_bytes <= MOST_WEIGHT_BYTES
         self._calls: Counter[Shapes] = Counter()
-        self._kept: dict[Shapes, openvino.CompiledModel] = {}  # the latest last
+        self._kept: dict[Shapes, Graph] = {}  # the latest last
         self._mapped: dict[Shapes, openvino.Tensor] = {}  # what those of a file read their weights from
 
-    def take(self, shapes: Shapes) -> openvino.CompiledModel | None:
+    def take(self, shapes: Shapes) -> Graph | None:
         """The graph for `shapes`, to be run now; None if there is none and it has not earned one yet."""
-        if model := self._kept.pop(shapes, None):
-            self._kept[shapes] = model
-            return model
+        if graph := self._kept.pop(shapes, None):
+            self._kept[shapes] = graph
+            return graph
         self._calls[shapes] += 1
-        calls, model = self._calls[shapes], None
+        calls, graph = self._calls[shapes], None
         if calls == EARNED_CALLS or (calls == 1 and len(self._kept) < MOST_KEPT):
-            model = self._load(shapes)
-        if model is None and calls == EARNED_CALLS and self._may_earn:
-            model = self._compile(shapes)
-        if model:
-            self._keep(shapes, model)
-        return model
+            graph = self._load(shapes)
+        if graph is None and calls == EARNED_CALLS and self._may_earn:
+            graph = self._compile(shapes)
+        if graph:
+            self._keep(shapes, graph)
+        return graph
 
-    def _keep(self, shapes: Shapes, model: openvino.CompiledModel) -> None:
-        self._kept[shapes] = model
+    def _keep(self, shapes: Shapes, graph: Graph) -> None:
+        self._kept[shapes] = graph
         for old in list(self._kept)[:-MOST_KEPT]:
             del self._kept[old], self._calls[old]  # it has to earn its place again
             self._mapped.pop(old, None)
 
-    def _load(self, shapes: Shapes) -> openvino.CompiledModel | None:
-        loaded = load_exactly(self._core, self._store.exact(shapes), self._config)
+    def _load(self, shapes: Shapes) -> Graph | None:
+        parts = parts_of(self._core, shapes, self._store)
+        loaded = load_exactly(self._core, self._store.exact(shapes, parts), self._config, parts)
         if loaded is None:
             return None
         model, self._mapped[shapes] = loaded
-        return model
+        return Graph(model, parts)
 
-    def _compile(self, shapes: Shapes) -> openvino.CompiledModel | None:
+    def _compile(self, shapes: Shapes) -> Graph | None:
+        parts = parts_of(self._core, shapes, self._store)
         try:
-            return compile_exactly(self._core, self._path, self._config, shapes)
+            return Graph(compile_exactly(self._core, self._path, self._config, shapes, parts), parts)
         except Exception:  # such as inputs that do not fit, which the graph for any shapes explains
             return None

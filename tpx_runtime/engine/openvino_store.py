@@ -2,7 +2,7 @@
 
 In such a folder are OpenVINO's own cache of the graph for any shapes (`NUMBER.blob`), and what tpx-build made for exact ones
 (`rows-ROWS.KEY.exact`). The key is over all that such a file depends on: the graph and its weights by size and time, the
-shapes, OpenVINO's version, the CPU and the settings.
+shapes, the parts in which they are run, OpenVINO's version, the CPU and the settings.
 """
 
 import hashlib
@@ -43,9 +43,9 @@ class Store:
         """Of the weights in the graph's folder, which all its graphs share."""
         return sum(size for name, size, _ in self._sources if not name.endswith(".onnx"))
 
-    def exact(self, shapes: Shapes) -> Path:
-        """The file of the graph for these shapes, whether there is one or not."""
-        key = hashlib.sha256(repr((self.context, self._sources, shapes)).encode()).hexdigest()[:16]
+    def exact(self, shapes: Shapes, parts: int) -> Path:
+        """The file of the graph that runs these shapes in so many parts, whether there is one or not."""
+        key = hashlib.sha256(repr((self.context, self._sources, shapes, parts)).encode()).hexdigest()[:16]
         rows = "-".join(str(n) for n in sorted({shape[0] for _, shape in shapes if shape}))
         return self.folder / f"rows-{rows}.{key}.exact"
 

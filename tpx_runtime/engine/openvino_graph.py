@@ -1,0 +1,38 @@
+"""A compiled graph, run whole or as two halves side by side.
+
+A call's rows do not depend on one another: they are guidance's branches, or pictures of a batch. Run as one, all threads
+wait for each other after every one of some 200 kernels; as halves each is left to its own cores and they meet once. How
+much that is depends on how fast a waiting thread is woken: docs/performance.md.
+"""
+
+from contextlib import ExitStack
+
+import numpy as np
+import openvino
+
+from . import Arrays
+
+
+class Graph:
+    """`parts` requests of one compiled graph: each takes an equal share of a call's rows."""
+
+    def __init__(self, model: openvino.CompiledModel, parts: int = 1) -> None:
+        self._requests = [model.create_infer_request() for _ in range(parts)]
+        self._outputs = [port.any_name for port in model.outputs]
+        self.inputs = frozenset(port.any_name for port in model.inputs)
+
+    def run(self, inputs: Arrays) -> Arrays:
+        """Outputs, each with the rows of `inputs` in their order. Raises what OpenVINO raises."""
+        *others, mine = self._requests
+        shares = (
+            {name: np.split(rows, len(self._requests)) for name, rows in inputs.items()} if others else {}
+        )
+        with ExitStack() as running:  # whatever happens, none is left at work
+            for index, request in enumerate(others):
+                request.start_async({name: share[index] for name, share in shares.items()}, share_inputs=True)
+                running.callback(request.wait)
+            mine.infer({name: share[-1] for name, share in shares.items()} or inputs, share_inputs=True)
+        return {
+            name: np.concatenate([request.get_tensor(name).data for request in self._requests])
+            for name in self._outputs
+        }
