@@ -41,7 +41,7 @@ class TpxCommand(click.Command):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            error: TpxError = Cancelled("cancelled, nothing was written")
+            error: TpxError = Cancelled("cancelled")
         except TpxError as caught:
             error = caught
         line = " ".join(str(error).splitlines())  # a path in it may hold line breaks

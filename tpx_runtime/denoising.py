@@ -10,7 +10,7 @@ import numpy.typing as npt
 from .bundle import Bundle
 from .editing import Edit, Repainting, noised, tail
 from .engine import Arrays, Engine, Session
-from .errors import BadInput, Cancelled, EngineFailed
+from .errors import BadInput, Cancelled, EngineFailed, shorten
 from .guidance import GuidedPrediction
 from .modulation import Conditions
 from .noise import batch_noise
@@ -29,18 +29,20 @@ class Sample:
     routes: list[npt.NDArray[np.int64]]
 
 
-def one_loop(jobs: Sequence[Settings], edit: Edit | None) -> Settings:
-    """The job that stands for all of a batch, which differ in nothing but prompts, classes and seed.
+LOOP = ("sampler", "steps", "guidance", "guidance_interval", "depth", "strength")  # of Settings
 
-    Raises BadInput where they do, and for a strength without an `edit` and the reverse.
+
+def one_loop(jobs: Sequence[Settings], edit: Edit | None) -> Settings:
+    """The job that stands for all, of which there is one at least; they share what LOOP names.
+
+    Raises BadInput where they do not, and for a strength without an `edit` and the reverse.
     """
-    loops = {
-        (job.sampler, job.steps, job.guidance, job.guidance_interval, job.depth, job.strength) for job in jobs
-    }
-    if len(loops) != 1:
-        raise BadInput(
-            f"expected jobs of one sampler, steps, guidance, depth and strength, found {len(loops)} kinds"
-        )
+    for name in LOOP:
+        first, *others = dict.fromkeys(getattr(job, name) for job in jobs)
+        if others:
+            raise BadInput(
+                f"expected jobs of one {name}, found {shorten(first)} and {shorten(others[0])}; draw them in two calls"
+            )
     if (jobs[0].strength is None) != (edit is None):
         found = "no strength" if jobs[0].strength is None else "no picture"
         raise BadInput(f"expected a picture to start from and a strength, or neither, found {found}")

@@ -91,13 +91,16 @@ class Generator:
     ) -> list[Image.Image]:
         """The pictures of planned jobs, `batch_size` at a time, which changes no picture.
 
-        `edit` is the picture that jobs with a strength start from.
+        Jobs differ in nothing but prompts, classes and seed; `edit` is the picture that those with a strength start from.
+        Raises BadInput for others.
 
         `callback(step, total, latents)` is called after each step, counted over all batches; if it returns
         False, Cancelled is raised. Each picture's `info` holds its settings, and `save_png` writes them into
         the file.
         """
         check_int("batch_size", batch_size, 1)
+        if jobs:
+            one_loop(jobs, edit)
         batches = [jobs[i : i + batch_size] for i in range(0, len(jobs), batch_size)]
         left_out = self.text.left_out if self.text else ()
         images = []
@@ -115,13 +118,13 @@ class Generator:
         A mask is laid over the whole picture, whatever its own size. What is transparent is white in a picture and black in
         a mask. Raises BadInput for a bundle without an encoder of pictures, for what is no picture, and for a black mask.
         """
-        encoder, model, latent = self._vae_encoder(), self.manifest.model, self.manifest.latent
+        encoder, model, latent = self._encoder, self.manifest.model, self.manifest.latent
         upright = flat(image, "white")
         picture, fitted = fit(upright, model.image_size_px), None
         if mask is not None:
             over = flat(mask, "black").resize(upright.size)
             fitted = fit_mask(over, model.image_size_px)
-        outputs = self.engine.open(encoder).run({"image": to_pixels(picture)})
+        outputs = encoder.run({"image": to_pixels(picture)})
         latents: Array = output(outputs, "latents", (1, *model.latent_shape))
         self._require_finite(latents, "latents of the picture")
         latents = (latents - np.float32(latent.shift)) * np.float32(latent.scale)
@@ -179,7 +182,7 @@ class Generator:
             for i in range(num_images)
         ]
         if strength is not None:
-            self._vae_encoder()
+            self._encoder_path()
         if self.classes:
             self.classes.check(class_id)
         if self.text:
@@ -216,7 +219,7 @@ class Generator:
         negatives = [job.negative_prompt or None for job in jobs] if guided else []
         return self.text([*negatives, *(job.prompt for job in jobs)])
 
-    def _vae_encoder(self) -> Path:
+    def _encoder_path(self) -> Path:
         """The encoder's graph. Raises BadInput for a bundle that cannot start from a picture."""
         path, name, prediction = self.bundle.vae_encoder, self.manifest.name, self.manifest.model.prediction
         if path is None:
@@ -233,6 +236,10 @@ class Generator:
 
     def _require_finite(self, values: Array, what: str) -> None:
         require_finite(values, what, self.bundle, self.engine)
+
+    @cached_property
+    def _encoder(self) -> Session:
+        return self.engine.open(self._encoder_path())
 
     @cached_property
     def _decoder(self) -> Session:

@@ -2,7 +2,11 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from numbers import Integral
+from typing import Any
+
+import numpy as np
 
 from .bundle import Manifest
 from .errors import BadInput, shorten
@@ -32,6 +36,13 @@ class Settings:
     class_id: int | None = None
     strength: float | None = None
     guidance_interval: tuple[float, float] = EVERY_LEVEL
+
+    def __post_init__(self) -> None:
+        """numpy's numbers and JSON's lists as Python's own, so that settings compare and can be written."""
+        for field in fields(self):
+            object.__setattr__(self, field.name, _plain(getattr(self, field.name)))
+        if isinstance(self.guidance_interval, list | tuple):
+            object.__setattr__(self, "guidance_interval", tuple(map(_plain, self.guidance_interval)))
 
     def check(self, manifest: Manifest) -> "Settings":
         """These settings, fit for the model of `manifest`. Raises BadInput."""
@@ -105,9 +116,15 @@ class Settings:
         return {"tpx": json.dumps(facts), "parameters": line}
 
 
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else value
+
+
 def check_int(name: str, value: object, least: int, most: int | None = None) -> None:
-    """Raise BadInput unless `value` is an int in least .. most."""
-    if type(value) is int and least <= value and (most is None or value <= most):
-        return
+    """Raise BadInput unless `value` is a whole number, numpy's too, in least .. most."""
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        number = int(value)
+        if least <= number and (most is None or number <= most):
+            return
     limits = f"of at least {least}" if most is None else f"in {least}..{most}"
     raise BadInput(f"expected {name} to be a whole number {limits}, found {shorten(value)}")

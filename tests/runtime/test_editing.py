@@ -123,6 +123,12 @@ def test_the_loop_starts_from_the_picture_with_noise(generator: Generator, engin
     assert first["latents"].dtype == np.float32
 
 
+def test_the_encoder_is_loaded_once(generator: Generator, engine: FakeEngine) -> None:
+    for _ in range(2):
+        generator("red cube", image=photo())
+    assert engine.opened.count("vae_encoder/model.onnx") == 1
+
+
 def test_every_picture_of_a_batch_starts_from_its_own_noise(generator: Generator) -> None:
     picture = photo()
     batch = generator("red cube", image=picture, num_images=3, seed=4)

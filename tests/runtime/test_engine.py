@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from tpx_runtime.engine import AUTO, ENGINES, Engine, one_line, output, resolve
+from tpx_runtime.engine import AUTO, ENGINES, Engine, cuda, one_line, output, resolve
 from tpx_runtime.errors import BadInput, EngineFailed, EngineUnavailable
 
 REAL = ["onnxruntime", "openvino"]
@@ -125,17 +125,31 @@ class TestCuda:
             resolve("onnxruntime-cuda")
 
     def test_a_machine_without_driver_is_a_problem(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        import ctypes
-
         import onnxruntime
 
-        def missing(name: str) -> object:
-            raise OSError(f"{name}: cannot open shared object file")
-
         monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
-        monkeypatch.setattr(ctypes, "CDLL", missing)
-        with pytest.raises(EngineUnavailable, match="expected an NVIDIA driver for engine onnxruntime-cuda"):
+        monkeypatch.setattr(cuda, "library", lambda name: None)
+        with pytest.raises(EngineUnavailable) as caught:
             resolve("onnxruntime-cuda")
+        assert str(caught.value) == (
+            f"expected an NVIDIA driver ({cuda.DRIVER}), found none; engine onnxruntime-cuda needs it, "
+            "use the engine onnxruntime"
+        )
+
+    def test_a_driver_without_a_gpu_is_a_problem_and_auto_passes_on(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        import onnxruntime
+
+        driver = SimpleNamespace(cuInit=lambda flags: cuda.NO_DEVICE, cuGetErrorName=lambda code, text: 1)
+        providers = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+        monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: providers)
+        monkeypatch.setattr(cuda, "library", lambda name: driver)
+        with pytest.raises(
+            EngineUnavailable, match="expected an NVIDIA GPU, found a driver without one; eng"
+        ):
+            resolve("onnxruntime-cuda")
+        assert resolve("auto").name != "onnxruntime-cuda"
 
     def test_falling_back_to_the_cpu_is_an_error(self, monkeypatch: pytest.MonkeyPatch) -> None:
         import onnxruntime

@@ -19,11 +19,13 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from tpx_runtime.bundle import Bundle
+from tpx_runtime.engine.cuda import OUT_OF_MEMORY, CudaFailed
 from tpx_runtime.errors import BadInput
 from tpx_runtime.evaluation import cli, drawing
 from tpx_runtime.evaluation.benchmarks import DPG, GENEVAL, read_dpg, read_geneval
 from tpx_runtime.evaluation.compare import Report, compare
 from tpx_runtime.evaluation.drawing import is_whole
+from tpx_runtime.evaluation.progress import resumable
 from tpx_runtime.evaluation.statistics import bootstrap
 from tpx_runtime.generator import Generator
 from tpx_runtime.settings import Settings
@@ -247,6 +249,21 @@ def test_a_limit_can_grow(run: Run, tmp_path: Path, command: str) -> None:
         f"{8 if command == 'geneval' else 2} more files lie there that the evaluator reads too"
         in shorter.stderr
     )
+
+
+def test_an_error_with_arguments_of_its_own_says_how_many_are_left_too() -> None:
+    def run() -> None:
+        with resumable(16) as count:
+            count.done = 6
+            raise CudaFailed("cuMemAlloc", OUT_OF_MEMORY, "CUDA_ERROR_OUT_OF_MEMORY")
+
+    with pytest.raises(CudaFailed) as caught:
+        run()
+    assert str(caught.value) == (
+        "expected CUDA's cuMemAlloc to succeed, found CUDA_ERROR_OUT_OF_MEMORY; draw fewer pictures at a time, or close "
+        "other programs; 10 of 16 pictures are left, which the same command draws"
+    )
+    assert caught.value.code == OUT_OF_MEMORY
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -176,13 +176,31 @@ def test_latents_come_with_the_routes_of_every_call(generator: Generator) -> Non
     assert [routes.shape for routes in sample.routes] == [(2, 4, 6)] * 5
 
 
-@pytest.mark.parametrize("other", [{"steps": 4}, {"guidance_interval": (0.0, 0.5)}])
-def test_jobs_of_one_batch_have_one_loop(generator: Generator, other: dict[str, Any]) -> None:
-    jobs = generator.plan("red cube", steps=3) + generator.plan("red cube", **{"steps": 3, **other})
-    with pytest.raises(
-        BadInput, match="expected jobs of one sampler, steps, guidance, depth and strength, found 2 kinds"
-    ):
+@pytest.mark.parametrize(
+    ("name", "value", "found"),
+    [
+        ("sampler", "heun", "'euler' and 'heun'"),
+        ("steps", 4, "3 and 4"),
+        ("guidance", 2.0, "3.0 and 2.0"),
+        ("guidance_interval", (0.0, 0.5), r"\(0.0, 1.0\) and \(0.0, 0.5\)"),
+        ("depth", 1, "2 and 1"),
+    ],
+)
+def test_jobs_have_one_loop_whatever_the_batches(
+    generator: Generator, engine: FakeEngine, name: str, value: Any, found: str
+) -> None:
+    jobs = generator.plan("red cube") + generator.plan("red cube", **{name: value})
+    message = f"expected jobs of one {name}, found {found}; draw them in two calls"
+    with pytest.raises(BadInput, match=message):
         generator.generate_latents(jobs)
+    for batch_size in (1, 2):
+        with pytest.raises(BadInput, match=message):
+            generator.draw(jobs, batch_size)
+    assert engine.calls == []
+
+
+def test_no_jobs_are_no_pictures(generator: Generator) -> None:
+    assert generator.draw([]) == []
 
 
 def test_defaults_are_the_bundles(generator: Generator) -> None:

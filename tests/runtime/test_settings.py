@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from tpx_runtime.errors import BadInput
@@ -38,6 +39,21 @@ def test_accepts(changes: dict[str, object]) -> None:
     assert settings.check(PAPER) is settings
 
 
+def test_numpys_numbers_and_what_json_makes_of_a_pair_are_pythons_own() -> None:
+    other = Settings(
+        "a red cube",
+        "",
+        seed=np.int64(7),  # type: ignore[arg-type]
+        steps=np.uint8(20),  # type: ignore[arg-type]
+        guidance=np.float32(4.0),  # type: ignore[arg-type]
+        sampler="heun",
+        depth=np.int32(2),  # type: ignore[arg-type]
+        guidance_interval=[np.float64(0), 1.0],  # type: ignore[arg-type]
+    )
+    assert other.check(PAPER) == GOOD
+    assert other.metadata(PAPER, "x") == GOOD.metadata(PAPER, "x")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -51,6 +67,8 @@ def test_accepts(changes: dict[str, object]) -> None:
         ({"seed": MAX_SEED + 1}, f"in 0..{MAX_SEED}, found {MAX_SEED + 1}"),
         ({"seed": 1.0}, "found 1.0"),
         ({"seed": True}, "found True"),
+        ({"seed": np.True_}, "found True"),
+        ({"seed": np.float64(1)}, "found 1.0"),
         ({"steps": 0}, "expected steps to be a whole number in 1..1000, found 0"),
         ({"steps": 1001}, "found 1001"),
         ({"steps": "20"}, "found '20'"),

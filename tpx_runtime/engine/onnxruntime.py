@@ -1,13 +1,12 @@
 """ONNX Runtime, on the CPU (`onnxruntime`) or on an NVIDIA GPU (`onnxruntime-cuda`)."""
 
-import ctypes
-import sys
 from pathlib import Path
 
 import onnxruntime as ort
 
 from ..errors import EngineFailed, EngineUnavailable
 from . import Arrays, Session, one_line
+from .cuda import Driver
 from .gpu import graphs_wanted
 from .onnxruntime_bound import ERRORS_ONLY, BoundSession
 
@@ -23,11 +22,9 @@ def problem(engine_name: str) -> str | None:
         )
     if engine_name == "onnxruntime-cuda":
         try:
-            ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-        except OSError:
-            return (
-                f"expected an NVIDIA driver for engine {engine_name}, found none; use the engine onnxruntime"
-            )
+            Driver()
+        except EngineUnavailable as error:
+            return f"{error}; engine {engine_name} needs it, use the engine onnxruntime"
     return None
 
 

@@ -37,7 +37,8 @@ def resumable(total: int) -> Iterator[Count]:
     except KeyboardInterrupt:
         raise Cancelled(f"cancelled; {_left(count)}") from None
     except TpxError as error:
-        raise type(error)(f"{error}; {_left(count)}") from error
+        error.args = (f"{error}; {_left(count)}",)
+        raise
 
 
 def _left(count: Count) -> str:
