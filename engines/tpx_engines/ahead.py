@@ -76,16 +76,8 @@ def _any(name: str, engine_name: str, path: Path) -> _Task:
 
         store = openvino.store_of(engine_name, path)
         _require_writable(store)
-        before = set(store.folder.glob("*.blob"))
         cached = _loaded_from_cache(openvino.compile_any(path, openvino.settings(engine_name, path), store))
-        there = set(store.folder.glob("*.blob"))
-        if (
-            not cached and there > before
-        ):  # those were of another version of the graph, of OpenVINO or of the CPU
-            for old in before:
-                old.unlink(missing_ok=True)
-            there -= before
-        return sum(file.stat().st_size for file in there), cached
+        return sum(file.stat().st_size for file in store.any_shapes.iterdir()), cached
 
     return _Task(name, run)
 

@@ -78,16 +78,18 @@ def test_no_rows_is_the_graphs_for_any_shapes_alone(bundle: Bundle) -> None:
 def test_what_is_damaged_is_built_again_and_what_is_stale_goes(bundle: Bundle) -> None:
     build_ahead(bundle, "openvino", [2])
     folder = bundle.root.with_name("copy.engines") / "openvino/transformer.depth-3.plain.f32"
-    [exact], [blob] = folder.glob("*.exact"), folder.glob("*.blob")
+    [exact], [blob] = folder.glob("*.exact"), folder.glob("any.*/*.blob")
     exact.write_bytes(b"damaged")
-    (folder / "123.blob").write_bytes(b"of an older bundle")
+    (folder / "any.123").mkdir()
+    (folder / "any.123/1.blob").write_bytes(b"of an older bundle")
     blob.unlink()
     results = {result.graph: result.cached for result in build_ahead(bundle, "openvino", [2])}
     assert [name for name, cached in results.items() if not cached] == [
         "transformer depth 3",
         "transformer depth 3 x2",
     ]
-    assert {path.name for path in folder.iterdir()} == {exact.name, blob.name}
+    assert {path.name for path in folder.iterdir()} == {exact.name, blob.parent.name}
+    assert list(blob.parent.iterdir()) == [blob]
     assert exact.stat().st_size > 1000
 
 

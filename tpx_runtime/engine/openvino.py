@@ -2,8 +2,8 @@
 
 It refuses model-local functions, so it is given the transformer's plain spelling. Every graph is compiled for any shapes;
 for exact ones, where a call of a small model takes a fifth less time, it is where tpx-build did that ahead or one shape is
-run often (openvino_exact.py). What is compiled for any shapes OpenVINO itself keeps beside the bundle, where that can be
-written, and tells by path, size, time and settings whether it still fits: the next process starts in half the time.
+run often (openvino_exact.py). What is compiled is kept beside the bundle, where that can be written (openvino_store.py): the
+next process starts in half the time.
 """
 
 from functools import cache
@@ -89,7 +89,7 @@ def store_of(engine_name: str, path: Path) -> Store:
 
 def compile_any(path: Path, config: dict[str, str], store: Store) -> openvino.CompiledModel:
     """The graph at `path` for any shapes, from OpenVINO's cache if it is there. Raises EngineFailed."""
-    where = {"CACHE_DIR": str(store.folder)} if store.prepare() else {}
+    where = {"CACHE_DIR": str(store.any_shapes)} if store.prepare() else {}
     try:
         return core().compile_model(str(path), "CPU", {**config, **where})
     except Exception as error:

@@ -1,12 +1,14 @@
 """Where compiled OpenVINO graphs lie: BUNDLE.engines/openvino/, a folder for each graph and precision.
 
-In such a folder are OpenVINO's own cache of the graph for any shapes (`NUMBER.blob`), and what tpx-build made for exact ones
-(`rows-ROWS.KEY.exact`). The key is over all that such a file depends on: the graph and its weights by size and time, the
-shapes, the parts in which they are run, OpenVINO's version, the CPU and the settings.
+In such a folder are OpenVINO's own cache of the graph for any shapes (`any.KEY/`), and what tpx-build made for exact ones
+(`rows-ROWS.KEY.exact`). The key is over all that these depend on: the bundle's manifest, which knows every file's hash, the
+graph and its weights by size and time, OpenVINO's version, the CPU and the settings, for exact ones shapes and parts too.
+OpenVINO itself looks at the graph's file and not at that of its weights.
 """
 
 import hashlib
 import os
+import shutil
 import uuid
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,13 +32,21 @@ class Store:
         engines = part.parent.with_name(f"{part.parent.name}.engines")
         return cls(engines / "openvino" / f"{part.name}.{path.stem}.{precision}", path, context)
 
+    @property
+    def any_shapes(self) -> Path:
+        """The folder of OpenVINO's own cache."""
+        return self.folder / f"any.{self._key()}"
+
     def prepare(self) -> bool:
-        """Make the folder, and say whether it can be written."""
+        """Make `any_shapes` in the place of what it supersedes, and say whether there can be written."""
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.any_shapes.mkdir(parents=True, exist_ok=True)
         except OSError:
             return False
-        return os.access(self.folder, os.W_OK)
+        for old in self.folder.glob("any.*"):
+            if old != self.any_shapes:
+                shutil.rmtree(old, ignore_errors=True)
+        return os.access(self.any_shapes, os.W_OK)
 
     @property
     def weight_bytes(self) -> int:
@@ -45,9 +55,8 @@ class Store:
 
     def exact(self, shapes: Shapes, parts: int) -> Path:
         """The file of the graph that runs these shapes in so many parts, whether there is one or not."""
-        key = hashlib.sha256(repr((self.context, self._sources, shapes, parts)).encode()).hexdigest()[:16]
         rows = "-".join(str(n) for n in sorted({shape[0] for _, shape in shapes if shape}))
-        return self.folder / f"rows-{rows}.{key}.exact"
+        return self.folder / f"rows-{rows}.{self._key(shapes, parts)}.exact"
 
     def built(self) -> bool:
         """Whether there are graphs for exact shapes, of whatever key."""
@@ -64,6 +73,18 @@ class Store:
         for old in self.folder.glob(f"{file.name.split('.')[0]}.*.exact"):
             if old != file:
                 old.unlink(missing_ok=True)
+
+    def _key(self, *also: object) -> str:
+        facts = repr((self.context, self._manifest, self._sources, *also))
+        return hashlib.sha256(facts.encode()).hexdigest()[:16]
+
+    @cached_property
+    def _manifest(self) -> bytes:
+        """What the bundle says of itself; nothing of a graph that lies in none."""
+        try:
+            return (self.path.parent.parent / "manifest.json").read_bytes()
+        except OSError:
+            return b""
 
     @cached_property
     def _sources(self) -> list[tuple[str, int, int]]:
