@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from tpx_export.checkpoint import CheckpointInvalid, _build
 from tpx_export.model.thinking import Thinking, ThinkingSpec
+from tpx_export.precision import narrow
 from tpx_runtime.errors import BadInput, shorten
 
 FORMAT, VERSION = "tpx-adapters", 1
@@ -78,8 +79,7 @@ def attach(
             part.load_state_dict(
                 {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
             )
-        part.to(example.device, dtype or example.dtype)
-        part.gate.float()
+        narrow(part.to(example.device), dtype or example.dtype)
         block.thinking = part.train(model.training)
     base.spec = dataclasses.replace(base.spec, thinking=thinking)
     return model

@@ -286,6 +286,9 @@ def _whole_or_nothing(out: Path) -> Iterator[Path]:
             out.rename(replaced)
         folder.rename(out)
     except OSError as error:
+        named = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else folder
+        if named != out and not named.is_relative_to(folder):
+            raise BadInput(f"expected to read {named}, found: {error.strerror}; check the path") from error
         raise BadInput(
             f"expected to write {out}, found: {error.strerror}; free some space or choose another place"
         ) from error
@@ -293,6 +296,8 @@ def _whole_or_nothing(out: Path) -> Iterator[Path]:
         if replaced.exists() and not out.exists():
             replaced.rename(out)
         shutil.rmtree(folder, ignore_errors=True)
+        if replaced.is_symlink():
+            replaced.unlink()
         shutil.rmtree(replaced, ignore_errors=True)
 
 

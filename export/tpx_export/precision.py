@@ -38,16 +38,24 @@ def tolerance_of(precision: str, stored: str) -> Tolerance:
 
 
 def at_precision(module: M, precision: str) -> M:
-    """`module` itself, its weights turned into that precision.
-
-    Gates and the embedders of timestep and condition stay in float32: a rounded gate sends tokens elsewhere, and
-    timesteps up to 1,000 lose their sinusoids' phases.
-    """
-    module.to(DTYPES[precision])
-    for part in module.modules():
-        if isinstance(part, Gate | Embedder):
-            part.float()
+    """`module` itself, its weights turned into that precision as `narrow` does."""
+    narrow(module, DTYPES[precision])
     return module
+
+
+def narrow(module: nn.Module, dtype: torch.dtype) -> None:
+    """Turn floating weights and buffers into `dtype`, those of gates and of embedders into float32.
+
+    A rounded gate sends tokens elsewhere, and timesteps up to 1,000 lose their sinusoids' phases: these are never rounded.
+    """
+    if isinstance(module, Gate | Embedder):
+        module.float()
+        return
+    for child in module.children():
+        narrow(child, dtype)
+    for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
 
 
 @contextmanager

@@ -169,6 +169,8 @@ def test_over_a_lower_precision_gates_stay_in_float32(saved: Path, dtype: torch.
         for name, value in model.state_dict().items():
             if ".thinking." in name:
                 assert value.dtype == (torch.float32 if ".gate." in name else kept), name
+            if ".gate." in name:
+                assert torch.equal(value, state[name]), name
         with torch.no_grad():
             found, routes = model(*inputs(dtype), 2)
         assert found.dtype == dtype

@@ -222,6 +222,10 @@ def test_a_scheduler_of_its_own(reference: tuple[Path, Any], tmp_path: Path) -> 
     (other / "scheduler").mkdir()
     (other / "scheduler/scheduler_config.json").write_text(json.dumps({"shift": 1.5}))
     assert open_base(other).shift == 1.5
+    for wrong in (0, -1, float("inf"), float("nan")):
+        (other / "scheduler/scheduler_config.json").write_text(json.dumps({"shift": wrong}))
+        with pytest.raises(CheckpointInvalid, match=f"expected a shift above 0, found {wrong:g}"):
+            open_base(other)
 
 
 def single_file(folder: Path, path: Path) -> Path:

@@ -22,6 +22,7 @@ from benchmarks import random_sd3
 from tpx_export.adapters import attach, load_adapters
 from tpx_export.base.sd3 import load_transformer
 from tpx_export.base.sd3_names import from_diffusers, from_original
+from tpx_export.base.sources import precision_of
 from tpx_export.checkpoint import CheckpointInvalid
 from tpx_export.graphs import ConditionsGraph, Graph, TransformerGraph, to_onnx
 from tpx_export.model import MMDiT, MMDiTSpec, ThinkingSpec
@@ -290,6 +291,20 @@ def test_float8_becomes_float16(theirs: Any, folder: Path, tmp_path: Path) -> No
     expected = load_transformer(tmp_path / "half", LATENTS).state_dict()
     for name, value in load_transformer(tmp_path, LATENTS).state_dict().items():
         assert value.dtype == expected[name].dtype and torch.equal(value, expected[name]), name
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision"),
+    [
+        (torch.float32, "fp32"),
+        (torch.float16, "fp16"),
+        (torch.bfloat16, "fp32"),
+        (torch.float8_e4m3fn, "fp16"),
+        (torch.float8_e5m2, "fp16"),
+    ],
+)
+def test_a_bundles_precision_is_that_of_what_is_stored(dtype: torch.dtype, precision: str) -> None:
+    assert precision_of(dtype) == precision
 
 
 def write_folder(path: Path, state: dict[str, Tensor], like: Path, **fields: object) -> None:

@@ -298,6 +298,29 @@ def test_a_bundle_is_replaced_whole_or_kept(tmp_path: Path, monkeypatch: pytest.
     assert (leftovers(tmp_path), leftovers(out)) == (["bundle"], ["new"])
 
 
+def test_a_link_to_a_bundle_is_replaced_and_the_bundle_kept(tmp_path: Path) -> None:
+    kept, out = tmp_path / "kept", tmp_path / "bundle"
+    kept.mkdir()
+    (kept / "old").touch()
+    out.symlink_to(kept)
+    with exporter._whole_or_nothing(out) as folder:
+        (folder / "new").touch()
+    assert (leftovers(tmp_path), leftovers(out), leftovers(kept)) == (["bundle", "kept"], ["new"], ["old"])
+
+
+def test_a_file_that_cannot_be_read_is_not_called_one_that_cannot_be_written(tmp_path: Path) -> None:
+    out, missing = tmp_path / "bundle", tmp_path / "shard-2.safetensors"
+    message = f"expected to read {missing}, found: No such file or directory; check the path"
+    with pytest.raises(BadInput, match=message), exporter._whole_or_nothing(out):
+        missing.read_bytes()
+    with (
+        pytest.raises(BadInput, match=f"expected to write {out}, found: Is a directory; free some space"),
+        exporter._whole_or_nothing(out) as folder,
+    ):
+        folder.write_bytes(b"")
+    assert leftovers(tmp_path) == []
+
+
 def run(*arguments: str) -> tuple[int, str, str]:
     result = CliRunner().invoke(main, arguments)
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception

@@ -517,6 +517,16 @@ def test_the_variance_teaches_itself_alone() -> None:
     assert whole[:, 4:].abs().min() > 0 and not simple[:, 4:].any()
 
 
+def test_embedders_of_a_low_base_keep_their_values() -> None:
+    """They stay in float32, and were not rounded on the way."""
+    full, low = on_tiny().state_dict(), on_tiny(precision="bf16").state_dict()
+    kept = [name for name in full if name.startswith(("time.", "pooled."))]
+    assert len(kept) == 8
+    for name in kept:
+        assert torch.equal(low[name], full[name]), name
+    assert low["blocks.0.visual.qkv.weight"].dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_gradient_checkpointing_changes_neither_loss_nor_gradients(precision: str) -> None:
     """With routes drawn at random: they are drawn again alike."""

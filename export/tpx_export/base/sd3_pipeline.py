@@ -1,6 +1,7 @@
 """Stable Diffusion 3 and 3.5 as a pipeline: a diffusers folder, or an original single file with its components."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -168,6 +169,9 @@ def _schedule_shift(sources: Sources) -> float:
     if folder is None:
         return _SHIFT
     try:
-        return float(json.loads((folder / name).read_text(encoding="utf-8")).get("shift", _SHIFT))
+        shift = float(json.loads((folder / name).read_text(encoding="utf-8")).get("shift", _SHIFT))
     except (ValueError, TypeError, AttributeError):
         raise CheckpointInvalid(f"{folder / name}: expected JSON with a number shift, found none") from None
+    if not 0 < shift < math.inf:
+        raise CheckpointInvalid(f"{folder / name}: expected a shift above 0, found {shift:g}")
+    return shift

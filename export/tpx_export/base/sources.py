@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from tpx_export.base.tensors import FLOAT8
 from tpx_export.checkpoint import CheckpointInvalid
 
 
@@ -59,5 +60,5 @@ def name_of(path: Path) -> str:
 
 
 def precision_of(dtype: torch.dtype) -> str:
-    """The bundle's precision for weights that are stored so; bfloat16 keeps its range in float32."""
-    return "fp16" if dtype == torch.float16 else "fp32"
+    """The bundle's precision for weights that are stored so; bfloat16 keeps its range in float32, float8 fits float16."""
+    return "fp16" if dtype in (torch.float16, *FLOAT8) else "fp32"

@@ -20,8 +20,8 @@ M = TypeVar("M", bound=nn.Module)
 Reader = Callable[[], Tensor]
 
 _REAL = (torch.float32, torch.float16, torch.bfloat16)
-# Nothing computes in it here, and float16 holds it exactly.
-_FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+# Nothing computes in these here, and float16 holds them exactly.
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 class Tensors(Mapping[str, Tensor]):
@@ -173,7 +173,7 @@ def load_foreign(
     if not faults:
         for name, made in recipe.items():
             value = made.make(*(source[foreign] for foreign in made.names))
-            value = value.half() if value.dtype in _FLOAT8 else value
+            value = value.half() if value.dtype in FLOAT8 else value
             if value.shape != wanted[name]:
                 faults.append(f"{made.names[0]} gives {list(value.shape)}, not {list(wanted[name])}")
             elif value.dtype not in _REAL:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tpx_export.adapters import attach
-from tpx_export.model.mmdit import Embedder
 from tpx_export.model.thinking import ThinkingSpec
+from tpx_export.precision import narrow
 from tpx_export.training.data import Told
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -26,10 +26,8 @@ def thinking_model(
 
     Adapters are drawn on the CPU, so that a seed means the same ones everywhere.
     """
-    base.to(DTYPES[precision]).requires_grad_(False)
-    for part in base.modules():
-        if isinstance(part, Embedder):
-            part.float()
+    narrow(base, DTYPES[precision])
+    base.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         attach(base, thinking, dtype=torch.float32)
