@@ -20,6 +20,7 @@ from tpx_export.quantise.grid import CLIPPING, Magnitudes
 from tpx_export.quantise.layers import block_linears, modulations
 from tpx_export.quantise.linear import replace
 from tpx_export.quantise.prompts import subjects_of
+from tpx_runtime.cli import TpxCommand
 
 
 def calibrate(pipeline: Pipeline) -> tuple[dict[str, Magnitudes], Golden]:
@@ -63,7 +64,7 @@ def losses(pipeline: Pipeline, golden: Golden, rule: str | None, seen: dict[str,
     return told
 
 
-@click.command()
+@click.command(cls=TpxCommand)
 @click.option("--ckpt", type=click.Path(path_type=Path), default=Path("samples/shapes/shapes.safetensors"))
 def main(ckpt: Path) -> None:
     """Print the table as Markdown."""

@@ -13,12 +13,13 @@ import click
 import numpy as np
 
 from tpx_runtime.bundle import Bundle
+from tpx_runtime.cli import TpxCommand
 from tpx_runtime.engine import openvino
 from tpx_runtime.engine.openvino_exact import compile_exactly, shapes_at
 from tpx_runtime.engine.openvino_graph import Graph
 
 
-@click.command()
+@click.command(cls=TpxCommand)
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option(
     "--engine", type=click.Choice(list(openvino.PRECISIONS)), default="openvino-bf16", show_default=True

@@ -13,11 +13,12 @@ import numpy as np
 import openvino
 
 from tpx_runtime.bundle import Bundle
+from tpx_runtime.cli import TpxCommand
 from tpx_runtime.engine.openvino import core
 from tpx_runtime.engine.openvino_exact import compile_exactly, shapes_at
 
 
-@click.command()
+@click.command(cls=TpxCommand)
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--precision", type=click.Choice(["f32", "bf16"]), default="bf16", show_default=True)
 @click.option("--depth", default=3, show_default=True)

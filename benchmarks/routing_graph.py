@@ -18,6 +18,7 @@ import onnx.inliner
 from tpx_export.operator import register_schema
 from tpx_export.routing import masked, permuted
 from tpx_runtime.bundle import Bundle
+from tpx_runtime.cli import TpxCommand
 from tpx_runtime.engine import Session, resolve
 from tpx_runtime.verify import load_golden
 
@@ -46,7 +47,7 @@ def medians(sessions: list[Session], inputs: dict[str, np.ndarray], rounds: int)
     return [float(np.median(found)) for found in times]
 
 
-@click.command()
+@click.command(cls=TpxCommand)
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--rounds", default=25, show_default=True, help="Timed runs of each; the median counts.")
 @click.option("--engine", "engines", multiple=True, default=("onnxruntime", "openvino"), show_default=True)

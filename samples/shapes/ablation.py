@@ -30,8 +30,9 @@ from tpx_export.model.autoencoder import Autoencoder
 from tpx_export.model.mmdit import MMDiT
 from tpx_export.pipeline import Pipeline
 from tpx_runtime.cli import TpxCommand
+from tpx_runtime.errors import BadInput
 from tpx_runtime.evaluation.compare import Report
-from tpx_runtime.evaluation.record import write_json
+from tpx_runtime.evaluation.record import differing, write_json
 from tpx_runtime.evaluation.statistics import Estimate, bootstrap
 from tpx_runtime.generator import Generator
 from tpx_runtime.manifest import EVERY_LEVEL
@@ -104,14 +105,30 @@ class Work:
     limit: int | None
     engine: str
     device: str
+    before: dict[str, int]  # what the base was trained with
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What all runs of one table share."""
+        mine = {name: getattr(self, name) for name in ("steps", "batch", "rate", "images", "limit")}
+        return {**self.before, **mine}
 
 
 def run(work: Work, name: str, seed: int) -> dict[str, Any]:
-    """Train, export and judge one row with one seed; the facts of results.json."""
+    """Train, export and judge one row with one seed; the facts of results.json.
+
+    Raises BadInput where it is finished with other settings.
+    """
     folder = work.out / (name.replace("=", "").replace(", ", "-").replace(" ", "-") + f"-{seed}")
     record = folder / "result.json"
     if record.exists():
-        return dict(json.loads(record.read_text()))
+        facts = dict(json.loads(record.read_text()))
+        if found := differing(facts["settings"], work.settings):
+            raise BadInput(
+                f"expected the settings of the run in {folder} ({found[0]}), found {found[1]}; "
+                "use those, or another --out"
+            )
+        return facts
     spec, began = ROWS[name], time.monotonic()
     transformer, trained = work.base, 0
     if spec:
@@ -125,7 +142,7 @@ def run(work: Work, name: str, seed: int) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     np.save(folder / LOSSES, lost)
     bundle = folder / "bundle"
-    model = assemble(work.autoencoder, work.data.text_encoder, transformer.cpu())
+    model = assemble(work.autoencoder, work.data.text_encoder, transformer)
     export_bundle(Pipeline.of(model), bundle, force=True)
     drawn = Generator.load(bundle, work.engine, verify=False)
     evaluate.run(folder / "eval", drawn, images=work.images, limit=work.limit, **DRAWN)
@@ -134,9 +151,7 @@ def run(work: Work, name: str, seed: int) -> dict[str, Any]:
         "row": name,
         "seed": seed,
         "folder": folder.name,
-        "steps": work.steps if spec else 0,
-        "batch": work.batch,
-        "rate": work.rate,
+        "settings": work.settings,
         "trained parameters": trained,
         "seconds of training": round(seconds),
         "spec": asdict(spec) if spec else None,
@@ -275,7 +290,8 @@ def main(
     base = train_flow.train_base(
         narrow, before, autoencoder, train_flow.Run(out, base_steps, BASE_BATCH, 0, device)
     )
-    work = Work(out, data, fresh, autoencoder, base, steps, batch, rate, images, limit, engine, device)
+    told = {"base steps": base_steps, "shards": shards}
+    work = Work(out, data, fresh, autoencoder, base, steps, batch, rate, images, limit, engine, device, told)
     wanted = [(name, 0) for name in names or ROWS]
     wanted += [(name, seed) for name in MAIN for seed in range(1, seeds) if name in (names or ROWS)]
     for name, seed in wanted:

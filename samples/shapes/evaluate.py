@@ -10,7 +10,6 @@ wrong on renders of the same prompts. `--out` holds every picture, index.html, a
 where it stopped. Needs no torch.
 """
 
-import hashlib
 import html
 import json
 from collections.abc import Iterator, Sequence
@@ -25,6 +24,7 @@ from samples.shapes.captions import KINDS
 from samples.shapes.parser import WEIGHTS, Parser
 from samples.shapes.questions import LIST, NEVER_SEEN, SEEN, Question, questions
 from samples.shapes.score import judge, page
+from tpx_runtime.bundle import hash_file
 from tpx_runtime.errors import BadInput
 from tpx_runtime.evaluation.cli import shapes as main
 from tpx_runtime.evaluation.progress import progress, resumable
@@ -55,7 +55,7 @@ def parser_errors(path: Path = ERRORS) -> dict[str, ParserError]:
     Raises BadInput where another parser was measured than the one that judges.
     """
     record = json.loads(path.read_text())
-    if record["parser sha256"] != hashlib.sha256(WEIGHTS.read_bytes()).hexdigest():
+    if record["parser sha256"] != hash_file(WEIGHTS):
         raise BadInput(
             f"expected {path.name} to be measured with the present {WEIGHTS.name}, found another; run {record['command']}"
         )
@@ -203,6 +203,7 @@ def run(
     parser, used = Parser.load(), jobs[0][0]
     facts = {
         "list": LIST,
+        "parser_sha256": hash_file(WEIGHTS),
         "bundle": generator.manifest.name,
         "bundle_sha256": generator.manifest.sha256,
         "engine": generator.engine.name,

@@ -10,6 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from tpx_export.training.interrupts import interrupts
+from tpx_runtime.errors import BadInput
+
 
 def seeded(seed: int, step: int) -> torch.Generator:
     """The random stream of one step: a resumed run draws what the unbroken run would have drawn."""
@@ -48,7 +51,8 @@ def fit(
 ) -> nn.Module:
     """Minimise `loss_at(step)` over `module`'s trainable parameters; returns the EMA copy of the module.
 
-    The run's whole state lies in `state` and is taken up from there; a finished run returns at once. Beside it lies the
+    The run's whole state lies in `state` and is taken up from there; a finished run returns at once. Raises BadInput for the
+    state of a run of other `steps`. Beside it lies the
     curve, step and mean loss of the last `every` steps a line; a resumed run may write a step twice.
     `show(ema, step)` draws progress. Interrupting (Ctrl-C) saves first.
     """
@@ -57,6 +61,11 @@ def fit(
     first = 0
     if state.exists():
         saved = torch.load(state, weights_only=True, map_location="cpu")
+        if saved.get("steps", steps) != steps:
+            raise BadInput(
+                f"expected {saved['steps']} steps of {name} as in the run that {state} holds, found {steps}; "
+                "use that, or another --out"
+            )
         module.load_state_dict(saved["module"])
         ema.load_state_dict(saved["ema"])
         for optimizer, values in zip(optimizers, saved["optimizers"], strict=True):
@@ -65,7 +74,13 @@ def fit(
 
     def save(step: int) -> None:
         values = [optimizer.state_dict() for optimizer in optimizers]
-        whole = {"module": module.state_dict(), "ema": ema.state_dict(), "optimizers": values, "step": step}
+        whole = {
+            "module": module.state_dict(),
+            "ema": ema.state_dict(),
+            "optimizers": values,
+            "step": step,
+            "steps": steps,
+        }
         save_whole(whole, state)
 
     state.parent.mkdir(parents=True, exist_ok=True)
@@ -83,14 +98,17 @@ def fit(
             loss = loss_at(step)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(trainable, clip)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
             decay = min(ema_decay, (step + 1) / (step + 10))
-            with torch.no_grad():
-                for e, p in pairs:
-                    e.lerp_(p, 1 - decay)
-            taken = step + 1
+            with interrupts() as pressed:
+                for optimizer in optimizers:
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
+                with torch.no_grad():
+                    for e, p in pairs:
+                        e.lerp_(p, 1 - decay)
+                taken = step + 1
+            if pressed():
+                raise KeyboardInterrupt
             losses.append(loss.item())
             if not math.isfinite(losses[-1]):
                 raise FloatingPointError(f"{name}: loss is {losses[-1]} at step {step}")

@@ -22,6 +22,7 @@ from samples.shapes.questions import LIST, Question, questions
 from samples.shapes.render import render
 from samples.shapes.train_parser import near_miss, to_uint8
 from samples.shapes.world import Scene
+from tpx_runtime.cli import TpxCommand
 
 COMMAND = "python -m samples.shapes.parser_errors"
 RENDERS = 16  # of each prompt
@@ -83,7 +84,7 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-@click.command()
+@click.command(cls=TpxCommand)
 @click.option("--renders", type=click.IntRange(1), default=RENDERS, show_default=True, help="Of each prompt.")
 def main(renders: int) -> None:
     """Measure parser.onnx into parser_errors.json."""

@@ -43,14 +43,14 @@ def numbers(text: str | None) -> tuple[int, ...] | tuple[None]:
 
 
 def cell(generator: Generator, out: Path, settings: dict[str, Any], **size: Any) -> dict[str, Any]:
-    """Draw and judge one cell, or read it where it is finished."""
+    """Draw, judge and time one cell; what of it is finished is read. Raises BadInput for a cell of another run."""
     told = (
         value for setting in settings.values() for value in (setting if type(setting) is tuple else [setting])
     )
     folder = out / "-".join(map(str, told))
+    evaluate.run(folder, generator, **size, **settings)
     record = folder / "cell.json"
     if not record.exists():
-        evaluate.run(folder, generator, **size, **settings)
         rows = json.loads((folder / "report.json").read_text())["rows"]
         seconds = pace(generator, settings)
         write_json(record, {**settings, "folder": folder.name, "seconds an image": seconds, "rows": rows})

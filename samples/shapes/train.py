@@ -19,6 +19,7 @@ from tpx_export.model.autoencoder import Autoencoder
 from tpx_export.model.mmdit import MMDiT
 from tpx_export.model.text_encoder import TextEncoder
 from tpx_export.model.text_to_image import TextToImage, TextToImageSpec
+from tpx_runtime.cli import TpxCommand
 from tpx_runtime.errors import BadInput
 from tpx_runtime.manifest import Defaults
 
@@ -53,7 +54,7 @@ def assemble(autoencoder: Autoencoder, text_encoder: TextEncoder, transformer: M
     return model.eval()
 
 
-@click.command()
+@click.command(cls=TpxCommand)
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/shapes"), show_default=True)
 @click.option(
     "--until", type=click.Choice(STAGES), default=STAGES[-1], show_default=True, help="Last stage to run."

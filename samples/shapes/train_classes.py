@@ -28,6 +28,7 @@ from tpx_export.model.class_to_image import ClassToImage, ClassToImageSpec
 from tpx_export.model.dit import DiT, DiTSpec
 from tpx_export.model.thinking import ThinkingSpec
 from tpx_export.training.diffusion import DiffusionLoss
+from tpx_runtime.cli import TpxCommand
 from tpx_runtime.diffusion import DIFFUSION_SAMPLERS
 from tpx_runtime.manifest import Defaults
 from tpx_runtime.noise import batch_noise
@@ -119,7 +120,7 @@ def train(
     return best.eval()
 
 
-@click.command()
+@click.command(cls=TpxCommand)
 @click.option(
     "--ckpt",
     type=click.Path(path_type=Path),

@@ -41,6 +41,7 @@ from samples.shapes.world import (
 )
 from tpx_export.graphs import anonymous
 from tpx_export.model.autoencoder import Autoencoder, AutoencoderSpec, ResidualBlock
+from tpx_runtime.cli import TpxCommand
 
 COMMAND = "python -m samples.shapes.train_parser --out runs/parser"
 PLACES = ("x", "y", "z", "size")
@@ -306,7 +307,7 @@ def restored(checkpoint: Path, image: Tensor) -> Tensor:
     return torch.cat(parts) / 2 + 0.5
 
 
-@click.command()
+@click.command(cls=TpxCommand)
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/parser"), help="the run's state")
 @click.option("--steps", default=2200)
 @click.option("--seed", default=0)

@@ -1,8 +1,8 @@
 """The ablation: rows that are comparable, what a run does, and the arithmetic of its table."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from samples.shapes import ablation, evaluate, sweep
-from samples.shapes.ablation import BASE, LORA, MAIN, ROWS, THINKING, WHOLE_RANK
+from samples.shapes.ablation import BASE, LORA, MAIN, ROWS, THINKING, WHOLE_RANK, Work
 from samples.shapes.deepen import deepened
 from samples.shapes.train_flow import with_thinking
 from tpx_export.model import MMDiT, MMDiTSpec, TextToImage, ThinkingSpec
@@ -95,11 +95,24 @@ def _cells(line: str) -> list[str]:
     return [cell.strip() for cell in line.split("|")]
 
 
-def test_a_finished_run_is_not_done_again(tmp_path: Path) -> None:
-    folder = tmp_path / "LoRA-0"
+def test_a_finished_run_is_not_done_again_nor_taken_for_one_of_other_settings(tmp_path: Path) -> None:
+    nothing: Any = None
+    work = Work(
+        tmp_path, nothing, nothing, nothing, nothing, 6, 2, 0.1, 1, None, "x", "cpu", {"base steps": 9}
+    )
+    folder, settings = (
+        tmp_path / "LoRA-0",
+        {"base steps": 9, "steps": 6, "batch": 2, "rate": 0.1, "images": 1},
+    )
     folder.mkdir()
-    (folder / "result.json").write_text('{"row": "LoRA"}')
-    assert ablation.run(SimpleNamespace(out=tmp_path), LORA, 0) == {"row": "LoRA"}  # type: ignore[arg-type]
+    facts = {"row": "LoRA", "settings": {**settings, "limit": None}}
+    (folder / "result.json").write_text(json.dumps(facts))
+    assert ablation.run(work, LORA, 0) == facts
+    message = (
+        r"expected the settings of the run in .*LoRA-0 \(steps 6, images 1\), found steps 7, images 2; use"
+    )
+    with pytest.raises(BadInput, match=message):
+        ablation.run(replace(work, steps=7, images=2), LORA, 0)
 
 
 def test_numbers_with_commas() -> None:
@@ -112,18 +125,24 @@ def test_numbers_with_commas() -> None:
 
 def test_a_cell_is_judged_once_with_its_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[dict[str, Any]] = []
+    timed: list[dict[str, Any]] = []
 
     def draw(folder: Path, generator: object, **told: Any) -> None:
         asked.append(told)
-        folder.mkdir()
+        if folder.exists() and told != asked[0]:  # as that of another bundle
+            raise BadInput("expected the settings of the run")
+        folder.mkdir(exist_ok=True)
         (folder / "report.json").write_text(json.dumps({"rows": {"overall": {"score": 0.5}}}))
 
     monkeypatch.setattr(evaluate, "run", draw)
-    generator: Any = lambda *prompt, **told: None  # noqa: E731
+    generator: Any = lambda *prompt, **told: timed.append(told)  # noqa: E731
     settings = {"sampler": "euler", "depth": 2, "steps": 4, "guidance_interval": (0.2, 0.7)}
     first = sweep.cell(generator, tmp_path, settings, images=1, limit=3)
     assert sweep.cell(generator, tmp_path, settings, images=1, limit=3) == first
-    assert asked == [{**settings, "images": 1, "limit": 3}]
+    assert asked == [{**settings, "images": 1, "limit": 3}] * 2  # where the second finds all of it drawn
+    assert len(timed) == 3
+    with pytest.raises(BadInput, match="expected the settings of the run"):
+        sweep.cell(generator, tmp_path, settings, images=2, limit=3)
     assert first["folder"] == "euler-2-4-0.2-0.7"
     assert first["rows"]["overall"]["score"] == 0.5 and first["seconds an image"] >= 0
 

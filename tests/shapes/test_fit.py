@@ -2,6 +2,7 @@
 
 import copy
 import math
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from samples.shapes.fit import fit, save_whole, seeded, warmup_cosine
+from tpx_runtime.errors import BadInput
 
 STEPS = 12
 RATES = (0.05, 0.01)  # of the weight (AdamW) and of the bias (SGD with momentum)
@@ -109,6 +111,36 @@ def test_ctrl_c_while_progress_is_drawn_repeats_no_step(tmp_path: Path) -> None:
     assert task.seen == list(range(4, STEPS))
     assert_same(resumed, ema)
     assert_same(task.module, whole.module)
+
+
+def test_ctrl_c_between_two_optimizers_takes_the_step_whole(tmp_path: Path) -> None:
+    whole, ema = unbroken(tmp_path)
+    state, task = tmp_path / "state.pt", Task()
+    step = task.optimizers[0].step
+
+    def pressed() -> None:
+        step()
+        if len(task.seen) == 5:
+            signal.raise_signal(signal.SIGINT)
+
+    task.optimizers[0].step = pressed  # type: ignore[method-assign, assignment]
+    with pytest.raises(KeyboardInterrupt):
+        task.run(state, save_s=1000)
+    again = Task()
+    assert_same(again.run(state), ema)
+    assert_same(again.module, whole.module)
+    assert again.seen == list(range(5, STEPS))
+
+
+def test_the_state_of_a_longer_run_is_refused(tmp_path: Path) -> None:
+    state = tmp_path / "state.pt"
+    Task().run(state)
+    before = state.read_bytes()
+    with pytest.raises(
+        BadInput, match=f"expected {STEPS} steps of sum as in the run that .* found 2; use that"
+    ):
+        Task().run(state, steps=2)
+    assert state.read_bytes() == before
 
 
 def test_a_finished_run_returns_at_once(tmp_path: Path) -> None:
