@@ -20,7 +20,7 @@ from tpx_export.quantise.grid import CLIPPING, Magnitudes
 from tpx_export.quantise.layers import block_linears, modulations
 from tpx_export.quantise.linear import replace
 from tpx_export.quantise.prompts import subjects_of
-from tpx_runtime.cli import TpxCommand
+from tpx_runtime.command import TpxCommand
 
 
 def calibrate(pipeline: Pipeline) -> tuple[dict[str, Magnitudes], Golden]:

@@ -13,7 +13,7 @@ import click
 import numpy as np
 
 from tpx_runtime.bundle import Bundle
-from tpx_runtime.cli import TpxCommand
+from tpx_runtime.command import TpxCommand
 from tpx_runtime.engine import openvino
 from tpx_runtime.engine.openvino_exact import compile_exactly, shapes_at
 from tpx_runtime.engine.openvino_graph import Graph

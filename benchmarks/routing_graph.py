@@ -18,7 +18,7 @@ import onnx.inliner
 from tpx_export.operator import register_schema
 from tpx_export.routing import masked, permuted
 from tpx_runtime.bundle import Bundle
-from tpx_runtime.cli import TpxCommand
+from tpx_runtime.command import TpxCommand
 from tpx_runtime.engine import Session, resolve
 from tpx_runtime.verify import load_golden
 

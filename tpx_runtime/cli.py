@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .errors import BadInput, Cancelled, EngineFailed, EngineUnavailable, TpxError
+from .command import TpxCommand
+from .errors import BadInput, EngineFailed, EngineUnavailable
 
 if TYPE_CHECKING:
     from .bundle import Bundle
@@ -32,21 +33,6 @@ guidance_interval = click.option(
     metavar="LOW HIGH",
     help="Noise levels in 0..1 at which guidance acts; other steps cost half.  [default: the bundle's]",
 )
-
-
-class TpxCommand(click.Command):
-    """A command whose errors, and Ctrl-C, end in one line on stderr and the error's exit code."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt:
-            error: TpxError = Cancelled("cancelled")
-        except TpxError as caught:
-            error = caught
-        line = " ".join(str(error).splitlines())  # a path in it may hold line breaks
-        click.echo(f"error: {line}", err=True)
-        return ctx.exit(error.exit_code)
 
 
 def find_bundle(given: str | None) -> Path:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tpx_runtime.cli import TpxCommand, find_bundle
+from tpx_runtime.cli import find_bundle
+from tpx_runtime.command import TpxCommand
 from tpx_runtime.errors import BadInput, shorten
 
 if TYPE_CHECKING:

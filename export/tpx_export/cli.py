@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tpx_runtime.cli import TpxCommand
+from tpx_runtime.command import TpxCommand
 from tpx_runtime.errors import BadInput
 
 if TYPE_CHECKING:

@@ -29,7 +29,7 @@ from tpx_export.model import ThinkingSpec
 from tpx_export.model.autoencoder import Autoencoder
 from tpx_export.model.mmdit import MMDiT
 from tpx_export.pipeline import Pipeline
-from tpx_runtime.cli import TpxCommand
+from tpx_runtime.command import TpxCommand
 from tpx_runtime.errors import BadInput
 from tpx_runtime.evaluation.compare import Report
 from tpx_runtime.evaluation.record import differing, write_json

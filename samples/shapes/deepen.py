@@ -14,7 +14,7 @@ import torch
 
 from tpx_export import checkpoint
 from tpx_export.model import TextToImage
-from tpx_runtime.cli import TpxCommand
+from tpx_runtime.command import TpxCommand
 from tpx_runtime.errors import BadInput
 
 

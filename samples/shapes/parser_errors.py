@@ -22,7 +22,7 @@ from samples.shapes.questions import LIST, Question, questions
 from samples.shapes.render import render
 from samples.shapes.train_parser import near_miss, to_uint8
 from samples.shapes.world import Scene
-from tpx_runtime.cli import TpxCommand
+from tpx_runtime.command import TpxCommand
 
 COMMAND = "python -m samples.shapes.parser_errors"
 RENDERS = 16  # of each prompt

@@ -15,7 +15,7 @@ import click
 from PIL import Image
 
 from samples.shapes.evaluate import picture_name
-from tpx_runtime.cli import TpxCommand
+from tpx_runtime.command import TpxCommand, TpxGroup
 from tpx_runtime.errors import BadInput, EngineUnavailable
 from tpx_runtime.evaluation.compare import Report
 
@@ -43,7 +43,7 @@ def read_curve(path: Path) -> dict[int, float]:
         raise BadInput(f"expected a curve, lines of step,loss, in {path}, found something else") from None
 
 
-@click.group()
+@click.group(cls=TpxGroup)
 def main() -> None:
     """Draw a plot."""
 

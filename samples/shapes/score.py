@@ -17,7 +17,8 @@ from PIL import Image, ImageOps
 
 from samples.shapes.captions import Group, Prompt, caption, satisfies
 from samples.shapes.parser import RECORD, Parser
-from tpx_runtime.cli import TpxCommand, find_bundle
+from tpx_runtime.cli import find_bundle
+from tpx_runtime.command import TpxCommand
 
 STANDARD = (90.0, 60.0)  # percent of singles and of pairs that the shipped model is to draw right
 RIGHT, WRONG, FRAME_PX = "#2e9e4f", "#c8321e", 3

@@ -16,7 +16,7 @@ from samples.shapes.classes import CLASSES, prompt_of_class
 from samples.shapes.parser import Parser
 from samples.shapes.score import Row, judge, page
 from samples.shapes.world import SHAPES
-from tpx_runtime.cli import TpxCommand
+from tpx_runtime.command import TpxCommand
 from tpx_runtime.errors import BadInput
 from tpx_runtime.evaluation.record import write_json
 from tpx_runtime.evaluation.statistics import bootstrap

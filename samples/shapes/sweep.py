@@ -18,7 +18,8 @@ from typing import Any
 import click
 
 from samples.shapes import evaluate
-from tpx_runtime.cli import TpxCommand, find_bundle
+from tpx_runtime.cli import find_bundle
+from tpx_runtime.command import TpxCommand
 from tpx_runtime.errors import BadInput
 from tpx_runtime.evaluation.compare import Report, compare
 from tpx_runtime.evaluation.record import write_json

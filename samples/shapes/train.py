@@ -19,7 +19,7 @@ from tpx_export.model.autoencoder import Autoencoder
 from tpx_export.model.mmdit import MMDiT
 from tpx_export.model.text_encoder import TextEncoder
 from tpx_export.model.text_to_image import TextToImage, TextToImageSpec
-from tpx_runtime.cli import TpxCommand
+from tpx_runtime.command import TpxCommand
 from tpx_runtime.errors import BadInput
 from tpx_runtime.manifest import Defaults
 

@@ -28,7 +28,7 @@ from tpx_export.model.class_to_image import ClassToImage, ClassToImageSpec
 from tpx_export.model.dit import DiT, DiTSpec
 from tpx_export.model.thinking import ThinkingSpec
 from tpx_export.training.diffusion import DiffusionLoss
-from tpx_runtime.cli import TpxCommand
+from tpx_runtime.command import TpxCommand
 from tpx_runtime.diffusion import DIFFUSION_SAMPLERS
 from tpx_runtime.manifest import Defaults
 from tpx_runtime.noise import batch_noise

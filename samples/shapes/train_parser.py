@@ -41,7 +41,7 @@ from samples.shapes.world import (
 )
 from tpx_export.graphs import anonymous
 from tpx_export.model.autoencoder import Autoencoder, AutoencoderSpec, ResidualBlock
-from tpx_runtime.cli import TpxCommand
+from tpx_runtime.command import TpxCommand
 
 COMMAND = "python -m samples.shapes.train_parser --out runs/parser"
 PLACES = ("x", "y", "z", "size")

@@ -17,6 +17,7 @@ from tpx_runtime import cli
 from tpx_runtime.bundle import GOLDEN, Bundle
 from tpx_runtime.engine import ENGINES, Engine
 from tpx_runtime.errors import EngineFailed
+from tpx_runtime.evaluation.cli import main as evaluation
 from tpx_runtime.generator import Generator
 from tpx_runtime.registry import SAMPLERS_FOR
 from tpx_runtime.tokenizer import Encoding
@@ -460,11 +461,24 @@ def test_no_bundle_anywhere_is_bad_input() -> None:
     "arguments",
     [[PROMPT, "--class", "many"], [PROMPT, "--steps", "many"], [PROMPT, "--no-such"], [PROMPT, "more"]],
 )
-def test_usage_errors_are_clicks_own(arguments: list[str]) -> None:
+def test_usage_errors_are_one_line_too(arguments: list[str]) -> None:
     result = run(*arguments)
     assert result.exit_code == 2
-    assert result.stderr.splitlines()[0].startswith("Usage: ")
+    [line] = result.stderr.splitlines()
+    assert line.startswith("error: ") and line.endswith("; see run --help")
     assert result.stdout == ""
+
+
+def test_a_group_says_in_one_line_which_command_it_lacks() -> None:
+    for arguments, said in (
+        (["draw"], "No such command 'draw'"),
+        (["geneval", "--images", "0"], "0 is not in"),
+    ):
+        result = CliRunner().invoke(evaluation, arguments)
+        assert result.exit_code == 2
+        [line] = result.stderr.splitlines()
+        assert line.startswith("error: ") and said in line and "; see " in line
+    assert "Commands:" in CliRunner().invoke(evaluation, []).output
 
 
 def test_a_folder_that_cannot_be_written_to_is_refused(
@@ -595,13 +609,14 @@ def start(*arguments: object) -> subprocess.Popen[str]:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one process")
-def test_a_real_sigint_while_denoising(tiny_bundle: Path, elsewhere: Path) -> None:
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_a_real_signal_while_denoising(tiny_bundle: Path, elsewhere: Path, how: signal.Signals) -> None:
     with start(PROMPT, "--bundle", tiny_bundle, "--steps", 1000, "--out", "a.png") as process:
         assert process.stderr is not None
         for line in process.stderr:
             if line.startswith("denoising"):
                 break
-        process.send_signal(signal.SIGINT)
+        process.send_signal(how)
         output, errors = process.communicate(timeout=30)
     assert process.returncode == 130
     assert errors == "error: cancelled\n"

@@ -113,7 +113,8 @@ def test_ctrl_c_while_progress_is_drawn_repeats_no_step(tmp_path: Path) -> None:
     assert_same(task.module, whole.module)
 
 
-def test_ctrl_c_between_two_optimizers_takes_the_step_whole(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_between_two_optimizers_takes_the_step_whole(tmp_path: Path, how: signal.Signals) -> None:
     whole, ema = unbroken(tmp_path)
     state, task = tmp_path / "state.pt", Task()
     step = task.optimizers[0].step
@@ -121,7 +122,7 @@ def test_ctrl_c_between_two_optimizers_takes_the_step_whole(tmp_path: Path) -> N
     def pressed() -> None:
         step()
         if len(task.seen) == 5:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(how)
 
     task.optimizers[0].step = pressed  # type: ignore[method-assign, assignment]
     with pytest.raises(KeyboardInterrupt):

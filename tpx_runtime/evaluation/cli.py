@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from ..cli import TpxCommand, find_bundle, guidance_interval
+from ..cli import find_bundle, guidance_interval
+from ..command import TpxCommand, TpxGroup
 from ..errors import BadInput, EngineUnavailable
 
 _OUT = click.Path(path_type=Path)
@@ -44,7 +45,7 @@ _benchmark = _options(
 )
 
 
-@click.group()
+@click.group(cls=TpxGroup)
 def main() -> None:
     """Draw the pictures of a benchmark, or judge those of the sample model.
 

@@ -1,15 +1,13 @@
 """The command tpx-bench. Heavy imports wait until an argument has been read."""
 
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from tpx_runtime.cli import TpxCommand, find_bundle
+from tpx_runtime.cli import find_bundle
+from tpx_runtime.command import TpxCommand
 from tpx_runtime.errors import BadInput, Cancelled, EngineUnavailable, TpxError
 
 if TYPE_CHECKING:
@@ -79,10 +77,7 @@ def main(
     )
     total = planned.units(record)
     try:
-        with (
-            _terminable(),
-            click.progressbar(length=max(total, 1), label="bench", file=sys.stderr) as bar,
-        ):
+        with click.progressbar(length=max(total, 1), label="bench", file=sys.stderr) as bar:
 
             def advance(label: str, done: int) -> None:
                 bar.label = f"{label:<38}"
@@ -98,16 +93,6 @@ def main(
     if plot:
         plotting.draw(record.facts, plot)
     require_measured(planned, record)
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """A polite kill is a Ctrl-C too: workers and temporary files go with it."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def parse_batches(text: str) -> tuple[int, ...]:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from tpx_runtime.cli import TpxCommand
+from tpx_runtime.command import TpxCommand
 
 _PATH = click.Path(path_type=Path)
 

@@ -1,4 +1,4 @@
-"""Ctrl-C that waits for the step under way: half of an optimizer's step is no state to go on from."""
+"""Ctrl-C, or a polite kill, that waits for the step under way: half of an optimizer's step is no state to go on from."""
 
 import signal
 import threading
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def interrupts() -> Iterator[Callable[[], bool]]:
-    """Yields whether Ctrl-C was pressed; pressed a second time it raises KeyboardInterrupt at once.
+    """Yields whether SIGINT or SIGTERM came; the second raises KeyboardInterrupt at once.
 
     Outside of the main thread, which alone gets signals, nothing is changed.
     """
@@ -22,8 +22,9 @@ def interrupts() -> Iterator[Callable[[], bool]]:
     if threading.current_thread() is not threading.main_thread():
         yield noted.is_set
         return
-    before = signal.signal(signal.SIGINT, note)
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield noted.is_set
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,84 @@
+"""What all commands share: whatever a user did wrong, and Ctrl-C, ends in one line on stderr and an exit code."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO, Any
+
+import click
+
+from .errors import Cancelled, TpxError
+
+
+class UsageLine(click.ClickException):
+    """A usage error that click found, on one line where click would print several."""
+
+    exit_code = 2
+
+    def __init__(self, error: click.UsageError) -> None:
+        said = " ".join(error.format_message().split()).rstrip(".")
+        where = f"; see {error.ctx.command_path} --help" if error.ctx else ""
+        super().__init__(f"{said}{where}")
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        click.echo(f"error: {self.message}", file=file, err=file is None)
+
+
+@contextmanager
+def one_line() -> Iterator[None]:
+    try:
+        yield
+    except click.UsageError as error:
+        if (
+            type(error).__name__ == "NoArgsIsHelpError"
+        ):  # which is the help itself; click 8.1 has no such class
+            raise
+        raise UsageLine(error) from None
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """A polite kill is a Ctrl-C too, so that nothing is left half-written. Only the main thread hears signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class TpxCommand(click.Command):
+    """A command whose errors, and Ctrl-C, end in one line on stderr and the error's exit code."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        with one_line():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            with one_line(), terminable():
+                return super().invoke(ctx)
+        except KeyboardInterrupt:
+            error: TpxError = Cancelled("cancelled")
+        except TpxError as caught:
+            error = caught
+        line = " ".join(str(error).splitlines())  # a path in it may hold line breaks
+        click.echo(f"error: {line}", err=True)
+        return ctx.exit(error.exit_code)
+
+
+class TpxGroup(click.Group):
+    """A group of such commands."""
+
+    command_class = TpxCommand
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        with one_line():
+            return super().make_context(*args, **kwargs)
+
+    def resolve_command(self, *args: Any, **kwargs: Any) -> Any:
+        with one_line():
+            return super().resolve_command(*args, **kwargs)
