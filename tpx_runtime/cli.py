@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 SAMPLE_BUNDLE = Path("bundles/shapes")
 _PATH = click.Path(path_type=Path)
+EACH = "{seed}"  # in the name of what is written: a file for each picture
 _ENGINE_HELP = (
     "onnxruntime, onnxruntime-cuda, openvino or openvino-bf16, or what tpx-build made for tensorrt-rtx or tensorrt; "
     "auto takes the first that runs here."
@@ -63,6 +64,14 @@ def choose_output(given: Path | None, what: str, seed: int, force: bool) -> Path
     return path
 
 
+def choose_outputs(given: Path | None, what: str, seeds: Sequence[int], force: bool) -> list[Path]:
+    """A place for each seed where `given` says {seed}, else one for all. Raises BadInput."""
+    if given is None or EACH not in given.name:
+        return [choose_output(given, what, seeds[0], force)]
+    named = (given.with_name(given.name.replace(EACH, str(seed))) for seed in seeds)
+    return [choose_output(path, what, seed, force) for path, seed in zip(named, seeds, strict=True)]
+
+
 def _announce(engine: "Engine", asked: str) -> None:
     """Say on stderr which engine runs, so that nobody wonders what `auto` chose."""
     click.echo(f"engine: {engine.name}{' (chosen by auto)' if asked != engine.name else ''}", err=True)
@@ -81,7 +90,9 @@ def _noticing() -> Iterator[None]:
 @click.command(cls=TpxCommand)
 @click.argument("prompt", required=False)
 @click.option("--bundle", help="Folder of the bundle.  [default: $TPX_BUNDLE, else bundles/shapes]")
-@click.option("--out", type=_PATH, help="PNG to write.  [default: after the prompt]")
+@click.option(
+    "--out", type=_PATH, help="PNG to write; with {seed} in its name, one each.  [default: after the prompt]"
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the first picture; the next adds 1.")
 @click.option("--steps", type=int, help="Denoising steps.  [default: the bundle's]")
 @click.option("--guidance", type=float, help="Pull of the prompt; 1 is off.  [default: the bundle's]")
@@ -93,6 +104,7 @@ def _noticing() -> Iterator[None]:
 @click.option(
     "-n", "num_images", type=int, default=1, show_default=True, help="Pictures; several make a grid."
 )
+@click.option("--batch-size", type=int, default=8, show_default=True, help="Pictures drawn at once.")
 @click.option("--engine", default="auto", show_default=True, help=_ENGINE_HELP)
 @click.option("--negative", "negative_prompt", help="What the picture should not show.")
 @click.option("--class", "class_id", type=int, help="Number of the class to draw, instead of PROMPT.")
@@ -108,6 +120,8 @@ def run(
     engine: str,
     force: bool,
     seed: int,
+    num_images: int,
+    batch_size: int,
     class_id: int | None,
     image: Path | None,
     mask: Path | None,
@@ -115,21 +129,24 @@ def run(
     no_t5: bool,
     **settings: Any,
 ) -> None:
-    """Draw PROMPT, or a class, and print the path of the PNG."""
+    """Draw PROMPT, or a class, and print the path of each PNG."""
     from .bundle import Bundle
     from .editing import starting_strength
     from .engine import resolve
-    from .generator import Generator
+    from .generator import MAX_IMAGES, Generator
     from .images import grid, save_png
     from .pictures import open_picture
 
     what = f"class {class_id}" if prompt is None and class_id is not None else prompt or ""
-    path = choose_output(out, what, seed, force)
+    seeds = range(seed, seed + min(max(num_images, 1), MAX_IMAGES))  # what is beyond, plan refuses
+    paths = choose_outputs(out, what, seeds, force)
     strength = starting_strength(image, mask, strength)
     picture, painted = (open_picture(file) if file else None for file in (image, mask))
     generator = Generator(Bundle.open(find_bundle(bundle)), resolve(engine), t5=not no_t5)
     with _noticing():
-        jobs = generator.plan(prompt, class_id=class_id, strength=strength, seed=seed, **settings)
+        jobs = generator.plan(
+            prompt, class_id=class_id, strength=strength, seed=seed, num_images=num_images, **settings
+        )
         edit = generator.edit(picture, painted) if picture else None
     _announce(generator.engine, engine)
     with click.progressbar(length=1, label="denoising", file=sys.stderr) as bar:
@@ -138,9 +155,10 @@ def run(
             bar.length = total
             bar.update(1)
 
-        images = generator.draw(jobs, callback=advance, edit=edit)
-    save_png(grid(images) if len(images) > 1 else images[0], path)
-    click.echo(click.format_filename(path))
+        images = generator.draw(jobs, batch_size, callback=advance, edit=edit)
+    for made, path in zip(images if len(paths) > 1 else [grid(images)], paths, strict=True):
+        save_png(made, path)
+        click.echo(click.format_filename(path))
 
 
 @click.command(cls=TpxCommand)

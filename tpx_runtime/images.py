@@ -1,5 +1,6 @@
 """Pictures: from the decoder's output to PIL, into a grid, and onto disk with the settings that made them."""
 
+import json
 import math
 import os
 import stat
@@ -25,13 +26,20 @@ def to_pil(pixels: Array) -> Image.Image:
 
 
 def grid(images: Sequence[Image.Image]) -> Image.Image:
-    """Pictures of one size in rows, as square as their number allows; the metadata is the first one's."""
+    """Pictures of one size in rows, as square as their number allows; one is itself.
+
+    The metadata is the first one's and, in `tpx`, how many there are: their seeds rise by 1.
+    """
+    if len(images) == 1:
+        return images[0]
     columns = math.ceil(math.sqrt(len(images)))
     width, height = images[0].size
     sheet = Image.new("RGB", (columns * width, -(-len(images) // columns) * height), "white")
     for position, image in enumerate(images):
         sheet.paste(image, (position % columns * width, position // columns * height))
     sheet.info.update(images[0].info)
+    if "tpx" in sheet.info:
+        sheet.info["tpx"] = json.dumps({**json.loads(sheet.info["tpx"]), "num_images": len(images)})
     return sheet
 
 

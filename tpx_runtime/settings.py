@@ -106,12 +106,14 @@ class Settings:
             **({"left_out": list(left_out)} if left_out else {}),
         }
         negative = f"Negative prompt: {self.negative_prompt}\n" if self.negative_prompt else ""
-        strength = f", Denoising strength: {self.strength}" if self.strength is not None else ""
+        also = f", Denoising strength: {self.strength}" if self.strength is not None else ""
+        if self.guidance_interval != EVERY_LEVEL:
+            also += ", CFG interval: {:g}-{:g}".format(*self.guidance_interval)
         said = self.prompt if self.class_id is None else f"class {self.class_id}"
         line = (
             f"{said}\n{negative}Steps: {self.steps}, Sampler: {self.sampler}, "
             f"CFG scale: {self.guidance}, Seed: {self.seed}, Size: {width}x{height}, Model: {manifest.name}, "
-            f"Depth: {self.depth}{strength}"
+            f"Depth: {self.depth}{also}"
         )
         return {"tpx": json.dumps(facts), "parameters": line}
 

@@ -111,6 +111,22 @@ def test_several_pictures_make_a_grid_of_the_next_seeds(bundled: Path) -> None:
     assert np.abs(second - np.asarray(alone)).max() <= 1
 
 
+def test_seed_in_the_name_is_a_file_for_each_picture(bundled: Path, elsewhere: Path) -> None:
+    command = (PROMPT, "-n", 3, "--seed", 7, "--steps", 2, "--batch-size", 2, "--out", "a-{seed}.png")
+    result = run(*command)
+    assert result.stdout.split() == ["a-7.png", "a-8.png", "a-9.png"]
+    assert run(PROMPT, "--seed", 8, "--steps", 2, "--out", "alone.png").exit_code == 0
+    for seed in (7, 8, 9):
+        with Image.open(f"a-{seed}.png") as image, Image.open("alone.png") as alone:
+            assert json.loads(image.info["tpx"])["seed"] == seed
+            apart = np.abs(np.asarray(image).astype(int) - np.asarray(alone)).max()
+            assert apart <= 1 if seed == 8 else apart > 1
+    Path("a-7.png").unlink()
+    require_refusal(run(*command), 2, "expected a new file, found a-8.png there already; add --force")
+    assert not Path("a-7.png").exists()
+    assert run("red cube", "--bundle", bundled, "--out", "b-{seed}.png").stdout == "b-0.png\n"
+
+
 @pytest.mark.parametrize(
     ("prompt", "name"),
     [

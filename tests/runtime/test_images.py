@@ -52,8 +52,10 @@ def test_grid_runs_row_by_row_and_leaves_the_rest_white() -> None:
 
 def test_grid_keeps_the_metadata_of_the_first() -> None:
     first = plain("red")
-    first.info["tpx"] = "{}"
-    assert grid([first, plain("blue")]).info == {"tpx": "{}"}
+    first.info["tpx"] = '{"seed": 5}'
+    assert grid([first, plain("blue")]).info == {"tpx": '{"seed": 5, "num_images": 2}'}
+    assert grid([first]) is first
+    assert grid([plain("red"), plain("blue")]).info == {}
 
 
 @settings(max_examples=50, deadline=None, database=None)

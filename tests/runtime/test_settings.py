@@ -158,6 +158,12 @@ def test_metadata_without_a_negative_prompt_has_no_line_for_it() -> None:
     assert GOOD.metadata(PAPER, "x")["parameters"].startswith("a red cube\nSteps: 20, ")
 
 
+def test_metadata_says_where_guidance_acts() -> None:
+    metadata = replace(GOOD, guidance_interval=(0.2, 0.75)).metadata(PAPER, "x")
+    assert json.loads(metadata["tpx"])["guidance_interval"] == [0.2, 0.75]
+    assert metadata["parameters"].endswith(", Depth: 2, CFG interval: 0.2-0.75")
+
+
 def test_metadata_says_the_strength_and_what_was_left_out() -> None:
     metadata = replace(GOOD, strength=0.7).metadata(PAPER, "x", left_out=["text_encoder_3"])
     facts = json.loads(metadata["tpx"])
