@@ -2,10 +2,8 @@
 
 import json
 import math
-import os
 import stat
 import tempfile
-import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +12,7 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 from .errors import BadInput
+from .files import whole_file
 from .samplers import Array
 
 METADATA_KEYS = ("parameters", "tpx")  # PNG text chunks: a line that a person reads, and JSON
@@ -63,14 +62,9 @@ def save_png(image: Image.Image, path: str | Path) -> None:
     for key in METADATA_KEYS:
         if key in image.info:
             chunks.add_text(key, str(image.info[key]))
-    # A sibling, for a rename is only whole within one file system; named shortly, for `path` may just fit.
-    temporary = path.with_name(f".tpx-{os.getpid()}-{threading.get_ident()}.tmp")
     try:
-        image.save(temporary, format="PNG", pnginfo=chunks)
-        temporary.replace(path)
+        with whole_file(path) as part:
+            image.save(part, format="PNG", pnginfo=chunks)
     except OSError as error:
         reason = error.strerror or error  # Pillow's own errors have no strerror
         raise BadInput(f"expected to write {path}, found: {reason}; choose another place") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()

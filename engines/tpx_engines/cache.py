@@ -6,7 +6,7 @@ What a file looks like, and how it is read, is the runtime's: tpx_runtime/engine
 import hashlib
 import json
 import os
-import uuid
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ from pathlib import Path
 from tpx_runtime.bundle import Bundle
 from tpx_runtime.engine.built import MAGIC, PREFIX, VERSION, Key, Stale, default_folder, load
 from tpx_runtime.errors import BadInput
+from tpx_runtime.files import whole_file
 
 __all__ = ["EngineCache", "Key", "Stale"]
 
@@ -48,9 +49,7 @@ class EngineCache:
         """Make the folder and see that it can be written. Raises BadInput, before a build takes its minutes."""
         with _writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            probe = self._part("probe")
-            probe.touch()
-            probe.unlink()
+            tempfile.TemporaryFile(dir=self.folder).close()
 
     def store(self, key: Key, engine: bytes) -> Path:
         """Write the engine of `key` in place of what was there. Raises BadInput, and then nothing is changed."""
@@ -72,22 +71,13 @@ class EngineCache:
         self._write(_timings_name(key), data)
 
     def _write(self, name: str, *contents: bytes) -> Path:
-        path, part = self.folder / name, self._part(name)
-        with _writing(self.folder):
-            try:
-                with part.open("xb") as file:
-                    for content in contents:
-                        file.write(content)
-                    file.flush()
-                    os.fsync(file.fileno())
-                part.replace(path)
-            finally:
-                part.unlink(missing_ok=True)
+        path = self.folder / name
+        with _writing(self.folder), whole_file(path) as part, part.open("xb") as file:
+            for content in contents:
+                file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
         return path
-
-    def _part(self, name: str) -> Path:
-        """A hidden name that no other process uses, for what is not whole yet."""
-        return self.folder / f".{name}.{uuid.uuid4().hex[:12]}.part"
 
 
 def _timings_name(key: Key) -> str:

@@ -7,7 +7,6 @@ that has `width` and `thinking`, and with `blocks` that each have a `thinking`: 
 
 import dataclasses
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +21,7 @@ from tpx_export.checkpoint import CheckpointInvalid, _build
 from tpx_export.model.thinking import Thinking, ThinkingSpec
 from tpx_export.precision import narrow
 from tpx_runtime.errors import BadInput, shorten
+from tpx_runtime.files import whole_file
 
 FORMAT, VERSION = "tpx-adapters", 1
 FILE = "tpx.safetensors"
@@ -102,16 +102,13 @@ def write_adapters(path: Path, thinking: ThinkingSpec, state: Mapping[str, Tenso
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     spec = dataclasses.asdict(thinking)
     header = {"format": FORMAT, "version": VERSION, "spec": spec, **dataclasses.asdict(facts)}
-    partial = path.with_name(path.name + ".part")
     try:
-        save_file(tensors, partial, metadata={"tpx": json.dumps(header)})
-        os.replace(partial, path)
+        with whole_file(path) as part:
+            save_file(tensors, part, metadata={"tpx": json.dumps(header)})
     except (OSError, SafetensorError) as error:
         raise BadInput(
             f"expected to write {path}, found: {error}; free some space or choose another place"
         ) from None
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def load_adapters(path: Path) -> Adapters:

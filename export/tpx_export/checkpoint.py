@@ -7,7 +7,6 @@ what is not ours is refused.
 
 import dataclasses
 import json
-import os
 import pickle
 import types
 import typing
@@ -23,6 +22,7 @@ from torch import Tensor
 from tpx_export.model.class_to_image import ClassToImage, ClassToImageSpec
 from tpx_export.model.text_to_image import TextToImage, TextToImageSpec
 from tpx_runtime.errors import TpxError, shorten
+from tpx_runtime.files import whole_file
 
 FORMAT, VERSION = "tpx-model", 1
 SUFFIXES = (".safetensors", ".pt")
@@ -44,17 +44,13 @@ def save(model: Model, path: Path, dtype: torch.dtype = torch.float32) -> None:
     state = {name: value.detach().to("cpu", dtype).contiguous() for name, value in model.state_dict().items()}
     (kind,) = (name for name, (_, made) in MODELS.items() if isinstance(model, made))
     header = {"format": FORMAT, "version": VERSION, "model": kind, "spec": dataclasses.asdict(model.spec)}
-    partial = path.with_name(path.name + ".part")
-    try:
+    with whole_file(path) as part:
         if path.suffix == ".safetensors":
-            save_file(state, partial, metadata={"tpx": json.dumps(header)})
+            save_file(state, part, metadata={"tpx": json.dumps(header)})
         elif path.suffix == ".pt":
-            torch.save({"header": json.dumps(header), "state": state}, partial)
+            torch.save({"header": json.dumps(header), "state": state}, part)
         else:
             raise ValueError(f"expected a file name ending in {' or '.join(SUFFIXES)}, got {path.name}")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def load(path: Path) -> Model:

@@ -2,7 +2,6 @@
 
 import copy
 import math
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from tpx_export.training.interrupts import interrupts
 from tpx_runtime.errors import BadInput
+from tpx_runtime.files import whole_file
 
 
 def seeded(seed: int, step: int) -> torch.Generator:
@@ -29,9 +29,8 @@ def warmup_cosine(step: int, steps: int, warmup: int = 100, floor: float = 0.02)
 def save_whole(value: object, path: Path) -> None:
     """torch.save that a kill cannot leave half-written."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".part")
-    torch.save(value, partial)
-    os.replace(partial, path)
+    with whole_file(path) as part:
+        torch.save(value, part)
 
 
 def fit(

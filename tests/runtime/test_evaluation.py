@@ -280,7 +280,7 @@ def test_ctrl_c_says_how_many_are_left_and_the_run_goes_on(
     engine.functions["vae_decoder/model.onnx"] = interrupted
     line = error_of(run(command, tmp_path / "a"), 130)
     assert "8 of 16 pictures are left, which the same command draws" in line
-    assert not [name for name in hashes(tmp_path) if name.endswith(".tmp")]
+    assert not [name for name in hashes(tmp_path) if name.endswith(".part")]
     record = tmp_path / ("a/tpx-eval.json" if command == "geneval" else "a.tpx-eval.json")
     assert not json.loads(record.read_text())["complete"]
     result = run(command, tmp_path / "a")

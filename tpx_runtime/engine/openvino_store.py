@@ -9,10 +9,11 @@ OpenVINO itself looks at the graph's file and not at that of its weights.
 import hashlib
 import os
 import shutil
-import uuid
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+
+from ..files import whole_file
 
 Shapes = tuple[tuple[str, tuple[int, ...]], ...]  # of a graph's inputs, in the order of their names
 
@@ -64,12 +65,8 @@ class Store:
 
     def write(self, file: Path, content: bytes | memoryview) -> None:
         """Write a file of `exact` whole, in the place of those for the same rows. Raises OSError, and then there is none."""
-        part = file.with_name(f".{file.name}.{uuid.uuid4().hex[:12]}.part")
-        try:
+        with whole_file(file) as part:
             part.write_bytes(content)
-            part.replace(file)
-        finally:
-            part.unlink(missing_ok=True)
         for old in self.folder.glob(f"{file.name.split('.')[0]}.*.exact"):
             if old != file:
                 old.unlink(missing_ok=True)

@@ -1,25 +1,20 @@
 """tpx-eval.json: with which settings the pictures of a folder were drawn, so that no run mixes two."""
 
 import json
-import os
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ..errors import BadInput
+from ..files import whole_file
 
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file that appears whole or not at all. Raises BadInput."""
-    temporary = path.with_name(f".tpx-{os.getpid()}.tmp")
     try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
+        with whole_file(path) as part:
+            part.write_bytes(content)
     except OSError as error:
         raise BadInput(f"expected to write {path}, found: {error.strerror}; choose another place") from None
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
 
 
 def write_json(path: Path, facts: dict[str, Any]) -> None:

@@ -1,7 +1,6 @@
 """Latents and text embeddings on disk, each made once: one small .safetensors file an entry, by the hash of what made it."""
 
 import hashlib
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tpx_runtime.errors import BadInput
+from tpx_runtime.files import whole_file
 
 _VERSION = 1  # of what is stored and how it is made
 
@@ -44,17 +44,14 @@ class Cache:
     def put(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Keep tensors, in float16 where it reaches so far. Written whole or not at all. Raises BadInput."""
         path = self._path(name)
-        partial = path.with_suffix(f".{os.getpid()}.part")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_file({part: _narrow(value) for part, value in tensors.items()}, partial)
-            os.replace(partial, path)
+            with whole_file(path) as partial:
+                save_file({part: _narrow(value) for part, value in tensors.items()}, partial)
         except (OSError, SafetensorError) as error:
             raise BadInput(
                 f"expected to write {path}, found: {error}; free some space or choose another place"
             ) from None
-        finally:
-            partial.unlink(missing_ok=True)
 
     def _path(self, name: str) -> Path:
         return self.folder / name[:2] / f"{name}.safetensors"

@@ -1,7 +1,6 @@
 """A run that can be stopped: adapters, their average, the optimizer and the step, in one file."""
 
 import json
-import os
 import pickle
 import warnings
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tpx_runtime.errors import BadInput, shorten
+from tpx_runtime.files import whole_file
 
 _FORMAT = "tpx-training 1"
 _EMA = 0.999
@@ -46,7 +46,7 @@ class Run:
 
 def save(run: Run, identity: dict[str, Any], path: Path) -> None:
     """Write the state of a run that is known by `identity`, whole or not at all. Raises BadInput."""
-    whole = {
+    facts = {
         "format": _FORMAT,
         "identity": json.dumps(identity),
         "step": run.step,
@@ -55,16 +55,13 @@ def save(run: Run, identity: dict[str, Any], path: Path) -> None:
         "ema": run.ema,
         "optimizer": run.optimizer.state_dict(),
     }
-    partial = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(whole, partial)
-        os.replace(partial, path)
+        with whole_file(path) as part:
+            torch.save(facts, part)
     except (OSError, RuntimeError) as error:  # torch's own for a full disk
         said = shorten(" ".join(str(error).split()), 100)
         raise BadInput(f"expected to write {path}, found: {said}; free some space") from None
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read(path: Path, identity: dict[str, Any]) -> dict[str, Any]:

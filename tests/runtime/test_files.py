@@ -1,0 +1,54 @@
+"""Files that appear whole or not at all."""
+
+from pathlib import Path
+
+import pytest
+
+from tpx_runtime.files import whole_file
+
+
+def test_it_takes_the_place_of_what_was_there(tmp_path: Path) -> None:
+    path = tmp_path / ("a" * 251 + ".png")  # as long as a name may be
+    for content in (b"one", b"two"):
+        with whole_file(path) as part:
+            part.write_bytes(content)
+            assert not path.exists() or path.read_bytes() == b"one"
+        assert path.read_bytes() == content
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_an_error_leaves_what_was_there(tmp_path: Path, error: type[BaseException]) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(b"one")
+
+    def write() -> None:
+        with whole_file(path) as part:
+            part.write_bytes(b"ha")
+            raise error
+
+    with pytest.raises(error):
+        write()
+    assert path.read_bytes() == b"one"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_two_at_once_do_not_meet(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    with whole_file(path) as first, whole_file(path) as second:
+        first.write_bytes(b"first")
+        second.write_bytes(b"second")
+    assert path.read_bytes() == b"first"  # which ended last
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_place_that_is_a_folder_is_an_error_and_nothing_is_left(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+
+    def write() -> None:
+        with whole_file(tmp_path / "a") as part:
+            part.touch()
+
+    with pytest.raises(OSError, match="directory"):
+        write()
+    assert list(tmp_path.iterdir()) == [tmp_path / "a"]
