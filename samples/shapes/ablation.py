@@ -10,6 +10,7 @@ fixed depth. Each is exported and judged by ShapesEval. `--out` holds a folder a
 and its verdicts, and results.json; what is finished is not done again, so a stopped run goes on and more seeds can be added.
 """
 
+import itertools
 import json
 import shutil
 import time
@@ -23,6 +24,7 @@ import numpy as np
 import torch
 
 from samples.shapes import evaluate, held_out, train_flow
+from samples.shapes.questions import NEVER_SEEN, SEEN
 from samples.shapes.train import SHIPPED, assemble, trained
 from tpx_export.exporter import export_bundle
 from tpx_export.model import ThinkingSpec
@@ -62,7 +64,8 @@ DRAWN: dict[str, Any] = {
     "guidance_interval": EVERY_LEVEL,
 }  # scores as high as Euler's 20 steps (docs/replication.md)
 WHOLE_RANK = 128  # M r of every row
-BASE, LORA, THINKING = "base", "LoRA", "M=4, T=3"
+RELATED = ("position", SEEN, NEVER_SEEN)  # rows of ShapesEval whose prompts hold a relation
+BASE, LORA, THINKING, RECURSIVE = "base", "LoRA", "M=4, T=3", "M=1, T=3"
 
 
 def _thinking(experts: int, depth: int, rank: int | None = None, **switches: bool) -> ThinkingSpec:
@@ -81,12 +84,20 @@ ROWS: dict[str, ThinkingSpec | None] = {
     "M=4, T=3, no modulation": _thinking(4, 3, modulation=False),
     "M=4, T=3, gate sees tokens alone": _thinking(4, 3, gate_sees_condition=False),
     "M=4, T=3, base at every step": _thinking(4, 3, base_every_step=True),
-    "M=1, T=3": _thinking(1, 3),
+    RECURSIVE: _thinking(1, 3),
     # The paper's own rank for each expert: more parameters than LoRA has.
     "M=2, T=2, rank 128 each": _thinking(2, 2, WHOLE_RANK),
     "M=4, T=3, rank 128 each": _thinking(4, 3, WHOLE_RANK),
 }
-MAIN = (LORA, THINKING)  # the rows that are trained with every seed
+MAIN = (LORA, THINKING, RECURSIVE)  # the rows that are trained with every seed
+# Means over several rows of seed 0, which differ in one thing: the first ones minus the second.
+POOLED = {
+    "T=3 minus T=1, all M": ((RECURSIVE, "M=2, T=3", THINKING), (LORA, "M=2, T=1", "M=4, T=1")),
+    "M=4 minus M=2, all T": (
+        ("M=4, T=1", "M=4, T=2", THINKING),
+        ("M=2, T=1", "M=2, T=2", "M=2, T=3"),
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -170,16 +181,27 @@ def trained_parameters(transformer: MMDiT, spec: ThinkingSpec) -> int:
 
 
 def shares(out: Path, facts: list[dict[str, Any]]) -> list[np.ndarray]:
-    """Of each kind the parts of right pictures by prompt, [prompts], the mean over seeds."""
+    """Of each kind the parts of right pictures by prompt, [prompts], the mean over runs."""
+    by_row, overall = _by_row(out, facts)
+    return [by_row[kind] for kind in overall]
+
+
+def related(out: Path, facts: list[dict[str, Any]]) -> list[np.ndarray]:
+    """The same of all prompts with a relation, held out ones too, as one array: what adapters train on."""
+    by_row, _ = _by_row(out, facts)
+    return [np.concatenate([by_row[row] for row in RELATED])]
+
+
+def _by_row(out: Path, facts: list[dict[str, Any]]) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
     reports = [Report.load(out / one["folder"] / "eval") for one in facts]
     first = reports[0]
     mean = np.mean([report.shares for report in reports], axis=0)
     rows = np.array([row for row, _ in first.prompts])
-    return [mean[rows == kind] for kind in first.overall]
+    return {row: mean[rows == row] for row in set(rows)}, first.overall
 
 
 def lost(out: Path, facts: list[dict[str, Any]]) -> list[np.ndarray]:
-    """The losses on fresh scenes, [scenes], the mean over seeds."""
+    """The losses on fresh scenes, [scenes], the mean over runs."""
     return [np.mean([np.load(out / one["folder"] / LOSSES) for one in facts], axis=0)]
 
 
@@ -202,6 +224,7 @@ class Measure:
 
 MEASURES = (
     Measure("ShapesEval overall, %", shares, 100, 1),
+    Measure("prompts with a relation, %", related, 100, 1),
     Measure("loss on fresh scenes, 1/1000", lost, 1000, 2),
 )
 
@@ -228,6 +251,24 @@ def table(out: Path, results: list[dict[str, Any]]) -> str:
                 pairs = zip(measure.read(out, mine), measure.read(out, beside), strict=True)
                 difference = measure.written(bootstrap([a - b for a, b in pairs]), "+")
             told.append(difference)
+        lines.append(f"| {' | '.join(told)} |")
+    return "\n".join(lines)
+
+
+def pooled(out: Path, results: list[dict[str, Any]]) -> str:
+    """What POOLED names, of the rows that are there: each measure's paired difference; nothing for one that lacks a row."""
+    firsts = {one["row"]: one for one in results if one["seed"] == 0}
+    lines = [
+        "| | " + " | ".join(measure.name for measure in MEASURES) + " |",
+        "|" + "---|" * (len(MEASURES) + 1),
+    ]
+    for name, sides in POOLED.items():
+        if any(row not in firsts for row in itertools.chain(*sides)):
+            continue
+        told = [name]
+        for measure in MEASURES:
+            first, second = (measure.read(out, [firsts[row] for row in side]) for side in sides)
+            told.append(measure.written(bootstrap([a - b for a, b in zip(first, second, strict=True)]), "+"))
         lines.append(f"| {' | '.join(told)} |")
     return "\n".join(lines)
 
@@ -277,7 +318,7 @@ def main(
     shards: int,
     names: tuple[str, ...],
 ) -> None:
-    """Train and judge every row, or those named, and print the table."""
+    """Train and judge every row, or those named, and print the tables."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = trained(ckpt, device)
     autoencoder, text_encoder = model.autoencoder, model.text_encoder
@@ -299,7 +340,7 @@ def main(
         results = [json.loads(path.read_text()) for path in sorted(out.glob("*/result.json"))]
         text = table(out, results)
         write_json(out / "results.json", {"runs": results})
-        click.echo(text)
+        click.echo(f"{text}\n\n{pooled(out, results)}")
 
 
 if __name__ == "__main__":

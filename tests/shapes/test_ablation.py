@@ -26,7 +26,7 @@ def test_rows_differ_in_one_thing_and_train_equal_experts() -> None:
         "M=2, T=2, rank 128 each",
         "M=4, T=3, rank 128 each",
     }
-    assert ROWS[BASE] is None and set(MAIN) == {LORA, THINKING}
+    assert ROWS[BASE] is None and set(MAIN) == {LORA, THINKING, ablation.RECURSIVE}
     lora = specs[LORA]
     assert (lora.experts, lora.max_depth, lora.modulation) == (1, 1, False)
     assert {(s.experts, s.max_depth) for s in specs.values()} >= {(m, t) for m in (2, 4) for t in (1, 2, 3)}
@@ -49,14 +49,23 @@ def test_trained_parameters_are_those_with_a_gradient(modulation: bool) -> None:
 
 
 def finished(
-    out: Path, row: str, seed: int, right: list[list[bool]], lost: tuple[float, ...] = (0.1,)
+    out: Path,
+    row: str,
+    seed: int,
+    right: list[list[bool]],
+    lost: tuple[float, ...] = (0.1,),
+    related: tuple[bool, ...] = (False, False, False),
 ) -> dict[str, Any]:
-    """A run's folder as `run` leaves it: two prompts of each of two kinds, and the losses of some scenes."""
+    """A run's folder as `run` leaves it: two prompts of each of two kinds, three with a relation, and losses of scenes."""
     folder = out / f"{len(list(out.iterdir()))}"
     (folder / "eval").mkdir(parents=True)
     np.save(folder / ablation.LOSSES, np.array(lost))
     prompts = [
         {"row": KINDS[i // 2], "prompt": f"prompt {i}", "right": verdict} for i, verdict in enumerate(right)
+    ]
+    prompts += [
+        {"row": kind, "prompt": "related", "right": [verdict] * 2}
+        for kind, verdict in zip(ablation.RELATED, related, strict=True)
     ]
     score = sum(sum(one) / len(one) for one in right) / len(right)
     rows = {"overall": {"score": score}}
@@ -71,14 +80,14 @@ def test_the_table_pairs_each_row_with_lora_of_the_same_seeds(tmp_path: Path) ->
     yes, half, no = [True, True], [True, False], [False, False]
     results = [
         finished(tmp_path, BASE, 0, [no, no, yes, yes], (0.3, 0.3)),
-        finished(tmp_path, LORA, 0, [half, no, yes, yes], (0.1, 0.2)),
+        finished(tmp_path, LORA, 0, [half, no, yes, yes], (0.1, 0.2), (True, False, False)),
         finished(tmp_path, LORA, 1, [half, half, yes, yes], (0.3, 0.4)),
-        finished(tmp_path, THINKING, 0, [yes, half, yes, yes], (0.05, 0.15)),
+        finished(tmp_path, THINKING, 0, [yes, half, yes, yes], (0.05, 0.15), (True, False, True)),
         finished(tmp_path, THINKING, 1, [yes, yes, yes, yes], (0.15, 0.25)),
     ]
     head, _, *lines = ablation.table(tmp_path, results).splitlines()
     cells = {row[1]: dict(zip(_cells(head), row, strict=True)) for row in map(_cells, lines)}
-    score, loss = (measure.name for measure in ablation.MEASURES)
+    score, relation, loss = (measure.name for measure in ablation.MEASURES)
     assert cells[BASE][score].startswith("50.0 (")
     assert cells[BASE]["minus LoRA"].startswith(
         "+150.00 ("
@@ -89,6 +98,25 @@ def test_the_table_pairs_each_row_with_lora_of_the_same_seeds(tmp_path: Path) ->
     assert cells[THINKING][score].startswith("93.8 (")
     assert "| +25.0 (" in lines[2] and "| -100.00 (-100.00 to -100.00) |" in lines[2]
     assert "| -12.5 (" in lines[0]
+    # Three prompts, the mean over two seeds.
+    assert [cells[row][relation].split()[0] for row in (BASE, LORA, THINKING)] == ["0.0", "16.7", "33.3"]
+    assert "| 33.3 (0.0 to 50.0) | +16.7 (" in lines[2]
+
+
+def test_what_is_pooled_is_the_mean_over_rows_of_seed_0(tmp_path: Path) -> None:
+    yes, no = [[True] * 2] * 4, [[False] * 2] * 4
+    results = []
+    for row in (*ROWS, LORA):
+        recurs = row in (ablation.RECURSIVE, "M=2, T=3")
+        seed = len([one for one in results if one["row"] == row])
+        scene = (0.1, 0.3) if recurs else (0.2, 0.4)
+        results.append(finished(tmp_path, row, seed, yes if recurs else no, scene, (recurs, False, False)))
+    _, _, depths, experts = ablation.pooled(tmp_path, results).splitlines()
+    assert [cell.split(" ")[0] for cell in _cells(depths)[2:5]] == ["+66.7", "+22.2", "-66.67"]
+    assert _cells(depths)[1] == "T=3 minus T=1, all M"
+    assert [cell.split(" ")[0] for cell in _cells(experts)[2:5]] == ["-33.3", "-11.1", "+33.33"]
+    lacking = [one for one in results if one["row"] != "M=2, T=2"]
+    assert len(ablation.pooled(tmp_path, lacking).splitlines()) == 3
 
 
 def _cells(line: str) -> list[str]:
