@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import stat
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,7 +114,10 @@ class Bundle:
             raise BundleInvalid(
                 f"{root / MANIFEST}: expected a file to read, found: {error.strerror}"
             ) from None
-        bundle = cls(root, Manifest.from_json(text))
+        try:
+            bundle = cls(root, Manifest.from_json(text))
+        except BundleInvalid as error:  # which knows the file's name alone
+            raise BundleInvalid(f"{root}{os.sep}{error}") from None
         depths = bundle.manifest.model.depths
         transformers = [transformer_name(depth, plain) for depth in depths for plain in (False, True)]
         for encoder in bundle.manifest.text_encoders:

@@ -51,6 +51,10 @@ def check_writable(path: Path) -> None:
             if stat.S_ISDIR(path.stat().st_mode):
                 raise BadInput(f"expected {path} to be a file, found a folder; name a file in it")
         tempfile.TemporaryFile(dir=path.parent).close()
+    except FileNotFoundError:
+        raise BadInput(
+            f"expected a folder {path.parent} to write {path.name} into, found none; make it"
+        ) from None
     except OSError as error:
         raise BadInput(f"expected a place to write {path}, found: {error.strerror}; choose another") from None
 

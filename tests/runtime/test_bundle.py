@@ -135,7 +135,7 @@ def test_another_version_is_refused_with_a_way_out(paper: Path) -> None:
     text = (paper / MANIFEST).read_text()
     (paper / MANIFEST).write_text(text.replace('"version": 4', '"version": 3'))
     assert refusal(paper) == (
-        "manifest.json: expected format version 4, found 3; "
+        f"{paper}{os.sep}manifest.json: expected format version 4, found 3; "
         "export the bundle again with this tpx, or install the tpx that wrote it"
     )
 

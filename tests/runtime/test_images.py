@@ -131,7 +131,7 @@ def test_check_writable_leaves_nothing(tmp_path: Path) -> None:
         ("png", "expected an output name that ends in .png"),
         (".png", "expected an output name that ends in .png"),
         ("folder.png", "to be a file, found a folder; name a file in it"),
-        ("missing/a.png", "found: No such file or directory; choose another"),
+        ("missing/a.png", "to write a.png into, found none; make it"),
         ("file/a.png", "found: Not a directory; choose another"),
         ("n" * 300 + ".png", "found: File name too long; choose another"),
     ],
