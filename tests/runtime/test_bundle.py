@@ -1,5 +1,6 @@
 """Opening a bundle: any byte that is not as exported is found, named, and told how to mend."""
 
+import os
 import re
 import shutil
 import tracemalloc
