@@ -34,7 +34,8 @@ class Progress:
         """A step of `name` is done. False asks the builder to stop."""
         if name in self._phases:
             self._phases[name].done += 1
-            self.fraction = max(self.fraction, *(self._share(p) for p in self._phases if self._root(p)))
+            shares = [self._share(phase) for phase in self._phases if self._root(phase)]
+            self.fraction = max([self.fraction, *shares])
         return not self.cancelled
 
     def finish(self, name: str) -> None:

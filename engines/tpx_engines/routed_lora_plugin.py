@@ -28,7 +28,7 @@ def register(capability: int) -> None:
         import tensorrt.plugin as trtp
     except ImportError as missing:
         raise EngineUnavailable(
-            f"expected TensorRT 10.16 or later with its module tensorrt.plugin, found none ({missing}); install tensorrt"
+            f"expected TensorRT with its module tensorrt.plugin (10.14 or later), found none ({missing}); install tensorrt"
         ) from None
 
     @trtp.register(PLUGIN)

@@ -80,7 +80,7 @@ def pack(scenes: Sequence[Scene], device: str | torch.device = "cpu") -> Solids:
 
 
 @cache
-def _camera(side_px: int, device: str) -> tuple[Vec, Vec, Tensor, Tensor]:
+def _camera(side_px: int, device: str) -> tuple[Vec, Tensor, Tensor]:
     """Unit directions of 4 sub-pixel rays a pixel, [4 * side^2] each, and two lamp points for each."""
     offsets = torch.tensor([(0.125, 0.375), (0.375, 0.875), (0.625, 0.125), (0.875, 0.625)])
     steps = torch.arange(side_px, dtype=torch.float32)
@@ -99,7 +99,7 @@ def _camera(side_px: int, device: str) -> tuple[Vec, Vec, Tensor, Tensor]:
         torch.stack((dx[i::2].repeat_interleave(pixels), dz[i::2].repeat_interleave(pixels)))
         for i in range(2)
     ]
-    return (d[0], d[1], d[2]), (d[0], d[1], d[2]), lamp[0], lamp[1]
+    return (d[0], d[1], d[2]), lamp[0], lamp[1]
 
 
 def _dodge_zero(d: Tensor) -> Tensor:
@@ -212,7 +212,7 @@ def render(
     `fast` compiles the routine first (half a minute once a batch size; many times the speed on CPU and GPU).
     """
     solids = scenes if isinstance(scenes, Solids) else pack(scenes, device)
-    direction, _, first, second = _camera(side_px, device)
+    direction, first, second = _camera(side_px, device)
     linear = (_compiled() if fast else _render)(solids, direction, (first, second))
     linear = linear.unflatten(-1, (4, side_px, side_px)).mean(2)
     return linear.clamp(0, 1) ** (1 / 2.2)

@@ -147,6 +147,8 @@ def test_routes_depend_on_token_time_and_condition() -> None:
     latents, time, context, pooled = inputs()
     routes = model(latents, time, context, pooled, 2)[1]
     assert routes.unique().numel() > 1
+    for other in ((-latents, time, pooled), (latents, 1000 - time, pooled), (latents, time, -3 * pooled)):
+        assert not torch.equal(model(*other[:2], context, other[2], 2)[1], routes)
     block = model.blocks[1]
     assert isinstance(block, JointBlock) and block.thinking
     tokens = torch.randn(1, 16, 64)

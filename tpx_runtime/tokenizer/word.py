@@ -1,7 +1,6 @@
 """Words to ids: a prompt is lower-cased, split at spaces and the marks `, .`, and looked up word by word."""
 
 import difflib
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,15 +19,6 @@ class WordTokenizer:
     def __init__(self, tokens: list[str], text_tokens: int) -> None:
         self.text_tokens = text_tokens
         self._ids = {token: position for position, token in enumerate(tokens)}
-
-    @classmethod
-    def from_file(cls, path: Path) -> "WordTokenizer":
-        """Read a vocab.json of this kind. Raises BundleInvalid."""
-        try:
-            facts = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError):
-            facts = None
-        return cls.from_facts(path, facts if isinstance(facts, dict) else {})
 
     @classmethod
     def from_facts(cls, path: Path, facts: Mapping[str, Any]) -> "WordTokenizer":

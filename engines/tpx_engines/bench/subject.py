@@ -1,7 +1,6 @@
 """What is measured: a Generator that draws one fixed prompt, timed from outside and step by step."""
 
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -88,9 +87,6 @@ class Timing:
 
     seconds: float
     step_seconds: float
-
-
-Maker = Callable[[Work, dict[str, Any]], Subject]  # given the options of its configuration
 
 
 def of_engine(work: Work, options: dict[str, Any]) -> Subject:

@@ -34,7 +34,7 @@ _PATH = click.Path(path_type=Path)
 @click.option("--warmup", default=100, show_default=True, help="Steps until the rate is reached.")
 @click.option("--weight-decay", default=0.01, show_default=True)
 @click.option(
-    "--caption-dropout", default=0.1, show_default=True, help="Share of steps without caption or class."
+    "--caption-dropout", default=0.1, show_default=True, help="Share of pictures without caption or class."
 )
 @click.option(
     "--depth",
