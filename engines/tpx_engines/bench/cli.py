@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 PROMPT = "a red cube on a blue sphere"
 _SAMPLERS = {"velocity": "euler", "epsilon": "ddim"}  # those that call the model once a step
 _PATH = click.Path(path_type=Path)
+CHECKPOINTS = (".safetensors", ".pt")
 
 
 @click.command(cls=TpxCommand)
@@ -34,7 +35,12 @@ _PATH = click.Path(path_type=Path)
     help="Bundle of the same model in another precision; may be repeated.",
 )
 @click.option("--engine", "engines", multiple=True, help="Only this engine; may be repeated.  [default: all]")
-@click.option("--baseline", "baselines", multiple=True, help="Only this one of CKPT; may be repeated.")
+@click.option(
+    "--baseline",
+    "baselines",
+    multiple=True,
+    help='Only this one of CKPT, such as "PyTorch eager fp32"; may be repeated.',
+)
 @click.option("--depth", "depths", type=int, multiple=True, help="May be repeated.  [default: the bundle's]")
 @click.option("--batch", default="1,4", show_default=True, help="Pictures at once; 1 is always measured.")
 @click.option("--prompt", help=f"What to draw.  [default: {PROMPT}; class 0]")
@@ -138,6 +144,10 @@ def prepare(
         raise BadInput("expected --ckpt with --baseline, found none; name the bundle's checkpoint")
     if ckpt is not None and not ckpt.is_file():
         raise BadInput(f"expected a checkpoint in --ckpt, found no file {ckpt}; check the path")
+    if ckpt is not None and ckpt.suffix not in CHECKPOINTS:
+        raise BadInput(
+            f"expected a checkpoint ending in {' or '.join(CHECKPOINTS)} in --ckpt, found {ckpt.name}"
+        )
     work = Work(
         bundle=bundle.root.resolve(),
         depth=depths[0],

@@ -92,6 +92,7 @@ def test_a_plot_without_matplotlib_is_refused_before_the_work(
         (["--prompt", "a zebra"], "zebra"),
         (["--baseline", "PyTorch eager fp32"], "expected --ckpt with --baseline"),
         (["--ckpt", "nowhere.safetensors"], "expected a checkpoint in --ckpt, found no file"),
+        (["--ckpt", __file__], "ending in .safetensors or .pt in --ckpt, found test_cli.py"),
         (["--plot", "picture.jpg"], "expected an output name that ends in .png"),
         (["--json", "nowhere/at/all.json"], "expected to write nowhere/at/all.json"),
     ],
@@ -105,9 +106,10 @@ def test_bad_arguments_are_one_line(
     assert started() == []
 
 
-def test_an_unknown_engine_or_baseline_is_one_line(bundle: Path) -> None:
+def test_an_unknown_engine_or_baseline_is_one_line(bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "model.pt").touch()
     for option, name in (("--engine", "warp"), ("--baseline", "warp")):
-        ckpt = ["--ckpt", __file__] if option == "--baseline" else []
+        ckpt = ["--ckpt", str(tmp_path / "model.pt")] if option == "--baseline" else []
         result = CliRunner().invoke(main, [str(bundle), "--prompt", "a cube", option, name, *ckpt])
         assert result.exit_code == 2
         assert result.stderr.startswith(f"error: expected a{'n' * (option == '--engine')} {option[2:]} of ")
