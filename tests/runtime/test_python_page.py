@@ -1,0 +1,38 @@
+"""docs/python.md: what it shows runs, and the exit codes that it lists are those of the classes."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tpx_export import checkpoint
+from tpx_export.quantise import verdict
+from tpx_runtime import errors
+
+PAGE = (Path(__file__).parents[2] / "docs" / "python.md").read_text(encoding="utf-8")
+
+
+def test_every_block_runs_from_top_to_bottom(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bundles").mkdir()
+    (tmp_path / "bundles/shapes").symlink_to(tiny_bundle, target_is_directory=True)
+    blocks = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 6
+    exec("\n".join(blocks), {})
+    assert {path.name for path in tmp_path.iterdir()} >= {"cube.png", "variation.png"}
+    printed = re.findall(r"print\(error\) +# (.*)", PAGE)
+    assert capsys.readouterr().out.splitlines() == ["cancelled at step 3 of 6, nothing was written", *printed]
+
+
+def test_exit_codes_are_those_of_the_classes() -> None:
+    rows = re.findall(r"^\| `(\w+)`.* \| (\d+) \|$", PAGE, re.MULTILINE)
+    made = [vars(module).get(name) for name, _ in rows for module in (errors, checkpoint, verdict)]
+    assert [error.exit_code for error in made if error] == [int(code) for _, code in rows]
+    listed = {name for name, _ in rows}
+    assert listed >= {
+        error.__name__
+        for error in errors.TpxError.__subclasses__()
+        if "tpx_runtime.errors" in error.__module__
+    }
