@@ -27,12 +27,12 @@ class UsageLine(click.ClickException):
 
 @contextmanager
 def one_line() -> Iterator[None]:
+    """Turn click's usage errors into UsageLine."""
     try:
         yield
     except click.UsageError as error:
-        if (
-            type(error).__name__ == "NoArgsIsHelpError"
-        ):  # which is the help itself; click 8.1 has no such class
+        # A group without a command is click's help, which is no error; click 8.1 has no such class.
+        if type(error).__name__ == "NoArgsIsHelpError":
             raise
         raise UsageLine(error) from None
 

@@ -17,9 +17,8 @@ from .openvino_store import Shapes, Store
 
 EARNED_CALLS = 256  # compiling takes 0.5 s, and a call gains 1 to 2 ms of it (the sample's transformer)
 MOST_KEPT = 4
-MOST_WEIGHT_BYTES = (
-    256 << 20
-)  # of a graph that earns copies or runs as halves: where calls take long, both gain little
+# Of a graph that earns copies or runs as halves: where calls take long, both gain little.
+MOST_WEIGHT_BYTES = 256 << 20
 
 
 def shapes_of(inputs: Arrays) -> Shapes:

@@ -2,7 +2,7 @@
 
 A call's rows do not depend on one another: they are guidance's branches, or pictures of a batch. Run as one, all threads
 wait for each other after every one of some 200 kernels; as halves each is left to its own cores and they meet once. How
-much that is depends on how fast a waiting thread is woken: docs/performance.md.
+much that is depends on how near the cores are to one another: docs/performance.md.
 """
 
 from contextlib import ExitStack
