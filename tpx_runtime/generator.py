@@ -118,13 +118,14 @@ class Generator:
         A mask is laid over the whole picture, whatever its own size. What is transparent is white in a picture and black in
         a mask. Raises BadInput for a bundle without an encoder of pictures, for what is no picture, and for a black mask.
         """
-        encoder, model, latent = self._encoder, self.manifest.model, self.manifest.latent
+        self._encoder_path()
+        model, latent = self.manifest.model, self.manifest.latent
         upright = flat(image, "white")
         picture, fitted = fit(upright, model.image_size_px), None
         if mask is not None:
             over = flat(mask, "black").resize(upright.size)
             fitted = fit_mask(over, model.image_size_px)
-        outputs = encoder.run({"image": to_pixels(picture)})
+        outputs = self._encoder.run({"image": to_pixels(picture)})
         latents: Array = output(outputs, "latents", (1, *model.latent_shape))
         self._require_finite(latents, "latents of the picture")
         latents = (latents - np.float32(latent.shift)) * np.float32(latent.scale)

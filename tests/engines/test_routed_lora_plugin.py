@@ -184,7 +184,9 @@ def test_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     from tpx_engines import routed_lora_plugin
 
     monkeypatch.setitem(sys.modules, "tensorrt", None)
-    with pytest.raises(EngineUnavailable, match=r"expected TensorRT 10\.16 or later"):
+    with pytest.raises(
+        EngineUnavailable, match=r"expected TensorRT with its module tensorrt.plugin \(10\.14 or later\)"
+    ):
         routed_lora_plugin.register(89)
     with pytest.raises(BadInput, match=r"expected a compute capability of 80, .*, found 75"):
         routed_lora_plugin.register(75)

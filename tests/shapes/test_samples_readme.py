@@ -48,7 +48,7 @@ def test_commands_exist(command: str) -> None:
 
 
 def test_says_how_to_train_and_to_score() -> None:
-    modules = ["samples.shapes." + name for name in ("train", "train_parser", "score", "evaluate")]
+    modules = ["samples.shapes." + name for name in ("train", "train_parser", "score", "evaluate", "sweep")]
     assert [command.split()[2] for command in COMMANDS] == modules
 
 
