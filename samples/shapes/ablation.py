@@ -90,13 +90,19 @@ ROWS: dict[str, ThinkingSpec | None] = {
     "M=4, T=3, rank 128 each": _thinking(4, 3, WHOLE_RANK),
 }
 MAIN = (LORA, THINKING, RECURSIVE)  # the rows that are trained with every seed
-# Means over several rows of seed 0, which differ in one thing: the first ones minus the second.
-POOLED = {
+# What else is compared, each side a mean over rows and over the seeds that all of them have: the first minus the second.
+POOLED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "T=3 minus T=1, all M": ((RECURSIVE, "M=2, T=3", THINKING), (LORA, "M=2, T=1", "M=4, T=1")),
-    "M=4 minus M=2, all T": (
-        ("M=4, T=1", "M=4, T=2", THINKING),
-        ("M=2, T=1", "M=2, T=2", "M=2, T=3"),
-    ),
+    "M=4 minus M=2, all T": (("M=4, T=1", "M=4, T=2", THINKING), ("M=2, T=1", "M=2, T=2", "M=2, T=3")),
+} | {
+    f"{THINKING} minus {other.removeprefix(THINKING).removeprefix(', ')}": ((THINKING,), (other,))
+    for other in (
+        RECURSIVE,
+        "M=4, T=1",
+        "M=4, T=3, no modulation",
+        "M=4, T=3, gate sees tokens alone",
+        "M=4, T=3, base at every step",
+    )
 }
 
 
@@ -257,17 +263,23 @@ def table(out: Path, results: list[dict[str, Any]]) -> str:
 
 def pooled(out: Path, results: list[dict[str, Any]]) -> str:
     """What POOLED names, of the rows that are there: each measure's paired difference; nothing for one that lacks a row."""
-    firsts = {one["row"]: one for one in results if one["seed"] == 0}
+    runs = {(one["row"], one["seed"]): one for one in results}
     lines = [
-        "| | " + " | ".join(measure.name for measure in MEASURES) + " |",
-        "|" + "---|" * (len(MEASURES) + 1),
+        "| | seeds | " + " | ".join(measure.name for measure in MEASURES) + " |",
+        "|" + "---|" * (len(MEASURES) + 2),
     ]
     for name, sides in POOLED.items():
-        if any(row not in firsts for row in itertools.chain(*sides)):
+        rows = list(itertools.chain(*sides))
+        seeds = [
+            seed for seed in {one["seed"] for one in results} if all((row, seed) in runs for row in rows)
+        ]
+        if not seeds:
             continue
-        told = [name]
+        told = [name, str(len(seeds))]
         for measure in MEASURES:
-            first, second = (measure.read(out, [firsts[row] for row in side]) for side in sides)
+            first, second = (
+                measure.read(out, [runs[row, seed] for row in side for seed in seeds]) for side in sides
+            )
             told.append(measure.written(bootstrap([a - b for a, b in zip(first, second, strict=True)]), "+"))
         lines.append(f"| {' | '.join(told)} |")
     return "\n".join(lines)

@@ -7,11 +7,9 @@ does not satisfy the prompt. A wrong one can be accepted: it satisfies a prompt 
 names every render that was misjudged, so that a test can look at those again; evaluate.py puts the shares beside its scores.
 """
 
-import hashlib
 import json
 import random
 from collections.abc import Sequence
-from pathlib import Path
 
 import click
 
@@ -22,6 +20,7 @@ from samples.shapes.questions import LIST, Question, questions
 from samples.shapes.render import render
 from samples.shapes.train_parser import near_miss, to_uint8
 from samples.shapes.world import Scene
+from tpx_runtime.bundle import hash_file
 from tpx_runtime.command import TpxCommand
 
 COMMAND = "python -m samples.shapes.parser_errors"
@@ -80,10 +79,6 @@ def as_json(facts: dict[str, object], rows: dict[str, dict[str, object]]) -> str
     return head + ',\n  "rows": {\n' + ",\n".join(lines) + "\n  }\n}\n"
 
 
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 @click.command(cls=TpxCommand)
 @click.option("--renders", type=click.IntRange(1), default=RENDERS, show_default=True, help="Of each prompt.")
 def main(renders: int) -> None:
@@ -92,7 +87,7 @@ def main(renders: int) -> None:
     facts = {
         "command": COMMAND,
         "list": LIST,
-        "parser sha256": sha256(WEIGHTS),
+        "parser sha256": hash_file(WEIGHTS),
         "renders of each prompt": renders,
     }
     ERRORS.write_text(as_json(facts, rows))

@@ -103,20 +103,26 @@ def test_the_table_pairs_each_row_with_lora_of_the_same_seeds(tmp_path: Path) ->
     assert "| 33.3 (0.0 to 50.0) | +16.7 (" in lines[2]
 
 
-def test_what_is_pooled_is_the_mean_over_rows_of_seed_0(tmp_path: Path) -> None:
+def test_what_is_pooled_is_the_mean_over_rows_and_the_seeds_that_all_have(tmp_path: Path) -> None:
     yes, no = [[True] * 2] * 4, [[False] * 2] * 4
     results = []
-    for row in (*ROWS, LORA):
-        recurs = row in (ablation.RECURSIVE, "M=2, T=3")
-        seed = len([one for one in results if one["row"] == row])
+    for row, seed in (*((row, 0) for row in ROWS), (LORA, 1), (THINKING, 1), (ablation.RECURSIVE, 1)):
+        recurs = row in (ablation.RECURSIVE, "M=2, T=3") or (row == THINKING and seed == 1)
         scene = (0.1, 0.3) if recurs else (0.2, 0.4)
         results.append(finished(tmp_path, row, seed, yes if recurs else no, scene, (recurs, False, False)))
-    _, _, depths, experts = ablation.pooled(tmp_path, results).splitlines()
-    assert [cell.split(" ")[0] for cell in _cells(depths)[2:5]] == ["+66.7", "+22.2", "-66.67"]
-    assert _cells(depths)[1] == "T=3 minus T=1, all M"
-    assert [cell.split(" ")[0] for cell in _cells(experts)[2:5]] == ["-33.3", "-11.1", "+33.33"]
-    lacking = [one for one in results if one["row"] != "M=2, T=2"]
-    assert len(ablation.pooled(tmp_path, lacking).splitlines()) == 3
+
+    def found(some: list[dict[str, Any]]) -> dict[str, list[str]]:
+        lines = map(_cells, ablation.pooled(tmp_path, some).splitlines()[2:])
+        return {name: [cell.split(" ")[0] for cell in cells] for _, name, *cells, _ in lines}
+
+    rows = found(results)
+    assert list(rows) == list(ablation.POOLED) and len(rows) == 7
+    assert rows["T=3 minus T=1, all M"] == ["1", "+66.7", "+22.2", "-66.67"]
+    assert rows["M=4 minus M=2, all T"] == ["1", "-33.3", "-11.1", "+33.33"]
+    assert rows["M=4, T=3 minus M=1, T=3"] == ["2", "-50.0", "-16.7", "+50.00"]
+    assert rows["M=4, T=3 minus no modulation"] == ["1", "+0.0", "+0.0", "+0.00"]
+    lacking = found([one for one in results if one["row"] != "M=2, T=2"])
+    assert set(rows) - set(lacking) == {"M=4 minus M=2, all T"}
 
 
 def _cells(line: str) -> list[str]:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 PROMPT = "a red cube on a blue sphere"
 _SAMPLERS = {"velocity": "euler", "epsilon": "ddim"}  # those that call the model once a step
 _PATH = click.Path(path_type=Path)
-CHECKPOINTS = (".safetensors", ".pt")
+CHECKPOINTS = (".safetensors", ".pt")  # tpx_export.checkpoint.SUFFIXES, which would bring torch
 
 
 @click.command(cls=TpxCommand)

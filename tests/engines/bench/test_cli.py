@@ -14,8 +14,9 @@ from click.testing import CliRunner, Result
 from PIL import Image
 from runtime.fakes import CLASSES, PAPER, make_bundle
 
-from tpx_engines.bench.cli import main
+from tpx_engines.bench.cli import CHECKPOINTS, main
 from tpx_engines.bench.configurations import Configuration
+from tpx_export.checkpoint import SUFFIXES
 
 HERE = Path(__file__).parent
 INTERRUPTED = """
@@ -104,6 +105,10 @@ def test_bad_arguments_are_one_line(
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr.count("\n") == 1 and message in result.stderr
     assert started() == []
+
+
+def test_checkpoints_are_those_that_the_exporter_reads() -> None:
+    assert CHECKPOINTS == SUFFIXES
 
 
 def test_an_unknown_engine_or_baseline_is_one_line(bundle: Path, tmp_path: Path) -> None:
