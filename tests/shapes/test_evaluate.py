@@ -17,7 +17,7 @@ from samples.shapes import evaluate
 from samples.shapes.captions import KINDS, satisfies, scene_for, vocabulary
 from samples.shapes.evaluate import ERRORS, parser_errors, report
 from samples.shapes.parser import WEIGHTS, Parser
-from samples.shapes.parser_errors import COMMAND, Case, misjudged, pose, sha256
+from samples.shapes.parser_errors import COMMAND, Case, misjudged, pose
 from samples.shapes.questions import (
     LIST,
     NEVER_SEEN,
@@ -30,6 +30,7 @@ from samples.shapes.questions import (
 from samples.shapes.render import render
 from samples.shapes.train_parser import to_uint8
 from samples.shapes.world import HELD_OUT, Scene, is_held_out
+from tpx_runtime.bundle import hash_file
 from tpx_runtime.evaluation.cli import main as tpx_eval
 from tpx_runtime.evaluation.compare import Report, compare
 from tpx_runtime.generator import Generator
@@ -87,7 +88,7 @@ def wrong_cases(key: str) -> list[Case]:
 
 
 def test_the_recorded_errors_are_of_this_parser_and_this_list() -> None:
-    assert RECORD["parser sha256"] == sha256(WEIGHTS)
+    assert RECORD["parser sha256"] == hash_file(WEIGHTS)
     assert (RECORD["list"], RECORD["command"]) == (LIST, COMMAND)
     rows = Counter(question.row for question in questions())
     each = RECORD["renders of each prompt"]
@@ -278,6 +279,7 @@ def test_settings_reach_every_picture_and_the_report(painter: Painter, tmp_path:
     assert [facts[key] for key in ("sampler", "steps", "guidance", "depth")] == ["heun", 7, 2.5, 2]
     assert facts["guidance_interval"] == [0.2, 0.6]
     assert (facts["bundle_sha256"], facts["engine"], facts["seed"]) == ("b" * 64, "fake", 0)
+    assert facts["parser_sha256"] == hash_file(WEIGHTS)
 
 
 def test_an_interrupted_run_goes_on_and_ends_the_same(painter: Painter, tmp_path: Path) -> None:
