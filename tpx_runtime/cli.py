@@ -104,7 +104,9 @@ def _noticing() -> Iterator[None]:
 @click.option(
     "-n", "num_images", type=int, default=1, show_default=True, help="Pictures; several make a grid."
 )
-@click.option("--batch-size", type=int, default=8, show_default=True, help="Pictures drawn at once.")
+@click.option(
+    "--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Pictures drawn at once."
+)
 @click.option("--engine", default="auto", show_default=True, help=_ENGINE_HELP)
 @click.option("--negative", "negative_prompt", help="What the picture should not show.")
 @click.option("--class", "class_id", type=int, help="Number of the class to draw, instead of PROMPT.")

@@ -111,6 +111,18 @@ def test_several_pictures_make_a_grid_of_the_next_seeds(bundled: Path) -> None:
     assert np.abs(second - np.asarray(alone)).max() <= 1
 
 
+def test_batch_size_is_how_many_are_drawn_at_once(
+    paper: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = FakeEngine()
+    fake(monkeypatch, engine)
+    command = ("red cube", "--bundle", paper, "-n", 3, "--out", "a.png")
+    assert run(*command, "--batch-size", 2).exit_code == 0
+    drawn = [len(inputs["latents"]) for name, inputs in engine.calls if name.startswith("vae_decoder")]
+    assert drawn == [2, 1]
+    require_refusal(run(*command, "--force", "--batch-size", 0), 2, "'--batch-size': 0 is not in the range")
+
+
 def test_seed_in_the_name_is_a_file_for_each_picture(bundled: Path, elsewhere: Path) -> None:
     command = (PROMPT, "-n", 3, "--seed", 7, "--steps", 2, "--batch-size", 2, "--out", "a-{seed}.png")
     result = run(*command)
