@@ -12,27 +12,25 @@ from typing import Any
 
 from tpx_runtime.bundle import Bundle
 from tpx_runtime.engine import one_line, resolve
-from tpx_runtime.errors import BadInput, Cancelled, EngineFailed, shorten
+from tpx_runtime.errors import BadInput, Cancelled, EngineFailed
 
 from .build import Result, Watch
-
-AHEAD = ("openvino", "openvino-bf16")
 
 
 def build_ahead(
     bundle: Bundle, engine_name: str, rows: Sequence[int], watch: Watch = lambda *_: None
 ) -> list[Result]:
-    """Compile what the cache beside `bundle` lacks for an engine of AHEAD, and say what there is then.
+    """Compile what the cache beside `bundle` lacks for OpenVINO, and say what there is then.
 
     `rows` are the batches to compile the transformer for exactly, two rows for each picture with guidance; none is
     fine too. Ctrl-C ends in Cancelled once the graph at hand is done; what was finished stays. Raises BadInput for rows
     below 1 and a folder that cannot be written, EngineUnavailable and EngineFailed.
     """
-    if engine_name not in AHEAD:
-        raise BadInput(f"expected an engine of {', '.join(AHEAD)}, found {shorten(engine_name)}")
+    engine, results = resolve(engine_name), []  # before openvino is imported: it may not be there
+    if engine.built != "ahead":
+        raise BadInput(f"expected an engine that compiles graphs itself, found {engine.name}")
     if wrong := [n for n in rows if n < 1]:
         raise BadInput(f"expected batches of at least 1 row, found {wrong[0]}")
-    engine, results = resolve(engine_name), []  # before openvino is imported: it may not be there
     tasks = list(_tasks(bundle, engine.name, engine.plain, list(dict.fromkeys(rows))))
     try:
         for number, task in enumerate(tasks):

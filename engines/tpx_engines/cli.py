@@ -11,14 +11,16 @@ import click
 
 from tpx_runtime.cli import find_bundle
 from tpx_runtime.command import TpxCommand
+from tpx_runtime.engine import AUTO, ENGINES
 from tpx_runtime.errors import BadInput, shorten
 
 if TYPE_CHECKING:
     from tpx_engines.build import Result, Watch
     from tpx_runtime.bundle import Bundle
 
-TENSORRT, OPENVINO = ("tensorrt-rtx", "tensorrt"), ("openvino", "openvino-bf16")
-BUILT_AHEAD = (*TENSORRT, *OPENVINO)
+TENSORRT = [engine.name for engine in ENGINES.values() if engine.built == "only"]
+OPENVINO = [engine.name for engine in ENGINES.values() if engine.built == "ahead"]
+BUILT_AHEAD = [*TENSORRT, *OPENVINO]
 _BAR_STEPS = 1000
 
 
@@ -114,8 +116,6 @@ def progress_bar() -> "Iterator[Watch]":
 
 def check_engine(name: str) -> None:
     """Raises BadInput for an engine that is not built ahead, or is none."""
-    from tpx_runtime.engine import AUTO, ENGINES
-
     if name in BUILT_AHEAD:
         return
     if name in (*ENGINES, AUTO):

@@ -33,14 +33,14 @@ from tpx_runtime.diffusion import DIFFUSION_SAMPLERS
 from tpx_runtime.manifest import Defaults
 from tpx_runtime.noise import batch_noise
 
-EACH = 256  # scenes of a class
+EACH = 1024  # scenes of a class
 SHOWN = (0, 7, 9, 14, 18, 21, 27, 30)  # classes in the previews
 
 
 def latents_of_classes(folder: Path, autoencoder: Autoencoder) -> tuple[Tensor, Tensor]:
     """Latents float16 [classes * EACH, C, S, S] and their classes, rendered and encoded if not there yet."""
     classes = torch.arange(len(CLASSES)).repeat_interleave(EACH)
-    path = folder / f"classes-{fingerprint(autoencoder)}.pt"
+    path = folder / f"classes-{fingerprint(autoencoder)}-{EACH}.pt"
     if not path.exists():
         rng = random.Random("classes")
         save_whole(encoded([scene_of_class(rng, int(one)) for one in classes], autoencoder), path)

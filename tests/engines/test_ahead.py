@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-import tpx_engines.ahead
-from tpx_engines.ahead import AHEAD, build_ahead
+from tpx_engines.ahead import build_ahead
 from tpx_engines.cli import table
 from tpx_runtime.bundle import Bundle
 from tpx_runtime.engine import ENGINES, openvino, resolve
+from tpx_runtime.engine.tensorrt_flavours import FLAVOURS
 from tpx_runtime.errors import BadInput, Cancelled, EngineFailed
 from tpx_runtime.verify import require_ok, verify_bundle
 
@@ -122,9 +122,9 @@ def test_rows_below_one_are_refused(bundle: Bundle, rows: list[int]) -> None:
         build_ahead(bundle, "openvino", rows)
 
 
-@pytest.mark.parametrize("name", ["onnxruntime", "auto", "x"])
+@pytest.mark.parametrize("name", ["onnxruntime", "auto"])
 def test_another_engine_is_refused(bundle: Bundle, name: str) -> None:
-    with pytest.raises(BadInput, match="expected an engine of openvino, openvino-bf16, found"):
+    with pytest.raises(BadInput, match="expected an engine that compiles graphs itself, found onnxruntime"):
         build_ahead(bundle, name, [2])
 
 
@@ -144,5 +144,10 @@ def test_a_broken_graph_is_one_line(bundle: Bundle) -> None:
 
 
 def test_the_engines_built_ahead_are_those_of_openvino() -> None:
-    assert list(AHEAD) == [name for name, engine in ENGINES.items() if engine.package == "openvino"]
-    assert tuple(openvino.PRECISIONS) == tpx_engines.ahead.AHEAD
+    ahead = [name for name, engine in ENGINES.items() if engine.built == "ahead"]
+    assert ahead == [name for name, engine in ENGINES.items() if engine.package == "openvino"]
+    assert ahead == list(openvino.PRECISIONS)
+
+
+def test_the_engines_that_run_nothing_else_are_the_tensorrts() -> None:
+    assert {name for name, engine in ENGINES.items() if engine.built == "only"} == set(FLAVOURS)

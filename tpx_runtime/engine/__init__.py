@@ -4,7 +4,7 @@ import importlib
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy.typing as npt
 
@@ -50,6 +50,9 @@ class Engine:
     module: str
     plain: bool  # which spelling of the transformer it reads: standard operators alone, or tpx::RoutedLora
     precision: str | None = None  # that it computes in; None where that is the graph's own
+    device: Literal["cpu", "gpu"] = "cpu"
+    # Whether tpx-build has work for it: to spare processes that draw the compiling, or to make the only thing that it runs.
+    built: Literal["never", "ahead", "only"] = "never"
 
     def problem(self) -> str | None:
         """Why this engine cannot run here, on one line; None if it can."""
@@ -80,9 +83,18 @@ class Engine:
 ENGINES = {
     engine.name: engine
     for engine in (
-        Engine("onnxruntime-cuda", package="onnxruntime", extra="gpu", module="onnxruntime", plain=False),
+        Engine(
+            "onnxruntime-cuda",
+            package="onnxruntime",
+            extra="gpu",
+            module="onnxruntime",
+            plain=False,
+            device="gpu",
+        ),
         Engine("onnxruntime", package="onnxruntime", extra="cpu", module="onnxruntime", plain=True),
-        Engine("openvino", package="openvino", extra="openvino", module="openvino", plain=True),
+        Engine(
+            "openvino", package="openvino", extra="openvino", module="openvino", plain=True, built="ahead"
+        ),
         Engine(
             "openvino-bf16",
             package="openvino",
@@ -90,16 +102,27 @@ ENGINES = {
             module="openvino",
             plain=True,
             precision="bf16",
+            built="ahead",
         ),
-        # These run what tpx-build made before: auto takes them only where nothing else is installed.
+        # auto takes these only where nothing else is installed: they may have nothing to run.
         Engine(
             "tensorrt-rtx",
             package="tensorrt_rtx_bindings",
             extra="tensorrt-rtx",
             module="tensorrt",
             plain=False,
+            device="gpu",
+            built="only",
         ),
-        Engine("tensorrt", package="tensorrt", extra="tensorrt", module="tensorrt", plain=False),
+        Engine(
+            "tensorrt",
+            package="tensorrt",
+            extra="tensorrt",
+            module="tensorrt",
+            plain=False,
+            device="gpu",
+            built="only",
+        ),
     )
 }
 AUTO = "auto"

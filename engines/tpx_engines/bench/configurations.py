@@ -6,18 +6,17 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from tpx_runtime.engine import ENGINES, Engine
+from tpx_runtime.engine import ENGINES
 from tpx_runtime.errors import BadInput, shorten
 
 _BENCH = "tpx_engines.bench"
-_GPU_WORDS = ("cuda", "tensorrt", "gpu", "directml", "rocm")
 
 
 @dataclass(frozen=True)
 class Configuration:
     """One row of the table. `maker` is the function, `module:name`, that a worker calls with a Work and `options`.
 
-    `precision` and `device` say which peak it is held against; `packages` are distributions whose versions are recorded.
+    `precision` and `device` say which peak it is held against, if any: what is measured is the CPU's. `packages` are distributions whose versions are recorded.
     `problem`: why it cannot run here, known beforehand. `compiles`: starting it takes minutes, so that it is started cold
     once alone. `exported`: needs the naive export.
     """
@@ -68,18 +67,13 @@ def engines(
             maker=f"{_BENCH}.subject:of_engine",
             options={"engine": engine.name} | ({"bundle": str(also)} if also else {}),
             precision=engine.precision or bundle_precision,
-            device=_device(engine),
+            device=engine.device,
             packages=("tpx", engine.package),
             problem=problems[engine.name],
         )
         for depth in depths
         for engine in chosen
     ]
-
-
-def _device(engine: Engine) -> str:
-    """The peak that is measured is the CPU's, and says nothing of an engine of a GPU."""
-    return "gpu" if any(word in engine.name for word in _GPU_WORDS) else "cpu"
 
 
 _TORCH = ("tpx", "torch")
