@@ -1,4 +1,4 @@
-"""The commands tpx-run and tpx-verify. Heavy imports wait until an argument has been read."""
+"""The commands tpx-run, tpx-verify and tpx-info. Heavy imports wait until an argument has been read."""
 
 import os
 import re
@@ -200,6 +200,28 @@ def verify(bundle: str | None, engine: str, all_engines: bool) -> None:
         raise failed[0]
     if len(unusable) == len(ENGINES):
         raise EngineUnavailable(NONE_RUNS)
+
+
+@click.command(cls=TpxCommand)
+@click.argument("bundle", required=False)
+def info(bundle: str | None) -> None:
+    """Which engines run on this machine, and what BUNDLE is; its files are not read.
+
+    Without BUNDLE it takes $TPX_BUNDLE, else bundles/shapes, where there is one.
+    """
+    from .bundle import Bundle
+    from .info import engines, facts, machine
+
+    try:
+        opened = Bundle.open(find_bundle(bundle), verify=False)
+    except BadInput as error:  # no bundle is named, and none lies here
+        opened, none = None, str(error)
+    click.echo(machine() + "\n")
+    for line in engines():
+        click.echo(line)
+    click.echo()
+    for line in facts(opened) if opened else [f"no bundle: {none}"]:
+        click.echo(line)
 
 
 def _verify_on(bundle: "Bundle", engine: "Engine") -> None:

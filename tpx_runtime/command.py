@@ -50,8 +50,31 @@ def terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def _say_version(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
+    if asked and not ctx.resilient_parsing:
+        from . import __version__
+
+        click.echo(f"tpx {__version__}")
+        ctx.exit()
+
+
+def _version() -> click.Option:
+    return click.Option(
+        ["--version"],
+        is_flag=True,
+        is_eager=True,
+        expose_value=False,
+        callback=_say_version,
+        help="Show the version and exit.",
+    )
+
+
 class TpxCommand(click.Command):
     """A command whose errors, and Ctrl-C, end in one line on stderr and the error's exit code."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.params.append(_version())
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
         with one_line():
@@ -74,6 +97,10 @@ class TpxGroup(click.Group):
     """A group of such commands."""
 
     command_class = TpxCommand
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.params.append(_version())
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
         with one_line():

@@ -14,6 +14,7 @@ from .editing import Edit, starting_strength, to_pixels, to_repaint
 from .engine import AUTO, Arrays, Engine, Session, output, resolve
 from .errors import BadInput, shorten
 from .images import to_pil
+from .manifest import EVERY_LEVEL
 from .noise import MAX_SEED
 from .pictures import fit, fit_mask, flat
 from .samplers import Array
@@ -28,6 +29,10 @@ class Generator:
     def __init__(self, bundle: Bundle, engine: Engine, t5: bool = True) -> None:
         self.bundle, self.engine = bundle, engine
         self.manifest = bundle.manifest
+        if not t5 and all(encoder.pooled_width for encoder in self.manifest.text_encoders):
+            raise BadInput(
+                f"expected a bundle with T5 to leave out, found {self.manifest.name} without; leave it be"
+            )
         classes = self.manifest.model.classes
         self.classes = ClassConditioner(classes) if classes else None
         self.text = None if classes else TextConditioner(bundle, engine, t5)
@@ -38,7 +43,7 @@ class Generator:
         """Open the bundle at `path` for the engine of that name; `verify` checks every file's SHA-256.
 
         `t5=False` leaves out the T5 encoder of a Stable Diffusion 3 bundle, as its authors allow.
-        Raises BundleInvalid, EngineUnavailable or BadInput (no engine has that name).
+        Raises BundleInvalid, EngineUnavailable or BadInput (no engine has that name, or there is no T5 to leave out).
         """
         return cls(Bundle.open(path, verify), resolve(engine), t5)
 
@@ -182,6 +187,14 @@ class Generator:
             for one in prompts
             for i in range(num_images)
         ]
+        if (
+            guidance_interval is not None
+            and jobs[0].guidance == 1
+            and jobs[0].guidance_interval != EVERY_LEVEL
+        ):
+            raise BadInput(
+                "expected guidance other than 1 with a guidance interval, found 1; leave out one of them"
+            )
         if strength is not None:
             self._encoder_path()
         if self.classes:

@@ -2,9 +2,12 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import ClassVar
 
@@ -13,6 +16,7 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
+import tpx_runtime
 from tpx_runtime import cli
 from tpx_runtime.bundle import GOLDEN, Bundle
 from tpx_runtime.engine import ENGINES, Engine
@@ -416,6 +420,11 @@ def test_a_notice_of_a_prompt_that_is_refused_after_all_is_not_given(
             [PROMPT, "--guidance-interval", "0.6", "0.2"],
             "expected guidance_interval to be two rising numbers in 0..1, found (0.6, 0.2)",
         ),
+        (
+            [PROMPT, "--guidance", "1", "--guidance-interval", "0", "0.5"],
+            "expected guidance other than 1 with a guidance interval, found 1; leave out one of them",
+        ),
+        ([PROMPT, "--no-t5"], "expected a bundle with T5 to leave out, found "),
         ([PROMPT, "--sampler", "ddim"], "expected a sampler of euler, heun, dpmpp2m, unipc, found 'ddim'"),
         ([PROMPT, "-n", "0"], "expected num_images to be a whole number in 1..1000, found 0"),
         ([PROMPT, "--engine", "tensorflow"], "expected an engine of auto, "),
@@ -780,3 +789,58 @@ def test_verify_can_be_interrupted(paper: Path, monkeypatch: pytest.MonkeyPatch)
     result = verify(paper)
     assert result.exit_code == 130
     assert result.stderr.splitlines()[-1].startswith("error: cancelled")
+
+
+# tpx-info, and --version of every command
+
+
+def info(*arguments: object) -> Result:
+    return CliRunner().invoke(cli.info, [str(argument) for argument in arguments])
+
+
+def test_info_says_what_runs_here_what_auto_takes_and_what_the_bundle_is(
+    bundled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engines = {name: replace(ENGINES["onnxruntime"], name=name) for name in ("away", "first", "second")}
+    monkeypatch.setattr("tpx_runtime.info.ENGINES", engines)
+    problems = {"away": "expected a driver, found none"}
+    monkeypatch.setattr(Engine, "problem", lambda engine: problems.get(engine.name))
+    result = info()
+    assert result.exit_code == 0
+    lines = {line.split()[0]: line for line in result.stdout.splitlines() if line}
+    assert lines["tpx"].startswith(f"tpx {tpx_runtime.__version__}, Python 3.")
+    assert lines["away"].split(maxsplit=1)[1] == "no   expected a driver, found none"
+    assert "auto takes" in lines["first"] and "auto" not in lines["second"]
+    opened = Bundle.open(bundled)
+    assert lines["identity"].split()[1] == opened.hash
+    assert lines["draws"].split(maxsplit=1)[1] == "64x64 pixels, by velocity"
+    assert lines["thinks"].endswith("depth 1, 2, 3")
+    assert lines["defaults"].split(maxsplit=1)[1].startswith("euler, 4 steps, guidance 2")
+    assert lines["reads"].endswith(", and a picture to start from")
+
+
+def test_info_needs_no_bundle_but_refuses_one_that_is_none(elsewhere: Path) -> None:
+    result = info()
+    assert result.exit_code == 0
+    assert "\nno bundle: expected a bundle in " in result.stdout
+    require_refusal(
+        info("nothing-here"), 3, "expected a bundle (a folder with manifest.json) at nothing-here"
+    )
+
+
+def test_info_counts_what_was_compiled(tiny_bundle: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_bundle, copy)
+    assert f"compiled{'':<10}nothing" in info(copy).stdout
+    (tmp_path / "copy.engines").mkdir()
+    (tmp_path / "copy.engines" / "some.engine").write_bytes(bytes(2_500_000))
+    assert f"{tmp_path / 'copy.engines'}, 2.5 MB, which may be deleted" in info(copy).stdout
+
+
+def test_every_command_says_its_version() -> None:
+    scripts = entry_points(group="console_scripts")
+    mine = {one.name: one.load() for one in scripts if one.dist is not None and one.dist.name == "tpx"}
+    assert {"tpx-run", "tpx-info", "tpx-export", "tpx-eval"} <= mine.keys()
+    for name, command in mine.items():
+        result = CliRunner().invoke(command, ["--version"])
+        assert (result.exit_code, result.stdout) == (0, f"tpx {tpx_runtime.__version__}\n"), name

@@ -16,7 +16,8 @@ _BENCH = "tpx_engines.bench"
 class Configuration:
     """One row of the table. `maker` is the function, `module:name`, that a worker calls with a Work and `options`.
 
-    `precision` and `device` say which peak it is held against, if any: what is measured is the CPU's. `packages` are distributions whose versions are recorded.
+    `precision` and `device` say which peak it is held against, if any: what is measured is the CPU's. `packages` are
+    distributions whose versions are recorded.
     `problem`: why it cannot run here, known beforehand. `compiles`: starting it takes minutes, so that it is started cold
     once alone. `exported`: needs the naive export.
     """
