@@ -68,6 +68,12 @@ def assemble(autoencoder: Autoencoder, text_encoder: TextEncoder, transformer: M
 @click.option(
     "--rate", default=train_flow.Run.rate, show_default=True, help="Highest learning rate of the base."
 )
+@click.option(
+    "--sigma-mean",
+    default=train_flow.Run.sigma_mean,
+    show_default=True,
+    help="Of the logit of the noise levels that the base is trained at: more for layout, less for edges.",
+)
 @click.option("--adapter-steps", default=600, show_default=True)
 @click.option("--batch", default=96, show_default=True, help="Of the base and the adapters.")
 @click.option("--shards", default=SHARDS, show_default=True, help="Pools of 2,048 scenes to learn from.")
@@ -81,6 +87,7 @@ def main(
     text_steps: int,
     base_steps: int,
     rate: float,
+    sigma_mean: float,
     adapter_steps: int,
     batch: int,
     shards: int,
@@ -102,7 +109,7 @@ def main(
     if last <= 1:
         return
     data = train_flow.Data.load(out, shards, seed, autoencoder, text_encoder)
-    run = train_flow.Run(out, base_steps, batch, seed, device, rate)
+    run = train_flow.Run(out, base_steps, batch, seed, device, rate, sigma_mean)
     torch.manual_seed(seed)
     fresh = (
         train_flow.base_of(shipped.transformer)

@@ -30,7 +30,10 @@ from tpx_runtime.noise import batch_noise
 from tpx_runtime.samplers import SAMPLERS
 
 Transformer = TypeVar("Transformer", MMDiT, DiT)
-SIGMA_MEAN, SIGMA_DEVIATION = 0.3, 1.1  # of the logit of sigma
+SIGMA_MEAN, SIGMA_DEVIATION = (
+    0.3,
+    1.1,
+)  # of the logit of sigma; a higher mean trains layout more and edges less
 CAPTION_DROPOUT = 0.1
 SHIFT = 1.0
 HEAD_WIDTH = MMDiTSpec.width // MMDiTSpec.heads
@@ -111,6 +114,7 @@ class Run:
     seed: int
     device: str
     rate: float = 1e-3
+    sigma_mean: float = SIGMA_MEAN
 
 
 def flow_loss(model: MMDiT, data: Data, run: Run, depths: tuple[int, ...]) -> Callable[[int], Tensor]:
@@ -121,7 +125,7 @@ def flow_loss(model: MMDiT, data: Data, run: Run, depths: tuple[int, ...]) -> Ca
         torch.manual_seed(run.seed * 1_000_003 + step)  # of the Gumbel noise
         clean, context, pooled = data.batch(run.seed, step, run.batch)
         stream = seeded(run.seed + 1, step)
-        logit = torch.randn(run.batch, generator=stream) * SIGMA_DEVIATION + SIGMA_MEAN
+        logit = torch.randn(run.batch, generator=stream) * SIGMA_DEVIATION + run.sigma_mean
         sigma = torch.sigmoid(logit).to(run.device)
         noise = torch.randn(clean.shape, generator=stream).to(run.device)
         part = sigma.view(-1, 1, 1, 1)

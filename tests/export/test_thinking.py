@@ -109,8 +109,8 @@ def paper(block: JointBlock, x: Tensor, c: Tensor, y: Tensor, depth: int) -> tup
                 rows.append(h @ thinking.a[e] @ thinking.b[e])
         qkv = torch.stack(rows).unflatten(0, x.shape[:2])
         if t < depth - 1:
-            q, k, v = block.visual.heads(qkv, block.head_width)
-            _, c_k, c_v = block.text.heads(block.text.qkv(c_in), block.head_width)
+            q, k, v = block.visual.heads(qkv)
+            _, c_k, c_v = block.text.heads(block.text.qkv(c_in))
             state = attention(q, torch.cat([k, c_k], 2), torch.cat([v, c_v], 2)) + x_in
     return qkv + block.visual.qkv(x_in), routes
 

@@ -92,8 +92,8 @@ class Block(nn.Module):
 
     def __init__(self, spec: DiTSpec, index: int) -> None:
         super().__init__()
-        self.head_width = spec.width // spec.heads
-        self.visual = Stream(spec.width, self.head_width, spec.qk_norm)
+        head_width = spec.width // spec.heads
+        self.visual = Stream(spec.width, head_width, spec.qk_norm)
         thinks = spec.thinking is not None and index in spec.thinking.blocks
         self.thinking = Thinking(spec.width, spec.thinking) if thinks and spec.thinking else None
 
@@ -108,7 +108,7 @@ class Block(nn.Module):
         x_in = modulate(x, shift, scale)
 
         def attend(qkv: Tensor) -> Tensor:
-            return attention(*self.visual.heads(qkv, self.head_width))
+            return attention(*self.visual.heads(qkv))
 
         routes: list[Tensor] = []
         if self.thinking is None:

@@ -105,12 +105,12 @@ class JointBlock(nn.Module):
 
     def __init__(self, spec: MMDiTSpec, index: int) -> None:
         super().__init__()
-        self.head_width = spec.width // spec.heads
+        head_width = spec.width // spec.heads
         self.ends = index == spec.blocks - 1
         dual = index in spec.dual_blocks
-        self.visual = Stream(spec.width, self.head_width, spec.qk_norm, dual=dual)
-        self.text = Stream(spec.width, self.head_width, spec.qk_norm, ends=self.ends)
-        self.second = SelfAttention(spec.width, self.head_width, spec.qk_norm) if dual else None
+        self.visual = Stream(spec.width, head_width, spec.qk_norm, dual=dual)
+        self.text = Stream(spec.width, head_width, spec.qk_norm, ends=self.ends)
+        self.second = SelfAttention(spec.width, head_width, spec.qk_norm) if dual else None
         thinks = spec.thinking is not None and index in spec.thinking.blocks
         self.thinking = Thinking(spec.width, spec.thinking) if thinks and spec.thinking else None
 
@@ -130,10 +130,10 @@ class JointBlock(nn.Module):
         shift, scale, *rest = told[:parts]
         c_shift, c_scale, *c_rest = told[parts:]
         x_in, c_in = modulate(x, shift, scale), modulate(c, c_shift, c_scale)
-        c_q, c_k, c_v = self.text.heads(self.text.qkv(c_in), self.head_width)
+        c_q, c_k, c_v = self.text.heads(self.text.qkv(c_in))
 
         def attend_visual(qkv: Tensor) -> Tensor:
-            q, k, v = self.visual.heads(qkv, self.head_width)
+            q, k, v = self.visual.heads(qkv)
             return attention(q, torch.cat([k, c_k], dim=2), torch.cat([v, c_v], dim=2))
 
         routes: list[Tensor] = []
@@ -147,7 +147,7 @@ class JointBlock(nn.Module):
             second = gate * self.second(modulate(x, shift, scale))
         if self.ends:
             return self.visual.finish(x, attend_visual(qkv), tuple(rest), second), c, routes
-        q, k, v = self.visual.heads(qkv, self.head_width)
+        q, k, v = self.visual.heads(qkv)
         joint = attention(torch.cat([q, c_q], dim=2), torch.cat([k, c_k], dim=2), torch.cat([v, c_v], dim=2))
         visual, text = joint[:, : x.shape[1]], joint[:, x.shape[1] :]
         return (

@@ -1,0 +1,64 @@
+"""What engines make of a transformer's graph: norms and attention that they recognise run as one kernel each."""
+
+from collections import Counter
+from pathlib import Path
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+from tpx_export.model.attention import RMSNorm
+from tpx_export.model.text_to_image import TextToImage
+from tpx_runtime.bundle import Bundle
+from tpx_runtime.engine.openvino import core
+from tpx_runtime.engine.openvino_exact import compile_exactly, shapes_at
+
+DEPTH = 3
+
+
+@pytest.fixture(scope="module")
+def graph(tiny_bundle: Path) -> Path:
+    return Bundle.open(tiny_bundle, verify=False).transformer(DEPTH, plain=True)
+
+
+def norms_of(model: TextToImage) -> int:
+    """How often a forward pass norms q or k; the last block's text queries are nobody's."""
+    calls: list[int] = []
+    spec, rows = model.transformer.spec, 1
+    hooks = [
+        module.register_forward_hook(lambda *_: calls.append(1))
+        for module in model.transformer.modules()
+        if isinstance(module, RMSNorm)
+    ]
+    side = spec.latent_size
+    with torch.no_grad():
+        model.transformer(
+            torch.zeros(rows, spec.latent_channels, side, side),
+            torch.zeros(rows),
+            torch.zeros(rows, spec.context_tokens, spec.context_width),
+            torch.zeros(rows, spec.pooled_width),
+            DEPTH,
+        )
+    for hook in hooks:
+        hook.remove()
+    return len(calls) - 1
+
+
+def test_onnx_runtime_fuses_the_norms_of_q(tiny_model: TextToImage, graph: Path, tmp_path: Path) -> None:
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    model = onnx.load(options.optimized_model_filepath, load_external_data=False)
+    kinds = Counter(node.op_type for node in model.graph.node)
+    assert kinds["SimplifiedLayerNormalization"] == norms_of(tiny_model) // 2
+
+
+def test_openvino_fuses_attention_and_every_norm(tiny_model: TextToImage, graph: Path) -> None:
+    shapes = shapes_at(core(), graph, rows=2)
+    compiled = compile_exactly(core(), graph, {"INFERENCE_PRECISION_HINT": "f32"}, shapes, parts=1)
+    kinds = Counter(
+        node.get_rt_info()["layerType"].astype(str) for node in compiled.get_runtime_model().get_ops()
+    )
+    assert kinds["RMS"] == norms_of(tiny_model)
+    assert not kinds["Softmax"] and not kinds["MatMul"]
