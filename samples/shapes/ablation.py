@@ -32,9 +32,8 @@ from tpx_export.model.autoencoder import Autoencoder
 from tpx_export.model.mmdit import MMDiT
 from tpx_export.pipeline import Pipeline
 from tpx_runtime.command import TpxCommand
-from tpx_runtime.errors import BadInput
 from tpx_runtime.evaluation.compare import Report
-from tpx_runtime.evaluation.record import differing, write_json
+from tpx_runtime.evaluation.record import require_same, write_json
 from tpx_runtime.evaluation.statistics import Estimate, bootstrap
 from tpx_runtime.generator import Generator
 from tpx_runtime.manifest import EVERY_LEVEL
@@ -140,11 +139,7 @@ def run(work: Work, name: str, seed: int) -> dict[str, Any]:
     record = folder / "result.json"
     if record.exists():
         facts = dict(json.loads(record.read_text()))
-        if found := differing(facts["settings"], work.settings):
-            raise BadInput(
-                f"expected the settings of the run in {folder} ({found[0]}), found {found[1]}; "
-                "use those, or another --out"
-            )
+        require_same(facts["settings"], work.settings, folder)
         return facts
     spec, began = ROWS[name], time.monotonic()
     transformer, trained = work.base, 0

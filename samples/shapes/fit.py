@@ -1,16 +1,18 @@
 """One resumable training loop for every stage: schedule, EMA, checkpoints, and a line a person can follow."""
 
 import copy
+import hashlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tpx_export.training.interrupts import interrupts
-from tpx_runtime.errors import BadInput
+from tpx_runtime.evaluation.record import require_same
 from tpx_runtime.files import whole_file
 
 
@@ -33,6 +35,14 @@ def save_whole(value: object, path: Path) -> None:
         torch.save(value, part)
 
 
+def digest(tensors: Iterable[Tensor]) -> str:
+    """16 hex digits that stand for the values of tensors, in their order."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()[:16]
+
+
 def fit(
     name: str,
     module: nn.Module,
@@ -41,6 +51,7 @@ def fit(
     *,
     steps: int,
     state: Path,
+    settings: Mapping[str, Any],
     ema_decay: float = 0.999,
     clip: float = 1.0,
     every: int = 50,
@@ -50,21 +61,24 @@ def fit(
 ) -> nn.Module:
     """Minimise `loss_at(step)` over `module`'s trainable parameters; returns the EMA copy of the module.
 
-    The run's whole state lies in `state` and is taken up from there; a finished run returns at once. Raises BadInput for the
-    state of a run of other `steps`. Beside it lies the
-    curve, step and mean loss of the last `every` steps a line; a resumed run may write a step twice.
+    The run's whole state lies in `state` and is taken up from there; a finished run returns at once. `settings` is what
+    `loss_at` depends on: the state of a run with others, other steps, rates or first weights is refused with BadInput.
+    Beside it lies the curve, step and mean loss of the last `every` steps a line; a resumed run may write a step twice.
     `show(ema, step)` draws progress. Interrupting (Ctrl-C) saves first.
     """
     ema = copy.deepcopy(module).requires_grad_(False)
     rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+    told = {
+        "steps": steps,
+        "rates": rates,
+        "ema decay": ema_decay,
+        "first weights": digest(module.state_dict().values()),
+        **settings,
+    }
     first = 0
     if state.exists():
         saved = torch.load(state, weights_only=True, map_location="cpu")
-        if saved.get("steps", steps) != steps:
-            raise BadInput(
-                f"expected {saved['steps']} steps of {name} as in the run that {state} holds, found {steps}; "
-                "use that, or another --out"
-            )
+        require_same(saved.get("settings", {}), told, state)
         module.load_state_dict(saved["module"])
         ema.load_state_dict(saved["ema"])
         for optimizer, values in zip(optimizers, saved["optimizers"], strict=True):
@@ -78,7 +92,7 @@ def fit(
             "ema": ema.state_dict(),
             "optimizers": values,
             "step": step,
-            "steps": steps,
+            "settings": told,
         }
         save_whole(whole, state)
 

@@ -76,6 +76,7 @@ def train(out: Path, *, steps: int, batch: int, seed: int, device: str, rate: fl
         loss_at,
         steps=steps,
         state=out / "autoencoder.state.pt",
+        settings={"batch": batch, "seed": seed},
         ema_decay=0.995,
         show=show,
         show_every=200,

@@ -112,6 +112,7 @@ def train(
         loss_of(model, data, run, depths),
         steps=run.steps,
         state=run.out / f"{name}.state.pt",
+        settings=run.settings(data[0], depths),
         ema_decay=0.995,
         show=show,
         show_every=200,

@@ -10,14 +10,14 @@ import random
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from samples.shapes.captions import TRAINING_MIX, Prompt, caption
-from samples.shapes.fit import fit, seeded
+from samples.shapes.fit import digest, fit, seeded
 from samples.shapes.latents import SHARD, shard
 from samples.shapes.pictures import save_grid
 from samples.shapes.train_text import tokenizer_for
@@ -116,6 +116,16 @@ class Run:
     rate: float = 1e-3
     sigma_mean: float = SIGMA_MEAN
 
+    def settings(self, latents: Tensor, depths: tuple[int, ...]) -> dict[str, Any]:
+        """What the loss of a step depends on."""
+        return {
+            "batch": self.batch,
+            "seed": self.seed,
+            "sigma mean": self.sigma_mean,
+            "depths": list(depths),
+            "scenes": digest([latents]),
+        }
+
 
 def flow_loss(model: MMDiT, data: Data, run: Run, depths: tuple[int, ...]) -> Callable[[int], Tensor]:
     """The loss of a step; depth is drawn from `depths`."""
@@ -191,6 +201,7 @@ def _train(
         flow_loss(model, data, run, depths),
         steps=run.steps,
         state=run.out / f"{name}.state.pt",
+        settings=run.settings(data.latents, depths),
         ema_decay=ema_decay,
         show=show,
         show_every=show_every,

@@ -220,7 +220,16 @@ def train(out: Path, *, steps: int, seed: int, rate: float = 2e-3) -> Eye:
 
     optimizer = torch.optim.AdamW(eye.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
     state = out / "parser.state.pt"
-    best = fit("parser", eye, [optimizer], loss_at, steps=steps, state=state, ema_decay=0.995)
+    best = fit(
+        "parser",
+        eye,
+        [optimizer],
+        loss_at,
+        steps=steps,
+        state=state,
+        settings={"seed": seed},
+        ema_decay=0.995,
+    )
     assert isinstance(best, Eye)
     return best.eval()
 

@@ -103,6 +103,7 @@ def train(out: Path, *, steps: int, batch: int, seed: int, device: str, rate: fl
         loss_at,
         steps=steps,
         state=out / "text.state.pt",
+        settings={"batch": batch, "seed": seed},
         ema_decay=0.99,
         show=show,
         show_every=250,

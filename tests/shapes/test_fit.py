@@ -46,7 +46,11 @@ class Task:
     def run(
         self, state: Path, loss_at: Callable[[int], Tensor] | None = None, **settings: object
     ) -> nn.Module:
-        settings = {"steps": STEPS, "save_s": -1.0} | settings  # saves after every step
+        settings = {
+            "steps": STEPS,
+            "save_s": -1.0,
+            "settings": {"seed": 0},
+        } | settings  # saves after every step
         return fit("sum", self.module, self.optimizers, loss_at or self.loss_at, state=state, **settings)  # type: ignore[arg-type]
 
 
@@ -133,14 +137,27 @@ def test_ctrl_c_between_two_optimizers_takes_the_step_whole(tmp_path: Path, how:
     assert again.seen == list(range(5, STEPS))
 
 
-def test_the_state_of_a_longer_run_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"steps": 2}, rf"\(steps {STEPS}\), found steps 2; use those"),
+        ({"settings": {"seed": 1}}, r"\(seed 0\), found seed 1; use those, or another --out"),
+        ({"ema_decay": 0.5}, r"\(ema decay 0.999\), found ema decay 0.5"),
+        ({"rate": 0.5}, r"\(rates \[\[0.05\], \[0.01\]\]\), found rates \[\[0.5\], \[0.01\]\]"),
+        ({"weight": 3.0}, r"\(first weights [0-9a-f]{16}\), found first weights [0-9a-f]{16}"),
+    ],
+)
+def test_the_state_of_another_run_is_refused(tmp_path: Path, change: dict[str, float], said: str) -> None:
     state = tmp_path / "state.pt"
     Task().run(state)
     before = state.read_bytes()
-    with pytest.raises(
-        BadInput, match=f"expected {STEPS} steps of sum as in the run that .* found 2; use that"
-    ):
-        Task().run(state, steps=2)
+    other, change = Task(), dict(change)
+    if rate := change.pop("rate", None):
+        other.optimizers[0].param_groups[0]["lr"] = rate
+    if weight := change.pop("weight", None):
+        torch.nn.init.constant_(other.module.weight, weight)
+    with pytest.raises(BadInput, match=f"expected the settings of the run in .*state.pt {said}"):
+        other.run(state, **change)
     assert state.read_bytes() == before
 
 

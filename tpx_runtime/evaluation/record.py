@@ -41,9 +41,14 @@ def refuse_others(record: Path, out: Path, settings: dict[str, Any], pictures: b
         raise BadInput(
             f"expected the settings of a run in {record}, found something else; choose another --out"
         ) from None
-    if found := differing(before, settings):
+    require_same(before, settings, out)
+
+
+def require_same(before: dict[str, Any], now: dict[str, Any], where: Path, option: str = "--out") -> None:
+    """Raise BadInput unless the settings of the run that lies at `where` are those of now."""
+    if found := differing(before, now):
         raise BadInput(
-            f"expected the settings of the run in {out} ({found[0]}), found {found[1]}; use those, or another --out"
+            f"expected the settings of the run in {where} ({found[0]}), found {found[1]}; use those, or another {option}"
         )
 
 

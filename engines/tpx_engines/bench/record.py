@@ -14,7 +14,7 @@ from typing import Any
 from PIL import Image
 
 from tpx_runtime.errors import BadInput
-from tpx_runtime.evaluation.record import differing, write_json
+from tpx_runtime.evaluation.record import require_same, write_json
 
 from .configurations import Configuration
 
@@ -54,10 +54,7 @@ class Record:
             return record
         if path.exists():
             found = _read(path)
-            if other := differing(found["settings"], settings):
-                raise BadInput(
-                    f"expected the settings of the run in {path} ({other[0]}), found {other[1]}; use another --json"
-                )
+            require_same(found["settings"], settings, path, "--json")
             record.facts = found
         record.save()
         return record
