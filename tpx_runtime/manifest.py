@@ -18,7 +18,7 @@ from .registry import SAMPLERS_FOR
 from .samplers import TRAIN_TIMESTEPS
 
 FORMAT = "tpx-bundle"
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 EVERY_LEVEL = (0.0, 1.0)  # the guidance interval that leaves out no step
 
 T = TypeVar("T")
@@ -104,6 +104,7 @@ class Tolerance:
     """Greatest relative error of each graph against golden/; least share of equally routed tokens."""
 
     text_encoder: float
+    conditions: float
     transformer: float
     vae: float
     routing_agreement: float

@@ -238,7 +238,7 @@ def test_depths_that_the_checkpoint_has_not(tiny_model: TextToImage, tmp_path: P
 def test_a_graph_out_of_tolerance_leaves_no_bundle(
     tiny_model: TextToImage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    strict = replace(TOLERANCES["fp16"], transformer=1e-7)
+    strict = replace(TOLERANCES["fp16"], conditions=1e-7, transformer=1e-7)
     monkeypatch.setitem(exporter.TOLERANCES, "fp16", strict)
     with pytest.raises(
         EngineFailed, match=r"transformer conditions with a relative error of .* \(tolerance 1e-07\), and 1"

@@ -56,7 +56,9 @@ PAPER = Manifest(
     text_encoders=(EncoderSpec("text_encoder", "tokenizer", tokens=9, context_width=5, pooled_width=7),),
     latent=LatentSpec(scale=2.0, shift=0.25),
     defaults=Defaults(sampler="euler", steps=3, guidance=3.0, depth=2),
-    tolerance=Tolerance(text_encoder=1e-4, transformer=1e-4, vae=1e-4, routing_agreement=0.9),
+    tolerance=Tolerance(
+        text_encoder=1e-4, conditions=1e-4, transformer=1e-4, vae=1e-4, routing_agreement=0.9
+    ),
     files={},
 )
 THREE = replace(

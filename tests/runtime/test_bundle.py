@@ -134,9 +134,9 @@ def test_a_file_beside_the_listed_ones_changes_nothing(paper: Path) -> None:
 
 def test_another_version_is_refused_with_a_way_out(paper: Path) -> None:
     text = (paper / MANIFEST).read_text()
-    (paper / MANIFEST).write_text(text.replace('"version": 4', '"version": 3'))
+    (paper / MANIFEST).write_text(text.replace('"version": 5', '"version": 3'))
     assert refusal(paper) == (
-        f"{paper}{os.sep}manifest.json: expected format version 4, found 3; "
+        f"{paper}{os.sep}manifest.json: expected format version 5, found 3; "
         "export the bundle again with this tpx, or install the tpx that wrote it"
     )
 

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -314,7 +315,9 @@ class TestBf16:
         bundle = Bundle.open(tiny_bundle)
         reports = verify_bundle(bundle, resolve(BF16))
         require_ok(reports, BF16)
-        assert {report.tolerance for report in reports} == {LOSS["bf16"].transformer}
+        strict = {"transformer conditions": bundle.manifest.tolerance.conditions}
+        for report in reports:
+            assert report.tolerance == strict.get(report.part, LOSS["bf16"].transformer)
         assert any(report.error > bundle.manifest.tolerance.transformer for report in reports)
 
     @needs_bf16
@@ -333,11 +336,20 @@ class TestBf16:
         wrong = [r.part for r in verify_bundle(Bundle.open(copy, verify=False), resolve(BF16)) if not r.ok]
         assert {"transformer depth 1", "transformer depth 2", "transformer depth 3"} <= set(wrong)
 
+    @needs_bf16
+    def test_conditions_in_bf16_are_out_of_tolerance(
+        self, copy: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(openvino, "precision_of", lambda *_: "bf16")
+        wrong = [report.part for report in verify_bundle(Bundle.open(copy), resolve(BF16)) if not report.ok]
+        assert wrong == ["transformer conditions"]
+
     def test_the_wider_tolerance_counts(self) -> None:
-        strict, loose = Tolerance(1e-4, 1e-4, 1e-4, 1.0), Tolerance(0.5, 1e-4, 0.5, 0.5)
+        strict, loose = Tolerance(1e-4, 1e-4, 1e-4, 1e-4, 1.0), Tolerance(0.5, 1e-4, 1e-4, 0.5, 0.5)
+        bf16 = LOSS["bf16"]
         assert tolerated(strict, None) is strict
-        assert tolerated(strict, "bf16") == LOSS["bf16"]
-        assert tolerated(loose, "bf16") == Tolerance(0.5, LOSS["bf16"].transformer, 0.5, 0.5)
+        assert tolerated(strict, "bf16") == replace(bf16, conditions=1e-4)
+        assert tolerated(loose, "bf16") == Tolerance(0.5, 1e-4, bf16.transformer, 0.5, 0.5)
 
 
 def test_the_arrays_of_a_bundle_built_ahead_are_those_of_the_golden(copy: Path) -> None:
