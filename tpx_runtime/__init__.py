@@ -6,9 +6,14 @@ generator = Generator.load("bundles/shapes")
 generator("a red cube on a blue sphere", seed=0)[0].save("cube.png")
 """
 
+import os
 from typing import TYPE_CHECKING
 
 from .errors import TpxError
+
+# ONNX Runtime, from 1.32 on, keeps an identity of the machine and sends events to its maker unless it is told not to before
+# it is imported. Who wants that sets the variable to 0.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
     from .generator import Generator

@@ -2,6 +2,7 @@
 
 import os
 import re
+import secrets
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -77,6 +78,19 @@ def _announce(engine: "Engine", asked: str) -> None:
     click.echo(f"engine: {engine.name}{' (chosen by auto)' if asked != engine.name else ''}", err=True)
 
 
+class Seed(click.ParamType):
+    """A whole number, or `random`, which is said on stderr and lies in the picture's metadata."""
+
+    name = "integer|random"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if value != "random":
+            return int(click.INT.convert(value, param, ctx))
+        seed = secrets.randbelow(2**31)
+        click.echo(f"seed: {seed}", err=True)
+        return seed
+
+
 @contextmanager
 def _noticing() -> Iterator[None]:
     """What is warned of inside, such as a prompt that is cut short, is said in one line each on stderr afterwards."""
@@ -87,13 +101,30 @@ def _noticing() -> Iterator[None]:
         click.echo(f"notice: {line}", err=True)
 
 
+@contextmanager
+def _printing() -> Iterator[list[Path]]:
+    """A list whose paths are printed in the end, below the bar, whatever that end is."""
+    written: list[Path] = []
+    try:
+        yield written
+    finally:
+        for path in written:
+            click.echo(click.format_filename(path))
+
+
 @click.command(cls=TpxCommand)
 @click.argument("prompt", required=False)
 @click.option("--bundle", help="Folder of the bundle.  [default: $TPX_BUNDLE, else bundles/shapes]")
 @click.option(
     "--out", type=_PATH, help="PNG to write; with {seed} in its name, one each.  [default: after the prompt]"
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the first picture; the next adds 1.")
+@click.option(
+    "--seed",
+    type=Seed(),
+    default=0,
+    show_default=True,
+    help="Of the first picture, or random; the next adds 1.",
+)
 @click.option("--steps", type=int, help="Denoising steps.  [default: the bundle's]")
 @click.option("--guidance", type=float, help="Pull of the prompt; 1 is off.  [default: the bundle's]")
 @guidance_interval
@@ -114,6 +145,7 @@ def _noticing() -> Iterator[None]:
 @click.option("--mask", type=_PATH, help="Picture, white where IMAGE is to be painted anew.")
 @click.option("--strength", type=float, help="Share of the steps that change IMAGE, 0 to 1.  [default: 0.6]")
 @click.option("--no-t5", is_flag=True, help="Leave out T5 of Stable Diffusion 3: less memory, less text.")
+@click.option("--no-verify", is_flag=True, help="Trust the bundle: do not read all of it for its hashes.")
 @click.option("--force", is_flag=True, help="Replace an existing file.")
 def run(
     prompt: str | None,
@@ -129,6 +161,7 @@ def run(
     mask: Path | None,
     strength: float | None,
     no_t5: bool,
+    no_verify: bool,
     **settings: Any,
 ) -> None:
     """Draw PROMPT, or a class, and print the path of each PNG."""
@@ -144,23 +177,24 @@ def run(
     paths = choose_outputs(out, what, seeds, force)
     strength = starting_strength(image, mask, strength)
     picture, painted = (open_picture(file) if file else None for file in (image, mask))
-    generator = Generator(Bundle.open(find_bundle(bundle)), resolve(engine), t5=not no_t5)
+    chosen = resolve(engine)
+    generator = Generator(Bundle.open(find_bundle(bundle), verify=not no_verify), chosen, t5=not no_t5)
     with _noticing():
         jobs = generator.plan(
             prompt, class_id=class_id, strength=strength, seed=seed, num_images=num_images, **settings
         )
         edit = generator.edit(picture, painted) if picture else None
     _announce(generator.engine, engine)
-    with click.progressbar(length=1, label="denoising", file=sys.stderr) as bar:
+    with _printing() as written, click.progressbar(length=1, label="denoising", file=sys.stderr) as bar:
 
         def advance(step: int, total: int, latents: object) -> None:
             bar.length = total
             bar.update(1)
 
-        images = generator.draw(jobs, batch_size, callback=advance, edit=edit)
-    for made, path in zip(images if len(paths) > 1 else [grid(images)], paths, strict=True):
-        save_png(made, path)
-        click.echo(click.format_filename(path))
+        drawn = generator.drawn(jobs, batch_size, callback=advance, edit=edit)
+        for made, path in zip(drawn if len(paths) > 1 else [grid(list(drawn))], paths, strict=True):
+            save_png(made, path)
+            written.append(path)
 
 
 @click.command(cls=TpxCommand)

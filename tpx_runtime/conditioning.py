@@ -62,16 +62,22 @@ class TextConditioner:
         self._sessions: dict[str, Session] = {}
         self._rows: dict[str | None, Arrays] = {}
 
-    def check(self, prompt: str) -> None:
-        """Raise BadInput for a text that a tokenizer refuses; warn, with PromptCut, of one that it cuts short."""
-        dropped = {e.folder: self._encode(t, prompt).dropped for e, t in self._pairs()}
+    def check(self, prompt: str, called: str = "prompt") -> None:
+        """Raise BadInput for a text that a tokenizer refuses; warn, with PromptCut, of one that it cuts short.
+
+        `called` is what messages call the text.
+        """
+        try:
+            dropped = {e.folder: self._encode(t, prompt).dropped for e, t in self._pairs()}
+        except BadInput as error:
+            raise BadInput(f"{called}: {error}" if called != "prompt" else str(error)) from None
         short = [folder for folder, tokens in dropped.items() if tokens]
         whole = [folder for folder, tokens in dropped.items() if not tokens]
         if not short:
             return
         most, rest = max(dropped.values()), f"; {', '.join(whole)} reads it whole" if whole else ""
         warnings.warn(
-            f"the prompt {shorten(prompt)} is longer than {', '.join(short)} read{'s' if len(short) == 1 else ''}: "
+            f"the {called} {shorten(prompt)} is longer than {', '.join(short)} read{'s' if len(short) == 1 else ''}: "
             f"{most} token{' is' if most == 1 else 's are'} left out there{rest}",
             PromptCut,
             stacklevel=3,

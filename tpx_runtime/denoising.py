@@ -11,11 +11,11 @@ from .bundle import Bundle
 from .editing import Edit, Repainting, noised, tail
 from .engine import Arrays, Engine, Session
 from .errors import BadInput, Cancelled, EngineFailed, shorten
-from .guidance import GuidedPrediction
+from .guidance import GuidedPrediction, is_guided
 from .modulation import Conditions
 from .noise import batch_noise
 from .registry import SAMPLERS_FOR, walk
-from .samplers import Array, Velocity
+from .samplers import TRAIN_TIMESTEPS, Array, Schedule, Velocity
 from .settings import Settings
 
 Callback = Callable[[int, int, Array], bool | None]  # (step from 1, total steps, latents [B, C, H, W])
@@ -58,6 +58,27 @@ def require_finite(values: Array, what: str, bundle: Bundle, engine: Engine) -> 
         )
 
 
+def require_wanted(callback: Callback, step: int, total: int, latents: Array) -> None:
+    """Call it. Raises Cancelled where it returns False; nothing and other answers are no answer."""
+    answer = callback(step, total, latents)
+    if isinstance(answer, bool | np.bool_) and not answer:
+        raise Cancelled(f"cancelled at step {step} of {total}")
+
+
+def require_guided(job: Settings, schedule: Schedule) -> None:
+    """Raises BadInput for guidance in an interval that holds no step: it, and a negative prompt, would do nothing."""
+    if job.guidance == 1 or any(
+        is_guided(at, job.guidance, job.guidance_interval) for at in schedule.timesteps
+    ):
+        return
+    levels = ", ".join(f"{at / TRAIN_TIMESTEPS:.3g}" for at in schedule.timesteps[:6])
+    more = ", ..." if len(schedule.timesteps) > 6 else ""
+    raise BadInput(
+        f"expected a guidance interval that holds one of the steps' noise levels ({levels}{more}), "
+        f"found {shorten(job.guidance_interval)}; widen it"
+    )
+
+
 class Denoiser:
     """Runs the loop on a bundle's transformer, whose graphs are loaded when first used, and kept."""
 
@@ -75,6 +96,7 @@ class Denoiser:
         model = self._bundle.manifest.model
         sampler = SAMPLERS_FOR[model.prediction][job.sampler]
         schedule = sampler.schedule(job.steps, self._shift)
+        require_guided(job, schedule)
         latents = noise = batch_noise(seeds, model.latent_shape)
         if edit and job.strength is not None:
             schedule = tail(schedule, job.strength)
@@ -91,9 +113,8 @@ class Denoiser:
         with np.errstate(over="ignore", invalid="ignore"):  # the next line says it better
             for step, latents in enumerate(path, start=1):
                 require_finite(latents, f"latents of step {step}", self._bundle, self._engine)
-                answer = callback(step, total, latents) if callback else None
-                if isinstance(answer, bool | np.bool_) and not answer:
-                    raise Cancelled(f"cancelled at step {step} of {total}, nothing was written")
+                if callback:
+                    require_wanted(callback, step, total, latents)
         return Sample(latents, predict.routes)
 
     @cached_property

@@ -4,7 +4,9 @@ The start is that of SDEdit (Meng et al., 2108.01073): the picture's latents wit
 keeps follows its exact path back to the picture, in every sampler: there the velocity is not the model's but the path's.
 """
 
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -23,13 +25,14 @@ class Edit:
     """A picture to start from: itself at the model's size, its latents [1, C, H, W], and where to paint anew.
 
     `mask` is a black and white picture of the same size, white where to paint, and `repaint` [1, 1, H, W] the same for
-    latents.
+    latents. `sources` is what pictures say of what they came from.
     """
 
     picture: Image.Image
     latents: Array
     mask: Image.Image | None = None
     repaint: Mask | None = None
+    sources: Mapping[str, str] = field(default_factory=dict)
 
     def paste(self, image: Image.Image) -> Image.Image:
         """`image`, with what the mask keeps taken from the picture itself."""
@@ -47,6 +50,12 @@ def starting_strength(image: object, mask: object, strength: float | None) -> fl
         return None
     odd = "strength" if mask is None else "mask"
     raise BadInput(f"expected an image with a {odd}, found none; give the image to start from")
+
+
+def sources_of(picture: Image.Image, mask: Image.Image | None) -> dict[str, str]:
+    """SHA-256 of the RGB bytes of a picture, upright and as large as it came, and of a mask's."""
+    given = {"image_sha256": picture} | ({"mask_sha256": mask} if mask else {})
+    return {name: hashlib.sha256(one.tobytes()).hexdigest() for name, one in given.items()}
 
 
 def to_pixels(picture: Image.Image) -> Array:

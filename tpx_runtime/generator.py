@@ -1,16 +1,18 @@
 """The main job: what the model is told, denoising loop, decoder, picture."""
 
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
+from threading import RLock
 
 import numpy as np
 from PIL import Image
 
 from .bundle import Bundle
 from .conditioning import ClassConditioner, TextConditioner
-from .denoising import Callback, Denoiser, Sample, one_loop, require_finite
-from .editing import Edit, starting_strength, to_pixels, to_repaint
+from .denoising import Callback, Denoiser, Sample, one_loop, require_finite, require_wanted
+from .editing import Edit, sources_of, starting_strength, to_pixels, to_repaint
 from .engine import AUTO, Arrays, Engine, Session, output, resolve
 from .errors import BadInput, shorten
 from .images import to_pil
@@ -23,8 +25,15 @@ from .settings import Settings, check_int
 MAX_IMAGES = 1000  # of one prompt in one call
 
 
+class PictureFitted(UserWarning):
+    """A picture to start from was cropped or scaled to the model's size: no error, but worth knowing."""
+
+
 class Generator:
-    """Makes pictures from a bundle with one engine. Graphs are loaded when first used, and kept."""
+    """Makes pictures from a bundle with one engine. Graphs are loaded when first used, and kept.
+
+    Threads may share one: each batch is drawn by itself, whoever waits for it.
+    """
 
     def __init__(self, bundle: Bundle, engine: Engine, t5: bool = True) -> None:
         self.bundle, self.engine = bundle, engine
@@ -37,6 +46,7 @@ class Generator:
         self.classes = ClassConditioner(classes) if classes else None
         self.text = None if classes else TextConditioner(bundle, engine, t5)
         self._denoise = Denoiser(bundle, engine)
+        self._turn = RLock()  # a callback may decode what it is shown
 
     @classmethod
     def load(cls, path: str | Path, engine: str = AUTO, verify: bool = True, t5: bool = True) -> "Generator":
@@ -94,7 +104,17 @@ class Generator:
         callback: Callback | None = None,
         edit: Edit | None = None,
     ) -> list[Image.Image]:
-        """The pictures of planned jobs, `batch_size` at a time, which changes no picture.
+        """All pictures that `drawn` gives one by one."""
+        return list(self.drawn(jobs, batch_size, callback, edit))
+
+    def drawn(
+        self,
+        jobs: Sequence[Settings],
+        batch_size: int = 8,
+        callback: Callback | None = None,
+        edit: Edit | None = None,
+    ) -> Iterator[Image.Image]:
+        """The picture of each planned job as soon as its batch of `batch_size` is done.
 
         Jobs differ in nothing but prompts, classes and seed; `edit` is the picture that those with a strength start from.
         Raises BadInput for others.
@@ -108,35 +128,42 @@ class Generator:
             one_loop(jobs, edit)
         batches = [jobs[i : i + batch_size] for i in range(0, len(jobs), batch_size)]
         left_out = self.text.left_out if self.text else ()
-        images = []
+        sources = edit.sources if edit else None
         for number, batch in enumerate(batches):
             sample = self.generate_latents(batch, _counted(callback, number, len(batches)), edit)
             for job, pixels in zip(batch, self.decode(sample.latents), strict=True):
                 image = edit.paste(to_pil(pixels)) if edit else to_pil(pixels)
-                image.info.update(job.metadata(self.manifest, self.engine.name, left_out))
-                images.append(image)
-        return images
+                image.info.update(job.metadata(self.manifest, self.engine.name, left_out, sources))
+                yield image
 
     def edit(self, image: Image.Image, mask: Image.Image | None = None) -> Edit:
         """A picture to start from, scaled and cropped to this bundle's size; `mask` is white where to paint anew.
 
         A mask is laid over the whole picture, whatever its own size. What is transparent is white in a picture and black in
-        a mask. Raises BadInput for a bundle without an encoder of pictures, for what is no picture, and for a black mask.
+        a mask. Raises BadInput for a bundle without an encoder of pictures, for what is no picture, and for a black mask;
+        warns, with PictureFitted, of a picture of another size.
         """
         self._encoder_path()
         model, latent = self.manifest.model, self.manifest.latent
-        upright = flat(image, "white")
+        upright, painted = flat(image, "white"), None if mask is None else flat(mask, "black")
         picture, fitted = fit(upright, model.image_size_px), None
-        if mask is not None:
-            over = flat(mask, "black").resize(upright.size)
-            fitted = fit_mask(over, model.image_size_px)
-        outputs = self._encoder.run({"image": to_pixels(picture)})
+        if upright.size != picture.size:
+            warnings.warn(
+                "the picture of {}x{} pixels is scaled and cropped to the model's {}x{}".format(
+                    *upright.size, *picture.size
+                ),
+                PictureFitted,
+                stacklevel=2,
+            )
+        if painted is not None:
+            fitted = fit_mask(painted.resize(upright.size), model.image_size_px)
+        with self._turn:
+            outputs = self._encoder.run({"image": to_pixels(picture)})
         latents: Array = output(outputs, "latents", (1, *model.latent_shape))
         self._require_finite(latents, "latents of the picture")
         latents = (latents - np.float32(latent.shift)) * np.float32(latent.scale)
-        return Edit(
-            picture, latents, fitted, None if fitted is None else to_repaint(fitted, model.latent_size)
-        )
+        repaint = None if fitted is None else to_repaint(fitted, model.latent_size)
+        return Edit(picture, latents, fitted, repaint, sources_of(upright, painted))
 
     def plan(
         self,
@@ -200,8 +227,10 @@ class Generator:
         if self.classes:
             self.classes.check(class_id)
         if self.text:
-            for text in dict.fromkeys([*prompts, *([negative_prompt] if negative_prompt else [])]):
+            for text in dict.fromkeys(prompts):
                 self.text.check(text)
+            if negative_prompt and negative_prompt not in prompts:
+                self.text.check(negative_prompt, "negative prompt")
         return jobs
 
     def generate_latents(
@@ -212,13 +241,15 @@ class Generator:
         Raises Cancelled when the callback returns False, BadInput for a strength without an `edit` and the reverse.
         """
         job = one_loop(jobs, edit)
-        told = self._told(jobs, guided=job.guidance != 1)
-        return self._denoise(job, [job.seed for job in jobs], told, callback, edit)
+        with self._turn:
+            told = self._told(jobs, guided=job.guidance != 1)
+            return self._denoise(job, [job.seed for job in jobs], told, callback, edit)
 
     def decode(self, latents: Array) -> Array:
         """Latents [B, C, H, W] of the denoising loop to pixels [B, 3, height, width] in -1..1."""
         spec = self.manifest.latent
-        outputs = self._decoder.run({"latents": latents / spec.scale + spec.shift})
+        with self._turn:
+            outputs = self._decoder.run({"latents": latents / spec.scale + spec.shift})
         shape = (len(latents), 3, *self.manifest.model.image_size_px)
         image: Array = output(outputs, "image", shape)
         self._require_finite(image, "picture")
@@ -261,7 +292,11 @@ class Generator:
 
 
 def _counted(callback: Callback | None, batch: int, batches: int) -> Callback | None:
-    """`callback` with steps counted over all batches."""
+    """`callback` with steps counted over all batches, as the Cancelled that a False of it raises counts them."""
     if callback is None:
         return None
-    return lambda step, steps, latents: callback(batch * steps + step, batches * steps, latents)
+
+    def counted(step: int, steps: int, latents: Array) -> None:
+        require_wanted(callback, batch * steps + step, batches * steps, latents)
+
+    return counted

@@ -17,6 +17,11 @@ def open_picture(path: Path) -> Image.Image:
             with Image.open(path) as picture:
                 picture.load()
                 return picture
+    except Image.DecompressionBombError:
+        raise BadInput(
+            f"expected a picture of at most {2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} megapixels in {path}, "  # type: ignore[operator]
+            "found more; scale it down"
+        ) from None
     except Exception as error:  # over a damaged file Pillow's readers raise whatever they stumble on
         # Pillow's own errors have no strerror, and may repeat the path.
         reason = error.strerror if isinstance(error, OSError) and error.strerror else "none that can be read"
@@ -64,5 +69,8 @@ def fit_mask(mask: Image.Image, size_px: tuple[int, int]) -> Image.Image:
     grey = ImageOps.fit(mask.convert("L"), (width, height), Image.Resampling.BILINEAR)
     made = grey.point(lambda value: 255 if value >= 128 else 0)
     if made.getextrema() == (0, 0):
-        raise BadInput("expected a mask that is white where to paint, found one that is black; invert it")
+        raise BadInput(
+            "expected a mask with white where to paint, found none of it at least half white, and what is transparent "
+            "counts as black; invert it, or paint it white"
+        )
     return made

@@ -1,13 +1,14 @@
 """The settings of a picture: checked once, carried through, and written into the file."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from numbers import Integral
 from typing import Any
 
 import numpy as np
 
+from . import __version__
 from .bundle import Manifest
 from .errors import BadInput, shorten
 from .manifest import EVERY_LEVEL
@@ -91,10 +92,16 @@ class Settings:
                 f"expected guidance_interval to be two rising numbers in 0..1, found {shorten(interval)}"
             )
 
-    def metadata(self, manifest: Manifest, engine_name: str, left_out: Sequence[str] = ()) -> dict[str, str]:
+    def metadata(
+        self,
+        manifest: Manifest,
+        engine_name: str,
+        left_out: Sequence[str] = (),
+        sources: Mapping[str, str] | None = None,
+    ) -> dict[str, str]:
         """Text for the file: `tpx` is JSON, `parameters` the line that other programs write too.
 
-        `left_out` are the text encoders that were not asked.
+        `left_out` are the text encoders that were not asked, `sources` what an edit started from.
         """
         height, width = manifest.model.image_size_px
         facts = {
@@ -104,6 +111,8 @@ class Settings:
             "precision": manifest.precision,
             "engine": engine_name,
             **({"left_out": list(left_out)} if left_out else {}),
+            **(sources or {}),
+            "version": __version__,
         }
         negative = f"Negative prompt: {self.negative_prompt}\n" if self.negative_prompt else ""
         also = f", Denoising strength: {self.strength}" if self.strength is not None else ""
@@ -113,7 +122,7 @@ class Settings:
         line = (
             f"{said}\n{negative}Steps: {self.steps}, Sampler: {self.sampler}, "
             f"CFG scale: {self.guidance}, Seed: {self.seed}, Size: {width}x{height}, Model: {manifest.name}, "
-            f"Depth: {self.depth}{also}"
+            f"Depth: {self.depth}{also}, Version: tpx {__version__}"
         )
         return {"tpx": json.dumps(facts), "parameters": line}
 

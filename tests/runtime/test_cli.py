@@ -19,10 +19,10 @@ from PIL import Image
 import tpx_runtime
 from tpx_runtime import cli
 from tpx_runtime.bundle import GOLDEN, Bundle
-from tpx_runtime.engine import ENGINES, Engine
+from tpx_runtime.engine import ENGINES, Arrays, Engine
 from tpx_runtime.errors import EngineFailed
 from tpx_runtime.evaluation.cli import main as evaluation
-from tpx_runtime.generator import Generator
+from tpx_runtime.generator import Generator, PictureFitted
 from tpx_runtime.registry import SAMPLERS_FOR
 from tpx_runtime.tokenizer import Encoding
 from tpx_runtime.verify import PartReport, load_golden
@@ -203,7 +203,7 @@ def test_starts_from_a_picture_as_the_generator_does(
 ) -> None:
     flags = [] if strength is None else ["--strength", strength]
     assert run(PROMPT, "--image", start_png, *flags, "--seed", 3, "--out", "a.png").exit_code == 0
-    with Image.open(start_png) as picture:
+    with Image.open(start_png) as picture, pytest.warns(PictureFitted):
         (expected,) = Generator.load(bundled, "onnxruntime")(PROMPT, image=picture, strength=strength, seed=3)
     with Image.open("a.png") as image:
         np.testing.assert_array_equal(np.asarray(image), np.asarray(expected))
@@ -217,11 +217,56 @@ def test_paints_where_the_mask_is_white_and_nowhere_else(bundled: Path, start_pn
     mask.save("mask.png")
     result = run(PROMPT, "--image", start_png, "--mask", "mask.png", "--strength", 1, "--out", "a.png")
     assert result.exit_code == 0
-    with Image.open(start_png) as picture:
+    assert (
+        "notice: the picture of 120x90 pixels is scaled and cropped to the model's 64x64\n" in result.stderr
+    )
+    with Image.open(start_png) as picture, pytest.warns(PictureFitted):
         kept = np.asarray(Generator.load(bundled, "onnxruntime").edit(picture).picture)
     with Image.open("a.png") as image:
         np.testing.assert_array_equal(np.asarray(image)[:, 32:], kept[:, 32:])
         assert (np.asarray(image)[:, :32] != kept[:, :32]).mean() > 0.5
+
+
+def test_pictures_that_were_drawn_before_an_interrupt_are_kept_and_named(
+    paper: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = fake(monkeypatch, FakeEngine())
+    draw = engine.functions["vae_decoder/model.onnx"]
+
+    def interrupted(inputs: Arrays) -> Arrays:
+        if len([name for name, _ in engine.calls if name.startswith("vae_decoder")]) > 2:
+            raise KeyboardInterrupt
+        return draw(inputs)
+
+    engine.functions["vae_decoder/model.onnx"] = interrupted
+    result = run("red cube", "--bundle", paper, "-n", 6, "--batch-size", 2, "--out", "a-{seed}.png")
+    assert result.exit_code == 130
+    assert result.stdout.split() == [f"a-{seed}.png" for seed in range(4)]
+    assert result.stderr.splitlines()[-1] == "error: cancelled"
+    assert sorted(path.name for path in elsewhere.iterdir()) == result.stdout.split()
+
+
+def test_a_random_seed_is_said_and_is_the_pictures(paper: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake(monkeypatch, FakeEngine())
+    seeds = set()
+    for _ in range(2):
+        result = run("red cube", "--bundle", paper, "--seed", "random")
+        (said,) = [line for line in result.stderr.splitlines() if line.startswith("seed: ")]
+        assert result.stdout == f"red-cube-{said.removeprefix('seed: ')}.png\n"
+        with Image.open(result.stdout.strip()) as image:
+            seeds.add(json.loads(image.info["tpx"])["seed"])
+        assert f"{max(seeds)}" in said or f"{min(seeds)}" in said
+    assert len(seeds) == 2
+
+
+def test_hashes_may_be_left_unread(tiny_bundle: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(tiny_bundle, tmp_path / "copy")
+    content = bytearray((copy / "vae_decoder/weights.data").read_bytes())
+    content[0] ^= 1
+    (copy / "vae_decoder/weights.data").write_bytes(content)
+    require_refusal(run(PROMPT, "--bundle", copy), 3, "expected SHA-256")
+    assert run(PROMPT, "--bundle", copy, "--no-verify").exit_code == 0
+    require_refusal(run(PROMPT, "--bundle", copy, "--engine", "x"), 2, "expected an engine of auto")
 
 
 def test_a_picture_may_be_replaced_by_what_is_made_of_it(bundled: Path, start_png: Path) -> None:
@@ -396,7 +441,7 @@ def test_a_notice_of_a_prompt_that_is_refused_after_all_is_not_given(
     monkeypatch.setattr("tpx_runtime.conditioning.load_tokenizer", lambda path: Short())
     Image.new("RGB", (8, 8)).save("black.png")
     command = ("a red cube on two spheres", "--bundle", three, "--no-t5", "--image", "black.png")
-    require_refusal(run(*command, "--mask", "black.png"), 2, "expected a mask that is white where to paint")
+    require_refusal(run(*command, "--mask", "black.png"), 2, "expected a mask with white where to paint")
 
 
 # tpx-run, refused: one line, no traceback, nothing written
@@ -428,7 +473,11 @@ def test_a_notice_of_a_prompt_that_is_refused_after_all_is_not_given(
         ([PROMPT, "--sampler", "ddim"], "expected a sampler of euler, heun, dpmpp2m, unipc, found 'ddim'"),
         ([PROMPT, "-n", "0"], "expected num_images to be a whole number in 1..1000, found 0"),
         ([PROMPT, "--engine", "tensorflow"], "expected an engine of auto, "),
-        ([PROMPT, "--negative", "zebra"], "found 'zebra'"),
+        (
+            [PROMPT, "--negative", "zebra"],
+            "negative prompt: expected words of this model's vocabulary, found 'zebra'",
+        ),
+        ([PROMPT, "--seed", "any"], "'any' is not a valid integer"),
         ([PROMPT, "--guidance", "1", "--negative", "blue"], "expected no negative prompt at guidance 1"),
         ([], "expected a prompt or a list of prompts, found none; say what to draw"),
         (
@@ -469,7 +518,7 @@ def test_a_notice_of_a_prompt_that_is_refused_after_all_is_not_given(
         ),
         (
             [PROMPT, "--image", "start.png", "--mask", "start.png"],
-            "a mask that is white where to paint, found",
+            "a mask with white where to paint, found",
         ),
         ([PROMPT, "--out", "a.jpg"], "expected an output name that ends in .png, found a.jpg"),
         (

@@ -1,5 +1,6 @@
 """Image-to-image and inpainting: where the loop starts, what it keeps, and what diffusers makes of the same."""
 
+import hashlib
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from tpx_runtime import __version__
 from tpx_runtime.bundle import Bundle
 from tpx_runtime.editing import (
     DEFAULT_STRENGTH,
@@ -171,8 +173,25 @@ def test_the_callback_counts_the_steps_that_are_taken(generator: Generator) -> N
 def test_the_file_says_the_strength(generator: Generator) -> None:
     (image,) = generator("red cube", image=photo())
     assert json.loads(image.info["tpx"])["strength"] == DEFAULT_STRENGTH
-    assert image.info["parameters"].endswith("Denoising strength: 0.6")
+    assert image.info["parameters"].endswith(f", Denoising strength: 0.6, Version: tpx {__version__}")
     assert "strength" not in json.loads(generator("red cube")[0].info["tpx"])
+
+
+def test_the_file_says_which_picture_and_mask_it_was_made_of(generator: Generator) -> None:
+    picture, mask = photo(), Image.fromarray(LEFT)
+    whole, part, other = (
+        json.loads(generator("red cube", image=one, mask=over)[0].info["tpx"])
+        for one, over in ((picture, None), (picture, mask), (photo(), mask))
+    )
+    assert whole["image_sha256"] == part["image_sha256"] == hashlib.sha256(picture.tobytes()).hexdigest()
+    assert other["image_sha256"] != part["image_sha256"]
+    assert (
+        part["mask_sha256"]
+        == other["mask_sha256"]
+        == hashlib.sha256(mask.convert("RGB").tobytes()).hexdigest()
+    )
+    assert "mask_sha256" not in whole
+    assert "image_sha256" not in json.loads(generator("red cube")[0].info["tpx"])
 
 
 def test_a_picture_and_a_strength_go_together(generator: Generator) -> None:

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from tpx_runtime.engine import AUTO, ENGINES, Engine, cuda, one_line, output, resolve
+from tpx_runtime.engine import AUTO, ENGINES, Engine, cuda, failing, one_line, output, resolve
 from tpx_runtime.errors import BadInput, EngineFailed, EngineUnavailable
 
 REAL = ["onnxruntime", "openvino"]
@@ -192,6 +192,36 @@ def test_inputs_that_do_not_fit_are_one_line(
     with pytest.raises(EngineFailed, match=f"{name} could not run it: ") as caught:
         session.run(inputs)
     assert str(caught.value).isprintable()
+
+
+class TimeLimit(Exception):
+    """Of an application, raised in a signal handler while the engine works."""
+
+
+class Foreign(Exception):
+    """Of an engine's own module."""
+
+
+Foreign.__module__ = "engine.inner"
+
+
+def test_what_is_not_the_engines_error_goes_on() -> None:
+    with pytest.raises(TimeLimit), failing(Path("a.onnx"), "engine", "run"):
+        raise TimeLimit
+    for error in (RuntimeError("bad\nshape"), Foreign("bad\nshape"), ValueError("bad\nshape")):
+        with (
+            pytest.raises(EngineFailed, match=r"^a\.onnx: engine could not run it: bad shape$"),
+            failing(Path("a.onnx"), "engine", "run"),
+        ):
+            raise error
+
+
+def test_too_little_memory_is_said_with_what_helps() -> None:
+    with (
+        pytest.raises(EngineFailed, match=r"Failed to allocate memory; where memory is short, draw fewer"),
+        failing(Path("a.onnx"), "engine", "run"),
+    ):
+        raise RuntimeError("Failed to allocate memory")
 
 
 @pytest.mark.parametrize("name", REAL)

@@ -1,9 +1,12 @@
 """The generator: on the fake engine what it asks of each graph, on real ones what comes out."""
 
 import json
+import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -132,6 +135,14 @@ def test_guidance_acts_in_its_interval(generator: Generator, engine: FakeEngine)
     rows = [len(inputs["latents"]) for inputs in calls(engine, DENOISE)]
     assert rows == [2 if 600 <= timestep <= 900 else 1 for timestep in timesteps]
     assert rows[0] == rows[-1] == 1 and 2 in rows
+
+
+def test_an_interval_that_holds_no_step_is_refused(generator: Generator, engine: FakeEngine) -> None:
+    message = r"holds one of the steps' noise levels \(1, [0-9.]+, [0-9.]+\), found \(0.1, 0.2\); widen it"
+    with pytest.raises(BadInput, match=message):
+        generator("red cube", guidance_interval=(0.1, 0.2))
+    assert calls(engine, DENOISE) == []
+    assert len(generator("red cube", guidance_interval=(0.0, 0.2))) == 1
 
 
 def test_the_negative_prompt_is_the_first_branch(generator: Generator, engine: FakeEngine) -> None:
@@ -479,11 +490,47 @@ def test_the_callback_counts_over_all_batches(generator: Generator) -> None:
 
 @pytest.mark.parametrize("no", [False, np.False_])
 def test_a_callback_that_says_no_cancels(generator: Generator, engine: FakeEngine, no: bool) -> None:
-    with pytest.raises(Cancelled, match="cancelled at step 2 of 3, nothing was written") as caught:
+    with pytest.raises(Cancelled, match=r"cancelled at step 2 of 3$") as caught:
         generator("red cube", callback=lambda step, total, latents: no if step == 2 else True)
     assert caught.value.exit_code == 130
     assert len(calls(engine, DENOISE)) == 2
     assert calls(engine, "vae_decoder") == []
+
+
+def test_steps_of_a_cancelled_call_are_counted_as_the_callback_counts_them(generator: Generator) -> None:
+    with pytest.raises(Cancelled, match=r"cancelled at step 5 of 9$"):
+        generator("red cube", num_images=3, batch_size=1, callback=lambda step, *_: step < 5)
+
+
+def test_pictures_are_there_as_soon_as_their_batch_is(generator: Generator, engine: FakeEngine) -> None:
+    drawn = generator.drawn(generator.plan("red cube", num_images=3), batch_size=2)
+    first = next(drawn)
+    assert len(calls(engine, "vae_decoder")) == 1
+    assert same([first, *drawn], generator("red cube", num_images=3))
+    assert [len(inputs["latents"]) for inputs in calls(engine, "vae_decoder")][:2] == [2, 1]
+
+
+def test_threads_take_turns_and_a_callback_may_decode(paper: Path) -> None:
+    """A graph that is asked by two at once answers neither, as OpenVINO does."""
+    busy, answer = Lock(), transformer(2)
+
+    def exclusive(inputs: Arrays) -> Arrays:
+        assert busy.acquire(blocking=False), "busy"
+        time.sleep(0.002)
+        busy.release()
+        return answer(inputs)
+
+    engine = FakeEngine({"transformer/depth-2.onnx": exclusive})
+    shared = Generator(Bundle.open(paper), engine)  # type: ignore[arg-type]
+    expected = [shared("red cube", seed=seed)[0] for seed in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(
+            pool.map(lambda seed: shared("red cube", seed=seed, callback=lambda *_: None)[0], range(4))
+        )
+    assert same(found, expected)
+    seen: list[Array] = []
+    shared("red cube", callback=lambda step, total, latents: seen.append(shared.decode(latents)))
+    assert [image.shape for image in seen] == [(1, 3, *MODEL.image_size_px)] * 3
 
 
 @pytest.mark.parametrize("answer", [None, True, 0, ""])

@@ -56,6 +56,20 @@ def test_a_picture_needs_one_engine_and_neither_torch_nor_onnx(
     assert not loaded & (ENGINES - {engine})
 
 
+@pytest.mark.parametrize("wanted", [None, "0"])
+def test_onnx_runtime_is_told_to_report_nothing_unless_somebody_wants_it(
+    tiny_bundle: Path, tmp_path: Path, wanted: str | None
+) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    environment |= {"PYTHONPATH": str(PACKAGE.parent), "HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)}
+    environment |= {"ORT_DISABLE_TELEMETRY": wanted} if wanted else {}
+    code = GENERATE.format(bundle=str(tiny_bundle), engine="onnxruntime")
+    code += "\nimport os\nprint(os.environ['ORT_DISABLE_TELEMETRY'])"
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (0, f"{wanted or 1}\n"), result.stderr
+    assert wanted or not list(tmp_path.iterdir())
+
+
 def test_reading_the_arguments_needs_neither_numpy_nor_an_engine(tmp_path: Path) -> None:
     loaded = loaded_after("import tpx_runtime.cli", tmp_path)
     assert "click" in loaded

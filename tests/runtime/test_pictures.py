@@ -13,7 +13,7 @@ from PIL import Image
 from tpx_runtime.bundle import Bundle
 from tpx_runtime.editing import to_pixels
 from tpx_runtime.errors import BadInput
-from tpx_runtime.generator import Generator
+from tpx_runtime.generator import Generator, PictureFitted
 from tpx_runtime.images import save_png
 from tpx_runtime.pictures import fit, fit_mask, flat, open_picture
 
@@ -114,7 +114,9 @@ def test_every_size_is_scaled_and_cropped_about_the_middle(
         for x in range(width):
             if abs(x + 0.5 - width / 2) > kept / 2 + 0.5:
                 picture.paste(BLACK, (x, 0, x + 1, height))
-    found = np.asarray(generator.edit(picture).picture)
+    said = f"the picture of {width}x{height} pixels is scaled and cropped to the model's 12x8"
+    with pytest.warns(PictureFitted, match=said):
+        found = np.asarray(generator.edit(picture).picture)
     assert found.shape == (8, 12, 3)
     np.testing.assert_array_equal(found[1:-1, 2:-2], np.broadcast_to(RED, (6, 8, 3)))
 
@@ -182,7 +184,8 @@ def test_a_mask_lies_over_the_whole_picture_whatever_its_size(
     """The picture is 48 x 16, of which the middle half is drawn; the left third of the mask is white."""
     picture, mask = Image.new("RGB", (48, 16), RED), Image.new("L", size)
     mask.paste(255, (0, 0, size[0] // 3, size[1]))
-    edit = generator.edit(picture, mask)
+    with pytest.warns(PictureFitted):
+        edit = generator.edit(picture, mask)
     assert edit.mask is not None
     columns = np.asarray(edit.mask).mean(0)
     assert columns[0] == 255
@@ -196,7 +199,8 @@ def test_a_mask_follows_a_picture_that_is_turned(generator: Generator) -> None:
     photo = Image.open(saved(Image.new("RGB", (12, 8), RED), exif=exif))
     mask = Image.new("L", (8, 12))
     mask.paste(255, (0, 0, 4, 12))
-    edit = generator.edit(photo, mask)
+    with pytest.warns(PictureFitted, match="the picture of 8x12 pixels"):
+        edit = generator.edit(photo, mask)
     assert edit.mask is not None
     assert np.asarray(edit.mask).mean(0).tolist() == [255] * 6 + [0] * 6
 
@@ -204,7 +208,7 @@ def test_a_mask_follows_a_picture_that_is_turned(generator: Generator) -> None:
 def test_a_black_mask_is_refused_before_any_work(generator: Generator) -> None:
     for mask in (Image.new("L", (12, 8), 0), Image.new("L", (12, 8), 127), Image.new("RGBA", (12, 8))):
         with pytest.raises(
-            BadInput, match="a mask that is white where to paint, found one that is black; inv"
+            BadInput, match="a mask with white where to paint, found none of it at least half"
         ):
             generator.edit(ramp(), mask)
     assert generator.engine.opened == []  # type: ignore[attr-defined]

@@ -19,11 +19,11 @@ def test_every_block_runs_from_top_to_bottom(
     (tmp_path / "bundles").mkdir()
     (tmp_path / "bundles/shapes").symlink_to(tiny_bundle, target_is_directory=True)
     blocks = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     exec("\n".join(blocks), {})
-    assert {path.name for path in tmp_path.iterdir()} >= {"cube.png", "variation.png"}
+    assert {path.name for path in tmp_path.iterdir()} >= {"cube.png", "variation.png", "cube-3.png"}
     printed = re.findall(r"print\(error\) +# (.*)", PAGE)
-    assert capsys.readouterr().out.splitlines() == ["cancelled at step 3 of 6, nothing was written", *printed]
+    assert capsys.readouterr().out.splitlines() == ["cancelled at step 3 of 6", *printed]
 
 
 def test_exit_codes_are_those_of_the_classes() -> None:

@@ -6,12 +6,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from tpx_runtime import __version__
 from tpx_runtime.errors import BadInput
 from tpx_runtime.noise import MAX_SEED
 from tpx_runtime.settings import Settings
 
 from .fakes import CLASSES, PAPER
 
+BY = f", Version: tpx {__version__}"
 GOOD = Settings("a red cube", "", seed=7, steps=20, guidance=4.0, sampler="heun", depth=2)
 
 
@@ -147,10 +149,11 @@ def test_metadata_says_everything_that_decides_the_picture() -> None:
         "bundle_sha256": PAPER.sha256,
         "precision": "fp32",
         "engine": "onnxruntime",
+        "version": __version__,
     }
     assert metadata["parameters"] == (
         "a red cube\nNegative prompt: blue\n"
-        "Steps: 20, Sampler: heun, CFG scale: 4.0, Seed: 7, Size: 12x8, Model: paper, Depth: 2"
+        "Steps: 20, Sampler: heun, CFG scale: 4.0, Seed: 7, Size: 12x8, Model: paper, Depth: 2" + BY
     )
 
 
@@ -161,7 +164,7 @@ def test_metadata_without_a_negative_prompt_has_no_line_for_it() -> None:
 def test_metadata_says_where_guidance_acts() -> None:
     metadata = replace(GOOD, guidance_interval=(0.2, 0.75)).metadata(PAPER, "x")
     assert json.loads(metadata["tpx"])["guidance_interval"] == [0.2, 0.75]
-    assert metadata["parameters"].endswith(", Depth: 2, CFG interval: 0.2-0.75")
+    assert metadata["parameters"].endswith(f", Depth: 2, CFG interval: 0.2-0.75{BY}")
 
 
 def test_metadata_says_the_strength_and_what_was_left_out() -> None:
@@ -170,7 +173,7 @@ def test_metadata_says_the_strength_and_what_was_left_out() -> None:
     assert facts["strength"] == 0.7
     assert facts["left_out"] == ["text_encoder_3"]
     assert "class_id" not in facts
-    assert metadata["parameters"].endswith(", Depth: 2, Denoising strength: 0.7")
+    assert metadata["parameters"].endswith(f", Depth: 2, Denoising strength: 0.7{BY}")
 
 
 def test_metadata_says_the_class() -> None:

@@ -2,6 +2,8 @@
 
 import importlib
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -33,6 +35,23 @@ def output(outputs: Arrays, name: str, shape: tuple[int, ...]) -> npt.NDArray[An
 def one_line(error: BaseException) -> str:
     """What an engine's own error says, fit for an error message."""
     return " ".join(str(error).split())[:300]
+
+
+@contextmanager
+def failing(path: Path, package: str, doing: str) -> Iterator[None]:
+    """Turn what `package` raises inside into EngineFailed, such as "could not run it" of the graph at `path`.
+
+    What an application raises in a signal handler while the engine works, a time limit perhaps, is not its and goes on.
+    """
+    try:
+        yield
+    except Exception as error:
+        its_own = type(error).__module__.split(".")[0] == package  # onnxruntime exports none of these by name
+        if not its_own and not isinstance(error, RuntimeError | ValueError | TypeError | MemoryError):
+            raise
+        said = one_line(error)
+        mend = "; where memory is short, draw fewer pictures at once" if "alloc" in said.lower() else ""
+        raise EngineFailed(f"{path}: {package} could not {doing} it: {said}{mend}") from error
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import onnxruntime as ort
 
-from ..errors import EngineFailed, EngineUnavailable
-from . import Arrays, Session, one_line
+from ..errors import EngineUnavailable
+from . import Arrays, Session, failing
 from .cuda import Driver
 from .gpu import graphs_wanted
-from .onnxruntime_bound import ERRORS_ONLY, BoundSession
+from .onnxruntime_bound import FATAL_ONLY, BoundSession
 
 PROVIDERS = {"onnxruntime": "CPUExecutionProvider", "onnxruntime-cuda": "CUDAExecutionProvider"}
 
@@ -36,10 +36,8 @@ class OrtSession:
         self._names = [output.name for output in session.get_outputs()]
 
     def run(self, inputs: Arrays) -> Arrays:
-        try:
+        with failing(self._path, "onnxruntime", "run"):
             return dict(zip(self._names, self._session.run(self._names, inputs), strict=True))
-        except Exception as error:  # onnxruntime raises types of its own, which it does not export by name
-            raise EngineFailed(f"{self._path}: onnxruntime could not run it: {one_line(error)}") from error
 
 
 def open_session(engine_name: str, path: Path) -> Session:
@@ -48,16 +46,14 @@ def open_session(engine_name: str, path: Path) -> Session:
     On a GPU inputs and outputs stay bound to memory there; with TPX_CUDA_GRAPHS=1 each graph is launched as one CUDA graph.
     """
     options = ort.SessionOptions()
-    options.log_severity_level = ERRORS_ONLY
+    options.log_severity_level = FATAL_ONLY
     # A picture takes turns between three sessions: threads that go on spinning in one slow down the next.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     provider, on_gpu = PROVIDERS[engine_name], engine_name == "onnxruntime-cuda"
     graphs = on_gpu and graphs_wanted()
     told = {"enable_cuda_graph": "1"} if graphs else {}
-    try:
+    with failing(path, "onnxruntime", "load"):
         session = ort.InferenceSession(str(path), options, providers=[(provider, told)])
-    except Exception as error:
-        raise EngineFailed(f"{path}: onnxruntime could not load it: {one_line(error)}") from error
     if provider not in session.get_providers():
         raise EngineUnavailable(
             f"expected {provider} for engine {engine_name}, found that onnxruntime fell back to "

@@ -14,11 +14,10 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from ..errors import EngineFailed
-from . import Arrays, one_line
+from . import Arrays, failing
 
 MOST_KEPT = 4  # sets of shapes; the one that has waited longest goes first
-ERRORS_ONLY = 3
+FATAL_ONLY = 4  # of what is logged: an error is raised, and said in one line
 _GRAPH, _NO_GRAPH = "gpu_graph_id", "-1"
 
 Kinds = tuple[tuple[str, tuple[int, ...], str], ...]  # name, shape and type of each input
@@ -34,14 +33,15 @@ class BoundSession:
 
     def run(self, inputs: Arrays) -> Arrays:
         """Every output of the graph by name. Raises EngineFailed."""
-        try:
-            buffers = self._take(inputs)
-            buffers.upload(inputs)
-            self._session.run_with_iobinding(buffers.binding, buffers.options)
-            return buffers.download()
-        except Exception as error:  # onnxruntime raises types of its own, which it does not export by name
-            self._release(len(self._bound))  # nothing is known of what they hold
-            raise EngineFailed(f"{self._path}: onnxruntime could not run it: {one_line(error)}") from error
+        with failing(self._path, "onnxruntime", "run"):
+            try:
+                buffers = self._take(inputs)
+                buffers.upload(inputs)
+                self._session.run_with_iobinding(buffers.binding, buffers.options)
+                return buffers.download()
+            except BaseException:
+                self._release(len(self._bound))  # nothing is known of what they hold
+                raise
 
     def _take(self, inputs: Arrays) -> "Buffers":
         kinds = tuple(sorted((name, array.shape, array.dtype.name) for name, array in inputs.items()))
@@ -106,6 +106,6 @@ def _options(graph: str | None) -> ort.RunOptions | None:
     if graph is None:
         return None
     options = ort.RunOptions()
-    options.log_severity_level = ERRORS_ONLY
+    options.log_severity_level = FATAL_ONLY
     options.add_run_config_entry(_GRAPH, graph)
     return options

@@ -13,7 +13,7 @@ import openvino
 
 from ..bundle import CONDITIONS
 from ..errors import EngineFailed
-from . import Arrays, one_line
+from . import Arrays, failing
 from .openvino_exact import ExactGraphs, shapes_of
 from .openvino_graph import Graph
 from .openvino_store import Store
@@ -53,10 +53,8 @@ class OpenVinoSession:
             raise EngineFailed(
                 f"{self._path}: openvino could not run it: expected the inputs {wanted}, found {found}"
             )
-        try:
+        with failing(self._path, "openvino", "run"):
             return graph.run(inputs)
-        except Exception as error:
-            raise EngineFailed(f"{self._path}: openvino could not run it: {one_line(error)}") from error
 
     def _compile(self) -> Graph:
         self._any_shapes = Graph(compile_any(self._path, self._config, self._store))
@@ -90,10 +88,8 @@ def store_of(engine_name: str, path: Path) -> Store:
 def compile_any(path: Path, config: dict[str, str], store: Store) -> openvino.CompiledModel:
     """The graph at `path` for any shapes, from OpenVINO's cache if it is there. Raises EngineFailed."""
     where = {"CACHE_DIR": str(store.any_shapes)} if store.prepare() else {}
-    try:
+    with failing(path, "openvino", "load"):
         return core().compile_model(str(path), "CPU", {**config, **where})
-    except Exception as error:
-        raise EngineFailed(f"{path}: openvino could not load it: {one_line(error)}") from error
 
 
 @cache

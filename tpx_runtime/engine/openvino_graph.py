@@ -29,8 +29,9 @@ class Graph:
         )
         with ExitStack() as running:  # whatever happens, none is left at work
             for index, request in enumerate(others):
-                request.start_async({name: share[index] for name, share in shares.items()}, share_inputs=True)
+                # Before the start: an interrupt may come between the two, and to wait for what does not run is no error.
                 running.callback(request.wait)
+                request.start_async({name: share[index] for name, share in shares.items()}, share_inputs=True)
             mine.infer({name: share[-1] for name, share in shares.items()} or inputs, share_inputs=True)
         return {
             name: np.concatenate([request.get_tensor(name).data for request in self._requests])
