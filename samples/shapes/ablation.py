@@ -61,7 +61,7 @@ DRAWN: dict[str, Any] = {
     "steps": 8,
     "guidance": 3.0,
     "guidance_interval": EVERY_LEVEL,
-}  # scores as high as Euler's 20 steps (docs/replication.md)
+}  # two points below Euler's 20 steps in less than half of their time (docs/replication.md)
 WHOLE_RANK = 128  # M r of every row
 RELATED = ("position", SEEN, NEVER_SEEN)  # rows of ShapesEval whose prompts hold a relation
 BASE, LORA, THINKING, RECURSIVE = "base", "LoRA", "M=4, T=3", "M=1, T=3"
@@ -89,8 +89,9 @@ ROWS: dict[str, ThinkingSpec | None] = {
     "M=4, T=3, rank 128 each": _thinking(4, 3, WHOLE_RANK),
 }
 MAIN = (LORA, THINKING, RECURSIVE)  # the rows that are trained with every seed
+Sides = tuple[tuple[str, ...], tuple[str, ...]]
 # What else is compared, each side a mean over rows and over the seeds that all of them have: the first minus the second.
-POOLED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+POOLED: dict[str, Sides] = {
     "T=3 minus T=1, all M": ((RECURSIVE, "M=2, T=3", THINKING), (LORA, "M=2, T=1", "M=4, T=1")),
     "M=4 minus M=2, all T": (("M=4, T=1", "M=4, T=2", THINKING), ("M=2, T=1", "M=2, T=2", "M=2, T=3")),
 } | {
@@ -103,6 +104,15 @@ POOLED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         "M=4, T=3, base at every step",
     )
 }
+COMPARED: dict[str, Sides] = {
+    f"{name} minus {LORA}": ((name,), (LORA,)) for name in ROWS if name != LORA
+} | POOLED
+# Student's t, two-sided 95%, of 1 to 9 degrees of freedom; for more the last, which is too wide rather than too narrow.
+T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+COVERED = (
+    "Intervals of the first two tables: bootstrap over prompts, or over scenes, of the weights as they were trained; what "
+    "another seed of training would give is not in them. Of the third: Student's t over seeds, of these prompts and scenes."
+)
 
 
 @dataclass(frozen=True)
@@ -236,48 +246,84 @@ def table(out: Path, results: list[dict[str, Any]]) -> str:
     for measure in MEASURES:
         head += [measure.name, "minus LoRA"]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    by_name = {name: [one for one in results if one["row"] == name] for name in ROWS}
-    for name, found in by_name.items():
+    for name in ROWS:
+        found = [one for one in results if one["row"] == name]
         if not found:
             continue
         each = ", ".join(f"{100 * one['rows']['overall']['score']:.1f}" for one in found)
         told = [name, f"{found[0]['trained parameters']:,}", str(len(found)), each]
-        seeds = {one["seed"] for one in found}
-        beside = [one for one in by_name[LORA] if one["seed"] in seeds]
-        mine = [one for one in found if one["seed"] in {other["seed"] for other in beside}]
+        sides = ((name,), (LORA,))
+        seeds = [] if name == LORA else _shared(results, sides)
         for measure in MEASURES:
             told.append(measure.written(bootstrap(measure.read(out, found))))
-            difference = ""
-            if name != LORA and beside:
-                pairs = zip(measure.read(out, mine), measure.read(out, beside), strict=True)
-                difference = measure.written(bootstrap([a - b for a, b in pairs]), "+")
-            told.append(difference)
+            change = bootstrap(_difference(out, results, sides, seeds, measure)) if seeds else None
+            told.append(measure.written(change, "+") if change else "")
         lines.append(f"| {' | '.join(told)} |")
     return "\n".join(lines)
 
 
 def pooled(out: Path, results: list[dict[str, Any]]) -> str:
     """What POOLED names, of the rows that are there: each measure's paired difference; nothing for one that lacks a row."""
-    runs = {(one["row"], one["seed"]): one for one in results}
-    lines = [
-        "| | seeds | " + " | ".join(measure.name for measure in MEASURES) + " |",
-        "|" + "---|" * (len(MEASURES) + 2),
-    ]
+    lines = _head("seeds")
     for name, sides in POOLED.items():
-        rows = list(itertools.chain(*sides))
-        seeds = [
-            seed for seed in {one["seed"] for one in results} if all((row, seed) in runs for row in rows)
-        ]
-        if not seeds:
+        if seeds := _shared(results, sides):
+            told = [name, str(len(seeds))]
+            for measure in MEASURES:
+                told.append(measure.written(bootstrap(_difference(out, results, sides, seeds, measure)), "+"))
+            lines.append(f"| {' | '.join(told)} |")
+    return "\n".join(lines)
+
+
+def by_seed(out: Path, results: list[dict[str, Any]]) -> str:
+    """What COMPARED names and has several seeds: each seed's difference, then their mean with its interval over seeds."""
+    lines = _head("seeds")
+    for name, sides in COMPARED.items():
+        seeds = _shared(results, sides)
+        if len(seeds) < 2:
             continue
-        told = [name, str(len(seeds))]
+        told = [name, ", ".join(map(str, seeds))]
         for measure in MEASURES:
-            first, second = (
-                measure.read(out, [runs[row, seed] for row in side for seed in seeds]) for side in sides
-            )
-            told.append(measure.written(bootstrap([a - b for a, b in zip(first, second, strict=True)]), "+"))
+            parts = [_difference(out, results, sides, [seed], measure) for seed in seeds]
+            each = [float(np.mean([row.mean() for row in rows])) for rows in parts]
+            listed = ", ".join(f"{measure.times * one:+.{measure.digits}f}" for one in each)
+            told.append(f"{listed}: {measure.written(over_seeds(each), '+')}")
         lines.append(f"| {' | '.join(told)} |")
     return "\n".join(lines)
+
+
+def over_seeds(values: list[float]) -> Estimate:
+    """The mean of two values or more, one a seed, with its 95% interval by Student's t."""
+    mean = float(np.mean(values))
+    reach = T_95[min(len(values) - 1, len(T_95)) - 1] * float(np.std(values, ddof=1)) / len(values) ** 0.5
+    return Estimate(mean, mean - reach, mean + reach)
+
+
+def _head(*columns: str) -> list[str]:
+    names = ["", *columns, *(measure.name for measure in MEASURES)]
+    return [f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
+
+
+def _shared(results: list[dict[str, Any]], sides: Sides) -> list[int]:
+    """The seeds that every row of both sides has."""
+    rows, runs = set(itertools.chain(*sides)), {(one["row"], one["seed"]) for one in results}
+    return [seed for seed in sorted({seed for _, seed in runs}) if all((row, seed) in runs for row in rows)]
+
+
+def _difference(
+    out: Path, results: list[dict[str, Any]], sides: Sides, seeds: list[int], measure: Measure
+) -> list[np.ndarray]:
+    """The first side minus the second, each a mean over its rows and `seeds`, as `measure` reads it."""
+    first, second = (
+        measure.read(out, [one for one in results if one["row"] in side and one["seed"] in seeds])
+        for side in sides
+    )
+    return [a - b for a, b in zip(first, second, strict=True)]
+
+
+def tables(out: Path, results: list[dict[str, Any]]) -> str:
+    """All that is printed: the three tables, what their intervals cover, and the judge's own errors."""
+    parts = [made(out, results) for made in (table, pooled, by_seed)]
+    return "\n\n".join([*parts, COVERED, evaluate.parser_line("overall", *RELATED)])
 
 
 @click.command(cls=TpxCommand)
@@ -345,9 +391,8 @@ def main(
     for name, seed in wanted:
         run(work, name, seed)
         results = [json.loads(path.read_text()) for path in sorted(out.glob("*/result.json"))]
-        text = table(out, results)
         write_json(out / "results.json", {"runs": results})
-        click.echo(f"{text}\n\n{pooled(out, results)}")
+        click.echo(tables(out, results))
 
 
 if __name__ == "__main__":

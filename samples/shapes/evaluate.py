@@ -48,6 +48,9 @@ class ParserError:
     true_refused: float
     false_accepted: float
 
+    def __str__(self) -> str:
+        return f"{self.true_refused:.2%} / {self.false_accepted:.2%}"
+
 
 def parser_errors(path: Path = ERRORS) -> dict[str, ParserError]:
     """The recorded errors of each row, and "overall", their unweighted mean over the six kinds.
@@ -70,6 +73,15 @@ def parser_errors(path: Path = ERRORS) -> dict[str, ParserError]:
         float(np.mean([one.false_accepted for one in kinds])),
     )
     return made
+
+
+def parser_line(*rows: str) -> str:
+    """What stands under a table that has no column for it: the parser's errors in `rows`."""
+    errors = parser_errors()
+    told = "; ".join(f"{row} {errors[row]} of {errors[row].renders:,}" for row in rows)
+    return (
+        f"Parser wrong (true prompts refused / prompts wrong in one word accepted), on fresh renders: {told}."
+    )
 
 
 def report(asked: Sequence[Question], right: Sequence[Sequence[bool]]) -> dict[str, dict[str, Any]]:
@@ -101,7 +113,7 @@ def as_text(result: dict[str, dict[str, Any]]) -> str:
     for name, row in result.items():
         shown = f"**{name}**" if name == "overall" else name
         score, low, high = (f"{100 * row[key]:.1f}" for key in ("score", "low", "high"))
-        wrong = " / ".join(f"{100 * row['parser'][key]:.2f}%" for key in ("true_refused", "false_accepted"))
+        wrong = ParserError(**row["parser"])
         lines.append(
             f"| {shown} | {row['prompts']} | {row['images']} | {score}% | {low} to {high} | {wrong} |"
         )

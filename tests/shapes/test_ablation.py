@@ -125,6 +125,31 @@ def test_what_is_pooled_is_the_mean_over_rows_and_the_seeds_that_all_have(tmp_pa
     assert set(rows) - set(lacking) == {"M=4 minus M=2, all T"}
 
 
+def test_differences_by_seed_are_those_of_each_seed_with_an_interval_over_seeds(tmp_path: Path) -> None:
+    yes, half, no = [True, True], [True, False], [False, False]
+    results = [finished(tmp_path, BASE, 0, [no] * 4)]  # one seed alone says nothing of seeds
+    for seed, (right, lost) in enumerate((([no, no, yes, yes], 0.1), ([half, no, yes, yes], 0.2))):
+        results.append(finished(tmp_path, LORA, seed, [no, no, no, no], (0.3, 0.3)))
+        results.append(finished(tmp_path, THINKING, seed, right, (lost, lost), (seed == 0, False, False)))
+    results.append(finished(tmp_path, THINKING, 2, [no] * 4, (0.1, 0.1)))  # LoRA lacks this seed
+    [line] = ablation.by_seed(tmp_path, results).splitlines()[2:]
+    _, name, seeds, overall, relations, loss, _ = _cells(line)
+    assert (name, seeds) == ("M=4, T=3 minus LoRA", "0, 1")
+    # Of two values the interval reaches 12.706 halves of their distance.
+    assert overall == "+50.0, +62.5: +56.2 (-23.2 to +135.7)"
+    assert relations.startswith("+33.3, +0.0: +16.7 (")
+    assert loss.startswith("-200.00, -100.00: -150.00 (")
+    said = ablation.tables(tmp_path, results)
+    assert line in said and ablation.COVERED in said and "Parser wrong" in said
+
+
+def test_the_interval_over_three_seeds_is_students() -> None:
+    found = ablation.over_seeds([1.0, 2.0, 3.0])
+    assert (found.mean, found.low, found.high) == pytest.approx((2.0, -0.484, 4.484), abs=1e-3)
+    many = ablation.over_seeds([0.0, 1.0] * 20)  # beyond the list of quantiles
+    assert many.high - many.mean == pytest.approx(2.262 * np.std([0, 1] * 20, ddof=1) / 40**0.5)
+
+
 def _cells(line: str) -> list[str]:
     return [cell.strip() for cell in line.split("|")]
 
