@@ -1,0 +1,69 @@
+"""The record of ShapesEval: of the shipped weights, of this list, what the page says, and fit to compare with."""
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from samples.shapes import eval_record
+from samples.shapes.eval_record import RECORD, SHIPPED, record
+from samples.shapes.evaluate import as_text, report
+from samples.shapes.parser import WEIGHTS
+from samples.shapes.questions import LIST, questions
+from tpx_runtime.bundle import hash_file
+from tpx_runtime.evaluation.cli import main as tpx_eval
+
+FACTS = json.loads(RECORD.read_text(encoding="utf-8"))
+PAGE = (Path(__file__).parents[2] / "docs/shapes-eval.md").read_text(encoding="utf-8")
+
+
+def test_the_record_is_of_the_shipped_weights_and_the_present_judge() -> None:
+    assert FACTS["weights_sha256"] == hash_file(SHIPPED), "new weights need a new record"
+    assert (FACTS["parser_sha256"], FACTS["list"]) == (hash_file(WEIGHTS), LIST)
+
+
+def test_its_scores_are_those_of_its_verdicts_on_this_list() -> None:
+    asked, told = questions(), FACTS["prompts"]
+    assert [(one["row"], one["prompt"]) for one in told] == [(one.row, one.text) for one in asked]
+    assert as_text(report(asked, [one["right"] for one in told])) == as_text(FACTS["rows"])
+
+
+@pytest.mark.parametrize("row", FACTS["rows"])
+def test_the_page_gives_the_recorded_figures(row: str) -> None:
+    found, name = FACTS["rows"][row], f"**{row}**" if row == "overall" else row
+    score, low, high = (f"{100 * found[key]:.1f}" for key in ("score", "low", "high"))
+    assert f"| {name} | {found['prompts']} | {score}% ({low} to {high}) |" in PAGE
+
+
+def test_the_page_gives_the_commands_of_the_record() -> None:
+    assert (FACTS["images"], FACTS["seed"]) == (4, 0)
+    run = f"tpx-eval shapes --bundle bundles/shapes --engine {FACTS['engine']} --out out/shapes-eval"
+    assert f"    {run}\n    tpx-eval compare samples/shapes/{RECORD.name} out/shapes-eval\n" in PAGE
+
+
+def test_a_run_is_compared_with_the_record(tmp_path: Path) -> None:
+    less = [{**one, "right": [False, *one["right"][1:]]} for one in FACTS["prompts"]]
+    (tmp_path / "report.json").write_text(json.dumps({**FACTS, "bundle_sha256": "b" * 64, "prompts": less}))
+    result = CliRunner().invoke(tpx_eval, ["compare", str(RECORD), str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    assert "The overall difference is clear of chance" in result.stdout
+    (tmp_path / "report.json").write_text(json.dumps({**FACTS, "bundle_sha256": "b" * 64}))
+    result = CliRunner().invoke(tpx_eval, ["compare", str(RECORD), str(tmp_path)])
+    assert "The overall difference is not clear of chance" in result.stdout
+
+
+def test_a_whole_run_is_recorded_and_a_part_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(eval_record, "RECORD", tmp_path / "record.json")
+    run = {**FACTS, "bundle_sha256": "b" * 64}
+    del run["weights_sha256"]
+    (tmp_path / "report.json").write_text(json.dumps(run))
+    assert CliRunner().invoke(eval_record.main, [str(tmp_path)]).exit_code == 0
+    assert (tmp_path / "record.json").read_bytes() == RECORD.read_bytes()
+    assert record(tmp_path, WEIGHTS) != record(tmp_path)
+    (tmp_path / "report.json").write_text(json.dumps({**run, "limit": 2}))
+    result = CliRunner().invoke(eval_record.main, [str(tmp_path)])
+    assert result.exit_code == 2
+    assert "expected a run of all prompts" in result.stderr and "found --limit 2" in result.stderr
