@@ -342,17 +342,35 @@ def tables(out: Path, results: list[dict[str, Any]]) -> str:
     help="Folder of the scenes to learn from; those that are not there yet are rendered.",
 )
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/ablation"), show_default=True)
-@click.option("--base-steps", default=800, show_default=True)
-@click.option("--steps", default=300, show_default=True, help="Of each row's adapters.")
-@click.option("--batch", default=96, show_default=True, help="Of each row's adapters.")
+@click.option("--base-steps", type=click.IntRange(1), default=800, show_default=True)
+@click.option(
+    "--steps", type=click.IntRange(1), default=300, show_default=True, help="Of each row's adapters."
+)
+@click.option(
+    "--batch", type=click.IntRange(1), default=96, show_default=True, help="Of each row's adapters."
+)
 @click.option("--rate", default=1e-3, show_default=True, help="Highest learning rate of adapters.")
-@click.option("--images", default=2, show_default=True, help="Pictures a prompt of ShapesEval.")
+@click.option(
+    "--images", type=click.IntRange(1), default=2, show_default=True, help="Pictures a prompt of ShapesEval."
+)
 @click.option(
     "--limit", type=click.IntRange(1), help="Only the first N prompts of each of ShapesEval's rows."
 )
 @click.option("--engine", default="auto", show_default=True, help="Engine that draws ShapesEval.")
-@click.option("--seeds", default=3, show_default=True, help=f"Of {' and '.join(MAIN)}; other rows have one.")
-@click.option("--shards", default=16, show_default=True, help="Pools of 2,048 scenes, before and after.")
+@click.option(
+    "--seeds",
+    type=click.IntRange(1),
+    default=3,
+    show_default=True,
+    help=f"Of {' and '.join(MAIN)}; other rows have one.",
+)
+@click.option(
+    "--shards",
+    type=click.IntRange(1),
+    default=16,
+    show_default=True,
+    help="Pools of 2,048 scenes, before and after.",
+)
 @click.option(
     "--row", "names", type=click.Choice(list(ROWS)), multiple=True, help="Only these.  [default: all]"
 )

@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 import torch
 
+from samples.shapes.places import check_place
 from tpx_export import checkpoint
 from tpx_export.model import TextToImage
 from tpx_runtime.command import TpxCommand
@@ -40,11 +41,12 @@ def deepened(model: TextToImage, depth: int) -> TextToImage:
 @click.option("--out", type=click.Path(path_type=Path), required=True, help=".safetensors or .pt")
 def main(ckpt: Path, depth: int, out: Path) -> None:
     """Write the checkpoint whose bundle also has the graphs beyond the trained depth."""
+    if out.suffix not in checkpoint.SUFFIXES:
+        raise BadInput(f"expected --out ending in {' or '.join(checkpoint.SUFFIXES)}, found {out.name}")
+    check_place(out)
     model = checkpoint.load(ckpt)
     if not isinstance(model, TextToImage):
         raise BadInput(f"expected a text-to-image checkpoint, found {model.spec.name} of classes")
-    if out.suffix not in checkpoint.SUFFIXES:
-        raise BadInput(f"expected --out ending in {' or '.join(checkpoint.SUFFIXES)}, found {out.name}")
     checkpoint.save(deepened(model, depth), out, torch.float16)
     click.echo(out)
 

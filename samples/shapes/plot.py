@@ -7,7 +7,9 @@
 Plots need matplotlib.
 """
 
+import io
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from samples.shapes.evaluate import picture_name
 from tpx_runtime.command import TpxCommand, TpxGroup
 from tpx_runtime.errors import BadInput, EngineUnavailable
 from tpx_runtime.evaluation.compare import Report
+from tpx_runtime.evaluation.record import write_whole
+from tpx_runtime.images import check_writable, save_png
 
 _OUT = click.option("--out", type=click.Path(path_type=Path), required=True, help="PNG to write.")
 
@@ -43,6 +47,54 @@ def read_curve(path: Path) -> dict[int, float]:
         raise BadInput(f"expected a curve, lines of step,loss, in {path}, found something else") from None
 
 
+@dataclass(frozen=True)
+class Cell:
+    """A point of a sweep: `at` is its depth or steps; the score and its interval are in percent."""
+
+    sampler: str
+    at: float
+    score: float
+    low: float
+    high: float
+    seconds: float
+
+
+def read_sweep(path: Path, against: str) -> list[Cell]:
+    """The cells of a sweep.json. Raises BadInput."""
+    try:
+        cells = []
+        for cell in json.loads(path.read_text())["cells"]:
+            overall = (100 * float(cell["rows"]["overall"][key]) for key in ("score", "low", "high"))
+            cells.append(Cell(cell["sampler"], cell[against], *overall, float(cell["seconds an image"])))
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        cells = []
+    if not cells:
+        raise BadInput(
+            f"expected the sweep.json of `samples.shapes.sweep` at {path}, with cells that tell their {against}, "
+            "found none; run the sweep"
+        )
+    return cells
+
+
+def first_picture(run: Path, place: int, many: int) -> Image.Image:
+    """The first of the `many` pictures of a prompt, with its frame. Raises BadInput."""
+    path = run / picture_name(place)
+    try:
+        with Image.open(path) as image:
+            whole = image.convert("RGB")
+    except OSError as error:
+        found = error.strerror or "something else"
+        raise BadInput(f"expected the pictures of {run} beside its report, found {found} at {path}") from None
+    return whole.crop((0, 0, whole.width // many, whole.height))
+
+
+def save_plot(figure: Any, out: Path) -> None:
+    """Write the figure as a PNG, whole or not at all. Raises BadInput."""
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=110)
+    write_whole(out, content.getvalue())
+
+
 @click.group(cls=TpxGroup)
 def main() -> None:
     """Draw a plot."""
@@ -53,13 +105,14 @@ def main() -> None:
 @_OUT
 def curves(files: tuple[Path, ...], out: Path) -> None:
     """Training loss against step, a line for each of FILES, named by its folder and file."""
+    check_writable(out)
     figure, plot = axes()
     for path in files:
         curve = read_curve(path)
         plot.plot(list(curve), list(curve.values()), label=f"{path.parent.name} {path.name.split('.')[0]}")
     plot.set(xlabel="step", ylabel="loss, mean of the last 50 steps")
     plot.legend(fontsize="x-small")
-    figure.savefig(out, dpi=110)
+    save_plot(figure, out)
     click.echo(out)
 
 
@@ -69,28 +122,19 @@ def curves(files: tuple[Path, ...], out: Path) -> None:
 @_OUT
 def sweep(file: Path, against: str, out: Path) -> None:
     """Score with its 95% interval, and seconds an image, of a sweep's cells; a line for each sampler."""
-    try:
-        cells = json.loads(file.read_text())["cells"]
-    except (OSError, ValueError, TypeError, KeyError):
-        raise BadInput(f"expected the sweep.json of `samples.shapes.sweep` at {file}, found none") from None
+    check_writable(out)
+    cells = read_sweep(file, against)
     figure, (left, right) = axes(2)
-    for sampler in dict.fromkeys(cell["sampler"] for cell in cells):
-        mine = [cell for cell in cells if cell["sampler"] == sampler]
-        at = [cell[against] for cell in mine]
-        overall = [
-            {key: 100 * cell["rows"]["overall"][key] for key in ("score", "low", "high")} for cell in mine
-        ]
-        score = [one["score"] for one in overall]
-        reach = [
-            [one["score"] - one["low"] for one in overall],
-            [one["high"] - one["score"] for one in overall],
-        ]
+    for sampler in dict.fromkeys(cell.sampler for cell in cells):
+        mine = [cell for cell in cells if cell.sampler == sampler]
+        at, score = [cell.at for cell in mine], [cell.score for cell in mine]
+        reach = [[cell.score - cell.low for cell in mine], [cell.high - cell.score for cell in mine]]
         left.errorbar(at, score, yerr=reach, capsize=3, marker="o", label=sampler)
-        right.plot(at, [cell["seconds an image"] for cell in mine], marker="o", label=sampler)
+        right.plot(at, [cell.seconds for cell in mine], marker="o", label=sampler)
     left.set(xlabel=against, ylabel="ShapesEval overall, %")
     right.set(xlabel=against, ylabel="seconds an image", ylim=(0, None))
     left.legend()
-    figure.savefig(out, dpi=110)
+    save_plot(figure, out)
     click.echo(out)
 
 
@@ -101,23 +145,23 @@ def sweep(file: Path, against: str, out: Path) -> None:
 @_OUT
 def pictures(runs: tuple[Path, ...], kind: str, first: int, out: Path) -> None:
     """The first picture of the first prompts of a kind, nothing selected: a line for each of RUNS of ShapesEval."""
+    check_writable(out)
     reports = [Report.load(run) for run in runs]
     asked = reports[0].prompts
     places = [place for place, (row, _) in enumerate(asked) if row == kind][:first]
     if not places or any(report.prompts != asked for report in reports):
         found = "other prompts in each" if places else f"none of {kind}"
         raise BadInput(f"expected runs of the same prompts with some of {kind}, found {found}")
-    lines = []
-    for run, report in zip(runs, reports, strict=True):
-        with_all = [Image.open(run / picture_name(place)).convert("RGB") for place in places]
-        many = report.facts["images"]
-        lines.append([one.crop((0, 0, one.width // many, one.height)) for one in with_all])
+    lines = [
+        [first_picture(run, place, report.facts["images"]) for place in places]
+        for run, report in zip(runs, reports, strict=True)
+    ]
     width, height = lines[0][0].size
     sheet = Image.new("RGB", (width * len(places), height * len(lines)))
     for y, line in enumerate(lines):
         for x, one in enumerate(line):
             sheet.paste(one, (x * width, y * height))
-    sheet.save(out)
+    save_png(sheet, out)
     for place in places:
         click.echo(asked[place][1])
     click.echo(out)

@@ -14,6 +14,7 @@ import numpy as np
 
 from samples.shapes.classes import CLASSES, prompt_of_class
 from samples.shapes.parser import Parser
+from samples.shapes.places import check_place
 from samples.shapes.score import Row, judge, page
 from samples.shapes.world import SHAPES
 from tpx_runtime.command import TpxCommand
@@ -69,6 +70,8 @@ def main(
 
     if out:
         check_writable(out)
+    if record:
+        check_place(record)
     generator, parser, rows = Generator.load(bundle, engine), Parser.load(), []
     if generator.manifest.model.classes != len(CLASSES):
         raise BadInput(

@@ -62,9 +62,15 @@ def assemble(autoencoder: Autoencoder, text_encoder: TextEncoder, transformer: M
 @click.option(
     "--start", type=click.Path(path_type=Path), help="Checkpoint to go on from.  [default: from nothing]"
 )
-@click.option("--autoencoder-steps", default=2400, show_default=True)
-@click.option("--text-steps", default=1500, show_default=True)
-@click.option("--base-steps", default=7000, show_default=True)
+@click.option("--autoencoder-steps", type=click.IntRange(1), default=2400, show_default=True)
+@click.option("--text-steps", type=click.IntRange(1), default=1500, show_default=True)
+@click.option(
+    "--base-steps",
+    type=click.IntRange(0),
+    default=7000,
+    show_default=True,
+    help="With --start, 0 trains adapters alone.",
+)
 @click.option(
     "--rate", default=train_flow.Run.rate, show_default=True, help="Highest learning rate of the base."
 )
@@ -74,10 +80,18 @@ def assemble(autoencoder: Autoencoder, text_encoder: TextEncoder, transformer: M
     show_default=True,
     help="Of the logit of the noise levels that the base is trained at: more for layout, less for edges.",
 )
-@click.option("--adapter-steps", default=600, show_default=True)
-@click.option("--batch", default=96, show_default=True, help="Of the base and the adapters.")
-@click.option("--shards", default=SHARDS, show_default=True, help="Pools of 2,048 scenes to learn from.")
-@click.option("--seed", default=0, show_default=True)
+@click.option("--adapter-steps", type=click.IntRange(1), default=600, show_default=True)
+@click.option(
+    "--batch", type=click.IntRange(1), default=96, show_default=True, help="Of the base and the adapters."
+)
+@click.option(
+    "--shards",
+    type=click.IntRange(1),
+    default=SHARDS,
+    show_default=True,
+    help="Pools of 2,048 scenes to learn from.",
+)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
 def main(
     out: Path,

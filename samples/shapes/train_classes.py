@@ -130,10 +130,10 @@ def train(
     help="Whose autoencoder to take.",
 )
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/classes"), show_default=True)
-@click.option("--steps", default=2000, show_default=True)
-@click.option("--adapter-steps", default=400, show_default=True)
-@click.option("--batch", default=96, show_default=True)
-@click.option("--seed", default=0, show_default=True)
+@click.option("--steps", type=click.IntRange(1), default=2000, show_default=True)
+@click.option("--adapter-steps", type=click.IntRange(1), default=400, show_default=True)
+@click.option("--batch", type=click.IntRange(1), default=96, show_default=True)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
 def main(ckpt: Path, out: Path, steps: int, adapter_steps: int, batch: int, seed: int, device: str) -> None:
     """Train, or take up training of, the class-conditional sample model."""

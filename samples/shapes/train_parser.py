@@ -318,9 +318,9 @@ def restored(checkpoint: Path, image: Tensor) -> Tensor:
 
 @click.command(cls=TpxCommand)
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/parser"), help="the run's state")
-@click.option("--steps", default=2200)
-@click.option("--seed", default=0)
-@click.option("--pictures", default=2048, help="fresh renders of the exam")
+@click.option("--steps", type=click.IntRange(1), default=2200)
+@click.option("--seed", type=click.IntRange(0), default=0)
+@click.option("--pictures", type=click.IntRange(1), default=2048, help="fresh renders of the exam")
 @click.option("--autoencoder", type=click.Path(path_type=Path), help="examine through this checkpoint too")
 def main(out: Path, steps: int, seed: int, pictures: int, autoencoder: Path | None) -> None:
     """Train (or take up) the parser, write parser.onnx and parser.json."""

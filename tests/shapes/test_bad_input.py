@@ -1,0 +1,114 @@
+"""What a user of the commands in samples/shapes gets wrong is one line, before any work."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from samples.shapes import deepen, plot, score_classes
+from samples.shapes.plot import read_sweep
+from tpx_runtime.errors import BadInput
+
+OVERALL = {"score": 0.5, "low": 0.4, "high": 0.6}
+CELL = {"sampler": "euler", "steps": 4, "depth": 3, "seconds an image": 0.1, "rows": {"overall": OVERALL}}
+REPORT = {
+    "list": "x",
+    "images": 1,
+    "seed": 0,
+    "overall of": ["counting"],
+    "rows": {},
+    "prompts": [{"row": "counting", "prompt": "two cubes", "right": [True]}],
+}
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    """A curve, a sweep and a run of ShapesEval without its pictures, each in order."""
+    (tmp_path / "a.csv").write_text("50,0.3\n")
+    (tmp_path / "sweep.json").write_text(json.dumps({"cells": [CELL]}))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/report.json").write_text(json.dumps(REPORT))
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "folder.pt").mkdir()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("command", "line"),
+    [
+        ("curves a.csv --out none/x.png", "expected a folder none to write x.png into, found none"),
+        ("curves a.csv --out x.foo", "expected an output name that ends in .png, found x.foo"),
+        ("curves a.csv --out folder.png", "expected folder.png to be a file, found a folder"),
+        ("sweep sweep.json --against steps --out none/x.png", "expected a folder none"),
+        ("pictures run --kind counting --out none/x.png", "expected a folder none"),
+        ("pictures run --kind counting --out x.png", "expected the pictures of run beside its report"),
+        ("pictures run --first 0 --out x.png", "Invalid value for '--first'"),
+    ],
+)
+def test_plots(files: Path, monkeypatch: pytest.MonkeyPatch, command: str, line: str) -> None:
+    monkeypatch.chdir(files)
+    before = sorted(files.rglob("*"))
+    result = CliRunner().invoke(plot.main, command.split())
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith(f"error: {line}") and result.stderr.count("\n") == 1
+    assert sorted(files.rglob("*")) == before
+
+
+def test_a_picture_that_is_none(files: Path) -> None:
+    (files / "run/0000.png").write_text("mine")
+    arguments = ["pictures", str(files / "run"), "--kind", "counting", "--out", str(files / "x.png")]
+    result = CliRunner().invoke(plot.main, arguments)
+    assert result.exit_code == 2 and "found something else at" in result.stderr
+
+
+@pytest.mark.parametrize("lacking", ["sampler", "steps", "seconds an image", "rows", None])
+def test_a_sweep_without_what_is_plotted(files: Path, lacking: str | None) -> None:
+    assert read_sweep(files / "sweep.json", "steps")[0].at == 4
+    cells = [{key: value for key, value in CELL.items() if key != lacking}] if lacking else []
+    (files / "sweep.json").write_text(json.dumps({"cells": cells}))
+    with pytest.raises(BadInput, match="with cells that tell their steps, found none"):
+        read_sweep(files / "sweep.json", "steps")
+
+
+@pytest.mark.parametrize(
+    ("out", "line"),
+    [
+        ("none/x.safetensors", "expected a place to write none/x.safetensors, found: No such file"),
+        ("folder.pt", "expected folder.pt to be a file, found a folder"),
+        ("x.foo", "expected --out ending in .safetensors or .pt, found x.foo"),
+    ],
+)
+def test_a_place_for_the_deeper_checkpoint(
+    files: Path, monkeypatch: pytest.MonkeyPatch, out: str, line: str
+) -> None:
+    monkeypatch.chdir(files)
+    result = CliRunner().invoke(deepen.main, ["--ckpt", str(deepen.__file__), "--out", out])
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith(f"error: {line}") and result.stderr.count("\n") == 1
+
+
+def test_a_place_for_the_classes_table_is_looked_for_before_the_bundle(
+    files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(files)
+    result = CliRunner().invoke(score_classes.main, ["--bundle", "none", "--json", "none/x.json"])
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: expected a place to write none/x.json")
+
+
+@pytest.mark.parametrize(
+    ("module", "option"),
+    [("ablation", name) for name in ("base-steps", "steps", "batch", "images", "seeds", "shards", "limit")]
+    + [("train", name) for name in ("text-steps", "adapter-steps", "batch", "shards")]
+    + [("train_classes", name) for name in ("steps", "adapter-steps", "batch")]
+    + [("train_parser", name) for name in ("steps", "pictures")]
+    + [("sweep", "images"), ("score", "seeds"), ("score_classes", "seeds"), ("parser_errors", "renders")],
+)
+def test_a_count_of_none(module: str, option: str) -> None:
+    command = importlib.import_module(f"samples.shapes.{module}").main
+    result = CliRunner().invoke(command, [f"--{option}", "0"])
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith(f"error: Invalid value for '--{option}'")
+    assert result.stderr.count("\n") == 1
