@@ -19,7 +19,7 @@ lint: $(READY)
 	$(BIN)/mypy
 
 score: $(READY)
-	$(BIN)/python -m samples.shapes.score --bundle bundles/shapes --require 90 60
+	$(BIN)/python -m samples.shapes.score --bundle bundles/shapes --require 97 85
 
 # torch first and by itself: a bare `torch` among other requirements may pick a build with gigabytes of CUDA.
 $(READY): pyproject.toml
