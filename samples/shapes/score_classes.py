@@ -13,6 +13,7 @@ import click
 import numpy as np
 
 from samples.shapes.classes import CLASSES, prompt_of_class
+from samples.shapes.evaluate import parser_line
 from samples.shapes.parser import Parser
 from samples.shapes.places import check_place
 from samples.shapes.score import Row, judge, page
@@ -72,6 +73,7 @@ def main(
         check_writable(out)
     if record:
         check_place(record)
+    judged = parser_line(prompt_of_class(0).kind)  # refuses now rather than at the end
     generator, parser, rows = Generator.load(bundle, engine), Parser.load(), []
     if generator.manifest.model.classes != len(CLASSES):
         raise BadInput(
@@ -83,7 +85,7 @@ def main(
             drawn = generator(class_id=class_id, num_images=seeds, **settings)
             rows.append(judge(parser, prompt_of_class(class_id), drawn))
     result = report(rows)
-    click.echo(as_text(result))
+    click.echo(f"{as_text(result)}\n\n{judged}")
     if record:
         write_json(record, {"bundle_sha256": generator.manifest.sha256, "seeds": seeds, "rows": result})
     if out:

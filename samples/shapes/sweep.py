@@ -69,7 +69,7 @@ def pace(generator: Generator, settings: dict[str, Any]) -> float:
 
 
 def table(out: Path, cells: list[dict[str, Any]], names: list[str]) -> str:
-    """A line a cell: its settings, its score, and how it differs from the best, paired over prompts."""
+    """A line a cell: its settings, its score, how it differs from the best, paired over prompts; then the judge's errors."""
     best = max(cells, key=lambda one: one["rows"]["overall"]["score"])
     head = [*names, "overall", "95% interval", "minus the best", "95% interval", "s an image"]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
@@ -85,7 +85,7 @@ def table(out: Path, cells: list[dict[str, Any]], names: list[str]) -> str:
         told += [f"{100 * change.mean:+.1f}", f"{100 * change.low:+.1f} to {100 * change.high:+.1f}"]
         told.append(f"{one['seconds an image']:.3f}")
         lines.append(f"| {' | '.join(told)} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", evaluate.parser_line("overall")])
 
 
 @click.command(cls=TpxCommand)

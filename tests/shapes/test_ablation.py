@@ -174,6 +174,13 @@ def test_a_finished_run_is_not_done_again_nor_taken_for_one_of_other_settings(tm
         ablation.run(replace(work, steps=7, images=2), LORA, 0)
 
 
+def test_the_page_gives_the_judges_errors_as_they_are_printed() -> None:
+    page = (Path(__file__).parents[2] / "docs/replication.md").read_text(encoding="utf-8")
+    words = " ".join(page.split())
+    for rows in (("overall", *ablation.RELATED), ("overall",), ("colours",)):
+        assert evaluate.parser_line(*rows) in words, rows
+
+
 def test_numbers_with_commas() -> None:
     assert sweep.numbers("4,8") == (4, 8)
     assert sweep.numbers(None) == (None,)
@@ -220,6 +227,7 @@ def test_the_sweeps_table_names_the_best_and_pairs_the_others(tmp_path: Path) ->
     lines = sweep.table(tmp_path, cells, ["steps"]).splitlines()
     assert lines[2].startswith("| 4 | 75.0 |") and "| -25.0 |" in lines[2]
     assert lines[3].startswith("| 8 | 100.0 |") and "| +0.0 |" in lines[3]
+    assert lines[4:] == ["", evaluate.parser_line("overall")]
 
 
 def test_a_deepened_model_answers_as_before_and_goes_on_with_its_last_step(tiny_model: TextToImage) -> None:

@@ -1,15 +1,20 @@
 """The class-conditional sibling: its classes, a step of its training, and its score."""
 
+import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import create_autospec
 
 import pytest
 import torch
+from click.testing import CliRunner
 from PIL import Image
 
-from samples.shapes import train_classes
+from samples.shapes import score_classes, train_classes
 from samples.shapes.captions import satisfies
 from samples.shapes.classes import CLASSES, name_of_class, prompt_of_class, scene_of_class
+from samples.shapes.evaluate import parser_line
 from samples.shapes.parser import Parser
 from samples.shapes.score import Row, judge
 from samples.shapes.score_classes import as_text, report
@@ -18,6 +23,7 @@ from tpx_export import checkpoint
 from tpx_export.model import DiT, DiTSpec, ThinkingSpec
 from tpx_export.model.class_to_image import ClassToImage
 from tpx_runtime.evaluation.statistics import bootstrap
+from tpx_runtime.generator import Generator
 
 SHIPPED = Path(train_classes.__file__).with_name("classes.safetensors")
 _SPEC = DiTSpec(
@@ -96,3 +102,19 @@ def test_the_shipped_checkpoint_draws_its_classes() -> None:
     for place, class_id in enumerate([*train_classes.SHOWN, *train_classes.SHOWN]):
         right += sum(judge(parser, prompt_of_class(class_id), [pictures[place]]).right)
     assert right >= 13, right  # of 16; the checkpoint's score is 92.6%
+
+
+def test_the_table_is_printed_with_the_judges_errors(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model = SimpleNamespace(classes=len(CLASSES))
+    generator = create_autospec(
+        Generator, instance=True, return_value=[Image.new("RGB", (128, 128), "lightgrey")]
+    )
+    generator.manifest = SimpleNamespace(model=model, sha256="b" * 64)
+    monkeypatch.setattr(Generator, "load", lambda bundle, engine: generator)
+    record = tmp_path / "table.json"
+    result = CliRunner().invoke(score_classes.main, ["--seeds", "1", "--json", str(record)])
+    assert result.exit_code == 0, result.output
+    *_, overall, empty, errors = result.stdout.splitlines()
+    assert overall.startswith("| **overall** | 32 | 32 | 0.0% |")
+    assert (empty, errors) == ("", parser_line("colours"))
+    assert json.loads(record.read_text())["rows"]["overall"]["images"] == 32
