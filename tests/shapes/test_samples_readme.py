@@ -1,12 +1,8 @@
 """The page of the sample model says what the code and the records say."""
 
-import importlib
 import json
 import re
-import shlex
 from pathlib import Path
-
-import pytest
 
 import samples.shapes.world as world
 from samples.shapes.parser import RECORD
@@ -39,12 +35,6 @@ def test_gives_the_parsers_recorded_accuracy() -> None:
     parts = re.findall(r"^\| .* \| (\d+\.\d+%) \|$", PAGE, re.MULTILINE)
     assert parts == [f"{record[name]:.2%}" for name in ("same objects", "satisfied", "refused")]
     assert record["command"] == COMMAND in COMMANDS
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_commands_exist(command: str) -> None:
-    _, _, module, *arguments = shlex.split(command)
-    importlib.import_module(module).main.make_context(module, arguments)
 
 
 def test_says_how_to_train_and_to_score() -> None:
