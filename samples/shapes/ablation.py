@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from samples.shapes import evaluate, held_out, train_flow
+from samples.shapes.places import make_folder
 from samples.shapes.questions import NEVER_SEEN, SEEN
 from samples.shapes.train import SHIPPED, assemble, trained
 from tpx_export.exporter import export_bundle
@@ -32,6 +33,7 @@ from tpx_export.model.autoencoder import Autoencoder
 from tpx_export.model.mmdit import MMDiT
 from tpx_export.pipeline import Pipeline
 from tpx_runtime.command import TpxCommand
+from tpx_runtime.engine import resolve
 from tpx_runtime.evaluation.compare import Report
 from tpx_runtime.evaluation.record import require_same, write_json
 from tpx_runtime.evaluation.statistics import Estimate, bootstrap
@@ -390,6 +392,8 @@ def main(
     names: tuple[str, ...],
 ) -> None:
     """Train and judge every row, or those named, and print the tables."""
+    resolve(engine)  # refuses now rather than after the training
+    make_folder(out)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = trained(ckpt, device)
     autoencoder, text_encoder = model.autoencoder, model.text_encoder

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tpx_export.training.interrupts import interrupts
+from tpx_runtime.errors import BadInput
 from tpx_runtime.evaluation.record import require_same
 from tpx_runtime.files import whole_file
 
@@ -62,7 +63,8 @@ def fit(
     """Minimise `loss_at(step)` over `module`'s trainable parameters; returns the EMA copy of the module.
 
     The run's whole state lies in `state` and is taken up from there; a finished run returns at once. `settings` is what
-    `loss_at` depends on: the state of a run with others, other steps, rates or first weights is refused with BadInput.
+    `loss_at` depends on: the state of a run with others, other steps, rates or first weights is refused with BadInput, and
+    a loss that is not finite ends it with BadInput, the last saved state kept.
     Beside it lies the curve, step and mean loss of the last `every` steps a line; a resumed run may write a step twice.
     `show(ema, step)` draws progress. Interrupting (Ctrl-C) saves first.
     """
@@ -124,7 +126,10 @@ def fit(
                 raise KeyboardInterrupt
             losses.append(loss.item())
             if not math.isfinite(losses[-1]):
-                raise FloatingPointError(f"{name}: loss is {losses[-1]} at step {step}")
+                raise BadInput(
+                    f"expected a finite loss of {name}, found {losses[-1]} at step {step}; "
+                    "lower the learning rate, with another --out"
+                )
             if taken % every == 0:
                 rate = (taken - first) / (time.monotonic() - began)
                 recent = losses[-every:]  # fewer than `every` after a resumption

@@ -14,3 +14,14 @@ def check_place(path: Path) -> None:
         tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
         raise BadInput(f"expected a place to write {path}, found: {error.strerror}; choose another") from None
+
+
+def make_folder(path: Path) -> None:
+    """Make the folder of a run, where it is not there yet. Raises BadInput where it cannot be written into."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise BadInput(
+            f"expected a folder to write into at {path}, found: {error.strerror}; choose another"
+        ) from None

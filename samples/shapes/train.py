@@ -13,6 +13,7 @@ import click
 import torch
 
 from samples.shapes import train_autoencoder, train_flow, train_text
+from samples.shapes.places import make_folder
 from tpx_export import checkpoint
 from tpx_export.model import ThinkingSpec
 from tpx_export.model.autoencoder import Autoencoder
@@ -109,6 +110,7 @@ def main(
     device: str,
 ) -> None:
     """Train, or take up training of, the sample model."""
+    make_folder(out)
     last = STAGES.index(until)
     shipped = trained(start, device) if start else None
     if shipped:

@@ -20,6 +20,7 @@ from samples.shapes.classes import CLASSES, scene_of_class
 from samples.shapes.fit import fit, save_whole, seeded
 from samples.shapes.latents import encoded, fingerprint
 from samples.shapes.pictures import save_grid
+from samples.shapes.places import make_folder
 from samples.shapes.train import SHIPPED, trained
 from samples.shapes.train_flow import CAPTION_DROPOUT, Run, optimizers, with_thinking
 from tpx_export import checkpoint
@@ -137,6 +138,7 @@ def train(
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
 def main(ckpt: Path, out: Path, steps: int, adapter_steps: int, batch: int, seed: int, device: str) -> None:
     """Train, or take up training of, the class-conditional sample model."""
+    make_folder(out)
     autoencoder = trained(ckpt, device).autoencoder
     data, run = latents_of_classes(out, autoencoder), Run(out, steps, batch, seed, device)
     spec = DiTSpec(

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from samples.shapes.captions import TRAINING_MIX, Prompt, prompt_of, satisfies, scene_for
 from samples.shapes.fit import fit, seeded
 from samples.shapes.parser import CELLS, RECORD, SIDE_PX, WEIGHTS, Parser
+from samples.shapes.places import make_folder
 from samples.shapes.render import render
 from samples.shapes.world import (
     COLOURS,
@@ -324,6 +325,7 @@ def restored(checkpoint: Path, image: Tensor) -> Tensor:
 @click.option("--autoencoder", type=click.Path(path_type=Path), help="examine through this checkpoint too")
 def main(out: Path, steps: int, seed: int, pictures: int, autoencoder: Path | None) -> None:
     """Train (or take up) the parser, write parser.onnx and parser.json."""
+    make_folder(out)
     export(train(out, steps=steps, seed=seed), WEIGHTS)
     parser = Parser.load()
     asked, image = exam(pictures, seed)

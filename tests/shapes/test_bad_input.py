@@ -112,3 +112,19 @@ def test_a_count_of_none(module: str, option: str) -> None:
     assert result.exit_code == 2, result.output
     assert result.stderr.startswith(f"error: Invalid value for '--{option}'")
     assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("module", ["ablation", "train", "train_classes", "train_parser"])
+def test_a_run_whose_folder_is_a_file(files: Path, module: str) -> None:
+    command = importlib.import_module(f"samples.shapes.{module}").main
+    result = CliRunner().invoke(command, ["--out", str(files / "a.csv")])
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith(f"error: expected a folder to write into at {files / 'a.csv'}, found: ")
+    assert result.stderr.count("\n") == 1
+
+
+def test_the_ablations_engine_is_looked_for_before_the_training(tmp_path: Path) -> None:
+    command = importlib.import_module("samples.shapes.ablation").main
+    result = CliRunner().invoke(command, ["--engine", "none", "--out", str(tmp_path / "out")])
+    assert result.exit_code == 2 and result.stderr.startswith("error: expected an engine of ")
+    assert not (tmp_path / "out").exists()
