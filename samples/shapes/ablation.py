@@ -151,7 +151,7 @@ def run(work: Work, name: str, seed: int) -> dict[str, Any]:
     record = folder / "result.json"
     if record.exists():
         facts = dict(json.loads(record.read_text()))
-        require_same(facts["settings"], work.settings, folder)
+        require_same(facts.get("settings", {}), work.settings, folder)
         return facts
     spec, began = ROWS[name], time.monotonic()
     transformer, trained = work.base, 0

@@ -172,6 +172,9 @@ def test_a_finished_run_is_not_done_again_nor_taken_for_one_of_other_settings(tm
     )
     with pytest.raises(BadInput, match=message):
         ablation.run(replace(work, steps=7, images=2), LORA, 0)
+    (folder / "result.json").write_text(json.dumps({"row": "LoRA"}))  # of a version that did not record them
+    with pytest.raises(BadInput, match=r"\(base steps None, steps None"):
+        ablation.run(work, LORA, 0)
 
 
 def test_the_page_gives_the_judges_errors_as_they_are_printed() -> None:
