@@ -42,6 +42,13 @@ def test_the_page_gives_the_commands_of_the_record() -> None:
     assert f"    {run}\n    tpx-eval compare samples/shapes/{RECORD.name} out/shapes-eval\n" in PAGE
 
 
+def test_the_page_shows_the_pictures_of_the_recorded_run() -> None:
+    """The strip's caption names what came out wrong, so that the strip cannot be of other weights."""
+    shown = [one for one in FACTS["prompts"] if one["row"] == "counting"][:12]
+    wrong = [one["prompt"].removeprefix("a photo of ") for one in shown if not one["right"][0]]
+    assert f"wrong were asked for {' and '.join(wrong)}.*" in PAGE
+
+
 def test_a_run_is_compared_with_the_record(tmp_path: Path) -> None:
     less = [{**one, "right": [False, *one["right"][1:]]} for one in FACTS["prompts"]]
     (tmp_path / "report.json").write_text(json.dumps({**FACTS, "bundle_sha256": "b" * 64, "prompts": less}))
