@@ -17,6 +17,7 @@ from test_base_vae import original as vae_names
 
 from benchmarks.tiny_sd3 import VARIANTS, save_pipeline, tiny_vae
 from tpx_export.adapters import attach, save_adapters
+from tpx_export.base import sd3_pipeline
 from tpx_export.base.dit import load_transformer as load_dit
 from tpx_export.base.dit import shapes_of
 from tpx_export.base.pipeline import open_base
@@ -161,10 +162,18 @@ def test_half_precision_weights_make_a_half_precision_bundle(
 def test_image_sizes(reference: tuple[Path, Any]) -> None:
     small = open_base(reference[0], image_size_px=24).model
     assert (small.image_size_px, small.latent_size, small.visual_tokens) == ((24, 24), (12, 12), 36)
-    with pytest.raises(BadInput, match="expected"):
-        open_base(reference[0], image_size_px=4096).transformer()
     with pytest.raises(BadInput, match="expected an image size that 2 divides"):
         open_base(reference[0], image_size_px=33)
+
+
+@pytest.mark.parametrize("size", [0, 2, 26, 52, 4096])
+def test_an_image_size_without_positions_is_refused_in_pixels_before_text_encoders_are_read(
+    reference: tuple[Path, Any], size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sd3_pipeline, "_clip", lambda *_: pytest.fail("a text encoder was read"))
+    said = rf"an image size of (some pixels|4\.\.48 pixels in steps of 4, as the table .* allows), found {size}\b"
+    with pytest.raises(BadInput, match=said):
+        open_base(reference[0], image_size_px=size)
 
 
 def without(folder: Path, part: str, tmp_path: Path) -> Path:

@@ -874,6 +874,7 @@ def test_refusals_are_one_line_and_leave_nothing(
         (("--precision", "fp8"), "--precision bf16 or fp32"),
         (("--depth", "deep"), "--depth fixed or random"),
         (("--image-size", 32), "an image size of 16"),
+        (("--image-size", 0), "an image size of some pixels, found 0"),
         (("--device", "tpu"), "--device cpu or cuda"),
         *(() if torch.cuda.is_available() else ((("--device", "cuda"), "a GPU that torch can use"),)),
     ):  # fmt: skip
@@ -888,6 +889,17 @@ def test_refusals_are_one_line_and_leave_nothing(
     assert "found no pictures" in refusal(
         *command, "--data", tmp_path / "empty", "--out", tmp_path / "x.safetensors"
     )
+
+
+def test_a_size_that_the_base_has_no_positions_for_is_refused_before_anything_is_encoded(
+    sd3: Path, captioned: Path, tmp_path: Path
+) -> None:
+    before = files(tmp_path)
+    command = ("--base", sd3, "--data", captioned, "--out", tmp_path / "tpx.safetensors", *QUICK)
+    for arguments, found in (((), 512), (("--image-size", 52), 52)):
+        said = refusal(*command, *arguments)
+        assert "expected an image size of 4..48 pixels in steps of 4" in said and f"found {found};" in said
+    assert files(tmp_path) == before
 
 
 def test_a_caption_that_is_missing_is_named(captioned: Path) -> None:

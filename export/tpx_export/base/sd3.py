@@ -18,6 +18,8 @@ from tpx_export.model.thinking import ThinkingSpec
 from tpx_runtime.errors import BadInput
 
 PREFIX = "model.diffusion_model."
+_DIFFUSERS_TABLE, _ORIGINAL_TABLE = "pos_embed.pos_embed", "pos_embed"  # of positions
+_ANY = 2**24
 
 
 def load_transformer(source: Path, latent_size: int = 128, thinking: ThinkingSpec | None = None) -> MMDiT:
@@ -32,14 +34,19 @@ def load_transformer(source: Path, latent_size: int = 128, thinking: ThinkingSpe
         folder = source if (source / "config.json").exists() else source / "transformer"
         tensors = open_tensors(folder)
         spec = spec_of_config(folder, tensors)
-        recipe, table = from_diffusers(spec), "pos_embed.pos_embed"
+        recipe, table = from_diffusers(spec), _DIFFUSERS_TABLE
     else:
         tensors = open_tensors(source)
         tensors = tensors.under(PREFIX) or tensors
         spec = spec_of_shapes(tensors)
-        recipe, table = from_original(spec), "pos_embed"
-    spec = _for_latents(spec, latent_size, tensors, table)
-    side = latent_size // spec.patch
+        recipe, table = from_original(spec), _ORIGINAL_TABLE
+    sizes = latent_sizes(spec, tensors)
+    if latent_size not in sizes:
+        raise BadInput(
+            f"expected a latent size of {sizes[0]}..{sizes[-1]} in steps of {sizes.step}, as the table of positions of "
+            f"{tensors.where} allows, found {latent_size}"
+        )
+    spec, side = dataclasses.replace(spec, latent_size=latent_size), latent_size // spec.patch
     recipe["positions"] = From((table,), lambda values: cropped(values, side))
     with torch.device("meta"):
         model = MMDiT(spec)
@@ -59,23 +66,21 @@ def cropped(table: Tensor, side: int) -> Tensor:
     return rows.flatten(0, 1).contiguous()
 
 
-def _for_latents(spec: MMDiTSpec, latent_size: int, tensors: Tensors, table: str) -> MMDiTSpec:
-    """The spec at that latent size, which the table of positions must cover."""
-    if table not in tensors:
-        most = latent_size  # load_foreign names what is missing
-    else:
-        shape = tensors[table].shape
-        most = math.isqrt(shape[1]) * spec.patch if len(shape) == 3 else 0
-        if shape != (1, (most // spec.patch) ** 2, spec.width) or not most:
-            raise CheckpointInvalid(
-                f"{tensors.where}: expected {table} of [1, side^2, {spec.width}], found {list(shape)}; check the file"
-            )
-    if latent_size % spec.patch or not spec.patch <= latent_size <= most:
-        raise BadInput(
-            f"expected a latent size of {spec.patch}..{most} in steps of {spec.patch}, as the table of positions of "
-            f"{tensors.where} allows, found {latent_size}"
+def latent_sizes(spec: MMDiTSpec, tensors: Tensors) -> range:
+    """Latents a side that the table of positions covers; any, if there is none: what is missing is named all together.
+
+    Raises CheckpointInvalid for a table that is not square or not of the model's width.
+    """
+    table = next((name for name in (_DIFFUSERS_TABLE, _ORIGINAL_TABLE) if name in tensors), None)
+    if table is None:
+        return range(spec.patch, _ANY, spec.patch)
+    shape = tensors[table].shape
+    side = math.isqrt(shape[1]) if len(shape) == 3 else 0
+    if not side or shape != (1, side**2, spec.width):
+        raise CheckpointInvalid(
+            f"{tensors.where}: expected {table} of [1, side^2, {spec.width}], found {list(shape)}; check the file"
         )
-    return dataclasses.replace(spec, latent_size=latent_size)
+    return range(spec.patch, side * spec.patch + 1, spec.patch)
 
 
 def _check_shapes(model: MMDiT, recipe: Mapping[str, From], tensors: Tensors) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
-from tpx_export.base.sd3 import PREFIX, load_transformer
+from tpx_export.base.sd3 import PREFIX, latent_sizes, load_transformer
 from tpx_export.base.sd3_spec import spec_of_config, spec_of_shapes
 from tpx_export.base.sources import Sources, name_of, precision_of
 from tpx_export.base.tensors import Tensors, open_tensors
@@ -21,6 +21,7 @@ from tpx_export.model.clip import CLIPText
 from tpx_export.model.mmdit import MMDiTSpec
 from tpx_export.model.t5 import T5Encoder
 from tpx_export.pipeline import Pipeline, TextPart, example_ids
+from tpx_runtime.errors import BadInput
 from tpx_runtime.manifest import Defaults, EncoderSpec, LatentSpec, ModelSpec
 
 _CLIP_TOKENS, _T5_TOKENS = 77, 256
@@ -40,6 +41,7 @@ def open_pipeline(sources: Sources, image_size_px: int | None, t5: bool) -> Pipe
     vae = _vae(sources, tensors)
     size = image_size_px or _sample_size(path) * vae(_SCRATCH_PX).spec.factor
     picture = vae(size).spec
+    _check_size(size, picture.factor, latent_sizes(spec, stored), stored.where)
     text = (
         _clip(sources, tensors, "", CLIP_L),
         _clip(sources, tensors, "_2", CLIP_G),
@@ -150,6 +152,16 @@ def _check(spec: MMDiTSpec, channels: int, text: tuple[TextPart, ...], path: Pat
     ):  # fmt: skip
         if not fits:
             raise CheckpointInvalid(f"{path}: expected {what} {expected}; take all parts from one model")
+
+
+def _check_size(size_px: int, factor: int, latents: range, where: Path) -> None:
+    """Before anything large is read: positions for so many pixels, `factor` of them a latent. Raises BadInput."""
+    if size_px // factor not in latents:
+        least, most, step = (factor * one for one in (latents[0], latents[-1], latents.step))
+        raise BadInput(
+            f"expected an image size of {least}..{most} pixels in steps of {step}, as the table of positions of {where} "
+            f"allows, found {size_px}; name one of these with --image-size"
+        )
 
 
 def _sample_size(path: Path) -> int:

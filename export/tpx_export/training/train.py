@@ -73,7 +73,9 @@ def train(request: Request, settings: Settings) -> Outcome:
 
 
 def _train(request: Request, settings: Settings) -> Outcome:
-    size = request.image_size_px or (None if recognises(request.base) else SD3_SIZE_PX)
+    size = request.image_size_px
+    if size is None and not recognises(request.base):
+        size = SD3_SIZE_PX
     pipeline = open_base(request.base, request.components, size, t5=request.t5)
     examples = read_folder(request.data, pipeline.model.classes)
     base = fingerprint.of_base(request.base, request.components)
