@@ -33,7 +33,9 @@ _PATH = click.Path(path_type=Path)
 )
 @click.option("--accept-loss", is_flag=True, help="int8: keep the bundle whatever it costs.")
 @click.option(
-    "--score-prompts", type=int, help="int8: prompts of each kind of ShapesEval.  [default: all 92]"
+    "--score-prompts",
+    type=int,
+    help="int8: prompts of each kind of ShapesEval, 0 to take no score.  [default: all 92]",
 )
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 def main(

@@ -2,9 +2,14 @@
 
 import copy
 import re
+import sys
+from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import onnx
@@ -36,7 +41,7 @@ from tpx_export.quantise.linear import Int8Linear
 from tpx_export.quantise.linear import replace as replace_layers
 from tpx_export.quantise.prompts import own_prompts, subjects_of
 from tpx_export.quantise.quantiser import Int8Options
-from tpx_export.quantise.report import DepthReport, Report, ScoreReport, SpeedReport, as_text
+from tpx_export.quantise.report import DepthReport, NotScored, Report, ScoreReport, SpeedReport, as_text
 from tpx_export.quantise.verdict import Refused, verdict
 from tpx_runtime.bundle import CONDITIONS, Bundle, transformer_name
 from tpx_runtime.engine import resolve
@@ -359,9 +364,9 @@ def test_it_draws_and_its_report_says_how_well(int8_export: tuple[Path, Summary]
         assert one.agreement is not None and one.agreement > 0.95
         assert 30 < one.psnr_worst_db <= one.psnr_median_db
     assert {one.engine for one in report.speeds} >= {"onnxruntime", "openvino"}
-    assert report.score is None  # ShapesEval's words are unknown to it
     text = as_text(report)
-    assert "PSNR" in text and "ShapesEval: not measured" in text
+    assert "PSNR" in text and "pictures a depth, both in onnxruntime" in text
+    assert "score: not measured, this model does not know the words of the shapes world" in text
 
 
 # Weights alone
@@ -451,18 +456,24 @@ REPORT = Report(
     layers=1,
     trajectories=1,
     clipping="mse",
-    depths=(DepthReport(1, 1, 0.01, 0.02, None, 1, float("inf"), 40.0),),
+    depths=(DepthReport("a", 1, 1, 0.01, 0.02, None, 1, float("inf"), 40.0),),
     speeds=(SpeedReport("a", 1, 2, 10.0, 7.0), SpeedReport("b", 1, 2, 8.0, 9.0)),
-    score=ScoreReport(100, 0.9, 0.895, Estimate(-0.005, -0.02, 0.01)),
+    score=ScoreReport("ShapesEval", 100, "b", "a", 0.9, 0.895, Estimate(-0.005, -0.02, 0.01, 20)),
     sizes={"transformer": (100, 40)},
 )
 
 
 def test_verdict() -> None:
     assert verdict(REPORT) is None
-    assert verdict(replace(REPORT, score=None)) is None
-    lost = replace(REPORT, score=ScoreReport(100, 0.9, 0.88, Estimate(-0.02, -0.04, -0.01)))
-    assert "2.0 points of ShapesEval lost (95% interval 1.0 to 4.0)" in str(verdict(lost))
+    assert verdict(replace(REPORT, score=NotScored("of a reason"))) is None
+    assert isinstance(REPORT.score, ScoreReport)
+    less = replace(REPORT.score, change=Estimate(-0.02, -0.04, -0.01, 20))
+    lost = replace(REPORT, score=less)
+    assert "-2.0 points of ShapesEval on a (95% interval -4.0 to -1.0)" in str(verdict(lost))
+    few = replace(REPORT, score=replace(less, change=Estimate(-0.02, -0.02, -0.02, 19)))
+    for text in (str(verdict(few)), as_text(few)):
+        assert "95% interval not known, too few pictures" in text
+    assert "90.0 in fp32 on b, 89.5 in int8 on a, -0.5 points" in as_text(REPORT)
     # The best engine with fp32 is the one to beat, whichever it is.
     beaten = replace(REPORT, speeds=(SpeedReport("a", 1, 2, 10.0, 8.5), SpeedReport("b", 1, 2, 8.0, 9.0)))
     assert "8.50 ms a call on a, where fp32 takes 8.00 ms on b" in str(verdict(beaten))
@@ -475,17 +486,76 @@ def test_verdict() -> None:
 def test_a_score_is_paired_and_a_wrong_picture_costs(
     int8_export: tuple[Path, Summary], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from samples.shapes.questions import questions
-
-    bundle = Bundle.open(int8_export[0])
-    asked = list(enumerate(questions()))[:4] + list(enumerate(questions()))[92:96]
+    bundle, drew = Bundle.open(int8_export[0]), []
+    asked = scoring._of_words(4)[:8]
     answers = iter([[True] * 8, [True, True, True, False] + [False, True, True, True]])
+
+    def right(generator: Generator, asked: object) -> list[bool]:
+        drew.append(generator.engine.name)
+        return next(answers)
+
     monkeypatch.setattr(scoring, "questions_for", lambda generator, each: asked)
-    monkeypatch.setattr(scoring, "_right", lambda generator, asked: next(answers))
-    made = scoring.score(bundle, bundle, resolve("onnxruntime"), 4)
-    assert made is not None
-    assert (made.prompts, made.fp32, made.int8) == (8, 1.0, 0.75)
+    monkeypatch.setattr(scoring, "_right", right)
+    made = scoring.score(bundle, resolve("onnxruntime"), bundle, resolve("openvino"), 4)
+    assert isinstance(made, ScoreReport)
+    assert (made.pictures, made.fp32, made.int8, made.change.fewest) == (8, 1.0, 0.75, 4)
     assert made.change.mean == -0.25 and made.change.low < -0.25 < made.change.high
+    assert drew == ["openvino", "onnxruntime"] == [made.fp32_engine, made.int8_engine]
+
+
+def test_a_score_is_taken_on_the_engines_that_are_judged_by_their_speed(
+    int8_export: tuple[Path, Summary], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """int8 is fastest in one engine, fp32 in another; a loss in a third would say nothing of either."""
+    milliseconds = {"onnxruntime": (5.0, 9.0), "openvino": (8.0, 4.0), "openvino-bf16": (6.0, 6.0)}
+    monkeypatch.setattr(quantiser, "engines_at_hand", lambda: [resolve(name) for name in milliseconds])
+    monkeypatch.setattr(
+        quantiser, "speed", lambda int8, fp32, one: SpeedReport(one.name, 1, 2, *milliseconds[one.name])
+    )
+    monkeypatch.setattr(quantiser, "against_fp32", lambda *_: None)
+    monkeypatch.setattr(quantiser, "score", lambda *arguments: arguments)
+    bundle, made = (
+        Bundle.open(int8_export[0]),
+        quantiser.Quantiser(Pipeline.of(one_block()), "int8", Int8Options()),
+    )
+    score: Any = made.report(bundle, bundle, lambda task: nullcontext()).score
+    assert [score[1].name, score[3].name] == ["openvino", "onnxruntime"]
+
+
+def asking(**facts: Any) -> Generator:
+    """A generator as `questions_for` sees it: of classes, unless `text` is given."""
+    return cast(Generator, SimpleNamespace(text=None, manifest=SimpleNamespace(**facts)))
+
+
+def test_why_there_is_no_score_is_said(
+    int8_export: tuple[Path, Summary], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def why(generator: Generator, each: int = 4) -> str:
+        found = scoring.questions_for(generator, each)
+        assert isinstance(found, NotScored)
+        return found.why
+
+    words = Generator(Bundle.open(int8_export[0]), resolve("onnxruntime"))
+    assert "does not know the words" in why(words)
+    assert "--score-prompts 0 asks for no pictures" in why(words, each=0)
+    others = asking(name="dit", model=SimpleNamespace(classes=32))
+    assert "the only classes with a judge are those of shape-classes" in why(others)
+    any_text = cast(Generator, SimpleNamespace(text=SimpleNamespace(tokenizers=[words.text, object()])))
+    assert "its judge knows the shapes world alone" in why(any_text)
+    monkeypatch.setitem(sys.modules, "samples.shapes.questions", None)
+    assert "in the folder samples of a checkout" in why(words)
+
+
+def test_the_sample_of_classes_is_asked_for_as_many_pictures_of_each_shape() -> None:
+    from samples.shapes.classes import CLASSES, name_of_class
+
+    made = scoring.questions_for(asking(name="shape-classes", model=SimpleNamespace(classes=32)), 12)
+    assert isinstance(made, list)
+    assert Counter(question.row for question in made) == dict.fromkeys({shape for _, shape in CLASSES}, 12)
+    assert len({(question.row, question.told["seed"]) for question in made}) == 48
+    for question in made:
+        assert question.row in name_of_class(question.told["class_id"])
+        assert question.prompt.groups[0].shape == question.row
 
 
 def test_the_comparison_sees_what_differs(int8_export: tuple[Path, Summary], tiny_bundle: Path) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..errors import BadInput
 from .record import differing
-from .statistics import Estimate, bootstrap
+from .statistics import FEWEST, Estimate, bootstrap
 
 IDENTITY = ("list", "images", "seed")  # what two runs must share; all else is what is compared
 
@@ -100,12 +100,20 @@ def as_text(first: Report, second: Report, lines: list[Difference]) -> str:
         change = line.change
         parts.append(
             f"| {shown} | {line.prompts} | {100 * line.first:.1f} | {100 * line.second:.1f} | {100 * change.mean:+.1f} "
-            f"| {100 * change.low:+.1f} to {100 * change.high:+.1f} |"
+            f"| {change.interval or 'too few prompts'} |"
         )
     overall = next(line.change for line in lines if line.name == "overall")
+    return "\n".join([*parts, "", _verdict(overall)])
+
+
+def _verdict(overall: Estimate) -> str:
+    if overall.interval is None:
+        return (
+            f"Whether the overall difference is clear of chance cannot be said: expected {FEWEST} or more prompts in each "
+            f"row that it averages, found {overall.fewest}; run both with more."
+        )
     clear = overall.low > 0 or overall.high < 0
-    parts.append(
-        f"\nThe overall difference {'is' if clear else 'is not'} clear of chance: its interval "
+    return (
+        f"The overall difference {'is' if clear else 'is not'} clear of chance: its interval "
         f"{'leaves out' if clear else 'holds'} 0."
     )
-    return "\n".join(parts)

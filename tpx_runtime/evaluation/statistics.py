@@ -7,15 +7,22 @@ import numpy as np
 import numpy.typing as npt
 
 RESAMPLES = 2000
+FEWEST = 20  # of a row's prompts: fewer are drawn anew too much alike, one always alike, and the interval is too narrow
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean and the ends of its 95% interval."""
+    """A mean and the ends of its 95% interval; the smallest row had `fewest` prompts."""
 
     mean: float
     low: float
     high: float
+    fewest: int
+
+    @property
+    def interval(self) -> str | None:
+        """In signed points of a hundred; None where prompts are too few for one."""
+        return f"{100 * self.low:+.1f} to {100 * self.high:+.1f}" if self.fewest >= FEWEST else None
 
 
 def bootstrap(rows: Sequence[npt.NDArray[np.float64]]) -> Estimate:
@@ -27,4 +34,5 @@ def bootstrap(rows: Sequence[npt.NDArray[np.float64]]) -> Estimate:
     rng = np.random.default_rng(0)
     drawn = [row[rng.integers(len(row), size=(RESAMPLES, len(row)))].mean(axis=1) for row in rows]
     low, high = np.percentile(np.mean(drawn, axis=0), [2.5, 97.5])
-    return Estimate(float(np.mean([row.mean() for row in rows])), float(low), float(high))
+    mean = float(np.mean([row.mean() for row in rows]))
+    return Estimate(mean, float(low), float(high), min(map(len, rows)))

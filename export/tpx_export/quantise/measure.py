@@ -75,6 +75,7 @@ def against_fp32(
     found = pictures(Generator(int8, engine), subjects, depth=depth)
     psnrs = [psnr_db(*pair) for pair in zip(found, expected, strict=True)]
     return DepthReport(
+        engine=engine.name,
         depth=depth,
         calls=len(tally.errors),
         error_median=median(tally.errors),

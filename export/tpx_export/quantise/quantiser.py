@@ -18,7 +18,7 @@ from tpx_export.quantise.layers import block_linears, encoder_linears, modulatio
 from tpx_export.quantise.linear import replace as replace_layers
 from tpx_export.quantise.measure import against_fp32
 from tpx_export.quantise.prompts import subjects_of
-from tpx_export.quantise.report import Report
+from tpx_export.quantise.report import Report, fastest
 from tpx_export.quantise.score import score
 from tpx_export.quantise.speed import engines_at_hand, speed
 from tpx_runtime.bundle import Bundle
@@ -32,7 +32,8 @@ ALL_PROMPTS = 92  # of each kind of ShapesEval
 @dataclass(frozen=True)
 class Int8Options:
     """`calibration`: a file of prompts, one a line, None for the model's own (prompts.py). `accept_loss`: keep the bundle
-    whatever it costs. `score_prompts`: how many of each kind of ShapesEval are drawn, 0 for none. `clipping`: grid.CLIPPING.
+    whatever it costs. `score_prompts`: how many of each kind of ShapesEval are drawn, or of each shape for a model of
+    classes, 0 for none. `clipping`: grid.CLIPPING.
     """
 
     calibration: Path | None = None
@@ -104,8 +105,9 @@ class Quantiser:
         for depth in int8.manifest.model.depths:
             with tasks(f"pictures depth {depth}"):
                 depths.append(against_fp32(int8, fp32, engine, depth, self._subjects.shown))
-        with tasks("ShapesEval"):
-            judged = score(int8, fp32, engine, self.options.score_prompts)
+        with tasks("score"):  # on the engines whose speed is judged too
+            best_fp32, best_int8 = (resolve(one.engine) for one in fastest(speeds))
+            judged = score(int8, best_int8, fp32, best_fp32, self.options.score_prompts)
         folders = ["transformer"]
         if self.weights_alone:
             folders += [part.spec.folder for part in self._pipeline.text]

@@ -1,6 +1,7 @@
 """What int8 costs and gains, as numbers and as lines that a person reads."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tpx_runtime.evaluation.statistics import Estimate
@@ -8,12 +9,14 @@ from tpx_runtime.evaluation.statistics import Estimate
 
 @dataclass(frozen=True)
 class DepthReport:
-    """One depth against fp32 on the same inputs, along `calls` of fp32's own trajectories, and the pictures of both.
+    """One depth against fp32 on the same inputs, along `calls` of fp32's own trajectories, and the pictures of both, all
+    in one engine.
 
     Errors are max|a - b| / max|b| of a call's prediction. `agreement` is the share of equal routes, None without thinking
     blocks. PSNR in dB is infinite for equal pictures.
     """
 
+    engine: str
     depth: int
     calls: int
     error_median: float
@@ -35,19 +38,34 @@ class SpeedReport:
     int8_ms: float
 
 
+def fastest(speeds: Sequence[SpeedReport]) -> tuple[SpeedReport, SpeedReport]:
+    """Of the engine that is best with fp32, and of the one that is best with int8: what int8 is judged by."""
+    return min(speeds, key=lambda one: one.fp32_ms), min(speeds, key=lambda one: one.int8_ms)
+
+
 @dataclass(frozen=True)
 class ScoreReport:
-    """ShapesEval in parts of 1: `change` is int8 minus fp32, paired over prompts, with its 95% interval."""
+    """A score in parts of 1, each bundle's on an engine of its own: `change` is int8 minus fp32, paired over pictures."""
 
-    prompts: int
+    name: str
+    pictures: int
+    fp32_engine: str
+    int8_engine: str
     fp32: float
     int8: float
     change: Estimate
 
 
 @dataclass(frozen=True)
+class NotScored:
+    """Why there is no score."""
+
+    why: str
+
+
+@dataclass(frozen=True)
 class Report:
-    """`sizes` are bytes of folders, (fp32, int8); `score` is None where ShapesEval does not fit the model.
+    """`sizes` are bytes of folders, (fp32, int8).
 
     `layers` were quantised, after `trajectories` of calibration (0 for weights alone), cut by the rule `clipping`.
     """
@@ -58,7 +76,7 @@ class Report:
     clipping: str
     depths: tuple[DepthReport, ...]
     speeds: tuple[SpeedReport, ...]
-    score: ScoreReport | None
+    score: ScoreReport | NotScored
     sizes: dict[str, tuple[int, int]]
 
     @property
@@ -85,7 +103,7 @@ def as_text(report: Report) -> str:
         )
     if report.depths:
         first = report.depths[0]
-        lines.append(f"({first.calls} calls and {first.pictures} pictures a depth)")
+        lines.append(f"({first.calls} calls and {first.pictures} pictures a depth, both in {first.engine})")
     lines += ["", f"{'engine':<20}{'fp32, ms':>10}{'int8, ms':>10}{'int8/fp32':>11}"]
     for speed in report.speeds:
         ratio = speed.int8_ms / speed.fp32_ms
@@ -99,15 +117,13 @@ def as_text(report: Report) -> str:
     return "\n".join(lines)
 
 
-def _score(score: ScoreReport | None) -> str:
-    if score is None:
-        return (
-            "ShapesEval: not measured, it does not fit this model; look at pictures, or run tpx-eval geneval"
-        )
-    change = score.change
+def _score(score: ScoreReport | NotScored) -> str:
+    if isinstance(score, NotScored):
+        return f"score: not measured, {score.why}"
     return (
-        f"ShapesEval, {score.prompts} prompts: {100 * score.fp32:.1f} in fp32, {100 * score.int8:.1f} in int8, "
-        f"{100 * change.mean:+.1f} points (95% interval {100 * change.low:+.1f} to {100 * change.high:+.1f})"
+        f"{score.name}, {score.pictures} pictures: {100 * score.fp32:.1f} in fp32 on {score.fp32_engine}, "
+        f"{100 * score.int8:.1f} in int8 on {score.int8_engine}, {100 * score.change.mean:+.1f} points "
+        f"(95% interval {score.change.interval or 'not known, too few pictures'})"
     )
 
 

@@ -1,69 +1,126 @@
-"""ShapesEval of both bundles, one picture a prompt, the same prompts and seeds; for models that know its words."""
+"""A score of both bundles, of the same pictures by prompt or class and seed: for the models of the shapes world.
+
+A model that reads its words is asked ShapesEval's six kinds of prompts, one picture each; the model of its classes is asked
+for these, and a row is a shape. Each bundle draws on the engine that is its fastest.
+"""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tpx_export.quantise.report import ScoreReport
+from tpx_export.quantise.report import NotScored, ScoreReport
 from tpx_runtime.bundle import Bundle
 from tpx_runtime.engine import Engine
 from tpx_runtime.errors import BadInput
 from tpx_runtime.evaluation.statistics import bootstrap
 from tpx_runtime.generator import Generator
+from tpx_runtime.tokenizer import WordTokenizer
 
 if TYPE_CHECKING:
-    from samples.shapes.questions import Question
+    from samples.shapes.captions import Prompt
 
 TOGETHER = 16
+_CLASSES = "shape-classes"  # the bundle's name
 
 
-def score(int8: Bundle, fp32: Bundle, engine: Engine, each: int) -> ScoreReport | None:
-    """The first `each` prompts of each of the six kinds; None for 0, without a checkout's samples, or for unknown words."""
-    asked = questions_for(Generator(int8, engine), each)
-    if not asked:
-        return None
-    right = [_right(Generator(bundle, engine), asked) for bundle in (fp32, int8)]
-    kinds: dict[str, list[tuple[bool, ...]]] = {}
-    for (_, question), *pair in zip(asked, *right, strict=True):
-        kinds.setdefault(question.row, []).append(tuple(pair))
-    rows = [np.array(pairs, np.float64) for pairs in kinds.values()]  # each [prompts, 2]
+@dataclass(frozen=True)
+class Question:
+    """A picture: the row that it counts in, what `Generator.plan` is told, and what it should show."""
+
+    row: str
+    told: dict[str, Any]
+    prompt: "Prompt"
+
+
+def score(
+    int8: Bundle, int8_engine: Engine, fp32: Bundle, fp32_engine: Engine, each: int
+) -> ScoreReport | NotScored:
+    """Of the first `each` pictures of each row, 0 for none. Raises EngineFailed, EngineUnavailable."""
+    generators = Generator(fp32, fp32_engine), Generator(int8, int8_engine)
+    asked = questions_for(generators[1], each)
+    if isinstance(asked, NotScored):
+        return asked
+    right = [_right(generator, asked) for generator in generators]
+    pairs: dict[str, list[tuple[bool, ...]]] = {}
+    for question, *pair in zip(asked, *right, strict=True):
+        pairs.setdefault(question.row, []).append(tuple(pair))
+    rows = [np.array(row, np.float64) for row in pairs.values()]  # each [pictures, 2]
     before, after = np.mean([row.mean(axis=0) for row in rows], axis=0)
-    change = bootstrap([row[:, 1] - row[:, 0] for row in rows])
-    return ScoreReport(len(asked), float(before), float(after), change)
+    return ScoreReport(
+        name="ShapesEval" if generators[1].text else "the shapes' classes",
+        pictures=len(asked),
+        fp32_engine=fp32_engine.name,
+        int8_engine=int8_engine.name,
+        fp32=float(before),
+        int8=float(after),
+        change=bootstrap([row[:, 1] - row[:, 0] for row in rows]),
+    )
 
 
-def questions_for(generator: Generator, each: int) -> "list[tuple[int, Question]] | None":
-    """Number in the list, which decides the seed, and question; None where this model cannot be asked."""
+def questions_for(generator: Generator, each: int) -> list[Question] | NotScored:
+    """What this model is asked, or why it is asked nothing."""
+    if not each:
+        return NotScored("--score-prompts 0 asks for no pictures")
     try:
-        from samples.shapes.captions import KINDS
-        from samples.shapes.questions import questions
+        import samples.shapes.questions  # noqa: F401
     except ImportError:
-        return None
-    counts: dict[str, int] = {}
-    asked = []
-    for number, question in enumerate(questions()):
-        counts[question.row] = counts.get(question.row, 0) + 1
-        if question.row in KINDS and counts[question.row] <= each:
-            asked.append((number, question))
+        return NotScored(
+            "prompts and judge are in the folder samples of a checkout, which this installation lacks"
+        )
     if generator.text is None:
-        return None
+        return _of_classes(generator, each)
+    if not all(isinstance(one, WordTokenizer) for one in generator.text.tokenizers):
+        return NotScored(
+            "its judge knows the shapes world alone; look at pictures, or draw with tpx-eval geneval"
+        )
+    asked = _of_words(each)
     try:
-        for _, question in asked:
-            generator.text.check(question.text)
+        for question in asked:
+            generator.text.check(question.told["prompt"])
     except BadInput:
-        return None
+        return NotScored("this model does not know the words of the shapes world; look at pictures")
     return asked
 
 
-def _right(generator: Generator, asked: "Sequence[tuple[int, Question]]") -> list[bool]:
+def _of_words(each: int) -> list[Question]:
+    from samples.shapes.captions import KINDS
     from samples.shapes.evaluate import SEEDS_APART
+    from samples.shapes.questions import questions
+
+    asked: dict[str, list[Question]] = {kind: [] for kind in KINDS}
+    for number, one in enumerate(questions()):
+        if one.row in KINDS and len(asked[one.row]) < each:
+            told = {"prompt": one.text, "seed": SEEDS_APART * number}
+            asked[one.row].append(Question(one.row, told, one.prompt))
+    return [question for row in asked.values() for question in row]
+
+
+def _of_classes(generator: Generator, each: int) -> list[Question] | NotScored:
+    from samples.shapes.classes import CLASSES, prompt_of_class
+    from samples.shapes.world import COLOURS
+
+    manifest = generator.manifest
+    if (manifest.name, manifest.model.classes) != (_CLASSES, len(CLASSES)):
+        return NotScored(f"the only classes with a judge are those of {_CLASSES}; look at pictures")
+    asked = []
+    for class_id, (_, shape) in enumerate(CLASSES):
+        colour = class_id % len(COLOURS)
+        asked += [
+            Question(shape, {"class_id": class_id, "seed": seed}, prompt_of_class(class_id))
+            for seed in range(colour, each, len(COLOURS))
+        ]
+    return asked
+
+
+def _right(generator: Generator, asked: Sequence[Question]) -> list[bool]:
     from samples.shapes.parser import Parser
     from samples.shapes.score import judge
 
-    jobs = [generator.plan(q.text, seed=SEEDS_APART * number)[0] for number, q in asked]
+    jobs = [generator.plan(**question.told)[0] for question in asked]
     parser, drawn = Parser.load(), generator.draw(jobs, TOGETHER)
     return [
         judge(parser, question.prompt, [picture]).right[0]
-        for (_, question), picture in zip(asked, drawn, strict=True)
+        for question, picture in zip(asked, drawn, strict=True)
     ]

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from tpx_export.quantise.report import Report
+from tpx_export.quantise.report import Report, ScoreReport, fastest
 from tpx_runtime.errors import TpxError
 
 MOST_LOST = 0.01  # of the score, in parts of 1
@@ -23,16 +23,15 @@ def verdict(report: Report) -> str | None:
     """What speaks against the bundle, in one line; None if it is worth having."""
     faults = []
     score = report.score
-    if score and score.change.mean < -MOST_LOST:
+    if isinstance(score, ScoreReport) and score.change.mean < -MOST_LOST:
         faults.append(
-            f"{-100 * score.change.mean:.1f} points of ShapesEval lost "
-            f"(95% interval {-100 * score.change.high:.1f} to {-100 * score.change.low:.1f})"
+            f"{100 * score.change.mean:+.1f} points of {score.name} on {score.int8_engine} "
+            f"(95% interval {score.change.interval or 'not known, too few pictures'})"
         )
     wanted = f"at most {100 * MOST_LOST:.0f} point of score lost"
     if report.precision == "int8":
         wanted += " and the best engine faster than with fp32"
-        fp32 = min(report.speeds, key=lambda one: one.fp32_ms)
-        int8 = min(report.speeds, key=lambda one: one.int8_ms)
+        fp32, int8 = fastest(report.speeds)
         if int8.int8_ms >= fp32.fp32_ms:
             faults.append(
                 f"{int8.int8_ms:.2f} ms a call on {int8.engine}, where fp32 takes {fp32.fp32_ms:.2f} ms on {fp32.engine}"
