@@ -26,7 +26,7 @@ from tpx_runtime.evaluation.benchmarks import DPG, GENEVAL, read_dpg, read_genev
 from tpx_runtime.evaluation.compare import Report, compare
 from tpx_runtime.evaluation.drawing import is_whole
 from tpx_runtime.evaluation.progress import resumable
-from tpx_runtime.evaluation.statistics import bootstrap
+from tpx_runtime.evaluation.statistics import FEWEST, bootstrap
 from tpx_runtime.generator import Generator
 from tpx_runtime.settings import Settings
 
@@ -301,6 +301,18 @@ def test_an_engine_that_fails_half_way_says_what_is_left(
     assert "expected finite numbers in the picture" in line
     assert "8 of 16 pictures are left" in line
     assert len(list((tmp_path / "a").rglob("*.png"))) == 8
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, "shapes"])
+def test_a_bundle_of_classes_is_refused_for_what_it_is(
+    engine: FakeEngine, classes: Path, prompts: dict[str, Path], tmp_path: Path, command: str
+) -> None:
+    asked = ["--prompts", str(prompts[command])] if command in prompts else []
+    arguments = [command, *asked, "--bundle", str(classes), "--out", str(tmp_path / "out")]
+    line = error_of(CliRunner().invoke(cli.main, arguments), 2)
+    assert re.search(r"expected a bundle that reads prompts, found \S+, which draws \d+ classes;", line)
+    assert "--class" not in line and not (tmp_path / "out").exists()
+    assert not engine.calls
 
 
 @pytest.fixture
@@ -648,6 +660,23 @@ def test_compare_prints_each_row_and_what_differs(pair: tuple[Path, Path]) -> No
     assert "The overall difference is clear of chance" in lines[-1]
     same = CliRunner().invoke(cli.main, ["compare", str(pair[0]), str(pair[0])])
     assert "is not clear of chance" in same.stdout
+
+
+@pytest.mark.parametrize("few", [1, FEWEST - 1])
+def test_too_few_prompts_have_no_interval_and_no_verdict(tmp_path: Path, few: int) -> None:
+    """The bootstrap of one prompt draws it again and again: an interval of no width leaves out 0."""
+    right = {"one": np.zeros((few, 4)), "two": np.zeros((FEWEST, 4))}
+    write_report(tmp_path / "a.json", right)
+    right["one"] = np.repeat([[1, 1, 0, 0]], few, axis=0)
+    right["two"] = np.ones((FEWEST, 4))
+    write_report(tmp_path / "b.json", right)
+    result = CliRunner().invoke(cli.main, ["compare", str(tmp_path / "a.json"), str(tmp_path / "b.json")])
+    assert result.exit_code == 0, result.output
+    one, two, overall = result.stdout.splitlines()[5:8]
+    assert one.endswith("| +50.0 | too few prompts |") and overall.endswith("| +75.0 | too few prompts |")
+    assert two.endswith("| +100.0 | +100.0 to +100.0 |")
+    assert "clear of chance cannot be said: expected 20 or more prompts in each row" in result.stdout
+    assert f"found {few};" in result.stdout
 
 
 def test_runs_that_do_not_pair_are_refused(pair: tuple[Path, Path], tmp_path: Path) -> None:

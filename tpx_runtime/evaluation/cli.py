@@ -3,13 +3,16 @@
 import importlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..cli import find_bundle, guidance_interval
 from ..command import TpxCommand, TpxGroup
 from ..errors import BadInput, EngineUnavailable
+
+if TYPE_CHECKING:
+    from ..generator import Generator
 
 _OUT = click.Path(path_type=Path)
 _SHAPES = "samples.shapes.evaluate"
@@ -78,11 +81,23 @@ def dpg(**options: Any) -> None:
 
 
 def _draw(benchmark: Any, prompts: Path, out: Path, bundle: str | None, engine: str, **options: Any) -> None:
-    from ..generator import Generator
     from .drawing import run
 
     items = benchmark.read(prompts)
-    run(benchmark, items, out, Generator.load(find_bundle(bundle), engine), **options)
+    run(benchmark, items, out, _reader(bundle, engine), **options)
+
+
+def _reader(bundle: str | None, engine: str) -> "Generator":
+    """A generator that draws prompts. Raises BadInput for a bundle of classes, and as Generator.load does."""
+    from ..generator import Generator
+
+    generator = Generator.load(find_bundle(bundle), engine)
+    if classes := generator.manifest.model.classes:
+        raise BadInput(
+            f"expected a bundle that reads prompts, found {generator.manifest.name}, which draws {classes} classes; "
+            "name another with --bundle"
+        )
+    return generator
 
 
 @main.command(cls=TpxCommand)
@@ -97,9 +112,7 @@ def shapes(bundle: str | None, engine: str, out: Path, **options: Any) -> None:
     Needs a checkout: the prompts and the judge are in its folder samples.
     """
     evaluate = _shapes()
-    from ..generator import Generator
-
-    text = evaluate.run(out, Generator.load(find_bundle(bundle), engine), **options)
+    text = evaluate.run(out, _reader(bundle, engine), **options)
     click.echo(text)
     click.echo(click.format_filename(out / "index.html"))
 
