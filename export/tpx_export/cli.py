@@ -57,13 +57,15 @@ def main(
 
     The model is a checkpoint of ours (--ckpt), or a published one (--base), which thinks if it is given --adapters.
     """
-    pipeline = open_model(ckpt, base, components, adapters, image_size_px, no_t5)
-    from tpx_export.exporter import export_bundle
+    from tpx_export.exporter import check, export_bundle
     from tpx_export.quantise.quantiser import Int8Options
     from tpx_export.quantise.verdict import Refused
 
     given = {"calibration": calibration, "score_prompts": score_prompts, "accept_loss": accept_loss or None}
     chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    options = Int8Options(**chosen) if chosen else None
+    check(out, depth, precision, force, options)  # before a model is read, which takes its time
+    pipeline = open_model(ckpt, base, components, adapters, image_size_px, no_t5)
     out = out or Path("bundles") / pipeline.name
     with click.progressbar(length=1, label="export", file=sys.stderr) as bar:
 
@@ -72,7 +74,6 @@ def main(
             bar.update(done - bar.pos)
 
         try:
-            options = Int8Options(**chosen) if chosen else None
             summary = export_bundle(pipeline, out, depth, precision, force, advance, options)
         except Refused as refused:
             bar.finish()

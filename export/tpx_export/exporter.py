@@ -87,13 +87,7 @@ def export_bundle(
     depth = deepest if depth is None else depth
     if not 1 <= depth <= deepest:
         raise BadInput(f"expected a depth of 1..{deepest} (this model's), found {depth}")
-    if precision not in TOLERANCES:
-        raise BadInput(f"expected a precision of {', '.join(TOLERANCES)}, found {precision!r}")
-    _check_place(out, force)
-    if int8 is not None and precision not in QUANTISED:
-        raise BadInput(
-            f"expected int8's options with {' or '.join(QUANTISED)}, found {precision}; leave them out"
-        )
+    check(out, depth, precision, force, int8)
     quantiser = Quantiser(pipeline, precision, int8 or Int8Options()) if precision in QUANTISED else None
     depths = tuple(range(1, depth + 1))
     more = quantiser.tasks(depths) if quantiser else 0
@@ -263,6 +257,20 @@ class _Tasks:
         yield
         self.seconds[name] = time.monotonic() - began
         self._progress(name, len(self.seconds), self._total)
+
+
+def check(
+    out: Path | None, depth: int | None, precision: str | None, force: bool, int8: Int8Options | None
+) -> None:
+    """What `export_bundle` refuses whatever the model is; None is what the model decides. Raises BadInput."""
+    if depth is not None and depth < 1:
+        raise BadInput(f"expected a depth of 1 or more, found {depth}")
+    if precision is not None and precision not in TOLERANCES:
+        raise BadInput(f"expected a precision of {', '.join(TOLERANCES)}, found {precision!r}")
+    if int8 is not None:
+        int8.check(precision)
+    if out is not None:
+        _check_place(out, force)
 
 
 def _check_place(out: Path, force: bool) -> None:

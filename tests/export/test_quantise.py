@@ -610,6 +610,27 @@ def test_options_that_cannot_be_used(tiny_model: TextToImage, tmp_path: Path) ->
         assert leftovers(tmp_path) == before
 
 
+def test_what_no_model_could_mend_is_refused_before_one_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "load", lambda path: pytest.fail("a checkpoint was read"))
+    prompts, there = tmp_path / "prompts", tmp_path / "there"
+    prompts.write_text("\n")
+    there.mkdir()
+    for options, reason in (
+        (("--depth", 0), "expected a depth of 1 or more, found 0"),
+        (("--precision", "int4"), "expected a precision of fp32"),
+        (("--accept-loss",), "expected int8's options with int8 or int8-weights, found no --precision"),
+        (("--precision", "int8", "--score-prompts", -1), "expected 0 to 92 prompts"),
+        (("--precision", "int8", "--calibration", prompts), "one a line, found none"),
+        (("--precision", "int8", "--calibration", tmp_path / "none"), "No such file"),
+        (("--precision", "int8-weights", "--calibration", prompts), "expected no prompts to calibrate with"),
+        (("--out", there), "expected a new folder"),
+    ):
+        result = CliRunner().invoke(main, ["--ckpt", "model.pt", *map(str, options)])
+        assert result.exit_code == 2 and reason in result.stderr, result.output
+
+
 def test_a_file_of_prompts_is_what_calibrates(tiny_model: TextToImage, tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("a red cube\n\n  two green sphere \n")

@@ -64,11 +64,22 @@ def subjects_of(pipeline: Pipeline, file: Path | None = None) -> Subjects:
 
 
 def read_prompts(file: Path, pipeline: Pipeline) -> tuple[str, ...]:
-    """The lines of a file that are not blank, each of which the model can read. Raises BadInput, which names the line."""
+    """The prompts of a file, each of which the model can read. Raises BadInput, which names the line."""
     if pipeline.model.classes:
         raise BadInput(
             f"expected no prompts for a model of classes, found {file}; leave it out, its classes are used"
         )
+    prompts, tokenizers = prompts_in(file), [_tokenizer(part) for part in pipeline.text]
+    for number, prompt in prompts.items():
+        try:
+            _require_readable(prompt, tokenizers)
+        except BadInput as error:
+            raise BadInput(f"{file}, line {number}: {error}") from None
+    return tuple(prompts.values())
+
+
+def prompts_in(file: Path) -> dict[int, str]:
+    """A file's lines that are not blank, by number from 1: one or more, whatever model is to read them. Raises BadInput."""
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except OSError as error:
@@ -77,18 +88,10 @@ def read_prompts(file: Path, pipeline: Pipeline) -> tuple[str, ...]:
         ) from None
     except UnicodeDecodeError:
         raise BadInput(f"expected UTF-8 text in {file}, found other bytes; save it as UTF-8") from None
-    tokenizers, found = [_tokenizer(part) for part in pipeline.text], []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            _require_readable(line, tokenizers)
-        except BadInput as error:
-            raise BadInput(f"{file}, line {number}: {error}") from None
-        found.append(line.strip())
+    found = {number: line.strip() for number, line in enumerate(lines, start=1) if line.strip()}
     if not found:
         raise BadInput(f"expected prompts in {file}, one a line, found none; write some")
-    return tuple(found)
+    return found
 
 
 def own_prompts(pipeline: Pipeline, count: int) -> tuple[str, ...]:

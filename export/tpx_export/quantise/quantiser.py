@@ -12,12 +12,13 @@ from torch import nn
 
 from tpx_export.description import manifest
 from tpx_export.pipeline import Pipeline, TextPart
+from tpx_export.precision import QUANTISED
 from tpx_export.quantise.calibration import Told, activations
 from tpx_export.quantise.grid import CLIPPING, Magnitudes
 from tpx_export.quantise.layers import block_linears, encoder_linears, modulations
 from tpx_export.quantise.linear import replace as replace_layers
 from tpx_export.quantise.measure import against_fp32
-from tpx_export.quantise.prompts import subjects_of
+from tpx_export.quantise.prompts import prompts_in, subjects_of
 from tpx_export.quantise.report import Report, fastest
 from tpx_export.quantise.score import score
 from tpx_export.quantise.speed import engines_at_hand, speed
@@ -41,24 +42,34 @@ class Int8Options:
     score_prompts: int = ALL_PROMPTS
     clipping: str = "mse"
 
+    def check(self, precision: str | None) -> None:
+        """What can be refused without the model, None for the precision that it is stored in. Raises BadInput."""
+        if precision not in QUANTISED:
+            found = precision or "no --precision"
+            raise BadInput(
+                f"expected int8's options with {' or '.join(QUANTISED)}, found {found}; leave them out"
+            )
+        if self.clipping not in CLIPPING:
+            raise BadInput(f"expected clipping of {', '.join(CLIPPING)}, found {self.clipping!r}")
+        if not 0 <= self.score_prompts <= ALL_PROMPTS:
+            raise BadInput(
+                f"expected 0 to {ALL_PROMPTS} prompts of each kind of ShapesEval, found {self.score_prompts}"
+            )
+        if self.calibration and precision == "int8-weights":
+            raise BadInput(
+                f"expected no prompts to calibrate with for int8-weights, found {self.calibration}; leave it out, "
+                "weights alone need none"
+            )
+        if self.calibration:
+            prompts_in(self.calibration)
+
 
 class Quantiser:
     """Quantises the parts of one export as each is in memory."""
 
     def __init__(self, pipeline: Pipeline, precision: str, options: Int8Options) -> None:
-        """Raises BadInput for options that cannot be used."""
-        if options.clipping not in CLIPPING:
-            raise BadInput(f"expected clipping of {', '.join(CLIPPING)}, found {options.clipping!r}")
-        if not 0 <= options.score_prompts <= ALL_PROMPTS:
-            raise BadInput(
-                f"expected 0 to {ALL_PROMPTS} prompts of each kind of ShapesEval, found {options.score_prompts}"
-            )
+        """Raises BadInput for prompts of `options`, which are checked by now, that the model cannot read."""
         self.weights_alone = precision == "int8-weights"
-        if self.weights_alone and options.calibration:
-            raise BadInput(
-                f"expected no prompts to calibrate with for int8-weights, found {options.calibration}; leave it out, "
-                "weights alone need none"
-            )
         self.precision, self.options, self.layers = precision, options, 0
         self._pipeline = pipeline
         self._subjects = subjects_of(pipeline, options.calibration)
