@@ -46,6 +46,7 @@ def run(plan: Plan, record: Record, advance: Advance = lambda label, done: None)
     todo = [c for c in able if not record.finished(c, plan.rounds, plan.batches)]
     todo.sort(key=lambda c: c.name != plan.reference)  # stable: the references first
     if todo:
+        record.facts["runs"] += 1
         with (
             TemporaryDirectory(prefix="tpx-bench-", ignore_cleanup_errors=True) as folder,
             ExitStack() as stack,
@@ -87,9 +88,9 @@ class _Run:
         missing = self._record.missing(configuration, self._plan.rounds, self._plan.batches)
         for images in self._plan.batches:
             if missing[draw_unit(images)] >= left:
-                self._guard(configuration, 1, partial(self._draw, images=images))
+                self._guard(configuration, 1, partial(self._draw, images=images, number=number))
         if missing[COLD] and (missing[COLD] >= left or configuration.compiles):
-            self._guard(configuration, 1, self._cold)
+            self._guard(configuration, 1, partial(self._cold, number=number))
 
     def _guard(self, configuration: Configuration, units: int, unit: Callable[[Configuration], None]) -> None:
         """Do it, unless the configuration failed before; if it fails now, its reason is recorded and its worker stopped."""
@@ -146,18 +147,18 @@ class _Run:
             decibels = psnr_db(picture(png), picture(references[depth]["png"]))
             self._record.entry(configuration)["psnr_db"] = "same" if math.isinf(decibels) else decibels
 
-    def _draw(self, configuration: Configuration, images: int) -> None:
+    def _draw(self, configuration: Configuration, images: int, number: int) -> None:
         answer = self._workers[configuration.key].ask("draw", images=images)
         self._remember_memory(configuration, answer)
         sample = {name: answer[name] for name in ("seconds", "step_seconds")}
-        self._record.add(configuration, draw_unit(images), sample)
+        self._record.add(configuration, draw_unit(images), number, sample)
 
-    def _cold(self, configuration: Configuration) -> None:
+    def _cold(self, configuration: Configuration, number: int) -> None:
         """A process of its own, from its start to its first picture."""
         with WorkerProcess(self._folder) as worker:
             _start(worker, configuration, self._works[configuration.key])
             seconds = worker.answered - worker.began
-        self._record.add(configuration, COLD, {"seconds": seconds})
+        self._record.add(configuration, COLD, number, {"seconds": seconds})
 
     def _remember_memory(self, configuration: Configuration, answer: dict[str, Any]) -> None:
         entry = self._record.entry(configuration)

@@ -1,7 +1,8 @@
 """The results as JSON: written after every sample, so that a run that was stopped goes on where it was.
 
 A configuration's samples are kept for as long as bundle, checkpoint, settings, machine and the versions of its packages stay
-what they were.
+what they were. Each is stamped with the run and the round that it was taken in, for only those of one round met the same
+machine.
 """
 
 import base64
@@ -18,7 +19,7 @@ from tpx_runtime.evaluation.record import require_same, write_json
 
 from .configurations import Configuration
 
-FORMAT, VERSION = "tpx-bench", 1
+FORMAT, VERSION = "tpx-bench", 2
 COLD = "cold"
 
 
@@ -44,6 +45,7 @@ class Record:
                 "format": FORMAT,
                 "version": VERSION,
                 "settings": settings,
+                "runs": 0,  # that measured something
                 "flops": {},  # of one denoiser call, by depth
                 "peaks": {},  # by precision: samples of operations a second, and the library
                 "references": {},  # by depth: who drew it, and the picture
@@ -83,9 +85,10 @@ class Record:
             }
         return entry
 
-    def add(self, configuration: Configuration, unit: str, sample: dict[str, float]) -> None:
-        """One more sample of a unit, and save."""
-        self.entry(configuration)["samples"].setdefault(unit, []).append(sample)
+    def add(self, configuration: Configuration, unit: str, number: int, sample: dict[str, float]) -> None:
+        """One more sample of a unit, taken in round `number` of this run, and save."""
+        stamped = {"run": self.facts["runs"], "round": number, **sample}
+        self.entry(configuration)["samples"].setdefault(unit, []).append(stamped)
         self.save()
 
     def missing(self, configuration: Configuration, rounds: int, batches: tuple[int, ...]) -> dict[str, int]:
@@ -105,7 +108,7 @@ def _read(path: Path) -> dict[str, Any]:
         facts: Any = json.loads(path.read_text(encoding="utf-8"))
         ours = facts["format"] == FORMAT and facts["version"] == VERSION
         parts = ("settings", "flops", "peaks", "references", "configurations")
-        whole = ours and all(isinstance(facts[part], dict) for part in parts)
+        whole = ours and all(isinstance(facts[part], dict) for part in parts) and type(facts["runs"]) is int
     except OSError as error:
         raise BadInput(
             f"expected results to go on with in {path}, found: {error.strerror}; use another --json"

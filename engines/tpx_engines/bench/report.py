@@ -16,8 +16,10 @@ def as_text(facts: Facts) -> str:
         own = [row for row in every if row.depth == depth]
         measured = [row for row in own if row.image_s is not None]
         parts.append(f"## Depth {depth}{_work(facts, depth)}")
+        reference = facts["references"].get(str(depth), {}).get("by")
         if measured:
-            parts.append(_table(measured, sizes, facts["references"].get(str(depth), {}).get("by")))
+            parts.append(_table(measured, sizes, reference))
+        parts += _remarks(measured, reference)
         if notes := [_compiled(row) for row in measured if "setting" in row.notes]:
             parts.append("\n".join(notes))
         if failed := [row for row in own if row.problem]:
@@ -78,6 +80,18 @@ def _table(measured: list[Row], sizes: list[int], reference: str | None) -> str:
         cells += [_number(row.peak_mb, ".0f"), psnr, _number(row.peak_share, ".0%")]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _remarks(measured: list[Row], reference: str | None) -> list[str]:
+    """What the table alone would leave to guess."""
+    remarks = []
+    compared = any(row.name == reference for row in measured)
+    if alone := [row.name for row in measured if compared and row.speed_up is None]:
+        remarks.append(
+            f"No speed-up of {'; '.join(alone)}: measured in another run than {reference}, when the machine may have been "
+            "slower or faster; measure all with a new --json to compare them."
+        )
+    return remarks
 
 
 def _compiled(row: Row) -> str:

@@ -14,8 +14,9 @@ Facts = dict[str, Any]
 class Row:
     """Medians of one configuration's samples; what was not measured is None.
 
-    `spread` is the interquartile range over the median of `image_s`. `speed_up` is the median, over the rounds, of the
-    reference's seconds an image over this one's: both of one round met the same machine.
+    `spread` is the interquartile range over the median of `image_s`. `speed_up` is the median, over the rounds of one run
+    that measured both, of the reference's seconds an image over this one's: both of one round met the same machine. It is
+    None where no run measured both.
     `same` says that every pixel is the reference's. `peak_share` is of the machine's measured matrix products in the same
     precision: None for a GPU, a precision without a peak, or a graph that could not be counted.
     """
@@ -95,8 +96,14 @@ def _reference(facts: Facts, depth: int) -> list[Facts]:
 
 
 def _speed_up(own: Sequence[Facts], reference: Sequence[Facts]) -> float | None:
-    pairs = zip(own, reference, strict=False)  # a run that was stopped may lack the last round of some
-    return median([theirs["seconds"] / ours["seconds"] for ours, theirs in pairs] or [0.0]) or None
+    theirs = {_moment(sample): sample["seconds"] for sample in reference}
+    ratios = [theirs[_moment(sample)] / sample["seconds"] for sample in own if _moment(sample) in theirs]
+    return median(ratios) if ratios else None
+
+
+def _moment(sample: Facts) -> tuple[int, int]:
+    """The run and the round in which it was taken."""
+    return sample["run"], sample["round"]
 
 
 def _median(samples: Sequence[Facts], name: str) -> float | None:

@@ -98,6 +98,25 @@ def test_a_finished_configuration_is_not_measured_again(
     assert rows(record().facts)[1].psnr_db == pytest.approx(
         14.15, abs=0.01
     )  # to the picture of the first run
+    assert [row.speed_up for row in rows(record().facts)] == [1.0, None]
+    text = as_text(record().facts)
+    assert "No speed-up of wrong: measured in another run than right, " in text
+
+
+def test_rounds_that_are_added_to_all_are_compared_with_each_other_alone(
+    configuration: Configure, plan: Planner, record: Recorder
+) -> None:
+    first, second = configuration("right"), configuration("slow", step_s=0.01)
+    run(plan(first, rounds=1, batches=(1,)), record())
+    run(plan(first, second, rounds=3, batches=(1,)), record())
+    stamps = [
+        [(sample["run"], sample["round"]) for sample in record().entry(one)["samples"]["draw 1"]]
+        for one in (first, second)
+    ]
+    assert stamps == [[(1, 0), (2, 1), (2, 2)], [(2, 0), (2, 1), (2, 2)]]
+    slow = rows(record().facts)[1]
+    assert slow.speed_up is not None and slow.speed_up < 1
+    assert "No speed-up of" not in as_text(record().facts)
 
 
 def test_more_rounds_add_only_what_is_missing(
@@ -127,13 +146,13 @@ def test_results_of_other_settings_are_kept_from_being_mixed(record: Recorder, t
     record()
     before = (tmp_path / "bench.json").read_bytes()
     with pytest.raises(
-        BadInput, match=r"expected the settings .* \(steps 3\), found steps 4; use another --json"
+        BadInput, match=r"expected the settings .* \(steps 3\), found steps 4; use those, or another --json"
     ):
         record(steps=4)
     assert (tmp_path / "bench.json").read_bytes() == before
 
 
-@pytest.mark.parametrize("content", ["", "{}", "[1]", '{"format": "tpx-bench", "version": 2}', "\x00"])
+@pytest.mark.parametrize("content", ["", "{}", "[1]", '{"format": "tpx-bench", "version": 1}', "\x00"])
 def test_a_file_of_something_else_is_refused_and_left_alone(
     record: Recorder, tmp_path: Path, content: str
 ) -> None:
@@ -173,8 +192,9 @@ def test_what_compiles_is_started_cold_once_with_the_setting_that_was_chosen(
 def test_speed_up_compares_within_a_round(record: Recorder, configuration: Configure) -> None:
     seen, first, second = record(), configuration("right"), configuration("slow")
     seen.facts["references"]["2"] = {"by": "right", "png": ""}
-    for reference_s, own_s in ((1.0, 0.5), (9.0, 4.5), (2.0, 1.0)):  # the machine's slow minute slowed both
-        seen.add(first, "draw 1", {"seconds": reference_s, "step_seconds": reference_s / 3})
-        seen.add(second, "draw 1", {"seconds": own_s, "step_seconds": own_s / 3})
+    slow_minute = ((1.0, 0.5), (9.0, 4.5), (2.0, 1.0))  # it slowed both
+    for number, (reference_s, own_s) in enumerate(slow_minute):
+        seen.add(first, "draw 1", number, {"seconds": reference_s, "step_seconds": reference_s / 3})
+        seen.add(second, "draw 1", number, {"seconds": own_s, "step_seconds": own_s / 3})
     assert [row.speed_up for row in rows(seen.facts)] == [1.0, 2.0]
     assert [row.image_s for row in rows(seen.facts)] == [2.0, 1.0]
