@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from tpx_export import checkpoint
 from tpx_export.pipeline import Pipeline
 from tpx_runtime.bundle import Bundle
+from tpx_runtime.errors import BadInput, shorten
+from tpx_runtime.manifest import Manifest
 
 from .sampling import BaselineGenerator, Network
 from .subject import Subject, Work
@@ -44,6 +47,36 @@ class Decoder(nn.Module):
 def open_pipeline(ckpt: Path) -> Pipeline:
     """The model of a checkpoint of ours. Raises CheckpointInvalid."""
     return Pipeline.of(checkpoint.load(ckpt))
+
+
+def require_fits(ckpt: Path, manifest: Manifest) -> None:
+    """The checkpoint makes a model of the manifest's name and sizes; whether of its weights too, only pictures tell.
+
+    Raises BadInput, CheckpointInvalid.
+    """
+    pipeline = open_pipeline(ckpt)
+    parts = tuple(part.spec for part in pipeline.text)
+    found = {
+        "name": pipeline.name,
+        **asdict(pipeline.model),
+        "text_encoders": parts,
+        "latent": pipeline.latent,
+    }
+    wanted = {
+        "name": manifest.name,
+        **asdict(manifest.model),
+        "text_encoders": manifest.text_encoders,
+        "latent": manifest.latent,
+    }
+    found["depths"] = found["depths"][
+        : len(manifest.model.depths)
+    ]  # `tpx-export --depth` leaves out the last
+    for fact, value in wanted.items():
+        if found[fact] != value:
+            raise BadInput(
+                f"expected in --ckpt the checkpoint of bundle {manifest.name} ({fact} {shorten(value)}), found {ckpt} with "
+                f"{fact} {shorten(found[fact])}; name the one that it was exported from"
+            )
 
 
 def autocast(precision: str) -> AbstractContextManager[Any]:

@@ -12,6 +12,7 @@ from tpx_runtime.errors import BadInput, Cancelled, EngineUnavailable, TpxError
 
 if TYPE_CHECKING:
     from tpx_runtime.bundle import Bundle
+    from tpx_runtime.manifest import Manifest
 
     from .configurations import Configuration
     from .measure import Plan
@@ -126,7 +127,7 @@ def prepare(
 ) -> "tuple[Plan, Record]":
     """What is to measure, checked before anything runs, and the record that it is added to. `names`: engines, baselines.
 
-    Raises BadInput, BundleInvalid.
+    Raises BadInput, BundleInvalid, CheckpointInvalid, and EngineUnavailable for a checkpoint without PyTorch.
     """
     from tpx_runtime.bundle import hash_file
     from tpx_runtime.engine import ENGINES
@@ -171,6 +172,8 @@ def prepare(
         )
     chosen = baselines(names[1], depths) if ckpt else []
     chosen += engines(names[0], depths, manifest.precision)
+    if ckpt:
+        _require_fits(ckpt, manifest)
     others = [_same_model(path, bundle, depths) for path in also]
     for other in others:
         chosen += engines(names[0], depths, other.manifest.precision, other.root.resolve())
@@ -194,6 +197,17 @@ def prepare(
     ]
     reference = REFERENCE if any(c.name == REFERENCE for c in chosen) else able[0].name if able else None
     return Plan(work, tuple(chosen), reference, rounds, batches), record
+
+
+def _require_fits(ckpt: Path, manifest: "Manifest") -> None:
+    """Raises BadInput for a checkpoint of another model than the bundle's, EngineUnavailable without PyTorch."""
+    try:
+        from .baselines import require_fits
+    except ImportError:
+        raise EngineUnavailable(
+            "expected PyTorch for --ckpt, found none; pip install 'tpx[export]', or leave --ckpt out"
+        ) from None
+    require_fits(ckpt, manifest)
 
 
 def _same_model(path: Path, bundle: "Bundle", depths: tuple[int, ...]) -> "Bundle":

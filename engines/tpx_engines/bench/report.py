@@ -3,7 +3,7 @@
 from typing import Any
 
 from .configurations import REFERENCE
-from .summary import Row, batches, peak_flops, rows
+from .summary import SAME_DB, Row, batches, peak_flops, rows
 
 Facts = dict[str, Any]
 
@@ -76,7 +76,7 @@ def _table(measured: list[Row], sizes: list[int], reference: str | None) -> str:
         ]
         cells += [_number(row.spread, ".0%"), _number(row.speed_up, ".2f")]
         cells += [_number(row.images_per_s.get(size), ".2f") for size in sizes if size > 1]
-        psnr = "same picture" if row.same else _number(row.psnr_db, ".1f")
+        psnr = "same picture" if row.same else _number(row.psnr_db, ".1f") + ", another picture" * row.other
         cells += [_number(row.peak_mb, ".0f"), psnr, _number(row.peak_share, ".0%")]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -85,6 +85,11 @@ def _table(measured: list[Row], sizes: list[int], reference: str | None) -> str:
 def _remarks(measured: list[Row], reference: str | None) -> list[str]:
     """What the table alone would leave to guess."""
     remarks = []
+    if others := [row.name for row in measured if row.other]:
+        remarks.append(
+            f"Another picture than that of {reference}, with less than {SAME_DB:g} dB between them: {'; '.join(others)}. "
+            "Their figures are not of the same model: see that --ckpt is what the bundle came from, then run tpx-verify."
+        )
     compared = any(row.name == reference for row in measured)
     if alone := [row.name for row in measured if compared and row.speed_up is None]:
         remarks.append(

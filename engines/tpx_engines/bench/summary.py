@@ -8,6 +8,7 @@ from typing import Any
 from .record import COLD, draw_unit
 
 Facts = dict[str, Any]
+SAME_DB = 35.0  # from here on two pictures count as equal
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,11 @@ class Row:
     peak_share: float | None
     problem: str | None
     notes: Facts
+
+    @property
+    def other(self) -> bool:
+        """It drew another picture than the reference: its figures are of other work."""
+        return self.psnr_db is not None and self.psnr_db < SAME_DB
 
 
 def batches(facts: Facts) -> list[int]:

@@ -9,15 +9,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from runtime.fakes import PAPER
+from tiny import make_tiny, make_tiny_classes
 
 from tpx_engines.bench import compiled, naive
-from tpx_engines.bench.baselines import of_eager
+from tpx_engines.bench.baselines import of_eager, require_fits
 from tpx_engines.bench.configurations import engines
 from tpx_engines.bench.flops import graph_flops
 from tpx_engines.bench.peak import gemm
 from tpx_engines.bench.subject import Subject, Work, of_engine
 from tpx_export import checkpoint
+from tpx_export.model import ThinkingSpec
 from tpx_export.model.text_to_image import TextToImage
+from tpx_export.pipeline import Pipeline
+from tpx_runtime.errors import BadInput
 from tpx_runtime.evaluation.similarity import psnr_db
 
 
@@ -26,6 +31,29 @@ def work(tiny_bundle: Path, tiny_model: TextToImage, tmp_path_factory: pytest.Te
     ckpt = tmp_path_factory.mktemp("ckpt") / "tiny.safetensors"
     checkpoint.save(tiny_model, ckpt)
     return Work(tiny_bundle, 3, "a red cube", None, seed=5, steps=3, guidance=2.0, sampler="euler", ckpt=ckpt)
+
+
+def test_a_checkpoint_fits_the_bundle_of_its_model(tiny_model: TextToImage, tmp_path: Path) -> None:
+    checkpoint.save(tiny_model, ckpt := tmp_path / "tiny.safetensors")
+    made = Pipeline.of(tiny_model)
+    parts, defaults = (made.text[0].spec,), replace(made.defaults, depth=1)
+    manifest = replace(
+        PAPER, name="tiny", model=made.model, text_encoders=parts, latent=made.latent, defaults=defaults
+    )
+    require_fits(ckpt, manifest)
+    require_fits(ckpt, replace(manifest, model=replace(made.model, depths=(1, 2))))
+    others = {
+        r"name 'tiny'\), found .* with name 'tiny-classes'": make_tiny_classes(3),
+        r"experts 3\), found .* with experts 5": make_tiny(ThinkingSpec((0, 2), 5, 4, 3)),
+        r"thinking_blocks \(0, 2\)\), found .* with thinking_blocks \(1, 2\)": make_tiny(
+            ThinkingSpec((1, 2), 3, 4, 3)
+        ),
+        r"depths \(1, 2, 3\)\), found .* with depths \(1, 2\)": make_tiny(ThinkingSpec((0, 2), 3, 4, 2)),
+    }
+    for message, model in others.items():
+        checkpoint.save(model, tmp_path / "other.safetensors")
+        with pytest.raises(BadInput, match=message):
+            require_fits(tmp_path / "other.safetensors", manifest)
 
 
 def similarity(a: Subject, b: Subject, images: int = 2) -> float:

@@ -16,7 +16,9 @@ from runtime.fakes import CLASSES, PAPER, make_bundle
 
 from tpx_engines.bench.cli import CHECKPOINTS, main
 from tpx_engines.bench.configurations import Configuration
+from tpx_export import checkpoint
 from tpx_export.checkpoint import SUFFIXES
+from tpx_export.model.text_to_image import TextToImage
 
 HERE = Path(__file__).parent
 INTERRUPTED = """
@@ -105,6 +107,32 @@ def test_bad_arguments_are_one_line(
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr.count("\n") == 1 and message in result.stderr
     assert started() == []
+
+
+def test_a_checkpoint_of_another_model_is_refused_before_the_work(
+    bench: Callable[..., Result], tiny_model: TextToImage, tmp_path: Path, started: Callable[[], list[int]]
+) -> None:
+    checkpoint.save(tiny_model, tmp_path / "tiny.safetensors")
+    result = bench("--ckpt", str(tmp_path / "tiny.safetensors"))
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == (
+        f"error: expected in --ckpt the checkpoint of bundle paper (name 'paper'), found {tmp_path / 'tiny.safetensors'} "
+        "with name 'tiny'; name the one that it was exported from\n"
+    )
+    assert started() == []
+
+
+def test_a_checkpoint_without_pytorch_is_refused_before_the_work(
+    bench: Callable[..., Result],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    started: Callable[[], list[int]],
+) -> None:
+    (tmp_path / "model.pt").touch()
+    monkeypatch.setitem(sys.modules, "tpx_engines.bench.baselines", None)
+    result = bench("--ckpt", str(tmp_path / "model.pt"))
+    assert (result.exit_code, result.stdout, started()) == (4, "", [])
+    assert result.stderr.startswith("error: expected PyTorch for --ckpt, found none; ")
 
 
 def test_checkpoints_are_those_that_the_exporter_reads() -> None:

@@ -51,9 +51,23 @@ def test_a_wrong_picture_shows_as_a_low_psnr(
     right, same, wrong = rows(seen.facts)
     assert right.same and same.same and not wrong.same
     assert wrong.psnr_db == pytest.approx(14.15, abs=0.01)  # 20 log10(255 / 50)
-    assert [
-        line.count("same picture") for line in as_text(seen.facts).splitlines() if "| 14.2 |" in line
-    ] == [0]
+    text = as_text(seen.facts)
+    assert [line.split(" |")[0] for line in text.splitlines() if "| 14.2, another picture |" in line] == [
+        "| wrong"
+    ]
+    assert "Another picture than that of right, with less than 35 dB between them: wrong. " in text
+
+
+def test_from_35_db_on_pictures_count_as_equal(
+    configuration: Configure, plan: Planner, record: Recorder
+) -> None:
+    seen = record()
+    run(plan(configuration("right"), configuration("wrong"), rounds=1, batches=(1,)), seen)
+    (entry,) = [entry for entry in seen.facts["configurations"].values() if entry["name"] == "wrong"]
+    for decibels, other in ((35.0, False), (34.99, True)):
+        entry["psnr_db"] = decibels
+        assert rows(seen.facts)[1].other is other
+        assert ("nother picture" in as_text(seen.facts)) is other
 
 
 @pytest.mark.parametrize(
