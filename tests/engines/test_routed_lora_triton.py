@@ -153,7 +153,11 @@ def cold_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         (100, "fp16", "sm_100a"),
         (120, "fp16", "sm_120a"),
         (80, "fp32", "sm_80"),
+        (86, "fp32", "sm_86"),
+        (89, "fp32", "sm_89"),
+        (90, "fp32", "sm_90a"),
         (100, "fp32", "sm_100a"),
+        (120, "fp32", "sm_120a"),
     ],
 )
 def test_compiles_to_ptx(tmp_path: Path, capability: int, dtype: str, target: str) -> None:
