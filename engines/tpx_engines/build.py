@@ -89,7 +89,7 @@ def plan(
 ) -> list[Task]:
     """What is to be done for each graph of the bundle. Raises EngineUnavailable without the flavour's package."""
     full_version, tasks = version(flavour), []
-    routes = bool(bundle.manifest.model.thinking_blocks) and obstacle(flavour, gpu.capability) is None
+    routes = bool(bundle.manifest.model.thinking_blocks) and obstacle(flavour, gpu.capability, bundle) is None
     for path, inputs in graphs(bundle).values():
         graph = graph_name(path)
         key = Key(

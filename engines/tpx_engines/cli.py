@@ -82,8 +82,8 @@ def build_tensorrt(
     target = choose_gpu(flavour, gpu)
     cache = EngineCache.beside(opened, folder)
     tasks = plan(opened, cache, rows, target, flavour)
-    reason = obstacle(flavour, target.capability)
-    if reason and not flavour.ahead and opened.manifest.model.thinking_blocks:
+    routes = not flavour.ahead and opened.manifest.model.thinking_blocks
+    if routes and (reason := obstacle(flavour, target.capability, opened)):
         click.echo(f"notice: routing without its plugin: {reason}", err=True)
     for task in tasks:
         if task.stale:

@@ -1,23 +1,43 @@
-"""A graph without the function of `tpx::RoutedLora`: what parsers before TensorRT 10.15 need to take the plugin instead."""
+"""What a graph says of `tpx::RoutedLora`, read with the package onnx: its rank, and the graph without its function."""
 
 from pathlib import Path
+from typing import Any
 
-from tpx_runtime.errors import EngineUnavailable
+from tpx_runtime.errors import EngineFailed, EngineUnavailable
 
 DOMAIN, NAME = "tpx", "RoutedLora"
 
 
+def adapter_rank(path: Path) -> int:
+    """The largest r of the nodes' a [M, D, r]; 0 where nothing is routed. Raises EngineUnavailable, EngineFailed."""
+    graph = _load(path).graph
+    routed = {node.input[2] for node in graph.node if (node.domain, node.op_type) == (DOMAIN, NAME)}
+    return max((tensor.dims[2] for tensor in graph.initializer if tensor.name in routed), default=0)
+
+
 def without_function(path: Path) -> bytes:
-    """The graph at `path`, its weights still beside it, without that function; its nodes stay. Needs the package onnx."""
-    try:
-        import onnx
-    except ImportError:
-        raise EngineUnavailable(
-            "expected the package onnx, found none, which TensorRT before 10.15 needs for the plugin; "
-            "install TensorRT 10.15 or later, or `pip install 'tpx[export]'`"
-        ) from None
-    model = onnx.load(str(path), load_external_data=False)
+    """The graph at `path`, its weights still beside it, without that function; its nodes stay.
+
+    It is what parsers before TensorRT 10.15 need to take the plugin instead. Raises EngineUnavailable, EngineFailed.
+    """
+    model = _load(path)
     kept = [f for f in model.functions if (f.domain, f.name) != (DOMAIN, NAME)]
     del model.functions[:]
     model.functions.extend(kept)
     return bytes(model.SerializeToString())
+
+
+def _load(path: Path) -> Any:
+    """The graph's ModelProto, its weights left on the disk."""
+    try:
+        import onnx
+    except ImportError:
+        raise EngineUnavailable(
+            "expected the package onnx, by which the graph is read for the plugin, found none; `pip install onnx`"
+        ) from None
+    try:
+        return onnx.load(str(path), load_external_data=False)
+    except Exception as error:  # protobuf's own types
+        raise EngineFailed(
+            f"{path}: expected an ONNX graph, found: {' '.join(str(error).split())[:120]}"
+        ) from None

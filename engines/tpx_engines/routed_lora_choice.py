@@ -6,13 +6,20 @@ from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
+from tpx_runtime.bundle import Bundle
 from tpx_runtime.engine.tensorrt_flavours import Flavour, bindings
+from tpx_runtime.errors import EngineUnavailable
+
+from .functions import adapter_rank
 
 SOURCES = ("routed_lora_kernel.py", "routed_lora_ptx.py", "routed_lora_plugin.py")
 
 
-def obstacle(flavour: Flavour, capability: int) -> str | None:
-    """Why engines of this flavour and capability get the function of standard operators instead; None if they do not."""
+def obstacle(flavour: Flavour, capability: int, bundle: Bundle) -> str | None:
+    """Why the bundle's engines of this flavour and capability get the function of standard operators; None if they do not.
+
+    Raises EngineFailed for a transformer that is no graph.
+    """
     if flavour.ahead:
         return f"{flavour.title} takes no plugins"
     bindings(flavour)
@@ -20,10 +27,17 @@ def obstacle(flavour: Flavour, capability: int) -> str | None:
         return f"expected {flavour.title} with its module plugin, found none"
     if find_spec("triton") is None:
         return "expected the package triton, found none; install it with `pip install 'tpx[triton]'`"
+    from .routed_lora_kernel import MAX_RANK
     from .routed_lora_ptx import TARGETS
 
     if capability not in TARGETS:
         return f"expected a GPU of {', '.join(f'sm{one}' for one in TARGETS)}, found sm{capability}"
+    try:
+        rank = adapter_rank(bundle.transformer(bundle.manifest.model.depths[0]))  # that of all depths
+    except EngineUnavailable as missing:
+        return str(missing)
+    if rank > MAX_RANK:
+        return f"expected adapters of rank 1 to {MAX_RANK}, found {rank}"
     return None
 
 

@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from tpx_engines import build as module
 from tpx_engines import cli, routed_lora_choice, target, tensorrt
 from tpx_engines.cache import EngineCache
 from tpx_engines.cli import main
+from tpx_engines.functions import adapter_rank
 from tpx_engines.progress import Progress
 from tpx_engines.target import choose_gpu, parse_batch
 from tpx_engines.tensorrt import Shapes, Timings
@@ -330,8 +332,8 @@ class TestFull:
         """A TensorRT that takes the plugin; holds the capabilities that it was registered for."""
         registered: list[int] = []
         for where in (module, cli):
-            monkeypatch.setattr(where, "obstacle", lambda flavour, capability: None, raising=False)
-        monkeypatch.setattr(routed_lora_choice, "obstacle", lambda flavour, capability: None)
+            monkeypatch.setattr(where, "obstacle", lambda flavour, capability, bundle: None, raising=False)
+        monkeypatch.setattr(routed_lora_choice, "obstacle", lambda flavour, capability, bundle: None)
         monkeypatch.setattr(module, "register_once", registered.append)
         return registered
 
@@ -380,6 +382,22 @@ class TestFull:
         )
         assert not any(builder.plugins)
 
+    def test_adapters_of_too_high_a_rank_are_built_without_the_plugin(
+        self,
+        builder: FakeBuilder,
+        tpx_build: Callable[..., Result],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        kernel = pytest.importorskip("tpx_engines.routed_lora_kernel", reason="triton is not installed")
+        monkeypatch.setattr(routed_lora_choice, "bindings", lambda flavour: None)
+        monkeypatch.setattr(routed_lora_choice, "find_spec", lambda name: name)
+        monkeypatch.setattr(kernel, "MAX_RANK", 3)  # the tiny bundle's is 4
+        result = tpx_build()
+        assert origins(result) == ["build"] * len(GRAPHS)
+        notice = "notice: routing without its plugin: expected adapters of rank 1 to 3, found 4\n"
+        assert result.stderr.startswith(notice)
+        assert not any(builder.plugins)
+
     @pytest.mark.parametrize("arguments", [["--gpu", "sm86"], ["--gpu", "x"]])
     def test_builds_for_no_gpu_but_this_one(
         self, builder: FakeBuilder, tpx_build: Callable[..., Result], arguments: list[str]
@@ -403,15 +421,22 @@ class TestFull:
         )
 
 
-def test_the_plugin_goes_where_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_plugin_goes_where_it_can(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton", reason="expected the package triton, found none")
-    assert routed_lora_choice.obstacle(RTX, 89) == "TensorRT for RTX takes no plugins"
+    bundle = Bundle.open(tiny_bundle)
+    assert routed_lora_choice.obstacle(RTX, 89, bundle) == "TensorRT for RTX takes no plugins"
     monkeypatch.setattr(routed_lora_choice, "bindings", lambda flavour: None)
     monkeypatch.setattr(routed_lora_choice, "find_spec", lambda name: name)
-    assert routed_lora_choice.obstacle(FULL, 89) is None
-    assert "found sm75" in (routed_lora_choice.obstacle(FULL, 75) or "")
+    assert routed_lora_choice.obstacle(FULL, 89, bundle) is None
+    assert "found sm75" in (routed_lora_choice.obstacle(FULL, 75, bundle) or "")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "onnx", None)
+        assert (routed_lora_choice.obstacle(FULL, 89, bundle) or "").startswith("expected the package onnx, ")
     monkeypatch.setattr(routed_lora_choice, "find_spec", lambda name: None)
-    assert routed_lora_choice.obstacle(FULL, 89) == "expected TensorRT with its module plugin, found none"
+    assert (
+        routed_lora_choice.obstacle(FULL, 89, bundle)
+        == "expected TensorRT with its module plugin, found none"
+    )
 
 
 def test_the_plugins_hash_is_of_its_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -423,6 +448,15 @@ def test_the_plugins_hash_is_of_its_sources(tmp_path: Path, monkeypatch: pytest.
         (tmp_path / name).write_bytes(text + b"#" * (name == routed_lora_choice.SOURCES[-1]))
     monkeypatch.setattr(routed_lora_choice, "__file__", str(tmp_path / "x.py"))
     assert routed_lora_choice.plugin_hash() != first
+
+
+def test_the_rank_is_that_of_the_nodes(tiny_bundle: Path, tmp_path: Path) -> None:
+    bundle = Bundle.open(tiny_bundle)
+    assert [adapter_rank(bundle.transformer(depth)) for depth in bundle.manifest.model.depths] == [4, 4, 4]
+    assert adapter_rank(bundle.vae_decoder) == 0
+    (tmp_path / "model.onnx").write_bytes(b"\xff damaged")
+    with pytest.raises(EngineFailed, match=r"model\.onnx: expected an ONNX graph, found: "):
+        adapter_rank(tmp_path / "model.onnx")
 
 
 def test_refuses_to_build_without_memory(
