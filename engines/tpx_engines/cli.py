@@ -27,7 +27,12 @@ _BAR_STEPS = 1000
 @click.command(cls=TpxCommand)
 @click.argument("bundle", required=False)
 @click.option("--engine", default="tensorrt-rtx", show_default=True, help=f"{', '.join(BUILT_AHEAD)}.")
-@click.option("--batch", default="1,2", show_default=True, help="Least and most rows; tuned for the most.")
+@click.option(
+    "--batch",
+    default="1,2",
+    show_default=True,
+    help="Least and most rows, two for a guided picture. TensorRT takes all between; OpenVINO is compiled for these two.",
+)
 @click.option(
     "--gpu", help="For tensorrt-rtx: sm75, sm80, sm86, sm89, sm120 or sm121.  [default: this machine's]"
 )
@@ -40,7 +45,7 @@ def main(bundle: str | None, engine: str, batch: str, gpu: str | None, folder: P
     TensorRT for RTX builds for any GPU and needs none here; TensorRT builds for the GPU that is here. OpenVINO would
     compile in the first process that draws; built ahead, its transformer is also there for exact batches, which is faster.
 
-    Without BUNDLE it takes $TPX_BUNDLE, else bundles/shapes.
+    The precision is the bundle's. Without BUNDLE it takes $TPX_BUNDLE, else bundles/shapes.
     """
     check_engine(engine)
     from tpx_runtime.bundle import Bundle
