@@ -8,6 +8,7 @@ import pytest
 from tpx_engines import tensorrt
 from tpx_engines.build import graphs
 from tpx_engines.tensorrt import Timings
+from tpx_export import checkpoint
 from tpx_export.exporter import export_bundle
 from tpx_export.model.text_to_image import TextToImage
 from tpx_export.pipeline import Pipeline
@@ -15,6 +16,8 @@ from tpx_export.routing import MASKED_UP_TO, spellings
 from tpx_runtime.bundle import Bundle, transformer_name
 from tpx_runtime.engine.tensorrt_flavours import RTX, bindings, log
 from tpx_runtime.errors import BadInput, EngineFailed, EngineUnavailable
+
+SAMPLE = Path(__file__).parents[2] / "samples" / "shapes" / "shapes.safetensors"
 
 try:
     bindings(RTX)
@@ -45,6 +48,41 @@ def test_builds_every_graph_at_every_depth(bundle: Bundle, capability: int) -> N
     for name, (path, inputs) in made.items():
         engine = tensorrt.build(RTX, path, inputs, capability=capability)
         assert len(engine) > 10_000, name
+
+
+@pytest.fixture(scope="session")
+def sample_in_fp16(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The sample model's bundle, which takes half a minute to export."""
+    if not SAMPLE.exists():
+        pytest.skip(
+            f"expected the sample's weights at {SAMPLE}, found none: a source distribution is without"
+        )
+    out = tmp_path_factory.mktemp("sample") / "shapes"
+    export_bundle(Pipeline.of(checkpoint.load(SAMPLE)), out, precision="fp16")
+    return Bundle.open(out)
+
+
+@pytest.mark.slow
+def test_builds_every_graph_of_the_sample_in_fp16(sample_in_fp16: Bundle) -> None:
+    """Its sizes, unlike the tiny bundle's, are such that the builder chooses among its kernels."""
+    made = graphs(sample_in_fp16)
+    transformers = [f"transformer depth {depth}" for depth in (1, 2, 3)]
+    assert list(made) == [
+        "text_encoder",
+        "transformer conditions",
+        *transformers,
+        "vae_decoder",
+        "vae_encoder",
+    ]
+    sizes = {
+        name: len(tensorrt.build(RTX, path, inputs, (1, 4), capability=89))
+        for name, (path, inputs) in made.items()
+    }
+    weights = (sample_in_fp16.root / "transformer" / "weights.data").stat().st_size
+    assert all(size > 10_000 for size in sizes.values())
+    assert all(sizes[name] < 1.5 * weights for name in transformers), (
+        "weights are no longer in half precision"
+    )
 
 
 @pytest.mark.parametrize("capability", RTX.capabilities or ())
