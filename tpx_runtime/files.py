@@ -1,9 +1,13 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and whether there is a place for them."""
 
+import stat
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from .errors import BadInput
 
 
 @contextmanager
@@ -20,3 +24,29 @@ def whole_file(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             part.unlink(missing_ok=True)
+
+
+def check_place(path: Path) -> None:
+    """Raise BadInput unless a file can be made at `path`: find out before the long work, not after it."""
+    try:
+        with suppress(FileNotFoundError):
+            if stat.S_ISDIR(path.stat().st_mode):
+                raise BadInput(f"expected {path} to be a file, found a folder; name a file in it")
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except FileNotFoundError:
+        raise BadInput(
+            f"expected a folder {path.parent} to write {path.name} into, found none; make it"
+        ) from None
+    except OSError as error:
+        raise BadInput(f"expected a place to write {path}, found: {error.strerror}; choose another") from None
+
+
+def make_folder(path: Path) -> None:
+    """Make the folder of a run, where it is not there yet. Raises BadInput where it cannot be written into."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise BadInput(
+            f"expected a folder to write into at {path}, found: {error.strerror}; choose another"
+        ) from None

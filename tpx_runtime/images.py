@@ -2,17 +2,14 @@
 
 import json
 import math
-import stat
-import tempfile
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, PngImagePlugin
 
 from .errors import BadInput
-from .files import whole_file
+from .files import check_place, whole_file
 from .samplers import Array
 
 METADATA_KEYS = ("parameters", "tpx")  # PNG text chunks: a line that a person reads, and JSON
@@ -43,20 +40,10 @@ def grid(images: Sequence[Image.Image]) -> Image.Image:
 
 
 def check_writable(path: Path) -> None:
-    """Raise BadInput unless a PNG can be made at `path`: find out before the long work, not after it."""
+    """Raise BadInput unless a PNG can be made at `path`."""
     if path.suffix.lower() != ".png":
         raise BadInput(f"expected an output name that ends in .png, found {path}")
-    try:
-        with suppress(FileNotFoundError):
-            if stat.S_ISDIR(path.stat().st_mode):
-                raise BadInput(f"expected {path} to be a file, found a folder; name a file in it")
-        tempfile.TemporaryFile(dir=path.parent).close()
-    except FileNotFoundError:
-        raise BadInput(
-            f"expected a folder {path.parent} to write {path.name} into, found none; make it"
-        ) from None
-    except OSError as error:
-        raise BadInput(f"expected a place to write {path}, found: {error.strerror}; choose another") from None
+    check_place(path)
 
 
 def save_png(image: Image.Image, path: str | Path) -> None:

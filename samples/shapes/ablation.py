@@ -24,7 +24,6 @@ import numpy as np
 import torch
 
 from samples.shapes import evaluate, held_out, train_flow
-from samples.shapes.places import make_folder
 from samples.shapes.questions import NEVER_SEEN, SEEN
 from samples.shapes.train import SHIPPED, assemble, trained
 from tpx_export.exporter import export_bundle
@@ -37,6 +36,7 @@ from tpx_runtime.engine import resolve
 from tpx_runtime.evaluation.compare import Report
 from tpx_runtime.evaluation.record import require_same, write_json
 from tpx_runtime.evaluation.statistics import Estimate, bootstrap
+from tpx_runtime.files import make_folder
 from tpx_runtime.generator import Generator
 from tpx_runtime.manifest import EVERY_LEVEL
 

@@ -12,11 +12,11 @@ from pathlib import Path
 import click
 import torch
 
-from samples.shapes.places import check_place
 from tpx_export import checkpoint
 from tpx_export.model import TextToImage
 from tpx_runtime.command import TpxCommand
 from tpx_runtime.errors import BadInput
+from tpx_runtime.files import check_place
 
 
 def deepened(model: TextToImage, depth: int) -> TextToImage:

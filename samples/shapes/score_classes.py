@@ -15,13 +15,13 @@ import numpy as np
 from samples.shapes.classes import CLASSES, prompt_of_class
 from samples.shapes.evaluate import parser_line
 from samples.shapes.parser import Parser
-from samples.shapes.places import check_place
 from samples.shapes.score import Row, judge, page
 from samples.shapes.world import SHAPES
 from tpx_runtime.command import TpxCommand
 from tpx_runtime.errors import BadInput
 from tpx_runtime.evaluation.record import write_json
 from tpx_runtime.evaluation.statistics import bootstrap
+from tpx_runtime.files import check_place
 
 
 def report(rows: list[Row]) -> dict[str, dict[str, Any]]:

@@ -13,7 +13,6 @@ import click
 import torch
 
 from samples.shapes import train_autoencoder, train_flow, train_text
-from samples.shapes.places import make_folder
 from tpx_export import checkpoint
 from tpx_export.model import ThinkingSpec
 from tpx_export.model.autoencoder import Autoencoder
@@ -22,6 +21,7 @@ from tpx_export.model.text_encoder import TextEncoder
 from tpx_export.model.text_to_image import TextToImage, TextToImageSpec
 from tpx_runtime.command import TpxCommand
 from tpx_runtime.errors import BadInput
+from tpx_runtime.files import make_folder
 from tpx_runtime.manifest import Defaults
 
 STAGES = ("autoencoder", "text", "base", "adapters")

@@ -20,7 +20,6 @@ from samples.shapes.classes import CLASSES, scene_of_class
 from samples.shapes.fit import fit, save_whole, seeded
 from samples.shapes.latents import encoded, fingerprint
 from samples.shapes.pictures import save_grid
-from samples.shapes.places import make_folder
 from samples.shapes.train import SHIPPED, trained
 from samples.shapes.train_flow import CAPTION_DROPOUT, Run, optimizers, with_thinking
 from tpx_export import checkpoint
@@ -31,6 +30,7 @@ from tpx_export.model.thinking import ThinkingSpec
 from tpx_export.training.diffusion import DiffusionLoss
 from tpx_runtime.command import TpxCommand
 from tpx_runtime.diffusion import DIFFUSION_SAMPLERS
+from tpx_runtime.files import make_folder
 from tpx_runtime.manifest import Defaults
 from tpx_runtime.noise import batch_noise
 

@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from samples.shapes.captions import TRAINING_MIX, Prompt, prompt_of, satisfies, scene_for
 from samples.shapes.fit import fit, seeded
 from samples.shapes.parser import CELLS, RECORD, SIDE_PX, WEIGHTS, Parser
-from samples.shapes.places import make_folder
 from samples.shapes.render import render
 from samples.shapes.world import (
     COLOURS,
@@ -43,6 +42,7 @@ from samples.shapes.world import (
 from tpx_export.graphs import anonymous
 from tpx_export.model.autoencoder import Autoencoder, AutoencoderSpec, ResidualBlock
 from tpx_runtime.command import TpxCommand
+from tpx_runtime.files import make_folder
 
 COMMAND = "python -m samples.shapes.train_parser --out runs/parser"
 PLACES = ("x", "y", "z", "size")

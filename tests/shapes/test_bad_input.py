@@ -75,7 +75,7 @@ def test_a_sweep_without_what_is_plotted(files: Path, lacking: str | None) -> No
 @pytest.mark.parametrize(
     ("out", "line"),
     [
-        ("none/x.safetensors", "expected a place to write none/x.safetensors, found: No such file"),
+        ("none/x.safetensors", "expected a folder none to write x.safetensors into, found none; make it"),
         ("folder.pt", "expected folder.pt to be a file, found a folder"),
         ("x.foo", "expected --out ending in .safetensors or .pt, found x.foo"),
     ],
@@ -95,7 +95,7 @@ def test_a_place_for_the_classes_table_is_looked_for_before_the_bundle(
     monkeypatch.chdir(files)
     result = CliRunner().invoke(score_classes.main, ["--bundle", "none", "--json", "none/x.json"])
     assert result.exit_code == 2
-    assert result.stderr.startswith("error: expected a place to write none/x.json")
+    assert result.stderr.startswith("error: expected a folder none to write x.json into, found none; make it")
 
 
 @pytest.mark.parametrize(
