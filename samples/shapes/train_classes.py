@@ -131,7 +131,7 @@ def train(
     help="Whose autoencoder to take.",
 )
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/classes"), show_default=True)
-@click.option("--steps", type=click.IntRange(1), default=2000, show_default=True)
+@click.option("--steps", type=click.IntRange(1), default=3000, show_default=True)
 @click.option("--adapter-steps", type=click.IntRange(1), default=400, show_default=True)
 @click.option("--batch", type=click.IntRange(1), default=96, show_default=True)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
