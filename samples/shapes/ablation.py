@@ -297,7 +297,7 @@ def over_seeds(values: list[float]) -> Estimate:
     """The mean of two values or more, one a seed, with its 95% interval by Student's t."""
     mean = float(np.mean(values))
     reach = T_95[min(len(values) - 1, len(T_95)) - 1] * float(np.std(values, ddof=1)) / len(values) ** 0.5
-    return Estimate(mean, mean - reach, mean + reach)
+    return Estimate(mean, mean - reach, mean + reach, len(values))
 
 
 def _head(*columns: str) -> list[str]:

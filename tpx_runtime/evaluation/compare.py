@@ -92,7 +92,9 @@ def _difference(name: str, rows: list[Any]) -> Difference:
 
 def as_text(first: Report, second: Report, lines: list[Difference]) -> str:
     """The comparison as a Markdown table in percent, under what distinguishes the runs."""
-    told = differing(first.facts, second.facts) or ("the same settings",) * 2
+    shared = first.facts.keys() & second.facts.keys()  # a record knows the weights' hash, a run the bundle's
+    facts = ({key: one.facts[key] for key in one.facts if key in shared} for one in (first, second))
+    told = differing(*facts) or ("the same settings",) * 2
     parts = [f"A: {told[0]}", f"B: {told[1]}"]
     parts += ["", "| | prompts | A | B | B - A | 95% interval |", "|---|---|---|---|---|---|"]
     for line in lines:
