@@ -69,7 +69,7 @@ RELATED = ("position", SEEN, NEVER_SEEN)  # rows of ShapesEval whose prompts hol
 BASE, LORA, THINKING, RECURSIVE = "base", "LoRA", "M=4, T=3", "M=1, T=3"
 
 
-def _thinking(experts: int, depth: int, rank: int | None = None, **switches: bool) -> ThinkingSpec:
+def _thinking(experts: int, depth: int, rank: int | None = None, **switches: Any) -> ThinkingSpec:
     return ThinkingSpec(experts=experts, rank=rank or WHOLE_RANK // experts, max_depth=depth, **switches)
 
 

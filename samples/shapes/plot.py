@@ -64,8 +64,10 @@ def read_sweep(path: Path, against: str) -> list[Cell]:
     try:
         cells = []
         for cell in json.loads(path.read_text())["cells"]:
-            overall = (100 * float(cell["rows"]["overall"][key]) for key in ("score", "low", "high"))
-            cells.append(Cell(cell["sampler"], cell[against], *overall, float(cell["seconds an image"])))
+            overall = cell["rows"]["overall"]
+            percents = {key: 100 * float(overall[key]) for key in ("score", "low", "high")}
+            seconds = float(cell["seconds an image"])
+            cells.append(Cell(cell["sampler"], cell[against], **percents, seconds=seconds))
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         cells = []
     if not cells:

@@ -48,7 +48,7 @@ def train(out: Path, *, steps: int, batch: int, seed: int, device: str, rate: fl
     """Returns the trained (EMA) autoencoder, its latents standardised."""
     spec = AutoencoderSpec()
     torch.manual_seed(seed)
-    model = Autoencoder(spec).to(device, memory_format=torch.channels_last)
+    model = Autoencoder(spec).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     ground = render([()], spec.image_size_px, device) * 2 - 1
     fresh = pictures(FRESH, 8, spec, device)
 

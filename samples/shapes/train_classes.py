@@ -11,6 +11,7 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import click
 import torch
@@ -52,8 +53,8 @@ def loss_of(
     model: DiT, data: tuple[Tensor, Tensor], run: Run, depths: tuple[int, ...]
 ) -> Callable[[int], Tensor]:
     """The loss of a step; depth is drawn from `depths`."""
-    compiled, objective = torch.compile(model, dynamic=False), DiffusionLoss(learned_sigma=False)
-    compiled.patch_in = model.patch_in  # the loss asks for the model's type
+    compiled = cast(DiT, torch.compile(model, dynamic=False))
+    objective = DiffusionLoss(learned_sigma=False)
     latents, classes = data
 
     def loss_at(step: int) -> Tensor:
@@ -74,7 +75,7 @@ def sample(
     model: DiT, autoencoder: Autoencoder, depth: int, guidance: float = 2.0, steps: int = 20
 ) -> Tensor:
     """Pictures [B, 3, H, W] in -1..1 of the classes `SHOWN`, twice each, with the runtime's own sampler and noise."""
-    device = autoencoder.decoder.net[0].weight.device
+    device = next(autoencoder.parameters()).device
     classes = torch.tensor([*SHOWN, *SHOWN], device=device)
     both = torch.cat([torch.full_like(classes, len(CLASSES)), classes])
 

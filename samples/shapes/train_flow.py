@@ -159,7 +159,7 @@ def sample(
     guidance: float = 3.0,
 ) -> Tensor:
     """Pictures [B, 3, H, W] in -1..1 with the runtime's own sampler and noise, seed i for prompt i."""
-    device = autoencoder.decoder.net[0].weight.device
+    device = next(autoencoder.parameters()).device
     context, pooled = data.read([*[""] * len(prompts), *prompts])
 
     def velocity(x: np.ndarray, timestep: float) -> np.ndarray:

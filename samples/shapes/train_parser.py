@@ -204,7 +204,7 @@ def loss(said: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> Tensor:
 def train(out: Path, *, steps: int, seed: int, rate: float = 2e-3) -> Eye:
     """Returns the trained (EMA) network."""
     torch.manual_seed(seed)
-    eye = Eye().to(memory_format=torch.channels_last)
+    eye = Eye().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @lru_cache(maxsize=REPLAY + 1)
     def drawn(step: int) -> tuple[list[Scene], Tensor]:
@@ -239,7 +239,7 @@ def export(eye: Eye, path: Path) -> None:
     """One ONNX file, weights inside: image uint8 [batch, 128, 128, 3] -> heat, shape, colour, place."""
     example = torch.zeros(2, SIDE_PX, SIDE_PX, 3, dtype=torch.uint8)
     program = torch.onnx.export(
-        Deployed(eye.to(memory_format=torch.contiguous_format)).eval(),
+        Deployed(eye.to(memory_format=torch.contiguous_format)).eval(),  # type: ignore[call-overload]
         (example,),
         dynamo=True,
         input_names=["image"],
@@ -249,8 +249,8 @@ def export(eye: Eye, path: Path) -> None:
     )
     assert program is not None
     model = anonymous(program.model_proto)
-    onnx.checker.check_model(model)
-    onnx.save(model, path)
+    onnx.checker.check_model(model)  # type: ignore[arg-type]
+    onnx.save(model, path)  # type: ignore[arg-type]
 
 
 def near_miss(rng: random.Random, prompt: Prompt, scene: Scene) -> Prompt:
