@@ -32,7 +32,7 @@ class PictureFitted(UserWarning):
 class Generator:
     """Makes pictures from a bundle with one engine. Graphs are loaded when first used, and kept.
 
-    Threads may share one: each batch is drawn by itself, whoever waits for it.
+    Threads may share one, and take turns a batch at a time.
     """
 
     def __init__(self, bundle: Bundle, engine: Engine, t5: bool = True) -> None:
