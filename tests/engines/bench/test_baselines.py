@@ -95,7 +95,11 @@ def test_the_naive_export_draws_the_bundles_picture(work: Work, tmp_path: Path) 
 
 
 def test_compiling_takes_the_fastest_setting(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
-    delays = {"default": 0.02, "freezing": 0.0, "freezing + max-autotune": 0.04}
+    delays = {
+        "default": 0.1,
+        "freezing": 0.0,
+        "freezing + max-autotune": 0.2,
+    }  # beyond what a busy machine adds
     tried: list[Any] = []
 
     def compile_(module: torch.nn.Module, dynamic: bool, options: dict[str, Any]) -> Callable[..., Any]:
