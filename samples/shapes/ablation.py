@@ -96,6 +96,8 @@ Sides = tuple[tuple[str, ...], tuple[str, ...]]
 POOLED: dict[str, Sides] = {
     "T=3 minus T=1, all M": ((RECURSIVE, "M=2, T=3", THINKING), (LORA, "M=2, T=1", "M=4, T=1")),
     "M=4 minus M=2, all T": (("M=4, T=1", "M=4, T=2", THINKING), ("M=2, T=1", "M=2, T=2", "M=2, T=3")),
+    f"{RECURSIVE} minus {BASE}": ((RECURSIVE,), (BASE,)),
+    f"{THINKING} minus {BASE}": ((THINKING,), (BASE,)),
 } | {
     f"{THINKING} minus {other.removeprefix(THINKING).removeprefix(', ')}": ((THINKING,), (other,))
     for other in (
