@@ -116,11 +116,12 @@ def test_what_is_pooled_is_the_mean_over_rows_and_the_seeds_that_all_have(tmp_pa
         return {name: [cell.split(" ")[0] for cell in cells] for _, name, *cells, _ in lines}
 
     rows = found(results)
-    assert list(rows) == list(ablation.POOLED) and len(rows) == 7
+    assert list(rows) == list(ablation.POOLED) and len(rows) == 9
     assert rows["T=3 minus T=1, all M"] == ["1", "+66.7", "+22.2", "-66.67"]
     assert rows["M=4 minus M=2, all T"] == ["1", "-33.3", "-11.1", "+33.33"]
     assert rows["M=4, T=3 minus M=1, T=3"] == ["2", "-50.0", "-16.7", "+50.00"]
     assert rows["M=4, T=3 minus no modulation"] == ["1", "+0.0", "+0.0", "+0.00"]
+    assert rows["M=1, T=3 minus base"] == ["1", "+100.0", "+33.3", "-100.00"]
     lacking = found([one for one in results if one["row"] != "M=2, T=2"])
     assert set(rows) - set(lacking) == {"M=4 minus M=2, all T"}
 
