@@ -156,7 +156,7 @@ def test_errors_of_another_parser_are_refused_before_anything_is_drawn(
 class Painter:
     """Draws every prompt right, but "cone" prompts without a scene; `asked` lists the prompts of its pictures."""
 
-    manifest = SimpleNamespace(name="fake", sha256="b" * 64)
+    manifest = SimpleNamespace(name="fake", sha256="b" * 64, model=SimpleNamespace(classes=0))
     engine = SimpleNamespace(name="fake")
 
     def __init__(self) -> None:
