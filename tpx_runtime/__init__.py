@@ -18,22 +18,15 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 if TYPE_CHECKING:
     from .generator import Generator
 
-    __version__: str
+__version__ = "0.1.0"  # here and nowhere else: to ask the installed package takes every start 22 ms
 
 __all__ = ["Generator", "TpxError", "__version__"]
 
 
 def __getattr__(name: str) -> object:
-    """Resolve the heavier names on first use, so that importing one module stays cheap (PEP 562)."""
+    """Resolve the heavier name on first use, so that importing one module stays cheap (PEP 562)."""
     if name == "Generator":
         from .generator import Generator
 
         return Generator
-    if name == "__version__":
-        from importlib.metadata import PackageNotFoundError, version
-
-        try:
-            return version("tpx")
-        except PackageNotFoundError:
-            return "0+uninstalled"
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

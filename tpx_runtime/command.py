@@ -8,6 +8,7 @@ from typing import IO, Any
 
 import click
 
+from . import __version__
 from .errors import Cancelled, TpxError
 
 
@@ -52,8 +53,6 @@ def terminable() -> Iterator[None]:
 
 def _say_version(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
     if asked and not ctx.resilient_parsing:
-        from . import __version__
-
         click.echo(f"tpx {__version__}")
         ctx.exit()
 

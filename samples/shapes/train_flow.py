@@ -30,10 +30,8 @@ from tpx_runtime.noise import batch_noise
 from tpx_runtime.samplers import SAMPLERS
 
 Transformer = TypeVar("Transformer", MMDiT, DiT)
-SIGMA_MEAN, SIGMA_DEVIATION = (
-    0.3,
-    1.1,
-)  # of the logit of sigma; a higher mean trains layout more and edges less
+# Of the logit of sigma; a higher mean trains layout more and edges less.
+SIGMA_MEAN, SIGMA_DEVIATION = 0.3, 1.1
 CAPTION_DROPOUT = 0.1
 SHIFT = 1.0
 HEAD_WIDTH = MMDiTSpec.width // MMDiTSpec.heads

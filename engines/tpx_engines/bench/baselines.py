@@ -68,9 +68,8 @@ def require_fits(ckpt: Path, manifest: Manifest) -> None:
         "text_encoders": manifest.text_encoders,
         "latent": manifest.latent,
     }
-    found["depths"] = found["depths"][
-        : len(manifest.model.depths)
-    ]  # `tpx-export --depth` leaves out the last
+    # `tpx-export --depth` leaves out the last.
+    found["depths"] = found["depths"][: len(manifest.model.depths)]
     for fact, value in wanted.items():
         if found[fact] != value:
             raise BadInput(
