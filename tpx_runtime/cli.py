@@ -35,6 +35,14 @@ guidance_interval = click.option(
     metavar="LOW HIGH",
     help="Noise levels in 0..1 at which guidance acts; other steps cost half.  [default: the bundle's]",
 )
+guidance_every = click.option(
+    "--guidance-every",
+    type=int,
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="After two fifths of the steps, work guidance out at each Nth and keep it between: those cost half.",
+)
 
 
 def find_bundle(given: str | None) -> Path:
@@ -128,6 +136,7 @@ def _printing() -> Iterator[list[Path]]:
 @click.option("--steps", type=int, help="Denoising steps.  [default: the bundle's]")
 @click.option("--guidance", type=float, help="Pull of the prompt; 1 is off.  [default: the bundle's]")
 @guidance_interval
+@guidance_every
 @click.option(
     "--sampler", help="euler, heun, dpmpp2m or unipc; ddpm or ddim for class models.  [default: the bundle's]"
 )

@@ -11,7 +11,7 @@ from .bundle import Bundle
 from .editing import Edit, Repainting, noised, tail
 from .engine import Arrays, Engine, Session
 from .errors import BadInput, Cancelled, EngineFailed, shorten
-from .guidance import GuidedPrediction, is_guided
+from .guidance import GuidedPrediction, is_guided, reused
 from .modulation import Conditions
 from .noise import batch_noise
 from .registry import SAMPLERS_FOR, walk
@@ -29,7 +29,8 @@ class Sample:
     routes: list[npt.NDArray[np.int64]]
 
 
-LOOP = ("sampler", "steps", "guidance", "guidance_interval", "depth", "strength")  # of Settings
+# Of Settings.
+LOOP = ("sampler", "steps", "guidance", "guidance_interval", "guidance_every", "depth", "strength")
 
 
 def one_loop(jobs: Sequence[Settings], edit: Edit | None) -> Settings:
@@ -102,9 +103,9 @@ class Denoiser:
             schedule = tail(schedule, job.strength)
             latents = noised(edit.latents, noise, schedule.sigmas[0])
         conditions = Conditions(self._conditions, model, told, schedule.timesteps)
-        predict = GuidedPrediction(
-            self._transformer(job.depth), model, told, conditions, job.guidance, job.guidance_interval
-        )
+        guidance = job.guidance, job.guidance_interval
+        left_out = reused(schedule.timesteps, *guidance, job.guidance_every)
+        predict = GuidedPrediction(self._transformer(job.depth), model, told, conditions, *guidance, left_out)
         prediction: Velocity = predict
         if edit and edit.repaint is not None:
             prediction = Repainting(predict, edit.latents, noise, edit.repaint)

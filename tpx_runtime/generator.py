@@ -69,6 +69,7 @@ class Generator:
         steps: int | None = None,
         guidance: float | None = None,
         guidance_interval: tuple[float, float] | None = None,
+        guidance_every: int = 1,
         sampler: str | None = None,
         seed: int = 0,
         depth: int | None = None,
@@ -90,6 +91,7 @@ class Generator:
             steps=steps,
             guidance=guidance,
             guidance_interval=guidance_interval,
+            guidance_every=guidance_every,
             sampler=sampler,
             seed=seed,
             depth=depth,
@@ -175,6 +177,7 @@ class Generator:
         steps: int | None = None,
         guidance: float | None = None,
         guidance_interval: tuple[float, float] | None = None,
+        guidance_every: int = 1,
         sampler: str | None = None,
         seed: int = 0,
         depth: int | None = None,
@@ -183,7 +186,8 @@ class Generator:
         """The checked settings of each picture of a call, what is None taken from the bundle's defaults.
 
         Image i of each prompt has seed `seed + i`, so that a batch equals separate runs. `guidance_interval`, of noise
-        levels in 0..1, is where guidance acts: elsewhere a step costs half. Raises BadInput.
+        levels in 0..1, is where guidance acts: elsewhere a step costs half. So it does where guidance is taken from the step
+        before: `guidance_every` N is to work it out at each Nth step only, after the first two fifths. Raises BadInput.
         """
         defaults = self.manifest.defaults
         check_int("num_images", num_images, 1, MAX_IMAGES)
@@ -206,6 +210,7 @@ class Generator:
                 guidance_interval=defaults.guidance_interval
                 if guidance_interval is None
                 else guidance_interval,
+                guidance_every=guidance_every,
                 sampler=defaults.sampler if sampler is None else sampler,
                 depth=defaults.depth if depth is None else depth,
                 class_id=class_id,
@@ -214,14 +219,10 @@ class Generator:
             for one in prompts
             for i in range(num_images)
         ]
-        if (
-            guidance_interval is not None
-            and jobs[0].guidance == 1
-            and jobs[0].guidance_interval != EVERY_LEVEL
-        ):
-            raise BadInput(
-                "expected guidance other than 1 with a guidance interval, found 1; leave out one of them"
-            )
+        limited = guidance_interval is not None and jobs[0].guidance_interval != EVERY_LEVEL
+        if jobs[0].guidance == 1 and (limited or guidance_every != 1):
+            what = "a guidance interval" if limited else "guidance at every few steps"
+            raise BadInput(f"expected guidance other than 1 with {what}, found 1; leave out one of them")
         if strength is not None:
             self._encoder_path()
         if self.classes:

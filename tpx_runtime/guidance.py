@@ -1,8 +1,13 @@
 """Classifier-free guidance: Ho and Salimans 2022 (arXiv:2207.12598), both branches in one batched call.
 
-Where it is limited to an interval of noise levels (Kynkaanniemi et al. 2024, arXiv:2404.07724), the steps outside ask for
-the prompt's branch alone: half the work.
+Two things leave out the negative branch, half of a step's work. Outside an interval of noise levels (Kynkaanniemi et al.
+2024, arXiv:2404.07724) the prompt's branch stands alone. And once a picture is laid out, the difference between the branches
+changes little from step to step, so that some steps may take the one before (as LinearAG of Castillo et al. 2023,
+arXiv:2312.12487, and FasterCache, arXiv:2410.19355, do in other ways): `reused`.
 """
+
+import math
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -25,13 +30,25 @@ def is_guided(timestep: float, guidance: float, interval: tuple[float, float]) -
     return guidance != 1 and low <= timestep / TRAIN_TIMESTEPS <= high
 
 
+def reused(
+    timesteps: Sequence[float], guidance: float, interval: tuple[float, float], every: int
+) -> frozenset[float]:
+    """Those of a loop's timesteps that take the difference of the branches from a step before.
+
+    The first two fifths of the guided steps, where the layout is decided, have both branches; of the others each `every`-th.
+    """
+    guided = [at for at in timesteps if is_guided(at, guidance, interval)]
+    later = guided[math.ceil(2 * len(guided) / 5) :]
+    return frozenset(at for i, at in enumerate(later, start=1) if i % every)
+
+
 class GuidedPrediction:
     """The function that samplers call: the guided velocity, or epsilon, at latents [B, C, H, W] and a timestep.
 
     `told` is what a conditioner made of the branches [negative, prompt], or of [prompt] alone at guidance 1, each as long as
-    the latents; `conditions` are those of the same rows. Each call runs `transformer` once: on all rows, outside `interval`
-    (of `is_guided`) on the prompt's. `routes` collects [B, S, N] of the prompt's branch for each call, where the model has
-    thinking blocks.
+    the latents; `conditions` are those of the same rows. Each call runs `transformer` once: on all rows, or on the prompt's
+    outside `interval` (of `is_guided`) and at timesteps that are `reused`. `routes` collects [B, S, N] of the prompt's
+    branch for each call, where the model has thinking blocks.
     """
 
     def __init__(
@@ -42,19 +59,23 @@ class GuidedPrediction:
         conditions: Conditions,
         guidance: float,
         interval: tuple[float, float],
+        reused: Collection[float] = (),
     ) -> None:
         self._transformer, self._model, self._conditions = transformer, model, conditions
-        self._guidance, self._interval = guidance, interval
+        self._guidance, self._interval, self._reused = guidance, interval, reused
         self._told = {name: told[name] for name in model.transformer_inputs if name in told}
         # Made once: engines do not upload again what is the array of the call before.
         self._prompts = {
             name: rows if guidance == 1 else rows[len(rows) // 2 :] for name, rows in self._told.items()
         }
+        self._difference: Array  # [B, C, H, W], of the last call that had both branches
         self.routes: list[npt.NDArray[np.int64]] = []
 
     def __call__(self, latents: Array, timestep: float) -> Array:
         model, conditions = self._model, self._conditions.at(timestep)
-        if is_guided(timestep, self._guidance, self._interval):
+        guided = is_guided(timestep, self._guidance, self._interval)
+        both = guided and timestep not in self._reused
+        if both:
             batch, told = np.concatenate([latents] * 2), self._told
         else:
             batch, told, conditions = latents, self._prompts, conditions[-len(latents) :]
@@ -63,7 +84,10 @@ class GuidedPrediction:
             self.routes.append(outputs["routes"][-len(latents) :])
         shape = (len(batch), model.out_channels, *model.latent_size)
         prediction: Array = output(outputs, model.prediction, shape)
-        if len(batch) == len(latents):
-            return prediction
-        negative, prompt = prediction[: len(latents)], prediction[len(latents) :]
+        prompt = prediction[-len(latents) :]
+        if not guided:
+            return prompt
+        if both:
+            self._difference = prompt - prediction[: len(latents)]
+        negative = prediction[: len(latents)] if both else prompt - self._difference
         return guide(negative, prompt, self._guidance, model.guided_channels)

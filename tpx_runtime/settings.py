@@ -24,7 +24,7 @@ class Settings:
     """Everything besides the bundle, and a picture to start from, that decides one picture.
 
     `class_id` is None for models that read prompts; `strength`, the share of the steps that are taken, is None where
-    nothing is started from; `guidance_interval` is that of `guidance.is_guided`.
+    nothing is started from; `guidance_interval` is that of `guidance.is_guided`, `guidance_every` of `guidance.reused`.
     """
 
     prompt: str
@@ -37,6 +37,7 @@ class Settings:
     class_id: int | None = None
     strength: float | None = None
     guidance_interval: tuple[float, float] = EVERY_LEVEL
+    guidance_every: int = 1
 
     def __post_init__(self) -> None:
         """numpy's numbers and JSON's lists as Python's own, so that settings compare and can be written."""
@@ -55,6 +56,7 @@ class Settings:
             raise BadInput(f"expected a sampler of {', '.join(samplers)}, found {shorten(self.sampler)}")
         check_int("seed", self.seed, 0, MAX_SEED)
         check_int("steps", self.steps, 1, TRAIN_TIMESTEPS)
+        check_int("guidance_every", self.guidance_every, 1)
         if type(self.depth) is not int or self.depth not in manifest.model.depths:
             depths = ", ".join(map(str, manifest.model.depths))
             raise BadInput(f"expected a depth of {depths} (this bundle's), found {shorten(self.depth)}")
@@ -118,6 +120,8 @@ class Settings:
         also = f", Denoising strength: {self.strength}" if self.strength is not None else ""
         if self.guidance_interval != EVERY_LEVEL:
             also += ", CFG interval: {:g}-{:g}".format(*self.guidance_interval)
+        if self.guidance_every != 1:
+            also += f", CFG every: {self.guidance_every}"
         said = self.prompt if self.class_id is None else f"class {self.class_id}"
         line = (
             f"{said}\n{negative}Steps: {self.steps}, Sampler: {self.sampler}, "

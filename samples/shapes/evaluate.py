@@ -221,6 +221,7 @@ def run(
         "engine": generator.engine.name,
         **{key: getattr(used, key) for key in ("sampler", "steps", "guidance", "depth")},
         "guidance_interval": list(used.guidance_interval),
+        "guidance_every": used.guidance_every,
         "seed": seed,
         "images": images,
         "limit": limit,

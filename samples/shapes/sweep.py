@@ -104,6 +104,9 @@ def table(out: Path, cells: list[dict[str, Any]], names: list[str]) -> str:
     multiple=True,
     help="Noise levels at which guidance acts.  [default: the bundle's]",
 )
+@click.option(
+    "--guidance-every", "every", default="1", show_default=True, help="As tpx-run's, such as 1,2,4."
+)
 @click.option("--images", type=click.IntRange(1), default=1, show_default=True, help="Pictures a prompt.")
 @click.option("--limit", type=click.IntRange(1), help="Only the first N prompts of each row.")
 def main(
@@ -115,6 +118,7 @@ def main(
     depth: str | None,
     guidance: tuple[float, ...],
     intervals: tuple[tuple[float, float], ...],
+    every: str,
     **size: Any,
 ) -> None:
     """Run ShapesEval for every combination of the settings, and print the table."""
@@ -127,14 +131,16 @@ def main(
         numbers(steps),
         guidance or (defaults.guidance,),
         intervals or (defaults.guidance_interval,),
+        numbers(every),
     )
-    for sampler, deep, many, guided, interval in grid:
+    for sampler, deep, many, guided, interval, nth in grid:
         settings = {
             "sampler": sampler,
             "depth": deep or defaults.depth,
             "steps": many or defaults.steps,
             "guidance": guided,
             "guidance_interval": interval,
+            "guidance_every": nth,
         }
         cells.append(cell(generator, out, settings, **size))
         write_json(out / "sweep.json", {"bundle_sha256": generator.manifest.sha256, "cells": cells})

@@ -460,6 +460,7 @@ def test_the_record_says_what_was_drawn_with_what(run: Run, paper: Path, tmp_pat
         "steps": 2,
         "guidance": 3.0,
         "guidance_interval": [0.0, 1.0],
+        "guidance_every": 1,
         "depth": 2,
         "seed": 7,
         "images": 4,

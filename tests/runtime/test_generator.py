@@ -137,6 +137,14 @@ def test_guidance_acts_in_its_interval(generator: Generator, engine: FakeEngine)
     assert rows[0] == rows[-1] == 1 and 2 in rows
 
 
+def test_guidance_is_kept_between_every_few_steps(generator: Generator, engine: FakeEngine) -> None:
+    generator("red cube", steps=6, guidance_every=2)
+    assert [len(inputs["latents"]) for inputs in calls(engine, DENOISE)] == [2, 2, 2, 1, 2, 1]
+    engine.calls.clear()
+    generator("red cube", steps=6, guidance_every=2, sampler="heun")
+    assert [len(inputs["latents"]) for inputs in calls(engine, DENOISE)] == [2, 2, 2, 2, 2, 1, 1, 2, 2, 1, 1]
+
+
 def test_an_interval_that_holds_no_step_is_refused(generator: Generator, engine: FakeEngine) -> None:
     message = r"holds one of the steps' noise levels \(1, [0-9.]+, [0-9.]+\), found \(0.1, 0.2\); widen it"
     with pytest.raises(BadInput, match=message):
@@ -194,6 +202,7 @@ def test_latents_come_with_the_routes_of_every_call(generator: Generator) -> Non
         ("steps", 4, "3 and 4"),
         ("guidance", 2.0, "3.0 and 2.0"),
         ("guidance_interval", (0.0, 0.5), r"\(0.0, 1.0\) and \(0.0, 0.5\)"),
+        ("guidance_every", 2, "1 and 2"),
         ("depth", 1, "2 and 1"),
     ],
 )

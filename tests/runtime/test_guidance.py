@@ -5,7 +5,7 @@ import pytest
 
 from tpx_runtime.engine import Arrays
 from tpx_runtime.errors import EngineFailed
-from tpx_runtime.guidance import GuidedPrediction, guide
+from tpx_runtime.guidance import GuidedPrediction, guide, reused
 from tpx_runtime.manifest import ModelSpec
 from tpx_runtime.modulation import Conditions
 from tpx_runtime.samplers import Array
@@ -32,9 +32,10 @@ def guided_by(
     guidance: float,
     model: ModelSpec = MODEL,
     interval: tuple[float, float] = (0.0, 1.0),
+    left_out: frozenset[float] = frozenset(),
 ) -> GuidedPrediction:
     table = Conditions(FakeSession("conditions", conditions(model), []), model, said)
-    return GuidedPrediction(session, model, said, table, guidance, interval)
+    return GuidedPrediction(session, model, said, table, guidance, interval, left_out)
 
 
 def branch(said: Arrays, model: ModelSpec = MODEL, depth: int = 2) -> Array:
@@ -100,6 +101,58 @@ def test_outside_the_interval_the_prompt_is_asked_alone(timestep: float, guided:
     np.testing.assert_array_equal(found, guided_by(alone, said, 3.0 if guided else 1.0)(LATENTS, timestep))
     for name, array in alone.calls[0][1].items():
         np.testing.assert_array_equal(inputs[name], array)
+
+
+@pytest.mark.parametrize(
+    ("every", "expected"),
+    [
+        (1, set()),
+        (2, {500.0, 300.0, 100.0}),
+        (3, {500.0, 400.0, 200.0, 100.0}),
+        (4, {500.0, 400.0, 300.0, 100.0}),
+        (99, {500.0, 400.0, 300.0, 200.0, 100.0}),
+    ],
+)
+def test_after_two_fifths_of_the_steps_each_nth_has_both_branches(every: int, expected: set[float]) -> None:
+    timesteps = [900.0, 800.0, 700.0, 600.0, 500.0, 400.0, 300.0, 200.0, 100.0]
+    assert reused(timesteps, 3.0, (0.0, 1.0), every) == expected
+
+
+def test_the_two_fifths_are_of_the_guided_steps_and_one_at_least() -> None:
+    timesteps = [900.0, 700.0, 500.0, 300.0]
+    assert reused(timesteps, 3.0, (0.0, 0.8), 2) == {300.0}
+    assert reused(timesteps, 3.0, (0.0, 0.6), 2) == {300.0}
+    assert reused(timesteps[:1], 3.0, (0.0, 1.0), 2) == frozenset()
+    assert reused(timesteps, 3.0, (0.2, 0.4), 2) == frozenset()
+    assert reused(timesteps, 1.0, (0.0, 1.0), 2) == frozenset()
+
+
+def test_a_step_that_reuses_asks_for_the_prompt_and_adds_the_last_difference() -> None:
+    def run(inputs: Arrays) -> Arrays:  # what the branches differ by depends on the latents
+        return {"velocity": inputs["latents"] * inputs["context"][:, :1, :1, None]}
+
+    session = FakeSession("transformer", run, [])
+    prediction = guided_by(session, BOTH, 3.0, left_out=frozenset({300.0, 100.0}))
+    walk = {400.0: LATENTS, 300.0: 0.7 * LATENTS, 200.0: 0.5 * LATENTS, 100.0: 0.2 * LATENTS}
+    found = {at: prediction(x, at) for at, x in walk.items()}
+    assert [len(inputs["latents"]) for _, inputs in session.calls] == [4, 2, 4, 2]
+    towards, away = (said["context"][:, :1, :1, None] for said in (PROMPT, NEGATIVE))
+    for at, source in ((400.0, 400.0), (300.0, 400.0), (200.0, 200.0), (100.0, 200.0)):
+        expected = walk[at] * towards + 2.0 * walk[source] * (towards - away)
+        np.testing.assert_allclose(found[at], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_reused_difference_leaves_channels_without_guidance_alone() -> None:
+    model, said = CLASSES.model, {"class_id": np.array([13, 13, 3, 5])}
+    session = FakeSession("transformer", transformer(1, model), [])
+    prediction = guided_by(session, said, 4.0, model, left_out=frozenset({300.0}))
+    prediction(LATENTS, 400.0)
+    found = prediction(LATENTS, 300.0)
+    alone = guided_by(
+        FakeSession("transformer", transformer(1, model), []), {"class_id": np.array([3, 5])}, 1.0, model
+    )
+    np.testing.assert_array_equal(found[:, 3:], alone(LATENTS, 300.0)[:, 3:])
+    assert np.abs(found[:, :3] - alone(LATENTS, 300.0)[:, :3]).max() > 0.1
 
 
 def test_an_array_that_does_not_change_is_one_object() -> None:

@@ -30,6 +30,7 @@ GOOD = Settings("a red cube", "", seed=7, steps=20, guidance=4.0, sampler="heun"
         {"guidance": -1000.0},
         {"guidance_interval": (0, 1)},
         {"guidance_interval": (0.25, 0.6)},
+        {"guidance_every": 3},
         {"depth": 4},
         {"negative_prompt": "blue"},
         {"strength": 1},
@@ -51,6 +52,7 @@ def test_numpys_numbers_and_what_json_makes_of_a_pair_are_pythons_own() -> None:
         sampler="heun",
         depth=np.int32(2),  # type: ignore[arg-type]
         guidance_interval=[np.float64(0), 1.0],  # type: ignore[arg-type]
+        guidance_every=np.int64(1),  # type: ignore[arg-type]
     )
     assert other.check(PAPER) == GOOD
     assert other.metadata(PAPER, "x") == GOOD.metadata(PAPER, "x")
@@ -94,6 +96,8 @@ def test_numpys_numbers_and_what_json_makes_of_a_pair_are_pythons_own() -> None:
             {"guidance_interval": 0.5},
             "expected guidance_interval to be two rising numbers in 0..1, found 0.5",
         ),
+        ({"guidance_every": 0}, "expected guidance_every to be a whole number of at least 1, found 0"),
+        ({"guidance_every": 2.0}, "found 2.0"),
         ({"guidance": 1, "negative_prompt": "blue"}, "expected no negative prompt at guidance 1"),
         ({"strength": 0}, "expected strength above 0 and at most 1, found 0"),
         ({"strength": 1.01}, "found 1.01"),
@@ -143,6 +147,7 @@ def test_metadata_says_everything_that_decides_the_picture() -> None:
         "steps": 20,
         "guidance": 4.0,
         "guidance_interval": [0.0, 1.0],
+        "guidance_every": 1,
         "sampler": "heun",
         "depth": 2,
         "bundle": "paper",
@@ -165,6 +170,9 @@ def test_metadata_says_where_guidance_acts() -> None:
     metadata = replace(GOOD, guidance_interval=(0.2, 0.75)).metadata(PAPER, "x")
     assert json.loads(metadata["tpx"])["guidance_interval"] == [0.2, 0.75]
     assert metadata["parameters"].endswith(f", Depth: 2, CFG interval: 0.2-0.75{BY}")
+    metadata = replace(GOOD, guidance_every=3).metadata(PAPER, "x")
+    assert json.loads(metadata["tpx"])["guidance_every"] == 3
+    assert metadata["parameters"].endswith(f", Depth: 2, CFG every: 3{BY}")
 
 
 def test_metadata_says_the_strength_and_what_was_left_out() -> None:

@@ -176,14 +176,13 @@ class Painter:
         steps: int | None = None,
         guidance: float | None = None,
         guidance_interval: tuple[float, float] | None = None,
+        guidance_every: int = 1,
         sampler: str | None = None,
         depth: int | None = None,
     ) -> list[Settings]:
         chosen = (steps or 20, guidance or 3.0, sampler or "euler", depth or 1)
-        interval = guidance_interval or (0.0, 1.0)
-        return [
-            Settings(prompt, "", seed + i, *chosen, guidance_interval=interval) for i in range(num_images)
-        ]
+        limits = {"guidance_interval": guidance_interval or (0.0, 1.0), "guidance_every": guidance_every}
+        return [Settings(prompt, "", seed + i, *chosen, **limits) for i in range(num_images)]
 
     def draw(self, jobs: Sequence[Settings], batch_size: int) -> list[Image.Image]:
         assert len(jobs) <= batch_size
@@ -271,13 +270,14 @@ def test_every_prompt_has_seeds_of_its_own_whatever_the_limit(painter: Painter, 
 
 def test_settings_reach_every_picture_and_the_report(painter: Painter, tmp_path: Path) -> None:
     more = ("--sampler", "heun", "--steps", "7", "--guidance", "2.5", "--depth", "2")
-    more += ("--guidance-interval", "0.2", "0.6")
+    more += ("--guidance-interval", "0.2", "0.6", "--guidance-every", "3")
     assert run(tmp_path / "a", *more).exit_code == 0
     used = {(job.sampler, job.steps, job.guidance, job.guidance_interval, job.depth) for job in painter.jobs}
     assert used == {("heun", 7, 2.5, (0.2, 0.6), 2)}
+    assert {job.guidance_every for job in painter.jobs} == {3}
     facts = json.loads((tmp_path / "a/report.json").read_text())
     assert [facts[key] for key in ("sampler", "steps", "guidance", "depth")] == ["heun", 7, 2.5, 2]
-    assert facts["guidance_interval"] == [0.2, 0.6]
+    assert (facts["guidance_interval"], facts["guidance_every"]) == ([0.2, 0.6], 3)
     assert (facts["bundle_sha256"], facts["engine"], facts["seed"]) == ("b" * 64, "fake", 0)
     assert facts["parser_sha256"] == hash_file(WEIGHTS)
 

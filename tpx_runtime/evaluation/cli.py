@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..cli import find_bundle, guidance_interval
+from ..cli import find_bundle, guidance_every, guidance_interval
 from ..command import TpxCommand, TpxGroup
 from ..errors import BadInput, EngineUnavailable
 
@@ -34,6 +34,7 @@ _drawing = _options(
     click.option("--steps", type=int, help="Denoising steps.  [default: the bundle's]"),
     click.option("--guidance", type=float, help="Pull of the prompt; 1 is off.  [default: the bundle's]"),
     guidance_interval,
+    guidance_every,
     click.option("--depth", type=int, help="Latent steps of thinking.  [default: the bundle's]"),
     click.option(
         "--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Pictures drawn at once."

@@ -184,6 +184,7 @@ def _settings(
         "steps": job.steps,
         "guidance": job.guidance,
         "guidance_interval": list(job.guidance_interval),
+        "guidance_every": job.guidance_every,
         "depth": job.depth,
         "seed": seed,
         "images": images,

@@ -1,0 +1,68 @@
+"""What `--guidance-every` saves and what it changes: time an image alone and in batches, PSNR to guidance at each step.
+
+    python -m benchmarks.guidance_every [--bundle bundles/shapes] [--engine onnxruntime] [--sampler euler] [--steps 20]
+
+All settings take turns in each round; times are medians, ratios medians of each round's own. The pictures are of every 24th
+prompt of ShapesEval, so that all of its kinds are among them.
+"""
+
+import statistics
+import time
+
+import click
+
+from samples.shapes.questions import questions
+from tpx_runtime import Generator
+from tpx_runtime.command import TpxCommand
+from tpx_runtime.evaluation.similarity import psnr_db
+
+COMPARED = [question.text for question in questions()][::24]
+PROMPT = "a red cube on a blue sphere"
+
+
+@click.command(cls=TpxCommand)
+@click.option("--bundle", default="bundles/shapes", show_default=True)
+@click.option("--engine", default="auto", show_default=True)
+@click.option("--sampler", help="[default: the bundle's]")
+@click.option("--steps", type=int, help="[default: the bundle's]")
+@click.option("--batch", "batches", type=int, multiple=True, default=(1, 8), show_default=True)
+@click.option("--every", type=int, multiple=True, default=(2, 3, 4), show_default=True)
+@click.option("--rounds", type=click.IntRange(1), default=9, show_default=True)
+def main(
+    bundle: str,
+    engine: str,
+    sampler: str | None,
+    steps: int | None,
+    batches: tuple[int, ...],
+    every: tuple[int, ...],
+    rounds: int,
+) -> None:
+    """Print the table of docs/performance.md."""
+    generator, settings = Generator.load(bundle, engine), {"sampler": sampler, "steps": steps}
+    seconds: dict[tuple[int, int], list[float]] = {}
+    for number in range(rounds + 1):
+        for batch in batches:
+            for nth in (1, *every):
+                began = time.perf_counter()
+                generator(PROMPT, num_images=batch, batch_size=batch, guidance_every=nth, **settings)
+                if number:  # the first round compiles
+                    seconds.setdefault((batch, nth), []).append((time.perf_counter() - began) / batch)
+    drawn = {nth: generator(COMPARED, guidance_every=nth, **settings) for nth in (1, *every)}
+    job = generator.plan(PROMPT, **settings)[0]
+    print(f"{generator.engine.name}, {job.steps} steps of {job.sampler}, medians of {rounds} rounds\n")
+    head = [f"s an image, batch {batch} | of N = 1" for batch in batches]
+    print(f"| N | {' | '.join(head)} | PSNR, dB: median | least |")
+    print("|---" * (3 + 2 * len(batches)) + "|")
+    for nth in (1, *every):
+        cells = [str(nth)]
+        for batch in batches:
+            mine, whole = seconds[batch, nth], seconds[batch, 1]
+            ratio = statistics.median(a / b for a, b in zip(mine, whole, strict=True))
+            cells += [f"{statistics.median(mine):.3f}", f"{ratio:.2f}"]
+        alike = [psnr_db(a, b) for a, b in zip(drawn[nth], drawn[1], strict=True)]
+        cells += ["", ""] if nth == 1 else [f"{statistics.median(alike):.1f}", f"{min(alike):.1f}"]
+        print(f"| {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()
