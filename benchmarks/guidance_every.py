@@ -8,6 +8,7 @@ prompt of ShapesEval, so that all of its kinds are among them.
 
 import statistics
 import time
+from typing import Any
 
 import click
 
@@ -38,7 +39,8 @@ def main(
     rounds: int,
 ) -> None:
     """Print the table of docs/performance.md."""
-    generator, settings = Generator.load(bundle, engine), {"sampler": sampler, "steps": steps}
+    generator = Generator.load(bundle, engine)
+    settings: dict[str, Any] = {"sampler": sampler, "steps": steps}
     seconds: dict[tuple[int, int], list[float]] = {}
     for number in range(rounds + 1):
         for batch in batches:

@@ -20,7 +20,7 @@ from samples.shapes.parser import RECORD, Parser
 from tpx_runtime.cli import find_bundle
 from tpx_runtime.command import TpxCommand
 
-# Percent of singles and of pairs that the shipped model, which has 100 and 95, is to draw right.
+# Percent of singles and of pairs that the shipped model, which has 100 of both, is to draw right.
 STANDARD = (97.0, 85.0)
 RIGHT, WRONG, FRAME_PX = "#2e9e4f", "#c8321e", 3
 

@@ -3,11 +3,13 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
 from samples.shapes import ablation, evaluate, sweep
 from samples.shapes.ablation import BASE, LORA, MAIN, ROWS, THINKING, WHOLE_RANK, Work
@@ -15,6 +17,7 @@ from samples.shapes.deepen import deepened
 from samples.shapes.train_flow import with_thinking
 from tpx_export.model import MMDiT, MMDiTSpec, TextToImage, ThinkingSpec
 from tpx_runtime.errors import BadInput
+from tpx_runtime.manifest import Defaults
 
 KINDS = ["counting", "colours"]
 
@@ -215,6 +218,26 @@ def test_a_cell_is_judged_once_with_its_settings(tmp_path: Path, monkeypatch: py
         sweep.cell(generator, tmp_path, settings, images=2, limit=3)
     assert first["folder"] == "euler-2-4-0.2-0.7"
     assert first["rows"]["overall"]["score"] == 0.5 and first["seconds an image"] >= 0
+
+
+def test_a_sweep_has_a_cell_for_every_combination(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def cell(generator: object, out: Path, settings: dict[str, Any], **size: Any) -> dict[str, Any]:
+        asked.append(settings)
+        return {}
+
+    defaults = Defaults(sampler="unipc", steps=12, guidance=3.0, depth=3)
+    manifest = SimpleNamespace(defaults=defaults, sha256="b" * 64)
+    monkeypatch.setattr(sweep.Generator, "load", lambda *_: SimpleNamespace(manifest=manifest))
+    monkeypatch.setattr(sweep, "cell", cell)
+    monkeypatch.setattr(sweep, "table", lambda *_: "the table")
+    flags = ["--bundle", "x", "--out", str(tmp_path), "--steps", "4,8", "--guidance-every", "1,3"]
+    result = CliRunner().invoke(sweep.main, flags)
+    assert (result.exit_code, result.stdout) == (0, "the table\n")
+    same = {"sampler": "unipc", "depth": 3, "guidance": 3.0, "guidance_interval": (0.0, 1.0)}
+    told = [(4, 1), (4, 3), (8, 1), (8, 3)]
+    assert asked == [{**same, "steps": steps, "guidance_every": every} for steps, every in told]
 
 
 def test_the_sweeps_table_names_the_best_and_pairs_the_others(tmp_path: Path) -> None:
