@@ -1,10 +1,12 @@
 """tpx::RoutedLora on a GPU: the Triton kernel beside two ways to write it in PyTorch, and beside the GPU's own limits.
 
-    python benchmarks/routed_lora_gpu.py [--dtype fp16] [--rounds 50]
-    python benchmarks/routed_lora_gpu.py --toy              # no GPU: the same steps at toy size, its times mean nothing
+    python -m benchmarks.routed_lora_gpu [--dtype fp16] [--rounds 30]
+    python -m benchmarks.routed_lora_gpu --toy              # no GPU: the same steps at toy size, its times mean nothing
 
-Every spelling is first held to the plain operator in float32. Spellings run in turn, and the table gives median times. The
-limits are measured on the same GPU, by one large copy and one large matrix product: `memory` is the share of that copy's
+Every spelling is first held to float32 products. Each is timed as PyTorch runs it, and captured in a CUDA graph, as engines
+launch it; per-expert gathering cannot be captured, for it asks the host how many tokens each expert has. Calls take turns
+over several sets of inputs, so that none finds its own in the cache, spellings take turns too, and the table gives medians.
+The limits are measured on the same GPU, by one large copy and one large matrix product: `memory` is the share of that copy's
 bandwidth which reading x, ids, a and b once and writing the result once would take, `arithmetic` the share of that
 product's speed which the routed products alone would take. Masked concatenation does M times those products.
 """
@@ -13,50 +15,81 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import click
 import torch
 from torch import Tensor
 
-from tpx_export.model.routed_lora import mixed_lora, routed_lora
+from tpx_export.model.routed_lora import routed_lora
 
-Spelling = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-DTYPES = {"fp16": (torch.float16, 4e-3), "fp32": (torch.float32, 1e-5)}
+Call = Callable[[], object]
+DTYPES = {"fp16": (torch.float16, 4e-3), "bf16": (torch.bfloat16, 3e-2), "fp32": (torch.float32, 1e-5)}
+SETS, REPEATS = 3, 4  # sets of inputs; calls over all of them in one CUDA graph
 
 
 @dataclass(frozen=True)
 class Size:
-    """Tokens B x N, width D, rank r, and what the machine's limits are measured with."""
+    """Tokens [B, N], width D, rank r, and what the machine's limits are measured with."""
 
-    lead: tuple[int, int]
+    leads: tuple[tuple[int, int], ...]
     width: int
     rank: int
     copy_bytes: int
     product: int  # rows and columns of the square matrices
 
 
-REAL = Size((2, 4096), 1536, 128, 2**30, 8192)
-TOY = Size((2, 40), 48, 8, 2**20, 64)
+REAL = Size(
+    ((2, 4096), (2, 1024)), 1536, 128, 2**30, 8192
+)  # Stable Diffusion 3 medium, 1,024 and 512 pixels, guided
+TOY = Size(((2, 40),), 48, 8, 2**20, 64)
 
 
-def masked(x: Tensor, expert: Tensor, a: Tensor, b: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class Given:
+    """One set of inputs, the masked form's A [D, M r] laid out beforehand, and the float32 answer."""
+
+    x: Tensor
+    expert: Tensor
+    a: Tensor
+    b: Tensor
+    a_all: Tensor
+    expected: Tensor
+
+
+def given(lead: tuple[int, int], size: Size, experts: int, dtype: torch.dtype, device: str) -> Given:
+    out = 3 * size.width
+    x = torch.randn(*lead, size.width, device=device).to(dtype)
+    expert = torch.randint(0, experts, lead, device=device)
+    a = (torch.randn(experts, size.width, size.rank, device=device) * size.width**-0.5).to(dtype)
+    b = (torch.randn(experts, size.rank, out, device=device) * size.rank**-0.5).to(dtype)
+    expected = torch.empty(*lead, out, device=device)
+    for e in range(experts):
+        expected[expert == e] = x[expert == e].float() @ a[e].float() @ b[e].float()
+    return Given(x, expert, a, b, a.transpose(0, 1).flatten(1), expected)
+
+
+def masked(g: Given) -> Tensor:
     """Every token through all A, the other experts' parts zeroed, one product with all B."""
-    return mixed_lora(x, torch.nn.functional.one_hot(expert, a.shape[0]).to(x.dtype), a, b)
+    experts, _, rank = g.a.shape
+    mask = (g.expert.unsqueeze(-1) == torch.arange(experts, device=g.x.device)).to(g.x.dtype)
+    low = (g.x @ g.a_all).unflatten(-1, (experts, rank)) * mask.unsqueeze(-1)
+    return low.flatten(-2) @ g.b.flatten(0, 1)
 
 
-def gathered(x: Tensor, expert: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Each expert's tokens gathered, multiplied and scattered; finding them waits for the device once an expert."""
-    tokens, ids = x.flatten(0, 1), expert.flatten()
-    out = x.new_empty(tokens.shape[0], b.shape[2])
-    for e in range(a.shape[0]):
-        rows = (ids == e).nonzero().squeeze(1)
-        out.index_copy_(0, rows, tokens.index_select(0, rows) @ a[e] @ b[e])
-    return out.unflatten(0, x.shape[:2])
+def gathered_lora(x: Tensor, expert: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """The plain operator, whose place the import of the Triton kernel took: tokens gathered, multiplied and scattered."""
+    with routed_lora.set_kernel_enabled("cuda", enabled=False) if x.is_cuda else nullcontext():
+        return routed_lora(x, expert, a, b)
 
 
-def seconds(call: Callable[[], object], device: str) -> float:
-    """One call's time: by the GPU's own events, or by this machine's clock."""
+def gathered(g: Given) -> Tensor:
+    return gathered_lora(g.x, g.expert, g.a, g.b)
+
+
+def timed(call: Call, device: str) -> float:
+    """Seconds of one call: by the GPU's own events, or by this machine's clock."""
     if device == "cpu":
         begin = time.perf_counter()
         call()
@@ -69,31 +102,44 @@ def seconds(call: Callable[[], object], device: str) -> float:
     return 1e-3 * first.elapsed_time(last)
 
 
-def medians(calls: dict[str, Callable[[], object]], rounds: int, device: str) -> dict[str, float]:
+def medians(calls: dict[str, Call], rounds: int, device: str) -> dict[str, float]:
     """Each call's median time in seconds, the calls taking turns, after a fifth as many rounds that do not count."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     warm_up = -(-rounds // 5)
     for i in range(warm_up + rounds):
         for name, call in calls.items():
-            took = seconds(call, device)
+            took = timed(call, device)
             if i >= warm_up:
                 times[name].append(took)
     return {name: statistics.median(found) for name, found in times.items()}
+
+
+def graphed(call: Call) -> Call:
+    """The call captured in a CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        call()
+    return graph.replay
 
 
 def limits(size: Size, dtype: torch.dtype, rounds: int, device: str) -> tuple[float, float]:
     """Bytes and operations a second of this machine."""
     source = torch.empty(size.copy_bytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    left = torch.randn(size.product, size.product, dtype=dtype, device=device)
-    right = torch.randn_like(left)
+    left = torch.randn(size.product, size.product, device=device).to(dtype)
+    right = torch.randn(size.product, size.product, device=device).to(dtype)
     took = medians({"copy": lambda: target.copy_(source), "product": lambda: left @ right}, rounds, device)
     return 2 * size.copy_bytes / took["copy"], 2 * size.product**3 / took["product"]
 
 
 @click.command()
 @click.option("--dtype", type=click.Choice(list(DTYPES)), default="fp16", show_default=True)
-@click.option("--rounds", type=click.IntRange(1), default=50, show_default=True, help="Timed runs of each.")
+@click.option("--rounds", type=click.IntRange(1), default=30, show_default=True, help="Timed runs of each.")
 @click.option("--toy", is_flag=True, help="Toy sizes in Triton's interpreter, without a GPU.")
 def main(dtype: str, rounds: int, toy: bool) -> None:
     """Print a table of times and of shares of the GPU's limits."""
@@ -105,40 +151,57 @@ def main(dtype: str, rounds: int, toy: bool) -> None:
         )
     from tpx_engines.routed_lora_triton import routed_lora_triton
 
+    def kernel(splits: int | None) -> Callable[[Given], Tensor]:
+        return lambda g: routed_lora_triton(g.x, g.expert, g.a, g.b, splits)
+
     size, device = (TOY, "cpu") if toy else (REAL, "cuda")
     real, tolerance = DTYPES[dtype]
-    spellings: dict[str, Spelling] = {"masked": masked, "gathered": gathered}
-    for splits in (1, 2, 4):
-        spellings[f"triton, splits {splits}"] = lambda x, e, a, b, s=splits: routed_lora_triton(x, e, a, b, s)
+    spellings: dict[str, Callable[[Given], Tensor]] = {
+        "masked": masked,
+        "gathered": gathered,
+        "triton": kernel(None),
+    }
+    spellings |= {f"triton, splits {splits}": kernel(splits) for splits in (1, 2, 4)}
     bandwidth, speed = limits(size, real, rounds, device)
     machine = "this machine's CPU (toy)" if toy else torch.cuda.get_device_name()
     print(f"{machine}, {dtype}: copy {bandwidth / 1e9:.0f} GB/s, product {speed / 1e12:.2f} Tflop/s\n")
-    print("| tokens | D | r | M | spelling | ms | over masked | memory | arithmetic |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    print(
+        "| tokens | D | r | M | spelling | us, eager | us, CUDA graph | masked over it | memory | arithmetic |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|")
     torch.manual_seed(0)
-    tokens, out = size.lead[0] * size.lead[1], 3 * size.width
-    for experts in (2, 5):
-        x = torch.randn(*size.lead, size.width)
-        expert = torch.randint(0, experts, size.lead)
-        a = torch.randn(experts, size.width, size.rank) * size.width**-0.5
-        b = torch.randn(experts, size.rank, out) * size.rank**-0.5
-        given = [x.to(device, real), expert.to(device), a.to(device, real), b.to(device, real)]
-        expected = routed_lora(*(t.cpu() if t is given[1] else t.cpu().float() for t in given))
-        calls: dict[str, Callable[[], object]] = {}
-        for name, spelling in spellings.items():
-            error = float((spelling(*given).cpu().float() - expected).abs().max() / expected.abs().max())
-            if not error < tolerance:
-                raise click.ClickException(f"{name}: expected an error below {tolerance}, found {error}")
-            calls[name] = lambda spelling=spelling, given=given: spelling(*given)
-        moved = sum(t.numel() * t.element_size() for t in given) + tokens * out * given[0].element_size()
-        work = 2 * tokens * size.rank * (size.width + out)
-        took = medians(calls, rounds, device)
-        for name, s in took.items():
-            print(
-                f"| {tokens} | {size.width} | {size.rank} | {experts} | {name} | {1e3 * s:.3f} "
-                f"| {s / took['masked']:.2f} | {moved / s / bandwidth:.0%} | {work / s / speed:.0%} |",
-                flush=True,
+    for lead in size.leads:
+        for experts in (2, 5):
+            sets = [given(lead, size, experts, real, device) for _ in range(SETS)]
+            one = sets[0]
+            tokens, out = one.expert.numel(), one.b.shape[2]
+            moved = sum(t.numel() * t.element_size() for t in (one.x, one.expert, one.a, one.b))
+            moved += tokens * out * one.x.element_size()
+            work = 2 * tokens * size.rank * (size.width + out)
+            eager: dict[str, Call] = {}
+            for name, spelling in spellings.items():
+                for g in sets:
+                    error = float((spelling(g).float() - g.expected).abs().max() / g.expected.abs().max())
+                    if not error < tolerance:
+                        raise click.ClickException(
+                            f"{name}: expected an error below {tolerance}, found {error}"
+                        )
+                eager[name] = lambda spelling=spelling, sets=sets: [spelling(g) for g in sets * REPEATS]
+            took = medians(eager, rounds, device)
+            graphs = (
+                {} if toy else {name: graphed(call) for name, call in eager.items() if name != "gathered"}
             )
+            replayed = medians(graphs, rounds, device)
+            for name, seconds in took.items():
+                best = replayed if name in replayed else took
+                each = best[name] / (SETS * REPEATS)
+                graph = f"{1e6 * replayed[name] / (SETS * REPEATS):.1f}" if name in replayed else "-"
+                print(
+                    f"| {tokens} | {size.width} | {size.rank} | {experts} | {name} "
+                    f"| {1e6 * seconds / (SETS * REPEATS):.1f} | {graph} | {best['masked'] / best[name]:.2f} "
+                    f"| {moved / each / bandwidth:.0%} | {work / each / speed:.0%} |",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

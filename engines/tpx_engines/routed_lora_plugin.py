@@ -12,7 +12,7 @@ from tpx_engines.routed_lora_ptx import TARGETS, compile_ptx
 from tpx_runtime.errors import BadInput, EngineUnavailable
 
 PLUGIN = "tpx::RoutedLora"
-SPLITS = (1, 2, 4)  # the tactics: TensorRT times each and keeps the fastest
+SPLITS = (1, 2, 3, 6)  # the tactics: TensorRT times each and keeps the fastest
 
 
 def register(capability: int) -> None:

@@ -5,13 +5,13 @@ and taken out: what is left are x, expert, a, b, the int32 count of tokens, and 
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from tpx_engines.routed_lora_kernel import OPTIONS, Sizes, routed_lora_kernel
+from tpx_engines.routed_lora_kernel import SMALL, Sizes, routed_lora_kernel
 from tpx_runtime.errors import BadInput, EngineFailed
 
 # Compute capability times ten -> PTX version. Triton's default is too new for the assemblers in use.
@@ -41,9 +41,12 @@ def compile_ptx(sizes: Sizes, capability: int) -> Compiled:
     """
     if capability not in TARGETS:
         raise BadInput(f"expected a compute capability of {', '.join(map(str, TARGETS))}, found {capability}")
-    constants = sizes.constants
+    blocks = SMALL[sizes.dtype]
     if capability == 100 and sizes.dtype == "fp16":
-        constants["COLUMNS"] = 32  # its tensor cores take the left operand from shared memory: 50 KB with 64
+        blocks = replace(
+            blocks, depth=32, column_stages=2
+        )  # its left operand is in shared memory too: 53 KB else
+    constants = sizes.constants | blocks.constants
     value = f"*{sizes.dtype}"
     arguments = {"x": value, "expert": "*i64", "a": value, "b": value, "tokens": "i32", "out": value}
     source = ASTSource(
@@ -57,7 +60,7 @@ def compile_ptx(sizes: Sizes, capability: int) -> Compiled:
         compiled = triton.compile(
             source,
             target=GPUTarget("cuda", capability, 32),
-            options=OPTIONS | {"ptx_version": TARGETS[capability]},
+            options=blocks.options | {"ptx_version": TARGETS[capability]},
         )
     meta = compiled.metadata
     if meta.shared > MAX_SHARED or meta.global_scratch_size or meta.profile_scratch_size:
@@ -66,7 +69,7 @@ def compile_ptx(sizes: Sizes, capability: int) -> Compiled:
             f"{meta.global_scratch_size} and {meta.profile_scratch_size}; choose smaller blocks in routed_lora_kernel.py"
         )
     ptx = without_scratch(compiled.asm["ptx"], len(arguments))
-    return Compiled(meta.name, ptx, meta.num_warps * 32, meta.shared, constants["ROWS"])
+    return Compiled(meta.name, ptx, meta.num_warps * 32, meta.shared, blocks.rows)
 
 
 def without_scratch(ptx: str, arguments: int) -> str:

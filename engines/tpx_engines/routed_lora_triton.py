@@ -6,23 +6,34 @@ Nothing else imports it, so the operator's plain PyTorch form stays the default.
 TRITON_INTERPRET=1 set before the import, `routed_lora_triton` takes CPU tensors and needs no GPU (slow: for tests).
 """
 
+from functools import cache
+
 import torch
 import triton
 from torch import Tensor
 
-from tpx_engines.routed_lora_kernel import OPTIONS, Sizes, routed_lora_kernel
+from tpx_engines.routed_lora_kernel import (
+    LARGE,
+    LARGE_SHARED,
+    SMALL,
+    Blocks,
+    Sizes,
+    programs_for,
+    routed_lora_kernel,
+)
 from tpx_export.model.routed_lora import routed_lora
 from tpx_runtime.errors import BadInput
 
-_DTYPES = {torch.float16: "fp16", torch.float32: "fp32"}
+_DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
-def routed_lora_triton(x: Tensor, expert: Tensor, a: Tensor, b: Tensor, splits: int = 1) -> Tensor:
+def routed_lora_triton(x: Tensor, expert: Tensor, a: Tensor, b: Tensor, splits: int | None = None) -> Tensor:
     """x [B, N, D], expert int64 [B, N] in 0..M-1, a [M, D, r], b [M, r, O] -> [B, N, O].
 
-    All of one floating type, float16 or float32; sums are float32. `splits` programs share the columns of one tile: more for
-    few tokens. Ids are not checked, which would wait for the device: those outside 0..M-1 leave their rows undefined.
-    Raises BadInput for shapes or types that do not fit, and for a rank above the kernel's.
+    All of one floating type, float16, bfloat16 or float32; sums are float32. `splits` programs share the columns of one
+    tile; None takes as many as keep every multiprocessor busy. Ids are not checked, which would wait for the device: those
+    outside 0..M-1 leave their rows undefined. Raises BadInput for shapes or types that do not fit, and for a rank above the
+    kernel's.
     """
     if not (x.is_cuda or triton.knobs.runtime.interpret):
         raise BadInput(
@@ -43,14 +54,31 @@ def routed_lora_triton(x: Tensor, expert: Tensor, a: Tensor, b: Tensor, splits: 
             "convert them"
         )
     (experts, width, rank), out_width = a.shape, b.shape[2]
-    constants = Sizes(experts, width, rank, out_width, _DTYPES.get(x.dtype, str(x.dtype))).constants
+    sizes = Sizes(experts, width, rank, out_width, _DTYPES.get(x.dtype, str(x.dtype)))
+    choice, multiprocessors = _machine(x.device)
+    blocks = choice[sizes.dtype]
     tokens = expert.numel()
+    if splits is None:
+        splits = max(
+            1, min(multiprocessors * blocks.rows // max(1, tokens), triton.cdiv(out_width, blocks.columns))
+        )
     out = x.new_empty(*x.shape[:2], out_width)
     x, expert, a, b = (t.contiguous() for t in (x, expert, a, b))
-    grid = (triton.cdiv(tokens, constants["ROWS"]) + experts, splits)
+    grid = (programs_for(tokens, experts, blocks.rows), splits)
     with torch.cuda.device_of(x):
-        routed_lora_kernel[grid](x, expert, a, b, tokens, out, **constants, **OPTIONS)
+        routed_lora_kernel[grid](
+            x, expert, a, b, tokens, out, **sizes.constants, **blocks.constants, **blocks.options
+        )
     return out
+
+
+@cache
+def _machine(device: torch.device) -> tuple[dict[str, Blocks], int]:
+    """The blocks for a device, and its multiprocessors; the interpreter's CPU counts as a small one."""
+    if device.type != "cuda":
+        return SMALL, 1
+    facts = triton.runtime.driver.active.utils.get_device_properties(device.index)
+    return LARGE if facts["max_shared_mem"] >= LARGE_SHARED else SMALL, facts["multiprocessor_count"]
 
 
 routed_lora.register_kernel("cuda")(routed_lora_triton)

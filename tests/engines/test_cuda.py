@@ -1,14 +1,17 @@
 """The types that the driver's entries are called with, against NVIDIA's own cuda.h, which comes with Triton."""
 
 import re
+from collections.abc import Iterator
 from ctypes import POINTER, c_char_p, c_int, c_size_t, c_uint, c_uint64, c_void_p
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from tpx_runtime.engine.cuda import SIGNATURES
+from tpx_runtime.engine.cuda import NON_BLOCKING, SIGNATURES, Buffer, CudaFailed, Driver, Graph
+from tpx_runtime.engine.gpu import find_gpu, gpu_here
 
 VALUES = {"int": c_int, "unsigned int": c_uint, "size_t": c_size_t, "unsigned long long": c_uint64}
 VALUES |= {"CUdeviceptr": c_uint64, "CUdevice": c_int, "CUresult": c_int}
@@ -64,3 +67,66 @@ def test_a_number_is_the_headers(header: str, name: str, value: int) -> None:
     found = re.search(rf"\b{name}\s*=\s*(\w+)", header)
     assert found
     assert int(found[1], 0) == value
+
+
+NO_GPU = "expected an NVIDIA GPU, found none"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(gpu_here() is None, reason=NO_GPU)
+class TestOnAGpu:
+    @pytest.fixture
+    def driver(self) -> Iterator[Driver]:
+        driver = Driver()
+        context = driver.handle("cuDevicePrimaryCtxRetain", 0)
+        driver.call("cuCtxSetCurrent", context)
+        yield driver
+        driver.call("cuDevicePrimaryCtxRelease_v2", 0)
+
+    @pytest.fixture
+    def stream(self, driver: Driver) -> Iterator[int]:
+        stream = driver.handle("cuStreamCreate", NON_BLOCKING)
+        yield stream
+        driver.call("cuStreamDestroy_v2", stream)
+
+    def test_finds_it(self, driver: Driver) -> None:
+        gpu = find_gpu(driver)
+        assert gpu.capability >= 50
+        assert gpu.name
+        assert re.fullmatch(r"[\d.]+", gpu.driver or "")
+
+    def test_numbers_go_there_and_back(self, driver: Driver, stream: int) -> None:
+        numbers = np.random.default_rng(0).standard_normal((1000, 33), np.float32)
+        buffer = Buffer(driver, numbers.nbytes)
+        buffer.upload(numbers, stream)
+        driver.call("cuStreamSynchronize", stream)
+        view = buffer.view(numbers.shape, numbers.dtype)
+        view[...] = 0
+        buffer.download(numbers.nbytes, stream)
+        driver.call("cuStreamSynchronize", stream)
+        assert np.array_equal(view, numbers)
+        buffer.free()
+
+    def test_a_graph_does_its_work_at_each_launch_and_not_when_captured(
+        self, driver: Driver, stream: int
+    ) -> None:
+        buffer = Buffer(driver, 4)
+        view = buffer.view((1,), np.int32)
+        buffer.upload(np.array([7], np.int32), stream)
+        driver.call("cuStreamSynchronize", stream)
+        view[0] = 0
+        graph = Graph(driver, stream, lambda: buffer.download(4, stream))
+        driver.call("cuStreamSynchronize", stream)
+        assert view[0] == 0
+        for value in (7, 8):
+            graph.launch(stream)
+            driver.call("cuStreamSynchronize", stream)
+            assert view[0] == value
+            buffer.upload(np.array([8], np.int32), stream)
+        graph.free()
+        driver.call("cuStreamSynchronize", stream)
+        buffer.free()
+
+    def test_too_much_memory_is_one_line(self, driver: Driver) -> None:
+        with pytest.raises(CudaFailed, match="found CUDA_ERROR_OUT_OF_MEMORY; draw fewer pictures"):
+            Buffer(driver, 1 << 50)

@@ -150,7 +150,7 @@ def test_builds_as_tensorrt_does(tensorrt: ProcessPoolExecutor, dtype: str, rows
     assert sorted(got["offered"]) == [
         [(one, line), ("INT64", line), (one, line), (one, line), (one, line)] for one in ("FLOAT", "HALF")
     ]
-    assert got["tactics"] == [1, 2, 4]
+    assert got["tactics"] == [1, 2, 3, 6]
     shared = got["launch"].pop("shared_mem")
     assert 0 < shared <= 48 * 1024
     assert got["launch"] == {

@@ -3,6 +3,7 @@
 The interpreter must be chosen before `triton` is first imported, so the kernel runs in a process of its own.
 """
 
+import ctypes
 import re
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 import torch
 
 from tpx_export.model.routed_lora import routed_lora
+from tpx_runtime.engine.cuda import DRIVER
 from tpx_runtime.errors import BadInput, EngineFailed
 
 if find_spec("triton") is None:
@@ -48,7 +50,7 @@ def _error(
     experts: int,
     used: tuple[int, ...],
     dtype: torch.dtype,
-    splits: int,
+    splits: int | None,
 ) -> float:
     """The largest difference from the plain operator over its largest value; tokens go to the experts in `used`."""
     from tpx_engines.routed_lora_triton import routed_lora_triton
@@ -98,7 +100,9 @@ CASES = {
     "largest rank": ((1, 66), 40, 128, 70, 2, (0, 1), 1),
     "columns split": ((2, 40), 32, 20, 200, 3, (0, 1, 2), 2),
     "more splits than columns": ((2, 40), 32, 20, 24, 3, (0, 1, 2), 4),
-    "many scans": ((1, 1100), 16, 4, 16, 2, (0, 1), 1),
+    "several blocks of ids": ((1, 4300), 16, 4, 16, 2, (0, 1), 1),
+    "more than eight experts": ((2, 150), 16, 4, 16, 19, (0, 7, 8, 15, 16, 18), 1),
+    "as many splits as fit": ((2, 40), 32, 20, 200, 3, (0, 1, 2), None),
 }
 
 
@@ -119,7 +123,7 @@ def test_registers_on_import_and_not_before(interpreter: ProcessPoolExecutor) ->
     ("changed", "message"),
     [
         ({"rank": 129}, "expected a rank of 1 to 128, found 129"),
-        ({"dtype": torch.bfloat16}, r"expected fp16 or fp32, found torch\.bfloat16"),
+        ({"dtype": torch.float64}, r"expected fp16, bf16, fp32, found torch\.float64"),
         ({"ids": torch.int32}, "expected expert of int64 .*, found torch.int32"),
         ({"b_dtype": torch.float16}, r"expected .* a and b of x's torch\.float32, found .* torch\.float16"),
         ({"b_experts": 3}, r"expected x \[B, N, D\], .*, found \[\(1, 5, 16\), "),
@@ -207,15 +211,15 @@ def test_refuses_unknown_capability() -> None:
 
 
 def _benchmark(*arguments: str) -> subprocess.CompletedProcess[str]:
-    script = Path(__file__).parents[2] / "benchmarks" / "routed_lora_gpu.py"
-    return subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True)
+    command = [sys.executable, "-m", "benchmarks.routed_lora_gpu", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
 
 
 def test_benchmark_runs_at_toy_size() -> None:
     done = _benchmark("--toy", "--rounds", "1")
     assert done.returncode == 0, done.stderr
     rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| 80 |")]
-    names = ["masked", "gathered", "triton, splits 1", "triton, splits 2", "triton, splits 4"]
+    names = ["masked", "gathered", "triton", *(f"triton, splits {s}" for s in (1, 2, 4))]
     assert [(row[3], row[4]) for row in rows] == [(m, name) for m in ("2", "5") for name in names]
 
 
@@ -227,18 +231,61 @@ def test_benchmark_refuses_without_a_gpu() -> None:
     assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(
+needs_gpu = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="expected an NVIDIA GPU and PyTorch with CUDA, found none"
 )
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float16, 2e-3)])
+
+
+def _case() -> tuple[torch.Tensor, ...]:
+    torch.manual_seed(0)
+    x, expert = torch.randn(2, 1000, 384), torch.randint(0, 5, (2, 1000))
+    return x, expert, torch.randn(5, 384, 64) * 384**-0.5, torch.randn(5, 64, 1152) * 64**-0.5
+
+
+def _relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.cpu().float() - expected).abs().max() / expected.abs().max())
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float16, 4e-3), (torch.bfloat16, 3e-2)]
+)
 def test_runs_on_a_gpu(dtype: torch.dtype, tolerance: float) -> None:
     import tpx_engines.routed_lora_triton  # noqa: F401
 
-    torch.manual_seed(0)
-    x, expert = torch.randn(2, 1000, 384, dtype=dtype), torch.randint(0, 5, (2, 1000))
-    a = torch.randn(5, 384, 64, dtype=dtype) * 384**-0.5
-    b = torch.randn(5, 64, 1152, dtype=dtype) * 64**-0.5
-    found = torch.ops.tpx.RoutedLora(*(t.cuda() for t in (x, expert, a, b))).cpu()
-    expected = routed_lora(x, expert, a, b)
-    assert float((found - expected).abs().max() / expected.abs().max()) < tolerance
+    x, expert, a, b = _case()
+    found = torch.ops.tpx.RoutedLora(
+        x.to("cuda", dtype), expert.cuda(), a.to("cuda", dtype), b.to("cuda", dtype)
+    )
+    assert found.dtype == dtype
+    assert _relative_error(found, routed_lora(x, expert, a, b)) < tolerance
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("splits", [1, 2, 4])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 1e-5), ("fp16", 4e-3)])
+def test_ptx_runs_on_a_gpu_as_tensorrt_launches_it(dtype: str, tolerance: float, splits: int) -> None:
+    from tpx_engines.routed_lora_kernel import Sizes
+    from tpx_engines.routed_lora_ptx import compile_ptx
+
+    x, expert, a, b = _case()
+    kind = {"fp32": torch.float32, "fp16": torch.float16}[dtype]
+    given = [x.to("cuda", kind), expert.cuda(), a.to("cuda", kind), b.to("cuda", kind)]
+    out = torch.full((2, 1000, 1152), torch.nan, dtype=kind, device="cuda")
+    major, minor = torch.cuda.get_device_capability()
+    compiled = compile_ptx(Sizes(5, 384, 64, 1152, dtype), 10 * major + minor)
+    driver, module, kernel = ctypes.CDLL(DRIVER), ctypes.c_void_p(), ctypes.c_void_p()
+    assert driver.cuModuleLoadData(ctypes.byref(module), compiled.ptx.encode()) == 0
+    assert driver.cuModuleGetFunction(ctypes.byref(kernel), module, compiled.name.encode()) == 0
+    pointers = [ctypes.c_void_p(t.data_ptr()) for t in (*given, out)]
+    values = [*pointers[:4], ctypes.c_int32(2000), pointers[4]]
+    arguments = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+    grid = (-(-2000 // compiled.rows) + 5, splits, 1)
+    assert (
+        driver.cuLaunchKernel(kernel, *grid, compiled.threads, 1, 1, compiled.shared, None, arguments, None)
+        == 0
+    )
+    torch.cuda.synchronize()
+    assert _relative_error(out, routed_lora(x, expert, a, b)) < tolerance

@@ -8,10 +8,15 @@ import onnxruntime as ort
 import pytest
 from onnx import parser
 
+from tpx_runtime.bundle import Bundle
+from tpx_runtime.engine import ENGINES
 from tpx_runtime.engine import onnxruntime as engine_module
 from tpx_runtime.engine.onnxruntime_bound import MOST_KEPT, BoundSession
 from tpx_runtime.errors import EngineFailed
 from tpx_runtime.generator import Generator
+from tpx_runtime.verify import verify_bundle
+
+NO_GPU = ENGINES["onnxruntime-cuda"].problem()
 
 ADD = parser.parse_model(
     '<ir_version: 8, opset_import: ["": 17]> g (float[n, 2] x, float[2] y) => (float[n, 2] sum) { sum = Add(x, y) }'
@@ -143,30 +148,50 @@ def test_each_set_of_shapes_is_a_graph_once_its_outputs_have_their_place(graphs:
     assert len(watched.released) == (MOST_KEPT + 1 if graphs else 0)  # all, with those of what failed
 
 
-@pytest.mark.parametrize("wanted", ["1", "0", None])
-def test_the_gpu_engine_binds_and_asks_for_graphs_where_they_are_wanted(
-    wanted: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "add.onnx"
-    path.write_bytes(ADD.SerializeToString())
-    asked: list[Any] = []
-
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What a stand-in of InferenceSession is told of its provider at each call; it cannot capture large.onnx."""
+    told: list[Any] = []
     made = Watched()
+    made.get_providers = lambda: ["CUDAExecutionProvider"]  # type: ignore[method-assign]
 
     def load(model: str, options: object, providers: list[Any]) -> Any:
-        asked.extend(providers)
-        made.get_providers = lambda: ["CUDAExecutionProvider"]  # type: ignore[method-assign]
+        told.extend(providers)
+        if "enable_cuda_graph" in providers[0][1] and "large" in model:
+            raise RuntimeError("This session cannot use the graph capture feature")
         return made
 
     monkeypatch.setattr(ort, "InferenceSession", load)
+    return told
+
+
+@pytest.mark.parametrize(("wanted", "graphs"), [("1", True), ("0", False), (None, True), ("", True)])
+def test_the_gpu_engine_binds_and_captures_graphs_unless_told_not_to(
+    wanted: str | None, graphs: bool, asked: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("TPX_CUDA_GRAPHS", raising=False)
-    if wanted:
+    if wanted is not None:
         monkeypatch.setenv("TPX_CUDA_GRAPHS", wanted)
-    opened = engine_module.open_session("onnxruntime-cuda", path)
-    graphs = wanted == "1"
+    opened = engine_module.open_session("onnxruntime-cuda", Path("small.onnx"))
     assert isinstance(opened, BoundSession)
-    assert asked == [("CUDAExecutionProvider", {"enable_cuda_graph": "1"} if graphs else {})]
+    expected = {"use_tf32": "0"} | ({"enable_cuda_graph": "1"} if graphs else {})
+    assert asked == [("CUDAExecutionProvider", expected)]
     assert (opened._device, opened._graphs) == ("cuda", graphs)
+
+
+def test_what_cannot_be_captured_is_launched_kernel_by_kernel_unless_told_to(
+    asked: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TPX_CUDA_GRAPHS", raising=False)
+    opened = engine_module.open_session("onnxruntime-cuda", Path("large.onnx"))
+    assert isinstance(opened, BoundSession)
+    assert not opened._graphs
+    assert ["enable_cuda_graph" in told for _, told in asked] == [True, False]
+    monkeypatch.setenv("TPX_CUDA_GRAPHS", "1")
+    with pytest.raises(
+        EngineFailed, match=r"large\.onnx: onnxruntime could not load it: This session cannot use"
+    ):
+        engine_module.open_session("onnxruntime-cuda", Path("large.onnx"))
 
 
 def test_a_picture_through_bound_buffers_is_the_same(
@@ -182,3 +207,16 @@ def test_a_picture_through_bound_buffers_is_the_same(
     monkeypatch.setattr(engine_module, "open_session", opened)
     drawn = Generator.load(tiny_bundle, "onnxruntime")("a red cube", steps=3, num_images=3, batch_size=2)
     assert [list(one.getdata()) for one in drawn] == [list(one.getdata()) for one in expected]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(NO_GPU is not None, reason=str(NO_GPU))
+@pytest.mark.parametrize("graphs", ["1", "0"])
+def test_on_a_gpu(tiny_bundle: Path, graphs: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TPX_CUDA_GRAPHS", graphs)
+    bundle, engine = Bundle.open(tiny_bundle), ENGINES["onnxruntime-cuda"]
+    assert all(part.ok for part in verify_bundle(bundle, engine))
+    drawn = Generator(bundle, engine)("a red cube", steps=3, num_images=3, batch_size=2)
+    expected = Generator.load(tiny_bundle, "onnxruntime")("a red cube", steps=3, num_images=3, batch_size=2)
+    for one, other in zip(drawn, expected, strict=True):
+        assert np.abs(np.asarray(one, np.int16) - np.asarray(other, np.int16)).max() <= 1

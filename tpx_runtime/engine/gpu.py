@@ -41,9 +41,10 @@ def gpu_here() -> Gpu | None:
         return None
 
 
-def graphs_wanted() -> bool:
-    """Whether each graph is to be launched as one CUDA graph, with TPX_CUDA_GRAPHS=1."""
-    return os.environ.get(GRAPHS_VARIABLE, "0") not in ("", "0")
+def graphs_wanted() -> bool | None:
+    """Whether each graph is to be launched as one CUDA graph, by TPX_CUDA_GRAPHS=1 or 0; None where that says nothing."""
+    said = os.environ.get(GRAPHS_VARIABLE, "")
+    return said != "0" if said else None
 
 
 def _driver_version() -> str | None:

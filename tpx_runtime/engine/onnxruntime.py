@@ -1,5 +1,8 @@
 """ONNX Runtime, on the CPU (`onnxruntime`) or on an NVIDIA GPU (`onnxruntime-cuda`)."""
 
+from contextlib import redirect_stdout
+from functools import cache
+from io import StringIO
 from pathlib import Path
 
 import onnxruntime as ort
@@ -41,22 +44,50 @@ class OrtSession:
 
 
 def open_session(engine_name: str, path: Path) -> Session:
-    """Load the graph at `path`. The provider asked for is the provider used.
+    """Load the graph at `path`. The provider asked for is the provider used."""
+    if engine_name == "onnxruntime-cuda":
+        return _open_on_gpu(path)
+    with failing(path, "onnxruntime", "load"):
+        return OrtSession(_load(path, PROVIDERS[engine_name], {}), path)
 
-    On a GPU inputs and outputs stay bound to memory there; with TPX_CUDA_GRAPHS=1 each graph is launched as one CUDA graph.
-    """
+
+def _load(path: Path, provider: str, told: dict[str, str]) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.log_severity_level = FATAL_ONLY
     # A picture takes turns between three sessions: threads that go on spinning in one slow down the next.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    provider, on_gpu = PROVIDERS[engine_name], engine_name == "onnxruntime-cuda"
-    graphs = on_gpu and graphs_wanted()
-    told = {"enable_cuda_graph": "1"} if graphs else {}
+    return ort.InferenceSession(str(path), options, providers=[(provider, told)])
+
+
+def _open_on_gpu(path: Path) -> BoundSession:
+    """Inputs and outputs stay bound to memory on the GPU, and each set of shapes is launched as one CUDA graph.
+
+    TPX_CUDA_GRAPHS=0 launches kernels one by one, and so does a graph that ONNX Runtime cannot capture, unless it is 1.
+    """
+    _find_libraries()
+    provider, wanted = PROVIDERS["onnxruntime-cuda"], graphs_wanted()
+    # float32 means float32: TF32, its products' default, has the error of float16. Who wants speed takes an fp16 bundle.
+    told = {"use_tf32": "0"}
     with failing(path, "onnxruntime", "load"):
-        session = ort.InferenceSession(str(path), options, providers=[(provider, told)])
+        try:
+            graphs = wanted is not False
+            session = _load(path, provider, told | ({"enable_cuda_graph": "1"} if graphs else {}))
+        except (
+            Exception
+        ):  # it has no type for "cannot be captured"; what else is wrong is wrong without graphs too
+            if wanted is not None:
+                raise
+            graphs, session = False, _load(path, provider, told)
     if provider not in session.get_providers():
         raise EngineUnavailable(
-            f"expected {provider} for engine {engine_name}, found that onnxruntime fell back to "
+            f"expected {provider} for engine onnxruntime-cuda, found that onnxruntime fell back to "
             f"{', '.join(session.get_providers())}; check the CUDA and cuDNN that onnxruntime-gpu asks for"
         )
-    return BoundSession(session, path, "cuda", graphs) if on_gpu else OrtSession(session, path)
+    return BoundSession(session, path, "cuda", graphs)
+
+
+@cache
+def _find_libraries() -> None:
+    """CUDA and cuDNN from the packages that `tpx[gpu]` installs, where they are; else the loader looks for the system's."""
+    with redirect_stdout(StringIO()):  # it prints what it does not find
+        ort.preload_dlls()

@@ -70,4 +70,4 @@ def open_session(engine_name: str, path: Path) -> TensorRtSession:
             f"expected an engine of {key.graph} in {folder} ({key.pattern}), found none; build it with `{command}`"
         )
     batch, engine = found
-    return TensorRtSession(flavour, driver, engine, batch, path, graphs_wanted())
+    return TensorRtSession(flavour, driver, engine, batch, path, bool(graphs_wanted()))

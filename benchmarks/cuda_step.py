@@ -1,0 +1,95 @@
+"""What one call of a transformer's graph costs in ONNX Runtime on a GPU, and how much of it is the way to the GPU and back.
+
+    python -m benchmarks.cuda_step bundles/shapes/transformer/depth-3.onnx [--batch 2] [--rounds 50]
+
+`call` is what the denoising loop does at each step: new latents and conditions up, the graph, velocity and routes down.
+`graph` is the same with nothing to upload or download, which is all that latents kept on the device for the whole loop
+could save. Both are measured with the graph captured as a CUDA graph and without, taking turns; the table gives medians.
+"""
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+import numpy as np
+import onnx
+
+from tpx_runtime.engine import ENGINES, Arrays
+from tpx_runtime.engine.gpu import GRAPHS_VARIABLE, gpu_here
+from tpx_runtime.engine.onnxruntime_bound import BoundSession
+
+
+def random_inputs(path: Path, batch: int) -> Arrays:
+    """Standard normal arrays of the graph's own shapes, its open dimension being `batch`."""
+    rng = np.random.default_rng(0)
+    found = {}
+    for given in onnx.load(path, load_external_data=False).graph.input:
+        tensor = given.type.tensor_type
+        shape = [size.dim_value or batch for size in tensor.shape.dim]
+        found[given.name] = rng.standard_normal(shape, np.float32).astype(
+            onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)
+        )
+    return found
+
+
+def opened(path: Path, graphs: bool) -> BoundSession:
+    os.environ[GRAPHS_VARIABLE] = str(int(graphs))
+    session = ENGINES["onnxruntime-cuda"].open(path)
+    assert isinstance(session, BoundSession)
+    return session
+
+
+def calls(session: BoundSession, inputs: Arrays) -> dict[str, Callable[[], object]]:
+    """A whole call, whose latents and conditions are new each time, and the graph alone in the buffers of that call."""
+    changing = [name for name in ("latents", "conditions") if name in inputs]
+
+    def call() -> object:
+        return session.run(inputs | {name: -inputs[name] for name in changing})
+
+    for _ in range(3):  # the first finds its outputs' sizes, the second is captured
+        call()
+    (buffers,) = session._bound.values()
+    return {
+        "call": call,
+        "graph": lambda: session._session.run_with_iobinding(buffers.binding, buffers.options),
+    }
+
+
+@click.command()
+@click.argument("graph", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option(
+    "--batch", type=click.IntRange(1), default=2, show_default=True, help="Rows: 2 are one guided picture."
+)
+@click.option("--rounds", type=click.IntRange(1), default=50, show_default=True)
+def main(graph: Path, batch: int, rounds: int) -> None:
+    """Print the table for GRAPH, a transformer of a bundle."""
+    if problem := ENGINES["onnxruntime-cuda"].problem():
+        raise click.ClickException(problem)
+    inputs, gpu = random_inputs(graph, batch), gpu_here()
+    found = {
+        f"{what}{', CUDA graph' if graphs else ', kernel by kernel'}": one
+        for graphs in (True, False)
+        for what, one in calls(opened(graph, graphs), inputs).items()
+    }
+    times: dict[str, list[float]] = {name: [] for name in found}
+    for _ in range(rounds):
+        for name, one in found.items():
+            begin = time.perf_counter()
+            one()
+            times[name].append(time.perf_counter() - begin)
+    up = sum(inputs[name].nbytes for name in ("latents", "conditions") if name in inputs)
+    print(
+        f"{gpu.name if gpu else 'no GPU'}: {graph.name}, batch {batch}, {up / 1e6:.2f} MB up at each step\n"
+    )
+    print("| | ms | of the call |\n|---|---|---|")
+    for name, seconds in times.items():
+        whole = statistics.median(times[name.replace("graph, ", "call, ", 1)])
+        median = statistics.median(seconds)
+        print(f"| {name} | {1e3 * median:.3f} | {median / whole:.1%} |")
+
+
+if __name__ == "__main__":
+    main()

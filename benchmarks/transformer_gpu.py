@@ -1,0 +1,199 @@
+"""One call of a thinking transformer in PyTorch on a GPU, by depth and by the way its routing is computed.
+
+    python -m benchmarks.transformer_gpu [--model sd3-medium] [--image-size 1024] [--experts 5] [--rank 128] [--depth 3]
+    python -m benchmarks.transformer_gpu --ckpt samples/shapes/shapes.safetensors [--compile]
+    python -m benchmarks.transformer_gpu --layers 2 --heads 2 --image-size 64 --rank 8 --device cpu     # for a try
+
+Without a checkpoint the weights are random, of the model's every shape. `gathered` is the plain operator, expert by expert;
+`masked` computes every expert and keeps one; `triton` is the kernel of tpx_engines. Each is timed as PyTorch runs it and,
+but for `gathered`, which asks the host how many tokens each expert has, captured in a CUDA graph; with --compile `masked`
+goes through torch.compile too. Depth 0 is the base model, without adapters. Spellings take turns; the table gives medians.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from unittest.mock import patch
+
+import click
+import torch
+from torch import Tensor
+
+from benchmarks.random_sd3 import CHANNELS, CONTEXT, PATCH, POOLED, SIZES, size_of
+from benchmarks.routed_lora_gpu import Call, gathered_lora, graphed, medians
+from tpx_export import checkpoint
+from tpx_export.adapters import attach
+from tpx_export.model import ThinkingSpec
+from tpx_export.model.mmdit import MMDiT, MMDiTSpec
+from tpx_export.model.routed_lora import mixed_lora
+from tpx_export.precision import narrow
+
+VAE_FACTOR, CONTEXT_TOKENS = 8, 333  # of 77 tokens of CLIP and 256 of T5
+
+
+def random_transformer(
+    model: str, layers: int | None, heads: int | None, image_size_px: int, device: str
+) -> MMDiT:
+    """The base of that model's size, its weights normal of 0.02."""
+    size = size_of(model, layers, heads)
+    spec = MMDiTSpec(
+        latent_channels=CHANNELS,
+        latent_size=image_size_px // VAE_FACTOR,
+        patch=PATCH,
+        width=size.width,
+        heads=size.heads,
+        blocks=size.layers,
+        context_tokens=CONTEXT_TOKENS,
+        context_width=CONTEXT,
+        pooled_width=POOLED,
+        qk_norm=size.qk_norm,
+        dual_blocks=tuple(range(size.dual)),
+    )
+    with torch.device(device):
+        transformer = MMDiT(spec)
+    for parameter in transformer.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    return transformer
+
+
+def masked_lora(x: Tensor, expert: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """`routed_lora` by masked concatenation: no look at the ids from the host."""
+    mask = expert.unsqueeze(-1) == torch.arange(a.shape[0], device=x.device)
+    return mixed_lora(x, mask.to(x.dtype), a, b)
+
+
+def routings(device: str) -> dict[str, Callable[..., Tensor]]:
+    found: dict[str, Callable[..., Tensor]] = {"gathered": gathered_lora, "masked": masked_lora}
+    if device == "cuda":
+        from tpx_engines.routed_lora_triton import routed_lora_triton
+
+        found["triton"] = routed_lora_triton
+    return found
+
+
+def call_of(model: MMDiT, inputs: tuple[Tensor, ...], depth: int, routing: Callable[..., Tensor]) -> Call:
+    def call() -> Tensor:
+        with torch.inference_mode(), patch("tpx_export.model.thinking.routed_lora", routing):
+            velocity: Tensor = model.denoise(*inputs, depth)[0]
+        return velocity
+
+    return call
+
+
+def compiled_call(model: MMDiT, inputs: tuple[Tensor, ...], depth: int) -> Call:
+    """`masked` by torch.compile with CUDA graphs of its own; compiled at its first call, which is here."""
+    denoise = torch.compile(model.denoise, mode="reduce-overhead")
+
+    def call() -> Tensor:
+        with torch.inference_mode():
+            velocity: Tensor = denoise(*inputs, depth)[0]
+        return velocity
+
+    with patch("tpx_export.model.thinking.routed_lora", masked_lora):
+        for _ in range(3):
+            call()
+    return call
+
+
+@click.command()
+@click.option(
+    "--ckpt", type=click.Path(exists=True, path_type=Path), help="A checkpoint of ours, in place of MODEL."
+)
+@click.option("--model", type=click.Choice(list(SIZES)), default="sd3-medium", show_default=True)
+@click.option("--image-size", default=1024, show_default=True, help="Pixels a side, of MODEL.")
+@click.option("--layers", type=click.IntRange(1), help="Fewer blocks than the model's.")
+@click.option("--heads", type=click.IntRange(1), help="Heads, each 64 wide, in place of the model's.")
+@click.option("--experts", default=5, show_default=True, help="Of MODEL's adapters.")
+@click.option("--rank", default=128, show_default=True)
+@click.option("--depth", default=3, show_default=True, help="Of MODEL; a checkpoint has its own.")
+@click.option("--batch", default=2, show_default=True, help="Rows: 2 are one guided picture.")
+@click.option("--dtype", type=click.Choice(["fp16", "bf16", "fp32"]), default="fp16", show_default=True)
+@click.option("--rounds", type=click.IntRange(1), default=20, show_default=True)
+@click.option("--compile", "compiles", is_flag=True, help="Measure torch.compile too.")
+@click.option("--device", type=click.Choice(["cuda", "cpu"]), default="cuda", show_default=True)
+def main(
+    ckpt: Path | None,
+    model: str,
+    image_size: int,
+    layers: int | None,
+    heads: int | None,
+    experts: int,
+    rank: int,
+    depth: int,
+    batch: int,
+    dtype: str,
+    rounds: int,
+    compiles: bool,
+    device: str,
+) -> None:
+    """Print a table of times."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise click.ClickException(
+            "expected an NVIDIA GPU and PyTorch with CUDA, found none; run it on a machine with one, or with --device cpu"
+        )
+    torch.manual_seed(0)
+    kind = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
+    if ckpt:
+        transformer = checkpoint.load(ckpt).transformer
+    else:
+        transformer = random_transformer(model, layers, heads, image_size, device)
+        thinking = ThinkingSpec(size_of(model, layers, heads).thinking_blocks, experts, rank, depth)
+        attach(transformer, thinking)
+        for block in transformer.blocks:
+            if block.thinking is not None:
+                torch.nn.init.normal_(block.thinking.b, std=0.3 * rank**-0.5)
+    transformer.to(device).eval()
+    narrow(transformer, kind)
+    spec = transformer.spec
+    with torch.inference_mode():
+        conditions = transformer.conditions(
+            torch.full((batch,), 500.0, device=device), torch.randn(batch, spec.pooled_width, device=device)
+        )
+    inputs = (
+        torch.randn(batch, spec.latent_channels, spec.latent_size, spec.latent_size, device=device).to(kind),
+        conditions,
+        torch.randn(batch, spec.context_tokens, spec.context_width, device=device).to(kind),
+    )
+    eager: dict[tuple[int, str], Call] = {}
+    captured: dict[tuple[int, str], Call] = {}
+    for steps in range(1, spec.max_depth + 1):
+        exact = call_of(transformer, inputs, steps, masked_lora)()
+        for name, routing in routings(device).items():
+            call = call_of(transformer, inputs, steps, routing)
+            error = float((call().float() - exact.float()).norm() / exact.float().norm())
+            print(f"depth {steps}, {name}: {error:.1e} from masked", flush=True)
+            eager[steps, name] = call
+            if device == "cuda" and name != "gathered":
+                captured[steps, name] = graphed(call)
+        if compiles:
+            eager[steps, "masked, torch.compile"] = compiled_call(transformer, inputs, steps)
+    took = medians({str(key): call for key, call in eager.items()}, rounds, device)
+    replayed = medians({str(key): call for key, call in captured.items()}, rounds, device)
+    thoughts = [block.thinking for block in transformer.blocks]
+    for block in transformer.blocks:
+        block.thinking = None
+    base = call_of(transformer, inputs, 1, masked_lora)
+    base()
+    base_eager = medians({"": base}, rounds, device)[""]
+    base_graph = medians({"": graphed(base)}, rounds, device)[""] if device == "cuda" else None
+    for block, thought in zip(transformer.blocks, thoughts, strict=True):
+        block.thinking = thought
+
+    def ms(seconds: float | None, beside: float | None) -> str:
+        return "- |" if seconds is None or beside is None else f"{1e3 * seconds:.3f} | {seconds / beside:.3f}"
+
+    name = torch.cuda.get_device_name() if device == "cuda" else "this machine's CPU"
+    what = ckpt.stem if ckpt else f"{model}, {image_size} pixels"
+    print(f"\n{name}: {what}, {dtype}, batch {batch}, {spec.visual_tokens} visual tokens\n")
+    print(
+        "| depth | routing | ms, eager | over base | ms, CUDA graph | over base |\n|---|---|---|---|---|---|"
+    )
+    print(f"| 0 | base | {ms(base_eager, base_eager)} | {ms(base_graph, base_graph)} |")
+    for key, seconds in took.items():
+        steps, routing_name = next(pair for pair in eager if str(pair) == key)
+        print(
+            f"| {steps} | {routing_name} | {ms(seconds, base_eager)} | {ms(replayed.get(key), base_graph)} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
