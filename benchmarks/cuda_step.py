@@ -50,7 +50,9 @@ def calls(session: BoundSession, inputs: Arrays) -> dict[str, Callable[[], objec
         return session.run(inputs | {name: -inputs[name] for name in changing})
 
     for _ in range(3):  # the first finds its outputs' sizes, the second is captured
-        call()
+        found = session.run(inputs)
+    if not all(np.isfinite(array).all() for array in found.values()):
+        raise click.ClickException("expected finite outputs, found NaN or infinity; measure another graph")
     (buffers,) = session._bound.values()
     return {
         "call": call,

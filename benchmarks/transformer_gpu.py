@@ -84,13 +84,12 @@ def compiled_call(model: MMDiT, inputs: tuple[Tensor, ...], depth: int) -> Call:
     denoise = torch.compile(model.denoise, mode="reduce-overhead")
 
     def call() -> Tensor:
-        with torch.inference_mode():
+        with torch.inference_mode(), patch("tpx_export.model.thinking.routed_lora", masked_lora):
             velocity: Tensor = denoise(*inputs, depth)[0]
         return velocity
 
-    with patch("tpx_export.model.thinking.routed_lora", masked_lora):
-        for _ in range(3):
-            call()
+    for _ in range(3):
+        call()
     return call
 
 
