@@ -29,7 +29,7 @@ from tpx_runtime.engine.openvino_graph import Graph
 @click.option("--turns", default=60, show_default=True)
 @click.option("--calls", default=50, show_default=True, help="Of each kind in a turn.")
 def main(bundle: Path, engine: str, depth: int, rows: int, turns: int, calls: int) -> None:
-    path, core = Bundle.open(bundle).transformer(depth, plain=True), openvino.core()
+    path, core = Bundle.open(bundle).transformer(depth, "plain"), openvino.core()
     shapes, config = shapes_at(core, path, rows), openvino.settings(engine, path)
     graphs = [Graph(compile_exactly(core, path, config, shapes, parts), parts) for parts in (1, 2)]
     rng = np.random.default_rng(0)

@@ -25,7 +25,7 @@ from tpx_runtime.engine.openvino_exact import compile_exactly, shapes_at
 @click.option("--rows", default=2, show_default=True)
 @click.option("--runs", default=60, show_default=True)
 def main(bundle: Path, precision: str, depth: int, rows: int, runs: int) -> None:
-    path = Bundle.open(bundle).transformer(depth, plain=True)
+    path = Bundle.open(bundle).transformer(depth, "plain")
     shapes = shapes_at(core(), path, rows)
     counting = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY", "PERF_COUNT": "YES"}
     request = compile_exactly(core(), path, counting, shapes, parts=1).create_infer_request()

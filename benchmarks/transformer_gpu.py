@@ -1,13 +1,13 @@
 """One call of a thinking transformer in PyTorch on a GPU, by depth and by the way its routing is computed.
 
     python -m benchmarks.transformer_gpu [--model sd3-medium] [--image-size 1024] [--experts 5] [--rank 128] [--depth 3]
-    python -m benchmarks.transformer_gpu --ckpt samples/shapes/shapes.safetensors [--compile]
+    python -m benchmarks.transformer_gpu --ckpt samples/shapes/shapes.safetensors
     python -m benchmarks.transformer_gpu --layers 2 --heads 2 --image-size 64 --rank 8 --device cpu     # for a try
 
 Without a checkpoint the weights are random, of the model's every shape. `gathered` is the plain operator, expert by expert;
 `masked` computes every expert and keeps one; `triton` is the kernel of tpx_engines. Each is timed as PyTorch runs it and,
-but for `gathered`, which asks the host how many tokens each expert has, captured in a CUDA graph; with --compile `masked`
-goes through torch.compile too. Depth 0 is the base model, without adapters. Spellings take turns; the table gives medians.
+but for `gathered`, which asks the host how many tokens each expert has, captured in a CUDA graph. Depth 0 is the base
+model, without adapters. Spellings take turns; the table gives medians.
 """
 
 from collections.abc import Callable
@@ -33,7 +33,7 @@ VAE_FACTOR, CONTEXT_TOKENS = 8, 333  # of 77 tokens of CLIP and 256 of T5
 def random_transformer(
     model: str, layers: int | None, heads: int | None, image_size_px: int, device: str
 ) -> MMDiT:
-    """The base of that model's size, its weights normal of 0.02."""
+    """The base of that model's size; weights are normal of 0.02, modulations of 0.2, so that every block does something."""
     size = size_of(model, layers, heads)
     spec = MMDiTSpec(
         latent_channels=CHANNELS,
@@ -50,8 +50,8 @@ def random_transformer(
     )
     with torch.device(device):
         transformer = MMDiT(spec)
-    for parameter in transformer.parameters():
-        torch.nn.init.normal_(parameter, std=0.02)
+    for name, parameter in transformer.named_parameters():
+        torch.nn.init.normal_(parameter, std=0.2 if name.endswith("modulation.bias") else 0.02)
     return transformer
 
 
@@ -79,20 +79,6 @@ def call_of(model: MMDiT, inputs: tuple[Tensor, ...], depth: int, routing: Calla
     return call
 
 
-def compiled_call(model: MMDiT, inputs: tuple[Tensor, ...], depth: int) -> Call:
-    """`masked` by torch.compile with CUDA graphs of its own; compiled at its first call, which is here."""
-    denoise = torch.compile(model.denoise, mode="reduce-overhead")
-
-    def call() -> Tensor:
-        with torch.inference_mode(), patch("tpx_export.model.thinking.routed_lora", masked_lora):
-            velocity: Tensor = denoise(*inputs, depth)[0]
-        return velocity
-
-    for _ in range(3):
-        call()
-    return call
-
-
 @click.command()
 @click.option(
     "--ckpt", type=click.Path(exists=True, path_type=Path), help="A checkpoint of ours, in place of MODEL."
@@ -107,7 +93,6 @@ def compiled_call(model: MMDiT, inputs: tuple[Tensor, ...], depth: int) -> Call:
 @click.option("--batch", default=2, show_default=True, help="Rows: 2 are one guided picture.")
 @click.option("--dtype", type=click.Choice(["fp16", "bf16", "fp32"]), default="fp16", show_default=True)
 @click.option("--rounds", type=click.IntRange(1), default=20, show_default=True)
-@click.option("--compile", "compiles", is_flag=True, help="Measure torch.compile too.")
 @click.option("--device", type=click.Choice(["cuda", "cpu"]), default="cuda", show_default=True)
 def main(
     ckpt: Path | None,
@@ -121,7 +106,6 @@ def main(
     batch: int,
     dtype: str,
     rounds: int,
-    compiles: bool,
     device: str,
 ) -> None:
     """Print a table of times."""
@@ -163,8 +147,6 @@ def main(
             eager[steps, name] = call
             if device == "cuda" and name != "gathered":
                 captured[steps, name] = graphed(call)
-        if compiles:
-            eager[steps, "masked, torch.compile"] = compiled_call(transformer, inputs, steps)
     took = medians({str(key): call for key, call in eager.items()}, rounds, device)
     replayed = medians({str(key): call for key, call in captured.items()}, rounds, device)
     thoughts = [block.thinking for block in transformer.blocks]

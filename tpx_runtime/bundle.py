@@ -7,6 +7,7 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
+from .engine import Spelling
 from .errors import BundleInvalid
 from .manifest import (
     FORMAT,
@@ -44,12 +45,13 @@ VAE_ENCODER = "vae_encoder/model.onnx"  # a bundle may lack it
 VAE_DECODER = "vae_decoder/model.onnx"
 SCHEDULER = "scheduler/scheduler_config.json"
 GOLDEN = "golden/golden.npz"
+_ALWAYS: tuple[Spelling, ...] = ("operator", "plain")  # float16 alone has the other
 _SHIFTS = (0.01, 100.0)  # beyond, neighbouring sigmas of a long schedule are one float32
 
 
-def transformer_name(depth: int, plain: bool = False) -> str:
+def transformer_name(depth: int, spelling: Spelling = "operator") -> str:
     """Path inside the bundle of the transformer that takes `depth` latent steps."""
-    return f"transformer/depth-{depth}{'.plain' if plain else ''}.onnx"
+    return f"transformer/depth-{depth}{'' if spelling == 'operator' else f'.{spelling}'}.onnx"
 
 
 def hash_file(path: Path) -> str:
@@ -119,7 +121,7 @@ class Bundle:
         except BundleInvalid as error:  # which knows the file's name alone
             raise BundleInvalid(f"{root}{os.sep}{error}") from None
         depths = bundle.manifest.model.depths
-        transformers = [transformer_name(depth, plain) for depth in depths for plain in (False, True)]
+        transformers = [transformer_name(depth, one) for depth in depths for one in _ALWAYS]
         for encoder in bundle.manifest.text_encoders:
             bundle.vocabulary(encoder)
             bundle.text_encoder(encoder)
@@ -155,9 +157,12 @@ class Bundle:
         """The graph of what timestep and prompt or class alone decide."""
         return self.path(CONDITIONS)
 
-    def transformer(self, depth: int, plain: bool = False) -> Path:
-        """The graph of `depth` latent steps, for given conditions; `plain` is the spelling without local functions."""
-        return self.path(transformer_name(depth, plain))
+    def transformer(self, depth: int, spelling: Spelling = "operator") -> Path:
+        """The graph of `depth` latent steps, for given conditions; without a fused one it is the operator's."""
+        name = transformer_name(depth, spelling)
+        return self.path(
+            name if name in self.manifest.files or spelling in _ALWAYS else transformer_name(depth)
+        )
 
     @property
     def vae_decoder(self) -> Path:

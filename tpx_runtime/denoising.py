@@ -130,6 +130,6 @@ class Denoiser:
 
     def _transformer(self, depth: int) -> Session:
         if depth not in self._transformers:
-            path = self._bundle.transformer(depth, self._engine.plain)
+            path = self._bundle.transformer(depth, self._engine.spelling)
             self._transformers[depth] = self._engine.open(path)
         return self._transformers[depth]

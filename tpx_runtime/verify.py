@@ -122,7 +122,7 @@ def verify_bundle(bundle: Bundle, engine: Engine) -> list[PartReport]:
 
     inputs = {name: golden[name] for name in model.transformer_inputs}
     for depth in depths:
-        outputs = engine.open(bundle.transformer(depth, engine.plain)).run(inputs)
+        outputs = engine.open(bundle.transformer(depth, engine.spelling)).run(inputs)
         error = relative_error(outputs.get(model.prediction), golden[f"{model.prediction}_{depth}"])
         agreement = routing_agreement(outputs.get("routes"), golden[f"routes_{depth}"]) if routed else None
         part = f"transformer depth {depth}"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tpx_runtime.bundle import Bundle
-from tpx_runtime.engine import one_line, resolve
+from tpx_runtime.engine import Spelling, one_line, resolve
 from tpx_runtime.errors import BadInput, Cancelled, EngineFailed
 
 from .build import Result, Watch
@@ -31,7 +31,7 @@ def build_ahead(
         raise BadInput(f"expected an engine that compiles graphs itself, found {engine.name}")
     if wrong := [n for n in rows if n < 1]:
         raise BadInput(f"expected batches of at least 1 row, found {wrong[0]}")
-    tasks = list(_tasks(bundle, engine.name, engine.plain, list(dict.fromkeys(rows))))
+    tasks = list(_tasks(bundle, engine.name, engine.spelling, list(dict.fromkeys(rows))))
     try:
         for number, task in enumerate(tasks):
             watch(task.name, number, len(tasks), "compiling")
@@ -54,12 +54,12 @@ class _Task:
     run: Callable[[], tuple[int, bool]]
 
 
-def _tasks(bundle: Bundle, engine_name: str, plain: bool, rows: Sequence[int]) -> Iterator[_Task]:
+def _tasks(bundle: Bundle, engine_name: str, spelling: Spelling, rows: Sequence[int]) -> Iterator[_Task]:
     for encoder in bundle.manifest.text_encoders:
         yield _any(encoder.folder, engine_name, bundle.text_encoder(encoder))
     yield _any("transformer conditions", engine_name, bundle.conditions)
     for depth in bundle.manifest.model.depths:
-        path, name = bundle.transformer(depth, plain), f"transformer depth {depth}"
+        path, name = bundle.transformer(depth, spelling), f"transformer depth {depth}"
         yield _any(name, engine_name, path)
         for batch in rows:
             yield _exact(f"{name} x{batch}", engine_name, path, batch)

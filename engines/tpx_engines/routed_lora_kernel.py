@@ -229,5 +229,5 @@ class Sizes:
 
 
 def programs_for(tokens: int, experts: int, rows: int) -> int:
-    """The grid's first axis: as many tiles of `rows` tokens as there can be, whichever experts they go to."""
-    return -(-tokens // rows) + experts
+    """The grid's first axis: as many tiles of `rows` tokens as there can be, whichever experts they go to; at least 1."""
+    return max(1, -(-tokens // rows) + experts - 1)

@@ -72,7 +72,7 @@ def register(capability: int) -> None:
         compiled = compile_ptx(sizes, capability)
         tokens = expert.shape_expr.numel()
         launch = trtp.KernelLaunchParams()
-        launch.grid_x = trtp.cdiv(tokens, compiled.rows) + experts
+        launch.grid_x = trtp.cdiv(tokens, compiled.rows) + (experts - 1)
         launch.grid_y = tactic
         launch.block_x = compiled.threads
         launch.shared_mem = compiled.shared

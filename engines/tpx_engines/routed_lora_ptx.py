@@ -24,7 +24,7 @@ _ENTRY = re.compile(r"(\.visible \.entry (\w+)\(\n)(.*?)(\n\))", re.DOTALL)
 
 @dataclass(frozen=True)
 class Compiled:
-    """A kernel and how to launch it: a grid of (ceil(tokens / rows) + experts, splits) blocks of `threads` threads."""
+    """A kernel and how to launch it: a grid of (ceil(tokens / rows) + experts - 1, splits) blocks of `threads` threads."""
 
     name: str
     ptx: str

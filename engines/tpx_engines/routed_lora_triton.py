@@ -31,9 +31,9 @@ def routed_lora_triton(x: Tensor, expert: Tensor, a: Tensor, b: Tensor, splits: 
     """x [B, N, D], expert int64 [B, N] in 0..M-1, a [M, D, r], b [M, r, O] -> [B, N, O].
 
     All of one floating type, float16, bfloat16 or float32; sums are float32. `splits` programs share the columns of one
-    tile; None takes as many as keep every multiprocessor busy. Ids are not checked, which would wait for the device: those
-    outside 0..M-1 leave their rows undefined. Raises BadInput for shapes or types that do not fit, and for a rank above the
-    kernel's.
+    tile; None takes as many as run at once, a program on each multiprocessor. Ids are not checked, which would wait for the
+    device: those outside 0..M-1 leave their rows undefined. Raises BadInput for shapes or types that do not fit, and for a
+    rank above the kernel's.
     """
     if not (x.is_cuda or triton.knobs.runtime.interpret):
         raise BadInput(
@@ -58,13 +58,12 @@ def routed_lora_triton(x: Tensor, expert: Tensor, a: Tensor, b: Tensor, splits: 
     choice, multiprocessors = _machine(x.device)
     blocks = choice[sizes.dtype]
     tokens = expert.numel()
+    programs = programs_for(tokens, experts, blocks.rows)
     if splits is None:
-        splits = max(
-            1, min(multiprocessors * blocks.rows // max(1, tokens), triton.cdiv(out_width, blocks.columns))
-        )
+        splits = max(1, min(multiprocessors // programs, triton.cdiv(out_width, blocks.columns)))
     out = x.new_empty(*x.shape[:2], out_width)
     x, expert, a, b = (t.contiguous() for t in (x, expert, a, b))
-    grid = (programs_for(tokens, experts, blocks.rows), splits)
+    grid = (programs, splits)
     with torch.cuda.device_of(x):
         routed_lora_kernel[grid](
             x, expert, a, b, tokens, out, **sizes.constants, **blocks.constants, **blocks.options

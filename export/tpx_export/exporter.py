@@ -12,10 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import torch
 from torch import nn
 
 from tpx_export.description import manifest, scheduler
+from tpx_export.fused_attention import fused
 from tpx_export.golden import Golden, text_golden, told_of, transformer_golden, vae_golden
 from tpx_export.graphs import (
     ConditionsGraph,
@@ -45,17 +47,18 @@ from tpx_runtime.bundle import (
     Bundle,
     transformer_name,
 )
-from tpx_runtime.engine import resolve
+from tpx_runtime.engine import Spelling, resolve
 from tpx_runtime.errors import BadInput
 from tpx_runtime.samplers import Array
 from tpx_runtime.verify import PartReport, require_ok, verify_bundle
 
+SPELLINGS: tuple[Spelling, ...] = ("plain", "operator", "fused")
 Progress = Callable[[str, int, int], None]  # (what comes next, tasks done, tasks in all)
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What an export did: the verification of each graph in both spellings, seconds of each task, bytes by folder.
+    """What an export did: the verification of each graph in every spelling, seconds of each task, bytes by folder.
 
     In int8 also its comparison with fp32, and what speaks against it: a bundle that has such a line was kept all the same.
     """
@@ -201,8 +204,11 @@ def _write_transformer_graphs(
             with tasks(f"transformer depth {steps}"):
                 graph = Graph(TransformerGraph(module, steps, routed), denoise, outputs)
                 operator, plain = spellings(weights.take(to_onnx(graph)), model.visual_tokens)
-                weights.write(operator, Path(transformer_name(steps)).name)
-                weights.write(plain, Path(transformer_name(steps, plain=True)).name)
+                spelt: dict[Spelling, onnx.ModelProto | None] = {"operator": operator, "plain": plain}
+                spelt["fused"] = fused(operator)
+                for spelling, model_proto in spelt.items():
+                    if model_proto is not None:
+                        weights.write(model_proto, Path(transformer_name(steps, spelling)).name)
 
 
 def _write_autoencoder(pipeline: Pipeline, folder: Path, precision: str, end: Array) -> Golden:
@@ -223,11 +229,13 @@ def _pair(values: npt.NDArray[np.generic]) -> torch.Tensor:
 
 
 def verify(bundle: Bundle) -> dict[str, list[PartReport]]:
-    """Both spellings in ONNX Runtime against the golden tensors. Raises EngineFailed for a part out of tolerance."""
+    """Every spelling in ONNX Runtime against the golden tensors. Raises EngineFailed for a part out of tolerance."""
     engine = resolve("onnxruntime")
-    reports = {
-        "plain": verify_bundle(bundle, replace(engine, plain=True)),
-        "operator": verify_bundle(bundle, replace(engine, plain=False)),
+    deepest = bundle.manifest.model.depths[-1]
+    reports: dict[str, list[PartReport]] = {
+        spelling: verify_bundle(bundle, replace(engine, spelling=spelling))
+        for spelling in SPELLINGS
+        if transformer_name(deepest, spelling) in bundle.manifest.files
     }
     for spelling, parts in reports.items():
         require_ok(parts, f"{engine.name} ({spelling} spelling)")

@@ -65,7 +65,7 @@ def test_every_graph_is_there_and_the_next_process_compiles_none(
 
     golden = load_golden(bundle)
     inputs = {name: golden[name] for name in bundle.manifest.model.transformer_inputs}
-    resolve("openvino").open(bundle.transformer(3, plain=True)).run(inputs)
+    resolve("openvino").open(bundle.transformer(3, "plain")).run(inputs)
     monkeypatch.undo()
     require_ok(verify_bundle(bundle, resolve("openvino")), "openvino")
     assert files(bundle) == there
@@ -137,7 +137,7 @@ def test_a_folder_that_cannot_be_made_is_refused(bundle: Bundle) -> None:
 
 
 def test_a_broken_graph_is_one_line(bundle: Bundle) -> None:
-    bundle.transformer(1, plain=True).write_bytes(b"no graph")
+    bundle.transformer(1, "plain").write_bytes(b"no graph")
     with pytest.raises(EngineFailed, match=r"depth-1\.plain\.onnx: openvino could not load it") as caught:
         build_ahead(bundle, "openvino", [2])
     assert str(caught.value).isprintable()

@@ -154,7 +154,7 @@ def test_builds_as_tensorrt_does(tensorrt: ProcessPoolExecutor, dtype: str, rows
     shared = got["launch"].pop("shared_mem")
     assert 0 < shared <= 48 * 1024
     assert got["launch"] == {
-        "grid_x": -(-154 // rows) + 3,
+        "grid_x": -(-154 // rows) + 2,
         "grid_y": tactic,
         "grid_z": 1,
         "block_x": 128,

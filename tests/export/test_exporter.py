@@ -24,7 +24,7 @@ from tpx_export.pipeline import Pipeline
 from tpx_export.precision import TOLERANCES
 from tpx_export.routing import MASKED_UP_TO, masked, spellings
 from tpx_runtime.bundle import CONDITIONS, Bundle, transformer_name
-from tpx_runtime.engine import ENGINES, resolve
+from tpx_runtime.engine import ENGINES, Spelling, resolve
 from tpx_runtime.errors import BadInput, EngineFailed
 from tpx_runtime.generator import Generator
 from tpx_runtime.verify import verify_bundle
@@ -32,8 +32,8 @@ from tpx_runtime.verify import verify_bundle
 DEPTHS = (1, 2, 3)
 
 
-def graph(bundle: Path, depth: int, plain: bool) -> onnx.ModelProto:
-    return onnx.load(bundle / transformer_name(depth, plain), load_external_data=False)
+def graph(bundle: Path, depth: int, spelling: Spelling) -> onnx.ModelProto:
+    return onnx.load(bundle / transformer_name(depth, spelling), load_external_data=False)
 
 
 def test_every_graph_is_held_to_pytorch(tiny_export: tuple[Path, Summary]) -> None:
@@ -138,7 +138,7 @@ def test_one_weight_file_serves_every_depth(tiny_bundle: Path) -> None:
 
 def test_spellings(tiny_bundle: Path) -> None:
     for depth in DEPTHS:
-        operator, plain = graph(tiny_bundle, depth, False), graph(tiny_bundle, depth, True)
+        operator, plain = graph(tiny_bundle, depth, "operator"), graph(tiny_bundle, depth, "plain")
         routed = [node for node in operator.graph.node if (node.domain, node.op_type) == (DOMAIN, NAME)]
         assert len(routed) == 2 * depth  # two thinking blocks
         for node in routed:  # what makes TensorRT look for its plugin first
@@ -158,7 +158,7 @@ def test_the_plain_spelling_hangs_on_the_work_that_masking_wastes(
     tiny_bundle: Path, tokens: int, gathers: bool
 ) -> None:
     """Of 3 experts of rank 4."""
-    bare = graph(tiny_bundle, 2, False)
+    bare = graph(tiny_bundle, 2, "operator")
     del bare.functions[:]
     operator, plain = spellings(bare, tokens)
     assert "NonZero" not in {node.op_type for node in operator.functions[0].node}
@@ -168,7 +168,7 @@ def test_the_plain_spelling_hangs_on_the_work_that_masking_wastes(
 def test_conditions_and_depths_share_no_layer(tiny_bundle: Path) -> None:
     """What is worked out ahead is not read again at each step."""
     ahead = onnx.load(tiny_bundle / CONDITIONS, load_external_data=False).graph
-    step = graph(tiny_bundle, 3, False).graph
+    step = graph(tiny_bundle, 3, "operator").graph
     assert [value.name for value in ahead.input] == ["timestep", "pooled"]
     assert [value.name for value in step.input] == ["latents", "conditions", "context"]
     names = [
@@ -199,7 +199,7 @@ def test_half_precision_is_typed_and_bounded(tiny_model: TextToImage, tmp_path: 
     summary = export_bundle(Pipeline.of(tiny_model), tmp_path / "half", depth=2, precision="fp16")
     assert all(report.ok for reports in summary.reports.values() for report in reports)
     assert TOLERANCES["fp16"].transformer < 0.02
-    model = graph(tmp_path / "half", 2, plain=False)
+    model = graph(tmp_path / "half", 2, "operator")
     kinds = {t.data_type for t in model.graph.initializer if len(t.dims) > 1 and ".gate." not in t.name}
     assert onnx.TensorProto.FLOAT16 in kinds
     border = [*model.graph.input, *model.graph.output]

@@ -19,7 +19,7 @@ DEPTH = 3
 
 @pytest.fixture(scope="module")
 def graph(tiny_bundle: Path) -> Path:
-    return Bundle.open(tiny_bundle, verify=False).transformer(DEPTH, plain=True)
+    return Bundle.open(tiny_bundle, verify=False).transformer(DEPTH, "plain")
 
 
 def norms_of(model: TextToImage) -> int:

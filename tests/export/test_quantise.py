@@ -269,8 +269,7 @@ def test_the_graph_is_symmetric_int8_in_these_layers_alone(
     parameters = {
         f"transformer.{name}": value.numpy() for name, value in tiny_model.transformer.named_parameters()
     }
-    for plain in (False, True):
-        path = int8_export[0] / transformer_name(2, plain)
+    for path in (int8_export[0] / transformer_name(2), int8_export[0] / transformer_name(2, "plain")):
         graph, stored = onnx.load(path).graph, tensors(path)
         kinds = [node.op_type for node in graph.node]
         assert kinds.count("QuantizeLinear") == len(LAYERS)
@@ -321,7 +320,7 @@ def test_every_engine_computes_what_pytorch_computes_in_int8(
         expected = transformer.denoise(*map(torch.from_numpy, inputs.values()), 2)[0].numpy()
     for name in ("onnxruntime", "openvino"):
         engine = resolve(name)
-        found = engine.open(out / transformer_name(2, engine.plain)).run(inputs)["velocity"]
+        found = engine.open(out / transformer_name(2, engine.spelling)).run(inputs)["velocity"]
         assert np.abs(found - expected).max() / np.abs(expected).max() < 1e-3
     loss = np.abs(expected - golden["velocity_2"]).max() / np.abs(expected).max()
     assert 1e-3 < loss < 6e-2
@@ -342,7 +341,7 @@ def test_onnx_runtime_multiplies_in_int8(int8_export: tuple[Path, Summary], tmp_
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
-    path = str(int8_export[0] / transformer_name(2, plain=True))
+    path = str(int8_export[0] / transformer_name(2, "plain"))
     onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     optimised = onnx.load(tmp_path / "optimised.onnx", load_external_data=False)
     kinds = [node.op_type for node in optimised.graph.node]
@@ -567,7 +566,7 @@ def test_the_comparison_sees_what_differs(int8_export: tuple[Path, Summary], tin
     assert 0 < near.error_median < 0.02 and near.psnr_worst_db < float("inf")
     tally = measure.Tally()
     wrong = measure._Pair(
-        engine.open(fp32.transformer(1, engine.plain)), engine.open(fp32.conditions), "velocity", tally
+        engine.open(fp32.transformer(1, engine.spelling)), engine.open(fp32.conditions), "velocity", tally
     )
     golden = np.load(tiny_bundle / "golden/golden.npz")
     with pytest.raises(EngineFailed):

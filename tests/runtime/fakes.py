@@ -247,7 +247,7 @@ def write_vocabulary(root: Path, spec: EncoderSpec = PAPER.text_encoders[0], **c
 def make_bundle(root: Path, manifest: Manifest = PAPER) -> Path:
     """Write a bundle of paper at `root`; its graphs are bytes without meaning."""
     names = [*functions(manifest), "transformer/weights.data", GOLDEN, SCHEDULER]
-    names += [transformer_name(depth, plain=True) for depth in manifest.model.depths]
+    names += [transformer_name(depth, "plain") for depth in manifest.model.depths]
     for number, name in enumerate(names):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(bytes([number]) * 100)

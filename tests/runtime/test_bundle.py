@@ -19,7 +19,7 @@ MEND = "copy the bundle again or export it again"
 FILES = ["transformer/weights.data", "text_encoder/model.onnx", "vae_decoder/model.onnx"]
 FILES += ["vae_encoder/model.onnx", "transformer/conditions.onnx"]
 FILES += ["tokenizer/vocab.json", SCHEDULER, "golden/golden.npz"]
-FILES += [transformer_name(depth, plain) for depth in (1, 2, 4) for plain in (False, True)]
+FILES += [transformer_name(depth, one) for depth in (1, 2, 4) for one in ("operator", "plain")]
 
 
 def refusal(root: Path, verify: bool = True) -> str:
@@ -39,7 +39,7 @@ def test_opens_what_was_exported(paper: Path) -> None:
     assert sorted(bundle.manifest.files) == sorted(FILES)
     assert bundle.hash == Bundle.open(str(paper), verify=False).hash == bundle.manifest.sha256
     assert bundle.transformer(2) == paper / "transformer/depth-2.onnx"
-    assert bundle.transformer(2, plain=True) == paper / "transformer/depth-2.plain.onnx"
+    assert bundle.transformer(2, "plain") == paper / "transformer/depth-2.plain.onnx"
     assert bundle.conditions == paper / "transformer/conditions.onnx"
     assert bundle.schedule_shift == 3.0
     assert bundle.vae_encoder == paper / "vae_encoder/model.onnx"

@@ -113,7 +113,7 @@ def test_graphs_are_opened_when_first_used_and_once(generator: Generator, engine
 
 
 def test_an_engine_that_wants_it_gets_the_plain_spelling(generator: Generator, engine: FakeEngine) -> None:
-    engine.plain = True
+    engine.spelling = "plain"
     with pytest.raises(KeyError, match=r"transformer/depth-2.plain.onnx"):  # the fake has no such function
         generator("red cube")
 

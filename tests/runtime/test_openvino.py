@@ -323,7 +323,7 @@ class TestBf16:
     @needs_bf16
     def test_a_wrong_graph_is_out_of_its_tolerance(self, copy: Path) -> None:
         bundle = Bundle.open(copy)
-        shutil.copyfile(copy / transformer_name(1, plain=True), copy / transformer_name(3, plain=True))
+        shutil.copyfile(copy / transformer_name(1, "plain"), copy / transformer_name(3, "plain"))
         reports = verify_bundle(bundle, resolve(BF16))
         assert [report.part for report in reports if not report.ok] == ["transformer depth 3"]
 
@@ -354,11 +354,11 @@ class TestBf16:
 
 def test_the_arrays_of_a_bundle_built_ahead_are_those_of_the_golden(copy: Path) -> None:
     """A transformer whose weights are mapped from the file, not only an encoder."""
-    path, bundle = copy / transformer_name(3, plain=True), Bundle.open(copy)
+    path, bundle = copy / transformer_name(3, "plain"), Bundle.open(copy)
     golden = load_golden(bundle)
     inputs = {name: golden[name] for name in bundle.manifest.model.transformer_inputs}
     assert openvino_exact.shapes_of(inputs) == openvino_exact.shapes_at(openvino.core(), path, 2)
-    build(copy, 2, graph=transformer_name(3, plain=True))
+    build(copy, 2, graph=transformer_name(3, "plain"))
     session = resolve("openvino").open(path)
     for _ in range(2):
         outputs = session.run(inputs)

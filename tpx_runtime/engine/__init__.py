@@ -14,6 +14,9 @@ from ..errors import BadInput, EngineFailed, EngineUnavailable, shorten
 
 Arrays = dict[str, npt.NDArray[Any]]
 
+# Of a transformer: tpx::RoutedLora as one node, attention in float16 as one node too, or standard operators alone.
+Spelling = Literal["operator", "fused", "plain"]
+
 
 class Session(Protocol):
     """A graph that is loaded and ready."""
@@ -67,7 +70,7 @@ class Engine:
     package: str
     extra: str
     module: str
-    plain: bool  # which spelling of the transformer it reads: standard operators alone, or tpx::RoutedLora
+    spelling: Spelling  # of the transformer, that it reads
     precision: str | None = None  # that it computes in; None where that is the graph's own
     device: Literal["cpu", "gpu"] = "cpu"
     # Whether tpx-build has work for it: to spare processes that draw the compiling, or to make the only thing that it runs.
@@ -107,19 +110,24 @@ ENGINES = {
             package="onnxruntime",
             extra="gpu",
             module="onnxruntime",
-            plain=False,
+            spelling="fused",
             device="gpu",
         ),
-        Engine("onnxruntime", package="onnxruntime", extra="cpu", module="onnxruntime", plain=True),
+        Engine("onnxruntime", package="onnxruntime", extra="cpu", module="onnxruntime", spelling="plain"),
         Engine(
-            "openvino", package="openvino", extra="openvino", module="openvino", plain=True, built="ahead"
+            "openvino",
+            package="openvino",
+            extra="openvino",
+            module="openvino",
+            spelling="plain",
+            built="ahead",
         ),
         Engine(
             "openvino-bf16",
             package="openvino",
             extra="openvino",
             module="openvino",
-            plain=True,
+            spelling="plain",
             precision="bf16",
             built="ahead",
         ),
@@ -129,7 +137,7 @@ ENGINES = {
             package="tensorrt_rtx_bindings",
             extra="tensorrt-rtx",
             module="tensorrt",
-            plain=False,
+            spelling="operator",
             device="gpu",
             built="only",
         ),
@@ -138,7 +146,7 @@ ENGINES = {
             package="tensorrt",
             extra="tensorrt",
             module="tensorrt",
-            plain=False,
+            spelling="operator",
             device="gpu",
             built="only",
         ),

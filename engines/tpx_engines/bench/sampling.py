@@ -11,7 +11,7 @@ import numpy.typing as npt
 from tpx_runtime.bundle import Bundle
 from tpx_runtime.denoising import Callback, Sample, require_finite
 from tpx_runtime.editing import Edit
-from tpx_runtime.engine import Arrays, Engine
+from tpx_runtime.engine import Arrays, Engine, Spelling
 from tpx_runtime.generator import Generator
 from tpx_runtime.guidance import guide
 from tpx_runtime.noise import batch_noise
@@ -37,7 +37,7 @@ class _Session:
 class Framework:
     """An engine to the runtime's eyes, which answers for a bundle's text encoders and decoder with networks of its own."""
 
-    plain = True
+    spelling: Spelling = "plain"
 
     def __init__(self, name: str, networks: dict[str, Network]) -> None:
         self.name, self._networks = name, networks

@@ -53,13 +53,13 @@ class PairedEngine:
     """An engine to the runtime's eyes: it opens the graphs of `fp32`, the transformers beside those of `int8`."""
 
     def __init__(self, engine: Engine, fp32: Bundle, int8: Bundle, tally: Tally) -> None:
-        self.name, self.plain, self.precision = engine.name, engine.plain, engine.precision
+        self.name, self.spelling, self.precision = engine.name, engine.spelling, engine.precision
         self._engine, self._fp32, self._int8, self._tally = engine, fp32, int8, tally
 
     def open(self, path: Path) -> Session:
         session = self._engine.open(path)
         model = self._fp32.manifest.model
-        if path not in [self._fp32.transformer(depth, self.plain) for depth in model.depths]:
+        if path not in [self._fp32.transformer(depth, self.spelling) for depth in model.depths]:
             return session
         other = self._engine.open(self._int8.root / path.relative_to(self._fp32.root))
         return _Pair(session, other, model.prediction, self._tally)

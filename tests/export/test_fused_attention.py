@@ -1,0 +1,105 @@
+"""Attention as one node: which graphs have it, and that it computes the same."""
+
+import shutil
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from onnx import TensorProto, parser
+
+from tpx_export.exporter import Summary, export_bundle
+from tpx_export.fused_attention import NAME, fused
+from tpx_export.model.text_to_image import TextToImage
+from tpx_export.pipeline import Pipeline
+from tpx_runtime.bundle import Bundle, transformer_name
+from tpx_runtime.engine import ENGINES, Arrays
+from tpx_runtime.generator import Generator
+from tpx_runtime.verify import load_golden
+
+BLOCKS, THINKING, DEPTH = 3, 2, 2  # of the tiny model
+
+
+@pytest.fixture(scope="module")
+def half(tiny_model: TextToImage, tmp_path_factory: pytest.TempPathFactory) -> tuple[Bundle, Summary]:
+    out = tmp_path_factory.mktemp("half") / "tiny"
+    summary = export_bundle(Pipeline.of(tiny_model), out, depth=DEPTH, precision="fp16")
+    return Bundle.open(out), summary
+
+
+def kinds(path: Path) -> Counter[str]:
+    return Counter(node.op_type for node in onnx.load(path, load_external_data=False).graph.node)
+
+
+def test_every_attention_in_float16_is_one_node(half: tuple[Bundle, Summary]) -> None:
+    bundle, summary = half
+    for depth in range(1, DEPTH + 1):
+        found = kinds(bundle.transformer(depth, "fused"))
+        assert found[NAME] == BLOCKS + THINKING * (depth - 1)
+        assert not found["Softmax"]
+        assert found["RoutedLora"] == THINKING * depth
+        assert found["MatMul"] == kinds(bundle.transformer(depth))["MatMul"] - 2 * found[NAME]
+    assert [report.part for report in summary.reports["fused"]] == [r.part for r in summary.reports["plain"]]
+    assert all(report.ok for report in summary.reports["fused"])
+
+
+def test_onnx_runtime_on_a_gpu_is_given_it(half: tuple[Bundle, Summary]) -> None:
+    bundle = half[0]
+    read = {name: bundle.transformer(1, engine.spelling).name for name, engine in ENGINES.items()}
+    assert read == {
+        "onnxruntime-cuda": "depth-1.fused.onnx",
+        "tensorrt-rtx": "depth-1.onnx",
+        "tensorrt": "depth-1.onnx",
+        "onnxruntime": "depth-1.plain.onnx",
+        "openvino": "depth-1.plain.onnx",
+        "openvino-bf16": "depth-1.plain.onnx",
+    }
+
+
+def test_float32_has_none_and_is_read_as_it_is(tiny_bundle: Path) -> None:
+    bundle = Bundle.open(tiny_bundle)
+    assert transformer_name(1, "fused") not in bundle.manifest.files
+    assert bundle.transformer(1, "fused") == bundle.transformer(1)
+    assert fused(onnx.load(bundle.transformer(1), load_external_data=False)) is None
+
+
+def inputs(bundle: Bundle) -> Arrays:
+    golden = load_golden(bundle)
+    return {name: golden[name] for name in bundle.manifest.model.transformer_inputs}
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_it_computes_the_same(tiny_bundle: Path, depth: int, tmp_path: Path) -> None:
+    """In float32, where a difference would be no rounding; 3 rows, for the batch is open."""
+    bundle = Bundle.open(shutil.copytree(tiny_bundle, tmp_path / "copy"))
+    path = bundle.transformer(depth)
+    model = fused(onnx.load(path, load_external_data=False), TensorProto.FLOAT)
+    assert model is not None
+    one_node = path.with_name("fused.onnx")
+    onnx.save(model, one_node)
+    given = {name: np.concatenate([a, a[:1]]) for name, a in inputs(bundle).items()}
+    runs = [
+        ort.InferenceSession(str(each), providers=["CPUExecutionProvider"]).run(None, given)
+        for each in (path, one_node)
+    ]
+    for expected, found in zip(*runs, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_picture_of_it(half: tuple[Bundle, Summary]) -> None:
+    expected = Generator(half[0], ENGINES["onnxruntime"])("a red cube", steps=3)
+    found = Generator(half[0], replace(ENGINES["onnxruntime"], spelling="fused"))("a red cube", steps=3)
+    one, other = (np.asarray(drawn[0], np.float32) for drawn in (expected, found))
+    assert np.sqrt(np.mean((one - other) ** 2)) < 1
+
+
+def test_a_softmax_that_is_no_attention_is_refused() -> None:
+    model = parser.parse_model(
+        '<ir_version: 8, opset_import: ["": 20]> g (float16[n, 2] x) => (float16[n, 2] y) '
+        "{ z = Relu(x) y = Softmax(z) }"
+    )
+    with pytest.raises(ValueError, match="expected MatMul in the place of Relu"):
+        fused(model)
