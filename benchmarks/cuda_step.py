@@ -61,7 +61,7 @@ def calls(session: BoundSession, inputs: Arrays) -> dict[str, Callable[[], objec
 
 
 @click.command()
-@click.argument("graph", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("graph", type=click.Path(path_type=Path))
 @click.option(
     "--batch", type=click.IntRange(1), default=2, show_default=True, help="Rows: 2 are one guided picture."
 )
@@ -70,6 +70,8 @@ def main(graph: Path, batch: int, rounds: int) -> None:
     """Print the table for GRAPH, a transformer of a bundle."""
     if problem := ENGINES["onnxruntime-cuda"].problem():
         raise click.ClickException(problem)
+    if not graph.is_file():
+        raise click.ClickException(f"expected a graph at {graph}, found none; take a transformer of a bundle")
     inputs, gpu = random_inputs(graph, batch), gpu_here()
     found = {
         f"{what}{', CUDA graph' if graphs else ', kernel by kernel'}": one

@@ -185,8 +185,8 @@ class Blocks:
         return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
 
 
-# Every type's blocks keep to the 48 KB of shared memory that a kernel has without asking for more; those of fp16 are the
-# fastest such ones of a sweep on an H100. Where there are LARGE_SHARED bytes, half as many again as fast (docs/routing.md).
+# SMALL keeps to the 48 KB of shared memory that a kernel has without asking for more; LARGE, for GPUs that have LARGE_SHARED
+# bytes, is the fastest of a sweep on an H100 (docs/gpu.md). float32 was not swept.
 _SMALL_HALF = Blocks(rows=64, depth=64, columns=32, stages=2, column_stages=4, chunks=32)
 _LARGE_HALF = Blocks(rows=64, depth=64, columns=128, stages=5, column_stages=4, chunks=64)
 _SINGLE = Blocks(rows=32, depth=16, columns=32, stages=2, column_stages=2, chunks=16)
