@@ -115,6 +115,26 @@ def test_agrees_with_the_operator(
     assert interpreter.submit(_error, *sizes, dtype, splits).result() < tolerance
 
 
+def _miscounted(experts: int, used: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Expected and found for each name, where they differ."""
+    from counting_kernel import counts
+
+    torch.manual_seed(0)
+    ids = torch.tensor(used)[torch.randint(0, len(used), (500,))]
+    found = counts(ids, experts)
+    expected = torch.bincount(ids[ids < experts], minlength=len(found)).tolist()
+    return [(e, f) for e, f in zip(expected, found, strict=True) if e != f]
+
+
+@pytest.mark.parametrize(
+    ("experts", "used"), [(1, (0,)), (5, (0, 4, 6)), (8, (7,)), (9, (0, 8)), (19, (0, 7, 8, 15, 16, 18))]
+)
+def test_counts_the_tokens_of_every_expert(
+    interpreter: ProcessPoolExecutor, experts: int, used: tuple[int, ...]
+) -> None:
+    assert interpreter.submit(_miscounted, experts, used).result() == []
+
+
 def test_registers_on_import_and_not_before(interpreter: ProcessPoolExecutor) -> None:
     assert interpreter.submit(_registered).result() == [False, True]
 

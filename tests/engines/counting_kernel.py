@@ -1,0 +1,29 @@
+"""The counting of `tpx::RoutedLora`'s kernel by itself: a wrong count writes past the result, which its results do not show."""
+
+import torch
+import triton
+import triton.language as tl
+
+from tpx_engines.routed_lora_kernel import CHUNK, _counts, _ids
+
+
+@triton.jit
+def counting_kernel(  # type: ignore[no-untyped-def]
+    expert,
+    tokens,
+    out,
+    EXPERTS: tl.constexpr,
+    PADDED: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    names = tl.arange(0, PADDED)
+    tl.store(out + names, _counts(_ids(expert, 0, tokens, CHUNKS, CHUNK), names, EXPERTS))
+
+
+def counts(ids: torch.Tensor, experts: int) -> list[int]:
+    """Of the first 512 `ids`, by expert, and of the names behind them up to a power of two."""
+    padded = triton.next_power_of_2(experts)
+    out = torch.full((padded,), -1, dtype=torch.int32)
+    counting_kernel[(1,)](ids, len(ids), out, experts, padded, 4, CHUNK)
+    return out.tolist()
