@@ -1,4 +1,4 @@
-"""The counting of `tpx::RoutedLora`'s kernel by itself: a wrong count writes past the result, which its results do not show."""
+"""The counting of `tpx::RoutedLora`'s kernel by itself: a wrong count writes past the result, which no result shows."""
 
 import torch
 import triton

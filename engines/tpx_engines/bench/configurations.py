@@ -10,6 +10,7 @@ from tpx_runtime.engine import ENGINES
 from tpx_runtime.errors import BadInput, shorten
 
 _BENCH = "tpx_engines.bench"
+_DISTRIBUTIONS = {"onnxruntime-cuda": ("onnxruntime-gpu",)}  # where its name is not the package's
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def engines(
             options={"engine": engine.name} | ({"bundle": str(also)} if also else {}),
             precision=engine.precision or bundle_precision,
             device=engine.device,
-            packages=("tpx", engine.package),
+            packages=("tpx", *_DISTRIBUTIONS.get(engine.name, (engine.package,))),
             problem=problems[engine.name],
         )
         for depth in depths
