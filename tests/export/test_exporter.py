@@ -17,7 +17,7 @@ from tiny import make_tiny
 
 from tpx_export import checkpoint, exporter, routing
 from tpx_export.cli import main, table
-from tpx_export.exporter import Summary, export_bundle
+from tpx_export.exporter import SPELLINGS, Summary, export_bundle
 from tpx_export.model.text_to_image import TextToImage
 from tpx_export.operator import DOMAIN, NAME
 from tpx_export.pipeline import Pipeline
@@ -120,7 +120,7 @@ def test_one_weight_file_serves_every_depth(tiny_bundle: Path) -> None:
     folder = tiny_bundle / "transformer"
     names = {path.name for path in folder.iterdir()}
     assert names == {"weights.data", "conditions.onnx"} | {
-        Path(transformer_name(d, p)).name for d in DEPTHS for p in (False, True)
+        Path(transformer_name(d, one)).name for d in DEPTHS for one in SPELLINGS[:2]
     }
     used = set()
     for path in folder.glob("*.onnx"):
