@@ -72,9 +72,8 @@ def _open_on_gpu(path: Path) -> BoundSession:
         try:
             graphs = wanted is not False
             session = _load(path, provider, told | ({"enable_cuda_graph": "1"} if graphs else {}))
-        except (
-            Exception
-        ):  # it has no type for "cannot be captured"; what else is wrong is wrong without graphs too
+        except Exception:
+            # It has no type for "cannot be captured"; what else is wrong is wrong without graphs too.
             if wanted is not None:
                 raise
             graphs, session = False, _load(path, provider, told)
