@@ -3,12 +3,12 @@
     python -m benchmarks.routed_lora_gpu [--dtype fp16] [--rounds 30]
     python -m benchmarks.routed_lora_gpu --toy              # no GPU: the same steps at toy size, its times mean nothing
 
-Every spelling is first held to float32 products. Each is timed as PyTorch runs it, and captured in a CUDA graph, as engines
-launch it; per-expert gathering cannot be captured, for it asks the host how many tokens each expert has. Calls take turns
-over several sets of inputs, so that none finds its own in the cache, spellings take turns too, and the table gives medians.
-The limits are measured on the same GPU, by one large copy and one large matrix product: `memory` is the share of that copy's
-bandwidth which reading x, ids, a and b once and writing the result once would take, `arithmetic` the share of that
-product's speed which the routed products alone would take. Masked concatenation does M times those products.
+Every spelling is first held to the plain operator in float32. Each is timed as PyTorch runs it, and captured in a CUDA
+graph, as engines launch it; per-expert gathering cannot be captured, for it asks the host how many tokens each expert has.
+Calls take turns over several sets of inputs, so that none finds its own in the cache, spellings take turns too, and the
+table gives medians. The limits are measured on the same GPU, by one large copy and one large matrix product: `memory` is
+the share of that copy's bandwidth which reading x, ids, a and b once and writing the result once would take, `arithmetic`
+the share of that product's speed which the routed products alone would take. Masked concatenation does M times those.
 """
 
 import os
@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import TypeVar
 
 import click
 import torch
@@ -25,6 +26,7 @@ from torch import Tensor
 from tpx_export.model.routed_lora import routed_lora
 
 Call = Callable[[], object]
+K = TypeVar("K")
 DTYPES = {"fp16": (torch.float16, 4e-3), "bf16": (torch.bfloat16, 3e-2), "fp32": (torch.float32, 1e-5)}
 SETS, REPEATS = 3, 4  # sets of inputs; calls over all of them in one CUDA graph
 
@@ -40,9 +42,8 @@ class Size:
     product: int  # rows and columns of the square matrices
 
 
-REAL = Size(
-    ((2, 4096), (2, 1024)), 1536, 128, 2**30, 8192
-)  # Stable Diffusion 3 medium, 1,024 and 512 pixels, guided
+# Stable Diffusion 3 medium, 1,024 and 512 pixels, both branches of guidance.
+REAL = Size(((2, 4096), (2, 1024)), 1536, 128, 2**30, 8192)
 TOY = Size(((2, 40),), 48, 8, 2**20, 64)
 
 
@@ -59,22 +60,23 @@ class Given:
 
 
 def given(lead: tuple[int, int], size: Size, experts: int, dtype: torch.dtype, device: str) -> Given:
-    out = 3 * size.width
     x = torch.randn(*lead, size.width, device=device).to(dtype)
     expert = torch.randint(0, experts, lead, device=device)
     a = (torch.randn(experts, size.width, size.rank, device=device) * size.width**-0.5).to(dtype)
-    b = (torch.randn(experts, size.rank, out, device=device) * size.rank**-0.5).to(dtype)
-    expected = torch.empty(*lead, out, device=device)
-    for e in range(experts):
-        expected[expert == e] = x[expert == e].float() @ a[e].float() @ b[e].float()
+    b = (torch.randn(experts, size.rank, 3 * size.width, device=device) * size.rank**-0.5).to(dtype)
+    expected = gathered_lora(x.float(), expert, a.float(), b.float())
     return Given(x, expert, a, b, a.transpose(0, 1).flatten(1), expected)
+
+
+def mask_of(expert: Tensor, experts: int, dtype: torch.dtype) -> Tensor:
+    """[B, N] -> one-hot [B, N, M], without a look at the ids from the host."""
+    return (expert.unsqueeze(-1) == torch.arange(experts, device=expert.device)).to(dtype)
 
 
 def masked(g: Given) -> Tensor:
     """Every token through all A, the other experts' parts zeroed, one product with all B."""
     experts, _, rank = g.a.shape
-    mask = (g.expert.unsqueeze(-1) == torch.arange(experts, device=g.x.device)).to(g.x.dtype)
-    low = (g.x @ g.a_all).unflatten(-1, (experts, rank)) * mask.unsqueeze(-1)
+    low = (g.x @ g.a_all).unflatten(-1, (experts, rank)) * mask_of(g.expert, experts, g.x.dtype).unsqueeze(-1)
     return low.flatten(-2) @ g.b.flatten(0, 1)
 
 
@@ -102,9 +104,9 @@ def timed(call: Call, device: str) -> float:
     return 1e-3 * first.elapsed_time(last)
 
 
-def medians(calls: dict[str, Call], rounds: int, device: str) -> dict[str, float]:
+def medians(calls: dict[K, Call], rounds: int, device: str) -> dict[K, float]:
     """Each call's median time in seconds, the calls taking turns, after a fifth as many rounds that do not count."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
+    times: dict[K, list[float]] = {name: [] for name in calls}
     warm_up = -(-rounds // 5)
     for i in range(warm_up + rounds):
         for name, call in calls.items():

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.random_sd3 import CHANNELS, CONTEXT, PATCH, POOLED, SIZES, size_of
-from benchmarks.routed_lora_gpu import Call, gathered_lora, graphed, medians
+from benchmarks.routed_lora_gpu import Call, gathered_lora, graphed, mask_of, medians
 from tpx_export import checkpoint
 from tpx_export.adapters import attach
 from tpx_export.model import ThinkingSpec
@@ -57,8 +57,7 @@ def random_transformer(
 
 def masked_lora(x: Tensor, expert: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """`routed_lora` by masked concatenation: no look at the ids from the host."""
-    mask = expert.unsqueeze(-1) == torch.arange(a.shape[0], device=x.device)
-    return mixed_lora(x, mask.to(x.dtype), a, b)
+    return mixed_lora(x, mask_of(expert, a.shape[0], x.dtype), a, b)
 
 
 def routings(device: str) -> dict[str, Callable[..., Tensor]]:
@@ -147,17 +146,13 @@ def main(
             eager[steps, name] = call
             if device == "cuda" and name != "gathered":
                 captured[steps, name] = graphed(call)
-    took = medians({str(key): call for key, call in eager.items()}, rounds, device)
-    replayed = medians({str(key): call for key, call in captured.items()}, rounds, device)
-    thoughts = [block.thinking for block in transformer.blocks]
+    took, replayed = medians(eager, rounds, device), medians(captured, rounds, device)
     for block in transformer.blocks:
         block.thinking = None
     base = call_of(transformer, inputs, 1, masked_lora)
     base()
     base_eager = medians({"": base}, rounds, device)[""]
     base_graph = medians({"": graphed(base)}, rounds, device)[""] if device == "cuda" else None
-    for block, thought in zip(transformer.blocks, thoughts, strict=True):
-        block.thinking = thought
 
     def ms(seconds: float | None, beside: float | None) -> str:
         return "- |" if seconds is None or beside is None else f"{1e3 * seconds:.3f} | {seconds / beside:.3f}"
@@ -169,11 +164,9 @@ def main(
         "| depth | routing | ms, eager | over base | ms, CUDA graph | over base |\n|---|---|---|---|---|---|"
     )
     print(f"| 0 | base | {ms(base_eager, base_eager)} | {ms(base_graph, base_graph)} |")
-    for key, seconds in took.items():
-        steps, routing_name = next(pair for pair in eager if str(pair) == key)
-        print(
-            f"| {steps} | {routing_name} | {ms(seconds, base_eager)} | {ms(replayed.get(key), base_graph)} |"
-        )
+    for (steps, routing_name), seconds in took.items():
+        graph_s = replayed.get((steps, routing_name))
+        print(f"| {steps} | {routing_name} | {ms(seconds, base_eager)} | {ms(graph_s, base_graph)} |")
 
 
 if __name__ == "__main__":

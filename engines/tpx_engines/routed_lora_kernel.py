@@ -231,3 +231,8 @@ class Sizes:
 def programs_for(tokens: int, experts: int, rows: int) -> int:
     """The grid's first axis: as many tiles of `rows` tokens as there can be, whichever experts they go to; at least 1."""
     return max(1, -(-tokens // rows) + experts - 1)
+
+
+def splits_for(programs: int, multiprocessors: int, out: int, columns: int) -> int:
+    """The grid's second axis: as many splits of `out` columns as all run at once, none without a block of `columns`."""
+    return max(1, min(multiprocessors // programs, -(-out // columns)))

@@ -20,6 +20,7 @@ from tpx_engines.routed_lora_kernel import (
     Sizes,
     programs_for,
     routed_lora_kernel,
+    splits_for,
 )
 from tpx_export.model.routed_lora import routed_lora
 from tpx_runtime.errors import BadInput
@@ -60,7 +61,7 @@ def routed_lora_triton(x: Tensor, expert: Tensor, a: Tensor, b: Tensor, splits: 
     tokens = expert.numel()
     programs = programs_for(tokens, experts, blocks.rows)
     if splits is None:
-        splits = max(1, min(multiprocessors // programs, triton.cdiv(out_width, blocks.columns)))
+        splits = splits_for(programs, multiprocessors, out_width, blocks.columns)
     out = x.new_empty(*x.shape[:2], out_width)
     x, expert, a, b = (t.contiguous() for t in (x, expert, a, b))
     grid = (programs, splits)

@@ -135,6 +135,18 @@ def test_counts_the_tokens_of_every_expert(
     assert interpreter.submit(_miscounted, experts, used).result() == []
 
 
+@pytest.mark.parametrize(
+    ("tokens", "experts", "splits"),
+    [(8192, 2, 1), (8192, 5, 1), (2048, 2, 4), (2048, 5, 3), (64, 1, 36), (20_000, 5, 1), (0, 1, 36)],
+)
+def test_splits_fill_132_multiprocessors_and_do_not_overflow_them(
+    tokens: int, experts: int, splits: int
+) -> None:
+    from tpx_engines.routed_lora_kernel import programs_for, splits_for
+
+    assert splits_for(programs_for(tokens, experts, rows=64), 132, out=4608, columns=128) == splits
+
+
 def test_registers_on_import_and_not_before(interpreter: ProcessPoolExecutor) -> None:
     assert interpreter.submit(_registered).result() == [False, True]
 

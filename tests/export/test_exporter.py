@@ -17,7 +17,7 @@ from tiny import make_tiny
 
 from tpx_export import checkpoint, exporter, routing
 from tpx_export.cli import main, table
-from tpx_export.exporter import SPELLINGS, Summary, export_bundle
+from tpx_export.exporter import Summary, export_bundle
 from tpx_export.model.text_to_image import TextToImage
 from tpx_export.operator import DOMAIN, NAME
 from tpx_export.pipeline import Pipeline
@@ -37,10 +37,18 @@ def graph(bundle: Path, depth: int, spelling: Spelling) -> onnx.ModelProto:
 
 
 def test_every_graph_is_held_to_pytorch(tiny_export: tuple[Path, Summary]) -> None:
-    for reports in tiny_export[1].reports.values():
-        depths = [f"transformer depth {depth}" for depth in DEPTHS]
-        assert [report.part for report in reports[1:5]] == ["transformer conditions", *depths]
-        for report in reports:
+    reports, depths = tiny_export[1].reports, [f"transformer depth {depth}" for depth in DEPTHS]
+    assert list(reports) == ["plain", "operator"]
+    assert [report.part for report in reports["operator"]] == depths
+    vae = ["vae_decoder", "vae_encoder"]
+    assert [report.part for report in reports["plain"]] == [
+        "text_encoder",
+        "transformer conditions",
+        *depths,
+        *vae,
+    ]
+    for spelling in reports.values():
+        for report in spelling:
             assert report.tolerance <= 1e-4
             assert report.error <= report.tolerance
             assert report.routing_agreement in (None, 1.0)
@@ -120,7 +128,7 @@ def test_one_weight_file_serves_every_depth(tiny_bundle: Path) -> None:
     folder = tiny_bundle / "transformer"
     names = {path.name for path in folder.iterdir()}
     assert names == {"weights.data", "conditions.onnx"} | {
-        Path(transformer_name(d, one)).name for d in DEPTHS for one in SPELLINGS[:2]
+        Path(transformer_name(d, one)).name for d in DEPTHS for one in ("operator", "plain")
     }
     used = set()
     for path in folder.glob("*.onnx"):

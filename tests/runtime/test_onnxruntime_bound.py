@@ -179,6 +179,18 @@ def test_the_gpu_engine_binds_and_captures_graphs_unless_told_not_to(
     assert (opened._device, opened._graphs) == ("cuda", graphs)
 
 
+def test_the_libraries_of_packages_are_found_once_and_in_silence(
+    asked: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found: list[int] = []
+    monkeypatch.setattr(ort, "preload_dlls", lambda: (found.append(1), print("libcublas: none")))
+    engine_module._find_libraries.cache_clear()
+    for _ in range(2):
+        engine_module.open_session("onnxruntime-cuda", Path("small.onnx"))
+    engine_module._find_libraries.cache_clear()
+    assert (found, capsys.readouterr().out) == ([1], "")
+
+
 def test_what_cannot_be_captured_is_launched_kernel_by_kernel_unless_told_to(
     asked: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -152,3 +152,9 @@ def test_engines_of_another_bundle_carry_its_precision_and_its_path(work: Work, 
     shutil.copytree(work.bundle, moved := tmp_path / "moved")
     subject = of_engine(replace(work, bundle=tmp_path), {"engine": "onnxruntime", "bundle": str(moved)})
     assert subject.draw(1)[0][0].tobytes() == drawn.tobytes()
+
+
+def test_the_version_recorded_is_that_of_the_package_as_it_is_installed() -> None:
+    packages = {one.options["engine"]: one.packages for one in engines([], [1], "fp32")}
+    assert packages["onnxruntime"] == ("tpx", "onnxruntime")
+    assert packages["onnxruntime-cuda"] == ("tpx", "onnxruntime-gpu")
