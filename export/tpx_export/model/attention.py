@@ -45,9 +45,8 @@ class Heads(nn.Module):
 
     def heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[B, n, 3D] -> q, k, v, each [B, H, n, d]; q and k normed."""
-        q, k, v = (part.unflatten(-1, (-1, self.head_width)).transpose(1, 2) for part in qkv.chunk(3, dim=-1))
-        # ONNX Runtime moves k's transposition and fuses the norm of q alone. Norms before the transposition are fused all,
-        # and a call of the sample's transformer then takes 2% more there and 1% less in OpenVINO.
+        # All turned together: one transposition, which ONNX Runtime does not move into the norms, so that it fuses them all.
+        q, k, v = qkv.unflatten(-1, (-1, self.head_width)).transpose(1, 2).chunk(3, dim=1)
         return self.norm_q(q), self.norm_k(k), v
 
 
