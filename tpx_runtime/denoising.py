@@ -86,6 +86,7 @@ class Denoiser:
     def __init__(self, bundle: Bundle, engine: Engine) -> None:
         self._bundle, self._engine = bundle, engine
         self._transformers: dict[int, Session] = {}
+        self._last: Conditions | None = None
 
     def __call__(
         self, job: Settings, seeds: list[int], told: Arrays, callback: Callback | None, edit: Edit | None
@@ -102,7 +103,7 @@ class Denoiser:
         if edit and job.strength is not None:
             schedule = tail(schedule, job.strength)
             latents = noised(edit.latents, noise, schedule.sigmas[0])
-        conditions = Conditions(self._conditions, model, told, schedule.timesteps)
+        conditions = self._conditions_of(told, schedule.timesteps)
         guidance = job.guidance, job.guidance_interval
         left_out = reused(schedule.timesteps, *guidance, job.guidance_every)
         predict = GuidedPrediction(self._transformer(job.depth), model, told, conditions, *guidance, left_out)
@@ -123,6 +124,12 @@ class Denoiser:
         """Of a flow's schedule; a diffusion's has none."""
         bundle = self._bundle
         return bundle.schedule_shift if bundle.manifest.model.prediction == "velocity" else 1.0
+
+    def _conditions_of(self, told: Arrays, timesteps: Sequence[float]) -> Conditions:
+        """Those of the loop before where they serve: other seeds of the same prompts, mostly."""
+        if not self._last or not self._last.serve(told, timesteps):
+            self._last = Conditions(self._conditions, self._bundle.manifest.model, told, timesteps)
+        return self._last
 
     @cached_property
     def _conditions(self) -> Session:

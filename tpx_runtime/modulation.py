@@ -32,6 +32,11 @@ class Conditions:
         self._timesteps = list(dict.fromkeys(timesteps))
         self._made: dict[float, Array] = {}  # [distinct rows, K] by timestep
 
+    def serve(self, told: Arrays, timesteps: Sequence[float]) -> bool:
+        """Whether they are those of such a batch at such steps, so that another picture of it needs no others."""
+        steps = list(dict.fromkeys(timesteps))
+        return steps == self._timesteps and np.array_equal(told[self._name], self._told[self._row])
+
     def at(self, timestep: float) -> Array:
         """The conditions [B, K] of every row. Raises EngineFailed."""
         if timestep not in self._made:

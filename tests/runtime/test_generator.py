@@ -112,6 +112,31 @@ def test_graphs_are_opened_when_first_used_and_once(generator: Generator, engine
     assert engine.opened[4:] == ["transformer/depth-4.onnx"]
 
 
+@pytest.mark.parametrize(
+    ("then", "made"),
+    [
+        ({"seed": 6}, 0),
+        ({"depth": 4}, 0),
+        ({"guidance": 2.0}, 0),
+        ({"steps": 4}, 8),
+        ({"prompt": "a sphere"}, 6),
+        ({"negative_prompt": "a sphere"}, 6),
+        ({"guidance": 1}, 3),
+        ({"num_images": 2}, 6),
+    ],
+)
+def test_what_timestep_and_prompt_decide_is_made_again_only_for_others(
+    then: dict[str, object], made: int, paper: Path, generator: Generator, engine: FakeEngine
+) -> None:
+    asked = {"prompt": "red cube", "seed": 5, **then}
+    generator("red cube", seed=5)
+    engine.calls.clear()
+    images = generator(**asked)  # type: ignore[arg-type]
+    assert sum(len(inputs["timestep"]) for inputs in calls(engine, "transformer/conditions")) == made
+    fresh = Generator(Bundle.open(paper), FakeEngine())  # type: ignore[arg-type]
+    assert same(images, fresh(**asked))  # type: ignore[arg-type]
+
+
 def test_an_engine_that_wants_it_gets_the_plain_spelling(generator: Generator, engine: FakeEngine) -> None:
     engine.spelling = "plain"
     with pytest.raises(KeyError, match=r"transformer/depth-2.plain.onnx"):  # the fake has no such function
@@ -181,12 +206,13 @@ def test_pictures_of_one_prompt_share_one_row_of_the_encoder(
         assert (contexts[0] != contexts[3]).any()
 
 
-def test_the_sampler_sets_the_number_of_model_calls(generator: Generator, engine: FakeEngine) -> None:
-    for sampler, expected in (("euler", 4), ("heun", 7), ("dpmpp2m", 4), ("unipc", 4)):
-        engine.calls.clear()
-        generator("red cube", sampler=sampler, steps=4)
-        assert len(calls(engine, DENOISE)) == expected
-        assert len(calls(engine, CONDITIONS)) == 1
+@pytest.mark.parametrize(("sampler", "expected"), [("euler", 4), ("heun", 7), ("dpmpp2m", 4), ("unipc", 4)])
+def test_the_sampler_sets_the_number_of_model_calls(
+    sampler: str, expected: int, generator: Generator, engine: FakeEngine
+) -> None:
+    generator("red cube", sampler=sampler, steps=4)
+    assert len(calls(engine, DENOISE)) == expected
+    assert len(calls(engine, CONDITIONS)) == 1
 
 
 def test_latents_come_with_the_routes_of_every_call(generator: Generator) -> None:

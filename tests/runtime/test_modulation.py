@@ -50,6 +50,16 @@ def test_rows_that_are_told_the_same_are_made_once_and_come_back_in_their_places
     assert sum(len(inputs["timestep"]) for _, inputs in graph.calls) == 3 * (4 + 3 + 2 + 1)
 
 
+def test_a_table_serves_a_loop_of_the_same_batch_and_steps() -> None:
+    told = {"pooled": POOLED[[2, 0, 2]]}
+    table = Conditions(session(), MODEL, told, TIMES)
+    assert table.serve({"pooled": told["pooled"].copy()}, TIMES)
+    for rows in ([2, 0, 1], [0, 2, 2], [2, 0], [2, 0, 2, 2]):
+        assert not table.serve({"pooled": POOLED[rows]}, TIMES)
+    for times in (TIMES[1:], TIMES[::-1], [*TIMES, 50.0]):
+        assert not table.serve(told, times)
+
+
 def test_classes_are_told_as_numbers() -> None:
     graph, told = session(CLASSES.model), {"class_id": np.array([13, 13, 7, 2])}
     table = Conditions(graph, CLASSES.model, told, TIMES)
