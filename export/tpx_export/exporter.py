@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from tpx_export.description import manifest, scheduler
-from tpx_export.fused_attention import fused
+from tpx_export.fused_attention import FLOATS, FUSED_FROM, fused
 from tpx_export.golden import Golden, text_golden, told_of, transformer_golden, vae_golden
 from tpx_export.graphs import (
     ConditionsGraph,
@@ -207,7 +207,7 @@ def _write_transformer_graphs(
                 spelt: dict[Spelling, onnx.ModelProto | None] = {
                     "operator": operator,
                     "fused": fused(operator),
-                    "plain": plain,
+                    "plain": fused(plain, FLOATS) if model.visual_tokens >= FUSED_FROM else plain,
                 }
                 for spelling, written in spelt.items():
                     if written is not None:

@@ -1,22 +1,30 @@
-"""Attention as one node, for ONNX Runtime on a GPU.
+"""Attention as one node, for ONNX Runtime: on a GPU in float16, on a CPU where there are many tokens.
 
     Mul, Transpose, MatMul, Cast, Softmax, Cast, MatMul, Transpose, Reshape        q, k, v [B, H, n, d] -> [B, n, D]
     -> com.microsoft::MultiHeadAttention of q, k, v [B, n, D], each taken from its heads by a Transpose and a Reshape
 
-TensorRT finds the pattern by itself. ONNX Runtime does not: it writes the scores of every pair of tokens to memory and
-reads them back, four times over, which at the size of Stable Diffusion 3, 1,024 pixels, is most of a step (docs/gpu.md).
-Only float16 is rewritten: in float32 its fused kernels may multiply in TF32, and a float32 bundle means float32.
+TensorRT and OpenVINO find the pattern by themselves. ONNX Runtime does not: it writes the scores of every pair of tokens to
+memory and reads them back, four times over, which at the size of Stable Diffusion 3, 1,024 pixels, is most of a GPU's step
+(docs/gpu.md), and a quarter of a CPU's and gigabytes (docs/performance.md). On a GPU only float16 is rewritten: in float32
+its fused kernels may multiply in TF32, and a float32 bundle means float32.
 """
+
+from collections.abc import Collection
 
 import onnx
 from onnx import helper, numpy_helper
 
 DOMAIN, NAME = "com.microsoft", "MultiHeadAttention"
+FLOATS = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16
+# Visual tokens from which CPUs read it: with fewer it gains nothing or costs a few hundredths (docs/performance.md).
+FUSED_FROM = 1024
 _JOINED = "heads_joined"  # the shape [B, n, H, d] -> [B, n, D]
 
 
-def fused(model: onnx.ModelProto, kind: int = onnx.TensorProto.FLOAT16) -> onnx.ModelProto | None:
-    """A copy of `model` whose every attention over tensors of type `kind` is one node; None where there is none.
+def fused(
+    model: onnx.ModelProto, kinds: Collection[int] = (onnx.TensorProto.FLOAT16,)
+) -> onnx.ModelProto | None:
+    """A copy of `model` whose every attention over tensors of those types is one node; None where there is none.
 
     Raises ValueError for a softmax that is not part of the pattern above, which operator.py writes.
     """
@@ -24,7 +32,7 @@ def fused(model: onnx.ModelProto, kind: int = onnx.TensorProto.FLOAT16) -> onnx.
     copy.CopyFrom(model)
     graph = _Graph(copy.graph)
     attentions = [graph.attention(node) for node in copy.graph.node if node.op_type == "Softmax"]
-    chosen = [one for one in attentions if graph.kind(one.input[0]) == kind]
+    chosen = [one for one in attentions if graph.kind(one.input[0]) in kinds]
     if not chosen:
         return None
     places = {one.output[0]: [*_joined(one), one] for one in chosen}

@@ -9,18 +9,20 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from onnx import TensorProto, parser
+from onnx import parser
 
+from tpx_export import exporter
 from tpx_export.exporter import Summary, export_bundle
-from tpx_export.fused_attention import NAME, fused
+from tpx_export.fused_attention import FLOATS, NAME, fused
 from tpx_export.model.text_to_image import TextToImage
 from tpx_export.pipeline import Pipeline
 from tpx_runtime.bundle import Bundle, transformer_name
-from tpx_runtime.engine import ENGINES, Arrays
+from tpx_runtime.engine import ENGINES, Arrays, resolve
 from tpx_runtime.generator import Generator
-from tpx_runtime.verify import load_golden
+from tpx_runtime.verify import load_golden, require_ok, verify_bundle
 
 BLOCKS, THINKING, DEPTH = 3, 2, 2  # of the tiny model
+CPUS = tuple(name for name in ("onnxruntime", "openvino", "openvino-bf16") if not ENGINES[name].problem())
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +69,31 @@ def test_float32_has_none_and_is_read_as_it_is(tiny_bundle: Path) -> None:
     assert fused(onnx.load(bundle.transformer(1), load_external_data=False)) is None
 
 
+@pytest.mark.parametrize(
+    ("precision", "more", "engines"), [("fp32", 0, CPUS), ("fp16", 0, CPUS), ("fp32", 1, ())]
+)
+def test_cpus_are_given_it_where_there_are_many_tokens(
+    precision: str,
+    more: int,
+    engines: tuple[str, ...],
+    tiny_model: TextToImage,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The export itself holds it to PyTorch in ONNX Runtime."""
+    monkeypatch.setattr(exporter, "FUSED_FROM", tiny_model.transformer.spec.visual_tokens + more)
+    summary = export_bundle(Pipeline.of(tiny_model), tmp_path / "tiny", depth=DEPTH, precision=precision)
+    bundle = Bundle.open(tmp_path / "tiny")
+    for depth in range(1, DEPTH + 1):
+        found, attentions = kinds(bundle.transformer(depth, "plain")), BLOCKS + THINKING * (depth - 1)
+        assert (found[NAME], found["Softmax"]) == ((0, attentions) if more else (attentions, 0))
+        assert found["RoutedLora"] == 0
+        assert not kinds(bundle.transformer(depth))[NAME]
+    assert len(summary.reports["plain"]) > DEPTH
+    for engine in engines:
+        require_ok(verify_bundle(bundle, resolve(engine)), engine)
+
+
 def inputs(bundle: Bundle) -> Arrays:
     golden = load_golden(bundle)
     return {name: golden[name] for name in bundle.manifest.model.transformer_inputs}
@@ -77,7 +104,7 @@ def test_it_computes_the_same(tiny_bundle: Path, depth: int, tmp_path: Path) -> 
     """In float32, where a difference would be no rounding; 3 rows, for the batch is open."""
     bundle = Bundle.open(shutil.copytree(tiny_bundle, tmp_path / "copy"))
     path = bundle.transformer(depth)
-    model = fused(onnx.load(path, load_external_data=False), TensorProto.FLOAT)
+    model = fused(onnx.load(path, load_external_data=False), FLOATS)
     assert model is not None
     one_node = path.with_name("fused.onnx")
     onnx.save(model, one_node)

@@ -48,11 +48,8 @@ class OpenVinoSession:
     def run(self, inputs: Arrays) -> Arrays:
         graph = self._exact.take(shapes_of(inputs)) or self._any_shapes or self._compile()
         # For an input that is left out, openvino would take whatever lies in its memory.
-        if inputs.keys() != graph.inputs:
-            wanted, found = (", ".join(sorted(names)) or "none" for names in (graph.inputs, inputs.keys()))
-            raise EngineFailed(
-                f"{self._path}: openvino could not run it: expected the inputs {wanted}, found {found}"
-            )
+        if problem := graph.problem(inputs):
+            raise EngineFailed(f"{self._path}: openvino could not run it: {problem}")
         with failing(self._path, "openvino", "run"):
             return graph.run(inputs)
 

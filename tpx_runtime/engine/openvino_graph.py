@@ -18,8 +18,17 @@ class Graph:
 
     def __init__(self, model: openvino.CompiledModel, parts: int = 1) -> None:
         self._requests = [model.create_infer_request() for _ in range(parts)]
-        self._outputs = [port.any_name for port in model.outputs]
-        self.inputs = frozenset(port.any_name for port in model.inputs)
+        self._outputs = [port.names for port in model.outputs]
+        self._inputs = [port.names for port in model.inputs]
+
+    def problem(self, inputs: Arrays) -> str | None:
+        """What the graph's inputs are and what is there instead, or None. Where OpenVINO drops a conversion, the name of
+        what it converted and of what it made of it are names of one."""
+        given = [names & inputs.keys() for names in self._inputs]
+        if len(inputs) == len(given) and all(given):
+            return None
+        wanted = ", ".join(sorted("/".join(sorted(names)) for names in self._inputs))
+        return f"expected the inputs {wanted}, found {', '.join(sorted(inputs)) or 'none'}"
 
     def run(self, inputs: Arrays) -> Arrays:
         """Outputs, each with the rows of `inputs` in their order. Raises what OpenVINO raises."""
@@ -33,7 +42,8 @@ class Graph:
                 running.callback(request.wait)
                 request.start_async({name: share[index] for name, share in shares.items()}, share_inputs=True)
             mine.infer({name: share[-1] for name, share in shares.items()} or inputs, share_inputs=True)
-        return {
-            name: np.concatenate([request.get_tensor(name).data for request in self._requests])
-            for name in self._outputs
-        }
+        made: Arrays = {}
+        for names in self._outputs:
+            rows = [request.get_tensor(next(iter(names))).data for request in self._requests]
+            made |= dict.fromkeys(names, np.concatenate(rows))
+        return made
