@@ -187,7 +187,8 @@ def run(
     strength = starting_strength(image, mask, strength)
     picture, painted = (open_picture(file) if file else None for file in (image, mask))
     chosen = resolve(engine)
-    generator = Generator(Bundle.open(find_bundle(bundle), verify=not no_verify), chosen, t5=not no_t5)
+    opened, one_batch = Bundle.open(find_bundle(bundle), verify=not no_verify), num_images <= batch_size
+    generator = Generator(opened, chosen, t5=not no_t5, keep=not one_batch)
     with _noticing():
         jobs = generator.plan(
             prompt, class_id=class_id, strength=strength, seed=seed, num_images=num_images, **settings

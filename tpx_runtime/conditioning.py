@@ -10,8 +10,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from .bundle import Bundle
-from .engine import Arrays, Engine, Session, output
+from .engine import Arrays, output
 from .errors import BadInput, BundleInvalid, shorten
+from .graphs import Graphs
 from .manifest import EncoderSpec, ModelSpec
 from .memory import available_bytes
 from .samplers import Array
@@ -47,19 +48,18 @@ def combine(said: Sequence[Said], model: ModelSpec) -> Arrays:
 class TextConditioner:
     """Prompts -> `context` and `pooled`. `t5=False` leaves out the encoders that say nothing pooled.
 
-    An encoder is loaded when first used. It is kept, or where all of them would take over half of the memory at hand,
-    released before the next is loaded.
+    An encoder is loaded when first used. Where all of them would take over half of the memory at hand, each is released
+    before the next is loaded, whatever `graphs` keeps.
     """
 
-    def __init__(self, bundle: Bundle, engine: Engine, t5: bool = True) -> None:
-        self._bundle, self._engine, self._model = bundle, engine, bundle.manifest.model
+    def __init__(self, bundle: Bundle, graphs: Graphs, t5: bool = True) -> None:
+        self._bundle, self._model = bundle, bundle.manifest.model
         every = bundle.manifest.text_encoders
         self.encoders = [encoder for encoder in every if t5 or encoder.pooled_width]
         self.left_out = [encoder.folder for encoder in every if encoder not in self.encoders]
         self.tokenizers = [self._tokenizer(encoder) for encoder in self.encoders]
         size, have = sum(bundle.weight_bytes(encoder.folder) for encoder in self.encoders), available_bytes()
-        self._keep = have is None or size < have / 2
-        self._sessions: dict[str, Session] = {}
+        self._graphs = graphs if have is None or size < have / 2 else Graphs(graphs.engine, keep=False)
         self._rows: dict[str | None, Arrays] = {}
 
     def check(self, prompt: str, called: str = "prompt") -> None:
@@ -98,9 +98,7 @@ class TextConditioner:
         return made
 
     def _run(self, encoder: EncoderSpec, tokenizer: Tokenizer, prompts: list[str | None]) -> Said:
-        session = self._sessions.get(encoder.folder) or self._engine.open(self._bundle.text_encoder(encoder))
-        if self._keep:
-            self._sessions[encoder.folder] = session
+        session = self._graphs.open(self._bundle.text_encoder(encoder))
         ids = np.array([self._encode(tokenizer, prompt).ids for prompt in prompts], np.int64)
         outputs = session.run({"ids": ids})
         context = output(outputs, "context", (*ids.shape, encoder.context_width))

@@ -9,8 +9,9 @@ import numpy.typing as npt
 
 from .bundle import Bundle
 from .editing import Edit, Repainting, noised, tail
-from .engine import Arrays, Engine, Session
+from .engine import Arrays, Engine
 from .errors import BadInput, Cancelled, EngineFailed, shorten
+from .graphs import Graphs
 from .guidance import GuidedPrediction, is_guided, reused
 from .modulation import Conditions
 from .noise import batch_noise
@@ -81,11 +82,10 @@ def require_guided(job: Settings, schedule: Schedule) -> None:
 
 
 class Denoiser:
-    """Runs the loop on a bundle's transformer, whose graphs are loaded when first used, and kept."""
+    """Runs the loop on a bundle's transformer."""
 
-    def __init__(self, bundle: Bundle, engine: Engine) -> None:
-        self._bundle, self._engine = bundle, engine
-        self._transformers: dict[int, Session] = {}
+    def __init__(self, bundle: Bundle, graphs: Graphs) -> None:
+        self._bundle, self._graphs = bundle, graphs
         self._last: Conditions | None = None
 
     def __call__(
@@ -104,9 +104,11 @@ class Denoiser:
             schedule = tail(schedule, job.strength)
             latents = noised(edit.latents, noise, schedule.sigmas[0])
         conditions = self._conditions_of(told, schedule.timesteps)
+        conditions.at(schedule.timesteps[0])  # before the transformer is opened, so that either may be let go
         guidance = job.guidance, job.guidance_interval
         left_out = reused(schedule.timesteps, *guidance, job.guidance_every)
-        predict = GuidedPrediction(self._transformer(job.depth), model, told, conditions, *guidance, left_out)
+        transformer = self._graphs.open(self._bundle.transformer(job.depth, self._graphs.engine.spelling))
+        predict = GuidedPrediction(transformer, model, told, conditions, *guidance, left_out)
         prediction: Velocity = predict
         if edit and edit.repaint is not None:
             prediction = Repainting(predict, edit.latents, noise, edit.repaint)
@@ -114,7 +116,7 @@ class Denoiser:
         total = len(schedule.timesteps)
         with np.errstate(over="ignore", invalid="ignore"):  # the next line says it better
             for step, latents in enumerate(path, start=1):
-                require_finite(latents, f"latents of step {step}", self._bundle, self._engine)
+                require_finite(latents, f"latents of step {step}", self._bundle, self._graphs.engine)
                 if callback:
                     require_wanted(callback, step, total, latents)
         return Sample(latents, predict.routes)
@@ -128,15 +130,6 @@ class Denoiser:
     def _conditions_of(self, told: Arrays, timesteps: Sequence[float]) -> Conditions:
         """Those of the loop before where they serve: other seeds of the same prompts, mostly."""
         if not self._last or not self._last.serve(told, timesteps):
-            self._last = Conditions(self._conditions, self._bundle.manifest.model, told, timesteps)
+            graph = partial(self._graphs.open, self._bundle.conditions)
+            self._last = Conditions(graph, self._bundle.manifest.model, told, timesteps)
         return self._last
-
-    @cached_property
-    def _conditions(self) -> Session:
-        return self._engine.open(self._bundle.conditions)
-
-    def _transformer(self, depth: int) -> Session:
-        if depth not in self._transformers:
-            path = self._bundle.transformer(depth, self._engine.spelling)
-            self._transformers[depth] = self._engine.open(path)
-        return self._transformers[depth]

@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
 from pathlib import Path
 from threading import RLock
 
@@ -13,8 +12,9 @@ from .bundle import Bundle
 from .conditioning import ClassConditioner, TextConditioner
 from .denoising import Callback, Denoiser, Sample, one_loop, require_finite, require_wanted
 from .editing import Edit, sources_of, starting_strength, to_pixels, to_repaint
-from .engine import AUTO, Arrays, Engine, Session, output, resolve
+from .engine import AUTO, Arrays, Engine, output, resolve
 from .errors import BadInput, shorten
+from .graphs import Graphs
 from .images import to_pil
 from .manifest import EVERY_LEVEL
 from .noise import MAX_SEED
@@ -32,10 +32,11 @@ class PictureFitted(UserWarning):
 class Generator:
     """Makes pictures from a bundle with one engine. Graphs are loaded when first used, and kept.
 
-    Threads may share one, and take turns a batch at a time.
+    With `keep=False` each is let go once a batch has used it: less memory, for a process that draws one batch. Threads may
+    share a generator, and take turns a batch at a time.
     """
 
-    def __init__(self, bundle: Bundle, engine: Engine, t5: bool = True) -> None:
+    def __init__(self, bundle: Bundle, engine: Engine, t5: bool = True, keep: bool = True) -> None:
         self.bundle, self.engine = bundle, engine
         self.manifest = bundle.manifest
         if not t5 and all(encoder.pooled_width for encoder in self.manifest.text_encoders):
@@ -44,18 +45,26 @@ class Generator:
             )
         classes = self.manifest.model.classes
         self.classes = ClassConditioner(classes) if classes else None
-        self.text = None if classes else TextConditioner(bundle, engine, t5)
-        self._denoise = Denoiser(bundle, engine)
+        self._graphs = Graphs(engine, keep)
+        self.text = None if classes else TextConditioner(bundle, self._graphs, t5)
+        self._denoise = Denoiser(bundle, self._graphs)
         self._turn = RLock()  # a callback may decode what it is shown
 
     @classmethod
-    def load(cls, path: str | Path, engine: str = AUTO, verify: bool = True, t5: bool = True) -> "Generator":
+    def load(
+        cls,
+        path: str | Path,
+        engine: str = AUTO,
+        verify: bool = True,
+        t5: bool = True,
+        keep: bool = True,
+    ) -> "Generator":
         """Open the bundle at `path` for the engine of that name; `verify` checks every file's SHA-256.
 
         `t5=False` leaves out the T5 encoder of a Stable Diffusion 3 bundle, as its authors allow.
         Raises BundleInvalid, EngineUnavailable or BadInput (no engine has that name, or there is no T5 to leave out).
         """
-        return cls(Bundle.open(path, verify), resolve(engine), t5)
+        return cls(Bundle.open(path, verify), resolve(engine), t5, keep)
 
     def __call__(
         self,
@@ -160,7 +169,7 @@ class Generator:
         if painted is not None:
             fitted = fit_mask(painted.resize(upright.size), model.image_size_px)
         with self._turn:
-            outputs = self._encoder.run({"image": to_pixels(picture)})
+            outputs = self._graphs.open(self._encoder_path()).run({"image": to_pixels(picture)})
         latents: Array = output(outputs, "latents", (1, *model.latent_shape))
         self._require_finite(latents, "latents of the picture")
         latents = (latents - np.float32(latent.shift)) * np.float32(latent.scale)
@@ -250,7 +259,8 @@ class Generator:
         """Latents [B, C, H, W] of the denoising loop to pixels [B, 3, height, width] in -1..1."""
         spec = self.manifest.latent
         with self._turn:
-            outputs = self._decoder.run({"latents": latents / spec.scale + spec.shift})
+            decoder = self._graphs.open(self.bundle.vae_decoder)
+            outputs = decoder.run({"latents": latents / spec.scale + spec.shift})
         shape = (len(latents), 3, *self.manifest.model.image_size_px)
         image: Array = output(outputs, "image", shape)
         self._require_finite(image, "picture")
@@ -282,14 +292,6 @@ class Generator:
 
     def _require_finite(self, values: Array, what: str) -> None:
         require_finite(values, what, self.bundle, self.engine)
-
-    @cached_property
-    def _encoder(self) -> Session:
-        return self.engine.open(self._encoder_path())
-
-    @cached_property
-    def _decoder(self) -> Session:
-        return self.engine.open(self.bundle.vae_decoder)
 
 
 def _counted(callback: Callback | None, batch: int, batches: int) -> Callback | None:

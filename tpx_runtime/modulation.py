@@ -4,7 +4,7 @@ adaLN's layers read a third of the weights for a row or two at each step. All st
 so their rows are made together, in as few calls as memory allows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -16,16 +16,20 @@ TABLE_BYTES = 64 << 20  # of the rows made at once: all steps of a small model, 
 
 
 class Conditions:
-    """`at(timestep)`, for a batch that is told `told`: exactly what the graph says of that timestep.
+    """`at(timestep)`, for a batch that is told `told`: exactly what `graph()` says of that timestep.
 
     Rows that are told the same are made once, and steps when first asked for; a timestep outside `timesteps`, which a
     sampler may ask for too, is made alone.
     """
 
     def __init__(
-        self, session: Session, model: ModelSpec, told: Arrays, timesteps: Sequence[float] = ()
+        self,
+        graph: Callable[[], Session],
+        model: ModelSpec,
+        told: Arrays,
+        timesteps: Sequence[float] = (),
     ) -> None:
-        self._session, self._width = session, model.conditions_width
+        self._graph, self._width = graph, model.conditions_width
         self._times, self._name = model.conditions_inputs
         self._told, self._row = np.unique(told[self._name], axis=0, return_inverse=True)
         self._row = self._row.reshape(-1)
@@ -56,5 +60,5 @@ class Conditions:
             self._times: np.repeat(np.array(timesteps, np.float32), rows),
             self._name: np.concatenate([self._told] * steps),
         }
-        made: Array = output(self._session.run(inputs), "conditions", (steps * rows, self._width))
+        made: Array = output(self._graph().run(inputs), "conditions", (steps * rows, self._width))
         return made.reshape(steps, rows, self._width)

@@ -27,7 +27,7 @@ from tpx_runtime.registry import SAMPLERS_FOR
 from tpx_runtime.tokenizer import Encoding
 from tpx_runtime.verify import PartReport, load_golden
 
-from .fakes import CLASSES, THREE, FakeEngine, seal, vae_encoder, without_encoder
+from .fakes import CLASSES, THREE, FakeEngine, seal, vae_decoder, vae_encoder, without_encoder
 
 PROMPT = "a red cube on a blue sphere"
 NAMED = "a-red-cube-on-a-blue-sphere-0.png"
@@ -125,7 +125,20 @@ def test_batch_size_is_how_many_are_drawn_at_once(
     assert run(*command, "--batch-size", 2).exit_code == 0
     drawn = [len(inputs["latents"]) for name, inputs in engine.calls if name.startswith("vae_decoder")]
     assert drawn == [2, 1]
+    assert len(engine.opened) == len(set(engine.opened))  # kept for the second batch
     require_refusal(run(*command, "--force", "--batch-size", 0), 2, "'--batch-size': 0 is not in the range")
+
+
+def test_one_batch_has_one_graph_in_memory_at_a_time(
+    paper: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beside: list[list[str]] = []
+    engine = FakeEngine(
+        {"vae_decoder/model.onnx": lambda x: (beside.append(engine.alive), vae_decoder(x))[1]}
+    )
+    fake(monkeypatch, engine)
+    assert run("red cube", "--bundle", paper, "-n", 2, "--batch-size", 2, "--out", "a.png").exit_code == 0
+    assert beside == [["vae_decoder/model.onnx"]]
 
 
 def test_seed_in_the_name_is_a_file_for_each_picture(bundled: Path, elsewhere: Path) -> None:

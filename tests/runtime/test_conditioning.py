@@ -14,6 +14,7 @@ from tpx_runtime.conditioning import ClassConditioner, PromptCut, TextConditione
 from tpx_runtime.engine import Arrays
 from tpx_runtime.errors import BadInput, BundleInvalid, EngineFailed
 from tpx_runtime.generator import Generator
+from tpx_runtime.graphs import Graphs
 from tpx_runtime.tokenizer import Encoding
 
 from .fakes import THREE, TOKENS, FakeEngine, encoder, seal, write_vocabulary
@@ -32,7 +33,7 @@ def engine() -> FakeEngine:
 
 
 def conditioner(root: Path, engine: FakeEngine, t5: bool = True) -> TextConditioner:
-    return TextConditioner(Bundle.open(root), engine, t5)  # type: ignore[arg-type]
+    return TextConditioner(Bundle.open(root), Graphs(engine), t5)  # type: ignore[arg-type]
 
 
 def ids_of(words: str, tokens: int) -> list[int]:

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 import tpx_runtime
-from tpx_runtime.bundle import CONDITIONS, Bundle
+from tpx_runtime.bundle import CONDITIONS, VAE_DECODER, VAE_ENCODER, Bundle, transformer_name
 from tpx_runtime.diffusion import DIFFUSION_SAMPLERS
 from tpx_runtime.engine import Arrays
 from tpx_runtime.errors import BadInput, BundleInvalid, Cancelled, EngineFailed
@@ -30,6 +30,7 @@ from .fakes import (
     PAPER,
     TOKENS,
     FakeEngine,
+    Function,
     conditions,
     seal,
     text_encoder,
@@ -110,6 +111,30 @@ def test_graphs_are_opened_when_first_used_and_once(generator: Generator, engine
     assert engine.opened == ["text_encoder/model.onnx", *transformers, "vae_decoder/model.onnx"]
     generator("a sphere", depth=4)
     assert engine.opened[4:] == ["transformer/depth-4.onnx"]
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_what_is_not_kept_is_let_go_before_the_next_is_opened(paper: Path, keep: bool) -> None:
+    engine = FakeEngine()
+    generator = Generator(Bundle.open(paper), engine, keep=keep)  # type: ignore[arg-type]
+    beside: dict[str, list[str]] = {}  # each graph when it ran: those in memory
+
+    def spied(name: str, function: Function) -> Function:
+        return lambda inputs: (beside.setdefault(name, engine.alive), function(inputs))[1]
+
+    engine.functions = {name: spied(name, function) for name, function in engine.functions.items()}
+    images = generator("red cube", image=Image.new("RGB", (12, 8), "red"), num_images=2)
+    order = [VAE_ENCODER, "text_encoder/model.onnx", CONDITIONS, transformer_name(2), VAE_DECODER]
+    assert list(beside) == engine.opened == order
+    if keep:
+        assert [len(names) for names in beside.values()] == [1, 2, 3, 4, 5]
+    else:
+        assert list(beside.values()) == [[name] for name in order]
+    assert engine.alive == (sorted(order) if keep else [])
+    assert len(images) == 2
+    again = generator("red cube", image=Image.new("RGB", (12, 8), "red"), num_images=2)
+    assert same(images, again)
+    assert len(engine.opened) == (5 if keep else 8)  # the prompt and its conditions are known
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ def guided_by(
     interval: tuple[float, float] = (0.0, 1.0),
     left_out: frozenset[float] = frozenset(),
 ) -> GuidedPrediction:
-    table = Conditions(FakeSession("conditions", conditions(model), []), model, said)
+    table = Conditions(lambda: FakeSession("conditions", conditions(model), []), model, said)
     return GuidedPrediction(session, model, said, table, guidance, interval, left_out)
 
 

@@ -30,7 +30,7 @@ def expected(told: Arrays, timestep: float, model: ModelSpec = MODEL) -> Array:
 
 def test_all_steps_and_rows_are_made_in_one_call_when_first_asked_for() -> None:
     graph = session()
-    table = Conditions(graph, MODEL, {"pooled": POOLED}, TIMES)
+    table = Conditions(lambda: graph, MODEL, {"pooled": POOLED}, TIMES)
     assert graph.calls == []
     for timestep in TIMES:
         np.testing.assert_array_equal(table.at(timestep), expected({"pooled": POOLED}, timestep))
@@ -44,7 +44,7 @@ def test_all_steps_and_rows_are_made_in_one_call_when_first_asked_for() -> None:
 def test_rows_that_are_told_the_same_are_made_once_and_come_back_in_their_places() -> None:
     graph = session()
     told = {"pooled": POOLED[[2, 2, 0, 1, 0]]}
-    table = Conditions(graph, MODEL, told, TIMES)
+    table = Conditions(lambda: graph, MODEL, told, TIMES)
     for timestep in reversed(TIMES):
         np.testing.assert_array_equal(table.at(timestep), expected(told, timestep))
     assert sum(len(inputs["timestep"]) for _, inputs in graph.calls) == 3 * (4 + 3 + 2 + 1)
@@ -52,7 +52,7 @@ def test_rows_that_are_told_the_same_are_made_once_and_come_back_in_their_places
 
 def test_a_table_serves_a_loop_of_the_same_batch_and_steps() -> None:
     told = {"pooled": POOLED[[2, 0, 2]]}
-    table = Conditions(session(), MODEL, told, TIMES)
+    table = Conditions(session, MODEL, told, TIMES)
     assert table.serve({"pooled": told["pooled"].copy()}, TIMES)
     for rows in ([2, 0, 1], [0, 2, 2], [2, 0], [2, 0, 2, 2]):
         assert not table.serve({"pooled": POOLED[rows]}, TIMES)
@@ -62,7 +62,7 @@ def test_a_table_serves_a_loop_of_the_same_batch_and_steps() -> None:
 
 def test_classes_are_told_as_numbers() -> None:
     graph, told = session(CLASSES.model), {"class_id": np.array([13, 13, 7, 2])}
-    table = Conditions(graph, CLASSES.model, told, TIMES)
+    table = Conditions(lambda: graph, CLASSES.model, told, TIMES)
     np.testing.assert_array_equal(table.at(400.0), expected(told, 400.0, CLASSES.model))
     assert graph.calls[0][1]["class_id"].dtype == np.int64
     assert len(graph.calls[0][1]["class_id"]) == 6
@@ -77,7 +77,7 @@ def test_a_table_beyond_the_bound_is_made_some_steps_at_a_time(
     row = 4 * MODEL.conditions_width * len(POOLED)
     monkeypatch.setattr(modulation, "TABLE_BYTES", steps_at_once * row + row // 2)
     graph = session()
-    table = Conditions(graph, MODEL, {"pooled": POOLED}, TIMES)
+    table = Conditions(lambda: graph, MODEL, {"pooled": POOLED}, TIMES)
     for timestep in TIMES:
         for _ in range(2):
             np.testing.assert_array_equal(table.at(timestep), expected({"pooled": POOLED}, timestep))
@@ -87,7 +87,7 @@ def test_a_table_beyond_the_bound_is_made_some_steps_at_a_time(
 
 def test_a_timestep_that_nobody_announced_is_exact_and_disturbs_nothing() -> None:
     graph = session()
-    table = Conditions(graph, MODEL, {"pooled": POOLED}, TIMES)
+    table = Conditions(lambda: graph, MODEL, {"pooled": POOLED}, TIMES)
     for timestep in (1000.0, 850.25, 700.5, 850.25, 400.0):
         np.testing.assert_array_equal(table.at(timestep), expected({"pooled": POOLED}, timestep))
     assert [len(inputs["timestep"]) for _, inputs in graph.calls] == [16, 4, 4]
@@ -103,7 +103,7 @@ def test_no_sampler_asks_for_a_timestep_outside_its_schedule(
     graph, told = session(), {"pooled": POOLED[:1]}
     sampler = {**SAMPLERS_FOR["velocity"], **SAMPLERS_FOR["epsilon"]}[name]
     schedule = sampler.schedule(steps, 3.0)
-    table = Conditions(graph, MODEL, told, schedule.timesteps)
+    table = Conditions(lambda: graph, MODEL, told, schedule.timesteps)
 
     def prediction(x: Array, timestep: float) -> Array:
         np.testing.assert_array_equal(table.at(timestep), expected(told, timestep))
@@ -118,6 +118,6 @@ def test_no_sampler_asks_for_a_timestep_outside_its_schedule(
 @pytest.mark.parametrize("shape", [(16, 10), (15, 11), (16,)])
 def test_a_table_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
     graph = FakeSession("conditions", lambda inputs: {"conditions": np.zeros(shape, np.float32)}, [])
-    table = Conditions(graph, MODEL, {"pooled": POOLED}, TIMES)
+    table = Conditions(lambda: graph, MODEL, {"pooled": POOLED}, TIMES)
     with pytest.raises(EngineFailed, match=r"expected an output conditions of shape \(16, 11\), found \(1"):
         table.at(TIMES[0])

@@ -1,0 +1,20 @@
+"""Graphs on one engine: opened when first used and kept, or let go by whoever has used them."""
+
+from pathlib import Path
+
+from .engine import Engine, Session
+
+
+class Graphs:
+    """With `keep=False` a session lives as long as the caller holds it, and the next one is opened anew."""
+
+    def __init__(self, engine: Engine, keep: bool = True) -> None:
+        self.engine, self._keep = engine, keep
+        self._kept: dict[Path, Session] = {}
+
+    def open(self, path: Path) -> Session:
+        """The graph at `path`. Raises EngineUnavailable or EngineFailed."""
+        session = self._kept.get(path) or self.engine.open(path)
+        if self._keep:
+            self._kept[path] = session
+        return session
