@@ -5,8 +5,8 @@
 
 TensorRT and OpenVINO find the pattern by themselves. ONNX Runtime does not: it writes the scores of every pair of tokens to
 memory and reads them back, four times over, which at the size of Stable Diffusion 3, 1,024 pixels, is most of a GPU's step
-(docs/gpu.md), and a quarter of a CPU's and gigabytes (docs/performance.md). On a GPU only float16 is rewritten: in float32
-its fused kernels may multiply in TF32, and a float32 bundle means float32.
+(docs/gpu.md), and half of a CPU's, with most of its memory (docs/performance.md). On a GPU only float16 is rewritten: in
+float32 its fused kernels may multiply in TF32, and a float32 bundle means float32.
 """
 
 from collections.abc import Collection

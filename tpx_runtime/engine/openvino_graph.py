@@ -22,8 +22,10 @@ class Graph:
         self._inputs = [port.names for port in model.inputs]
 
     def problem(self, inputs: Arrays) -> str | None:
-        """What the graph's inputs are and what is there instead, or None. Where OpenVINO drops a conversion, the name of
-        what it converted and of what it made of it are names of one."""
+        """What the graph's inputs are and what is there instead, or None.
+
+        An input has several names where OpenVINO drops a conversion: of what was converted, and of what was made of it.
+        """
         given = [names & inputs.keys() for names in self._inputs]
         if len(inputs) == len(given) and all(given):
             return None
