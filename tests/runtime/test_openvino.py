@@ -199,6 +199,33 @@ class TestExactShapes:
         same(session, 2, copy)
 
 
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ("context latents", None),
+        ("converted latents", None),
+        ("context converted", "found context, converted"),
+        ("latents", "found latents"),
+        ("", "found none"),
+        ("context latents other", "found context, latents, other"),
+    ],
+)
+def test_an_input_may_have_two_names_and_each_is_wanted_once(given: str, problem: str | None) -> None:
+    class Port:
+        def __init__(self, *names: str) -> None:
+            self.names = set(names)
+
+    class Compiled:
+        inputs = (Port("context", "converted"), Port("latents"))
+        outputs: tuple[object, ...] = ()
+
+        def create_infer_request(self) -> None: ...
+
+    wanted = "expected the inputs context/converted, latents, "
+    found = Graph(Compiled()).problem(dict.fromkeys(given.split(), np.zeros(1)))
+    assert found == (problem and wanted + problem)
+
+
 class TestHalves:
     """Even batches, run as two halves side by side."""
 
