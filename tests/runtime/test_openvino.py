@@ -308,6 +308,27 @@ class Cores:
         return 1, self._count
 
 
+@pytest.mark.parametrize(
+    ("version", "known"),
+    [
+        ("2026.2.1-21903-52ddc073857", False),
+        ("2025.12.0", False),
+        ("2026.3.0-22451", True),
+        ("2027.0.0", True),
+    ],
+)
+def test_one_that_does_not_know_attention_as_a_node_is_refused(
+    version: str, known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ov, "__version__", version)
+    assert ENGINES["openvino"].problem() == (
+        None
+        if known
+        else f"expected OpenVINO 2026.3 or later for engine openvino, found {version.split('-')[0]}; "
+        "install it with `pip install --upgrade 'tpx[openvino]'`"
+    )
+
+
 class TestBf16:
     def test_a_cpu_without_bf16_is_a_problem(self, monkeypatch: pytest.MonkeyPatch) -> None:
         class Core:

@@ -20,10 +20,20 @@ from .openvino_store import Store
 
 # Left alone it computes in bf16 where the CPU can, which sends tokens to other experts: that has to be asked for.
 PRECISIONS = {"openvino": "f32", "openvino-bf16": "bf16"}
+LEAST = (
+    2026,
+    3,
+)  # the first to know com.microsoft::MultiHeadAttention, which large models have for ONNX Runtime's sake
 
 
 def problem(engine_name: str) -> str | None:
     """Why this machine cannot use the engine, or None."""
+    version = openvino.__version__.split("-")[0]
+    if tuple(map(int, version.split(".")[:2])) < LEAST:
+        return (
+            f"expected OpenVINO {'.'.join(map(str, LEAST))} or later for engine {engine_name}, found {version}; "
+            "install it with `pip install --upgrade 'tpx[openvino]'`"
+        )
     if PRECISIONS[engine_name] == "f32":
         return None
     found = core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
