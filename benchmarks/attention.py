@@ -6,25 +6,26 @@ Two MMDiT blocks with random weights, one of which thinks twice, on two rows; a 
 Each call is in a process of its own, which says its least milliseconds and the peak of its memory; spellings take turns.
 """
 
-import json
-import resource
-import subprocess
-import sys
 import time
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import click
 import numpy as np
 
+from tpx_engines.bench.memory import peak_bytes
+from tpx_engines.bench.process import WorkerProcess
 from tpx_runtime.command import TpxCommand
 from tpx_runtime.engine import ENGINES, resolve
 
 SPELLINGS = ("standard", "one node")
 
 
-def write(made: str, width: int, heads: int, text_tokens: int, latent: int, precision: str) -> None:
+def write(
+    folder: str, width: int, heads: int, text_tokens: int, latent: int, precision: str
+) -> dict[str, Any]:
     """Both graphs, over the same weights, and their inputs."""
     import torch
 
@@ -36,7 +37,6 @@ def write(made: str, width: int, heads: int, text_tokens: int, latent: int, prec
     from tpx_export.routing import spellings
     from tpx_export.weights import WeightFile
 
-    folder = Path(made)
     torch.manual_seed(0)
     thinking = ThinkingSpec(blocks=(0,), experts=4, rank=32, max_depth=2)
     spec = MMDiTSpec(
@@ -58,18 +58,19 @@ def write(made: str, width: int, heads: int, text_tokens: int, latent: int, prec
         "conditions": torch.randn(2, spec.conditions_width),
         "context": torch.randn(2, text_tokens, spec.context_width),
     }
-    with WeightFile(folder) as file, torch.no_grad():
+    with WeightFile(Path(folder)) as file, torch.no_grad():
         graph = Graph(TransformerGraph(model, 2, routed=True), inputs, ("velocity", "routes"))
         _, plain = spellings(file.take(to_onnx(graph)), spec.visual_tokens)
         one_node = fused(plain, FLOATS)
         assert one_node
         for name, spelt in zip(SPELLINGS, (plain, one_node), strict=True):
             file.write(spelt, f"{name}.onnx")
-    np.savez(folder / "inputs.npz", **{name: value.numpy() for name, value in inputs.items()})
+    np.savez(Path(folder) / "inputs.npz", **{name: value.numpy() for name, value in inputs.items()})
+    return {}
 
 
-def call(graph: str, engine: str, calls: int) -> None:
-    """Print what a call takes, and leave its velocity beside the graph."""
+def call(graph: str, engine: str, calls: int) -> dict[str, Any]:
+    """What a call takes; its velocity is left beside the graph."""
     path = Path(graph)
     inputs = dict(np.load(path.with_name("inputs.npz")))
     session, spent = resolve(engine).open(path), []
@@ -78,14 +79,13 @@ def call(graph: str, engine: str, calls: int) -> None:
         outputs = session.run(inputs)
         spent.append(1e3 * (time.perf_counter() - began))
     np.save(path.with_suffix(".npy"), outputs["velocity"])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps({"ms": min(spent), "mb": peak}))
+    return {"ms": min(spent), "mb": peak_bytes() / 2**20}
 
 
-def in_a_process(function: str, *values: object) -> str:
-    """What a function of this file prints. It stays small itself: a child's peak begins with its parent's."""
-    code = f"import benchmarks.attention as these; these.{function}(*{values!r})"
-    return subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True).stdout
+def in_a_process(function: str, **arguments: object) -> dict[str, Any]:
+    """What a function of this file answers in a fresh one."""
+    with TemporaryDirectory() as folder, WorkerProcess(Path(folder)) as worker:
+        return worker.ask("call", function=f"benchmarks.attention:{function}", arguments=arguments)
 
 
 @click.command(cls=TpxCommand)
@@ -121,13 +121,14 @@ def main(
     print(f"| {' | '.join(heading)} |\n{'|---' * len(heading)}|")
     for latent in latents:
         with TemporaryDirectory() as folder:
-            in_a_process("write", folder, width, heads, text_tokens, latent, precision)
+            sizes = {"width": width, "heads": heads, "text_tokens": text_tokens, "latent": latent}
+            in_a_process("write", folder=folder, precision=precision, **sizes)
             graphs = [Path(folder) / f"{name}.onnx" for name in SPELLINGS]
             for engine in engines:
                 found: list[list[dict[str, float]]] = [[], []]
                 for _ in range(rounds):
                     for graph, results in zip(graphs, found, strict=True):
-                        results.append(json.loads(in_a_process("call", str(graph), engine, calls)))
+                        results.append(in_a_process("call", graph=str(graph), engine=engine, calls=calls))
                 standard, one = (np.load(graph.with_suffix(".npy")) for graph in graphs)
                 difference = np.abs(standard - one).max() / np.abs(standard).max()
                 times = [[result["ms"] for result in results] for results in found]

@@ -20,10 +20,8 @@ from .openvino_store import Store
 
 # Left alone it computes in bf16 where the CPU can, which sends tokens to other experts: that has to be asked for.
 PRECISIONS = {"openvino": "f32", "openvino-bf16": "bf16"}
-LEAST = (
-    2026,
-    3,
-)  # the first to know com.microsoft::MultiHeadAttention, which large models have for ONNX Runtime's sake
+# The first to know com.microsoft::MultiHeadAttention, which large models have for ONNX Runtime's sake.
+LEAST = (2026, 3)
 
 
 def problem(engine_name: str) -> str | None:
