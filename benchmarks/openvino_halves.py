@@ -16,7 +16,7 @@ from tpx_runtime.bundle import Bundle
 from tpx_runtime.command import TpxCommand
 from tpx_runtime.engine import openvino
 from tpx_runtime.engine.openvino_exact import compile_exactly, shapes_at
-from tpx_runtime.engine.openvino_graph import Graph
+from tpx_runtime.engine.openvino_graph import ExactGraph
 
 
 @click.command(cls=TpxCommand)
@@ -31,7 +31,7 @@ from tpx_runtime.engine.openvino_graph import Graph
 def main(bundle: Path, engine: str, depth: int, rows: int, turns: int, calls: int) -> None:
     path, core = Bundle.open(bundle).transformer(depth, "plain"), openvino.core()
     shapes, config = shapes_at(core, path, rows), openvino.settings(engine, path)
-    graphs = [Graph(compile_exactly(core, path, config, shapes, parts), parts) for parts in (1, 2)]
+    graphs = [ExactGraph(compile_exactly(core, path, config, shapes, parts), parts) for parts in (1, 2)]
     rng = np.random.default_rng(0)
     inputs = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes}
     spent: list[list[float]] = [[], []]

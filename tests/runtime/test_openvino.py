@@ -13,7 +13,7 @@ import pytest
 
 from tpx_runtime.bundle import CONDITIONS, Bundle, hash_file, transformer_name
 from tpx_runtime.engine import ENGINES, Arrays, Session, openvino, openvino_exact, resolve
-from tpx_runtime.engine.openvino_graph import Graph
+from tpx_runtime.engine.openvino_graph import ExactGraph, Graph
 from tpx_runtime.errors import EngineFailed, EngineUnavailable
 from tpx_runtime.manifest import Tolerance
 from tpx_runtime.verify import LOSS, load_golden, require_ok, tolerated, verify_bundle
@@ -211,10 +211,6 @@ class TestExactShapes:
     ],
 )
 def test_an_input_may_have_two_names_and_each_is_wanted_once(given: str, problem: str | None) -> None:
-    class Port:
-        def __init__(self, *names: str) -> None:
-            self.names = set(names)
-
     class Compiled:
         inputs = (Port("context", "converted"), Port("latents"))
         outputs: tuple[object, ...] = ()
@@ -272,18 +268,25 @@ class TestHalves:
         class Request:
             waited = False
 
-            def start_async(self, inputs: Arrays, share_inputs: bool) -> None:
-                assert inputs["ids"].tolist() == ids(4)["ids"][:2].tolist()
+            def __init__(self) -> None:
+                self.data = np.zeros((2, 12), np.int64)
+
+            def get_tensor(self, name: str) -> "Request":
+                assert name == "ids"
+                return self
+
+            def start_async(self) -> None:
+                assert self.data.tolist() == ids(4)["ids"][:2].tolist()
 
             def wait(self) -> None:
                 self.waited = True
 
-            def infer(self, inputs: Arrays, share_inputs: bool) -> None:
-                assert inputs["ids"].tolist() == ids(4)["ids"][2:].tolist()
+            def infer(self, share_outputs: bool) -> None:
+                assert self.data.tolist() == ids(4)["ids"][2:].tolist()
                 raise RuntimeError("this half failed")
 
         class Compiled:
-            inputs: tuple[object, ...] = ()
+            inputs = (Port("ids"),)
             outputs: tuple[object, ...] = ()
             requests: ClassVar[list[Request]] = []
 
@@ -291,10 +294,65 @@ class TestHalves:
                 self.requests.append(Request())
                 return self.requests[-1]
 
-        graph = Graph(Compiled(), 2)
+        graph = ExactGraph(Compiled(), 2)
         with pytest.raises(RuntimeError, match="this half failed"):
             graph.run(ids(4))
         assert [request.waited for request in Compiled.requests] == [True, False]
+
+
+@pytest.mark.parametrize("exact", [True, False])
+class TestArrays:
+    """Of a graph for exact shapes, whose memory is written and read, and of one for any."""
+
+    @pytest.fixture
+    def session(self, exact: bool, copy: Path) -> Session:
+        if exact:
+            build(copy, 2)
+        return resolve("openvino").open(copy / GRAPH)
+
+    def test_outputs_stay_when_the_graph_runs_again(self, session: Session) -> None:
+        first = session.run(ids(2))
+        kept = {name: array.copy() for name, array in first.items()}
+        session.run({"ids": ids(2)["ids"][::-1].copy()})
+        for name, array in kept.items():
+            np.testing.assert_array_equal(first[name], array)
+
+    def test_those_that_are_not_contiguous_are_read_as_they_are(self, session: Session, copy: Path) -> None:
+        turned = {"ids": ids(2)["ids"][::-1, ::-1]}
+        straight = {"ids": np.ascontiguousarray(turned["ids"])}
+        for name, array in session.run(straight).items():
+            np.testing.assert_array_equal(session.run(turned)[name], array)
+
+
+def test_an_exact_graph_refuses_numbers_of_another_kind(copy: Path) -> None:
+    build(copy, 2)
+    with pytest.raises(EngineFailed, match=r"openvino could not run it: .*float64"):
+        resolve("openvino").open(copy / GRAPH).run({"ids": np.full((2, 12), 1.5)})
+
+
+@pytest.mark.parametrize(("precision", "form"), [("bf16", "ERF"), ("f32", "TANH")])
+def test_gelu_is_by_erf_in_bf16_and_as_the_graph_has_it_in_f32(
+    precision: str, form: str, tiny_bundle: Path
+) -> None:
+    class Core:
+        def read_model(self, path: str) -> ov.Model:
+            return openvino.core().read_model(path)
+
+        def compile_model(self, model: ov.Model, *_: object) -> ov.Model:
+            return model
+
+    path = tiny_bundle / transformer_name(3, "plain")
+    shapes = openvino_exact.shapes_at(openvino.core(), path, 2)
+    model = openvino_exact.compile_exactly(Core(), path, {"INFERENCE_PRECISION_HINT": precision}, shapes, 1)  # type: ignore[arg-type]
+    gelus = [node for node in model.get_ops() if node.get_type_name() == "Gelu"]
+    assert {node.get_attributes()["approximation_mode"] for node in gelus} == {form}
+
+
+class Port:
+    """An input or output of a compiled graph."""
+
+    def __init__(self, *names: str) -> None:
+        self.names = set(names)
 
 
 class Cores:

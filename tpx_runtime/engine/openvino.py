@@ -11,6 +11,7 @@ from pathlib import Path
 
 import openvino
 
+from .. import __version__
 from ..bundle import CONDITIONS
 from ..errors import EngineFailed
 from . import Arrays, failing
@@ -86,7 +87,7 @@ def settings(engine_name: str, path: Path) -> dict[str, str]:
 
 def store_of(engine_name: str, path: Path) -> Store:
     """Where what is compiled of the graph at `path` is kept."""
-    version = f"{openvino.__version__} {core().get_property('CPU', 'FULL_DEVICE_NAME')}"
+    version = f"{__version__} {openvino.__version__} {core().get_property('CPU', 'FULL_DEVICE_NAME')}"
     return Store.beside(path, precision_of(engine_name, path), f"{version} {settings(engine_name, path)}")
 
 

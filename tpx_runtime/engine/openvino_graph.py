@@ -1,11 +1,9 @@
-"""A compiled graph, run whole or as two halves side by side.
+"""A compiled graph: for any shapes, or for exact ones, run whole or as two halves side by side.
 
 A call's rows do not depend on one another: they are guidance's branches, or pictures of a batch. Run as one, all threads
 wait for each other after every one of some 200 kernels; as halves each is left to its own cores and they meet once. How
 much that is depends on how near the cores are to one another: docs/performance.md.
 """
-
-from contextlib import ExitStack
 
 import numpy as np
 import openvino
@@ -14,10 +12,10 @@ from . import Arrays
 
 
 class Graph:
-    """`parts` requests of one compiled graph: each takes an equal share of a call's rows."""
+    """A graph for any shapes."""
 
-    def __init__(self, model: openvino.CompiledModel, parts: int = 1) -> None:
-        self._requests = [model.create_infer_request() for _ in range(parts)]
+    def __init__(self, model: openvino.CompiledModel) -> None:
+        self._request = model.create_infer_request()
         self._outputs = [port.names for port in model.outputs]
         self._inputs = [port.names for port in model.inputs]
 
@@ -33,19 +31,49 @@ class Graph:
         return f"expected the inputs {wanted}, found {', '.join(sorted(inputs)) or 'none'}"
 
     def run(self, inputs: Arrays) -> Arrays:
-        """Outputs, each with the rows of `inputs` in their order. Raises what OpenVINO raises."""
-        *others, mine = self._requests
-        shares = (
-            {name: np.split(rows, len(self._requests)) for name, rows in inputs.items()} if others else {}
-        )
-        with ExitStack() as running:  # whatever happens, none is left at work
-            for index, request in enumerate(others):
-                # Before the start: an interrupt may come between the two, and to wait for what does not run is no error.
-                running.callback(request.wait)
-                request.start_async({name: share[index] for name, share in shares.items()}, share_inputs=True)
-            mine.infer({name: share[-1] for name, share in shares.items()} or inputs, share_inputs=True)
+        """Outputs. Raises what OpenVINO raises."""
+        self._request.infer(inputs, share_inputs=True, share_outputs=True)
         made: Arrays = {}
         for names in self._outputs:
-            rows = [request.get_tensor(next(iter(names))).data for request in self._requests]
+            made |= dict.fromkeys(names, self._request.get_tensor(next(iter(names))).data.copy())
+        return made
+
+
+class ExactGraph(Graph):
+    """A graph for exact shapes as `parts` requests: each takes an equal share of a call's rows.
+
+    Arrays go through the requests' own memory, found once: handed over at each call they cost the sample's transformer 4%.
+    """
+
+    def __init__(self, model: openvino.CompiledModel, parts: int) -> None:
+        super().__init__(model)
+        self._requests = [self._request, *(model.create_infer_request() for _ in range(parts - 1))]
+        self._read = [self._memory(names) for names in self._inputs]
+        self._written = [self._memory(names) for names in self._outputs]
+
+    def run(self, inputs: Arrays) -> Arrays:
+        """Outputs, each with the rows of `inputs` in their order. Raises what OpenVINO raises."""
+        given = [next(inputs[name] for name in names if name in inputs) for names in self._inputs]
+        *others, last = range(len(self._requests))
+        try:
+            for part in others:
+                self._fill(part, given)
+                self._requests[part].start_async()
+            self._fill(last, given)
+            self._requests[last].infer(share_outputs=True)
+        finally:  # whatever happened, none is left at work; to wait for what does not run is no error
+            for part in others:
+                self._requests[part].wait()
+        made: Arrays = {}
+        for names, rows in zip(self._outputs, self._written, strict=True):
             made |= dict.fromkeys(names, np.concatenate(rows))
         return made
+
+    def _memory(self, names: set[str]) -> list[np.ndarray]:
+        """Of one input or output, for each request."""
+        return [request.get_tensor(next(iter(names))).data for request in self._requests]
+
+    def _fill(self, part: int, given: list[np.ndarray]) -> None:
+        for rows, memory in zip(given, self._read, strict=True):
+            own = memory[part]
+            np.copyto(own, rows[part * len(own) : (part + 1) * len(own)])

@@ -2,8 +2,8 @@
 
 In such a folder are OpenVINO's own cache of the graph for any shapes (`any.KEY/`), and what tpx-build made for exact ones
 (`rows-ROWS.KEY.exact`). The key is over all that these depend on: the bundle's manifest, which knows every file's hash, the
-graph and its weights by size and time, OpenVINO's version, the CPU and the settings, for exact ones shapes and parts too.
-OpenVINO itself looks at the graph's file and not at that of its weights.
+graph and its weights by size and time, TPX's and OpenVINO's versions, the CPU and the settings, for exact ones shapes and
+parts too. OpenVINO itself looks at the graph's file and not at that of its weights.
 """
 
 import hashlib
