@@ -9,6 +9,7 @@ import json
 import re
 import sys
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from pathlib import PurePosixPath
 from types import GenericAlias
 from typing import Any, TypeVar, get_args, get_type_hints
@@ -223,7 +224,7 @@ class Manifest:
                 f"{model.pooled_width} pooled, found {len(encoders)} of other sizes"
             )
 
-    @property
+    @cached_property
     def sha256(self) -> str:
         """Hash of every fact above, whatever the layout of the text: the identity of the bundle."""
         facts = {"format": FORMAT, "version": FORMAT_VERSION, **asdict(self)}

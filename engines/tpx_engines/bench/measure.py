@@ -29,6 +29,7 @@ class Plan:
     reference: str | None
     rounds: int
     batches: tuple[int, ...]
+    sample_s: float = 0.5  # of a sample: one small batch alone finds the caches full of others' weights
 
     def units(self, record: Record) -> int:
         """How many are yet to measure: one for each start, and every sample."""
@@ -148,7 +149,7 @@ class _Run:
             self._record.entry(configuration)["psnr_db"] = "same" if math.isinf(decibels) else decibels
 
     def _draw(self, configuration: Configuration, images: int, number: int) -> None:
-        answer = self._workers[configuration.key].ask("draw", images=images)
+        answer = self._workers[configuration.key].ask("draw", images=images, seconds=self._plan.sample_s)
         self._remember_memory(configuration, answer)
         sample = {name: answer[name] for name in ("seconds", "step_seconds")}
         self._record.add(configuration, draw_unit(images), number, sample)

@@ -19,7 +19,7 @@ from tpx_runtime.evaluation.record import require_same, write_json
 
 from .configurations import Configuration
 
-FORMAT, VERSION = "tpx-bench", 2
+FORMAT, VERSION = "tpx-bench", 3
 COLD = "cold"
 
 

@@ -65,7 +65,7 @@ def started(tmp_path: Path) -> Callable[[], list[int]]:
 def plan(tmp_path: Path) -> Callable[..., Plan]:
     def make(*configurations: Configuration, rounds: int = 2, batches: tuple[int, ...] = (1, 2)) -> Plan:
         work = Work(tmp_path, 2, "a cube", None, seed=0, steps=3, guidance=3.0, sampler="euler")
-        return Plan(work, configurations, configurations[0].name, rounds, batches)
+        return Plan(work, configurations, configurations[0].name, rounds, batches, sample_s=0)
 
     return make
 

@@ -10,7 +10,9 @@ from tpx_engines.bench.configurations import Configuration
 from tpx_engines.bench.measure import Plan, run
 from tpx_engines.bench.record import Record
 from tpx_engines.bench.report import as_text
+from tpx_engines.bench.subject import Timing
 from tpx_engines.bench.summary import rows
+from tpx_engines.bench.worker import Worker
 from tpx_runtime.errors import BadInput
 
 Configure = Callable[..., Configuration]
@@ -39,6 +41,21 @@ def test_every_unit_is_sampled_once_a_round(
     assert slow.image_s is not None and slow.image_s >= 0.03
     assert fast.cold_s is not None and fast.image_s is not None and fast.cold_s > 10 * fast.image_s
     assert fast.peak_mb is not None and 10 < fast.peak_mb < 1000
+
+
+def test_a_sample_is_the_mean_of_as_many_batches_as_its_time_holds() -> None:
+    taken = iter((0.25, 0.125, 0.0625, 0.25, 9.0))
+
+    class Drawing:
+        def draw(self, images: int) -> tuple[list[object], Timing]:
+            assert images == 4
+            return [], Timing(seconds := next(taken), seconds / 2)
+
+    worker = Worker()
+    worker._subject = Drawing()  # type: ignore[assignment]
+    answer = worker.draw(images=4, seconds=0.5)
+    assert (answer["seconds"], answer["step_seconds"]) == (0.6875 / 4, 0.34375 / 4)
+    assert worker.draw(images=4, seconds=0.5)["seconds"] == 9.0
 
 
 def test_a_wrong_picture_shows_as_a_low_psnr(
