@@ -16,6 +16,7 @@ from tpx_export.exporter import Summary, export_bundle
 from tpx_export.fused_attention import FLOATS, NAME, fused
 from tpx_export.model.text_to_image import TextToImage
 from tpx_export.pipeline import Pipeline
+from tpx_export.quantise.quantiser import Int8Options
 from tpx_runtime.bundle import Bundle, transformer_name
 from tpx_runtime.engine import ENGINES, Arrays, resolve
 from tpx_runtime.generator import Generator
@@ -70,13 +71,16 @@ def test_float32_has_none_and_is_read_as_it_is(tiny_bundle: Path) -> None:
     assert kinds(bundle.transformer(1, "plain"))["Softmax"] == BLOCKS  # so few tokens
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
 def test_cpus_are_given_it_where_there_are_many_tokens(
     precision: str, tiny_model: TextToImage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The export itself holds it to PyTorch in ONNX Runtime."""
     monkeypatch.setattr(exporter, "FUSED_FROM", tiny_model.transformer.spec.visual_tokens)
-    summary = export_bundle(Pipeline.of(tiny_model), tmp_path / "tiny", depth=DEPTH, precision=precision)
+    int8 = Int8Options(accept_loss=True) if precision == "int8" else None
+    summary = export_bundle(
+        Pipeline.of(tiny_model), tmp_path / "tiny", depth=DEPTH, precision=precision, int8=int8
+    )
     bundle = Bundle.open(tmp_path / "tiny")
     for depth in range(1, DEPTH + 1):
         found = kinds(bundle.transformer(depth, "plain"))
