@@ -31,10 +31,7 @@ from tpx_runtime.engine.openvino_graph import ExactGraph
 def main(bundle: Path, engine: str, depth: int, rows: int, turns: int, calls: int) -> None:
     path, core = Bundle.open(bundle).transformer(depth, "plain"), openvino.core()
     shapes, config = shapes_at(core, path, rows), openvino.settings(engine, path)
-    graphs = [
-        ExactGraph([compile_exactly(core, path, config, shapes, parts) for _ in range(parts)])
-        for parts in (1, 2)
-    ]
+    graphs = [ExactGraph(compile_exactly(core, path, config, shapes, parts), parts) for parts in (1, 2)]
     rng = np.random.default_rng(0)
     inputs = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes}
     spent: list[list[float]] = [[], []]

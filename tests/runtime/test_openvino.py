@@ -5,6 +5,7 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import openvino as ov
@@ -45,7 +46,7 @@ def build(bundle: Path, rows: int, engine: str = "openvino", graph: str = GRAPH)
 
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """The row counts of calls for which graphs were compiled exactly, as if on one core; "any" for those of any shapes."""
+    """The row counts of calls for which graphs were compiled exactly; "any" for those of any shapes."""
     made: list[object] = []
     exactly, any_shapes = openvino_exact.compile_exactly, openvino.compile_any
 
@@ -53,7 +54,10 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[object]:
         core: ov.Core, path: Path, config: dict[str, str], shapes: openvino_exact.Shapes, parts: int
     ) -> object:
         made.append(shapes[0][1][0])
-        return exactly(core, path, config, shapes, parts)
+        model = exactly(core, path, config, shapes, parts)
+        cores = core.get_property("CPU", "RANGE_FOR_STREAMS")[1]
+        assert parts == 1 or model.get_property("NUM_STREAMS") == min(parts, cores)
+        return model
 
     def spy_any(*args: object) -> object:
         made.append("any")
@@ -62,7 +66,6 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     monkeypatch.setattr(openvino_exact, "compile_exactly", spy_exactly)
     monkeypatch.setattr(openvino, "compile_any", spy_any)
     monkeypatch.setattr(openvino_exact, "EARNED_CALLS", 3)
-    monkeypatch.setattr(openvino_exact, "threads", lambda core: 1)
     return made
 
 
@@ -223,27 +226,21 @@ class TestHalves:
     """Even batches, run as two halves side by side."""
 
     @pytest.mark.parametrize(("rows", "parts"), [(1, 1), (2, 2), (3, 1), (4, 2), (16, 2)])
-    def test_an_even_batch_has_two(
-        self, rows: int, parts: int, copy: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        store, core = openvino.store_of("openvino", copy / GRAPH), openvino.core()
-        monkeypatch.setattr(openvino_exact, "threads", lambda core: 2)
-        assert openvino_exact.parts_of(core, (("ids", (rows, 12)),), store) == parts
+    def test_an_even_batch_has_two(self, rows: int, parts: int, copy: Path) -> None:
+        store = openvino.store_of("openvino", copy / GRAPH)
+        assert openvino_exact.parts_of(Cores(2), (("ids", (rows, 12)),), store) == parts  # type: ignore[arg-type]
 
     def test_one_core_large_weights_and_inputs_without_common_rows_have_one(
         self, copy: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         store, two = openvino.store_of("openvino", copy / GRAPH), (("ids", (2, 12)),)
-        core, cores = openvino.core(), [1]
-        monkeypatch.setattr(openvino_exact, "threads", lambda core: cores[0])
-        assert openvino_exact.parts_of(core, two, store) == 1
-        cores[0] = 2
+        assert openvino_exact.parts_of(Cores(1), two, store) == 1  # type: ignore[arg-type]
         for other in ((), (1, 3), (4, 2)):
-            assert openvino_exact.parts_of(core, (*two, ("other", other)), store) == 1
+            assert openvino_exact.parts_of(Cores(2), (*two, ("other", other)), store) == 1  # type: ignore[arg-type]
         monkeypatch.setattr(openvino_exact, "MOST_WEIGHT_BYTES", store.weight_bytes)
-        assert openvino_exact.parts_of(core, two, store) == 2
+        assert openvino_exact.parts_of(Cores(2), two, store) == 2  # type: ignore[arg-type]
         monkeypatch.setattr(openvino_exact, "MOST_WEIGHT_BYTES", store.weight_bytes - 1)
-        assert openvino_exact.parts_of(core, two, store) == 1
+        assert openvino_exact.parts_of(Cores(2), two, store) == 1  # type: ignore[arg-type]
 
     @pytest.mark.parametrize("cores", [1, 2])
     @pytest.mark.parametrize("ahead", [True, False])
@@ -251,40 +248,17 @@ class TestHalves:
         self, cores: int, ahead: bool, copy: Path, compiled: list[object], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Built ahead or earned, as halves or whole."""
-        monkeypatch.setattr(openvino_exact, "threads", lambda core: cores)
+        exact, asked = openvino_exact.parts_of, []
+        monkeypatch.setattr(
+            openvino_exact, "parts_of", lambda _, *rest: asked.append(exact(Cores(cores), *rest)) or asked[-1]
+        )
         if ahead:
             build(copy, 4)
         session = resolve("openvino").open(copy / GRAPH)
         for _ in range(4):
             same(session, 4, copy)
-        assert compiled == [4] if ahead else ["any", *[4] * cores]
-
-    def test_each_is_a_graph_of_its_own_on_its_share_of_the_cores(
-        self, copy: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """Not a stream of one: those are made at the same time, and one may compute NaN."""
-        graphs: list[ov.CompiledModel] = []
-
-        class Spy(ExactGraph):
-            def __init__(self, parts: list[ov.CompiledModel]) -> None:
-                graphs.extend(parts)
-                super().__init__(parts)
-
-        monkeypatch.setattr(openvino_exact, "ExactGraph", Spy)
-        monkeypatch.setattr(openvino_exact, "EARNED_CALLS", 1)
-        monkeypatch.setattr(openvino_exact, "threads", lambda core: 2)
-        build(copy, 2)
-        for rows in (2, 4):  # built ahead, and earned
-            resolve("openvino").open(copy / GRAPH).run(ids(rows))
-            one, other = (model.get_property("INFERENCE_NUM_THREADS") for model in graphs)
-            assert one == other == 1
-            for model in graphs:
-                assert model.get_property("NUM_STREAMS") == 1
-                assert not model.get_property("ENABLE_CPU_PINNING")
-            graphs.clear()
-
-    def test_the_cores_are_those_that_openvino_would_take(self) -> None:
-        assert 1 <= openvino_exact.threads(openvino.core()) <= (os.cpu_count() or 1)
+        assert set(asked) == {cores}
+        assert compiled == [4] if ahead else ["any", 4]
 
     def test_a_file_for_halves_is_not_that_for_whole_batches(self, copy: Path) -> None:
         store, shapes = openvino.store_of("openvino", copy / GRAPH), (("ids", (2, 12)),)
@@ -314,17 +288,16 @@ class TestHalves:
         class Compiled:
             inputs = (Port("ids"),)
             outputs: tuple[object, ...] = ()
-
-            def __init__(self) -> None:
-                self.request = Request()
+            requests: ClassVar[list[Request]] = []
 
             def create_infer_request(self) -> Request:
-                return self.request
+                self.requests.append(Request())
+                return self.requests[-1]
 
-        halves = [Compiled(), Compiled()]
+        graph = ExactGraph(Compiled(), 2)
         with pytest.raises(RuntimeError, match="this half failed"):
-            ExactGraph(halves).run(ids(4))
-        assert [half.request.waited for half in halves] == [True, False]
+            graph.run(ids(4))
+        assert [request.waited for request in Compiled.requests] == [True, False]
 
 
 @pytest.mark.parametrize("exact", [True, False])
@@ -380,6 +353,17 @@ class Port:
 
     def __init__(self, *names: str) -> None:
         self.names = set(names)
+
+
+class Cores:
+    """What OpenVINO says of a machine with so many."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    def get_property(self, device: str, name: str) -> tuple[int, int]:
+        assert (device, name) == ("CPU", "RANGE_FOR_STREAMS")
+        return 1, self._count
 
 
 @pytest.mark.parametrize(

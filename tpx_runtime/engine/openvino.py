@@ -81,7 +81,7 @@ def precision_of(engine_name: str, path: Path) -> str:
 
 
 def settings(engine_name: str, path: Path) -> dict[str, str]:
-    """What OpenVINO is told of the graph at `path`. Nothing of threads or pinning: what was tried was no faster."""
+    """What OpenVINO is told of the graph at `path`. Nothing of threads, pinning or streams: what was tried was no faster."""
     return {"INFERENCE_PRECISION_HINT": precision_of(engine_name, path), "PERFORMANCE_HINT": "LATENCY"}
 
 

@@ -6,7 +6,6 @@ there are few of them, and a shape that nobody built ahead has to earn its own. 
 """
 
 from collections import Counter
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -41,18 +40,8 @@ def parts_of(core: openvino.Core, shapes: Shapes, store: Store) -> int:
     """In how many parts a call of `shapes` is run: 2 where its rows are even, the weights small and there are two cores."""
     rows = {shape[:1] for _, shape in shapes}
     even = len(rows) == 1 and all(row and row[0] % 2 == 0 for row in rows)
-    return 2 if even and store.weight_bytes <= MOST_WEIGHT_BYTES and threads(core) > 1 else 1
-
-
-@cache
-def threads(core: openvino.Core) -> int:
-    """How many OpenVINO gives a call here: it knows of hyperthreads, of slower cores and of what a container may use."""
-    nothing = openvino.opset1.parameter([1])
-    model = openvino.Model([openvino.opset1.relu(nothing)], [nothing])
-    found: int = core.compile_model(model, "CPU", {"PERFORMANCE_HINT": "LATENCY"}).get_property(
-        "INFERENCE_NUM_THREADS"
-    )
-    return found
+    cores = core.get_property("CPU", "RANGE_FOR_STREAMS")[1]
+    return 2 if even and store.weight_bytes <= MOST_WEIGHT_BYTES and cores > 1 else 1
 
 
 def compile_exactly(
@@ -63,21 +52,19 @@ def compile_exactly(
     model.reshape({name: [shape[0] // parts, *shape[1:]] for name, shape in shapes})
     if config["INFERENCE_PRECISION_HINT"] == "bf16":
         _by_erf(model)
-    return core.compile_model(model, "CPU", _share(core, config, parts))
+    return core.compile_model(model, "CPU", _streams(config, parts))
 
 
 def load_exactly(
     core: openvino.Core, file: Path, config: dict[str, str], parts: int
-) -> tuple[list[openvino.CompiledModel], openvino.Tensor] | None:
-    """What tpx-build left in `file`, once for each part, and the memory that has to outlive it; None for a file that is
-    damaged or not there.
+) -> tuple[openvino.CompiledModel, openvino.Tensor] | None:
+    """What tpx-build left in `file`, and the memory that has to outlive it; None for a file that is damaged or not there.
 
     Mapped, weights are not read twice. OpenVINO wants memory that could be written to, and never writes.
     """
     try:
         blob = openvino.Tensor(np.memmap(file, np.uint8, "c"), shared_memory=True)
-        share = _share(core, config, parts)
-        return [core.import_model(blob, "CPU", share) for _ in range(parts)], blob
+        return core.import_model(blob, "CPU", _streams(config, parts)), blob
     except Exception:
         return None
 
@@ -92,15 +79,8 @@ def _by_erf(model: openvino.Model) -> None:
             node.set_attribute("approximation_mode", "ERF")
 
 
-def _share(core: openvino.Core, config: dict[str, str], parts: int) -> dict[str, str]:
-    """The configuration of one of `parts` graphs that run side by side, each on its share of the threads.
-
-    Pinned, both would take the same cores. And they are not streams of one graph, which OpenVINO 2026.4 makes at the same
-    time: in one of fifty processes that imported such a graph after others had run, one stream computed NaN ever after.
-    """
-    if parts == 1:
-        return config
-    return {**config, "INFERENCE_NUM_THREADS": str(threads(core) // parts), "ENABLE_CPU_PINNING": "NO"}
+def _streams(config: dict[str, str], parts: int) -> dict[str, str]:
+    return {**config, "NUM_STREAMS": str(parts)} if parts > 1 else config
 
 
 class ExactGraphs:
@@ -139,13 +119,12 @@ class ExactGraphs:
         loaded = load_exactly(self._core, self._store.exact(shapes, parts), self._config, parts)
         if loaded is None:
             return None
-        models, self._mapped[shapes] = loaded
-        return ExactGraph(models)
+        model, self._mapped[shapes] = loaded
+        return ExactGraph(model, parts)
 
     def _compile(self, shapes: Shapes) -> ExactGraph | None:
         parts = parts_of(self._core, shapes, self._store)
-        wanted = self._core, self._path, self._config, shapes, parts
         try:
-            return ExactGraph([compile_exactly(*wanted) for _ in range(parts)])
+            return ExactGraph(compile_exactly(self._core, self._path, self._config, shapes, parts), parts)
         except Exception:  # such as inputs that do not fit, which the graph for any shapes explains
             return None

@@ -5,8 +5,6 @@ wait for each other after every one of some 200 kernels; as halves each is left 
 much that is depends on how near the cores are to one another: docs/performance.md.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 import openvino
 
@@ -42,14 +40,14 @@ class Graph:
 
 
 class ExactGraph(Graph):
-    """A graph for exact shapes, compiled once for each part: each takes an equal share of a call's rows.
+    """A graph for exact shapes as `parts` requests: each takes an equal share of a call's rows.
 
     Arrays go through the requests' own memory, found once: handed over at each call they cost the sample's transformer 4%.
     """
 
-    def __init__(self, parts: Sequence[openvino.CompiledModel]) -> None:
-        super().__init__(parts[0])
-        self._requests = [self._request, *(model.create_infer_request() for model in parts[1:])]
+    def __init__(self, model: openvino.CompiledModel, parts: int) -> None:
+        super().__init__(model)
+        self._requests = [self._request, *(model.create_infer_request() for _ in range(parts - 1))]
         self._read = [self._memory(names) for names in self._inputs]
         self._written = [self._memory(names) for names in self._outputs]
 
