@@ -62,7 +62,7 @@ def load_exactly(
     """What tpx-build left in `file`, and the memory that has to outlive it; None for a file that is damaged or not there.
 
     Mapped, weights are not read twice. OpenVINO wants memory that could be written to, and never writes. It makes the parts
-    at the same time, and in one of fifty processes one of them then computed NaN for good (2026.4): such are made again.
+    at the same time, and in 4 of 130 processes one of them computed NaN ever after (2026.4): such are made again.
     """
     try:
         blob = openvino.Tensor(np.memmap(file, np.uint8, "c"), shared_memory=True)
