@@ -3,7 +3,7 @@
     python benchmarks/routing.py [--rounds 9]
 
 Each size gets one model for each spelling, run in turn (A B C A B C ...); the table gives the median time over that of
-`masked`, whose milliseconds stand beside it. Every spelling is first held to the PyTorch operator.
+`masked`, whose milliseconds stand beside it. Every spelling is first held to the PyTorch operator. Needs OpenVINO 2026.4.
 """
 
 import time

@@ -58,7 +58,7 @@ def compile_exactly(
 
 def load_exactly(
     core: openvino.Core, file: Path, config: dict[str, str], parts: int
-) -> tuple[openvino.CompiledModel, openvino.Tensor] | None:
+) -> tuple[ExactGraph, openvino.Tensor] | None:
     """What tpx-build left in `file`, and the memory that has to outlive it; None for a file that is damaged or not there.
 
     Mapped, weights are not read twice. OpenVINO wants memory that could be written to, and never writes. It makes the parts
@@ -67,24 +67,12 @@ def load_exactly(
     try:
         blob = openvino.Tensor(np.memmap(file, np.uint8, "c"), shared_memory=True)
         for _ in range(ATTEMPTS):
-            model = core.import_model(blob, "CPU", _streams(config, parts))
-            if agree(model, parts):
-                return model, blob
+            graph = ExactGraph(core.import_model(blob, "CPU", _streams(config, parts)), parts)
+            if graph.agrees():
+                return graph, blob
     except Exception:
         return None
     return None
-
-
-def agree(model: openvino.CompiledModel, parts: int) -> bool:
-    """Whether all parts, at work side by side, say the same of the same rows, and nothing but numbers."""
-    if parts == 1:
-        return True
-    rng, inputs = np.random.default_rng(0), {}
-    for port in model.inputs:
-        share = np.abs(rng.standard_normal(port.shape)).astype(port.element_type.to_dtype())
-        inputs[port.any_name] = np.concatenate([share] * parts)
-    shares = [each.reshape(parts, -1) for each in ExactGraph(model, parts).run(inputs).values()]
-    return all(np.isfinite(each).all() and (each == each[0]).all() for each in shares)
 
 
 def _by_erf(model: openvino.Model) -> None:
@@ -137,13 +125,14 @@ class ExactGraphs:
         loaded = load_exactly(self._core, self._store.exact(shapes, parts), self._config, parts)
         if loaded is None:
             return None
-        model, self._mapped[shapes] = loaded
-        return ExactGraph(model, parts)
+        graph, self._mapped[shapes] = loaded
+        return graph
 
     def _compile(self, shapes: Shapes) -> ExactGraph | None:
         parts = parts_of(self._core, shapes, self._store)
         try:
             model = compile_exactly(self._core, self._path, self._config, shapes, parts)
-            return ExactGraph(model, parts) if agree(model, parts) else None
+            graph = ExactGraph(model, parts)
+            return graph if graph.agrees() else None
         except Exception:  # such as inputs that do not fit, which the graph for any shapes explains
             return None
