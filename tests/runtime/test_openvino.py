@@ -295,6 +295,16 @@ class TestHalves:
         assert taken == [two] * openvino_exact.ATTEMPTS
         assert compiled == [2, "any"]
 
+    def test_an_earned_one_whose_parts_do_not_agree_is_not_used(
+        self, copy: Path, compiled: list[object], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(ExactGraph, "agrees", lambda self: False)
+        monkeypatch.setattr(ExactGraph, "run", lambda self, inputs: pytest.fail("it was used"))
+        session = resolve("openvino").open(copy / GRAPH)
+        for _ in range(4):
+            same(session, 2, copy)
+        assert compiled == ["any", 2]
+
     def test_an_error_in_one_half_leaves_the_other_not_at_work(self) -> None:
         class Request:
             waited = False
