@@ -294,7 +294,11 @@ def test_refuses_a_clip_tokenizer_in_one_line(name: str, tmp_path: Path) -> None
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("data", [b"", b"\x1f\x8b", gzip.compress(b"x" * 999)[:-9], b"r e\n"])
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"\x1f\x8b", gzip.compress(b"x" * 999)[:-9], b"r e\n"],
+    ids=["empty", "two bytes", "cut short", "plain text"],
+)
 def test_refuses_a_file_that_is_not_gzipped_merges(data: bytes, tmp_path: Path) -> None:
     path = tmp_path / "merges.txt.gz"
     path.write_bytes(data)
