@@ -28,23 +28,27 @@ from tpx_export.model.routed_lora import routed_lora
 Call = Callable[[], object]
 K = TypeVar("K")
 DTYPES = {"fp16": (torch.float16, 4e-3), "bf16": (torch.bfloat16, 3e-2), "fp32": (torch.float32, 1e-5)}
-SETS, REPEATS = 3, 4  # sets of inputs; calls over all of them in one CUDA graph
 
 
 @dataclass(frozen=True)
 class Size:
-    """Tokens [B, N], width D, rank r, and what the machine's limits are measured with."""
+    """Tokens [B, N], width D, rank r, and what the machine's limits are measured with.
+
+    `sets` of inputs, and `repeats` of all of them in what is timed as one.
+    """
 
     leads: tuple[tuple[int, int], ...]
     width: int
     rank: int
     copy_bytes: int
     product: int  # rows and columns of the square matrices
+    sets: int = 3
+    repeats: int = 4
 
 
 # Stable Diffusion 3 medium, 1,024 and 512 pixels, both branches of guidance.
 REAL = Size(((2, 4096), (2, 1024)), 1536, 128, 2**30, 8192)
-TOY = Size(((2, 40),), 48, 8, 2**20, 64)
+TOY = Size(((2, 40),), 48, 8, 2**20, 64, sets=2, repeats=1)
 
 
 @dataclass(frozen=True)
@@ -174,7 +178,7 @@ def main(dtype: str, rounds: int, toy: bool) -> None:
     torch.manual_seed(0)
     for lead in size.leads:
         for experts in (2, 5):
-            sets = [given(lead, size, experts, real, device) for _ in range(SETS)]
+            sets = [given(lead, size, experts, real, device) for _ in range(size.sets)]
             one = sets[0]
             tokens, out = one.expert.numel(), one.b.shape[2]
             moved = sum(t.numel() * t.element_size() for t in (one.x, one.expert, one.a, one.b))
@@ -188,7 +192,8 @@ def main(dtype: str, rounds: int, toy: bool) -> None:
                         raise click.ClickException(
                             f"{name}: expected an error below {tolerance}, found {error}"
                         )
-                eager[name] = lambda spelling=spelling, sets=sets: [spelling(g) for g in sets * REPEATS]
+                eager[name] = lambda spelling=spelling, sets=sets: [spelling(g) for g in sets * size.repeats]
+            calls = size.sets * size.repeats
             took = medians(eager, rounds, device)
             graphs = (
                 {} if toy else {name: graphed(call) for name, call in eager.items() if name != "gathered"}
@@ -196,11 +201,11 @@ def main(dtype: str, rounds: int, toy: bool) -> None:
             replayed = medians(graphs, rounds, device)
             for name, seconds in took.items():
                 best = replayed if name in replayed else took
-                each = best[name] / (SETS * REPEATS)
-                graph = f"{1e6 * replayed[name] / (SETS * REPEATS):.1f}" if name in replayed else "-"
+                each = best[name] / calls
+                graph = f"{1e6 * replayed[name] / calls:.1f}" if name in replayed else "-"
                 print(
                     f"| {tokens} | {size.width} | {size.rank} | {experts} | {name} "
-                    f"| {1e6 * seconds / (SETS * REPEATS):.1f} | {graph} | {best['masked'] / best[name]:.2f} "
+                    f"| {1e6 * seconds / calls:.1f} | {graph} | {best['masked'] / best[name]:.2f} "
                     f"| {moved / each / bandwidth:.0%} | {work / each / speed:.0%} |",
                     flush=True,
                 )
