@@ -54,10 +54,7 @@ def calls(session: BoundSession, inputs: Arrays) -> dict[str, Callable[[], objec
     if not all(np.isfinite(array).all() for array in found.values()):
         raise click.ClickException("expected finite outputs, found NaN or infinity; measure another graph")
     (buffers,) = session._bound.values()
-    return {
-        "call": call,
-        "graph": lambda: session._session.run_with_iobinding(buffers.binding, buffers.options),
-    }
+    return {"call": call, "graph": buffers.launch}
 
 
 @click.command()

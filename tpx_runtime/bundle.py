@@ -44,6 +44,7 @@ CONDITIONS = "transformer/conditions.onnx"
 VAE_ENCODER = "vae_encoder/model.onnx"  # a bundle may lack it
 VAE_DECODER = "vae_decoder/model.onnx"
 SCHEDULER = "scheduler/scheduler_config.json"
+STEP = "scheduler/step.onnx"  # a bundle may lack it
 GOLDEN = "golden/golden.npz"
 _ALWAYS: tuple[Spelling, ...] = ("operator", "plain")  # float16 alone has the other
 _SHIFTS = (0.01, 100.0)  # beyond, neighbouring sigmas of a long schedule are one float32
@@ -172,6 +173,11 @@ class Bundle:
     def vae_encoder(self) -> Path | None:
         """None for a bundle that cannot start from a picture."""
         return self.path(VAE_ENCODER) if VAE_ENCODER in self.manifest.files else None
+
+    @property
+    def step(self) -> Path | None:
+        """The graph of what a loop does between two calls of the transformer; None where it takes the host."""
+        return self.path(STEP) if STEP in self.manifest.files else None
 
     def weight_bytes(self, folder: str) -> int:
         """Size of everything in a folder of the bundle: about the memory that its graph takes."""

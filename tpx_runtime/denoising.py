@@ -1,15 +1,17 @@
 """The denoising loop of one batch: from noise, or from a picture with noise, to latents that the decoder takes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
 
 from .bundle import Bundle
+from .course import course_of
 from .editing import Edit, Repainting, noised, tail
-from .engine import Arrays, Engine
+from .engine import Arrays, Course, Engine, Session
 from .errors import BadInput, Cancelled, EngineFailed, shorten
 from .graphs import Graphs
 from .guidance import GuidedPrediction, is_guided, reused
@@ -20,6 +22,7 @@ from .samplers import TRAIN_TIMESTEPS, Array, Schedule, Velocity
 from .settings import Settings
 
 Callback = Callable[[int, int, Array], bool | None]  # (step from 1, total steps, latents [B, C, H, W])
+Routes = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Sample:
     """What the loop made: `latents` [B, C, H, W], and for each model call `routes` [B, S, N], if any."""
 
     latents: Array
-    routes: list[npt.NDArray[np.int64]]
+    routes: list[Routes]
 
 
 # Of Settings.
@@ -103,23 +106,48 @@ class Denoiser:
         if edit and job.strength is not None:
             schedule = tail(schedule, job.strength)
             latents = noised(edit.latents, noise, schedule.sigmas[0])
-        conditions = self._conditions_of(told, schedule.timesteps)
+        conditions, course = self._conditions_of(told, schedule.timesteps), None
         conditions.at(schedule.timesteps[0])  # before the transformer is opened, so that either may be let go
+        if self._graphs.engine.loops and self._bundle.step and not (edit and edit.repaint is not None):
+            course = course_of(job, sampler, schedule, latents, told, conditions, model)
         guidance = job.guidance, job.guidance_interval
         left_out = reused(schedule.timesteps, *guidance, job.guidance_every)
         transformer = self._graphs.open(self._bundle.transformer(job.depth, self._graphs.engine.spelling))
-        predict = GuidedPrediction(transformer, model, told, conditions, *guidance, left_out)
-        prediction: Velocity = predict
-        if edit and edit.repaint is not None:
-            prediction = Repainting(predict, edit.latents, noise, edit.repaint)
-        path = walk(sampler, prediction, latents, schedule, partial(batch_noise, seeds, model.latent_shape))
+        routes: list[Routes] = []
+        path: Iterator[Array | None]
+        if course:
+            path = self._on_device(transformer, course, routes, every_step=callback is not None)
+        else:
+            predict = GuidedPrediction(transformer, model, told, conditions, *guidance, left_out)
+            routes, prediction = predict.routes, cast(Velocity, predict)
+            if edit and edit.repaint is not None:
+                prediction = Repainting(predict, edit.latents, noise, edit.repaint)
+            noise_at = partial(batch_noise, seeds, model.latent_shape)
+            path = walk(sampler, prediction, latents, schedule, noise_at)
         total = len(schedule.timesteps)
         with np.errstate(over="ignore", invalid="ignore"):  # the next line says it better
-            for step, latents in enumerate(path, start=1):
+            for step, found in enumerate(path, start=1):
+                if found is None:
+                    continue
+                latents = found
                 require_finite(latents, f"latents of step {step}", self._bundle, self._graphs.engine)
                 if callback:
                     require_wanted(callback, step, total, latents)
-        return Sample(latents, predict.routes)
+        return Sample(latents, routes)
+
+    def _on_device(
+        self, transformer: Session, course: Course, routes: list[Routes], every_step: bool
+    ) -> Iterator[Array | None]:
+        """The latents after each step, or None where they are left there: but for the last, unless `every_step`."""
+        assert self._bundle.step
+        loop = self._graphs.engine.start_loop(transformer, self._graphs.open(self._bundle.step), course)
+        for call in range(1, course.ends[-1] + 1):
+            loop.advance()
+            if (said := loop.routes()) is not None:
+                routes.append(said[-course.pictures :])
+            if call in course.ends:
+                wanted = every_step or call == course.ends[-1]
+                yield loop.latents()[-course.pictures :] if wanted else None
 
     @cached_property
     def _shift(self) -> float:

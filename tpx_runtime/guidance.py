@@ -24,6 +24,15 @@ def guide(negative: Array, prompt: Array, guidance: float, channels: int) -> Arr
     return np.concatenate([guided, prompt[:, channels:]], axis=1) if channels < prompt.shape[1] else guided
 
 
+def mixing(guidance: float, pictures: int) -> Array:
+    """`guide` as a matrix [rows, rows] over the rows of a call: `pictures` of them at guidance 1, else twice as many.
+
+    Each row takes its picture's guided sum, so that it is what the next call is shown.
+    """
+    one = np.eye(pictures, dtype=np.float32)
+    return one if guidance == 1 else np.tile(np.hstack([(1 - guidance) * one, guidance * one]), (2, 1))
+
+
 def is_guided(timestep: float, guidance: float, interval: tuple[float, float]) -> bool:
     """Whether a step has both branches; `interval` is of timestep / 1000: 1 is noise alone, 0 the picture, ends included."""
     low, high = interval

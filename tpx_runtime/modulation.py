@@ -7,6 +7,7 @@ so their rows are made together, in as few calls as memory allows.
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from .engine import Arrays, Session, output
 from .manifest import ModelSpec
@@ -41,17 +42,30 @@ class Conditions:
         steps = list(dict.fromkeys(timesteps))
         return steps == self._timesteps and np.array_equal(told[self._name], self._told[self._row])
 
+    @property
+    def distinct(self) -> int:
+        """How many rows of the batch are told something of their own."""
+        return len(self._told)
+
     def at(self, timestep: float) -> Array:
         """The conditions [B, K] of every row. Raises EngineFailed."""
+        return self._rows_at(timestep)[self._row]
+
+    def _rows_at(self, timestep: float) -> Array:
+        """[distinct rows, K]."""
         if timestep not in self._made:
             if timestep not in self._timesteps:
-                return self._make([timestep])[0][self._row]
+                return self._make([timestep])[0]
             at_once = max(1, TABLE_BYTES // (4 * self._width * len(self._told)))
             first = self._timesteps.index(timestep)
             some = self._timesteps[first : first + at_once]
             self._made = {}  # the last ones first, so that two lots are never held
             self._made = dict(zip(some, self._make(some), strict=True))
-        return self._made[timestep][self._row]
+        return self._made[timestep]
+
+    def table(self, timesteps: Sequence[float]) -> tuple[Array, npt.NDArray[np.int64]]:
+        """Those of several steps, [steps, distinct rows, K], and which of them each row of the batch has, [B]."""
+        return np.stack([self._rows_at(timestep) for timestep in timesteps]), self._row
 
     def _make(self, timesteps: Sequence[float]) -> Array:
         """[len(timesteps), distinct rows, K]."""

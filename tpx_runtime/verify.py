@@ -20,6 +20,7 @@ from .manifest import Tolerance
 LOSS = {
     "bf16": Tolerance(text_encoder=3e-2, conditions=0, transformer=3e-2, vae=3e-2, routing_agreement=0.95)
 }
+STEP_TOLERANCE = 1e-5  # it is float32 in every bundle
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,46 @@ def verify_bundle(bundle: Bundle, engine: Engine) -> list[PartReport]:
         outputs = engine.open(bundle.vae_encoder).run({"image": golden["image"]})
         error = relative_error(outputs.get("latents"), golden["encoder_latents"])
         reports.append(PartReport("vae_encoder", error, tolerance.vae))
-    return reports
+    return reports + (verify_step(bundle, engine) if engine.looping else [])
+
+
+def verify_step(bundle: Bundle, engine: Engine) -> list[PartReport]:
+    """The graph between two calls, if there is one, in `engine` on random numbers. Raises EngineFailed."""
+    if bundle.step is None:
+        return []
+    model, rng, (slots, rows, distinct) = bundle.manifest.model, np.random.default_rng(0), (3, 4, 2)
+    history, prediction, weights, mix, table = (
+        rng.standard_normal(shape, np.float32)
+        for shape in (
+            (slots, rows, *model.latent_shape),
+            (rows, *model.latent_shape),
+            (slots, slots),
+            (rows, rows),
+            (slots, distinct, model.conditions_width),
+        )
+    )
+    slot, told = 1, np.array([1, 0, 0, 1])
+    kept = np.concatenate([history[:slot], np.stack([prediction] * (slots - slot))])
+    summed = mix @ (weights[slot] @ kept.reshape(slots, -1)).reshape(rows, -1)
+    expected = {
+        "kept": kept,
+        "latents": summed.reshape(prediction.shape),
+        "conditions": table[slot][told],
+    }
+    found = engine.open(bundle.step).run(
+        {
+            "history": history,
+            "prediction": prediction,
+            "slot": np.array(slot),
+            "places": np.arange(slots).reshape(-1, 1, 1, 1, 1),
+            "weights": weights,
+            "mix": mix,
+            "table": table,
+            "told": told,
+        }
+    )
+    error = max(relative_error(found.get(name), array) for name, array in expected.items())
+    return [PartReport("scheduler step", error, STEP_TOLERANCE)]
 
 
 def verify_transformers(bundle: Bundle, engine: Engine, golden: Arrays) -> list[PartReport]:

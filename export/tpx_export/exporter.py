@@ -35,6 +35,7 @@ from tpx_export.quantise.quantiser import Int8Options, Quantiser, Tasks, complet
 from tpx_export.quantise.report import Report
 from tpx_export.quantise.verdict import Refused, verdict
 from tpx_export.routing import spellings
+from tpx_export.step import step
 from tpx_export.weights import WeightFile
 from tpx_runtime.bundle import (
     CONDITIONS,
@@ -42,6 +43,7 @@ from tpx_runtime.bundle import (
     MANIFEST,
     MODEL,
     SCHEDULER,
+    STEP,
     VAE_DECODER,
     VAE_ENCODER,
     VOCABULARY,
@@ -51,7 +53,14 @@ from tpx_runtime.bundle import (
 from tpx_runtime.engine import Spelling, resolve
 from tpx_runtime.errors import BadInput
 from tpx_runtime.samplers import Array
-from tpx_runtime.verify import PartReport, load_golden, require_ok, verify_bundle, verify_transformers
+from tpx_runtime.verify import (
+    PartReport,
+    load_golden,
+    require_ok,
+    verify_bundle,
+    verify_step,
+    verify_transformers,
+)
 
 Progress = Callable[[str, int, int], None]  # (what comes next, tasks done, tasks in all)
 
@@ -108,6 +117,8 @@ def export_bundle(
         (folder / GOLDEN).parent.mkdir()
         np.savez(folder / GOLDEN, **golden)  # type: ignore[arg-type]
         _write_json(folder / SCHEDULER, scheduler(pipeline))
+        if (between := step(pipeline.model)) is not None:
+            onnx.save_model(between, folder / STEP)
         with tasks("hashes"):
             bundle = Bundle(folder, manifest(pipeline, depths, precision, folder))
         (folder / MANIFEST).write_text(bundle.manifest.to_json(), encoding="utf-8")
@@ -242,6 +253,7 @@ def verify(bundle: Bundle) -> dict[str, list[PartReport]]:
     for spelling in get_args(Spelling):
         if spelling not in reports and transformer_name(deepest, spelling) in bundle.manifest.files:
             reports[spelling] = verify_transformers(bundle, replace(engine, spelling=spelling), golden)
+    reports[engine.spelling] += verify_step(bundle, engine)
     for spelling, parts in reports.items():
         require_ok(parts, f"{engine.name} ({spelling} spelling)")
     return reports

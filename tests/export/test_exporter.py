@@ -46,6 +46,7 @@ def test_every_graph_is_held_to_pytorch(tiny_export: tuple[Path, Summary]) -> No
         "transformer conditions",
         *depths,
         *vae,
+        "scheduler step",
     ]
     for spelling in reports.values():
         for report in spelling:

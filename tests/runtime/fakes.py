@@ -178,6 +178,7 @@ class FakeEngine:
 
     spelling: Spelling = "operator"
     precision: str | None = None
+    looping = loops = False
 
     def __init__(
         self,

@@ -42,6 +42,7 @@ def test_opens_what_was_exported(paper: Path) -> None:
     assert bundle.transformer(2, "plain") == paper / "transformer/depth-2.plain.onnx"
     assert bundle.conditions == paper / "transformer/conditions.onnx"
     assert bundle.schedule_shift == 3.0
+    assert bundle.step is None
     assert bundle.vae_encoder == paper / "vae_encoder/model.onnx"
     (encoder,) = bundle.manifest.text_encoders
     assert bundle.text_encoder(encoder) == paper / "text_encoder/model.onnx"

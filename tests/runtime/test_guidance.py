@@ -5,7 +5,7 @@ import pytest
 
 from tpx_runtime.engine import Arrays
 from tpx_runtime.errors import EngineFailed
-from tpx_runtime.guidance import GuidedPrediction, guide, reused
+from tpx_runtime.guidance import GuidedPrediction, guide, mixing, reused
 from tpx_runtime.manifest import ModelSpec
 from tpx_runtime.modulation import Conditions
 from tpx_runtime.samplers import Array
@@ -55,6 +55,14 @@ def test_both_branches_go_through_one_call_negative_first() -> None:
     away, towards = branch(NEGATIVE), branch(PROMPT)
     np.testing.assert_allclose(velocity, away + 3.0 * (towards - away), rtol=1e-5, atol=1e-6)
     assert velocity.dtype == np.float32
+
+
+def test_as_a_matrix_it_gives_each_row_its_picture_s_guided_sum() -> None:
+    rows = rng.standard_normal((4, *MODEL.latent_shape)).astype(np.float32)
+    found = np.tensordot(mixing(3.5, 2), rows, 1)
+    expected = guide(rows[:2], rows[2:], 3.5, MODEL.guided_channels)
+    np.testing.assert_allclose(found, np.concatenate([expected, expected]), rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(mixing(1.0, 3), np.eye(3, dtype=np.float32))
 
 
 def test_without_a_negative_branch_the_batch_is_single() -> None:

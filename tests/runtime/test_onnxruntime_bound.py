@@ -224,8 +224,10 @@ def test_a_picture_through_bound_buffers_is_the_same(
 @pytest.mark.gpu
 @pytest.mark.skipif(NO_GPU is not None, reason=str(NO_GPU))
 @pytest.mark.parametrize("graphs", ["1", "0"])
-def test_on_a_gpu(tiny_bundle: Path, graphs: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("loop", ["1", "0"])
+def test_on_a_gpu(tiny_bundle: Path, graphs: str, loop: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TPX_CUDA_GRAPHS", graphs)
+    monkeypatch.setenv("TPX_DEVICE_LOOP", loop)
     bundle, engine = Bundle.open(tiny_bundle), ENGINES["onnxruntime-cuda"]
     assert all(part.ok for part in verify_bundle(bundle, engine))
     drawn = Generator(bundle, engine)("a red cube", steps=3, num_images=3, batch_size=2)

@@ -1,13 +1,15 @@
 """Verification: golden outputs hold on real engines, and whatever is wrong is a part that is not ok."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
-from tpx_runtime.bundle import GOLDEN, Bundle
+from tpx_runtime.bundle import GOLDEN, STEP, Bundle
 from tpx_runtime.engine import Arrays, resolve
 from tpx_runtime.errors import BundleInvalid, EngineFailed
 from tpx_runtime.verify import (
@@ -17,6 +19,7 @@ from tpx_runtime.verify import (
     require_ok,
     routing_agreement,
     verify_bundle,
+    verify_step,
 )
 
 from .fakes import (
@@ -301,3 +304,41 @@ def test_the_error_names_the_first_wrong_part_and_counts_the_others() -> None:
     )
     with pytest.raises(EngineFailed, match=r"found vae_decoder with .* \(tolerance 1e-04\); use another"):
         require_ok([good, plain], "openvino")
+
+
+def test_the_step_between_two_calls_is_verified_where_an_engine_loops(tiny_bundle: Path) -> None:
+    bundle, engine = Bundle.open(tiny_bundle), resolve("onnxruntime")
+    assert "scheduler step" not in [report.part for report in verify_bundle(bundle, engine)]
+    report = verify_bundle(bundle, replace(engine, looping=True))[-1]
+    assert report.part == "scheduler step" and report.ok
+
+
+@pytest.mark.parametrize(
+    ("node", "other"), [("GreaterOrEqual", "Greater"), ("MatMul", "Add"), ("Where", None), ("Gather", None)]
+)
+def test_a_step_that_does_something_else_is_not_ok(
+    tiny_bundle: Path, tmp_path: Path, node: str, other: str | None
+) -> None:
+    """Another operator in the place of the last of that name, or its first two values given the other way round."""
+    root = shutil.copytree(tiny_bundle, tmp_path / "tiny")
+    graph = onnx.load(root / STEP)
+    changed = [one for one in graph.graph.node if one.op_type == node][-1]
+    if other:
+        changed.op_type = other
+    elif node == "Where":
+        changed.input[1], changed.input[2] = changed.input[2], changed.input[1]
+    else:
+        changed.input[0] = "conditions_before"
+        turned = onnx.helper.make_node("Neg", ["ahead"], ["conditions_before"])
+        graph.graph.node.insert(len(graph.graph.node) - 1, turned)
+    onnx.save_model(graph, root / STEP)
+    engine, bundle = resolve("onnxruntime"), seal(root)
+    try:
+        (report,) = verify_step(bundle, engine)
+    except EngineFailed:
+        return  # it does not even run
+    assert not report.ok
+
+
+def test_a_bundle_without_a_step_has_none_to_verify(paper: Path) -> None:
+    assert verify_step(Bundle.open(paper), FakeEngine()) == []  # type: ignore[arg-type]

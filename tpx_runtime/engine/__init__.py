@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import numpy as np
 import numpy.typing as npt
 
 from ..errors import BadInput, EngineFailed, EngineUnavailable, shorten
+from .gpu import loop_wanted
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -25,14 +27,53 @@ class Session(Protocol):
         """Every output of the graph by name. Raises EngineFailed."""
 
 
+@dataclass(frozen=True)
+class Course:
+    """A denoising loop, all told ahead: N calls on the rows of so many `pictures`, a negative branch's first.
+
+    `context` is what the transformer is told beside latents and conditions, `tables` what a step's graph is given once
+    (docs/bundle.md), and `ends` the number of calls after each of the sampler's steps.
+    """
+
+    pictures: int
+    latents: npt.NDArray[np.float32]  # [rows, C, H, W], of the first call
+    context: Arrays
+    tables: Arrays
+    ends: list[int]
+    prediction: str  # the transformer's output
+
+    @property
+    def inputs(self) -> Arrays:
+        """Of the first call."""
+        conditions = self.tables["table"][0][self.tables["told"]]
+        return {"latents": self.latents, "conditions": conditions, **self.context}
+
+
+class Loop(Protocol):
+    """A loop that is at the start of its course, on a device; each call of `advance` is one of the transformer."""
+
+    def advance(self) -> None:
+        """Raises EngineFailed."""
+
+    def latents(self) -> npt.NDArray[np.float32]:
+        """As the next call is shown them, [rows, C, H, W]."""
+
+    def routes(self) -> npt.NDArray[np.int64] | None:
+        """Of the latest call, [rows, S, N]; None where the model does not think."""
+
+
 def output(outputs: Arrays, name: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
     """The output `name` of a session, whose shape must be `shape`. Raises EngineFailed."""
-    found = outputs[name].shape if name in outputs else "none"
+    require_output(name, shape, outputs[name].shape if name in outputs else None)
+    return outputs[name]
+
+
+def require_output(name: str, shape: tuple[int, ...], found: tuple[int, ...] | None) -> None:
+    """Raises EngineFailed for an output that is not there (None) or of another shape."""
     if found != shape:
         raise EngineFailed(
-            f"expected an output {name} of shape {shape}, found {found}; export the bundle again"
+            f"expected an output {name} of shape {shape}, found {found or 'none'}; export the bundle again"
         )
-    return outputs[name]
 
 
 def one_line(error: BaseException) -> str:
@@ -75,6 +116,7 @@ class Engine:
     device: Literal["cpu", "gpu"] = "cpu"
     # Whether tpx-build has work for it: to spare processes that draw the compiling, or to make the only thing that it runs.
     built: Literal["never", "ahead", "only"] = "never"
+    looping: bool = False  # whether `module` has `start_loop(transformer, step, course) -> Loop`
 
     def problem(self) -> str | None:
         """Why this engine cannot run here, on one line; None if it can."""
@@ -97,6 +139,16 @@ class Engine:
         session: Session = self._module().open_session(self.name, path)
         return session
 
+    @property
+    def loops(self) -> bool:
+        """Whether it is to keep a loop's latents on the device, where it can."""
+        return self.looping and loop_wanted()
+
+    def start_loop(self, transformer: Session, step: Session, course: Course) -> Loop:
+        """The loop of two sessions of this engine. Raises EngineFailed."""
+        loop: Loop = self._module().start_loop(transformer, step, course)
+        return loop
+
     def _module(self) -> Any:
         return importlib.import_module(f".{self.module}", __name__)
 
@@ -112,6 +164,7 @@ ENGINES = {
             module="onnxruntime",
             spelling="fused",
             device="gpu",
+            looping=True,
         ),
         Engine("onnxruntime", package="onnxruntime", extra="cpu", module="onnxruntime", spelling="plain"),
         Engine(

@@ -8,10 +8,11 @@ from pathlib import Path
 import onnxruntime as ort
 
 from ..errors import EngineUnavailable
-from . import Arrays, Session, failing
+from . import Arrays, Course, Session, failing
 from .cuda import Driver
 from .gpu import graphs_wanted
 from .onnxruntime_bound import FATAL_ONLY, BoundSession
+from .onnxruntime_loop import DeviceLoop
 
 PROVIDERS = {"onnxruntime": "CPUExecutionProvider", "onnxruntime-cuda": "CUDAExecutionProvider"}
 
@@ -49,6 +50,12 @@ def open_session(engine_name: str, path: Path) -> Session:
         return _open_on_gpu(path)
     with failing(path, "onnxruntime", "load"):
         return OrtSession(_load(path, PROVIDERS[engine_name], {}), path)
+
+
+def start_loop(transformer: Session, step: Session, course: Course) -> DeviceLoop:
+    """The loop of two sessions of onnxruntime-cuda, at its start. Raises EngineFailed."""
+    assert isinstance(transformer, BoundSession) and isinstance(step, BoundSession)
+    return DeviceLoop(transformer, step, course)
 
 
 def _load(path: Path, provider: str, told: dict[str, str]) -> ort.InferenceSession:

@@ -7,6 +7,8 @@ uploaded again, and with `graphs` ONNX Runtime captures all launches of such a c
 (its CUDA provider's `enable_cuda_graph`, with a `gpu_graph_id` for each set of shapes).
 """
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,8 @@ MOST_KEPT = 4  # sets of shapes; the one that has waited longest goes first
 FATAL_ONLY = 4  # of what is logged: an error is raised, and said in one line
 _GRAPH, _NO_GRAPH = "gpu_graph_id", "-1"
 
-Kinds = tuple[tuple[str, tuple[int, ...], str], ...]  # name, shape and type of each input
+Values = Mapping[str, ort.OrtValue]  # memory on the device, by the name of an input or an output
+Kinds = tuple[tuple[object, ...], ...]  # name, shape and type of each input, and which memory is another's
 
 
 class BoundSession:
@@ -33,22 +36,32 @@ class BoundSession:
 
     def run(self, inputs: Arrays) -> Arrays:
         """Every output of the graph by name. Raises EngineFailed."""
+        with self.running():
+            buffers = self.buffers(inputs)
+            buffers.upload(inputs)
+            buffers.launch()
+            return {name: np.array(value.numpy()) for name, value in buffers.outputs.items()}
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Raises EngineFailed, after which no buffers are kept: nothing is known of what they hold."""
         with failing(self._path, "onnxruntime", "run"):
             try:
-                buffers = self._take(inputs)
-                buffers.upload(inputs)
-                self._session.run_with_iobinding(buffers.binding, buffers.options)
-                return buffers.download()
+                yield
             except BaseException:
-                self._release(len(self._bound))  # nothing is known of what they hold
+                self._release(len(self._bound))
                 raise
 
-    def _take(self, inputs: Arrays) -> "Buffers":
-        kinds = tuple(sorted((name, array.shape, array.dtype.name) for name, array in inputs.items()))
+    def buffers(self, inputs: Arrays, shared: Values | None = None) -> "Buffers":
+        """The buffers for inputs of such shapes; those that `shared` names, outputs too, are the memory given there."""
+        shared = shared or {}
+        kinds: Kinds = tuple(sorted((name, array.shape, array.dtype.name) for name, array in inputs.items()))
+        kinds += tuple((name, id(value)) for name, value in shared.items())  # which the buffers keep alive
         buffers = self._bound.pop(kinds, None)
         if buffers is None:
             self._release(len(self._bound) + 1 - MOST_KEPT)
-            buffers = Buffers(self._session, self._device, str(self._made) if self._graphs else None)
+            graph = str(self._made) if self._graphs else None
+            buffers = Buffers(self._session, self._device, graph, shared)
             self._made += 1
         self._bound[kinds] = buffers
         return buffers
@@ -62,44 +75,63 @@ class BoundSession:
 
 
 class Buffers:
-    """Memory on the device for inputs and outputs of one set of shapes; `graph` names the CUDA graph that runs in it."""
+    """Memory on the device for inputs and outputs of one set of shapes; `graph` names the CUDA graph that runs in it.
 
-    def __init__(self, session: ort.InferenceSession, device: str, graph: str | None) -> None:
-        self.binding, self.graph, self._device = session.io_binding(), graph, device
-        self.options = _options(None if graph is None else _NO_GRAPH)
-        self._names = [output.name for output in session.get_outputs()]
-        self._inputs: dict[str, Any] = {}
+    `inputs` has what was uploaded so far, and `outputs` what the first launch made; `shared` is bound to another's memory.
+    """
+
+    def __init__(self, session: ort.InferenceSession, device: str, graph: str | None, shared: Values) -> None:
+        self.binding, self.graph = session.io_binding(), graph
+        self.inputs: dict[str, ort.OrtValue] = {}
+        self.outputs: dict[str, ort.OrtValue] = {}
+        self._session, self._device, self._shared = session, device, shared
+        self._options = _options(None if graph is None else _NO_GRAPH)
         # By input the array that was given, and its numbers then.
         self._held: dict[str, tuple[object, npt.NDArray[Any]]] = {}
-        self._outputs: list[Any] = []
-        for name in self._names:  # the first call finds out how large they are
-            self.binding.bind_output(name, device)
+        self._names = [output.name for output in session.get_outputs()]
+        for name in self._names:
+            if name in shared:
+                self.binding.bind_ortvalue_output(name, shared[name])
+            else:
+                self.binding.bind_output(name, device)  # the first launch finds out how large it is
+        for given in session.get_inputs():
+            if given.name in shared:
+                self.binding.bind_ortvalue_input(given.name, shared[given.name])
 
     def upload(self, inputs: Arrays) -> None:
         """Write the inputs that are not there yet: another array, or the same with other numbers."""
         for name, given in inputs.items():
-            array = np.ascontiguousarray(given)
+            array = np.asarray(given, order="C")
             held = self._held.get(name)
             if held and held[0] is given and np.array_equal(held[1], array):
                 continue
-            self._held.pop(name, None)
-            if name not in self._inputs:
+            self.forget(name)
+            if name not in self.inputs:
                 # Not made from the array: on the CPU that would be the caller's own memory.
-                self._inputs[name] = ort.OrtValue.ortvalue_from_shape_and_type(
+                self.inputs[name] = ort.OrtValue.ortvalue_from_shape_and_type(
                     array.shape, array.dtype, self._device
                 )
-                self.binding.bind_ortvalue_input(name, self._inputs[name])
-            self._inputs[name].update_inplace(array)
+                self.binding.bind_ortvalue_input(name, self.inputs[name])
+            self.inputs[name].update_inplace(array)
             self._held[name] = (given, array.copy())
 
-    def download(self) -> Arrays:
-        """The outputs of the call; from then on they are written to where they are now."""
-        if not self._outputs:
-            self._outputs = self.binding.get_outputs()
-            for name, value in zip(self._names, self._outputs, strict=True):
+    def forget(self, *names: str) -> None:
+        """Something else writes to these inputs: they are to be uploaded whenever they are given."""
+        for name in names:
+            self._held.pop(name, None)
+
+    def overwrite(self, name: str, with_output: str) -> None:
+        """Let an output be written over the input `name`, which has been uploaded and is its equal in shape."""
+        self.binding.bind_ortvalue_output(with_output, self.inputs[name])
+
+    def launch(self) -> None:
+        """Run the graph. Outputs are written to where the first launch left them."""
+        self._session.run_with_iobinding(self.binding, self._options)
+        if not self.outputs:
+            self.outputs = dict(zip(self._names, self.binding.get_outputs(), strict=True))
+            for name, value in self.outputs.items():
                 self.binding.bind_ortvalue_output(name, value)
-            self.options = _options(self.graph)
-        return {name: np.array(value.numpy()) for name, value in zip(self._names, self._outputs, strict=True)}
+            self._options = _options(self.graph)
 
 
 def _options(graph: str | None) -> ort.RunOptions | None:

@@ -52,6 +52,8 @@ class _Pair:
 class PairedEngine:
     """An engine to the runtime's eyes: it opens the graphs of `fp32`, the transformers beside those of `int8`."""
 
+    loops = False  # each call passes by the host, which compares
+
     def __init__(self, engine: Engine, fp32: Bundle, int8: Bundle, tally: Tally) -> None:
         self.name, self.spelling, self.precision = engine.name, engine.spelling, engine.precision
         self._engine, self._fp32, self._int8, self._tally = engine, fp32, int8, tally

@@ -1,0 +1,96 @@
+"""What a denoising loop costs on a GPU whose latents stay there (TPX_DEVICE_LOOP=1), beside one whose latents come and go.
+
+    python -m benchmarks.device_loop bundles/shapes [--batch 1,4,16] [--steps 20] [--rounds 20]
+
+Both draw the same pictures' latents, taking turns; the table gives medians, and the greatest difference between the two.
+"""
+
+import os
+import statistics
+import time
+from dataclasses import dataclass
+
+import click
+import numpy as np
+
+from tpx_runtime.bundle import Bundle
+from tpx_runtime.engine import ENGINES
+from tpx_runtime.engine.gpu import LOOP_VARIABLE, gpu_here
+from tpx_runtime.errors import TpxError
+from tpx_runtime.generator import Generator
+from tpx_runtime.samplers import Array
+
+
+@dataclass(frozen=True)
+class Row:
+    """Milliseconds a step of `batch` pictures, by the way that latents take, and how far apart the latents end."""
+
+    batch: int
+    host_ms: float
+    device_ms: float
+    difference: float
+
+
+def measure(generator: Generator, prompt: str | None, batch: int, steps: int, rounds: int) -> Row:
+    """`prompt` is None for a model of classes, of which the first is drawn."""
+    jobs = generator.plan(prompt, class_id=None if prompt else 0, steps=steps, num_images=batch)
+    latents: dict[str, Array] = {}
+    times: dict[str, list[float]] = {"0": [], "1": []}
+    for turn in range(rounds + 2):  # the first finds buffers and the second captures graphs
+        for loop, seconds in times.items():
+            os.environ[LOOP_VARIABLE] = loop
+            begin = time.perf_counter()
+            latents[loop] = generator.generate_latents(jobs).latents
+            if turn >= 2:
+                seconds.append(time.perf_counter() - begin)
+    host, device = (1e3 * statistics.median(seconds) / steps for seconds in times.values())
+    return Row(batch, host, device, float(np.abs(latents["0"] - latents["1"]).max()))
+
+
+def table(rows: list[Row]) -> str:
+    lines = [
+        "| pictures | ms a step, by the host | on the device | gain | greatest difference |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        gain = row.host_ms / row.device_ms
+        lines.append(
+            f"| {row.batch} | {row.host_ms:.3f} | {row.device_ms:.3f} | {gain:.2f} | {row.difference:.1e} |"
+        )
+    return "\n".join(lines)
+
+
+@click.command()
+@click.argument("bundle")
+@click.option(
+    "--prompt",
+    default="a red cube on a blue sphere",
+    show_default=True,
+    help="A model of classes ignores it.",
+)
+@click.option("--batch", default="1,4,16", show_default=True, help="Pictures drawn at once.")
+@click.option("--steps", type=click.IntRange(1), default=20, show_default=True)
+@click.option("--rounds", type=click.IntRange(1), default=20, show_default=True)
+def main(bundle: str, prompt: str, batch: str, steps: int, rounds: int) -> None:
+    """Print the table for BUNDLE."""
+    engine, gpu = ENGINES["onnxruntime-cuda"], gpu_here()
+    if problem := engine.problem():
+        raise click.ClickException(problem)
+    try:
+        generator = Generator(Bundle.open(bundle), engine)
+        if generator.bundle.step is None:
+            raise click.ClickException(
+                f"expected scheduler/step.onnx in {bundle}, found none; export it again"
+            )
+        said = None if generator.classes else prompt
+        rows = [measure(generator, said, int(one), steps, rounds) for one in batch.split(",")]
+    except TpxError as error:
+        raise click.ClickException(str(error)) from None
+    print(
+        f"{gpu.name if gpu else 'no GPU'}: {generator.manifest.name}, {generator.manifest.precision}, {steps} steps\n"
+    )
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""What a device is told of a loop ahead, and which loops it is not given."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from tpx_runtime import course
+from tpx_runtime.course import course_of
+from tpx_runtime.engine import Course
+from tpx_runtime.manifest import ModelSpec
+from tpx_runtime.modulation import Conditions
+from tpx_runtime.registry import SAMPLERS_FOR
+from tpx_runtime.settings import Settings
+
+from .fakes import CLASSES, MODEL, FakeSession, conditions
+
+rng = np.random.default_rng(4)
+LATENTS = rng.standard_normal((2, *MODEL.latent_shape)).astype(np.float32)
+TOLD = {
+    "context": rng.standard_normal((4, MODEL.context_tokens, MODEL.context_width)).astype(np.float32),
+    "pooled": rng.standard_normal((2, MODEL.pooled_width)).astype(np.float32)[[0, 0, 1, 1]],
+}
+JOB = Settings(
+    prompt="a red cube", negative_prompt="", seed=0, steps=4, guidance=3.0, sampler="euler", depth=2
+)
+
+
+def plan(job: Settings, model: ModelSpec = MODEL) -> tuple[Course | None, Conditions]:
+    sampler = SAMPLERS_FOR[model.prediction][job.sampler]
+    schedule = sampler.schedule(job.steps, 3.0)
+    rows = slice(2, None) if job.guidance == 1 else slice(None)
+    told = {"class_id": np.array([7, 7, 1, 1])} if model.classes else TOLD
+    told = {name: array[rows] for name, array in told.items()}
+    table = Conditions(
+        lambda: FakeSession("conditions", conditions(model), []), model, told, schedule.timesteps
+    )
+    return course_of(job, sampler, schedule, LATENTS, told, table, model), table
+
+
+def test_a_guided_course_has_both_branches_and_each_call_s_conditions() -> None:
+    found, table = plan(JOB)
+    assert found is not None
+    np.testing.assert_array_equal(found.latents, np.concatenate([LATENTS, LATENTS]))
+    assert (found.pictures, found.ends, found.prediction) == (2, [1, 2, 3, 4], "velocity")
+    assert set(found.context) == {"context"}
+    made, told = found.tables["table"], found.tables["told"]
+    assert made.shape == (5, 2, MODEL.conditions_width)
+    schedule = SAMPLERS_FOR["velocity"]["euler"].schedule(4, 3.0)
+    for call, timestep in enumerate(schedule.timesteps):
+        np.testing.assert_array_equal(made[call][told], table.at(timestep))
+    assert set(found.inputs) == {"latents", "conditions", "context"}
+    np.testing.assert_array_equal(found.inputs["conditions"], table.at(schedule.timesteps[0]))
+
+
+def test_without_guidance_rows_are_pictures() -> None:
+    found, _ = plan(replace(JOB, guidance=1.0))
+    assert found is not None
+    np.testing.assert_array_equal(found.latents, LATENTS)
+    np.testing.assert_array_equal(found.tables["mix"], np.eye(2))
+
+
+@pytest.mark.parametrize("calls", [{"guidance_interval": (0.0, 0.9)}, {"guidance_every": 2}])
+def test_calls_that_differ_in_their_branches_are_the_host_s(calls: dict[str, object]) -> None:
+    assert plan(replace(JOB, **calls))[0] is None  # type: ignore[arg-type]
+    assert plan(replace(JOB, guidance_interval=(0.0, 1.0), guidance_every=1))[0] is not None
+
+
+def test_noise_on_the_way_is_the_host_s() -> None:
+    assert plan(replace(JOB, sampler="ddpm"), CLASSES.model)[0] is None
+    assert plan(replace(JOB, sampler="ddim"), CLASSES.model)[0] is not None
+
+
+def test_what_is_too_large_for_a_device_is_the_host_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five slots of four rows of latents, and of two of conditions, in four bytes each."""
+    size = 4 * 5 * (4 * LATENTS[0].size + 2 * MODEL.conditions_width)
+    monkeypatch.setattr(course, "MOST_BYTES", size)
+    assert plan(JOB)[0] is not None
+    monkeypatch.setattr(course, "MOST_BYTES", size - 1)
+    found, table = plan(JOB)
+    assert found is None and not table._made  # nothing was worked out for it

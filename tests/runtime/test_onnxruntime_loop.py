@@ -1,0 +1,234 @@
+"""Loops whose latents stay on the device, run on the CPU's memory in the place of a GPU's."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from PIL import Image
+
+from benchmarks import device_loop
+from tpx_runtime.bundle import STEP, Bundle
+from tpx_runtime.engine import ENGINES
+from tpx_runtime.engine import onnxruntime as engine_module
+from tpx_runtime.engine.onnxruntime_bound import MOST_KEPT, BoundSession
+from tpx_runtime.errors import Cancelled, EngineFailed
+from tpx_runtime.generator import Generator
+from tpx_runtime.samplers import Array
+
+PROMPT = "a red cube"
+
+
+class Released(ort.InferenceSession):
+    """Without CUDA there is no graph to release."""
+
+    def release_captured_graph(self, graph: int) -> None:
+        pass
+
+
+@pytest.fixture(autouse=True)
+def on_bound_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def opened(engine_name: str, path: Path) -> BoundSession:
+        return BoundSession(Released(str(path), providers=["CPUExecutionProvider"]), path, "cpu", graphs=True)
+
+    monkeypatch.setattr(engine_module, "open_session", opened)
+
+
+@pytest.fixture
+def loops(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """The courses of loops that were started."""
+    started: list[object] = []
+    start = engine_module.start_loop
+
+    def watched(transformer: Any, step: Any, course: Any) -> Any:
+        started.append(course)
+        return start(transformer, step, course)
+
+    monkeypatch.setattr(engine_module, "start_loop", watched)
+    monkeypatch.setenv("TPX_DEVICE_LOOP", "1")
+    return started
+
+
+def generator(bundle: Path, keep: bool = True) -> Generator:
+    return Generator(Bundle.open(bundle), replace(ENGINES["onnxruntime"], looping=True), keep=keep)
+
+
+def same(found: Generator, expected: Generator, prompt: str = PROMPT, **settings: Any) -> None:
+    """Both draw the same latents up to rounding, by the same routes."""
+    jobs = found.plan(prompt, **settings)
+    one, other = found.generate_latents(jobs), expected.generate_latents(jobs)
+    np.testing.assert_allclose(one.latents, other.latents, rtol=1e-4, atol=1e-4)
+    assert len(one.routes) == len(other.routes) > 0
+    for a, b in zip(one.routes, other.routes, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp2m", "unipc"])
+def test_latents_and_routes_are_those_of_the_host_s_loop(
+    tiny_bundle: Path, loops: list[object], sampler: str
+) -> None:
+    looping, host = generator(tiny_bundle), Generator.load(tiny_bundle, "onnxruntime")
+    for number, settings in enumerate(
+        ({"steps": 1}, {"steps": 4}, {"guidance": 1.0, "steps": 3}, {"num_images": 3, "depth": 1}), start=1
+    ):
+        same(looping, host, sampler=sampler, **settings)
+        assert len(loops) == number
+
+
+def test_nothing_but_the_number_of_the_call_goes_up_on_the_way(
+    tiny_bundle: Path, loops: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uploads: list[tuple[int, ...]] = []
+    downloads: list[list[int]] = []
+    update, fetch = ort.OrtValue.update_inplace, ort.OrtValue.numpy
+
+    def up(self: ort.OrtValue, array: np.ndarray) -> None:
+        uploads.append(array.shape)
+        update(self, array)
+
+    def down(self: ort.OrtValue) -> np.ndarray:
+        downloads.append(self.shape())
+        fetched: np.ndarray = fetch(self)
+        return fetched
+
+    drawing = generator(tiny_bundle)
+    jobs = drawing.plan(PROMPT, steps=5)
+    drawing.generate_latents(jobs)
+    monkeypatch.setattr(ort.OrtValue, "update_inplace", up)
+    monkeypatch.setattr(ort.OrtValue, "numpy", down)
+    sample = drawing.generate_latents(jobs)
+    latents = (2, *sample.latents.shape[1:])
+    assert uploads.count(()) == 6 and uploads[-5:] == [()] * 5
+    assert uploads.count(latents) == 1
+    routes = [2, *sample.routes[0].shape[1:]]
+    assert downloads == [routes] * 5 + [list(latents)]  # the latents once, at the end
+
+
+def test_a_callback_is_shown_the_latents_of_each_step_and_may_stop(
+    tiny_bundle: Path, loops: list[object]
+) -> None:
+    looping, host = generator(tiny_bundle), Generator.load(tiny_bundle, "onnxruntime")
+    seen: list[tuple[int, int, Array]] = []
+    expected: list[tuple[int, int, Array]] = []
+    for drawing, told in ((looping, seen), (host, expected)):
+        drawing.generate_latents(
+            drawing.plan(PROMPT, sampler="heun", steps=3), lambda *args, told=told: told.append(args)
+        )
+    assert len(loops) == 1 and [one[:2] for one in seen] == [(1, 3), (2, 3), (3, 3)]
+    for one, other in zip(seen, expected, strict=True):
+        np.testing.assert_allclose(one[2], other[2], rtol=1e-4, atol=1e-4)
+    with pytest.raises(Cancelled, match="cancelled at step 2 of 3"):
+        looping.generate_latents(looping.plan(PROMPT, steps=3), lambda step, total, latents: step < 2)
+    same(looping, host, steps=3)
+
+
+def test_sizes_and_steps_take_turns(tiny_bundle: Path, loops: list[object]) -> None:
+    """More of them than there are buffers kept, and the first ones again."""
+    looping, host = generator(tiny_bundle), Generator.load(tiny_bundle, "onnxruntime")
+    for steps, images in [(2, 1), (3, 1), (2, 2), *((2, 3 + more) for more in range(MOST_KEPT)), (2, 1)]:
+        same(looping, host, steps=steps, num_images=images)
+    same(looping, host, steps=2, guidance_every=2)  # on the host, in the buffers of the loop
+
+
+def test_what_is_not_finite_is_an_error_and_leaves_nothing_behind(
+    tiny_bundle: Path, loops: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looping, host = generator(tiny_bundle), Generator.load(tiny_bundle, "onnxruntime")
+    same(looping, host, steps=3)
+    shape = looping.manifest.model.latent_shape
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            "tpx_runtime.denoising.batch_noise", lambda seeds, _: np.full((1, *shape), np.nan, np.float32)
+        )
+        with pytest.raises(EngineFailed, match="expected finite numbers in the latents of step 3, found NaN"):
+            looping.generate_latents(looping.plan(PROMPT, steps=3))
+    same(looping, host, steps=3)
+
+
+def test_other_prompts_guidance_and_seeds_take_turns_in_the_same_buffers(
+    tiny_bundle: Path, loops: list[object]
+) -> None:
+    looping, host = generator(tiny_bundle), Generator.load(tiny_bundle, "onnxruntime")
+    for prompt, settings in (
+        (PROMPT, {}),
+        ("two green cubes", {}),
+        ("two green cubes", {"guidance": 5.0}),
+        ("two green cubes", {"seed": 4}),
+        (PROMPT, {"sampler": "dpmpp2m"}),
+    ):
+        same(looping, host, prompt, steps=3, **settings)
+    assert len(loops) == 5
+
+
+def test_graphs_are_let_go_where_nothing_is_to_be_kept(tiny_bundle: Path, loops: list[object]) -> None:
+    same(generator(tiny_bundle, keep=False), Generator.load(tiny_bundle, "onnxruntime"), steps=2)
+    assert len(loops) == 1
+
+
+def test_a_mask_takes_the_loop_to_the_host_and_a_picture_does_not(
+    tiny_bundle: Path, loops: list[object]
+) -> None:
+    drawing, host = generator(tiny_bundle), Generator.load(tiny_bundle, "onnxruntime")
+    height, width = drawing.manifest.model.image_size_px
+    picture = Image.effect_noise((width, height), 60).convert("RGB")
+    mask = Image.new("L", picture.size, "black")
+    mask.paste("white", (0, 0, width // 2, height))
+    drawing(PROMPT, image=picture, mask=mask, steps=4)
+    assert loops == []
+    jobs = drawing.plan(PROMPT, steps=4, strength=0.5)
+    found = drawing.generate_latents(jobs, edit=drawing.edit(picture)).latents
+    expected = host.generate_latents(jobs, edit=host.edit(picture)).latents
+    assert len(loops) == 1
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_it_is_asked_for_and_needs_a_bundle_that_has_the_step(
+    tiny_bundle: Path, loops: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert ENGINES["onnxruntime-cuda"].loops and not ENGINES["onnxruntime"].loops
+    older = generator(tiny_bundle)
+    monkeypatch.setattr(type(older.bundle), "step", None)
+    older(PROMPT, steps=2)
+    for said in ("0", ""):
+        monkeypatch.setenv("TPX_DEVICE_LOOP", said)
+        assert not ENGINES["onnxruntime-cuda"].loops
+        generator(tiny_bundle)(PROMPT, steps=2)
+    assert loops == []
+
+
+def test_a_transformer_that_says_something_else_is_one_line(tiny_bundle: Path, loops: list[object]) -> None:
+    drawing = generator(tiny_bundle)
+    drawing.generate_latents(drawing.plan(PROMPT, steps=2))
+    (course,) = loops
+    wrong = replace(course, prediction="speed")  # type: ignore[type-var]
+    sessions = [
+        drawing._graphs.open(path) for path in (drawing.bundle.transformer(3, "plain"), drawing.bundle.step)
+    ]
+    with pytest.raises(
+        EngineFailed, match=r"expected an output speed of shape \(2, .*\), found none; export"
+    ):
+        engine_module.start_loop(*sessions, wrong)  # type: ignore[arg-type]
+
+
+def test_the_graph_of_a_step_has_no_shape_that_a_cuda_graph_cannot_hold(tiny_bundle: Path) -> None:
+    """All that its nodes read is on the device, but for shapes that are constants."""
+    graph = onnx.load(tiny_bundle / STEP).graph
+    assert {node.op_type for node in graph.node} == {
+        "GreaterOrEqual",
+        "Where",
+        "Reshape",
+        "Gather",
+        "MatMul",
+    }
+    constants = {tensor.name for tensor in graph.initializer}
+    assert all(node.input[1] in constants for node in graph.node if node.op_type == "Reshape")
+
+
+def test_the_benchmark_draws_the_same_both_ways(tiny_bundle: Path, loops: list[object]) -> None:
+    row = device_loop.measure(generator(tiny_bundle), PROMPT, batch=2, steps=3, rounds=2)
+    assert len(loops) == 4 and row.batch == 2
+    assert 0 < row.difference < 1e-4 and row.host_ms > 0 and row.device_ms > 0
+    assert device_loop.table([row]).splitlines()[2].startswith("| 2 | ")
