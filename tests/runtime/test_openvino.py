@@ -76,16 +76,47 @@ def same(session: Session, rows: int, copy: Path) -> None:
         np.testing.assert_allclose(found[name], array, rtol=1e-4, atol=1e-5)
 
 
+def flipped(file: Path) -> bytes:
+    """What is in it, with some of the weights changed."""
+    content = bytearray(file.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 4000 : 4] = bytes(0x3E for _ in range(1000))
+    return bytes(content)
+
+
 class TestCache:
     """OpenVINO's own, of the graph for any shapes."""
 
     def test_a_damaged_file_is_made_anew(self, copy: Path) -> None:
         resolve("openvino").open(copy / GRAPH)
-        [blob] = folder(copy).glob("any.*/*")
+        [blob] = folder(copy).glob("any.*/*.blob")
         blob.chmod(0o600)
-        blob.write_bytes(b"damaged")
-        resolve("openvino").open(copy / GRAPH).run(ids(2))
-        assert blob.stat().st_size > 1000
+        for damaged in (b"damaged", blob.read_bytes()[:-1000], flipped(blob)):
+            blob.write_bytes(damaged)
+            same(resolve("openvino").open(copy / GRAPH), 2, copy)
+            assert blob.stat().st_size > 10_000 and blob.read_bytes() != damaged
+            before = blob.stat().st_mtime_ns
+            same(resolve("openvino").open(copy / GRAPH), 2, copy)
+            assert blob.stat().st_mtime_ns == before  # it is known again
+            blob.chmod(0o600)
+
+    def test_it_lies_where_the_variable_says(
+        self, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As beside a bundle in a folder that cannot be written into."""
+        monkeypatch.setenv("TPX_ENGINES", str(tmp_path / "else where"))
+        resolve("openvino").open(copy / GRAPH)
+        assert len(list((tmp_path / "else where/openvino").glob("*/any.*/*.blob"))) == 1
+        assert not folder(copy).exists()
+
+    def test_one_of_which_nothing_is_known_is_made_anew(self, copy: Path) -> None:
+        resolve("openvino").open(copy / GRAPH)
+        [check] = folder(copy).glob("any.*/*.crc32")
+        check.unlink()
+        blob = check.with_suffix("")
+        before = blob.stat().st_mtime_ns
+        resolve("openvino").open(copy / GRAPH)
+        assert blob.stat().st_mtime_ns != before and check.exists()
 
     @pytest.mark.parametrize("ahead", [True, False])
     @pytest.mark.parametrize("times", ["new", "the same"])
@@ -160,13 +191,15 @@ class TestExactShapes:
         same(session, 1, copy)
         assert compiled == ["any"]
 
-    @pytest.mark.parametrize("content", [b"", b"damaged", None])
-    def test_a_damaged_file_is_passed_over(
-        self, content: bytes | None, copy: Path, compiled: list[object]
-    ) -> None:
+    @pytest.mark.parametrize("damage", ["empty", "text", "cut", "flipped", "unknown"])
+    def test_a_damaged_file_is_passed_over(self, damage: str, copy: Path, compiled: list[object]) -> None:
         file = build(copy, 2)
         compiled.clear()
-        file.write_bytes(file.read_bytes()[:-1000] if content is None else content)
+        if damage == "unknown":
+            file.with_name(f"{file.name}.crc32").unlink()
+        else:
+            damaged = {"empty": b"", "text": b"damaged", "cut": file.read_bytes()[:-1000]}
+            file.write_bytes(damaged.get(damage) or flipped(file))
         same(resolve("openvino").open(copy / GRAPH), 2, copy)
         assert compiled == ["any"]
 
@@ -181,7 +214,7 @@ class TestExactShapes:
         assert compiled == ["any"]
         again = build(copy, 2)
         assert again != stale
-        assert list(folder(copy).glob("*.exact")) == [again]
+        assert sorted(folder(copy).glob("*.exact*")) == [again, again.with_name(f"{again.name}.crc32")]
 
     def test_a_built_one_does_not_hide_wrong_inputs(self, copy: Path) -> None:
         build(copy, 2)

@@ -22,6 +22,7 @@ from typing import Any, BinaryIO
 
 from ..errors import shorten
 
+ENGINES_VARIABLE = "TPX_ENGINES"
 MAGIC, VERSION = b"TPXENGIN", 2
 PREFIX = struct.Struct("<8sII")
 _LONGEST_HEADER_BYTES = 65536
@@ -88,7 +89,9 @@ def graph_name(path: Path) -> str:
 
 
 def default_folder(bundle: Path) -> Path:
-    """`<bundle>.engines`, next to the bundle."""
+    """Of all that is compiled of a bundle: $TPX_ENGINES, else `<bundle>.engines`, next to it."""
+    if named := os.environ.get(ENGINES_VARIABLE):
+        return Path(named)
     root = bundle.resolve()
     return root.with_name(f"{root.name}.engines")
 

@@ -95,7 +95,10 @@ def compile_any(path: Path, config: dict[str, str], store: Store) -> openvino.Co
     """The graph at `path` for any shapes, from OpenVINO's cache if it is there. Raises EngineFailed."""
     where = {"CACHE_DIR": str(store.any_shapes)} if store.prepare() else {}
     with failing(path, "openvino", "load"):
-        return core().compile_model(str(path), "CPU", {**config, **where})
+        compiled = core().compile_model(str(path), "CPU", {**config, **where})
+    if where:
+        store.vouch()
+    return compiled
 
 
 @cache

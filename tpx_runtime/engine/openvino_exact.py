@@ -13,7 +13,7 @@ import openvino
 
 from . import Arrays
 from .openvino_graph import ExactGraph
-from .openvino_store import Shapes, Store
+from .openvino_store import Shapes, Store, is_sound
 
 EARNED_CALLS = 256  # compiling takes 0.5 s, and a call gains 1 to 2 ms of it (the sample's transformer)
 MOST_KEPT = 4
@@ -64,6 +64,8 @@ def load_exactly(
     Mapped, weights are not read twice. OpenVINO wants memory that could be written to, and never writes. It makes the parts
     at the same time, and in 4 of 130 processes one of them computed NaN ever after (2026.4): such are made again.
     """
+    if not is_sound(file):
+        return None
     try:
         blob = openvino.Tensor(np.memmap(file, np.uint8, "c"), shared_memory=True)
         for _ in range(ATTEMPTS):

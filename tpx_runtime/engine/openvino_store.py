@@ -1,21 +1,55 @@
-"""Where compiled OpenVINO graphs lie: BUNDLE.engines/openvino/, a folder for each graph and precision.
+"""Where compiled OpenVINO graphs lie: `openvino` in the folder of a bundle's engines, a folder for each graph and precision.
 
 In such a folder are OpenVINO's own cache of the graph for any shapes (`any.KEY/`), and what tpx-build made for exact ones
 (`rows-ROWS.KEY.exact`). The key is over all that these depend on: the bundle's manifest, which knows every file's hash, the
 graph and its weights by size and time, TPX's and OpenVINO's versions, the CPU and the settings, for exact ones shapes and
 parts too. OpenVINO itself looks at the graph's file and not at that of its weights.
+
+Nor does it look whether what it kept is still what it wrote: a damaged graph draws another picture. So each file has its
+CRC-32 beside it, and one that does not have that is as good as none.
 """
 
 import hashlib
 import os
 import shutil
+import zlib
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from ..files import whole_file
+from .built import default_folder
 
+CHECK = ".crc32"
+_CHUNK_BYTES = 1 << 20
 Shapes = tuple[tuple[str, tuple[int, ...]], ...]  # of a graph's inputs, in the order of their names
+
+
+def is_sound(file: Path) -> bool:
+    """Whether a compiled graph is what was written."""
+    try:
+        return _check_of(file).read_text() == _crc32(file)
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def _vouch(file: Path) -> None:
+    """Write down what `file` is. Raises OSError."""
+    with whole_file(_check_of(file)) as part:
+        part.write_text(_crc32(file))
+
+
+def _check_of(file: Path) -> Path:
+    return file.with_name(f"{file.name}{CHECK}")
+
+
+def _crc32(file: Path) -> str:
+    found = 0
+    with file.open("rb") as content:  # not mapped: that would count as this process's memory
+        while chunk := content.read(_CHUNK_BYTES):
+            found = zlib.crc32(chunk, found)
+    return f"{found:08x}"
 
 
 @dataclass(frozen=True)
@@ -30,8 +64,9 @@ class Store:
     def beside(cls, path: Path, precision: str, context: str) -> "Store":
         """The store of the graph at BUNDLE/FOLDER/STEM.onnx."""
         part = path.resolve().parent
-        engines = part.parent.with_name(f"{part.parent.name}.engines")
-        return cls(engines / "openvino" / f"{part.name}.{path.stem}.{precision}", path, context)
+        return cls(
+            default_folder(part.parent) / "openvino" / f"{part.name}.{path.stem}.{precision}", path, context
+        )
 
     @property
     def any_shapes(self) -> Path:
@@ -39,7 +74,7 @@ class Store:
         return self.folder / f"any.{self._key()}"
 
     def prepare(self) -> bool:
-        """Make `any_shapes` in the place of what it supersedes, and say whether there can be written."""
+        """Make `any_shapes` in the place of what it supersedes or is damaged, and say whether there can be written."""
         try:
             self.any_shapes.mkdir(parents=True, exist_ok=True)
         except OSError:
@@ -47,7 +82,21 @@ class Store:
         for old in self.folder.glob("any.*"):
             if old != self.any_shapes:
                 shutil.rmtree(old, ignore_errors=True)
+        for graph in {
+            file.with_suffix("") if file.suffix == CHECK else file for file in self.any_shapes.glob("*")
+        }:
+            if not is_sound(graph):
+                with suppress(OSError):
+                    graph.unlink(missing_ok=True)
+                    _check_of(graph).unlink(missing_ok=True)
         return os.access(self.any_shapes, os.W_OK)
+
+    def vouch(self) -> None:
+        """Write down what lies in `any_shapes` now, unless that is known."""
+        for graph in self.any_shapes.glob("*"):
+            if graph.suffix != CHECK and not _check_of(graph).exists():
+                with suppress(OSError):
+                    _vouch(graph)
 
     @property
     def weight_bytes(self) -> int:
@@ -67,9 +116,11 @@ class Store:
         """Write a file of `exact` whole, in the place of those for the same rows. Raises OSError, and then there is none."""
         with whole_file(file) as part:
             part.write_bytes(content)
+        _vouch(file)
         for old in self.folder.glob(f"{file.name.split('.')[0]}.*.exact"):
             if old != file:
                 old.unlink(missing_ok=True)
+                _check_of(old).unlink(missing_ok=True)
 
     def _key(self, *also: object) -> str:
         facts = repr((self.context, self._manifest, self._sources, *also))

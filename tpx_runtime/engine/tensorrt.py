@@ -14,8 +14,6 @@ from .gpu import Gpu, find_gpu, graphs_wanted
 from .tensorrt_flavours import FLAVOURS, FULL, Flavour, bindings, version
 from .tensorrt_session import TensorRtSession
 
-ENGINES_VARIABLE = "TPX_ENGINES"
-
 
 def problem(engine_name: str) -> str | None:
     """Why this machine cannot use the engine, or None. The GPU is asked for first: libraries take long to load."""
@@ -45,7 +43,7 @@ def open_session(engine_name: str, path: Path) -> TensorRtSession:
     """
     flavour, driver = FLAVOURS[engine_name], cuda.Driver()
     gpu, bundle = find_gpu(driver), Bundle.open(path.parent.parent, verify=False)
-    folder = Path(os.environ.get(ENGINES_VARIABLE) or built.default_folder(bundle.root))
+    folder = built.default_folder(bundle.root)
     key = built.Key(
         bundle=bundle.hash,
         graph=built.graph_name(path),
@@ -59,7 +57,7 @@ def open_session(engine_name: str, path: Path) -> TensorRtSession:
         plugin=None,
     )
     command = f"tpx-build {shlex.quote(str(bundle.root))} --engine {flavour.name}"
-    if ENGINES_VARIABLE in os.environ:
+    if os.environ.get(built.ENGINES_VARIABLE):
         command += f" --cache {shlex.quote(str(folder))}"
     try:
         found = built.find(folder, key)
