@@ -179,6 +179,11 @@ class Bundle:
         """The graph of what a loop does between two calls of the transformer; None where it takes the host."""
         return self.path(STEP) if STEP in self.manifest.files else None
 
+    @property
+    def starts_from_pictures(self) -> bool:
+        """Noise is laid over a picture as flows do it, which alone are drawn so."""
+        return self.vae_encoder is not None and self.manifest.model.prediction == "velocity"
+
     def weight_bytes(self, folder: str) -> int:
         """Size of everything in a folder of the bundle: about the memory that its graph takes."""
         files = self.manifest.files.items()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .command import TpxCommand
-from .errors import BadInput, EngineFailed, EngineUnavailable
+from .errors import BadInput, EngineFailed, EngineUnavailable, shorten
 
 if TYPE_CHECKING:
     from .bundle import Bundle
@@ -41,7 +41,7 @@ guidance_every = click.option(
     default=1,
     show_default=True,
     metavar="N",
-    help="After two fifths of the steps, work guidance out at each Nth and keep it between: those cost half.",
+    help="After two fifths of the steps, compute guidance at every Nth step only; the steps between cost half.",
 )
 
 
@@ -65,7 +65,7 @@ def choose_output(given: Path | None, what: str, seed: int, force: bool) -> Path
     stem = f"{re.sub('[^a-z0-9]+', '-', what.lower()).strip('-')[:60] or 'picture'}-{seed}"
     path, number = given or Path(f"{stem}.png"), 1
     check_writable(path)
-    if given and given.exists() and not force:
+    if given and os.path.lexists(given) and not force:
         raise BadInput(f"expected a new file, found {given} there already; add --force to replace it")
     while path.exists() and not force:
         number += 1
@@ -217,13 +217,17 @@ def verify(bundle: str | None, engine: str, all_engines: bool) -> None:
     Without BUNDLE it takes $TPX_BUNDLE, else bundles/shapes.
     """
     from .bundle import Bundle
-    from .engine import ENGINES, NONE_RUNS, resolve
+    from .engine import AUTO, ENGINES, NONE_RUNS, resolve
 
+    if all_engines and engine != AUTO:
+        raise BadInput(
+            f"expected --engine or --all-engines, found both; leave out --engine {shorten(engine)}"
+        )
+    chosen = None if all_engines else resolve(engine)
     opened = Bundle.open(find_bundle(bundle))
     facts = opened.manifest
     click.echo(f"{facts.name} ({facts.precision}): {len(facts.files)} files, each of its size and SHA-256")
-    if not all_engines:
-        chosen = resolve(engine)
+    if chosen:
         _announce(chosen, engine)
         _verify_on(opened, chosen)
         return
@@ -256,15 +260,16 @@ def info(bundle: str | None) -> None:
     from .bundle import Bundle
     from .info import engines, facts, machine
 
-    try:
-        opened = Bundle.open(find_bundle(bundle), verify=False)
-    except BadInput as error:  # no bundle is named, and none lies here
-        opened, none = None, str(error)
     click.echo(machine() + "\n")
     for line in engines():
         click.echo(line)
     click.echo()
-    for line in facts(opened) if opened else [f"no bundle: {none}"]:
+    try:
+        path = find_bundle(bundle)
+    except BadInput as error:  # none is named, and none lies here
+        click.echo(f"no bundle: {error}")
+        return
+    for line in facts(Bundle.open(path, verify=False)):
         click.echo(line)
 
 

@@ -38,17 +38,26 @@ def one_line() -> Iterator[None]:
         raise UsageLine(error) from None
 
 
+def polite_kills() -> list[signal.Signals]:
+    """The signals, beside Ctrl-C, that ask to end: a kill, and a terminal that closes where nohup does not say otherwise."""
+    asking = [signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        asking.append(signal.SIGHUP)
+    return asking
+
+
 @contextmanager
 def terminable() -> Iterator[None]:
     """A polite kill is a Ctrl-C too, so that nothing is left half-written. Only the main thread hears signals."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before = {number: signal.signal(number, signal.default_int_handler) for number in polite_kills()}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _say_version(ctx: click.Context, _: click.Parameter, asked: bool) -> None:

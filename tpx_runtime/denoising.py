@@ -15,6 +15,7 @@ from .engine import Arrays, Course, Engine, Session
 from .errors import BadInput, Cancelled, EngineFailed, shorten
 from .graphs import Graphs
 from .guidance import GuidedPrediction, is_guided, reused
+from .manifest import Manifest
 from .modulation import Conditions
 from .noise import batch_noise
 from .registry import SAMPLERS_FOR, walk
@@ -37,11 +38,13 @@ class Sample:
 LOOP = ("sampler", "steps", "guidance", "guidance_interval", "guidance_every", "depth", "strength")
 
 
-def one_loop(jobs: Sequence[Settings], edit: Edit | None) -> Settings:
+def one_loop(jobs: Sequence[Settings], edit: Edit | None, manifest: Manifest) -> Settings:
     """The job that stands for all, of which there is one at least; they share what LOOP names.
 
-    Raises BadInput where they do not, and for a strength without an `edit` and the reverse.
+    Raises BadInput where they do not, for jobs of another model, and for a strength without an `edit` and the reverse.
     """
+    for job in jobs:
+        job.check(manifest)
     for name in LOOP:
         first, *others = dict.fromkeys(getattr(job, name) for job in jobs)
         if others:
@@ -91,6 +94,16 @@ class Denoiser:
         self._bundle, self._graphs = bundle, graphs
         self._last: Conditions | None = None
 
+    def schedule(self, job: Settings) -> Schedule:
+        """The steps that `job` takes. Raises BadInput for guidance that would act at none of them."""
+        schedule = SAMPLERS_FOR[self._bundle.manifest.model.prediction][job.sampler].schedule(
+            job.steps, self._shift
+        )
+        if job.strength is not None:
+            schedule = tail(schedule, job.strength)
+        require_guided(job, schedule)
+        return schedule
+
     def __call__(
         self, job: Settings, seeds: list[int], told: Arrays, callback: Callback | None, edit: Edit | None
     ) -> Sample:
@@ -99,12 +112,9 @@ class Denoiser:
         Raises Cancelled when the callback returns False, EngineFailed for latents that are not finite.
         """
         model = self._bundle.manifest.model
-        sampler = SAMPLERS_FOR[model.prediction][job.sampler]
-        schedule = sampler.schedule(job.steps, self._shift)
-        require_guided(job, schedule)
+        sampler, schedule = SAMPLERS_FOR[model.prediction][job.sampler], self.schedule(job)
         latents = noise = batch_noise(seeds, model.latent_shape)
-        if edit and job.strength is not None:
-            schedule = tail(schedule, job.strength)
+        if edit:
             latents = noised(edit.latents, noise, schedule.sigmas[0])
         conditions, course = self._conditions_of(told, schedule.timesteps), None
         conditions.at(schedule.timesteps[0])  # before the transformer is opened, so that either may be let go

@@ -1,5 +1,7 @@
 """Files that appear whole or not at all, and whether there is a place for them."""
 
+import errno
+import os
 import stat
 import tempfile
 import uuid
@@ -15,11 +17,17 @@ def whole_file(path: Path) -> Iterator[Path]:
     """Yields a file to write, which takes the place of `path` at the end, or vanishes if anything goes wrong.
 
     It lies beside `path`, for a rename is whole only within a file system. Its name is short, as `path`'s may just fit, and
-    no other process or thread has it. Raises OSError where it cannot be renamed.
+    no other process or thread has it. Whoever writes it, its permissions are those of any new file. Raises OSError where it
+    cannot be made or renamed.
     """
+    if not path.name:
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     part = path.with_name(f".tpx-{uuid.uuid4().hex[:12]}.part")
+    part.touch()
+    permissions = stat.S_IMODE(part.stat().st_mode)
     try:
         yield part
+        part.chmod(permissions)
         part.replace(path)
     finally:
         with suppress(OSError):

@@ -134,9 +134,9 @@ class Generator:
         False, Cancelled is raised. Each picture's `info` holds its settings, and `save_png` writes them into
         the file.
         """
-        check_int("batch_size", batch_size, 1)
+        batch_size = check_int("batch_size", batch_size, 1)
         if jobs:
-            one_loop(jobs, edit)
+            one_loop(jobs, edit, self.manifest)
         batches = [jobs[i : i + batch_size] for i in range(0, len(jobs), batch_size)]
         left_out = self.text.left_out if self.text else ()
         sources = edit.sources if edit else None
@@ -199,8 +199,8 @@ class Generator:
         before: `guidance_every` N is to work it out at each Nth step only, after the first two fifths. Raises BadInput.
         """
         defaults = self.manifest.defaults
-        check_int("num_images", num_images, 1, MAX_IMAGES)
-        check_int("seed", seed, 0, MAX_SEED - num_images + 1)
+        num_images = check_int("num_images", num_images, 1, MAX_IMAGES)
+        seed = check_int("seed", seed, 0, MAX_SEED - num_images + 1)
         if prompt is None and (self.classes or class_id is not None):
             prompt = ""  # which the settings refuse, and say why, where it is a model of prompts
         if not isinstance(prompt, Iterable):
@@ -212,7 +212,7 @@ class Generator:
         jobs = [
             Settings(
                 prompt=one,
-                negative_prompt=negative_prompt or "",
+                negative_prompt="" if negative_prompt is None else negative_prompt,
                 seed=seed + i,
                 steps=defaults.steps if steps is None else steps,
                 guidance=defaults.guidance if guidance is None else guidance,
@@ -234,8 +234,9 @@ class Generator:
             raise BadInput(f"expected guidance other than 1 with {what}, found 1; leave out one of them")
         if strength is not None:
             self._encoder_path()
+        self._denoise.schedule(jobs[0])
         if self.classes:
-            self.classes.check(class_id)
+            self.classes.check(jobs[0].class_id)
         if self.text:
             for text in dict.fromkeys(prompts):
                 self.text.check(text)
@@ -250,7 +251,7 @@ class Generator:
 
         Raises Cancelled when the callback returns False, BadInput for a strength without an `edit` and the reverse.
         """
-        job = one_loop(jobs, edit)
+        job = one_loop(jobs, edit, self.manifest)
         with self._turn:
             told = self._told(jobs, guided=job.guidance != 1)
             return self._denoise(job, [job.seed for job in jobs], told, callback, edit)

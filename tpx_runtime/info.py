@@ -51,7 +51,7 @@ def facts(bundle: Bundle) -> Iterator[str]:
         f"classes 0 to {model.classes - 1}" if model.classes else f"prompts of {model.context_tokens} tokens"
     )
     blocks = ", ".join(map(str, model.thinking_blocks))
-    begins = ", and a picture to start from" if bundle.vae_encoder else ""
+    begins = ", and a picture to start from" if bundle.starts_from_pictures else ""
     lines = {
         "bundle": str(bundle.root),
         "model": f"{manifest.name}, {manifest.precision}, {_megabytes(size)}, licence {manifest.license}, "

@@ -43,8 +43,10 @@ def flat(picture: Image.Image, background: str) -> Image.Image:
         raise BadInput(f"expected a picture, found one of {picture.width}x{picture.height} pixels")
     try:
         turned = ImageOps.exif_transpose(picture)
-        if turned.mode.startswith("I"):  # 16 bits, which convert() would clip
-            levels = np.asarray(turned).astype(np.float32) / 257
+        if turned.mode.startswith("I"):  # which convert() would clip
+            levels = np.asarray(turned).astype(np.float32)
+            if turned.mode != "I" or levels.max() > 255:  # of 16 bits, also where they stand in 32
+                levels /= 257
             turned = Image.fromarray(np.rint(levels.clip(0, 255)).astype(np.uint8))
         opaque = turned.convert("RGBA")
     except Exception as error:  # a file that was opened and not yet read may be damaged anywhere

@@ -135,11 +135,11 @@ def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
-def check_int(name: str, value: object, least: int, most: int | None = None) -> None:
-    """Raise BadInput unless `value` is a whole number, numpy's too, in least .. most."""
+def check_int(name: str, value: object, least: int, most: int | None = None) -> int:
+    """`value`, a whole number in least .. most, as Python's own, for numpy's overflow. Raises BadInput for another."""
     if isinstance(value, Integral) and not isinstance(value, bool):
         number = int(value)
         if least <= number and (most is None or number <= most):
-            return
+            return number
     limits = f"of at least {least}" if most is None else f"in {least}..{most}"
     raise BadInput(f"expected {name} to be a whole number {limits}, found {shorten(value)}")

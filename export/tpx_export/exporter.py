@@ -1,9 +1,12 @@
 """A model's parts -> a bundle (docs/bundle.md), which is verified before anyone can load it."""
 
 import gc
+import glob
 import json
 import os
+import re
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -105,7 +108,7 @@ def export_bundle(
     more = quantiser.tasks(depths) if quantiser else 0
     tasks = _Tasks(progress, total=len(pipeline.text) + len(depths) + 5 + more)
     golden: Golden = {}
-    with _whole_or_nothing(out) as folder, fp32_beside(folder) as fp32:
+    with _whole_or_nothing(out, force) as folder, fp32_beside(folder) as fp32:
         places = _Places(folder, fp32, quantiser)
         for part in pipeline.text:
             with tasks(part.spec.folder.replace("_", " ")):
@@ -308,13 +311,20 @@ def _check_place(out: Path, force: bool) -> None:
 
 
 @contextmanager
-def _whole_or_nothing(out: Path) -> Iterator[Path]:
-    """A folder to fill, which takes the place of `out` at the end, or vanishes if anything goes wrong."""
+def _whole_or_nothing(out: Path, force: bool = False) -> Iterator[Path]:
+    """A folder to fill, which takes the place of `out` at the end, or vanishes if anything goes wrong.
+
+    What was there then, or came there meanwhile, is replaced with `force` alone. Raises BadInput.
+    """
+    out = out if out.name else out.resolve()
+    _sweep(out)
     folder = out.with_name(f".{out.name}.{os.getpid()}-{time.monotonic_ns():x}.partial")
     replaced = folder.with_suffix(".replaced")
     try:
         _make(folder)
         yield folder
+        if not force:
+            _check_place(out, force)
         if out.exists():
             out.rename(replaced)
         folder.rename(out)
@@ -332,6 +342,27 @@ def _whole_or_nothing(out: Path) -> Iterator[Path]:
         if replaced.is_symlink():
             replaced.unlink()
         shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _sweep(out: Path) -> None:
+    """Remove what exports to `out` left that were killed without a word."""
+    for left in out.parent.glob(f".{glob.escape(out.name)}.*-*.*"):
+        found = re.fullmatch(r"(\d+)-[0-9a-f]+\.(partial|replaced)", left.name[len(out.name) + 2 :])
+        if found and not _runs(int(found[1])) and (found[2] == "partial" or out.exists()):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _runs(process: int) -> bool:
+    """Whether there is a process of that number, as far as can be known."""
+    if sys.platform == "win32":  # where this would end it
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def _make(folder: Path) -> None:

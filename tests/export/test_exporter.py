@@ -1,5 +1,7 @@
 """A bundle: what it holds, that it computes what PyTorch computes, and that a failed export leaves nothing."""
 
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -299,12 +301,65 @@ def test_a_bundle_is_replaced_whole_or_kept(tmp_path: Path, monkeypatch: pytest.
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", full)
-        with pytest.raises(BadInput, match="No space left"), exporter._whole_or_nothing(out) as folder:
+        with (
+            pytest.raises(BadInput, match="No space left"),
+            exporter._whole_or_nothing(out, force=True) as folder,
+        ):
             (folder / "new").touch()
     assert (leftovers(tmp_path), leftovers(out)) == (["bundle"], ["old"])
-    with exporter._whole_or_nothing(out) as folder:
+    with exporter._whole_or_nothing(out, force=True) as folder:
         (folder / "new").touch()
     assert (leftovers(tmp_path), leftovers(out)) == (["bundle"], ["new"])
+
+
+def test_what_came_there_meanwhile_is_kept(tmp_path: Path) -> None:
+    out = tmp_path / "bundle"
+
+    def export() -> None:
+        with exporter._whole_or_nothing(out) as folder:
+            (folder / "new").touch()
+            out.mkdir()
+            (out / "of another export").touch()
+
+    with pytest.raises(BadInput, match=r"expected a new folder, found .*bundle there already; add --force"):
+        export()
+    assert (leftovers(tmp_path), leftovers(out)) == (["bundle"], ["of another export"])
+
+
+def test_what_a_killed_export_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    names = [
+        ".bundle.{}-1f.partial",
+        ".bundle.{}-1f.replaced",
+        ".bundles.{}-1f.partial",
+        ".bundle.x-1f.partial",
+    ]
+    for name in names:
+        (tmp_path / name.format(gone.pid)).mkdir()
+    (tmp_path / f".bundle.{os.getpid()}-1f.partial").mkdir()
+    with exporter._whole_or_nothing(tmp_path / "bundle") as folder:
+        (folder / "new").touch()
+    kept = [
+        names[1].format(gone.pid),
+        names[2].format(gone.pid),
+        names[3],
+        f".bundle.{os.getpid()}-1f.partial",
+    ]
+    assert leftovers(tmp_path) == sorted([*kept, "bundle"])  # what was replaced may be all that there is
+    with exporter._whole_or_nothing(tmp_path / "bundle", force=True) as folder:
+        (folder / "new").touch()
+    assert leftovers(tmp_path) == sorted([*kept[1:], "bundle"])
+
+
+def test_a_bundle_may_be_replaced_from_inside(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside = shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    monkeypatch.chdir(inside)
+    with exporter._whole_or_nothing(Path(), force=True) as folder:
+        (folder / "new").touch()
+    assert (leftovers(tmp_path), leftovers(inside)) == (["bundle"], ["new"])
 
 
 def test_a_link_to_a_bundle_is_replaced_and_the_bundle_kept(tmp_path: Path) -> None:
@@ -312,7 +367,7 @@ def test_a_link_to_a_bundle_is_replaced_and_the_bundle_kept(tmp_path: Path) -> N
     kept.mkdir()
     (kept / "old").touch()
     out.symlink_to(kept)
-    with exporter._whole_or_nothing(out) as folder:
+    with exporter._whole_or_nothing(out, force=True) as folder:
         (folder / "new").touch()
     assert (leftovers(tmp_path), leftovers(out), leftovers(kept)) == (["bundle", "kept"], ["new"], ["old"])
 

@@ -39,7 +39,7 @@ from tpx_export.quantise.grid import BINS, TOP, Magnitudes, weight_grid
 from tpx_export.quantise.layers import block_linears, encoder_linears, modulations
 from tpx_export.quantise.linear import Int8Linear
 from tpx_export.quantise.linear import replace as replace_layers
-from tpx_export.quantise.prompts import own_prompts, subjects_of
+from tpx_export.quantise.prompts import own_prompts, prompts_in, subjects_of
 from tpx_export.quantise.quantiser import Int8Options
 from tpx_export.quantise.report import DepthReport, NotScored, Report, ScoreReport, SpeedReport, as_text
 from tpx_export.quantise.verdict import Refused, verdict
@@ -579,7 +579,8 @@ def test_options_that_cannot_be_used(tiny_model: TextToImage, tmp_path: Path) ->
     classes = tmp_path / "classes.pt"
     checkpoint.save(make_tiny_classes(40), classes)
     good, bad, blank, latin = (tmp_path / name for name in ("good", "bad", "blank", "latin"))
-    good.write_text("a red cube\n\na green cube\n")
+    good.write_text("a red cube\n\na green cube\n", encoding="utf-8-sig")
+    assert prompts_in(good) == {1: "a red cube", 3: "a green cube"}
     bad.write_text("a red cube\n\na purple elephant\n")
     blank.write_text("\n \n")
     latin.write_bytes("a caf\xe9".encode("latin-1"))

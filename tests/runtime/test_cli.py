@@ -723,7 +723,7 @@ def start(*arguments: object) -> subprocess.Popen[str]:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one process")
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_real_signal_while_denoising(tiny_bundle: Path, elsewhere: Path, how: signal.Signals) -> None:
     with start(PROMPT, "--bundle", tiny_bundle, "--steps", 1000, "--out", "a.png") as process:
         assert process.stderr is not None
@@ -754,7 +754,7 @@ def test_verify_prints_a_table_and_exits_with_zero(tiny_bundle: Path) -> None:
     assert result.exit_code == 0
     assert result.stderr == "engine: onnxruntime (chosen by auto)\n"
     first, heading, *rows = result.stdout.splitlines()
-    assert first == "tiny (fp32): 17 files, each of its size and SHA-256"
+    assert first == "tiny (fp32): 18 files, each of its size and SHA-256"
     assert heading.split() == ["part", "error", "tolerance", "same", "routes", "at", "least", "ok"]
     assert [row.split()[0] for row in rows] == [
         "text_encoder",
@@ -843,6 +843,19 @@ def test_verify_of_all_engines_goes_on_after_one_that_cannot_or_fails(
     assert result.stderr.startswith("error: expected one of the engines ")
 
 
+def test_verify_of_all_engines_names_none(paper: Path) -> None:
+    require_refusal(
+        verify(paper, "--all-engines", "--engine", "openvino"),
+        2,
+        "expected --engine or --all-engines, found both",
+    )
+
+
+def test_verify_knows_an_engine_that_is_none_before_it_reads_the_bundle(paper: Path) -> None:
+    (paper / "manifest.json").unlink()
+    require_refusal(verify(paper, "--engine", "luck"), 2, "expected an engine of auto, ")
+
+
 def test_verify_of_all_engines_tries_every_engine_there_is(
     paper: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -894,9 +907,15 @@ def test_info_needs_no_bundle_but_refuses_one_that_is_none(elsewhere: Path) -> N
     result = info()
     assert result.exit_code == 0
     assert "\nno bundle: expected a bundle in " in result.stdout
-    require_refusal(
-        info("nothing-here"), 3, "expected a bundle (a folder with manifest.json) at nothing-here"
-    )
+    result = info("nothing-here")
+    assert result.exit_code == 3
+    assert "onnxruntime " in result.stdout  # all the same
+    assert result.stderr.startswith("error: expected a bundle (a folder with manifest.json) at nothing-here")
+
+
+def test_info_offers_pictures_to_start_from_where_they_can_be_drawn(classes: Path) -> None:
+    (line,) = [line for line in info(classes).stdout.splitlines() if line.startswith("reads")]
+    assert line.endswith("classes 0 to 12")
 
 
 def test_info_counts_what_was_compiled(tiny_bundle: Path, tmp_path: Path) -> None:

@@ -97,12 +97,21 @@ def test_every_extra_exists_and_installs_the_package() -> None:
         assert any(name.startswith(found) for name in wanted for found in names), engine.name
 
 
-def test_a_package_that_does_not_import_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        ImportError("libtbb.so.12: cannot open\nshared object file"),
+        AttributeError("libtbb.so.12: cannot open shared object file"),
+    ],
+)
+def test_a_package_that_does_not_import_is_a_problem(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import_module = importlib.import_module
 
     def broken(name: str, package: str | None = None) -> object:
         if name == ".openvino":
-            raise ImportError("libtbb.so.12: cannot open\nshared object file")
+            raise error
         return import_module(name, package)
 
     monkeypatch.setattr(importlib, "import_module", broken)

@@ -145,13 +145,23 @@ def test_dpg_puts_nothing_but_pictures_into_its_folder(run: Run, tmp_path: Path)
     assert json.loads((tmp_path / "out.tpx-eval.json").read_text())["complete"]
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_mark_at_the_beginning_of_a_file_is_no_part_of_a_prompt(
+    run: Run, prompts: dict[str, Path], tmp_path: Path, command: str
+) -> None:
+    assert run(command, tmp_path / "a").exit_code == 0
+    prompts[command].write_bytes(b"\xef\xbb\xbf" + prompts[command].read_bytes())
+    assert run(command, tmp_path / "b").exit_code == 0
+    assert hashes(tmp_path / "a") == hashes(tmp_path / "b")
+
+
 def test_dpg_reads_a_folder_of_texts_like_json_lines(
     run: Run, prompts: dict[str, Path], tmp_path: Path
 ) -> None:
     folder = tmp_path / "prompts"
     folder.mkdir()
     for number, prompt in enumerate(PROMPTS):
-        (folder / f"item_{number}.txt").write_bytes(prompt.encode())
+        (folder / f"item_{number}.txt").write_bytes((b"", b"\xef\xbb\xbf")[number % 2] + prompt.encode())
     (folder / "readme.md").write_text("not a prompt")
     assert read_dpg(folder) == read_dpg(prompts["dpg"])
     assert [item.prompt for item in read_dpg(folder)] == PROMPTS  # line breaks kept

@@ -33,6 +33,19 @@ def test_an_error_leaves_what_was_there(tmp_path: Path, error: type[BaseExceptio
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_it_has_the_permissions_of_a_new_file_whoever_writes_it(tmp_path: Path) -> None:
+    (tmp_path / "new").touch()
+    with whole_file(tmp_path / "a") as part:
+        part.unlink()
+        part.touch(mode=0o600)
+    assert (tmp_path / "a").stat().st_mode == (tmp_path / "new").stat().st_mode
+
+
+def test_a_place_without_a_name_is_an_error() -> None:
+    with pytest.raises(IsADirectoryError), whole_file(Path()):
+        pass
+
+
 def test_two_at_once_do_not_meet(tmp_path: Path) -> None:
     path = tmp_path / "a"
     with whole_file(path) as first, whole_file(path) as second:

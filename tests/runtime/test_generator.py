@@ -199,8 +199,19 @@ def test_an_interval_that_holds_no_step_is_refused(generator: Generator, engine:
     message = r"holds one of the steps' noise levels \(1, [0-9.]+, [0-9.]+\), found \(0.1, 0.2\); widen it"
     with pytest.raises(BadInput, match=message):
         generator("red cube", guidance_interval=(0.1, 0.2))
-    assert calls(engine, DENOISE) == []
+    with pytest.raises(BadInput, match=message):
+        generator.plan("red cube", guidance_interval=(0.1, 0.2))
+    assert engine.calls == []
     assert len(generator("red cube", guidance_interval=(0.0, 0.2))) == 1
+
+
+def test_an_interval_that_holds_none_of_an_edit_s_steps_is_refused(generator: Generator) -> None:
+    """The first steps, which it holds, are those that an edit leaves out."""
+    settings: dict[str, Any] = {"steps": 10, "guidance_interval": (0.9, 1.0), "negative_prompt": "a sphere"}
+    generator.plan("red cube", **settings)
+    generator.plan("red cube", **settings, strength=1.0)
+    with pytest.raises(BadInput, match=r"noise levels \(0\.4[0-9]*, .*\), found \(0.9, 1.0\); widen it"):
+        generator.plan("red cube", **settings, strength=0.3)
 
 
 def test_the_negative_prompt_is_the_first_branch(generator: Generator, engine: FakeEngine) -> None:
@@ -268,6 +279,30 @@ def test_jobs_have_one_loop_whatever_the_batches(
         with pytest.raises(BadInput, match=message):
             generator.draw(jobs, batch_size)
     assert engine.calls == []
+
+
+def test_jobs_of_another_model_are_refused(
+    generator: Generator, by_class: Generator, engine: FakeEngine
+) -> None:
+    with pytest.raises(BadInput, match="expected a sampler of euler, heun, dpmpp2m, unipc, found 'ddim'"):
+        generator.draw(by_class.plan(class_id=3))
+    assert engine.calls == []
+
+
+def test_numpy_s_numbers_are_python_s(generator: Generator, by_class: Generator) -> None:
+    """Whose sums do not wrap round."""
+    jobs = generator.plan("red cube", seed=np.uint8(254), num_images=np.int64(3), steps=np.int32(2))  # type: ignore[arg-type]
+    assert [job.seed for job in jobs] == [254, 255, 256]
+    (job,) = by_class.plan(class_id=np.int64(3))  # type: ignore[arg-type]
+    assert job.class_id == 3
+    assert len(generator.draw(jobs, batch_size=np.int64(2))) == 3  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("negative", [[], 0, False])
+def test_a_negative_prompt_is_text_or_none(generator: Generator, negative: Any) -> None:
+    with pytest.raises(BadInput, match="expected negative_prompt to be text, found "):
+        generator.plan("red cube", negative_prompt=negative)
+    assert generator.plan("red cube", negative_prompt=None)[0].negative_prompt == ""
 
 
 def test_no_jobs_are_no_pictures(generator: Generator) -> None:

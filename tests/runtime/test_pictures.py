@@ -73,6 +73,12 @@ def test_sixteen_bits_become_eight_and_are_not_clipped(kind: type) -> None:
         assert flat(Image.open(saved(deep)), "white").getpixel((15, 15)) == WHITE
 
 
+def test_eight_bits_that_stand_in_thirty_two_are_eight() -> None:
+    levels = np.arange(0, 256).reshape(16, 16)
+    made = flat(Image.fromarray(levels.astype(np.int32)), "white")
+    np.testing.assert_array_equal(np.asarray(made)[..., 0], levels)
+
+
 def test_what_is_transparent_takes_the_background() -> None:
     image = Image.new("RGBA", (2, 1), (*RED, 255))
     image.putpixel((1, 0), (*RED, 0))

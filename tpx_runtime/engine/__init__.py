@@ -127,7 +127,9 @@ class Engine:
             )
         try:
             reason: str | None = self._module().problem(self.name)
-        except (ImportError, OSError) as error:  # a broken install, or a shared library that is not there
+        except (
+            Exception
+        ) as error:  # a broken install, of it or of what it needs, raises whatever it stumbles on
             return (
                 f"expected {self.package} to import for engine {self.name}, found: {one_line(error)}; "
                 f"install it again with `pip install --force-reinstall 'tpx[{self.extra}]'`"

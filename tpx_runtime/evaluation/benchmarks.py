@@ -8,6 +8,7 @@ dpg_bench/compute_dpg_bench.py) takes everything in one folder for a picture, an
 import json
 import os
 import re
+from codecs import BOM_UTF8
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,7 +88,8 @@ def read_dpg(path: Path) -> list[Item]:
 def _json_lines(path: Path, what: str, keys: Sequence[str]) -> list[tuple[bytes, dict[str, Any]]]:
     """Each line, without its end, and the object it holds, in which `keys` are text. Raises BadInput."""
     try:
-        lines = [line for line in path.read_bytes().splitlines() if line.strip()]
+        content = path.read_bytes().removeprefix(BOM_UTF8)  # which some editors begin a file with
+        lines = [line for line in content.splitlines() if line.strip()]
     except OSError as error:
         raise BadInput(f"expected {what} in {path}, found: {error.strerror}; name that file") from None
     found = []
@@ -109,7 +111,7 @@ def _json_lines(path: Path, what: str, keys: Sequence[str]) -> list[tuple[bytes,
 
 def _text(raw: bytes, where: str) -> str:
     try:
-        return raw.decode("utf-8")
+        return raw.removeprefix(BOM_UTF8).decode("utf-8")
     except UnicodeDecodeError:
         raise BadInput(f"expected {where} to be UTF-8 text, found other bytes; convert it") from None
 

@@ -152,7 +152,7 @@ def prepare(
     work = Work(
         bundle=bundle.root.resolve(),
         depth=depths[0],
-        prompt=prompt if classes else prompt or PROMPT,
+        prompt=PROMPT if prompt is None and not classes else prompt,
         class_id=0 if classes else None,
         seed=0,
         steps=steps,

@@ -81,7 +81,7 @@ def read_prompts(file: Path, pipeline: Pipeline) -> tuple[str, ...]:
 def prompts_in(file: Path) -> dict[int, str]:
     """A file's lines that are not blank, by number from 1: one or more, whatever model is to read them. Raises BadInput."""
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
     except OSError as error:
         raise BadInput(
             f"expected a file of prompts, one a line, at {file}, found: {error.strerror}"

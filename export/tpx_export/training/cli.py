@@ -32,7 +32,7 @@ _PATH = click.Path(path_type=Path)
 @click.option("--batch", default=4, show_default=True, help="Pictures in a step.")
 @click.option("--lr", default=1e-4, show_default=True, help="Learning rate of AdamW.")
 @click.option("--warmup", default=100, show_default=True, help="Steps until the rate is reached.")
-@click.option("--weight-decay", default=0.01, show_default=True)
+@click.option("--weight-decay", default=0.01, show_default=True, help="Of AdamW.")
 @click.option(
     "--caption-dropout", default=0.1, show_default=True, help="Share of pictures without caption or class."
 )
@@ -43,9 +43,16 @@ _PATH = click.Path(path_type=Path)
     help="fixed: MAX-DEPTH in every step; random: 1..MAX-DEPTH.",
 )
 @click.option("--precision", default="bf16", show_default=True, help="Of the frozen base: bf16 or fp32.")
-@click.option("--gradient-checkpointing/--no-gradient-checkpointing", default=True, show_default=True)
+@click.option(
+    "--gradient-checkpointing/--no-gradient-checkpointing",
+    default=True,
+    show_default=True,
+    help="Compute blocks again on the way back: a fraction of the memory, more time.",
+)
 @click.option("--skip-broken", is_flag=True, help="Leave out pictures that cannot be read, and name them.")
-@click.option("--seed", default=0, show_default=True)
+@click.option(
+    "--seed", default=0, show_default=True, help="Of first weights, noise and the order of pictures."
+)
 @click.option("--device", help="cpu or cuda.  [default: cuda where torch has it]")
 def main(
     base: Path,

@@ -5,10 +5,12 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from tpx_runtime.command import polite_kills
+
 
 @contextmanager
 def interrupts() -> Iterator[Callable[[], bool]]:
-    """Yields whether SIGINT or SIGTERM came; the second raises KeyboardInterrupt at once.
+    """Yields whether SIGINT or one of `polite_kills` came; the second raises KeyboardInterrupt at once.
 
     Outside of the main thread, which alone gets signals, nothing is changed.
     """
@@ -22,7 +24,7 @@ def interrupts() -> Iterator[Callable[[], bool]]:
     if threading.current_thread() is not threading.main_thread():
         yield noted.is_set
         return
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, *polite_kills())}
     try:
         yield noted.is_set
     finally:
