@@ -148,6 +148,11 @@ def _printing() -> Iterator[list[Path]]:
     "--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Pictures drawn at once."
 )
 @click.option("--engine", default="auto", show_default=True, help=_ENGINE_HELP)
+@click.option(
+    "--threads",
+    type=click.IntRange(1),
+    help="Of an engine on the CPU.  [default: $TPX_THREADS, else every core]",
+)
 @click.option("--negative", "negative_prompt", help="What the picture should not show.")
 @click.option("--class", "class_id", type=int, help="Number of the class to draw, instead of PROMPT.")
 @click.option("--image", type=_PATH, help="Picture to start from.")
@@ -161,6 +166,7 @@ def run(
     bundle: str | None,
     out: Path | None,
     engine: str,
+    threads: int | None,
     force: bool,
     seed: int,
     num_images: int,
@@ -177,10 +183,14 @@ def run(
     from .bundle import Bundle
     from .editing import starting_strength
     from .engine import resolve
+    from .engine.threads import THREADS_VARIABLE, threads_wanted
     from .generator import MAX_IMAGES, Generator
     from .images import grid, save_png
     from .pictures import open_picture
 
+    if threads:
+        os.environ[THREADS_VARIABLE] = str(threads)
+    threads_wanted()
     what = f"class {class_id}" if prompt is None and class_id is not None else prompt or ""
     seeds = range(seed, seed + min(max(num_images, 1), MAX_IMAGES))  # what is beyond, plan refuses
     paths = choose_outputs(out, what, seeds, force)

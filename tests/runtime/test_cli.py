@@ -746,6 +746,18 @@ def test_a_name_that_is_no_text_is_written_and_printed_as_well_as_can_be(tiny_bu
     assert Path(name).is_file()
 
 
+def test_threads_are_those_asked_for(paper: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake(monkeypatch, FakeEngine())
+    monkeypatch.setenv("TPX_THREADS", "7")
+    assert run(PROMPT, "--bundle", paper).exit_code == 0
+    assert os.environ["TPX_THREADS"] == "7"
+    assert run(PROMPT, "--bundle", paper, "--threads", 2).exit_code == 0
+    assert os.environ["TPX_THREADS"] == "2"
+    require_refusal(run(PROMPT, "--bundle", paper, "--threads", 0), 2, "Invalid value for '--threads'")
+    monkeypatch.setenv("TPX_THREADS", "all")
+    require_refusal(run(PROMPT, "--bundle", paper), 2, "expected TPX_THREADS to be a whole number")
+
+
 # tpx-verify
 
 

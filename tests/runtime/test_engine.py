@@ -123,6 +123,56 @@ def test_a_package_that_does_not_import_is_a_problem(
     )
 
 
+class TestThreads:
+    """Of engines on the CPU: every core, unless TPX_THREADS says how many."""
+
+    @pytest.mark.parametrize(("said", "threads"), [(None, 0), ("", 0), (" 3 ", 3)])
+    def test_onnxruntime_is_told(
+        self, said: str | None, threads: int, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        import onnxruntime
+
+        told: list[int] = []
+        load = onnxruntime.InferenceSession
+
+        def watched(path: str, options: onnxruntime.SessionOptions, providers: object) -> object:
+            told.append(options.intra_op_num_threads)
+            return load(path, options, providers=providers)
+
+        monkeypatch.setattr(onnxruntime, "InferenceSession", watched)
+        monkeypatch.delenv("TPX_THREADS", raising=False)
+        if said is not None:
+            monkeypatch.setenv("TPX_THREADS", said)
+        ENGINES["onnxruntime"].open(tiny_bundle / "text_encoder/model.onnx")
+        assert told == [threads]
+
+    def test_openvino_is_told_and_runs_one_as_a_whole(
+        self, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from tpx_runtime.engine import openvino, openvino_exact
+
+        path = tiny_bundle / "text_encoder/model.onnx"
+        store, shapes = openvino.store_of("openvino", path), (("ids", (2, 12)),)
+        assert "INFERENCE_NUM_THREADS" not in openvino.settings("openvino", path)
+        monkeypatch.setenv("TPX_ENGINES", str(tmp_path))
+        for threads, parts in (("1", 1), ("2", 2)):
+            monkeypatch.setenv("TPX_THREADS", threads)
+            other = openvino.store_of("openvino", path)
+            compiled = openvino.compile_any(path, openvino.settings("openvino", path), other)
+            assert compiled.get_property("INFERENCE_NUM_THREADS") == int(threads)
+            assert openvino_exact.parts_of(openvino.core(), shapes, other) == parts
+            assert other.any_shapes.name != store.any_shapes.name  # compiled by itself
+
+    @pytest.mark.parametrize("said", ["0", "-1", "two", "1.5"])
+    @pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+    def test_what_is_no_number_is_one_line(
+        self, name: str, said: str, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("TPX_THREADS", said)
+        with pytest.raises(BadInput, match="expected TPX_THREADS to be a whole number of at least 1, found "):
+            ENGINES[name].open(tiny_bundle / "text_encoder/model.onnx")
+
+
 class TestCuda:
     """onnxruntime-cuda where the machine or the package cannot: never another provider in silence."""
 

@@ -154,9 +154,9 @@ def test_other_prompts_guidance_and_seeds_take_turns_in_the_same_buffers(
     looping, host = generator(tiny_bundle), Generator.load(tiny_bundle, "onnxruntime")
     for prompt, settings in (
         (PROMPT, {}),
-        ("two green cubes", {}),
-        ("two green cubes", {"guidance": 5.0}),
-        ("two green cubes", {"seed": 4}),
+        ("a blue sphere", {}),
+        ("a blue sphere", {"guidance": 5.0}),
+        ("a blue sphere", {"seed": 4}),
         (PROMPT, {"sampler": "dpmpp2m"}),
     ):
         same(looping, host, prompt, steps=3, **settings)

@@ -13,6 +13,7 @@ from .cuda import Driver
 from .gpu import graphs_wanted
 from .onnxruntime_bound import FATAL_ONLY, BoundSession
 from .onnxruntime_loop import DeviceLoop
+from .threads import threads_wanted
 
 PROVIDERS = {"onnxruntime": "CPUExecutionProvider", "onnxruntime-cuda": "CUDAExecutionProvider"}
 
@@ -61,6 +62,7 @@ def start_loop(transformer: Session, step: Session, course: Course) -> DeviceLoo
 def _load(path: Path, provider: str, told: dict[str, str]) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.log_severity_level = FATAL_ONLY
+    options.intra_op_num_threads = threads_wanted() or 0  # 0 is every core
     # A picture takes turns between three sessions: threads that go on spinning in one slow down the next.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     return ort.InferenceSession(str(path), options, providers=[(provider, told)])

@@ -18,6 +18,7 @@ from . import Arrays, failing
 from .openvino_exact import ExactGraphs, shapes_of
 from .openvino_graph import Graph
 from .openvino_store import Store
+from .threads import threads_wanted
 
 # Left alone it computes in bf16 where the CPU can, which sends tokens to other experts: that has to be asked for.
 PRECISIONS = {"openvino": "f32", "openvino-bf16": "bf16"}
@@ -81,8 +82,13 @@ def precision_of(engine_name: str, path: Path) -> str:
 
 
 def settings(engine_name: str, path: Path) -> dict[str, str]:
-    """What OpenVINO is told of the graph at `path`. Nothing of threads, pinning or streams: what was tried was no faster."""
-    return {"INFERENCE_PRECISION_HINT": precision_of(engine_name, path), "PERFORMANCE_HINT": "LATENCY"}
+    """What OpenVINO is told of the graph at `path`. Nothing of pinning or streams: what was tried was no faster."""
+    threads = threads_wanted()
+    return {
+        "INFERENCE_PRECISION_HINT": precision_of(engine_name, path),
+        "PERFORMANCE_HINT": "LATENCY",
+        **({"INFERENCE_NUM_THREADS": str(threads)} if threads else {}),
+    }
 
 
 def store_of(engine_name: str, path: Path) -> Store:

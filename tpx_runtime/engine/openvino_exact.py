@@ -14,6 +14,7 @@ import openvino
 from . import Arrays
 from .openvino_graph import ExactGraph
 from .openvino_store import Shapes, Store, is_sound
+from .threads import threads_wanted
 
 EARNED_CALLS = 256  # compiling takes 0.5 s, and a call gains 1 to 2 ms of it (the sample's transformer)
 MOST_KEPT = 4
@@ -38,11 +39,11 @@ def shapes_at(core: openvino.Core, path: Path, rows: int) -> Shapes:
 
 
 def parts_of(core: openvino.Core, shapes: Shapes, store: Store) -> int:
-    """In how many parts a call of `shapes` is run: 2 where its rows are even, the weights small and there are two cores."""
+    """In how many parts a call of `shapes` is run: 2 where its rows are even, its weights small and two threads there."""
     rows = {shape[:1] for _, shape in shapes}
     even = len(rows) == 1 and all(row and row[0] % 2 == 0 for row in rows)
-    cores = core.get_property("CPU", "RANGE_FOR_STREAMS")[1]
-    return 2 if even and store.weight_bytes <= MOST_WEIGHT_BYTES and cores > 1 else 1
+    threads = threads_wanted() or core.get_property("CPU", "RANGE_FOR_STREAMS")[1]
+    return 2 if even and store.weight_bytes <= MOST_WEIGHT_BYTES and threads > 1 else 1
 
 
 def compile_exactly(

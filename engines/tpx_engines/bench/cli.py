@@ -131,6 +131,7 @@ def prepare(
     """
     from tpx_runtime.bundle import hash_file
     from tpx_runtime.engine import ENGINES
+    from tpx_runtime.engine.threads import THREADS_VARIABLE, threads_wanted
     from tpx_runtime.generator import Generator
 
     from .configurations import REFERENCE, baselines, engines
@@ -143,6 +144,10 @@ def prepare(
     depths = tuple(sorted(set(depths))) or (manifest.defaults.depth,)
     if names[1] and ckpt is None:
         raise BadInput("expected --ckpt with --baseline, found none; name the bundle's checkpoint")
+    if threads_wanted():
+        raise BadInput(
+            f"expected every core for all that is compared, found {THREADS_VARIABLE} set; unset it"
+        )
     if ckpt is not None and not ckpt.is_file():
         raise BadInput(f"expected a checkpoint in --ckpt, found no file {ckpt}; check the path")
     if ckpt is not None and ckpt.suffix not in CHECKPOINTS:

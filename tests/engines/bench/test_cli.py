@@ -109,6 +109,19 @@ def test_bad_arguments_are_one_line(
     assert started() == []
 
 
+def test_fewer_threads_than_cores_are_refused(
+    bench: Callable[..., Result], started: Callable[[], list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TPX_THREADS", "1")
+    result = bench()
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert (
+        result.stderr
+        == "error: expected every core for all that is compared, found TPX_THREADS set; unset it\n"
+    )
+    assert started() == []
+
+
 def test_a_checkpoint_of_another_model_is_refused_before_the_work(
     bench: Callable[..., Result], tiny_model: TextToImage, tmp_path: Path, started: Callable[[], list[int]]
 ) -> None:
