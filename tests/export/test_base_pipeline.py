@@ -225,6 +225,20 @@ def test_refusals_are_one_line(reference: tuple[Path, Any], tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == [tmp_path / "empty"]
 
 
+def test_a_name_of_a_hub_is_told_how_to_become_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        CheckpointInvalid, match="`hf download someone/a-model --local-dir a-model`, or check"
+    ):
+        open_base(Path("someone/a-model"))
+    (tmp_path / "models").mkdir()
+    for path in (Path("models/a-model"), tmp_path / "a-model", Path("a-model")):
+        with pytest.raises(CheckpointInvalid, match="found nothing there; check the path$"):
+            open_base(path)
+
+
 def test_a_scheduler_of_its_own(reference: tuple[Path, Any], tmp_path: Path) -> None:
     other = without(reference[0], "scheduler", tmp_path)
     assert open_base(other).shift == 3.0

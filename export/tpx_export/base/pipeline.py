@@ -6,6 +6,7 @@
 What PATH lacks is taken from `components`, a diffusers folder.
 """
 
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def open_base(
     """
     for root in (path, components):
         if root is not None and not root.exists():
-            raise CheckpointInvalid(f"{root}: expected a model, found nothing there; check the path")
+            raise CheckpointInvalid(f"{root}: expected a model, found nothing there; {_mend(root)}")
     if image_size_px is not None and image_size_px < 1:
         raise BadInput(f"expected an image size of some pixels, found {image_size_px}")
     sources = Sources(path, components)
@@ -40,6 +41,14 @@ def open_base(
     else:
         pipeline = sd3_pipeline.open_pipeline(sources, image_size_px, t5)
     return with_adapters(pipeline, adapters) if adapters else pipeline
+
+
+def _mend(root: Path) -> str:
+    """A path of two names may be one of a model on a hub, from which nothing is downloaded here."""
+    if len(root.parts) == 2 and not root.is_absolute() and not root.parent.exists():
+        name, folder = shlex.quote(root.as_posix()), shlex.quote(root.name)
+        return f"download it with `hf download {name} --local-dir {folder}`, or check the path"
+    return "check the path"
 
 
 def with_adapters(pipeline: Pipeline, path: Path) -> Pipeline:
