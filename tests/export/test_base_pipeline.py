@@ -235,7 +235,7 @@ def test_a_name_of_a_hub_is_told_how_to_become_a_folder(
         open_base(Path("someone/a-model"))
     (tmp_path / "models").mkdir()
     for path in (Path("models/a-model"), tmp_path / "a-model", Path("a-model")):
-        with pytest.raises(CheckpointInvalid, match="found nothing there; check the path$"):
+        with pytest.raises(CheckpointInvalid, match=r"found nothing there; check the path$"):
             open_base(path)
 
 
