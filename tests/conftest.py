@@ -1,5 +1,7 @@
 """A small random model and its bundle: what most tests run on."""
 
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -36,3 +38,17 @@ def int8_export(tiny_model: TextToImage, tmp_path_factory: pytest.TempPathFactor
     out = tmp_path_factory.mktemp("int8") / "tiny"
     options = Int8Options(accept_loss=True)
     return out, export_bundle(Pipeline.of(tiny_model), out, depth=2, precision="int8", int8=options)
+
+
+@pytest.fixture(params=["SIGINT", "SIGTERM", "SIGHUP"])
+def how(request: pytest.FixtureRequest) -> Iterator[signal.Signals]:
+    """Each signal that ends a command politely, also where the tests themselves run under nohup, which ignores one."""
+    if not hasattr(signal, request.param):
+        pytest.skip(f"this system has no {request.param}")
+    asked = signal.Signals[request.param]
+    if asked == signal.SIGINT:
+        yield asked
+        return
+    before = signal.signal(asked, signal.SIG_DFL)
+    yield asked
+    signal.signal(asked, before)

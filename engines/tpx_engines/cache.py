@@ -72,7 +72,7 @@ class EngineCache:
 
     def _write(self, name: str, *contents: bytes) -> Path:
         path = self.folder / name
-        with _writing(self.folder), whole_file(path) as part, part.open("xb") as file:
+        with _writing(self.folder), whole_file(path) as part, part.open("wb") as file:
             for content in contents:
                 file.write(content)
             file.flush()

@@ -723,7 +723,6 @@ def start(*arguments: object) -> subprocess.Popen[str]:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one process")
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_real_signal_while_denoising(tiny_bundle: Path, elsewhere: Path, how: signal.Signals) -> None:
     with start(PROMPT, "--bundle", tiny_bundle, "--steps", 1000, "--out", "a.png") as process:
         assert process.stderr is not None

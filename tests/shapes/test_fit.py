@@ -117,7 +117,6 @@ def test_ctrl_c_while_progress_is_drawn_repeats_no_step(tmp_path: Path) -> None:
     assert_same(task.module, whole.module)
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_ctrl_c_between_two_optimizers_takes_the_step_whole(tmp_path: Path, how: signal.Signals) -> None:
     whole, ema = unbroken(tmp_path)
     state, task = tmp_path / "state.pt", Task()

@@ -204,7 +204,6 @@ def test_another_precision_is_measured_beside(
     assert "in another precision than fp32 with depth 2, found paper in fp32" in result.stderr
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_ctrl_c_leaves_no_process_and_no_file_behind(
     bundle: Path, tmp_path: Path, started: Callable[[], list[int]], how: signal.Signals
 ) -> None:
