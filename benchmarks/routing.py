@@ -19,6 +19,7 @@ import onnx.inliner
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
+from tpx_export.fused_attention import DOMAIN as MICROSOFT
 from tpx_export.model.routed_lora import routed_lora
 from tpx_export.operator import DOMAIN, NAME, OPSET, register_schema
 from tpx_export.routing import masked, permuted
@@ -88,6 +89,36 @@ def batched(experts: int) -> onnx.FunctionProto:
     )
 
 
+def mixture(experts: int) -> onnx.FunctionProto:
+    """ONNX Runtime's own operator for whole layers of experts, MoE, three times: its results are as wide as its tokens."""
+    return onnx.parser.parse_function(
+        f'<domain: "{DOMAIN}", opset_import: ["" : {OPSET}, "{MICROSOFT}" : 1]> {NAME} (x, expert, a, b) => (out)'
+        + """ {
+        minus = Constant <value_ints = [-1]> ()
+        d = Shape <start = 1, end = 2> (a)
+        flat = Concat <axis = 0> (minus, d)
+        tokens = Reshape (x, flat)
+        chosen = Reshape (expert, minus)
+        many = Constant <value_int = EXPERTS> ()
+        sure = Constant <value = float[2] {0.0, 1000.0}> ()
+        router = OneHot (chosen, many, sure)
+        first = Transpose <perm = [0, 2, 1]> (a)
+        b0, b1, b2 = Split <axis = 2, num_outputs = 3> (b)
+        second0 = Transpose <perm = [0, 2, 1]> (b0)
+        second1 = Transpose <perm = [0, 2, 1]> (b1)
+        second2 = Transpose <perm = [0, 2, 1]> (b2)
+        out0 = com.microsoft.MoE <k = 1, activation_type = "identity"> (tokens, router, first, "", second0)
+        out1 = com.microsoft.MoE <k = 1, activation_type = "identity"> (tokens, router, first, "", second1)
+        out2 = com.microsoft.MoE <k = 1, activation_type = "identity"> (tokens, router, first, "", second2)
+        joined = Concat <axis = 1> (out0, out1, out2)
+        lead = Shape <start = 0, end = 2> (x)
+        o = Shape <start = 2, end = 3> (b)
+        shape = Concat <axis = 0> (lead, o)
+        out = Reshape (joined, shape)
+        }""".replace("EXPERTS", str(experts))
+    )
+
+
 def grouped(lead: tuple[int, int], a: np.ndarray, b: np.ndarray) -> Any:
     """OpenVINO's own operator for it, GroupedMatMul (opset 17, from 2026.4 on), on tokens in the order of their experts."""
     from openvino import Model
@@ -131,7 +162,9 @@ def model(body: onnx.FunctionProto, lead: tuple[int, int], a: np.ndarray, b: np.
         [helper.make_tensor_value_info("out", TensorProto.FLOAT, [*lead, b.shape[2]])],
         [numpy_helper.from_array(a, "a"), numpy_helper.from_array(b, "b")],
     )
-    imports = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)]
+    imports = [
+        helper.make_opsetid(domain, version) for domain, version in (("", OPSET), (DOMAIN, 1), (MICROSOFT, 1))
+    ]
     whole = helper.make_model(graph, functions=[body], opset_imports=imports, ir_version=10)
     return onnx.inliner.inline_local_functions(whole)
 
@@ -155,7 +188,8 @@ def openvino_call(model: Any) -> Callable[[dict[str, np.ndarray]], np.ndarray]:
     return lambda inputs: compiled(inputs)[0]
 
 
-COLUMNS = [*list(SPELLINGS)[1:], "grouped"]
+OWN = {"ONNX Runtime": "mixture", "OpenVINO": "grouped"}  # the operator that each engine has for it
+COLUMNS = [*list(SPELLINGS)[1:], *OWN.values()]
 ENGINES = {"ONNX Runtime": onnxruntime_call, "OpenVINO": openvino_call}
 
 
@@ -186,6 +220,10 @@ def main(rounds: int) -> None:
                     calls[name] = call_of(path)
                 if engine == "OpenVINO":
                     calls["grouped"] = openvino_call(grouped(lead, a, b))
+                else:
+                    path = Path(folder) / "mixture.onnx"
+                    onnx.save(model(mixture(experts), lead, a, b), path)
+                    calls["mixture"] = call_of(path)
                 inputs = {"x": x, "expert": expert}
                 for name, call in calls.items():
                     error = np.abs(call(inputs) - expected).max() / np.abs(expected).max()

@@ -1,10 +1,13 @@
-"""A small random model and its bundle: what most tests run on."""
+"""A small random model and its bundles, which most tests run on, and the signals that end a command politely."""
 
+import pickle
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from filelock import FileLock
 from tiny import make_tiny
 
 from tpx_export.exporter import Summary, export_bundle
@@ -13,6 +16,8 @@ from tpx_export.model.text_to_image import TextToImage
 from tpx_export.pipeline import Pipeline
 from tpx_export.quantise.quantiser import Int8Options
 
+Export = tuple[Path, Summary]
+
 
 @pytest.fixture(scope="session")
 def tiny_model() -> TextToImage:
@@ -20,24 +25,47 @@ def tiny_model() -> TextToImage:
 
 
 @pytest.fixture(scope="session")
-def tiny_export(tiny_model: TextToImage, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Summary]:
-    out = tmp_path_factory.mktemp("bundles") / "tiny"
-    summary = export_bundle(Pipeline.of(tiny_model), out)
-    return out, summary
+def export_once(
+    tiny_model: TextToImage, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Callable[..., Export]:
+    """Exports the tiny model under a name, in whichever of the test processes asks first: each takes a minute."""
+    folder = tmp_path_factory.getbasetemp()
+    if hasattr(
+        request.config, "workerinput"
+    ):  # one of pytest-xdist's processes, whose folders lie side by side
+        folder = folder.parent
+
+    def export(name: str, **options: Any) -> Export:
+        out, made = folder / name / "tiny", folder / f"{name}.pickle"
+        with FileLock(folder / f"{name}.lock"):
+            if not made.exists():
+                made.write_bytes(pickle.dumps(export_bundle(Pipeline.of(tiny_model), out, **options)))
+        return out, pickle.loads(made.read_bytes())
+
+    return export
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tiny_export: tuple[Path, Summary]) -> Path:
+def tiny_export(export_once: Callable[..., Export]) -> Export:
+    return export_once("fp32")
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_export: Export) -> Path:
     """A bundle with depths 1..3; copy it before changing anything in it."""
     return tiny_export[0]
 
 
 @pytest.fixture(scope="session")
-def int8_export(tiny_model: TextToImage, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Summary]:
+def half_export(export_once: Callable[..., Export]) -> Export:
+    """In float16, with depths 1..3."""
+    return export_once("fp16", precision="fp16")
+
+
+@pytest.fixture(scope="session")
+def int8_export(export_once: Callable[..., Export]) -> Export:
     """In int8 with depths 1 and 2, kept whatever it costs: so small a model gains nothing."""
-    out = tmp_path_factory.mktemp("int8") / "tiny"
-    options = Int8Options(accept_loss=True)
-    return out, export_bundle(Pipeline.of(tiny_model), out, depth=2, precision="int8", int8=options)
+    return export_once("int8", depth=2, precision="int8", int8=Int8Options(accept_loss=True))
 
 
 @pytest.fixture(params=["SIGINT", "SIGTERM", "SIGHUP"])

@@ -10,7 +10,6 @@ from tpx_engines.build import graphs
 from tpx_engines.tensorrt import Timings
 from tpx_export import checkpoint
 from tpx_export.exporter import export_bundle
-from tpx_export.model.text_to_image import TextToImage
 from tpx_export.pipeline import Pipeline
 from tpx_export.routing import MASKED_UP_TO, spellings
 from tpx_runtime.bundle import Bundle, transformer_name
@@ -26,19 +25,9 @@ except EngineUnavailable as missing:
 
 
 @pytest.fixture(scope="module", params=["fp32", "fp16", "int8"])
-def bundle(
-    request: pytest.FixtureRequest,
-    tiny_model: TextToImage,
-    tiny_bundle: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Bundle:
-    if request.param == "fp32":
-        return Bundle.open(tiny_bundle)
-    if request.param == "int8":
-        return Bundle.open(request.getfixturevalue("int8_export")[0])
-    out = tmp_path_factory.mktemp("half") / "tiny"
-    export_bundle(Pipeline.of(tiny_model), out, precision="fp16")
-    return Bundle.open(out)
+def bundle(request: pytest.FixtureRequest) -> Bundle:
+    exports = {"fp32": "tiny_export", "fp16": "half_export", "int8": "int8_export"}
+    return Bundle.open(request.getfixturevalue(exports[request.param])[0])
 
 
 @pytest.mark.parametrize("capability", [86, 89, 120])

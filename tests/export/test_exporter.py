@@ -206,16 +206,16 @@ def test_dynamic_batch(tiny_bundle: Path) -> None:
         assert len(generator("a red cube", num_images=count, steps=2)) == count
 
 
-def test_half_precision_is_typed_and_bounded(tiny_model: TextToImage, tmp_path: Path) -> None:
-    summary = export_bundle(Pipeline.of(tiny_model), tmp_path / "half", depth=2, precision="fp16")
+def test_half_precision_is_typed_and_bounded(half_export: tuple[Path, Summary]) -> None:
+    out, summary = half_export
     assert all(report.ok for reports in summary.reports.values() for report in reports)
     assert TOLERANCES["fp16"].transformer < 0.02
-    model = graph(tmp_path / "half", 2, "operator")
+    model = graph(out, 2, "operator")
     kinds = {t.data_type for t in model.graph.initializer if len(t.dims) > 1 and ".gate." not in t.name}
     assert onnx.TensorProto.FLOAT16 in kinds
     border = [*model.graph.input, *model.graph.output]
     assert onnx.TensorProto.FLOAT16 not in {value.type.tensor_type.elem_type for value in border}
-    [image] = Generator.load(tmp_path / "half", engine="onnxruntime")("a red cube")
+    [image] = Generator.load(out, engine="onnxruntime")("a red cube")
     assert np.asarray(image).std() > 0
 
 
