@@ -213,6 +213,24 @@ def test_a_transformer_that_says_something_else_is_one_line(tiny_bundle: Path, l
         engine_module.start_loop(*sessions, wrong)  # type: ignore[arg-type]
 
 
+def test_a_call_after_a_loop_is_given_its_own_inputs(tiny_bundle: Path, loops: list[Any]) -> None:
+    """Which lie in the buffers that the loop wrote to, and are the arrays of the call before it."""
+    drawing = generator(tiny_bundle)
+    drawing.generate_latents(drawing.plan(PROMPT, steps=2))
+    (course,) = loops
+    transformer, step = (
+        drawing._graphs.open(path) for path in (drawing.bundle.transformer(3, "plain"), drawing.bundle.step)
+    )
+    inputs = course.inputs
+    before = transformer.run(inputs)
+    loop = engine_module.start_loop(transformer, step, course)
+    loop.advance()
+    loop.advance()
+    after = transformer.run(inputs)
+    for name, array in before.items():
+        np.testing.assert_array_equal(after[name], array)
+
+
 def test_the_graph_of_a_step_has_no_shape_that_a_cuda_graph_cannot_hold(tiny_bundle: Path) -> None:
     """All that its nodes read is on the device, but for shapes that are constants."""
     graph = onnx.load(tiny_bundle / STEP).graph
