@@ -158,9 +158,11 @@ def test_other_prompts_guidance_and_seeds_take_turns_in_the_same_buffers(
         ("a blue sphere", {"guidance": 5.0}),
         ("a blue sphere", {"seed": 4}),
         (PROMPT, {"sampler": "dpmpp2m"}),
+        (PROMPT, {"depth": 1}),  # another transformer, with buffers of its own
+        (PROMPT, {}),
     ):
         same(looping, host, prompt, steps=3, **settings)
-    assert len(loops) == 5
+    assert len(loops) == 7
 
 
 def test_graphs_are_let_go_where_nothing_is_to_be_kept(tiny_bundle: Path, loops: list[object]) -> None:
