@@ -38,9 +38,8 @@ def course_of(
     slots, rows = len(found.weights), len(latents) * (1 if job.guidance == 1 else 2)
     if 4 * slots * (rows * latents[0].size + conditions.distinct * model.conditions_width) > MOST_BYTES:
         return None
-    table, row = conditions.table(
-        [*found.timesteps, found.timesteps[-1]]
-    )  # after the last call nobody reads it
+    last = found.timesteps[-1]  # again, for nobody reads what is told after the last call
+    table, row = conditions.table([*found.timesteps, last])
     tables: Arrays = {
         "places": np.arange(slots).reshape(-1, 1, 1, 1, 1),
         "weights": found.weights,

@@ -127,9 +127,7 @@ class Engine:
             )
         try:
             reason: str | None = self._module().problem(self.name)
-        except (
-            Exception
-        ) as error:  # a broken install, of it or of what it needs, raises whatever it stumbles on
+        except Exception as error:  # a broken install raises whatever it stumbles on
             return (
                 f"expected {self.package} to import for engine {self.name}, found: {one_line(error)}; "
                 f"install it again with `pip install --force-reinstall 'tpx[{self.extra}]'`"
