@@ -23,9 +23,9 @@ def whole_file(path: Path) -> Iterator[Path]:
     if not path.name:
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     part = path.with_name(f".tpx-{uuid.uuid4().hex[:12]}.part")
-    part.touch()
-    permissions = stat.S_IMODE(part.stat().st_mode)
     try:
+        part.touch()
+        permissions = stat.S_IMODE(part.stat().st_mode)
         yield part
         part.chmod(permissions)
         part.replace(path)
