@@ -1,6 +1,6 @@
 """What a denoising loop costs on a GPU whose latents stay there (TPX_DEVICE_LOOP=1), beside one whose latents come and go.
 
-    python -m benchmarks.device_loop bundles/shapes [--batch 1,4,16] [--steps 20] [--rounds 20]
+    python -m benchmarks.device_loop bundles/shapes [--batch 1 --batch 16] [--steps 20] [--rounds 20]
 
 Both draw the same pictures' latents, taking turns; the table gives medians, and the greatest difference between the two.
 """
@@ -68,10 +68,18 @@ def table(rows: list[Row]) -> str:
     show_default=True,
     help="A model of classes ignores it.",
 )
-@click.option("--batch", default="1,4,16", show_default=True, help="Pictures drawn at once.")
+@click.option(
+    "--batch",
+    "batches",
+    type=click.IntRange(1),
+    multiple=True,
+    default=(1, 4, 16),
+    show_default=True,
+    help="Pictures drawn at once; may be repeated.",
+)
 @click.option("--steps", type=click.IntRange(1), default=20, show_default=True)
 @click.option("--rounds", type=click.IntRange(1), default=20, show_default=True)
-def main(bundle: str, prompt: str, batch: str, steps: int, rounds: int) -> None:
+def main(bundle: str, prompt: str, batches: tuple[int, ...], steps: int, rounds: int) -> None:
     """Print the table for BUNDLE."""
     engine, gpu = ENGINES["onnxruntime-cuda"], gpu_here()
     if problem := engine.problem():
@@ -83,7 +91,7 @@ def main(bundle: str, prompt: str, batch: str, steps: int, rounds: int) -> None:
                 f"expected scheduler/step.onnx in {bundle}, found none; export it again"
             )
         said = None if generator.classes else prompt
-        rows = [measure(generator, said, int(one), steps, rounds) for one in batch.split(",")]
+        rows = [measure(generator, said, batch, steps, rounds) for batch in batches]
     except TpxError as error:
         raise click.ClickException(str(error)) from None
     print(

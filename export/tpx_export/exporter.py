@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -65,6 +64,7 @@ from tpx_runtime.verify import (
     verify_transformers,
 )
 
+_LONGEST_S = 24 * 3600
 Progress = Callable[[str, int, int], None]  # (what comes next, tasks done, tasks in all)
 
 
@@ -345,24 +345,19 @@ def _whole_or_nothing(out: Path, force: bool = False) -> Iterator[Path]:
 
 
 def _sweep(out: Path) -> None:
-    """Remove what exports to `out` left that were killed without a word."""
+    """Remove what exports to `out` left that were killed without a word, a day ago or longer: none takes that long."""
     for left in out.parent.glob(f".{glob.escape(out.name)}.*-*.*"):
-        found = re.fullmatch(r"(\d+)-[0-9a-f]+\.(partial|replaced)", left.name[len(out.name) + 2 :])
-        if found and not _runs(int(found[1])) and (found[2] == "partial" or out.exists()):
+        found = re.fullmatch(r"\d+-[0-9a-f]+\.(partial|replaced)", left.name[len(out.name) + 2 :])
+        if found and (found[1] == "partial" or out.exists()) and _age_s(left) > _LONGEST_S:
             shutil.rmtree(left, ignore_errors=True)
 
 
-def _runs(process: int) -> bool:
-    """Whether there is a process of that number, as far as can be known."""
-    if sys.platform == "win32":  # where this would end it
-        return True
+def _age_s(path: Path) -> float:
+    """Since it was last written to; 0 for what is gone."""
     try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
+        return time.time() - path.stat().st_mtime
     except OSError:
-        pass
-    return True
+        return 0.0
 
 
 def _make(folder: Path) -> None:

@@ -326,30 +326,25 @@ def test_what_came_there_meanwhile_is_kept(tmp_path: Path) -> None:
     assert (leftovers(tmp_path), leftovers(out)) == (["bundle"], ["of another export"])
 
 
-def test_what_a_killed_export_left_is_removed_by_the_next(tmp_path: Path) -> None:
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
-    names = [
-        ".bundle.{}-1f.partial",
-        ".bundle.{}-1f.replaced",
-        ".bundles.{}-1f.partial",
+def test_what_a_killed_export_left_is_removed_by_one_of_another_day(tmp_path: Path) -> None:
+    partial, replaced, *others = (
+        ".bundle.7-1f.partial",
+        ".bundle.7-1f.replaced",
+        ".bundles.7-1f.partial",
         ".bundle.x-1f.partial",
-    ]
-    for name in names:
-        (tmp_path / name.format(gone.pid)).mkdir()
-    (tmp_path / f".bundle.{os.getpid()}-1f.partial").mkdir()
+    )
+    fresh = ".bundle.8-1f.partial"  # of an export that may still be at work
+    for name in (partial, replaced, *others, fresh):
+        (tmp_path / name).mkdir()
+        if name != fresh:
+            os.utime(tmp_path / name, (time.time() - 25 * 3600,) * 2)
     with exporter._whole_or_nothing(tmp_path / "bundle") as folder:
         (folder / "new").touch()
-    kept = [
-        names[1].format(gone.pid),
-        names[2].format(gone.pid),
-        names[3],
-        f".bundle.{os.getpid()}-1f.partial",
-    ]
-    assert leftovers(tmp_path) == sorted([*kept, "bundle"])  # what was replaced may be all that there is
+    # What was replaced may be all that there is.
+    assert leftovers(tmp_path) == sorted([replaced, *others, fresh, "bundle"])
     with exporter._whole_or_nothing(tmp_path / "bundle", force=True) as folder:
         (folder / "new").touch()
-    assert leftovers(tmp_path) == sorted([*kept[1:], "bundle"])
+    assert leftovers(tmp_path) == sorted([*others, fresh, "bundle"])
 
 
 def test_a_bundle_may_be_replaced_from_inside(

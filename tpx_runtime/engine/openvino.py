@@ -99,11 +99,13 @@ def store_of(engine_name: str, path: Path) -> Store:
 
 def compile_any(path: Path, config: dict[str, str], store: Store) -> openvino.CompiledModel:
     """The graph at `path` for any shapes, from OpenVINO's cache if it is there. Raises EngineFailed."""
-    where = {"CACHE_DIR": str(store.any_shapes)} if store.prepare() else {}
+    if not store.prepare():
+        with failing(path, "openvino", "load"):
+            return core().compile_model(str(path), "CPU", config)
+    store.discard_damaged()
     with failing(path, "openvino", "load"):
-        compiled = core().compile_model(str(path), "CPU", {**config, **where})
-    if where:
-        store.vouch()
+        compiled = core().compile_model(str(path), "CPU", {**config, "CACHE_DIR": str(store.any_shapes)})
+    store.vouch()
     return compiled
 
 

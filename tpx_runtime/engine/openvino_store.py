@@ -74,7 +74,7 @@ class Store:
         return self.folder / f"any.{self._key()}"
 
     def prepare(self) -> bool:
-        """Make `any_shapes` in the place of what it supersedes or is damaged, and say whether there can be written."""
+        """Make `any_shapes` in the place of what it supersedes, and say whether there can be written."""
         try:
             self.any_shapes.mkdir(parents=True, exist_ok=True)
         except OSError:
@@ -82,14 +82,16 @@ class Store:
         for old in self.folder.glob("any.*"):
             if old != self.any_shapes:
                 shutil.rmtree(old, ignore_errors=True)
-        for graph in {
-            file.with_suffix("") if file.suffix == CHECK else file for file in self.any_shapes.glob("*")
-        }:
+        return os.access(self.any_shapes, os.W_OK)
+
+    def discard_damaged(self) -> None:
+        """Remove from `any_shapes` what is not what was written, and what is known of graphs that are gone."""
+        files = list(self.any_shapes.glob("*"))
+        for graph in {file.with_suffix("") if file.suffix == CHECK else file for file in files}:
             if not is_sound(graph):
                 with suppress(OSError):
                     graph.unlink(missing_ok=True)
                     _check_of(graph).unlink(missing_ok=True)
-        return os.access(self.any_shapes, os.W_OK)
 
     def vouch(self) -> None:
         """Write down what lies in `any_shapes` now, unless that is known."""

@@ -66,7 +66,7 @@ def read_dpg(path: Path) -> list[Item]:
     """Items of dpg_prompts.jsonl, or of a folder of `<item_id>.txt`; prompts as they are. Raises BadInput."""
     if os.path.isdir(path):  # for a name of any length, unlike Path.is_dir
         files = sorted(path.glob("*.txt"))
-        items = [Item(file.stem, _text(file.read_bytes(), str(file))) for file in files]
+        items = [Item(file.stem, _text(_content(file), str(file))) for file in files]
         if not items:
             raise BadInput(f"expected files <item_id>.txt in {path}, found none; name DPG-Bench's prompts")
     else:
@@ -88,8 +88,7 @@ def read_dpg(path: Path) -> list[Item]:
 def _json_lines(path: Path, what: str, keys: Sequence[str]) -> list[tuple[bytes, dict[str, Any]]]:
     """Each line, without its end, and the object it holds, in which `keys` are text. Raises BadInput."""
     try:
-        content = path.read_bytes().removeprefix(BOM_UTF8)  # which some editors begin a file with
-        lines = [line for line in content.splitlines() if line.strip()]
+        lines = [line for line in _content(path).splitlines() if line.strip()]
     except OSError as error:
         raise BadInput(f"expected {what} in {path}, found: {error.strerror}; name that file") from None
     found = []
@@ -109,9 +108,14 @@ def _json_lines(path: Path, what: str, keys: Sequence[str]) -> list[tuple[bytes,
     return found
 
 
+def _content(path: Path) -> bytes:
+    """Without the mark that some editors begin a file with. Raises OSError."""
+    return path.read_bytes().removeprefix(BOM_UTF8)
+
+
 def _text(raw: bytes, where: str) -> str:
     try:
-        return raw.removeprefix(BOM_UTF8).decode("utf-8")
+        return raw.decode("utf-8")
     except UnicodeDecodeError:
         raise BadInput(f"expected {where} to be UTF-8 text, found other bytes; convert it") from None
 
