@@ -14,8 +14,9 @@ from click.testing import CliRunner, Result
 from PIL import Image
 from runtime.fakes import CLASSES, PAPER, make_bundle
 
-from tpx_engines.bench.cli import CHECKPOINTS, main
+from tpx_engines.bench.cli import main
 from tpx_engines.bench.configurations import Configuration
+from tpx_engines.bench.request import CHECKPOINTS
 from tpx_export import checkpoint
 from tpx_export.checkpoint import SUFFIXES
 from tpx_export.model.text_to_image import TextToImage

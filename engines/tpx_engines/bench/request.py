@@ -1,0 +1,164 @@
+"""What tpx-bench is asked for, checked before anything runs: the work, its configurations, and the record of it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tpx_runtime.bundle import Bundle, hash_file
+from tpx_runtime.engine import ENGINES
+from tpx_runtime.engine.threads import THREADS_VARIABLE, threads_wanted
+from tpx_runtime.errors import BadInput, EngineUnavailable, TpxError
+from tpx_runtime.generator import Generator
+from tpx_runtime.manifest import Manifest
+
+from . import PROMPT, configurations
+from .configurations import REFERENCE, Configuration
+from .flops import transformer_flops
+from .machine import describe
+from .measure import Plan
+from .record import Record
+from .subject import Work
+
+CHECKPOINTS = (".safetensors", ".pt")  # tpx_export.checkpoint.SUFFIXES, which would bring torch
+_SAMPLERS = {"velocity": "euler", "epsilon": "ddim"}  # those that call the model once a step
+
+
+@dataclass(frozen=True)
+class Request:
+    """The options of tpx-bench. Nothing in `engines`, `baselines` or `depths` is all of them, or the bundle's own depth."""
+
+    bundle: Bundle
+    ckpt: Path | None
+    also: tuple[Path, ...]
+    engines: tuple[str, ...]
+    baselines: tuple[str, ...]
+    depths: tuple[int, ...]
+    batches: tuple[int, ...]
+    prompt: str | None
+    steps: int
+    rounds: int
+    json: Path | None
+
+    def prepare(self) -> tuple[Plan, Record]:
+        """What is to measure, and the record that it is added to.
+
+        Raises BadInput, BundleInvalid, CheckpointInvalid, and EngineUnavailable for a checkpoint without PyTorch.
+        """
+        depths = tuple(sorted(set(self.depths))) or (self.bundle.manifest.defaults.depth,)
+        self._check()
+        work = self._work(depths)
+        others = [_same_model(path, self.bundle, depths) for path in self.also]
+        chosen = self._configurations(depths, others)
+        record = Record.begin(self.json, self._settings(work, others))
+        rows = 1 if work.guidance == 1 else 2
+        record.facts["flops"].update({str(depth): _flops(self.bundle, depth, rows) for depth in depths})
+        return Plan(work, tuple(chosen), self._reference(chosen), self.rounds, self.batches), record
+
+    def _check(self) -> None:
+        if self.baselines and self.ckpt is None:
+            raise BadInput("expected --ckpt with --baseline, found none; name the bundle's checkpoint")
+        if threads_wanted():
+            raise BadInput(
+                f"expected every core for all that is compared, found {THREADS_VARIABLE} set; unset it"
+            )
+        if self.ckpt is None:
+            return
+        if not self.ckpt.is_file():
+            raise BadInput(f"expected a checkpoint in --ckpt, found no file {self.ckpt}; check the path")
+        if self.ckpt.suffix not in CHECKPOINTS:
+            raise BadInput(
+                f"expected a checkpoint ending in {' or '.join(CHECKPOINTS)} in --ckpt, found {self.ckpt.name}"
+            )
+
+    def _work(self, depths: tuple[int, ...]) -> Work:
+        """Of the first depth; each depth's settings are checked."""
+        manifest = self.bundle.manifest
+        classes = bool(manifest.model.classes)
+        work = Work(
+            bundle=self.bundle.root.resolve(),
+            depth=depths[0],
+            prompt=PROMPT if self.prompt is None and not classes else self.prompt,
+            class_id=0 if classes else None,
+            seed=0,
+            steps=self.steps,
+            guidance=manifest.defaults.guidance,
+            sampler=_SAMPLERS[manifest.model.prediction],
+            ckpt=self.ckpt.resolve() if self.ckpt else None,
+        )
+        checker = Generator(self.bundle, next(iter(ENGINES.values())))  # which opens no graph
+        for depth in depths:
+            checker.plan(
+                work.prompt,
+                class_id=work.class_id,
+                steps=work.steps,
+                guidance=work.guidance,
+                sampler=work.sampler,
+                depth=depth,
+            )
+        return work
+
+    def _configurations(self, depths: tuple[int, ...], others: list[Bundle]) -> list[Configuration]:
+        chosen = configurations.baselines(self.baselines, depths) if self.ckpt else []
+        chosen += configurations.engines(self.engines, depths, self.bundle.manifest.precision)
+        if self.ckpt:
+            _require_fits(self.ckpt, self.bundle.manifest)
+        for other in others:
+            chosen += configurations.engines(
+                self.engines, depths, other.manifest.precision, other.root.resolve()
+            )
+        return chosen
+
+    def _settings(self, work: Work, others: list[Bundle]) -> dict[str, Any]:
+        """What two runs must share for their samples to stand in one record."""
+        told = ("prompt", "class_id", "seed", "steps", "guidance", "sampler")
+        return {
+            "bundle": self.bundle.manifest.name,
+            "bundle_sha256": self.bundle.hash,
+            "precision": self.bundle.manifest.precision,
+            "also": {other.manifest.precision: other.hash for other in others},
+            "image_size_px": list(self.bundle.manifest.model.image_size_px),
+            "ckpt_sha256": hash_file(self.ckpt) if self.ckpt else None,
+            **{name: getattr(work, name) for name in told},
+            "machine": describe(),
+        }
+
+    def _reference(self, chosen: list[Configuration]) -> str | None:
+        """Who draws what all are held to: PyTorch, else the first that runs on the CPU in the bundle's precision."""
+        if any(one.name == REFERENCE for one in chosen):
+            return REFERENCE
+        precision = self.bundle.manifest.precision
+        able = (one for one in chosen if (one.problem, one.device, one.precision) == (None, "cpu", precision))
+        return next((one.name for one in able), None)
+
+
+def _require_fits(ckpt: Path, manifest: Manifest) -> None:
+    """Raises BadInput for a checkpoint of another model than the bundle's, EngineUnavailable without PyTorch."""
+    try:
+        from .baselines import require_fits
+    except ImportError:
+        raise EngineUnavailable(
+            "expected PyTorch for --ckpt, found none; pip install 'tpx[export]', or leave --ckpt out"
+        ) from None
+    require_fits(ckpt, manifest)
+
+
+def _same_model(path: Path, bundle: Bundle, depths: tuple[int, ...]) -> Bundle:
+    """The bundle at `path`. Raises BadInput unless it is `bundle`'s model in another precision, with all of `depths`."""
+    other = Bundle.open(path)
+    wanted, found = bundle.manifest, other.manifest
+    same = (found.name, found.precision != wanted.precision, set(depths) <= set(found.model.depths))
+    if same != (wanted.name, True, True):
+        raise BadInput(
+            f"expected in --also {wanted.name} in another precision than {wanted.precision} with depth "
+            f"{', '.join(map(str, depths))}, found {found.name} in {found.precision} with depth "
+            f"{', '.join(map(str, found.model.depths))}; export it with `tpx-export --precision`"
+        )
+    return other
+
+
+def _flops(bundle: Bundle, depth: int, rows: int) -> int | str:
+    """Operations of a step at batch 1, or why they could not be counted."""
+    try:
+        return transformer_flops(bundle, depth, rows)
+    except TpxError as error:
+        return str(error)
