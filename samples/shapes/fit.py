@@ -68,84 +68,119 @@ def fit(
     Beside it lies the curve, step and mean loss of the last `every` steps a line; a resumed run may write a step twice.
     `show(ema, step)` draws progress. Interrupting (Ctrl-C) saves first.
     """
-    ema = copy.deepcopy(module).requires_grad_(False)
-    rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
-    told = {
-        "steps": steps,
-        "rates": rates,
-        "ema decay": ema_decay,
-        "first weights": digest(module.state_dict().values()),
-        **settings,
-    }
-    first = 0
-    if state.exists():
-        saved = torch.load(state, weights_only=True, map_location="cpu")
-        require_same(saved.get("settings", {}), told, state)
-        module.load_state_dict(saved["module"])
-        ema.load_state_dict(saved["ema"])
-        for optimizer, values in zip(optimizers, saved["optimizers"], strict=True):
-            optimizer.load_state_dict(values)
-        first = saved["step"]
-
-    def save(step: int) -> None:
-        values = [optimizer.state_dict() for optimizer in optimizers]
-        whole = {
-            "module": module.state_dict(),
-            "ema": ema.state_dict(),
-            "optimizers": values,
-            "step": step,
-            "settings": told,
-        }
-        save_whole(whole, state)
-
-    state.parent.mkdir(parents=True, exist_ok=True)
-    trainable = [p for p in module.parameters() if p.requires_grad]
-    pairs = [(e, p) for e, p in zip(ema.parameters(), module.parameters(), strict=True) if p.requires_grad]
-    losses: list[float] = []
-    began = last_save = time.monotonic()
-    taken = first  # whole steps; one that is interrupted is taken again
+    run = _Run(module, optimizers, {"steps": steps, "ema decay": ema_decay, **settings}, state)
+    if (first := run.step) >= steps:
+        return run.ema
+    curve = _Curve(name, first, steps, state.with_suffix(".csv"))
+    last_save = time.monotonic()
     try:
-        for step in range(first, steps):
-            factor = warmup_cosine(step, steps)
-            for optimizer, base in zip(optimizers, rates, strict=True):
-                for group, rate in zip(optimizer.param_groups, base, strict=True):
-                    group["lr"] = rate * factor
-            loss = loss_at(step)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(trainable, clip)
-            decay = min(ema_decay, (step + 1) / (step + 10))
-            with interrupts() as pressed:
-                for optimizer in optimizers:
-                    optimizer.step()
-                    optimizer.zero_grad(set_to_none=True)
-                with torch.no_grad():
-                    for e, p in pairs:
-                        e.lerp_(p, 1 - decay)
-                taken = step + 1
-            if pressed():
-                raise KeyboardInterrupt
-            losses.append(loss.item())
-            if not math.isfinite(losses[-1]):
+        while run.step < steps:
+            loss = run.take(loss_at, warmup_cosine(run.step, steps), ema_decay, clip)
+            if not math.isfinite(loss):
                 raise BadInput(
-                    f"expected a finite loss of {name}, found {losses[-1]} at step {step}; "
+                    f"expected a finite loss of {name}, found {loss} at step {run.step - 1}; "
                     "lower the learning rate, with another --out"
                 )
-            if taken % every == 0:
-                rate = (taken - first) / (time.monotonic() - began)
-                recent = losses[-every:]  # fewer than `every` after a resumption
-                mean, left = sum(recent) / len(recent), (steps - taken) / rate / 60
-                line = f"{name} {taken}/{steps}  loss {mean:.4f}  {rate:.2f} steps/s  {left:.0f} min"
-                print(line, flush=True)
-                with state.with_suffix(".csv").open("a") as curve:
-                    curve.write(f"{taken},{mean:.5f}\n")
-            if show and taken % show_every == 0:
-                show(ema, taken)
+            curve.add(loss, run.step, every)
+            if show and run.step % show_every == 0:
+                show(run.ema, run.step)
             if time.monotonic() - last_save > save_s:
-                save(taken)
+                run.save()
                 last_save = time.monotonic()
     except KeyboardInterrupt:
-        save(taken)
+        run.save()
         raise
-    if first < steps:
-        save(steps)
-    return ema
+    run.save()
+    return run.ema
+
+
+class _Run:
+    """What changes from step to step, as it lies in the file `state`. `step` is the number of whole steps taken."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizers: list[torch.optim.Optimizer],
+        settings: dict[str, Any],
+        state: Path,
+    ) -> None:
+        self._module, self._optimizers, self._state = module, optimizers, state
+        self.ema = copy.deepcopy(module).requires_grad_(False)
+        self._trainable = [
+            (average, p)
+            for average, p in zip(self.ema.parameters(), module.parameters(), strict=True)
+            if p.requires_grad
+        ]
+        self._rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+        weights = digest(module.state_dict().values())
+        self._settings = {"rates": self._rates, "first weights": weights, **settings}
+        self.step = 0
+        state.parent.mkdir(parents=True, exist_ok=True)
+        if state.exists():
+            self._resume()
+
+    def _resume(self) -> None:
+        saved = torch.load(self._state, weights_only=True, map_location="cpu")
+        require_same(saved.get("settings", {}), self._settings, self._state)
+        self._module.load_state_dict(saved["module"])
+        self.ema.load_state_dict(saved["ema"])
+        for optimizer, values in zip(self._optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(values)
+        self.step = saved["step"]
+
+    def save(self) -> None:
+        whole = {
+            "module": self._module.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
+            "step": self.step,
+            "settings": self._settings,
+        }
+        save_whole(whole, self._state)
+
+    def take(self, loss_at: Callable[[int], Tensor], factor: float, ema_decay: float, clip: float) -> float:
+        """One step at `factor` of the learning rates; returns the loss before it. Ctrl-C does not break its update:
+        KeyboardInterrupt is raised after it.
+        """
+        for optimizer, rates in zip(self._optimizers, self._rates, strict=True):
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * factor
+        loss = loss_at(self.step)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([p for _, p in self._trainable], clip)
+        decay = min(
+            ema_decay, (self.step + 1) / (self.step + 10)
+        )  # short at first: the random start is soon forgotten
+        with interrupts() as pressed:
+            for optimizer in self._optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            with torch.no_grad():
+                for average, p in self._trainable:
+                    average.lerp_(p, 1 - decay)
+            self.step += 1
+        if pressed():
+            raise KeyboardInterrupt
+        return loss.item()
+
+
+class _Curve:
+    """The mean of the last losses, printed and appended to the file `path`."""
+
+    def __init__(self, name: str, first: int, steps: int, path: Path) -> None:
+        self._name, self._first, self._steps, self._path = name, first, steps, path
+        self._losses: list[float] = []
+        self._began = time.monotonic()
+
+    def add(self, loss: float, step: int, every: int) -> None:
+        """The loss before the `step`th step; each `every` steps a line."""
+        self._losses.append(loss)
+        if step % every:
+            return
+        rate = (step - self._first) / (time.monotonic() - self._began)
+        recent = self._losses[-every:]  # fewer than `every` after a resumption
+        mean, left = sum(recent) / len(recent), (self._steps - step) / rate / 60
+        line = f"{self._name} {step}/{self._steps}  loss {mean:.4f}  {rate:.2f} steps/s  {left:.0f} min"
+        print(line, flush=True)
+        with self._path.open("a") as curve:
+            curve.write(f"{step},{mean:.5f}\n")
