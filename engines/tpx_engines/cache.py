@@ -57,6 +57,8 @@ class EngineCache:
             {"key": key.to_json(), "bytes": len(engine), "sha256": hashlib.sha256(engine).hexdigest()},
             separators=(",", ":"),
         ).encode()
+        with _writing(self.folder):
+            (self.folder / key.kernels_name).unlink(missing_ok=True)  # of the engine before
         return self._write(key.file_name, PREFIX.pack(MAGIC, VERSION, len(header)) + header, engine)
 
     def read_timings(self, key: Key) -> bytes:
@@ -81,7 +83,8 @@ class EngineCache:
 
 
 def _timings_name(key: Key) -> str:
-    return f"{key.engine}.{key.version}.{key.capability}.timings"
+    plugin = f".{key.plugin[:12]}" if key.plugin else ""  # whose kernels are timed with the rest
+    return f"{key.engine}.{key.version}.{key.capability}{plugin}.timings"
 
 
 @contextmanager

@@ -19,10 +19,7 @@ IBuilderConfig = Any  # tests/engines/test_tensorrt_api.py puts the real ones in
 OnnxParser = Any
 
 Shapes = dict[str, tuple[int | None, ...]]  # of a graph's inputs, by name; None is the batch
-PREFERS_PLUGINS = (
-    10,
-    15,
-)  # the first parser that takes a registered plugin before a function of the same name
+PREFERS_PLUGINS = (10, 15)  # the first parser that takes a registered plugin before a function of its name
 
 
 @dataclass
@@ -51,10 +48,14 @@ def build(
     trt, progress, logger = bindings(flavour), progress or Progress(), log(flavour)
     logger.take()
     monitor = _monitor(flavour, progress)  # must outlive the builder that calls it
-    builder = trt.Builder(logger)
-    if builder is None:
-        raise EngineFailed(f"{flavour.title} cannot start its builder: {logger.take()}")
+    try:
+        builder = trt.Builder(logger)
+    except TypeError:  # the bindings' word for the null pointer that they get where CUDA does not start
+        raise EngineFailed(f"{flavour.title} cannot start its builder: {logger.take()}") from None
     config = builder.create_builder_config()
+    config.clear_flag(
+        trt.BuilderFlag.TF32
+    )  # which is on by default, and whose errors pass a bundle's tolerances
     if flavour.ahead:
         _aim_rtx(flavour, config, capability)
     elif timings is not None:

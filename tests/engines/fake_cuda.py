@@ -29,7 +29,7 @@ class FakeDriver:
         self.streams: dict[int, list[Work]] = {}
         self.graphs: dict[int, list[Work]] = {}
         self.launchable: dict[int, list[Work]] = {}
-        self.retained, self.current, self.capturing = 0, 0, False
+        self.current, self.capturing = 0, False
         self.captured: list[Work] = []
         self._handles = iter(range(0x7F00_0000_1000, 0x7F00_0100_0000, 16))  # above 32 bits
         self._make("cuInit", self._succeed, c_uint)
@@ -38,7 +38,6 @@ class FakeDriver:
         self._make("cuDeviceGetAttribute", self._attribute, POINTER(c_int), c_int, c_int)
         self._make("cuGetErrorName", self._error_name, c_int, POINTER(c_char_p))
         self._make("cuDevicePrimaryCtxRetain", self._retain, POINTER(c_void_p), c_int)
-        self._make("cuDevicePrimaryCtxRelease_v2", self._release, c_int)
         self._make("cuCtxSetCurrent", self._set_current, c_void_p)
         self._make("cuStreamCreate", self._stream_create, POINTER(c_void_p), c_uint)
         self._make("cuStreamSynchronize", self._synchronize, c_void_p)
@@ -63,10 +62,8 @@ class FakeDriver:
     @property
     def held(self) -> dict[str, int]:
         """What somebody has not given back."""
-        counts = {
-            name: len(getattr(self, name)) for name in ("device", "host", "streams", "graphs", "launchable")
-        }
-        return {name: count for name, count in {**counts, "retained": self.retained}.items() if count}
+        kinds = ("device", "host", "streams", "graphs", "launchable")
+        return {name: len(kept) for name in kinds if (kept := getattr(self, name))}
 
     def _make(self, name: str, function: Callable[..., int], *types: Any) -> None:
         def entry(*arguments: Any) -> int:
@@ -100,12 +97,7 @@ class FakeDriver:
         return self._set(out, NAMES[code]) if code in NAMES else 1
 
     def _retain(self, out: Any, device: int) -> int:
-        self.retained += 1
         return self._set(out, 0x7F00_0000_0800)
-
-    def _release(self, device: int) -> int:
-        self.retained -= 1
-        return 0
 
     def _set_current(self, context: int) -> int:
         self.current = context
@@ -117,6 +109,8 @@ class FakeDriver:
         return self._set(out, handle) if flags == 1 else 1
 
     def _synchronize(self, stream: int) -> int:
+        if stream not in self.streams:
+            return 400
         work, self.streams[stream] = self.streams[stream], []
         for one in work:
             one()

@@ -6,6 +6,7 @@ Its names are TensorRT's; a test holds them against the real bindings.
 import ctypes
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum, IntEnum
 from types import SimpleNamespace
@@ -28,7 +29,10 @@ class Made:
 
 
 class FakeTensorRt(SimpleNamespace):
-    """The module. `refuse` names what fails next: "deserialize", "context", "shape", "address", "execute"."""
+    """The module. `refuse` names what fails next: "runtime", "deserialize", "context", "shape", "address", "execute".
+
+    `compiled` is what the runtime cache of the next session holds when it ends.
+    """
 
     def __init__(self, driver: FakeDriver, version: str = "11.4.0.106", **made: Made) -> None:
         self.driver, self.made, self.__version__ = driver, made, version
@@ -36,6 +40,7 @@ class FakeTensorRt(SimpleNamespace):
         self.alive: list[str] = []
         self.executed: list[dict[str, tuple[int, ...]]] = []
         self.strategies: list[Any] = []
+        self.compiled = b"kernels"
         fake = self
 
         class ILogger:
@@ -51,9 +56,16 @@ class FakeTensorRt(SimpleNamespace):
         class CudaGraphStrategy(Enum):
             DISABLED, WHOLE_GRAPH_CAPTURE = range(2)
 
+        class DynamicShapesKernelSpecializationStrategy(Enum):
+            LAZY, EAGER, NONE = range(3)
+
         class Runtime:
             def __init__(self, logger: Any) -> None:
                 self.log = logger.log
+                if "runtime" in fake.refuse:
+                    logger.log(ILogger.Severity.WARNING, "CUDA initialization failure with error: 35")
+                    fake.refuse.discard("runtime")
+                    raise TypeError("pybind11::init(): factory function returned nullptr")
                 fake.alive.append("runtime")
 
             def deserialize_cuda_engine(self, serialized_engine: bytes) -> "ICudaEngine | None":
@@ -62,7 +74,8 @@ class FakeTensorRt(SimpleNamespace):
                 return ICudaEngine(fake.made[json.loads(serialized_engine)], self.log)
 
             def __del__(self) -> None:
-                fake.alive.remove("runtime")
+                with suppress(ValueError):  # one that did not start
+                    fake.alive.remove("runtime")
 
         class ICudaEngine:
             def __init__(self, made: Made, log: Any) -> None:
@@ -87,7 +100,9 @@ class FakeTensorRt(SimpleNamespace):
                 return IRuntimeConfig()
 
             def create_execution_context(self, config: Any = None) -> "IExecutionContext | None":
-                fake.strategies.append(config and config.cuda_graph_strategy)
+                if config:
+                    specialised = config.dynamic_shapes_kernel_specialization_strategy
+                    fake.strategies.append((config.cuda_graph_strategy, specialised))
                 return None if fake._fails("context", self._log) else IExecutionContext(self._made, self._log)
 
             def __del__(self) -> None:
@@ -96,6 +111,38 @@ class FakeTensorRt(SimpleNamespace):
 
         class IRuntimeConfig:
             cuda_graph_strategy = CudaGraphStrategy.DISABLED
+            dynamic_shapes_kernel_specialization_strategy = DynamicShapesKernelSpecializationStrategy.LAZY
+
+            def __init__(self) -> None:
+                fake.alive.append("config")
+
+            def create_runtime_cache(self) -> "IRuntimeCache":
+                return IRuntimeCache()
+
+            def set_runtime_cache(self, cache: Any = None) -> bool:
+                return True
+
+            def __del__(self) -> None:
+                assert "context" not in fake.alive
+                fake.alive.remove("config")
+
+        class IRuntimeCache:
+            def __init__(self) -> None:
+                self._blob = b""
+                fake.alive.append("cache")
+
+            def deserialize(self, blob: bytes) -> bool:
+                fits = blob.startswith(b"kernels")
+                self._blob = blob if fits else b""
+                return fits
+
+            def serialize(self) -> bytes:
+                assert "context" in fake.alive
+                return fake.compiled if len(fake.compiled) > len(self._blob) else self._blob
+
+            def __del__(self) -> None:
+                assert "context" not in fake.alive
+                fake.alive.remove("cache")
 
         class IExecutionContext:
             def __init__(self, made: Made, log: Any) -> None:
@@ -142,6 +189,8 @@ class FakeTensorRt(SimpleNamespace):
         self.Runtime, self.ICudaEngine, self.IExecutionContext = Runtime, ICudaEngine, IExecutionContext
         self.ILogger, self.TensorIOMode, self.DataType = ILogger, TensorIOMode, DataType
         self.IRuntimeConfig, self.CudaGraphStrategy = IRuntimeConfig, CudaGraphStrategy
+        self.IRuntimeCache = IRuntimeCache
+        self.DynamicShapesKernelSpecializationStrategy = DynamicShapesKernelSpecializationStrategy
         self.Dims = Dims
 
     def _fails(self, what: str, log: Any) -> bool:

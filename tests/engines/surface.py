@@ -35,6 +35,11 @@ SYMBOLS = {
 _DULL = re.compile(
     r"bool: DataType|\s+(def __(eq|ne|hash|index|enter|exit|del|and|or|xor|invert|r\w+)__|__\w+: ClassVar)"
 )
+_IN_CPP = {
+    "get_error": ", index: int) -> ParserError",
+    "create_runtime_cache": ") -> IRuntimeCache",
+    "set_runtime_cache": ", cache: IRuntimeCache) -> bool",
+}
 _LEFT_OUT = re.compile(r"I\w+Layer|I?Plugin(?!Registry)\w*|I\w+Plugin\w*")
 
 
@@ -73,8 +78,8 @@ def write_stub(module: ModuleType, out: Path) -> None:
             node.body += ast.parse("def __buffer__(self, flags: int) -> memoryview: ...").body
     text = f'__version__ = "{module.__version__}"\n{ast.unparse(tree)}\n'
     text = re.sub(r"\n\n+", "\n", text.replace("collections.abc.", "").replace(":\n        ...", ": ..."))
-    cpp, python = "def get_error(self, *args, **kwargs)", "def get_error(self, index: int) -> ParserError"
-    text = text.replace(cpp, python)  # whose docstring has the name in C++, which stubgen cannot read
+    for cpp, python in _IN_CPP.items():  # whose docstrings have names in C++, which stubgen cannot read
+        text = text.replace(f"def {cpp}(self, *args, **kwargs)", f"def {cpp}(self{python}")
     text = text.replace("typing.SupportsInt", "int")  # which would forbid callbacks that take an int
     out.write_text(f"# mypy: ignore-errors\nfrom collections.abc import Sequence\n{text}")
 

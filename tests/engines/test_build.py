@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner, Result
@@ -341,9 +342,14 @@ class TestFull:
         self, builder: FakeBuilder, tpx_build: Callable[..., Result], plugin: list[int], tmp_path: Path
     ) -> None:
         assert origins(tpx_build()) == ["build"] * len(GRAPHS)
-        assert builder.timings == [b"+" * number for number in range(len(GRAPHS))]
-        kept = tmp_path / "cache/tensorrt.11.4.0.106.sm89.timings"
-        assert kept.read_bytes() == b"+" * len(GRAPHS)
+        routed = [path.startswith("transformer/depth") for path in builder.built]
+        before = [routed[:number].count(routed[number]) for number in range(len(GRAPHS))]
+        assert builder.timings == [
+            b"+" * number for number in before
+        ]  # of builds with the plugin, or without
+        plugins = ("", f".{routed_lora_choice.plugin_hash()[:12]}")
+        kept = [tmp_path / f"cache/tensorrt.11.4.0.106.sm89{of}.timings" for of in plugins]
+        assert [len(path.read_bytes()) for path in kept] == [routed.count(False), routed.count(True)]
         assert origins(tpx_build()) == ["cache"] * len(GRAPHS)
 
     def test_puts_the_plugin_into_the_transformers_alone(
@@ -553,6 +559,47 @@ def test_progress_never_falls() -> None:
     assert seen == [0, 0.125, 0.25, 0.375, 0.5, 0.5, 1, 1, 1]
     progress._stop.set()
     assert not progress.step("all")
+
+
+def test_progress_of_several_threads_at_once() -> None:
+    progress, failed = Progress(), []
+
+    def report(thread: int) -> None:
+        try:
+            for number in range(2000):
+                name = f"{thread} {number}"
+                progress.start(name, None, 2)
+                progress.step(name)
+                progress.finish(name)
+        except Exception as error:
+            failed.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=report, args=(thread,)) for thread in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert failed == []
+    assert progress.fraction == 0.5
+
+
+def test_cuda_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(logger: object) -> None:
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    trt = SimpleNamespace(Builder=refuse, IProgressMonitor=object)
+    logger = SimpleNamespace(take=lambda: "CUDA initialization failure with error: 35")
+    monkeypatch.setattr(tensorrt, "bindings", lambda flavour: trt)
+    monkeypatch.setattr(tensorrt, "log", lambda flavour: logger)
+    with pytest.raises(
+        EngineFailed, match=r"^TensorRT cannot start its builder: CUDA initialization failure"
+    ):
+        tensorrt.build(FULL, Path("model.onnx"), {})
 
 
 @pytest.fixture

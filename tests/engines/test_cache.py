@@ -110,6 +110,14 @@ def test_whoever_runs_an_engine_does_not_ask_for_its_plugin(cache: EngineCache) 
         cache.load(replace(KEY, plugin=""))
 
 
+def test_a_new_engine_forgets_the_kernels_of_the_one_before(cache: EngineCache) -> None:
+    cache.store(KEY, ENGINE)
+    kernels = cache.folder / KEY.kernels_name
+    kernels.write_bytes(b"of the engine before")
+    cache.store(KEY, ENGINE + b"2")
+    assert not kernels.exists()
+
+
 @pytest.mark.parametrize("flip", [0x01, 0x20])
 def test_notices_every_flipped_byte(cache: EngineCache, flip: int) -> None:
     path = cache.store(KEY, ENGINE[:64])
@@ -143,7 +151,7 @@ def _file(version: int = module.VERSION, header: object = None, length: int | No
     ("contents", "message"),
     [
         (b"", "expected an engine file of tpx, found another file"),
-        (_file(version=1), "expected an engine file of version 2, found 1"),
+        (_file(version=1), f"expected an engine file of version {module.VERSION}, found 1"),
         (_file(length=2**31), "expected a header of at most 65536 bytes, found 2147483648"),
         (_file(header=[]), "expected a header of JSON with key, bytes and sha256, found none"),
         (_file(header={"key": {}, "bytes": 0}), "expected a header of JSON with key, bytes and sha256"),
@@ -190,9 +198,11 @@ def test_keeps_timings_by_version_and_capability(cache: EngineCache) -> None:
     assert cache.read_timings(KEY) == b""
     cache.store_timings(KEY, b"times")
     assert cache.read_timings(replace(KEY, graph="vae_decoder", batch=(1, 8))) == b"times"
-    for field in ("version", "capability", "engine"):
+    for field in ("version", "capability", "engine", "plugin"):
         assert cache.read_timings(replace(KEY, **{field: OTHER[field]})) == b""
-    assert [entry.name for entry in cache.folder.iterdir()] == ["tensorrt-rtx.1.7.1.116.sm89.timings"]
+    assert [entry.name for entry in cache.folder.iterdir()] == [
+        "tensorrt-rtx.1.7.1.116.sm89.0123456789ab.timings"
+    ]
 
 
 def test_refuses_a_folder_that_cannot_be(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 The surface of TensorRT for RTX and of TensorRT 11 is read from the installed bindings, that of 10.16 was recorded by
 surface.py. Sources are found by what they say: whoever takes `trt = bindings(...)` is checked, in every line. In a copy for
 mypy that statement becomes `import tensorrt as trt`, `ICudaEngine = Any` becomes an import of the real class, and functions
-that end in `_rtx` or `_full` are emptied for the other flavour.
+that end in `_rtx` or `_full`, and classes in `Rtx` or `Full`, are emptied for the other flavour.
 """
 
 import ast
@@ -25,6 +25,12 @@ RECORDED = {"10.16": HERE / "tensorrt-10.16.1.11.surface"}
 INSTALLED = {"11.4": "tensorrt_bindings", "rtx": "tensorrt_rtx_bindings"}
 SURFACES = [*RECORDED, *INSTALLED]
 MODULES = {"trt", "trtp", "np", "npt", "cuda", "tensorrt", "Path", "threading", "ctypes"}
+OF_RTX = {  # members of IRuntimeConfig
+    "cuda_graph_strategy",
+    "dynamic_shapes_kernel_specialization_strategy",
+    "create_runtime_cache",
+    "set_runtime_cache",
+}
 USES = re.compile(r"= bindings\(|^\s*import tensorrt\b", re.MULTILINE)
 RUN_ELSEWHERE = "routed_lora_plugin.py"  # test_routed_lora_plugin.py, on NVIDIA's own tensorrt.plugin
 SOURCES = [
@@ -101,6 +107,15 @@ class ForMypy(ast.NodeTransformer):
         self.generic_visit(node)
         taken = node.value is not None and ast.unparse(node.value).startswith("bindings(")
         return ast.copy_location(self._import(), node) if taken else node
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
+        if node.name.endswith(self.emptied[1:].title()):
+            for one in node.body:
+                if isinstance(one, ast.FunctionDef):
+                    one.body = ast.parse("raise NotImplementedError").body
+            return ast.fix_missing_locations(node)
+        self.generic_visit(node)
+        return node
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
         if node.name.endswith(self.emptied):
@@ -207,8 +222,9 @@ def test_the_fake_has_no_names_of_its_own(surfaces: dict[str, Path], name: str) 
     real, fake = names(surfaces[name]), FakeTensorRt(FakeDriver())
     classes = {n: v for n, v in vars(fake).items() if isinstance(v, type)}
     if name != "rtx":
-        del classes["CudaGraphStrategy"]
-        real["IRuntimeConfig"].add("cuda_graph_strategy")
+        for one in ("CudaGraphStrategy", "DynamicShapesKernelSpecializationStrategy", "IRuntimeCache"):
+            del classes[one]
+        real["IRuntimeConfig"] |= OF_RTX
     assert classes.keys() <= real.keys()
     for class_name, kind in classes.items():
         members = {one for one in vars(kind) if not one.startswith("_")}

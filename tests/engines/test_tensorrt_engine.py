@@ -396,7 +396,7 @@ def test_real_libraries_without_a_driver_refuse_in_one_line(
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
     engine = build(RTX, path, {"x": (None, 4)}) if whole else b"no engine"
     with pytest.raises(EngineFailed) as caught:
-        session_module.TensorRtSession(RTX, cuda.Driver(), engine, (1, 2), path)
+        session_module.TensorRtSession(RTX, cuda.Driver(), engine, (1, 2), path, tmp_path / "kernels")
     message = str(caught.value)
     assert message.startswith(f"{path}: tensorrt-rtx could not load its engine: ")
     assert "CUDA driver version is insufficient" in message

@@ -1,5 +1,8 @@
 """TensorRT for RTX reads and builds every graph of a bundle; no GPU is needed for that."""
 
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import onnx
@@ -72,6 +75,24 @@ def test_builds_every_graph_of_the_sample_in_fp16(sample_in_fp16: Bundle) -> Non
     assert all(sizes[name] < 1.5 * weights for name in transformers), (
         "weights are no longer in half precision"
     )
+
+
+def test_multiplies_float32_in_float32(tiny_bundle: Path) -> None:
+    """TF32, TensorRT's default, would cut float32 to ten bits: the engine says of itself that it may not."""
+    path, inputs = graphs(Bundle.open(tiny_bundle))["text_encoder"]
+    assert re.findall(rb"tf32=\d", tensorrt.build(RTX, path, inputs)) == [b"tf32=0"]
+
+
+def test_its_libraries_stay_out_of_the_way_of_full_tensorrt() -> None:
+    """Both flavours' libraries export one set of names, and what is loaded globally answers for everybody."""
+    code = """
+import ctypes
+from tpx_runtime.engine.tensorrt_flavours import RTX, bindings
+bindings(RTX)
+print(hasattr(ctypes.CDLL(None), "getPluginRegistry"))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout == "False\n"
 
 
 @pytest.mark.parametrize("capability", RTX.capabilities or ())

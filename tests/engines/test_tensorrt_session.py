@@ -51,7 +51,13 @@ Open = Callable[..., TensorRtSession]
 
 
 @pytest.fixture
-def open_session(trt: FakeTensorRt, driver: FakeDriver) -> Iterator[Open]:
+def kernels(tmp_path: Path) -> Path:
+    """Where TensorRT for RTX keeps what it compiles."""
+    return tmp_path / "text.kernels"
+
+
+@pytest.fixture
+def open_session(trt: FakeTensorRt, driver: FakeDriver, kernels: Path) -> Iterator[Open]:
     """Opens a session, and shows at the end that nothing stays behind."""
 
     def make(
@@ -60,7 +66,8 @@ def open_session(trt: FakeTensorRt, driver: FakeDriver) -> Iterator[Open]:
         graphs: bool = False,
         flavour: Flavour = FULL,
     ) -> TensorRtSession:
-        return TensorRtSession(flavour, cuda.Driver(), json.dumps(name).encode(), batch, PATH, graphs)
+        engine = json.dumps(name).encode()
+        return TensorRtSession(flavour, cuda.Driver(), engine, batch, PATH, kernels, graphs)
 
     gc.freeze()  # the collection below is of what the test made alone
     yield make
@@ -224,6 +231,31 @@ def test_an_engine_that_does_not_open_leaves_nothing(
     assert str(caught.value) == f"{PATH}: tensorrt could not {message}: Error Code 1: {what} refused"
 
 
+def test_cuda_that_does_not_start_is_one_line(open_session: Open, trt: FakeTensorRt) -> None:
+    trt.refuse.add("runtime")
+    with pytest.raises(EngineFailed) as caught:
+        open_session()
+    assert (
+        str(caught.value) == f"{PATH}: tensorrt could not start: CUDA initialization failure with error: 35"
+    )
+
+
+def test_ctrl_c_in_a_call_waits_for_the_device(
+    open_session: Open, driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session, given = open_session(), inputs(2)
+
+    def pressed() -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(session, "_launch", pressed)
+        with pytest.raises(KeyboardInterrupt):
+            session.run(given)
+    assert list(driver.streams.values()) == [[]]
+    check(session, given)
+
+
 def test_a_type_that_no_bundle_has_is_refused(open_session: Open) -> None:
     with pytest.raises(EngineFailed, match="expected x of FLOAT, HALF, INT64, INT32, BOOL, found INT8"):
         open_session("odd")
@@ -282,9 +314,9 @@ def test_is_freed_in_order_when_nobody_holds_it(
     assert gone() is None
     assert driver.order == [
         "cuCtxSetCurrent",
+        "cuStreamSynchronize",
         *["cuMemFree_v2", "cuMemFreeHost"] * 5,
         "cuStreamDestroy_v2",
-        "cuDevicePrimaryCtxRelease_v2",
     ]
     assert trt.alive == []
 
@@ -316,7 +348,6 @@ def test_two_sessions_do_not_share(open_session: Open, driver: FakeDriver) -> No
         check(two, inputs(3, seed + 10))
     one.close()
     check(two, inputs(3))
-    assert driver.retained == 1
 
 
 class TestGraphs:
@@ -367,5 +398,46 @@ class TestGraphs:
         session = open_session(graphs=True, flavour=RTX)
         for seed in range(3):
             check(session, inputs(2, seed))
-        assert trt.strategies == [trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE]
+        assert [graph for graph, _ in trt.strategies] == [trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE]
         assert not driver.calls["cuStreamBeginCapture_v2"]
+
+
+class TestKernelsOfRtx:
+    """What TensorRT for RTX compiles when it runs: before the numbers, and once for all processes."""
+
+    def test_are_compiled_before_a_shape_runs(self, open_session: Open, trt: FakeTensorRt) -> None:
+        check(open_session(flavour=RTX), inputs(2))
+        eager = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        assert trt.strategies == [(trt.CudaGraphStrategy.DISABLED, eager)]
+
+    def test_are_kept_for_the_next_session(
+        self, open_session: Open, trt: FakeTensorRt, kernels: Path
+    ) -> None:
+        session = open_session(flavour=RTX)
+        check(session, inputs(2))
+        assert not kernels.exists()
+        session.close()
+        assert kernels.read_bytes() == b"kernels"
+        trt.compiled = b""
+        written = kernels.stat().st_mtime_ns
+        open_session(flavour=RTX).close()
+        assert (kernels.read_bytes(), kernels.stat().st_mtime_ns) == (b"kernels", written)
+        trt.compiled = b"kernels of more shapes"
+        open_session(flavour=RTX).close()
+        assert kernels.read_bytes() == b"kernels of more shapes"
+
+    def test_of_another_version_are_compiled_anew(self, open_session: Open, kernels: Path) -> None:
+        kernels.write_bytes(b"of another version")
+        open_session(flavour=RTX).close()
+        assert kernels.read_bytes() == b"kernels"
+
+    def test_that_cannot_be_kept_are_compiled_again(self, open_session: Open, kernels: Path) -> None:
+        kernels.mkdir()
+        session = open_session(flavour=RTX)
+        check(session, inputs(2))
+        session.close()
+        assert list(kernels.parent.iterdir()) == [kernels]
+
+    def test_full_tensorrt_has_none(self, open_session: Open, kernels: Path) -> None:
+        open_session().close()
+        assert not kernels.exists()

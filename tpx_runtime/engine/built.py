@@ -3,7 +3,7 @@
 An engine file is
 
     8 bytes   TPXENGIN
-    uint32    version of this layout, little-endian
+    uint32    version of this layout and of how engines are built, little-endian
     uint32    length of the header
     header    JSON: {"key": {...}, "bytes": length of the engine, "sha256": of the engine}
     engine    what the builder returned
@@ -23,7 +23,8 @@ from typing import Any, BinaryIO
 from ..errors import shorten
 
 ENGINES_VARIABLE = "TPX_ENGINES"
-MAGIC, VERSION = b"TPXENGIN", 2
+MAGIC = b"TPXENGIN"
+VERSION = 3  # raised too where engines are built otherwise than before: 3 is without TF32
 PREFIX = struct.Struct("<8sII")
 _LONGEST_HEADER_BYTES = 65536
 _WHERE_KNOWN = ("gpu", "driver", "plugin")
@@ -58,6 +59,11 @@ class Key:
     def pattern(self) -> str:
         """Of the names of this engine's files for whatever batch."""
         return self._file_name("*")
+
+    @property
+    def kernels_name(self) -> str:
+        """Of the file of what TensorRT for RTX compiled of this engine when it ran."""
+        return self.file_name.removesuffix(".engine") + ".kernels"
 
     def _file_name(self, batch: str) -> str:
         graph = re.sub("[^a-z0-9]+", "-", self.graph.lower())
@@ -109,8 +115,8 @@ def load(path: Path, key: Key) -> bytes | None:
         raise Stale(f"{path}: {reason}") from None
 
 
-def find(folder: Path, key: Key) -> tuple[tuple[int, int], bytes] | None:
-    """The batch and the engine in `folder` that is of `key` but for its batch: the widest range from the fewest rows.
+def find(folder: Path, key: Key) -> tuple[Key, bytes] | None:
+    """The engine in `folder` that is of `key` but for its batch, and its own key: the widest range from the fewest rows.
 
     None if there is no file of that name. Raises Stale where there are some and none fits.
     """
@@ -123,7 +129,7 @@ def find(folder: Path, key: Key) -> tuple[tuple[int, int], bytes] | None:
         wanted = replace(key, batch=(least, most))
         try:
             if engine := load(folder / wanted.file_name, wanted):
-                return (least, most), engine
+                return wanted, engine
         except Stale as found:
             reason = reason or found
     if reason:

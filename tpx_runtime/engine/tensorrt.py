@@ -67,5 +67,6 @@ def open_session(engine_name: str, path: Path) -> TensorRtSession:
         raise EngineUnavailable(
             f"expected an engine of {key.graph} in {folder} ({key.pattern}), found none; build it with `{command}`"
         )
-    batch, engine = found
-    return TensorRtSession(flavour, driver, engine, batch, path, bool(graphs_wanted()))
+    key, engine = found
+    kernels = folder / key.kernels_name
+    return TensorRtSession(flavour, driver, engine, key.batch, path, kernels, bool(graphs_wanted()))

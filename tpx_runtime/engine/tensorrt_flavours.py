@@ -24,13 +24,15 @@ class Flavour:
     name: str
     title: str
     module: str
-    libraries: (
-        str | None
-    )  # the package in whose folder the libraries lie, where the module does not find them
-    preload: tuple[str, ...]  # of these, in this order: the second needs the first
-    capabilities: tuple[int, ...] | None  # GPUs that it knows, times ten; None where the builder may say
-    ahead: bool  # builds for GPUs that are not there; the other times its kernels on the one that is
-    own_graphs: bool  # its contexts capture CUDA graphs themselves
+    # The package in whose folder the libraries lie, where the module does not find them,
+    libraries: str | None
+    # and which, in this order: the second needs the first.
+    preload: tuple[str, ...]
+    # GPUs that it knows, times ten; None where the builder may say.
+    capabilities: tuple[int, ...] | None
+    # Builds for GPUs that are not there, and compiles kernels for the one that is when an engine runs: its contexts cache
+    # these, and capture CUDA graphs themselves. The other times its kernels while it builds, on the GPU that is there.
+    ahead: bool
 
 
 RTX = Flavour(
@@ -41,7 +43,6 @@ RTX = Flavour(
     preload=("libtensorrt_rtx.so", "libtensorrt_onnxparser_rtx.so"),
     capabilities=(75, 80, 86, 89, 120, 121),
     ahead=True,
-    own_graphs=True,
 )
 FULL = Flavour(
     name="tensorrt",
@@ -51,7 +52,6 @@ FULL = Flavour(
     preload=(),
     capabilities=None,
     ahead=False,
-    own_graphs=False,
 )
 FLAVOURS = {flavour.name: flavour for flavour in (RTX, FULL)}
 OLDEST = (10, 14)  # of full TensorRT: the first with plugins whose code goes into the engine
@@ -92,7 +92,7 @@ def _preload(flavour: Flavour, package: str) -> None:
                 f"install it again with `pip install --force-reinstall 'tpx[{flavour.name}]'`"
             )
         try:
-            ctypes.CDLL(str(versions[-1]), ctypes.RTLD_GLOBAL)
+            ctypes.CDLL(str(versions[-1]))  # locally: both flavours' libraries export the same names
         except OSError as error:
             raise EngineUnavailable(
                 f"expected {name} to load, found: {error}; it is for Linux on x86_64"
@@ -122,7 +122,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 @cache
 def log(flavour: Flavour) -> Any:
-    """A logger that keeps the last error, which is all that a refusal says of its reason.
+    """A logger that keeps the last error, or warning, which is all that a refusal says of its reason.
 
     One for each TensorRT, for as long as the process lives: the libraries keep a pointer to the first that they meet.
     """
@@ -131,15 +131,19 @@ def log(flavour: Flavour) -> Any:
     class Log(trt.ILogger):
         def __init__(self) -> None:
             super().__init__()
-            self.last_error = ""
+            self.last_error, self.last_warning = "", ""
 
         def log(self, severity: Any, msg: str) -> None:
+            line = " ".join(msg.split())[:300]
             if severity <= trt.ILogger.Severity.ERROR:
-                self.last_error = " ".join(msg.split())[:300]
+                self.last_error = line
+            elif severity == trt.ILogger.Severity.WARNING:
+                self.last_warning = line
 
         def take(self) -> str:
-            """The last error since this was asked last."""
-            said, self.last_error = self.last_error, ""
-            return said or "no reason given"
+            """The last error since this was asked last, or the last warning where there was none."""
+            reason = self.last_error or self.last_warning or "no reason given"
+            self.last_error, self.last_warning = "", ""
+            return reason
 
     return Log()

@@ -15,11 +15,14 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import EngineFailed
+from ..files import whole_file
 from . import Arrays, cuda
 from .tensorrt_flavours import Flavour, bindings, log
 
-Runtime = Any  # this and the next three are TensorRT's, whose module is not here to check against;
+Runtime = Any  # this and the next five are TensorRT's, whose module is not here to check against;
 ICudaEngine = Any  # tests/engines/test_tensorrt_api.py puts the real ones in their place
+IRuntimeConfig = Any
+IRuntimeCache = Any
 IExecutionContext = Any
 Dims = Any
 
@@ -59,11 +62,15 @@ class TensorRtSession:
         engine: bytes,
         batch: tuple[int, int],
         path: Path,
+        kernels: Path,
         graphs: bool = False,
     ) -> None:
-        """Load a serialized `engine` of the graph at `path`. Raises EngineFailed, and then nothing stays behind."""
+        """Load a serialized `engine` of the graph at `path`. Raises EngineFailed, and then nothing stays behind.
+
+        `kernels` is the file of what TensorRT for RTX compiles when the engine runs: read here, written by `close`.
+        """
         self._flavour, self._driver, self._batch, self._path = flavour, driver, batch, path
-        self._graphs = graphs and not flavour.own_graphs
+        self._graphs = graphs and not flavour.ahead
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._uploaded: dict[str, Array] = {}
         self._run_last: object = None  # the shapes and addresses of the last call
@@ -71,7 +78,7 @@ class TensorRtSession:
             self._own = _Owned(driver)
             opening.callback(self._own.free)
             self._own.engine = self._load(engine)
-            self._own.context = self._context(graphs)
+            self._own.context = self._context(kernels, graphs)
             self._ports = [self._port(i) for i in range(self._own.engine.num_io_tensors)]
             opening.pop_all()
         self._finalizer = weakref.finalize(self, self._own.free)
@@ -118,11 +125,20 @@ class TensorRtSession:
         return rows.pop()
 
     def _run(self, inputs: Arrays) -> Arrays:
-        """One call of the engine, whose batch fits."""
-        own, stream = self._own, self._own.stream
-        own.make_current()
+        """One call of the engine, whose batch fits. However it ends, the stream is done with the buffers."""
+        self._own.make_current()
         unchanged = {name for name, array in inputs.items() if self._holds(name, array)}
         self._uploaded.clear()  # until the stream is done, nothing is known of the device
+        try:
+            outputs = self._compute(inputs, unchanged)
+        except BaseException:
+            self._own.wait()
+            raise
+        self._uploaded = dict(inputs)
+        return outputs
+
+    def _compute(self, inputs: Arrays, unchanged: set[str]) -> Arrays:
+        own, stream = self._own, self._own.stream
         for name, array in inputs.items():
             if self._shapes.get(name) != array.shape:
                 if not own.context.set_input_shape(name, array.shape):
@@ -139,7 +155,6 @@ class TensorRtSession:
         for name, size in sizes.items():
             own.buffers[name].download(size, stream)
         self._driver.call("cuStreamSynchronize", stream)
-        self._uploaded = dict(inputs)
         return {port.name: own.buffers[port.name].view(shape, port.dtype).copy() for port, shape in outputs}
 
     def _holds(self, name: str, array: Array) -> bool:
@@ -188,33 +203,43 @@ class TensorRtSession:
     def _load(self, serialized: bytes) -> ICudaEngine:
         trt = bindings(self._flavour)
         self._log.take()
-        runtime = trt.Runtime(self._log)
+        try:
+            runtime = trt.Runtime(self._log)
+        except TypeError:  # the bindings' word for the null pointer that they get where CUDA does not start
+            raise self._failed(f"start: {self._reason()}") from None
         self._own.runtime = runtime
         engine = runtime.deserialize_cuda_engine(serialized)
         if engine is None:
             raise self._failed(f"load its engine: {self._reason()}")
         return engine
 
-    def _context(self, graphs: bool) -> IExecutionContext:
-        if graphs and self._flavour.own_graphs:
-            context = self._capturing_context_rtx()
+    def _context(self, kernels: Path, graphs: bool) -> IExecutionContext:
+        if self._flavour.ahead:
+            context = self._compiling_context_rtx(kernels, graphs)
         else:
             context = self._own.engine.create_execution_context()
         if context is None:
             raise self._failed(f"make room to run it: {self._reason()}")
         return context
 
-    def _capturing_context_rtx(self) -> IExecutionContext:
-        trt = bindings(self._flavour)
-        config = self._own.engine.create_runtime_config()
-        config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-        return self._own.engine.create_execution_context(config)
+    def _compiling_context_rtx(self, kernels: Path, graphs: bool) -> IExecutionContext:
+        """A context that compiles the kernels of a shape before it runs them: by default it runs others meanwhile, so that
+        the numbers would depend on the time.
+        """
+        trt, own = bindings(self._flavour), self._own
+        config = own.engine.create_runtime_config()
+        own.config = config
+        config.dynamic_shapes_kernel_specialization_strategy = (
+            trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        )
+        if graphs:
+            config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        own.kernels = _KernelsRtx(config, kernels)
+        return own.engine.create_execution_context(config)
 
     def _port(self, index: int) -> Port:
-        trt, own = (
-            bindings(self._flavour),
-            self._own,
-        )  # an engine of its own would outlive, in a traceback, the runtime
+        trt = bindings(self._flavour)
+        own = self._own  # an engine of its own would outlive, in a traceback, the runtime
         name = own.engine.get_tensor_name(index)
         kind = own.engine.get_tensor_dtype(name).name
         if kind not in _DTYPES:
@@ -233,18 +258,48 @@ class TensorRtSession:
         return EngineFailed(f"{self._path}: {self._flavour.name} could not {what}")
 
 
+class _KernelsRtx:
+    """TensorRT for RTX's runtime cache, in a file: what it has compiled for this GPU, which may take longer than to run."""
+
+    def __init__(self, config: IRuntimeConfig, path: Path) -> None:
+        self._path, self._known = path, b""
+        cache: IRuntimeCache = config.create_runtime_cache()
+        with suppress(OSError):
+            self._known = path.read_bytes()
+        if self._known:
+            cache.deserialize(
+                self._known
+            )  # which takes nothing of another version, GPU or driver, nor damaged
+        config.set_runtime_cache(cache)
+        self._cache: IRuntimeCache = cache
+
+    def save(self) -> None:
+        """Write what is known now, if it is more than the file has. A folder that cannot be written costs time alone."""
+        blob = self._cache.serialize()
+        known = b"" if blob is None else bytes(blob)
+        if known not in (b"", self._known):
+            with suppress(OSError), whole_file(self._path) as part:
+                part.write_bytes(known)
+
+
 class _Owned:
-    """What a session must give back: a hold on the device's context, a stream, buffers, and TensorRT's three objects."""
+    """What a session must give back: a stream, buffers, and TensorRT's objects.
+
+    Its hold on the device's primary context is for the life of the process: CUDA resets that context when nobody holds it,
+    between two sessions, under libraries that stay loaded.
+    """
 
     def __init__(self, driver: cuda.Driver) -> None:
         self._driver = driver
         self.runtime: Runtime = None
         self.engine: ICudaEngine = None
+        self.config: IRuntimeConfig = None
+        self.kernels: _KernelsRtx | None = None
         self.context: IExecutionContext = None
         self.buffers: dict[str, cuda.Buffer] = {}
         self.graph: cuda.Graph | None = None
-        self._device = driver.handle("cuDeviceGet", 0, kind=cuda.c_int)
-        self._primary = driver.handle("cuDevicePrimaryCtxRetain", self._device)
+        device = driver.handle("cuDeviceGet", 0, kind=cuda.c_int)
+        self._primary = driver.handle("cuDevicePrimaryCtxRetain", device)
         self.stream = 0
         try:
             self.make_current()
@@ -257,6 +312,10 @@ class _Owned:
         """The device's context, for whichever thread this is."""
         self._driver.call("cuCtxSetCurrent", self._primary)
 
+    def wait(self) -> None:
+        """Until nothing in the stream uses the buffers."""
+        self._try(self._driver.call, "cuStreamSynchronize", self.stream)
+
     def drop_graph(self) -> None:
         graph, self.graph = self.graph, None
         if graph:
@@ -265,15 +324,20 @@ class _Owned:
     def free(self) -> None:
         """All of it, what needs another thing before that thing; one that fails does not keep the others."""
         self._try(self.make_current)
+        if self.stream:
+            self.wait()
         self._try(self.drop_graph)
+        if self.kernels:
+            self.kernels.save()
         self.context = None
+        self.kernels = None
+        self.config = None
         self.engine = None
         self.runtime = None
         while self.buffers:
             self._try(self.buffers.popitem()[1].free)
         if self.stream:
             self._try(self._driver.call, "cuStreamDestroy_v2", self.stream)
-        self._try(self._driver.call, "cuDevicePrimaryCtxRelease_v2", self._device)
 
     @staticmethod
     def _try(call: Callable[..., None], *arguments: Any) -> None:
