@@ -1,7 +1,5 @@
 """What all commands share: whatever a user did wrong, and Ctrl-C, ends in one line on stderr and an exit code."""
 
-import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO, Any
@@ -10,6 +8,7 @@ import click
 
 from . import __version__
 from .errors import Cancelled, TpxError
+from .interrupts import as_ctrl_c
 
 
 class UsageLine(click.ClickException):
@@ -36,28 +35,6 @@ def one_line() -> Iterator[None]:
         if type(error).__name__ == "NoArgsIsHelpError":
             raise
         raise UsageLine(error) from None
-
-
-def polite_kills() -> list[signal.Signals]:
-    """The signals, beside Ctrl-C, that ask to end: a kill, and a terminal that closes where nohup does not say otherwise."""
-    asking = [signal.SIGTERM]
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-        asking.append(signal.SIGHUP)
-    return asking
-
-
-@contextmanager
-def terminable() -> Iterator[None]:
-    """A polite kill is a Ctrl-C too, so that nothing is left half-written. Only the main thread hears signals."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, signal.default_int_handler) for number in polite_kills()}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _say_version(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
@@ -90,7 +67,7 @@ class TpxCommand(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            with one_line(), terminable():
+            with one_line(), as_ctrl_c():
                 return super().invoke(ctx)
         except KeyboardInterrupt:
             error: TpxError = Cancelled("cancelled")

@@ -1,19 +1,19 @@
 """A bundle to its engines: which graphs, for which GPU, whether memory suffices, and what the cache still lacks."""
 
-import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
-from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from threading import Event, Thread, current_thread, main_thread
+from threading import Thread
 
 from tpx_runtime.bundle import Bundle
 from tpx_runtime.engine.built import graph_name
 from tpx_runtime.engine.gpu import Gpu
 from tpx_runtime.engine.tensorrt_flavours import FLAVOURS, Flavour, version
 from tpx_runtime.errors import Cancelled, EngineUnavailable
+from tpx_runtime.interrupts import deferred
 from tpx_runtime.memory import available_bytes
 
 from . import tensorrt
@@ -150,9 +150,8 @@ def build_all(
         check_memory(missing)
         cache.prepare()
     results: list[Result] = []
-    with _ctrl_c(
-        f"stopped; what is finished is in {cache.folder}, the same command goes on from there"
-    ) as stop:
+    left = f"stopped; what is finished is in {cache.folder}, the same command goes on from there"
+    with deferred(partial(Abandoned, left)) as stop:
         for task in tasks:
             if stop.is_set():
                 break
@@ -180,26 +179,6 @@ def build_all(
             f"cancelled; {have} of {len(tasks)} engines are in {cache.folder}, the same command goes on from there"
         )
     return results
-
-
-@contextmanager
-def _ctrl_c(left: str) -> Iterator[Event]:
-    """An event that Ctrl-C sets, instead of an exception between any two lines; a second Ctrl-C raises Abandoned."""
-    stop = Event()
-
-    def press(number: int, frame: object) -> None:
-        if stop.is_set():
-            raise Abandoned(left)
-        stop.set()
-
-    if current_thread() is not main_thread():  # which alone hears signals
-        yield stop
-        return
-    previous = signal.signal(signal.SIGINT, press)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGINT, previous)
 
 
 def _build(

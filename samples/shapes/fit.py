@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tpx_export.training.interrupts import interrupts
 from tpx_runtime.errors import BadInput
 from tpx_runtime.evaluation.record import require_same
 from tpx_runtime.files import whole_file
+from tpx_runtime.interrupts import deferred
 
 
 def seeded(seed: int, step: int) -> torch.Generator:
@@ -151,7 +151,7 @@ class _Run:
         decay = min(
             ema_decay, (self.step + 1) / (self.step + 10)
         )  # short at first: the random start is soon forgotten
-        with interrupts() as pressed:
+        with deferred() as interrupted:
             for optimizer in self._optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
@@ -159,7 +159,7 @@ class _Run:
                 for average, p in self._trainable:
                     average.lerp_(p, 1 - decay)
             self.step += 1
-        if pressed():
+        if interrupted.is_set():
             raise KeyboardInterrupt
         return loss.item()
 

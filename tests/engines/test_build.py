@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -69,9 +70,9 @@ class FakeBuilder:
         return f"{path} {batch} {capability}".encode()
 
 
-def press(progress: Progress) -> None:
+def press(progress: Progress, how: signal.Signals = signal.SIGINT) -> None:
     """Press Ctrl-C, and go on when the main thread has heard it."""
-    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+    signal.pthread_kill(threading.main_thread().ident or 0, how)
     assert progress._stop.wait(60)
 
 
@@ -164,9 +165,9 @@ def test_a_failed_build_keeps_what_was_built(
 
 
 def test_ctrl_c_stops_the_builder_and_the_next_run_goes_on(
-    builder: FakeBuilder, tpx_build: Callable[..., Result], tmp_path: Path
+    builder: FakeBuilder, tpx_build: Callable[..., Result], tmp_path: Path, how: signal.Signals
 ) -> None:
-    builder.at, builder.then = 2, press
+    builder.at, builder.then = 2, partial(press, how=how)
     result = tpx_build()
     assert (result.exit_code, result.stdout) == (130, "")
     left = (

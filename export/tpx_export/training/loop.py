@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from tpx_export.training import state
 from tpx_export.training.data import Data, Told, seeded
 from tpx_export.training.frozen import adapters_of
-from tpx_export.training.interrupts import interrupts
 from tpx_export.training.progress import progress
 from tpx_export.training.settings import Settings
 from tpx_runtime.errors import BadInput, Cancelled, TpxError
+from tpx_runtime.interrupts import deferred
 
 SAVE_EVERY_S = 120.0
 _SHOWN = 50  # steps that the shown loss is the mean of
@@ -90,11 +90,11 @@ def fit(job: Job, steps: int, saved: Path, identity: dict[str, Any]) -> Outcome:
 def _steps(job: Job, run: state.Run, steps: int, save: Callable[[], None], saved: Path) -> None:
     losses: list[float] = []
     last_save, first = time.monotonic(), run.step
-    with interrupts() as interrupted, progress("training", steps) as advance:
+    with deferred() as interrupted, progress("training", steps) as advance:
         while run.step < steps:
             losses = [*losses[1 - _SHOWN :], one_step(job, run)]
             advance(run.step, f"loss {sum(losses) / len(losses):.4f}")
-            if interrupted():
+            if interrupted.is_set():
                 save()
                 raise Cancelled(
                     f"cancelled after {run.step} of {steps} steps, which {saved} holds; the same command goes on"
