@@ -18,7 +18,7 @@ from tpx_runtime.engine import ENGINES
 from tpx_runtime.engine.gpu import LOOP_VARIABLE, gpu_here
 from tpx_runtime.errors import TpxError
 from tpx_runtime.generator import Generator
-from tpx_runtime.samplers import Array
+from tpx_runtime.sampling import Array
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from PIL import Image
 from tpx_export import checkpoint
 from tpx_runtime.guidance import is_guided
 from tpx_runtime.noise import batch_noise
-from tpx_runtime.samplers import SAMPLERS
+from tpx_runtime.sampling.flow import FLOW_SAMPLERS
 from tpx_runtime.tokenizer import WordTokenizer
 
 
@@ -37,7 +37,7 @@ def main(prompt: str, ckpt: Path, out: Path, seed: int, steps: int) -> None:
         guided: np.ndarray = (without + defaults.guidance * (given - without)).numpy()
         return guided
 
-    sampler = SAMPLERS[defaults.sampler]
+    sampler = FLOW_SAMPLERS[defaults.sampler]
     size = spec.autoencoder.latent_size
     noise = batch_noise([seed], (spec.autoencoder.latent_channels, size, size))
     *_, latents = sampler.sample(velocity, noise, sampler.schedule(steps, spec.shift))

@@ -5,6 +5,7 @@ import json
 import os
 import stat
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from .engine import Spelling
@@ -193,9 +194,11 @@ class Bundle:
     def golden(self) -> Path:
         return self.path(GOLDEN)
 
-    @property
+    @cached_property
     def schedule_shift(self) -> float:
-        """The flow-matching shift s in sigma -> s sigma / (1 + (s - 1) sigma)."""
+        """The flow-matching shift s in sigma -> s sigma / (1 + (s - 1) sigma); 1 for a diffusion. Raises BundleInvalid."""
+        if self.manifest.model.prediction != "velocity":
+            return 1.0
         path = self.path(SCHEDULER)
         try:
             shift = float(json.loads(path.read_text(encoding="utf-8"))["shift"])

@@ -15,7 +15,7 @@ from .errors import BadInput, BundleInvalid, shorten
 from .graphs import Graphs
 from .manifest import EncoderSpec, ModelSpec
 from .memory import available_bytes
-from .samplers import Array
+from .sampling import Array
 from .tokenizer import Encoding, Tokenizer, load_tokenizer, refuse_unknown
 
 Said = tuple[Array, Array | None]  # of one encoder: context [B, tokens, width], pooled [B, width] or none

@@ -6,9 +6,8 @@ from .engine import Arrays, Course
 from .guidance import is_guided, mixing, reused
 from .manifest import ModelSpec
 from .modulation import Conditions
-from .recurrence import recurrence
-from .registry import AnySampler
-from .samplers import Array, Schedule
+from .sampling import Array, Sampler, Schedule
+from .sampling.recurrence import recurrence
 from .settings import Settings
 
 MOST_BYTES = 1 << 30  # of what a device keeps for it
@@ -16,7 +15,7 @@ MOST_BYTES = 1 << 30  # of what a device keeps for it
 
 def course_of(
     job: Settings,
-    sampler: AnySampler,
+    sampler: Sampler,
     schedule: Schedule,
     latents: Array,
     told: Arrays,

@@ -2,8 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
-from typing import cast
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -18,8 +17,7 @@ from .guidance import GuidedPrediction, is_guided, reused
 from .manifest import Manifest
 from .modulation import Conditions
 from .noise import batch_noise
-from .registry import SAMPLERS_FOR, walk
-from .samplers import TRAIN_TIMESTEPS, Array, Schedule, Velocity
+from .sampling import SAMPLERS_FOR, TRAIN_TIMESTEPS, Array, Prediction, Sampler, Schedule
 from .settings import Settings
 
 Callback = Callable[[int, int, Array], bool | None]  # (step from 1, total steps, latents [B, C, H, W])
@@ -67,7 +65,7 @@ def require_finite(values: Array, what: str, bundle: Bundle, engine: Engine) -> 
 
 
 def require_wanted(callback: Callback, step: int, total: int, latents: Array) -> None:
-    """Call it. Raises Cancelled where it returns False; nothing and other answers are no answer."""
+    """Call `callback`. Raises Cancelled if it returns False; any other value, None included, continues."""
     answer = callback(step, total, latents)
     if isinstance(answer, bool | np.bool_) and not answer:
         raise Cancelled(f"cancelled at step {step} of {total}")
@@ -87,22 +85,51 @@ def require_guided(job: Settings, schedule: Schedule) -> None:
     )
 
 
+@dataclass(frozen=True)
+class Batch:
+    """Pictures of one loop: `job` stands for all, `told` is what the branches are told (as GuidedPrediction wants it).
+
+    `noise` [B, C, H, W] is that of `seeds`.
+    """
+
+    job: Settings
+    seeds: list[int]
+    told: Arrays
+    schedule: Schedule
+    noise: Array
+    edit: Edit | None = None
+
+    @property
+    def start(self) -> Array:
+        """The latents [B, C, H, W] that the loop starts from."""
+        return noised(self.edit.latents, self.noise, self.schedule.sigmas[0]) if self.edit else self.noise
+
+    def walk(self, predict: Prediction, sampler: Sampler) -> Iterator[Array]:
+        """The latents after each step."""
+        if self.edit and self.edit.repaint is not None:
+            predict = Repainting(predict, self.edit.latents, self.noise, self.edit.repaint)
+        noise_at = partial(batch_noise, self.seeds, self.noise.shape[1:])
+        return sampler.walk(predict, self.start, self.schedule, noise_at)
+
+
 class Denoiser:
     """Runs the loop on a bundle's transformer."""
 
     def __init__(self, bundle: Bundle, graphs: Graphs) -> None:
-        self._bundle, self._graphs = bundle, graphs
+        self.bundle, self._graphs = bundle, graphs
+        self._model = bundle.manifest.model
         self._last: Conditions | None = None
 
     def schedule(self, job: Settings) -> Schedule:
         """The steps that `job` takes. Raises BadInput for guidance that would act at none of them."""
-        schedule = SAMPLERS_FOR[self._bundle.manifest.model.prediction][job.sampler].schedule(
-            job.steps, self._shift
-        )
+        schedule = self.sampler(job).schedule(job.steps, self.bundle.schedule_shift)
         if job.strength is not None:
             schedule = tail(schedule, job.strength)
         require_guided(job, schedule)
         return schedule
+
+    def sampler(self, job: Settings) -> Sampler:
+        return SAMPLERS_FOR[self._model.prediction][job.sampler]
 
     def __call__(
         self, job: Settings, seeds: list[int], told: Arrays, callback: Callback | None, edit: Edit | None
@@ -111,63 +138,61 @@ class Denoiser:
 
         Raises Cancelled when the callback returns False, EngineFailed for latents that are not finite.
         """
-        model = self._bundle.manifest.model
-        sampler, schedule = SAMPLERS_FOR[model.prediction][job.sampler], self.schedule(job)
-        latents = noise = batch_noise(seeds, model.latent_shape)
-        if edit:
-            latents = noised(edit.latents, noise, schedule.sigmas[0])
-        conditions, course = self._conditions_of(told, schedule.timesteps), None
-        conditions.at(schedule.timesteps[0])  # before the transformer is opened, so that either may be let go
-        if self._graphs.engine.loops and self._bundle.step and not (edit and edit.repaint is not None):
-            course = course_of(job, sampler, schedule, latents, told, conditions, model)
-        guidance = job.guidance, job.guidance_interval
-        left_out = reused(schedule.timesteps, *guidance, job.guidance_every)
-        transformer = self._graphs.open(self._bundle.transformer(job.depth, self._graphs.engine.spelling))
-        routes: list[Routes] = []
-        path: Iterator[Array | None]
-        if course:
-            path = self._on_device(transformer, course, routes, every_step=callback is not None)
-        else:
-            predict = GuidedPrediction(transformer, model, told, conditions, *guidance, left_out)
-            routes, prediction = predict.routes, cast(Velocity, predict)
-            if edit and edit.repaint is not None:
-                prediction = Repainting(predict, edit.latents, noise, edit.repaint)
-            noise_at = partial(batch_noise, seeds, model.latent_shape)
-            path = walk(sampler, prediction, latents, schedule, noise_at)
-        total = len(schedule.timesteps)
-        with np.errstate(over="ignore", invalid="ignore"):  # the next line says it better
+        schedule, noise = self.schedule(job), batch_noise(seeds, self._model.latent_shape)
+        total, latents = len(schedule.timesteps), noise
+        path, routes = self.path(Batch(job, seeds, told, schedule, noise, edit), callback is not None)
+        with np.errstate(over="ignore", invalid="ignore"):  # require_finite says it better
             for step, found in enumerate(path, start=1):
                 if found is None:
                     continue
                 latents = found
-                require_finite(latents, f"latents of step {step}", self._bundle, self._graphs.engine)
+                require_finite(latents, f"latents of step {step}", self.bundle, self._graphs.engine)
                 if callback:
                     require_wanted(callback, step, total, latents)
         return Sample(latents, routes)
 
+    def path(self, batch: Batch, every_step: bool) -> tuple[Iterator[Array | None], list[Routes]]:
+        """The latents after each step, and a list that the routes of each call are added to.
+
+        None stands for latents that are left on a device: those of any step but the last, unless `every_step`.
+        """
+        job, schedule, engine = batch.job, batch.schedule, self._graphs.engine
+        conditions = self._conditions_of(batch.told, schedule.timesteps)
+        conditions.at(schedule.timesteps[0])  # before the transformer is opened, so that either may be let go
+        course = self._course(batch, conditions)
+        transformer = self._graphs.open(self.bundle.transformer(job.depth, engine.spelling))
+        if course:
+            routes: list[Routes] = []
+            return self._on_device(transformer, course, routes, every_step), routes
+        guidance = job.guidance, job.guidance_interval
+        left_out = reused(schedule.timesteps, *guidance, job.guidance_every)
+        predict = GuidedPrediction(transformer, self._model, batch.told, conditions, *guidance, left_out)
+        return batch.walk(predict, self.sampler(job)), predict.routes
+
+    def _course(self, batch: Batch, conditions: Conditions) -> Course | None:
+        """What a device is to do by itself; None where the engine has none, or the loop needs the host."""
+        masked = batch.edit is not None and batch.edit.repaint is not None
+        if masked or not self.bundle.step or not self._graphs.engine.loops:
+            return None
+        job, sampler = batch.job, self.sampler(batch.job)
+        return course_of(job, sampler, batch.schedule, batch.start, batch.told, conditions, self._model)
+
     def _on_device(
         self, transformer: Session, course: Course, routes: list[Routes], every_step: bool
     ) -> Iterator[Array | None]:
-        """The latents after each step, or None where they are left there: but for the last, unless `every_step`."""
-        assert self._bundle.step
-        loop = self._graphs.engine.start_loop(transformer, self._graphs.open(self._bundle.step), course)
+        assert self.bundle.step
+        loop = self._graphs.engine.start_loop(transformer, self._graphs.open(self.bundle.step), course)
         for call in range(1, course.ends[-1] + 1):
             loop.advance()
-            if (said := loop.routes()) is not None:
-                routes.append(said[-course.pictures :])
+            if (found := loop.routes()) is not None:
+                routes.append(found[-course.pictures :])
             if call in course.ends:
                 wanted = every_step or call == course.ends[-1]
                 yield loop.latents()[-course.pictures :] if wanted else None
 
-    @cached_property
-    def _shift(self) -> float:
-        """Of a flow's schedule; a diffusion's has none."""
-        bundle = self._bundle
-        return bundle.schedule_shift if bundle.manifest.model.prediction == "velocity" else 1.0
-
     def _conditions_of(self, told: Arrays, timesteps: Sequence[float]) -> Conditions:
         """Those of the loop before where they serve: other seeds of the same prompts, mostly."""
         if not self._last or not self._last.serve(told, timesteps):
-            graph = partial(self._graphs.open, self._bundle.conditions)
-            self._last = Conditions(graph, self._bundle.manifest.model, told, timesteps)
+            graph = partial(self._graphs.open, self.bundle.conditions)
+            self._last = Conditions(graph, self._model, told, timesteps)
         return self._last

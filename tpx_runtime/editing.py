@@ -13,7 +13,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from .errors import BadInput
-from .samplers import Array, Schedule, Velocity
+from .sampling import Array, Prediction, Schedule
 
 Mask = npt.NDArray[np.bool_]
 
@@ -91,7 +91,7 @@ class Repainting:
     sigma noise, whose derivative is the same at every sigma, so that any sampler stays on it.
     """
 
-    def __init__(self, velocity: Velocity, latents: Array, noise: Array, repaint: Mask) -> None:
+    def __init__(self, velocity: Prediction, latents: Array, noise: Array, repaint: Mask) -> None:
         self._velocity, self._back, self._repaint = velocity, noise - latents, repaint
 
     def __call__(self, latents: Array, timestep: float) -> Array:

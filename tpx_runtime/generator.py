@@ -19,7 +19,7 @@ from .images import to_pil
 from .manifest import EVERY_LEVEL
 from .noise import MAX_SEED
 from .pictures import fit, fit_mask, flat
-from .samplers import Array
+from .sampling import Array
 from .settings import Settings, check_int
 
 MAX_IMAGES = 1000  # of one prompt in one call

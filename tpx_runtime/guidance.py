@@ -15,7 +15,7 @@ import numpy.typing as npt
 from .engine import Arrays, Session, output
 from .manifest import ModelSpec
 from .modulation import Conditions
-from .samplers import TRAIN_TIMESTEPS, Array
+from .sampling import TRAIN_TIMESTEPS, Array
 
 
 def guide(negative: Array, prompt: Array, guidance: float, channels: int) -> Array:

@@ -10,7 +10,7 @@ from PIL import Image, PngImagePlugin
 
 from .errors import BadInput
 from .files import check_place, whole_file
-from .samplers import Array
+from .sampling import Array
 
 METADATA_KEYS = ("parameters", "tpx")  # PNG text chunks: a line that a person reads, and JSON
 

@@ -15,8 +15,7 @@ from types import GenericAlias
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from .errors import BundleInvalid, shorten
-from .registry import SAMPLERS_FOR
-from .samplers import TRAIN_TIMESTEPS
+from .sampling import SAMPLERS_FOR, TRAIN_TIMESTEPS
 
 FORMAT = "tpx-bundle"
 FORMAT_VERSION = 5

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from .engine import Arrays, Session, output
 from .manifest import ModelSpec
-from .samplers import Array
+from .sampling import Array
 
 TABLE_BYTES = 64 << 20  # of the rows made at once: all steps of a small model, some of a large one's
 

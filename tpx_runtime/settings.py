@@ -13,8 +13,7 @@ from .bundle import Manifest
 from .errors import BadInput, shorten
 from .manifest import EVERY_LEVEL
 from .noise import MAX_SEED
-from .registry import SAMPLERS_FOR
-from .samplers import TRAIN_TIMESTEPS
+from .sampling import SAMPLERS_FOR, TRAIN_TIMESTEPS
 
 MAX_GUIDANCE = 1000.0  # far beyond use, and far from float32's end
 

@@ -54,7 +54,7 @@ from tpx_runtime.bundle import (
 )
 from tpx_runtime.engine import Spelling, resolve
 from tpx_runtime.errors import BadInput
-from tpx_runtime.samplers import Array
+from tpx_runtime.sampling import Array
 from tpx_runtime.verify import (
     PartReport,
     load_golden,

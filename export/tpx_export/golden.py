@@ -13,8 +13,7 @@ from tpx_export.precision import in_float32
 from tpx_runtime.conditioning import combine
 from tpx_runtime.manifest import LatentSpec, ModelSpec
 from tpx_runtime.noise import batch_noise
-from tpx_runtime.registry import SAMPLERS_FOR, walk
-from tpx_runtime.samplers import Array
+from tpx_runtime.sampling import SAMPLERS_FOR, Array
 
 Golden = dict[str, npt.NDArray[np.generic]]
 
@@ -70,7 +69,7 @@ def transformer_golden(
     schedule = sampler.schedule(steps, shift or 1.0)
     noise = batch_noise([SEED, SEED + 1][rows], model.latent_shape)
     with in_float32(module):
-        path = [noise, *walk(sampler, predict, noise, schedule, lambda step: noise)]
+        path = [noise, *sampler.walk(predict, noise, schedule, lambda step: noise)]
         half = steps // 2
         latents, times = path[half][-1:], schedule.timesteps[half : half + 1]
         if not large:

@@ -30,10 +30,10 @@ from tpx_export.model.dit import DiT, DiTSpec
 from tpx_export.model.thinking import ThinkingSpec
 from tpx_export.training.diffusion import DiffusionLoss
 from tpx_runtime.command import TpxCommand
-from tpx_runtime.diffusion import DIFFUSION_SAMPLERS
 from tpx_runtime.files import make_folder
 from tpx_runtime.manifest import Defaults
 from tpx_runtime.noise import batch_noise
+from tpx_runtime.sampling.diffusion import DIFFUSION_SAMPLERS
 
 EACH = 1024  # scenes of a class
 SHOWN = (0, 7, 9, 14, 18, 21, 27, 30)  # classes in the previews

@@ -27,7 +27,7 @@ from tpx_export.model.mmdit import MMDiT, MMDiTSpec
 from tpx_export.model.text_encoder import TextEncoder
 from tpx_export.model.thinking import ThinkingSpec
 from tpx_runtime.noise import batch_noise
-from tpx_runtime.samplers import SAMPLERS
+from tpx_runtime.sampling.flow import FLOW_SAMPLERS
 
 Transformer = TypeVar("Transformer", MMDiT, DiT)
 # Of the logit of sigma; a higher mean trains layout more and edges less.
@@ -169,7 +169,7 @@ def sample(
         without, given = v.float().cpu().numpy().reshape(2, *x.shape)
         return without + guidance * (given - without)
 
-    sampler = SAMPLERS["euler"]
+    sampler = FLOW_SAMPLERS["euler"]
     shape = (model.spec.latent_channels, model.spec.latent_size, model.spec.latent_size)
     noise = batch_noise(list(range(len(prompts))), shape)
     *_, latents = sampler.sample(velocity, noise, sampler.schedule(steps, SHIFT))

@@ -28,11 +28,11 @@ from tpx_export.model.mmdit import Embedder, sinusoid
 from tpx_export.model.patches import from_patches, to_patches
 from tpx_export.model.thinking import Gate, Thinking, ThinkingSpec
 from tpx_export.routing import masked, permuted
-from tpx_runtime.diffusion import ddpm, respaced_schedule
 from tpx_runtime.errors import BadInput
 from tpx_runtime.guidance import guide
 from tpx_runtime.noise import batch_noise
-from tpx_runtime.samplers import Array
+from tpx_runtime.sampling import Array
+from tpx_runtime.sampling.diffusion import ddpm, respaced_schedule
 
 State = dict[str, Tensor]
 TINY = DiTSpec(latent_channels=4, latent_size=8, patch=2, width=48, heads=4, blocks=3, classes=10)

@@ -77,7 +77,7 @@ def test_golden_tensors_are_the_models(tiny_bundle: Path, tiny_model: TextToImag
 def test_generator_draws_what_pytorch_draws(tiny_bundle: Path, tiny_model: TextToImage) -> None:
     """The whole path, from words to pixels, against the PyTorch modules called by hand."""
     from tpx_runtime.noise import batch_noise
-    from tpx_runtime.samplers import SAMPLERS
+    from tpx_runtime.sampling.flow import FLOW_SAMPLERS
 
     generator = Generator.load(tiny_bundle, engine="onnxruntime")
     [image] = generator("a red cube on a blue sphere", seed=5, steps=6, guidance=3.0, depth=3)
@@ -92,7 +92,7 @@ def test_generator_draws_what_pytorch_draws(tiny_bundle: Path, tiny_model: TextT
         without, given = out.numpy()
         return (without + 3.0 * (given - without))[None]
 
-    sampler = SAMPLERS["euler"]
+    sampler = FLOW_SAMPLERS["euler"]
     *_, x = sampler.sample(velocity, batch_noise([5], (4, 8, 8)), sampler.schedule(6, 1.0))
     expected = tiny_model.autoencoder.decode(torch.from_numpy(x.astype(np.float32)))[0]
     pixels = ((expected.clamp(-1, 1) + 1) * 127.5).round().permute(1, 2, 0).numpy()

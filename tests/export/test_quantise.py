@@ -49,7 +49,7 @@ from tpx_runtime.errors import EngineFailed
 from tpx_runtime.evaluation.statistics import Estimate
 from tpx_runtime.generator import Generator
 from tpx_runtime.noise import batch_noise
-from tpx_runtime.samplers import SAMPLERS
+from tpx_runtime.sampling.flow import FLOW_SAMPLERS
 from tpx_runtime.verify import verify_bundle
 
 LAYERS = {  # of the tiny model: three blocks, the last of which has no text behind its attention
@@ -206,7 +206,7 @@ def test_ranges_are_those_of_whole_guided_trajectories(
             guided = INTERVAL[0] <= timestep / 1000 <= INTERVAL[1]
             return (without + defaults.guidance * (given - without) if guided else given)[None]
 
-        sampler = SAMPLERS[defaults.sampler]
+        sampler = FLOW_SAMPLERS[defaults.sampler]
         noise = batch_noise([SEED + row], pipeline.model.latent_shape)
         assert len(list(sampler.sample(velocity, noise, sampler.schedule(defaults.steps, 1.0)))) == 4
     for name, seen in found[3].items():

@@ -23,7 +23,7 @@ from tpx_runtime.engine import ENGINES, Arrays, Engine
 from tpx_runtime.errors import EngineFailed
 from tpx_runtime.evaluation.cli import main as evaluation
 from tpx_runtime.generator import Generator, PictureFitted
-from tpx_runtime.registry import SAMPLERS_FOR
+from tpx_runtime.sampling import SAMPLERS_FOR
 from tpx_runtime.tokenizer import Encoding
 from tpx_runtime.verify import PartReport, load_golden
 

@@ -10,7 +10,7 @@ from tpx_runtime.course import course_of
 from tpx_runtime.engine import Course
 from tpx_runtime.manifest import ModelSpec
 from tpx_runtime.modulation import Conditions
-from tpx_runtime.registry import SAMPLERS_FOR
+from tpx_runtime.sampling import SAMPLERS_FOR
 from tpx_runtime.settings import Settings
 
 from .fakes import CLASSES, MODEL, FakeSession, conditions

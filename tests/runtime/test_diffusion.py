@@ -13,7 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tpx_runtime.diffusion import (
+from tpx_runtime.guidance import guide
+from tpx_runtime.noise import MAX_SEED, batch_noise, gaussian_noise
+from tpx_runtime.sampling import Array
+from tpx_runtime.sampling.diffusion import (
     DIFFUSION_SAMPLERS,
     ddim,
     ddpm,
@@ -21,9 +24,6 @@ from tpx_runtime.diffusion import (
     respaced_schedule,
     schedule_at,
 )
-from tpx_runtime.guidance import guide
-from tpx_runtime.noise import MAX_SEED, batch_noise, gaussian_noise
-from tpx_runtime.samplers import Array
 
 from .test_noise import philox_block
 

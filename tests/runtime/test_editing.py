@@ -27,7 +27,8 @@ from tpx_runtime.engine import Arrays
 from tpx_runtime.errors import BadInput, EngineFailed
 from tpx_runtime.generator import Generator
 from tpx_runtime.noise import batch_noise
-from tpx_runtime.samplers import SAMPLERS, Array, Schedule
+from tpx_runtime.sampling import Array, Schedule
+from tpx_runtime.sampling.flow import FLOW_SAMPLERS
 
 from .fakes import MODEL, FakeEngine, without_encoder
 
@@ -88,12 +89,12 @@ def test_steps_taken_are_those_of_diffusers(steps: int, strength: float) -> None
     [(10, 0.6, 6), (10, 0.55, 6), (10, 0.01, 1), (10, 1, 10), (1, 0.3, 1), (28, 0.6, 17), (3, 1e-9, 1)],
 )
 def test_strength_rounds_up_to_whole_steps(steps: int, strength: float, taken: int) -> None:
-    schedule = SAMPLERS["euler"].schedule(steps, 3.0)
+    schedule = FLOW_SAMPLERS["euler"].schedule(steps, 3.0)
     assert tail(schedule, strength).timesteps == schedule.timesteps[-taken:]
 
 
 def test_strength_one_is_every_step() -> None:
-    for sampler in SAMPLERS.values():
+    for sampler in FLOW_SAMPLERS.values():
         assert tail(sampler.schedule(7, 3.0), 1.0) == sampler.schedule(7, 3.0)
 
 
@@ -114,7 +115,7 @@ def test_the_loop_starts_from_the_picture_with_noise(generator: Generator, engin
     np.testing.assert_array_equal(encoded["image"], to_pixels(picture))
     assert encoded["image"].dtype == np.float32
     latents = (engine.functions["vae_encoder/model.onnx"](encoded)["latents"] - 0.25) * 2.0
-    schedule = SAMPLERS["euler"].schedule(4, 3.0)
+    schedule = FLOW_SAMPLERS["euler"].schedule(4, 3.0)
     first, *rest = transformer_calls(engine)
     assert len(rest) == 1
     (table,) = [inputs for name, inputs in engine.calls if name == "transformer/conditions.onnx"]
@@ -255,16 +256,16 @@ def far_away(x: Array, timestep: float) -> Array:
 @pytest.mark.parametrize("steps", [1, 2, 7, 1000])
 @pytest.mark.parametrize("strength", [0.4, 1.0])
 @pytest.mark.parametrize("shift", [0.01, 1.0, 3.0, 100.0])
-@pytest.mark.parametrize("name", list(SAMPLERS))
+@pytest.mark.parametrize("name", list(FLOW_SAMPLERS))
 def test_what_is_kept_is_on_its_path_after_every_step(
     name: str, steps: int, strength: float, shift: float
 ) -> None:
     """(1 - sigma) x0 + sigma noise, of each picture's own noise."""
     x0, noise = (rng.standard_normal((2, 4, 2, 3)).astype(np.float32) for _ in range(2))
-    schedule = tail(SAMPLERS[name].schedule(steps, shift), strength)
+    schedule = tail(FLOW_SAMPLERS[name].schedule(steps, shift), strength)
     velocity = Repainting(far_away, x0[:1], noise, CORNERS)
     start = noised(x0[:1], noise, schedule.sigmas[0])
-    path = list(SAMPLERS[name].sample(velocity, start, schedule))
+    path = list(FLOW_SAMPLERS[name].sample(velocity, start, schedule))
     assert len(path) == len(schedule.timesteps)
     kept = np.broadcast_to(~CORNERS, start.shape)
     for x, sigma in zip(path, schedule.sigmas[1:], strict=True):
@@ -274,15 +275,15 @@ def test_what_is_kept_is_on_its_path_after_every_step(
         assert np.abs(path[-1] - x0[:1])[~kept].min() > 0  # the rest is not held
 
 
-@pytest.mark.parametrize("name", list(SAMPLERS))
+@pytest.mark.parametrize("name", list(FLOW_SAMPLERS))
 def test_what_is_painted_is_painted_as_without_a_mask(name: str) -> None:
     """A mask of nothing but white changes no number."""
     x0, noise = (rng.standard_normal((2, 4, 2, 3)).astype(np.float32) for _ in range(2))
-    schedule = tail(SAMPLERS[name].schedule(6, 3.0), 0.8)
+    schedule = tail(FLOW_SAMPLERS[name].schedule(6, 3.0), 0.8)
     velocity = Repainting(far_away, x0, noise, np.ones((1, 1, 2, 3), bool))
     start = noised(x0, noise, schedule.sigmas[0])
-    *_, masked = SAMPLERS[name].sample(velocity, start, schedule)
-    *_, free = SAMPLERS[name].sample(far_away, start, schedule)
+    *_, masked = FLOW_SAMPLERS[name].sample(velocity, start, schedule)
+    *_, free = FLOW_SAMPLERS[name].sample(far_away, start, schedule)
     np.testing.assert_array_equal(masked, free)
 
 
@@ -296,7 +297,7 @@ def test_inpainting_with_euler_is_that_of_diffusers(strength: float) -> None:
     mask = torch.from_numpy(CORNERS).float()
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     scheduler.set_timesteps(12)
-    schedule = tail(SAMPLERS["euler"].schedule(12, 3.0), strength)
+    schedule = tail(FLOW_SAMPLERS["euler"].schedule(12, 3.0), strength)
     first = 12 - len(schedule.timesteps)
     scheduler.set_begin_index(first)
     times = scheduler.timesteps[first:]
@@ -309,11 +310,11 @@ def test_inpainting_with_euler_is_that_of_diffusers(strength: float) -> None:
         kept = scheduler.scale_noise(x0, times[i + 1 : i + 2], noise) if i + 1 < len(times) else x0
         latents = (1 - mask) * kept + mask * latents
     ours = Repainting(far_away, x0.numpy(), noise.numpy(), CORNERS)
-    *_, found = SAMPLERS["euler"].sample(ours, start, schedule)
+    *_, found = FLOW_SAMPLERS["euler"].sample(ours, start, schedule)
     np.testing.assert_allclose(found, latents.numpy(), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("sampler", list(SAMPLERS))
+@pytest.mark.parametrize("sampler", list(FLOW_SAMPLERS))
 @pytest.mark.parametrize("strength", [0.3, 1.0])
 def test_pixels_outside_the_mask_are_the_pictures(
     generator: Generator, sampler: str, strength: float
@@ -335,7 +336,7 @@ def test_pixels_outside_the_mask_are_the_pictures(
 
 def test_latents_under_the_mask_end_at_the_pictures(generator: Generator) -> None:
     edit = generator.edit(photo(), Image.fromarray(LEFT))
-    for sampler in SAMPLERS:
+    for sampler in FLOW_SAMPLERS:
         jobs = generator.plan("red cube", strength=1.0, num_images=2, sampler=sampler)
         latents = generator.generate_latents(jobs, edit=edit).latents
         expected = edit.latents[..., 1:].repeat(2, axis=0)

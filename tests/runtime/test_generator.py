@@ -15,13 +15,14 @@ from PIL import Image
 
 import tpx_runtime
 from tpx_runtime.bundle import CONDITIONS, VAE_DECODER, VAE_ENCODER, Bundle, transformer_name
-from tpx_runtime.diffusion import DIFFUSION_SAMPLERS
 from tpx_runtime.engine import Arrays
 from tpx_runtime.errors import BadInput, BundleInvalid, Cancelled, EngineFailed
 from tpx_runtime.generator import Generator
 from tpx_runtime.images import to_pil
 from tpx_runtime.noise import MAX_SEED, batch_noise, gaussian_noise
-from tpx_runtime.samplers import SAMPLERS, Array
+from tpx_runtime.sampling import Array
+from tpx_runtime.sampling.diffusion import DIFFUSION_SAMPLERS
+from tpx_runtime.sampling.flow import FLOW_SAMPLERS
 from tpx_runtime.settings import Settings
 
 from .fakes import (
@@ -91,8 +92,8 @@ def test_a_picture_is_encoder_loop_and_decoder(generator: Generator, engine: Fak
         )
         return away + 3.0 * (towards - away)
 
-    *_, latents = SAMPLERS["euler"].sample(
-        velocity, batch_noise([5], MODEL.latent_shape), SAMPLERS["euler"].schedule(3, 3.0)
+    *_, latents = FLOW_SAMPLERS["euler"].sample(
+        velocity, batch_noise([5], MODEL.latent_shape), FLOW_SAMPLERS["euler"].schedule(3, 3.0)
     )
     expected = to_pil(vae_decoder({"latents": latents / 2.0 + 0.25})["image"][0])
     assert image.size == (12, 8)
@@ -676,7 +677,7 @@ def test_prompt_depth_sampler_and_guidance_each_change_the_picture(real: Generat
         assert not any(same(one, other) for other in pictures[:i])
 
 
-@pytest.mark.parametrize("sampler", list(SAMPLERS))
+@pytest.mark.parametrize("sampler", list(FLOW_SAMPLERS))
 def test_batch_size_changes_no_picture(real: Generator, sampler: str) -> None:
     prompts = ["a red cube", "two blue cube"]
 

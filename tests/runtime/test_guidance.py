@@ -8,7 +8,7 @@ from tpx_runtime.errors import EngineFailed
 from tpx_runtime.guidance import GuidedPrediction, guide, mixing, reused
 from tpx_runtime.manifest import ModelSpec
 from tpx_runtime.modulation import Conditions
-from tpx_runtime.samplers import Array
+from tpx_runtime.sampling import Array
 
 from .fakes import CLASSES, MODEL, FakeSession, conditions, transformer
 

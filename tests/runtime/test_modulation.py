@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 
 from tpx_runtime import modulation
-from tpx_runtime.diffusion import DIFFUSION_SAMPLERS
 from tpx_runtime.engine import Arrays
 from tpx_runtime.errors import EngineFailed
 from tpx_runtime.manifest import ModelSpec
 from tpx_runtime.modulation import Conditions
-from tpx_runtime.registry import SAMPLERS_FOR, walk
-from tpx_runtime.samplers import SAMPLERS, Array
+from tpx_runtime.sampling import SAMPLERS_FOR, Array
+from tpx_runtime.sampling.diffusion import DIFFUSION_SAMPLERS
+from tpx_runtime.sampling.flow import FLOW_SAMPLERS
 
 from .fakes import CLASSES, MODEL, FakeSession, conditions
 
@@ -94,7 +94,7 @@ def test_a_timestep_that_nobody_announced_is_exact_and_disturbs_nothing() -> Non
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 40])
-@pytest.mark.parametrize("name", [*SAMPLERS, *DIFFUSION_SAMPLERS])
+@pytest.mark.parametrize("name", [*FLOW_SAMPLERS, *DIFFUSION_SAMPLERS])
 def test_no_sampler_asks_for_a_timestep_outside_its_schedule(
     name: str, steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -110,7 +110,7 @@ def test_no_sampler_asks_for_a_timestep_outside_its_schedule(
         return np.zeros_like(x)
 
     noise = np.ones((1, *MODEL.latent_shape), np.float32)
-    assert len(list(walk(sampler, prediction, noise, schedule, lambda step: noise))) == steps
+    assert len(list(sampler.walk(prediction, noise, schedule, lambda step: noise))) == steps
     asked = [float(inputs["timestep"][0]) for _, inputs in graph.calls]
     assert asked == [float(np.float32(timestep)) for timestep in dict.fromkeys(schedule.timesteps)]
 

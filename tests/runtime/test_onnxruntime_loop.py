@@ -17,7 +17,7 @@ from tpx_runtime.engine import onnxruntime as engine_module
 from tpx_runtime.engine.onnxruntime_bound import MOST_KEPT, BoundSession
 from tpx_runtime.errors import Cancelled, EngineFailed
 from tpx_runtime.generator import Generator
-from tpx_runtime.samplers import Array
+from tpx_runtime.sampling import Array
 
 PROMPT = "a red cube"
 

@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 
-from tpx_runtime.recurrence import recurrence
-from tpx_runtime.registry import SAMPLERS_FOR, walk
-from tpx_runtime.samplers import Array
+from tpx_runtime.sampling import SAMPLERS_FOR, Array
+from tpx_runtime.sampling.recurrence import recurrence
 
 SAMPLERS = {name: sampler for group in SAMPLERS_FOR.values() for name, sampler in group.items()}
 NAMES = [name for name in SAMPLERS if name != "ddpm"]
@@ -36,7 +35,7 @@ def test_weighted_sums_are_what_the_sampler_makes(name: str, steps: int) -> None
         asked.append(timestep)
         return said(latents, timestep)
 
-    expected = list(walk(SAMPLERS[name], watched, first, schedule, no_noise))
+    expected = list(SAMPLERS[name].walk(watched, first, schedule, no_noise))
     found = recurrence(SAMPLERS[name], schedule)
     assert found is not None and found.timesteps == asked
     history = np.zeros((len(asked) + 1, *first.shape), np.float32)

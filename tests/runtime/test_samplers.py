@@ -6,7 +6,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from tpx_runtime.samplers import SAMPLERS, TRAIN_TIMESTEPS, Array, Schedule, dpmpp2m, unipc
+from tpx_runtime.sampling import TRAIN_TIMESTEPS, Array, Schedule
+from tpx_runtime.sampling.flow import FLOW_SAMPLERS, dpmpp2m, unipc
 
 # (sigma, timestep) at some steps, from diffusers 0.42.1's schedulers at shift 3; heun's are euler's, of which
 # every one but the first is shown twice.
@@ -62,12 +63,12 @@ DIFFUSERS = {
     },
 }
 ORDERS = {"euler": 1, "heun": 2, "dpmpp2m": 2, "unipc": 3}  # UniPC-2's corrector adds one
-NAMES = list(SAMPLERS)
+NAMES = list(FLOW_SAMPLERS)
 
 
 @pytest.mark.parametrize(("name", "steps"), list(DIFFUSERS), ids=lambda value: str(value))
 def test_schedule_is_that_of_diffusers(name: str, steps: int) -> None:
-    schedule = SAMPLERS[name].schedule(steps, 3.0)
+    schedule = FLOW_SAMPLERS[name].schedule(steps, 3.0)
     assert len(schedule.sigmas) == steps + 1
     assert len(schedule.timesteps) == steps
     assert schedule.sigmas[-1] == 0
@@ -78,23 +79,23 @@ def test_schedule_is_that_of_diffusers(name: str, steps: int) -> None:
 
 def test_first_alpha_of_unipc_keeps_its_float32_rounding() -> None:
     """diffusers' 1 - float32(1 - 1e-6): the second step's log-SNR hangs on it."""
-    assert 1 - SAMPLERS["unipc"].schedule(10, 3.0).sigmas[0] == pytest.approx(
+    assert 1 - FLOW_SAMPLERS["unipc"].schedule(10, 3.0).sigmas[0] == pytest.approx(
         1.0132789611816406e-06, rel=1e-9
     )
 
 
 def test_heun_walks_the_schedule_of_euler() -> None:
-    assert SAMPLERS["heun"].schedule(10, 3.0) == SAMPLERS["euler"].schedule(10, 3.0)
+    assert FLOW_SAMPLERS["heun"].schedule(10, 3.0) == FLOW_SAMPLERS["euler"].schedule(10, 3.0)
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("shift", [0.01, 0.3, 1.0, 3.0, 12.0, 100.0])
 @pytest.mark.parametrize("steps", [1, 2, 3, 50, TRAIN_TIMESTEPS])
 def test_every_allowed_schedule_falls_and_samples_finite_numbers(name: str, shift: float, steps: int) -> None:
-    schedule = SAMPLERS[name].schedule(steps, shift)
+    schedule = FLOW_SAMPLERS[name].schedule(steps, shift)
     assert all(a > b for a, b in pairwise(schedule.sigmas))
     assert 0 <= min(schedule.timesteps) <= max(schedule.timesteps) <= 1000
-    *_, x = SAMPLERS[name].sample(lambda x, t: x * 0.1, np.ones((1, 1), np.float32), schedule)
+    *_, x = FLOW_SAMPLERS[name].sample(lambda x, t: x * 0.1, np.ones((1, 1), np.float32), schedule)
     assert np.isfinite(x).all()
 
 
@@ -109,8 +110,8 @@ def test_shows_the_model_its_timesteps_once_each(name: str, steps: int) -> None:
         seen.append(timestep)
         return 0.2 * x
 
-    schedule = SAMPLERS[name].schedule(steps, 3.0)
-    path = list(SAMPLERS[name].sample(velocity, noise, schedule))
+    schedule = FLOW_SAMPLERS[name].schedule(steps, 3.0)
+    path = list(FLOW_SAMPLERS[name].sample(velocity, noise, schedule))
     again = 2 if name == "heun" else 1
     assert seen == [t for i, t in enumerate(schedule.timesteps) for _ in range(again if i else 1)]
     assert len(path) == steps
@@ -123,7 +124,7 @@ def test_shows_the_model_its_timesteps_once_each(name: str, steps: int) -> None:
 def test_is_exact_where_the_data_is_one_point(name: str, steps: int) -> None:
     """All of x0 known: the path is the straight line to it, and every method stays on it."""
     goal, noise = np.array([0.7, -2.0]), np.array([1.5, 0.1])
-    schedule = SAMPLERS[name].schedule(steps, 3.0)
+    schedule = FLOW_SAMPLERS[name].schedule(steps, 3.0)
     schedule = Schedule(schedule.sigmas, [1000 * sigma for sigma in schedule.sigmas[:-1]])
 
     def line(sigma: float) -> Array:
@@ -132,7 +133,7 @@ def test_is_exact_where_the_data_is_one_point(name: str, steps: int) -> None:
     def velocity(x: Array, timestep: float) -> Array:
         return (x - goal) / (timestep / 1000)
 
-    path = SAMPLERS[name].sample(velocity, line(schedule.sigmas[0]), schedule)
+    path = FLOW_SAMPLERS[name].sample(velocity, line(schedule.sigmas[0]), schedule)
     for x, sigma in zip(path, schedule.sigmas[1:], strict=True):
         np.testing.assert_allclose(x, line(sigma), atol=1e-9)
 
@@ -158,7 +159,7 @@ def test_order_of_convergence(name: str) -> None:
         log_snr = np.linspace(math.log(0.05 / 0.95), math.log(0.95 / 0.05), steps + 1)
         sigmas = (1 / (1 + np.exp(log_snr))).tolist()
         schedule = Schedule(sigmas, [1000 * sigma for sigma in sigmas[:-1]])
-        *_, x = SAMPLERS[name].sample(velocity, solution(sigmas[0]), schedule)
+        *_, x = FLOW_SAMPLERS[name].sample(velocity, solution(sigmas[0]), schedule)
         return float(np.abs(x - solution(sigmas[-1])).max())
 
     assert math.log2(error(64) / error(128)) == pytest.approx(ORDERS[name], abs=0.1)
@@ -171,7 +172,9 @@ def field(x: float, timestep: float) -> float:
 
 def walk(name: str, sigmas: list[float], start: float) -> list[float]:
     schedule = Schedule(sigmas, [1000 * sigma for sigma in sigmas[:-1]])
-    path = SAMPLERS[name].sample(lambda x, t: np.array([field(float(x[0]), t)]), np.array([start]), schedule)
+    path = FLOW_SAMPLERS[name].sample(
+        lambda x, t: np.array([field(float(x[0]), t)]), np.array([start]), schedule
+    )
     return [float(x[0]) for x in path]
 
 
@@ -241,7 +244,7 @@ def third(x: float, m1: float, m2: float, h2: float, sigma: float, next_sigma: f
 def test_batch_rows_do_not_touch_each_other() -> None:
     rows = np.random.default_rng(1).standard_normal((3, 2)).astype(np.float32)
     for sampler in (dpmpp2m, unipc):
-        schedule = SAMPLERS[sampler.__name__].schedule(6, 3.0)
+        schedule = FLOW_SAMPLERS[sampler.__name__].schedule(6, 3.0)
         *_, together = sampler(lambda x, t: np.sin(x), rows, schedule)
         for row in range(3):
             *_, alone = sampler(lambda x, t: np.sin(x), rows[row : row + 1], schedule)

@@ -9,7 +9,7 @@ from PIL import Image
 
 from tpx_runtime.generator import Generator
 from tpx_runtime.manifest import EVERY_LEVEL
-from tpx_runtime.samplers import Array
+from tpx_runtime.sampling import Array
 
 
 @dataclass(frozen=True)

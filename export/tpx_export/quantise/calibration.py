@@ -22,8 +22,7 @@ from tpx_export.quantise.layers import Layers
 from tpx_runtime.conditioning import Said, combine
 from tpx_runtime.guidance import guide, is_guided
 from tpx_runtime.noise import batch_noise
-from tpx_runtime.registry import SAMPLERS_FOR, walk
-from tpx_runtime.samplers import Array
+from tpx_runtime.sampling import SAMPLERS_FOR, Array
 from tpx_runtime.tokenizer import tokenizer_of
 
 SEED = 20260501  # of the first trajectory; what is shown afterwards begins elsewhere
@@ -84,7 +83,7 @@ def activations(
             some = range(first, min(first + at_once, rows + 1))
             noise_at = partial(batch_noise, [SEED + row for row in some], model.latent_shape)
             predict = _guided(transformer, pipeline, told, some, depth)
-            for _ in walk(sampler, predict, noise_at(), schedule, noise_at):
+            for _ in sampler.walk(predict, noise_at(), schedule, noise_at):
                 pass
 
 

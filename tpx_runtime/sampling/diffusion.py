@@ -1,4 +1,4 @@
-"""Samplers for diffusion with linear betas: pure functions from noise to latents, as in samplers.py.
+"""Samplers for diffusion with linear betas: pure functions from noise to latents.
 
 The model predicts epsilon at x = alpha x0 + sigma epsilon, alpha^2 + sigma^2 = 1, and may predict the variance of each step
 too. A schedule's `sigmas` are those of the steps; abar = alpha^2 = 1 - sigma^2 is the cumulative product of 1 - beta.
@@ -9,25 +9,22 @@ too. A schedule's `sigmas` are those of the steps; abar = alpha^2 = 1 - sigma^2 
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from itertools import accumulate, pairwise
 
 import numpy as np
 
-from .samplers import TRAIN_TIMESTEPS, Array, Schedule
+from .schedule import TRAIN_TIMESTEPS, Array, NoiseAt, Prediction, Sampler, Schedule
 
-Prediction = Callable[[Array, float], Array]  # (latents [B, C, H, W], timestep) -> [B, C or 2C, H, W]
-NoiseAt = Callable[[int], Array]  # step, counted from 1 -> standard normal values [B, C, H, W]
-
-_BETAS = np.linspace(1e-4, 0.02, TRAIN_TIMESTEPS)
+FIRST_BETA, LAST_BETA = 1e-4, 0.02
+_BETAS = np.linspace(FIRST_BETA, LAST_BETA, TRAIN_TIMESTEPS)
 _SIGMAS = np.sqrt(1.0 - np.cumprod(1.0 - _BETAS))
 
 
 def respaced(steps: int) -> list[int]:
     """`steps` of the timesteps 0..999, rising, evenly from first to last, rounded as DiT's sampling does.
 
-    The stride is added up, not multiplied, because rounded halves hang on it. One step alone is 999, where noise is; DiT's
+    The stride is added up, not multiplied, because rounded halves depend on it. One step alone is 999, where noise is; DiT's
     rule would take 0 there and give the noise back.
     """
     if steps == 1:
@@ -65,10 +62,8 @@ def ddpm(prediction: Prediction, x: Array, schedule: Schedule, noise_at: NoiseAt
         yield x
 
 
-def ddim(
-    prediction: Prediction, x: Array, schedule: Schedule, noise_at: NoiseAt | None = None
-) -> Iterator[Array]:
-    """x' = alpha' x0 + sigma' epsilon; `noise_at` is not used, nor is a predicted variance."""
+def ddim(prediction: Prediction, x: Array, schedule: Schedule) -> Iterator[Array]:
+    """x' = alpha' x0 + sigma' epsilon; a predicted variance is not used."""
     channels = x.shape[1]
     for timestep, (sigma, next_sigma) in _steps(schedule):
         epsilon = prediction(x, timestep)[:, :channels]
@@ -95,15 +90,7 @@ def _deviation(learned: Array, beta: float, ratio: float) -> Array | float:
     return deviation
 
 
-@dataclass(frozen=True)
-class DiffusionSampler:
-    """A schedule, called with (steps, shift), and the function that walks it, with the noise of each step at hand."""
-
-    schedule: Callable[[int, float], Schedule]
-    sample: Callable[[Prediction, Array, Schedule, NoiseAt], Iterator[Array]]
-
-
 DIFFUSION_SAMPLERS = {
-    "ddpm": DiffusionSampler(respaced_schedule, ddpm),
-    "ddim": DiffusionSampler(respaced_schedule, ddim),
+    "ddpm": Sampler(respaced_schedule, ddpm, stochastic=True),
+    "ddim": Sampler(respaced_schedule, ddim),
 }

@@ -11,24 +11,12 @@ diffusers, whose names and settings are given at each.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
 
-Array = npt.NDArray[np.float32]
-Velocity = Callable[[Array, float], Array]  # (latents [B, C, H, W], timestep in 0..1000) -> [B, C, H, W]
-
-TRAIN_TIMESTEPS = 1000
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """`sigmas` has N + 1 falling values that end in 0; `timesteps` has the N that the model is shown."""
-
-    sigmas: list[float]
-    timesteps: list[float]
+from .schedule import TRAIN_TIMESTEPS, Array, Prediction, Sampler, Schedule
 
 
 def shift_sigmas(sigmas: npt.NDArray[np.float64], shift: float) -> npt.NDArray[np.float64]:
@@ -62,14 +50,14 @@ def unipc_schedule(steps: int, shift: float) -> Schedule:
     return _schedule(np.minimum(sigmas, 1.0 - 1e-6), whole_timesteps=True)
 
 
-def euler(velocity: Velocity, x: Array, schedule: Schedule) -> Iterator[Array]:
+def euler(velocity: Prediction, x: Array, schedule: Schedule) -> Iterator[Array]:
     """x' = x + (sigma' - sigma) v(x, sigma)."""
     for i, timestep in enumerate(schedule.timesteps):
         x = x + (schedule.sigmas[i + 1] - schedule.sigmas[i]) * velocity(x, timestep)
         yield x
 
 
-def heun(velocity: Velocity, x: Array, schedule: Schedule) -> Iterator[Array]:
+def heun(velocity: Prediction, x: Array, schedule: Schedule) -> Iterator[Array]:
     """Euler's step, then again with the mean of the velocities at both ends; the last step is Euler's."""
     for i, timestep in enumerate(schedule.timesteps):
         width = schedule.sigmas[i + 1] - schedule.sigmas[i]
@@ -85,7 +73,7 @@ def _half_log_snr(sigma: float) -> float:
     return math.log((1.0 - sigma) / sigma) if sigma > 0 else math.inf
 
 
-def dpmpp2m(velocity: Velocity, x: Array, schedule: Schedule) -> Iterator[Array]:
+def dpmpp2m(velocity: Prediction, x: Array, schedule: Schedule) -> Iterator[Array]:
     """Second order in the history of x0; the first step has none, the last (to sigma = 0) needs none."""
     sigmas = schedule.sigmas
     older_x0: Array | None = None
@@ -100,7 +88,7 @@ def dpmpp2m(velocity: Velocity, x: Array, schedule: Schedule) -> Iterator[Array]
         yield x
 
 
-def unipc(velocity: Velocity, x: Array, schedule: Schedule) -> Iterator[Array]:
+def unipc(velocity: Prediction, x: Array, schedule: Schedule) -> Iterator[Array]:
     """Predict with the history of x0; the model's next call then also corrects the step that led to it."""
     sigmas = schedule.sigmas
     start = x  # where the latest step began
@@ -149,15 +137,7 @@ def _unipc_weights(ratios: list[float], h: float) -> list[float]:
     return weights
 
 
-@dataclass(frozen=True)
-class Sampler:
-    """A schedule, called with (steps, shift), and the function that walks it."""
-
-    schedule: Callable[[int, float], Schedule]
-    sample: Callable[[Velocity, Array, Schedule], Iterator[Array]]
-
-
-SAMPLERS = {
+FLOW_SAMPLERS = {
     "euler": Sampler(flow_schedule, euler),
     "heun": Sampler(flow_schedule, heun),
     "dpmpp2m": Sampler(dpmpp2m_schedule, dpmpp2m),
