@@ -18,7 +18,8 @@ import numpy as np
 import onnx
 
 from tpx_runtime.engine import ENGINES, Arrays
-from tpx_runtime.engine.gpu import GRAPHS_VARIABLE, gpu_here
+from tpx_runtime.engine.environment import GRAPHS_VARIABLE
+from tpx_runtime.engine.gpu import gpu_here
 from tpx_runtime.engine.onnxruntime_bound import BoundSession
 
 

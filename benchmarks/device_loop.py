@@ -15,7 +15,8 @@ import numpy as np
 
 from tpx_runtime.bundle import Bundle
 from tpx_runtime.engine import ENGINES
-from tpx_runtime.engine.gpu import LOOP_VARIABLE, gpu_here
+from tpx_runtime.engine.environment import LOOP_VARIABLE
+from tpx_runtime.engine.gpu import gpu_here
 from tpx_runtime.errors import TpxError
 from tpx_runtime.generator import Generator
 from tpx_runtime.sampling import Array

@@ -183,7 +183,7 @@ def run(
     from .bundle import Bundle
     from .editing import starting_strength
     from .engine import resolve
-    from .engine.threads import THREADS_VARIABLE, threads_wanted
+    from .engine.environment import THREADS_VARIABLE, threads_wanted
     from .generator import MAX_IMAGES, Generator
     from .images import grid, save_png
     from .pictures import open_picture

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..errors import shorten
+from .environment import engines_folder
 
-ENGINES_VARIABLE = "TPX_ENGINES"
 MAGIC = b"TPXENGIN"
 VERSION = 3  # raised too where engines are built otherwise than before: 3 is without TF32
 PREFIX = struct.Struct("<8sII")
@@ -96,8 +96,8 @@ def graph_name(path: Path) -> str:
 
 def default_folder(bundle: Path) -> Path:
     """Of all that is compiled of a bundle: $TPX_ENGINES, else `<bundle>.engines`, next to it."""
-    if named := os.environ.get(ENGINES_VARIABLE):
-        return Path(named)
+    if named := engines_folder():
+        return named
     root = bundle.resolve()
     return root.with_name(f"{root.name}.engines")
 

@@ -1,7 +1,6 @@
 """Which GPU is in this machine, as far as an engine depends on it."""
 
 import ctypes
-import os
 import sys
 from ctypes import c_int
 from dataclasses import dataclass
@@ -10,7 +9,6 @@ from ..errors import TpxError
 from . import cuda
 
 _MAJOR, _MINOR = 75, 76  # CUdevice_attribute of the compute capability
-GRAPHS_VARIABLE, LOOP_VARIABLE = "TPX_CUDA_GRAPHS", "TPX_DEVICE_LOOP"
 _MANAGEMENT = "nvml.dll" if sys.platform == "win32" else "libnvidia-ml.so.1"
 
 
@@ -39,17 +37,6 @@ def gpu_here() -> Gpu | None:
         return find_gpu(cuda.Driver())
     except TpxError:
         return None
-
-
-def graphs_wanted() -> bool | None:
-    """Whether each graph is to be launched as one CUDA graph, by TPX_CUDA_GRAPHS=1 or 0; None where that says nothing."""
-    said = os.environ.get(GRAPHS_VARIABLE, "")
-    return said != "0" if said else None
-
-
-def loop_wanted() -> bool:
-    """Whether latents are to stay on the device for a whole loop, by TPX_DEVICE_LOOP=1."""
-    return os.environ.get(LOOP_VARIABLE, "") not in ("", "0")
 
 
 def _driver_version() -> str | None:

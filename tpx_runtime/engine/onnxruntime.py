@@ -8,12 +8,12 @@ from pathlib import Path
 import onnxruntime as ort
 
 from ..errors import EngineUnavailable
-from . import Arrays, Course, Session, failing
 from .cuda import Driver
-from .gpu import graphs_wanted
+from .environment import graphs_wanted, threads_wanted
+from .loop import Course
 from .onnxruntime_bound import FATAL_ONLY, BoundSession
 from .onnxruntime_loop import DeviceLoop
-from .threads import threads_wanted
+from .session import Arrays, Session, failing
 
 PROVIDERS = {"onnxruntime": "CPUExecutionProvider", "onnxruntime-cuda": "CUDAExecutionProvider"}
 

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from . import Arrays, failing
+from .session import Arrays, failing
 
 MOST_KEPT = 4  # sets of shapes; the one that has waited longest goes first
 FATAL_ONLY = 4  # of what is logged: an error is raised, and said in one line

@@ -9,8 +9,9 @@ transformer has said since the start, as the sampler wants it, and picks the nex
 import numpy as np
 import numpy.typing as npt
 
-from . import Arrays, Course, require_output
+from .loop import Course
 from .onnxruntime_bound import BoundSession
+from .session import Arrays, require_output
 
 
 class DeviceLoop:

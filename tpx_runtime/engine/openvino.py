@@ -14,11 +14,11 @@ import openvino
 from .. import __version__
 from ..bundle import CONDITIONS
 from ..errors import EngineFailed
-from . import Arrays, failing
+from .environment import threads_wanted
 from .openvino_exact import ExactGraphs, shapes_of
 from .openvino_graph import Graph
 from .openvino_store import Store
-from .threads import threads_wanted
+from .session import Arrays, failing
 
 # Left alone it computes in bf16 where the CPU can, which sends tokens to other experts: that has to be asked for.
 PRECISIONS = {"openvino": "f32", "openvino-bf16": "bf16"}

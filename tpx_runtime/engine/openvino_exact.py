@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import openvino
 
-from . import Arrays
+from .environment import threads_wanted
 from .openvino_graph import ExactGraph
 from .openvino_store import Shapes, Store, is_sound
-from .threads import threads_wanted
+from .session import Arrays
 
 EARNED_CALLS = 256  # compiling takes 0.5 s, and a call gains 1 to 2 ms of it (the sample's transformer)
 MOST_KEPT = 4

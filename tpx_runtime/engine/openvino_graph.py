@@ -8,7 +8,7 @@ much that is depends on how near the cores are to one another: docs/performance.
 import numpy as np
 import openvino
 
-from . import Arrays
+from .session import Arrays
 
 
 class Graph:

@@ -3,14 +3,14 @@
 An engine is looked for in the folder that tpx-build fills: $TPX_ENGINES, else BUNDLE.engines next to the bundle.
 """
 
-import os
 import shlex
 from pathlib import Path
 
 from ..bundle import Bundle
 from ..errors import EngineUnavailable, TpxError
 from . import built, cuda
-from .gpu import Gpu, find_gpu, graphs_wanted
+from .environment import engines_folder, graphs_wanted
+from .gpu import Gpu, find_gpu
 from .tensorrt_flavours import FLAVOURS, FULL, Flavour, bindings, version
 from .tensorrt_session import TensorRtSession
 
@@ -57,7 +57,7 @@ def open_session(engine_name: str, path: Path) -> TensorRtSession:
         plugin=None,
     )
     command = f"tpx-build {shlex.quote(str(bundle.root))} --engine {flavour.name}"
-    if os.environ.get(built.ENGINES_VARIABLE):
+    if engines_folder():
         command += f" --cache {shlex.quote(str(folder))}"
     try:
         found = built.find(folder, key)

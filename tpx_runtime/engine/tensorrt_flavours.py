@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import EngineUnavailable
-from . import one_line
+from .session import one_line
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ import numpy.typing as npt
 
 from ..errors import EngineFailed
 from ..files import whole_file
-from . import Arrays, cuda
+from . import cuda
+from .session import Arrays
 from .tensorrt_flavours import Flavour, bindings, log
 
 Runtime = Any  # this and the next five are TensorRT's, whose module is not here to check against;

@@ -1,0 +1,44 @@
+"""A denoising loop that runs on a device: what it is given at its start, and what can be asked of it."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from .session import Arrays
+
+
+@dataclass(frozen=True)
+class Course:
+    """A denoising loop, all told ahead: N calls on the rows of so many `pictures`, a negative branch's first.
+
+    `context` is what the transformer is told beside latents and conditions, `tables` what a step's graph is given once
+    (docs/bundle.md), and `ends` the number of calls after each of the sampler's steps.
+    """
+
+    pictures: int
+    latents: npt.NDArray[np.float32]  # [rows, C, H, W], of the first call
+    context: Arrays
+    tables: Arrays
+    ends: list[int]
+    prediction: str  # the transformer's output
+
+    @property
+    def inputs(self) -> Arrays:
+        """Of the first call."""
+        conditions = self.tables["table"][0][self.tables["told"]]
+        return {"latents": self.latents, "conditions": conditions, **self.context}
+
+
+class Loop(Protocol):
+    """A loop that is at the start of its course, on a device; each call of `advance` is one of the transformer."""
+
+    def advance(self) -> None:
+        """Raises EngineFailed."""
+
+    def latents(self) -> npt.NDArray[np.float32]:
+        """As the next call is shown them, [rows, C, H, W]."""
+
+    def routes(self) -> npt.NDArray[np.int64] | None:
+        """Of the latest call, [rows, S, N]; None where the model does not think."""
