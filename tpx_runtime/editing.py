@@ -65,7 +65,7 @@ def to_pixels(picture: Image.Image) -> Array:
 
 
 def to_repaint(mask: Image.Image, latent_size: tuple[int, int]) -> Mask:
-    """[1, 1, H, W]: true for each latent that stands for a white pixel, so that no painted pixel hangs on a kept latent."""
+    """[1, 1, H, W]: true for each latent that stands for a white pixel, so no painted pixel depends on a kept latent."""
     height, width = latent_size
     white = np.asarray(mask) > 0
     painted: Mask = np.any(white.reshape(height, white.shape[0] // height, width, -1), axis=(1, 3))

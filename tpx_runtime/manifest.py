@@ -56,6 +56,18 @@ class ModelSpec:
         return (self.latent_channels, *self.latent_size)
 
     @property
+    def input_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of one row of each input that a graph of the transformer may have."""
+        return {
+            "timestep": (),
+            "pooled": (self.pooled_width,),
+            "class_id": (),
+            "latents": self.latent_shape,
+            "conditions": (self.conditions_width,),
+            "context": (self.context_tokens, self.context_width),
+        }
+
+    @property
     def conditions_inputs(self) -> tuple[str, str]:
         """Of the graph that makes `conditions`."""
         return ("timestep", "class_id" if self.classes else "pooled")
@@ -183,9 +195,8 @@ class Manifest:
             raise _invalid(
                 f"expected model.prediction of {', '.join(SAMPLERS_FOR)}, found {shorten(model.prediction)}"
             )
-        spoken = {"velocity": [1], "epsilon": [1, 2]}[
-            model.prediction
-        ]  # twice: with the variance of each step
+        # Twice as many channels where a diffusion predicts the variance of each step too.
+        spoken = {"velocity": [1], "epsilon": [1, 2]}[model.prediction]
         if model.out_channels not in (wanted := [times * model.latent_channels for times in spoken]):
             raise _invalid(
                 f"expected model.out_channels of {' or '.join(map(str, wanted))}, found {model.out_channels}"

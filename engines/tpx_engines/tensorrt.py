@@ -53,9 +53,8 @@ def build(
     except TypeError:  # the bindings' word for the null pointer that they get where CUDA does not start
         raise EngineFailed(f"{flavour.title} cannot start its builder: {logger.take()}") from None
     config = builder.create_builder_config()
-    config.clear_flag(
-        trt.BuilderFlag.TF32
-    )  # which is on by default, and whose errors pass a bundle's tolerances
+    # On by default, and its errors exceed a bundle's tolerances.
+    config.clear_flag(trt.BuilderFlag.TF32)
     if flavour.ahead:
         _aim_rtx(flavour, config, capability)
     elif timings is not None:

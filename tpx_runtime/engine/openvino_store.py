@@ -5,8 +5,8 @@ In such a folder are OpenVINO's own cache of the graph for any shapes (`any.KEY/
 graph and its weights by size and time, TPX's and OpenVINO's versions, the CPU and the settings, for exact ones shapes and
 parts too. OpenVINO itself looks at the graph's file and not at that of its weights.
 
-Nor does it look whether what it kept is still what it wrote: a damaged graph draws another picture. So each file has its
-CRC-32 beside it, and one that does not have that is as good as none.
+Nor does it check that its cache is intact, and a damaged graph draws another picture. So each file has its CRC-32 beside it;
+a file whose checksum is missing or wrong is compiled again.
 """
 
 import hashlib
@@ -115,7 +115,7 @@ class Store:
         return any(self.folder.glob("*.exact"))
 
     def write(self, file: Path, content: bytes | memoryview) -> None:
-        """Write a file of `exact` whole, in the place of those for the same rows. Raises OSError, and then there is none."""
+        """Write a compiled graph atomically and remove older ones for the same rows. Raises OSError, leaving no file."""
         with whole_file(file) as part:
             part.write_bytes(content)
         _vouch(file)

@@ -44,18 +44,7 @@ def open_session(engine_name: str, path: Path) -> TensorRtSession:
     flavour, driver = FLAVOURS[engine_name], cuda.Driver()
     gpu, bundle = find_gpu(driver), Bundle.open(path.parent.parent, verify=False)
     folder = built.default_folder(bundle.root)
-    key = built.Key(
-        bundle=bundle.hash,
-        graph=built.graph_name(path),
-        precision=bundle.manifest.precision,
-        batch=(0, 0),
-        engine=flavour.name,
-        version=version(flavour),
-        capability=f"sm{gpu.capability}",
-        gpu=gpu.name,
-        driver=gpu.driver,
-        plugin=None,
-    )
+    key = built.Key.of(bundle, path, flavour.name, version(flavour), gpu)
     command = f"tpx-build {shlex.quote(str(bundle.root))} --engine {flavour.name}"
     if engines_folder():
         command += f" --cache {shlex.quote(str(folder))}"
