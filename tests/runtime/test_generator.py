@@ -366,7 +366,7 @@ def test_a_class_is_a_diffusion_of_guided_epsilon(by_class: Generator, name: str
         return np.concatenate([away[:, :3] + 4.0 * (towards - away)[:, :3], towards[:, 3:]], axis=1)
 
     sampler = DIFFUSION_SAMPLERS[name]
-    *_, latents = sampler.sample(
+    *_, latents = sampler.walk(
         epsilon,
         np.stack([gaussian_noise(seed, model.latent_shape) for seed in seeds]),
         sampler.schedule(6, 1.0),

@@ -7,7 +7,9 @@ import pytest
 
 from tpx_export import checkpoint
 from tpx_export.quantise import verdict
+from tpx_export.training import loop
 from tpx_runtime import errors
+from tpx_runtime.evaluation import drawing
 
 PAGE = (Path(__file__).parents[2] / "docs" / "python.md").read_text(encoding="utf-8")
 
@@ -28,7 +30,7 @@ def test_every_block_runs_from_top_to_bottom(
 
 def test_exit_codes_are_those_of_the_classes() -> None:
     rows = re.findall(r"^\| `(\w+)`.* \| (\d+) \|$", PAGE, re.MULTILINE)
-    made = [vars(module).get(name) for name, _ in rows for module in (errors, checkpoint, verdict)]
+    made = [vars(module).get(name) for name, _ in rows for module in (errors, checkpoint, verdict, loop, drawing)]
     assert [error.exit_code for error in made if error] == [int(code) for _, code in rows]
     listed = {name for name, _ in rows}
     assert listed >= {
