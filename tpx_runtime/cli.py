@@ -153,7 +153,7 @@ def _printing() -> Iterator[list[Path]]:
     type=click.IntRange(1),
     help="Of an engine on the CPU.  [default: $TPX_THREADS, else every core]",
 )
-@click.option("--negative", "negative_prompt", help="What the picture should not show.")
+@click.option("--negative-prompt", "--negative", help="What the picture should not show.")
 @click.option("--class", "class_id", type=int, help="Number of the class to draw, instead of PROMPT.")
 @click.option("--image", type=_PATH, help="Picture to start from.")
 @click.option("--mask", type=_PATH, help="Picture, white where IMAGE is to be painted anew.")
@@ -211,7 +211,7 @@ def run(
             bar.length = total
             bar.update(1)
 
-        drawn = generator.drawn(jobs, batch_size, callback=advance, edit=edit)
+        drawn = generator.stream(jobs, batch_size, callback=advance, edit=edit)
         for made, path in zip(drawn if len(paths) > 1 else [grid(list(drawn))], paths, strict=True):
             save_png(made, path)
             written.append(path)

@@ -117,10 +117,10 @@ class Generator:
         callback: Callback | None = None,
         edit: Edit | None = None,
     ) -> list[Image.Image]:
-        """All pictures that `drawn` gives one by one."""
-        return list(self.drawn(jobs, batch_size, callback, edit))
+        """All pictures that `stream` gives one by one."""
+        return list(self.stream(jobs, batch_size, callback, edit))
 
-    def drawn(
+    def stream(
         self,
         jobs: Sequence[Settings],
         batch_size: int = 8,

@@ -18,7 +18,7 @@ from tpx_runtime.memory import available_bytes
 from . import tensorrt
 from .cache import EngineCache, Key, Stale
 from .progress import Progress
-from .routed_lora_choice import obstacle, plugin_hash, register_once
+from .routed_lora_choice import plugin_hash, plugin_problem, register_once
 from .tensorrt import Shapes, Timings
 
 # A build of a tiny graph was seen to peak at 0.44 GB, large ones at 3.1 to 3.6 times their weights (docs/engines.md).
@@ -68,7 +68,10 @@ def plan(
 ) -> list[Task]:
     """What is to be done for each graph of the bundle. Raises EngineUnavailable without the flavour's package."""
     full_version, tasks = version(flavour), []
-    routes = bool(bundle.manifest.model.thinking_blocks) and obstacle(flavour, gpu.capability, bundle) is None
+    routes = (
+        bool(bundle.manifest.model.thinking_blocks)
+        and plugin_problem(flavour, gpu.capability, bundle) is None
+    )
     for graph, (path, inputs) in graphs(bundle).items():
         plugin = plugin_hash() if routes and graph.startswith(ROUTED) else ""
         key = Key.of(bundle, path, flavour.name, full_version, gpu, batch, plugin)

@@ -82,7 +82,7 @@ def build(
 
 def _parse(flavour: Flavour, parser: OnnxParser, path: Path, plugin: bool) -> bool:
     if plugin and version_numbers(flavour)[:2] < PREFERS_PLUGINS:
-        from .functions import without_function
+        from .routed_lora_graph import without_function
 
         return parser.parse(without_function(path), str(path))  # the path is where its weights lie
     return parser.parse_from_file(str(path))

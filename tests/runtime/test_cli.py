@@ -91,7 +91,7 @@ def test_draws_what_the_generator_draws(bundled: Path) -> None:
     options = {"seed": 5, "steps": 3, "guidance": 1.5, "sampler": "dpmpp2m", "depth": 2}
     flags = [f"--{name}={value}" for name, value in options.items()]
     flags += ["--guidance-interval", "0", "0.9", "--guidance-every", "2"]
-    result = run(PROMPT, *flags, "--negative", "green", "--out", "a.png", "--engine", "onnxruntime")
+    result = run(PROMPT, *flags, "--negative-prompt", "green", "--out", "a.png", "--engine", "onnxruntime")
     assert result.exit_code == 0
     assert result.stderr == "engine: onnxruntime\ndenoising\n"
     (expected,) = Generator.load(bundled, "onnxruntime")(
@@ -378,7 +378,7 @@ def test_draws_a_class(classes: Path, elsewhere: Path, monkeypatch: pytest.Monke
             "expected a class and no prompt (this bundle draws classes), found a promp",
         ),
         (
-            ["--class", "3", "--negative", "red"],
+            ["--class", "3", "--negative-prompt", "red"],
             "expected a class and no prompt (this bundle draws classes),",
         ),
         (["--class", "3", "--sampler", "euler"], "expected a sampler of ddpm, ddim, found 'euler'"),
@@ -496,11 +496,11 @@ def test_a_notice_of_a_prompt_that_is_refused_after_all_is_not_given(
         ([PROMPT, "-n", "0"], "expected num_images to be a whole number in 1..1000, found 0"),
         ([PROMPT, "--engine", "tensorflow"], "expected an engine of auto, "),
         (
-            [PROMPT, "--negative", "zebra"],
+            [PROMPT, "--negative-prompt", "zebra"],
             "negative prompt: expected words of this model's vocabulary, found 'zebra'",
         ),
         ([PROMPT, "--seed", "any"], "'any' is not a valid integer"),
-        ([PROMPT, "--guidance", "1", "--negative", "blue"], "expected no negative prompt at guidance 1"),
+        ([PROMPT, "--guidance", "1", "--negative-prompt", "blue"], "expected no negative prompt at guidance 1"),
         ([], "expected a prompt or a list of prompts, found none; say what to draw"),
         (
             [PROMPT, "--class", "3"],

@@ -10,7 +10,7 @@ from .session import Arrays
 
 
 @dataclass(frozen=True)
-class Course:
+class LoopPlan:
     """A denoising loop planned in advance: N transformer calls on a batch of `pictures`, rows of the negative branch first.
 
     `context` holds the transformer's inputs beside latents and conditions, `tables` the constant inputs of the step graph

@@ -15,7 +15,7 @@ _WARM, _ROUNDS, _LEAST_ROUNDS, _SECONDS = 3, 41, 5, 20.0
 
 def engines_at_hand() -> list[Engine]:
     """Those that run here without tpx-build, for a bundle in the making has no engines."""
-    return [one for one in ENGINES.values() if one.built != "only" and one.problem() is None]
+    return [one for one in ENGINES.values() if one.prebuilt != "required" and one.problem() is None]
 
 
 def speed(int8: Bundle, fp32: Bundle, engine: Engine) -> SpeedReport:

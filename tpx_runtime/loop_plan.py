@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from .engine import Arrays, Course
+from .engine import Arrays, LoopPlan
 from .guidance import is_guided, mixing, reused
 from .manifest import ModelSpec
 from .modulation import Conditions
@@ -13,7 +13,7 @@ from .settings import Settings
 MOST_BYTES = 1 << 30  # of what a device keeps for it
 
 
-def course_of(
+def plan_loop(
     job: Settings,
     sampler: Sampler,
     schedule: Schedule,
@@ -21,7 +21,7 @@ def course_of(
     told: Arrays,
     conditions: Conditions,
     model: ModelSpec,
-) -> Course | None:
+) -> LoopPlan | None:
     """The plan of a loop from `latents` [B, C, H, W]; None if the loop cannot run on the device.
 
     It cannot with a stochastic sampler, with guidance that is not applied at every step, or if the device would have to hold
@@ -48,4 +48,4 @@ def course_of(
     }
     context = {name: told[name] for name in model.transformer_inputs if name in told}
     repeated = np.concatenate([latents] * (rows // len(latents)))
-    return Course(len(latents), repeated, context, tables, found.ends, model.prediction)
+    return LoopPlan(len(latents), repeated, context, tables, found.ends, model.prediction)

@@ -27,7 +27,7 @@ def build_ahead(
     below 1 and a folder that cannot be written, EngineUnavailable and EngineFailed.
     """
     engine, results = resolve(engine_name), []  # before openvino is imported: it may not be there
-    if engine.built != "ahead":
+    if engine.prebuilt != "optional":
         raise BadInput(f"expected an engine that compiles graphs itself, found {engine.name}")
     if wrong := [n for n in rows if n < 1]:
         raise BadInput(f"expected batches of at least 1 row, found {wrong[0]}")
