@@ -15,6 +15,7 @@ import numpy as np
 
 from tpx_export.pipeline import Pipeline, TextPart
 from tpx_runtime.errors import BadInput, shorten
+from tpx_runtime.prompts import prompts_in
 from tpx_runtime.tokenizer import Tokenizer, WordTokenizer, refuse_unknown, tokenizer_of
 
 EACH = 8  # prompts to calibrate with, and as many others to show
@@ -76,22 +77,6 @@ def read_prompts(file: Path, pipeline: Pipeline) -> tuple[str, ...]:
         except BadInput as error:
             raise BadInput(f"{file}, line {number}: {error}") from None
     return tuple(prompts.values())
-
-
-def prompts_in(file: Path) -> dict[int, str]:
-    """A file's lines that are not blank, by number from 1: one or more, whatever model is to read them. Raises BadInput."""
-    try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-    except OSError as error:
-        raise BadInput(
-            f"expected a file of prompts, one a line, at {file}, found: {error.strerror}"
-        ) from None
-    except UnicodeDecodeError:
-        raise BadInput(f"expected UTF-8 text in {file}, found other bytes; save it as UTF-8") from None
-    found = {number: line.strip() for number, line in enumerate(lines, start=1) if line.strip()}
-    if not found:
-        raise BadInput(f"expected prompts in {file}, one a line, found none; write some")
-    return found
 
 
 def own_prompts(pipeline: Pipeline, count: int) -> tuple[str, ...]:

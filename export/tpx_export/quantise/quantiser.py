@@ -18,13 +18,14 @@ from tpx_export.quantise.grid import CLIPPING, Magnitudes
 from tpx_export.quantise.layers import block_linears, encoder_linears, modulations
 from tpx_export.quantise.linear import replace as replace_layers
 from tpx_export.quantise.measure import against_fp32
-from tpx_export.quantise.prompts import prompts_in, subjects_of
+from tpx_export.quantise.prompts import subjects_of
 from tpx_export.quantise.report import Report, fastest
 from tpx_export.quantise.score import score
 from tpx_export.quantise.speed import engines_at_hand, speed
 from tpx_runtime.bundle import Bundle
 from tpx_runtime.engine import resolve
 from tpx_runtime.errors import BadInput
+from tpx_runtime.prompts import prompts_in
 
 Tasks = Callable[[str], AbstractContextManager[None]]
 ALL_PROMPTS = 92  # of each kind of ShapesEval
