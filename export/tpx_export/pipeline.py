@@ -66,23 +66,11 @@ class Pipeline:
     def of(cls, model: TextToImage | ClassToImage) -> "Pipeline":
         """The parts of a checkpoint of ours: a flow that is told a prompt, or a diffusion that is told a class."""
         spec, transformer = model.spec, model.spec.transformer
-        side, latent, thinking = spec.autoencoder.image_size_px, transformer.latent_size, transformer.thinking
         flow = model if isinstance(model, TextToImage) else None
         return cls(
             name=spec.name,
             license=spec.license,
-            model=ModelSpec(
-                latent_channels=transformer.latent_channels,
-                latent_size=(latent, latent),
-                image_size_px=(side, side),
-                **_told(transformer),
-                conditions_width=transformer.conditions_width,
-                guided_channels=transformer.latent_channels,
-                visual_tokens=transformer.visual_tokens,
-                depths=tuple(range(1, transformer.max_depth + 1)),
-                experts=thinking.experts if thinking else 0,
-                thinking_blocks=thinking.blocks if thinking else (),
-            ),
+            model=model_spec(transformer, spec.autoencoder.image_size_px),
             latent=LatentSpec(spec.autoencoder.scale, spec.autoencoder.shift),
             defaults=spec.defaults,
             shift=flow.spec.shift if flow else None,
@@ -95,8 +83,30 @@ class Pipeline:
         )
 
 
-def _told(transformer: MMDiTSpec | DiTSpec) -> dict[str, Any]:
-    """What the transformer is told and what it answers, as the manifest says it."""
+def model_spec(
+    transformer: MMDiTSpec | DiTSpec, image_size_px: int, guided_channels: int | None = None
+) -> ModelSpec:
+    """What the manifest says of a transformer whose pictures are `image_size_px` wide and high.
+
+    Guidance acts on the first `guided_channels` of the latents, on all of them if None.
+    """
+    latent, thinking = transformer.latent_size, transformer.thinking
+    return ModelSpec(
+        latent_channels=transformer.latent_channels,
+        latent_size=(latent, latent),
+        image_size_px=(image_size_px, image_size_px),
+        **_inputs_and_output(transformer),
+        conditions_width=transformer.conditions_width,
+        guided_channels=guided_channels or transformer.latent_channels,
+        visual_tokens=transformer.visual_tokens,
+        depths=tuple(range(1, transformer.max_depth + 1)),
+        experts=thinking.experts if thinking else 0,
+        thinking_blocks=thinking.blocks if thinking else (),
+    )
+
+
+def _inputs_and_output(transformer: MMDiTSpec | DiTSpec) -> dict[str, Any]:
+    """The fields of ModelSpec in which a model of prompts and one of classes differ."""
     if isinstance(transformer, MMDiTSpec):
         return {
             "context_tokens": transformer.context_tokens,
@@ -106,9 +116,12 @@ def _told(transformer: MMDiTSpec | DiTSpec) -> dict[str, Any]:
             "prediction": "velocity",
             "out_channels": transformer.latent_channels,
         }
-    nothing = dict.fromkeys(("context_tokens", "context_width", "pooled_width"), 0)
-    answer = {"prediction": "epsilon", "out_channels": transformer.out_channels}
-    return {**nothing, "classes": transformer.classes, **answer}
+    return {
+        **dict.fromkeys(("context_tokens", "context_width", "pooled_width"), 0),
+        "classes": transformer.classes,
+        "prediction": "epsilon",
+        "out_channels": transformer.out_channels,
+    }
 
 
 def _text_part(encoder: TextEncoder) -> TextPart:

@@ -6,9 +6,9 @@ from tpx_export.base.dit import from_tensors, spec_of
 from tpx_export.base.sources import Sources, name_of, precision_of
 from tpx_export.base.tensors import open_tensors
 from tpx_export.base.vae import load_vae
-from tpx_export.pipeline import Pipeline
+from tpx_export.pipeline import Pipeline, model_spec
 from tpx_runtime.errors import BadInput
-from tpx_runtime.manifest import Defaults, LatentSpec, ModelSpec
+from tpx_runtime.manifest import Defaults, LatentSpec
 
 _GUIDED = 3  # of the channels: what the original's sampling guides
 _MARK = "y_embedder.embedding_table.weight"
@@ -38,23 +38,7 @@ def open_pipeline(
     return Pipeline(
         name=name_of(sources.path),
         license="the base model's own",
-        model=ModelSpec(
-            latent_channels=spec.latent_channels,
-            latent_size=(spec.latent_size, spec.latent_size),
-            image_size_px=(size, size),
-            context_tokens=0,
-            context_width=0,
-            pooled_width=0,
-            conditions_width=spec.conditions_width,
-            classes=spec.classes,
-            prediction="epsilon",
-            out_channels=spec.out_channels,
-            guided_channels=min(_GUIDED, spec.latent_channels),
-            visual_tokens=spec.visual_tokens,
-            depths=(1,),
-            experts=0,
-            thinking_blocks=(),
-        ),
+        model=model_spec(spec, size, guided_channels=min(_GUIDED, spec.latent_channels)),
         latent=LatentSpec(latent.scale, latent.shift),
         defaults=Defaults(sampler="ddpm", steps=250, guidance=4.0, depth=1),  # the original's sample.py
         shift=None,

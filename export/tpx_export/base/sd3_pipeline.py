@@ -20,9 +20,9 @@ from tpx_export.model.autoencoder_kl import AutoencoderKL
 from tpx_export.model.clip import CLIPText
 from tpx_export.model.mmdit import MMDiTSpec
 from tpx_export.model.t5 import T5Encoder
-from tpx_export.pipeline import Pipeline, TextPart, example_ids
+from tpx_export.pipeline import Pipeline, TextPart, example_ids, model_spec
 from tpx_runtime.errors import BadInput
-from tpx_runtime.manifest import Defaults, EncoderSpec, LatentSpec, ModelSpec
+from tpx_runtime.manifest import Defaults, EncoderSpec, LatentSpec
 
 _CLIP_TOKENS, _T5_TOKENS = 77, 256
 _SHIFT = 3.0
@@ -47,28 +47,12 @@ def open_pipeline(sources: Sources, image_size_px: int | None, t5: bool) -> Pipe
         _clip(sources, tensors, "_2", CLIP_G),
         *([_t5(sources, tensors)] if t5 else []),
     )
-    latent, width = picture.latent_size, spec.context_width
     _check(spec, picture.latent_channels, text, path)
+    latent = picture.latent_size
     return Pipeline(
         name=name_of(sources.path),
         license="the base model's own",
-        model=ModelSpec(
-            latent_channels=spec.latent_channels,
-            latent_size=(latent, latent),
-            image_size_px=(size, size),
-            context_tokens=spec.context_tokens,
-            context_width=width,
-            pooled_width=spec.pooled_width,
-            conditions_width=spec.conditions_width,
-            classes=0,
-            prediction="velocity",
-            out_channels=spec.latent_channels,
-            guided_channels=spec.latent_channels,
-            visual_tokens=replace(spec, latent_size=latent).visual_tokens,
-            depths=(1,),
-            experts=0,
-            thinking_blocks=(),
-        ),
+        model=model_spec(replace(spec, latent_size=latent), size),
         latent=LatentSpec(picture.scale, picture.shift),
         defaults=Defaults(sampler="euler", steps=28, guidance=7.0, depth=1),  # diffusers'
         shift=_schedule_shift(sources),
