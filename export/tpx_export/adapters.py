@@ -19,13 +19,12 @@ from torch import Tensor, nn
 
 from tpx_export.checkpoint import CheckpointInvalid, _build
 from tpx_export.model.thinking import Thinking, ThinkingSpec
-from tpx_export.precision import narrow
+from tpx_export.precision import STORED, narrow
 from tpx_runtime.errors import BadInput, shorten
 from tpx_runtime.files import whole_file
 
 FORMAT, VERSION = "tpx-adapters", 1
 FILE = "tpx.safetensors"
-_REAL = (torch.float32, torch.float16, torch.bfloat16)
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -176,7 +175,7 @@ def _check(state: Mapping[str, Tensor], thinking: ThinkingSpec, width: int, wher
         value = state[name]
         if value.shape != wanted[name]:
             faults.append(f"{name} is {list(value.shape)}, not {list(wanted[name])}")
-        elif value.dtype not in _REAL:
+        elif value.dtype not in STORED:
             faults.append(
                 f"{name} is {str(value.dtype).removeprefix('torch.')}, not float32, float16 or bfloat16"
             )

@@ -25,6 +25,8 @@ TOLERANCES = {
         text_encoder=3e-2, conditions=3e-2, transformer=5e-2, vae=1e-4, routing_agreement=0.98
     ),
 }
+# What the weights of a checkpoint or an adapter file may be stored in.
+STORED = (torch.float32, torch.float16, torch.bfloat16)
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 QUANTISED = ("int8", "int8-weights")
 

@@ -13,21 +13,29 @@ diffusers' port computes other numbers (its sinusoids, its second layer norm) an
 """
 
 import math
-import re
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from tpx_export.adapters import attach
-from tpx_export.base.tensors import From, Tensors, load_foreign, open_tensors, same
+from tpx_export.base.facts import numbered
+from tpx_export.base.recipe import (
+    From,
+    check_shapes,
+    foreign_shapes,
+    linear,
+    load_foreign,
+    patch_layers,
+    same,
+)
+from tpx_export.base.tensors import Tensors, open_tensors
 from tpx_export.checkpoint import CheckpointInvalid
 from tpx_export.model.dit import DiT, DiTSpec
 from tpx_export.model.thinking import ThinkingSpec
+from tpx_export.precision import STORED
 from tpx_runtime.errors import BadInput, shorten
 
 HEADS = {1152: 16, 1024: 16, 768: 12, 384: 6}  # by width: XL, L, B, S; a checkpoint does not say it
-PRECISIONS = (torch.float32, torch.float16, torch.bfloat16)
 _LAYERS = {
     "modulation": "adaLN_modulation.1",
     "qkv": "attn.qkv",
@@ -60,10 +68,11 @@ def from_tensors(
 ) -> DiT:
     """`load_transformer` of tensors that are open already."""
     spec = spec_of(tensors, head_width)
-    _check_shapes(spec, tensors)
+    kinds = "tensors of this model's shapes in float32, float16 or bfloat16"
+    check_shapes(shapes_of(spec), tensors, STORED.__contains__, kinds)
     with torch.device("meta"):
         model = DiT(spec)
-    load_foreign(model, recipe(spec), tensors, tensors.where)
+    load_foreign(model, recipe(spec), tensors)
     model.to(model.patch_in.weight.dtype)
     model.time.float()
     return attach(model, thinking) if thinking else model
@@ -80,14 +89,13 @@ def spec_of(tensors: Tensors, head_width: int | None = None) -> DiTSpec:
             f"{tensors.where}: expected final_layer.linear.weight of {values} or {2 * values} rows (with learned sigma) and "
             f"a width of whole fours, found {spoken} and {width}; check the file"
         )
-    found = (re.match(r"blocks\.(\d+)\.", name) for name in tensors)
     return DiTSpec(
         latent_channels=channels,
         latent_size=side * patch,
         patch=patch,
         width=width,
         heads=_heads(tensors, width, head_width),
-        blocks=max(1, len({match[1] for match in found if match})),
+        blocks=numbered(tensors, "blocks"),
         classes=max(1, shapes["y_embedder.embedding_table.weight"][0] - 1),
         learned_sigma=spoken == 2 * values,
     )
@@ -95,43 +103,26 @@ def spec_of(tensors: Tensors, head_width: int | None = None) -> DiTSpec:
 
 def recipe(spec: DiTSpec) -> dict[str, From]:
     """Where each tensor of our DiT, without thinking, comes from."""
-    p, channels = spec.patch, spec.out_channels
-
-    def reordered(rows: Tensor) -> Tensor:
-        return rows.unflatten(0, (p * p, channels)).transpose(0, 1).flatten(0, 1)
-
-    layers = {
-        "time.linear_1": "t_embedder.mlp.0",
-        "time.linear_2": "t_embedder.mlp.2",
-        "out_modulation": "final_layer.adaLN_modulation.1",
-    }
-    for index in range(spec.blocks):
-        layers |= {
-            f"blocks.{index}.visual.{ours}": f"blocks.{index}.{theirs}" for ours, theirs in _LAYERS.items()
-        }
-    return {
-        "patch_in.weight": From(("x_embedder.proj.weight",), lambda weight: weight.flatten(1)),
-        "patch_in.bias": same("x_embedder.proj.bias"),
+    made = {
+        **patch_layers(spec.patch, spec.out_channels, "x_embedder.proj", "final_layer.linear"),
         "positions": From(("pos_embed",), lambda table: table.squeeze(0)),
         "classes.weight": same("y_embedder.embedding_table.weight"),
-        "patch_out.weight": From(("final_layer.linear.weight",), reordered),
-        "patch_out.bias": From(("final_layer.linear.bias",), reordered),
-        **{
-            f"{ours}.{part}": same(f"{theirs}.{part}")
-            for ours, theirs in layers.items()
-            for part in ("weight", "bias")
-        },
+        **linear("time.linear_1", "t_embedder.mlp.0"),
+        **linear("time.linear_2", "t_embedder.mlp.2"),
+        **linear("out_modulation", "final_layer.adaLN_modulation.1"),
     }
+    for index in range(spec.blocks):
+        for ours, theirs in _LAYERS.items():
+            made |= linear(f"blocks.{index}.visual.{ours}", f"blocks.{index}.{theirs}")
+    return made
 
 
 def shapes_of(spec: DiTSpec) -> dict[str, tuple[int, ...]]:
     """Every tensor of an original checkpoint of that spec, by its original name."""
     with torch.device("meta"):
-        ours = DiT(spec).state_dict()
-    shapes = {made.names[0]: tuple(ours[name].shape) for name, made in recipe(spec).items()}
-    patch = (spec.width, spec.latent_channels, spec.patch, spec.patch)
-    return shapes | {
-        "x_embedder.proj.weight": patch,
+        model = DiT(spec)
+    return foreign_shapes(model, recipe(spec)) | {
+        "x_embedder.proj.weight": (spec.width, spec.latent_channels, spec.patch, spec.patch),
         "pos_embed": (1, spec.visual_tokens, spec.width),
     }
 
@@ -167,20 +158,3 @@ def _sizes(tensors: Tensors) -> dict[str, tuple[int, ...]]:
             f"{odd[0]} {list(shapes[odd[0]])}; check the file"
         )
     return shapes
-
-
-def _check_shapes(spec: DiTSpec, tensors: Tensors) -> None:
-    """Every foreign tensor's own shape and type, before any is reordered. Raises CheckpointInvalid."""
-    faults = []
-    for name, shape in shapes_of(spec).items():
-        if name not in tensors:
-            continue  # load_foreign lists what is missing
-        value = tensors[name]
-        if tuple(value.shape) != shape or value.dtype not in PRECISIONS:
-            kind = str(value.dtype).removeprefix("torch.")
-            faults.append(f"{name} is {kind} {list(value.shape)}, not {list(shape)}")
-    if faults:
-        raise CheckpointInvalid(
-            f"{tensors.where}: expected tensors of this model's shapes in float32, float16 or bfloat16, found {len(faults)} "
-            f"that do not fit: {'; '.join(faults)}"
-        )

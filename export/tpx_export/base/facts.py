@@ -1,6 +1,5 @@
 """What a foreign checkpoint says of its sizes, checked: the fields of a config.json, or the shapes of its tensors."""
 
-import json
 import math
 import re
 from collections.abc import Iterable
@@ -8,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tpx_export.base.foreign_json import read_object
 from tpx_export.base.tensors import Tensors
 from tpx_export.checkpoint import CheckpointInvalid
 from tpx_runtime.errors import shorten
@@ -63,15 +63,7 @@ class Config:
 def read_config(folder: Path) -> Config:
     """Of config.json in `folder`. Raises CheckpointInvalid."""
     path = folder / "config.json"
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise CheckpointInvalid(f"{path}: expected a file, found none; check the path") from None
-    except (ValueError, RecursionError):
-        raise CheckpointInvalid(f"{path}: expected JSON, found something else; copy it again") from None
-    if not isinstance(fields, dict):
-        raise CheckpointInvalid(f"{path}: expected fields by name, found {shorten(fields)}; copy it again")
-    return Config(path, fields)
+    return Config(path, read_object(path))
 
 
 def shape(tensors: Tensors, name: str, dimensions: int) -> tuple[int, ...]:
@@ -88,10 +80,10 @@ def shape(tensors: Tensors, name: str, dimensions: int) -> tuple[int, ...]:
     return found
 
 
-def numbered(names: Iterable[str], prefix: str) -> int:
-    """How many parts there are under PREFIX.0., PREFIX.1. ..., at least one.
+def numbered(names: Iterable[str], prefix: str, least: int = 1) -> int:
+    """How many numbered parts (PREFIX.0., PREFIX.1., ...) the names have, or `least` if that is more.
 
-    Where one is left out its tensors are reported missing, and those of the last unknown.
+    If a number in between has no tensors, loading reports its tensors as missing and those of the last part as unknown.
     """
     found = (re.match(rf"{re.escape(prefix)}\.(\d+)\.", name) for name in names)
-    return max(1, len({match[1] for match in found if match}))
+    return max(least, len({match[1] for match in found if match}))

@@ -2,16 +2,16 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from tpx_export.adapters import attach
+from tpx_export.base.recipe import From, check_shapes, foreign_shapes, load_foreign
 from tpx_export.base.sd3_names import from_diffusers, from_original
 from tpx_export.base.sd3_spec import spec_of_config, spec_of_shapes
-from tpx_export.base.tensors import From, Tensors, load_foreign, open_tensors
+from tpx_export.base.tensors import Tensors, open_tensors
 from tpx_export.checkpoint import CheckpointInvalid
 from tpx_export.model.mmdit import MMDiT, MMDiTSpec
 from tpx_export.model.thinking import ThinkingSpec
@@ -50,8 +50,13 @@ def load_transformer(source: Path, latent_size: int = 128, thinking: ThinkingSpe
     recipe["positions"] = From((table,), lambda values: cropped(values, side))
     with torch.device("meta"):
         model = MMDiT(spec)
-    _check_shapes(model, recipe, tensors)
-    load_foreign(model, recipe, tensors, tensors.where)
+    shapes = foreign_shapes(model, recipe) | {
+        recipe["patch_in.weight"].names[0]: (spec.width, spec.latent_channels, spec.patch, spec.patch)
+    }
+    del shapes[table]  # latent_sizes has checked it, and it is larger than ours
+    kinds = "real tensors of this model's shapes"
+    check_shapes(shapes, tensors, lambda dtype: dtype.is_floating_point, kinds)
+    load_foreign(model, recipe, tensors)
     model.to(model.patch_in.weight.dtype)
     for embedder in (model.time, model.pooled):
         embedder.float()
@@ -81,25 +86,3 @@ def latent_sizes(spec: MMDiTSpec, tensors: Tensors) -> range:
             f"{tensors.where}: expected {table} of [1, side^2, {spec.width}], found {list(shape)}; check the file"
         )
     return range(spec.patch, side * spec.patch + 1, spec.patch)
-
-
-def _check_shapes(model: MMDiT, recipe: Mapping[str, From], tensors: Tensors) -> None:
-    """Every foreign tensor's own shape, before any of them are stacked or reordered. Raises CheckpointInvalid."""
-    spec, faults = model.spec, []
-    for name, wanted in model.state_dict().items():
-        sources = recipe[name].names
-        shape = (wanted.shape[0] // len(sources), *wanted.shape[1:])
-        if name == "patch_in.weight":
-            shape = (spec.width, spec.latent_channels, spec.patch, spec.patch)
-        for foreign in sources:
-            if foreign not in tensors or name == "positions":
-                continue
-            value = tensors[foreign]
-            if value.shape != shape or not value.is_floating_point():
-                kind = str(value.dtype).removeprefix("torch.")
-                faults.append(f"{foreign} is {kind} {list(value.shape)}, not {list(shape)}")
-    if faults:
-        raise CheckpointInvalid(
-            f"{tensors.where}: expected real tensors of this model's shapes, found {len(faults)} that do not fit: "
-            f"{'; '.join(faults)}"
-        )

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from torch import nn
 
+from tpx_export.base.facts import read_config
 from tpx_export.base.sd3 import PREFIX, latent_sizes, load_transformer
-from tpx_export.base.sd3_spec import spec_of_config, spec_of_shapes
+from tpx_export.base.sd3_spec import CLIP_TOKENS, T5_TOKENS, spec_of_config, spec_of_shapes
 from tpx_export.base.sources import Sources, name_of, precision_of
 from tpx_export.base.tensors import Tensors, open_tensors
 from tpx_export.base.text_encoders import CLIP_G, CLIP_L, T5, clip_of, load_clip, load_t5, t5_of
@@ -24,7 +25,6 @@ from tpx_export.pipeline import Pipeline, TextPart, example_ids, model_spec
 from tpx_runtime.errors import BadInput
 from tpx_runtime.manifest import Defaults, EncoderSpec, LatentSpec
 
-_CLIP_TOKENS, _T5_TOKENS = 77, 256
 _SHIFT = 3.0
 _SAMPLE_SIZE = 128  # latents a side that a single file, which does not say it, was trained for
 _SCRATCH_PX = 1024
@@ -100,9 +100,9 @@ def _clip(sources: Sources, single: Tensors | None, number: str, prefix: str) ->
         folder = sources.folder(f"text_encoder{number}")
         load = lambda: load_clip(folder)  # noqa: E731
     spec = load().spec
-    vocabulary = clip_tokenizer(sources.any_folder(f"tokenizer{number}"), _CLIP_TOKENS)
+    vocabulary = clip_tokenizer(sources.any_folder(f"tokenizer{number}"), CLIP_TOKENS)
     entry = EncoderSpec(
-        f"text_encoder{number}", f"tokenizer{number}", _CLIP_TOKENS, spec.width, spec.projection
+        f"text_encoder{number}", f"tokenizer{number}", CLIP_TOKENS, spec.width, spec.projection
     )
     return _part(entry, vocabulary, load)
 
@@ -114,8 +114,8 @@ def _t5(sources: Sources, single: Tensors | None) -> TextPart:
     else:
         folder = sources.folder("text_encoder_3", hint="or leave T5 out with --no-t5")
         load = lambda: load_t5(folder)  # noqa: E731
-    vocabulary = t5_tokenizer(sources.any_folder("tokenizer_3"), _T5_TOKENS)
-    entry = EncoderSpec("text_encoder_3", "tokenizer_3", _T5_TOKENS, load().spec.width, 0)
+    vocabulary = t5_tokenizer(sources.any_folder("tokenizer_3"), T5_TOKENS)
+    entry = EncoderSpec("text_encoder_3", "tokenizer_3", T5_TOKENS, load().spec.width, 0)
     return _part(entry, vocabulary, load)
 
 
@@ -151,12 +151,7 @@ def _check_size(size_px: int, factor: int, latents: range, where: Path) -> None:
 def _sample_size(path: Path) -> int:
     if path.is_file():
         return _SAMPLE_SIZE
-    value = json.loads((path / "config.json").read_text(encoding="utf-8")).get("sample_size", _SAMPLE_SIZE)
-    if type(value) is not int or value < 1:
-        raise CheckpointInvalid(
-            f"{path / 'config.json'}: expected a sample_size of 1 or more, found {value!r}"
-        )
-    return value
+    return read_config(path).count("sample_size", _SAMPLE_SIZE)
 
 
 def _schedule_shift(sources: Sources) -> float:

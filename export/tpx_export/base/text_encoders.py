@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from tpx_export.base.facts import numbered, read_config, shape
-from tpx_export.base.tensors import From, Tensors, load_foreign, open_tensors, same
+from tpx_export.base.recipe import From, linear, load_foreign, same
+from tpx_export.base.tensors import Tensors, open_tensors
 from tpx_export.checkpoint import CheckpointInvalid
 from tpx_export.model.clip import ACTIVATIONS, CLIPText, CLIPTextSpec
 from tpx_export.model.t5 import T5Encoder, T5Spec
@@ -128,22 +129,22 @@ def _fill_clip(spec: CLIPTextSpec, tensors: Tensors, projected: bool) -> CLIPTex
     recipe = {
         "words.weight": same(f"{_EMBEDDINGS}.token_embedding.weight"),
         "places": same(f"{_EMBEDDINGS}.position_embedding.weight"),
-        **_linear("norm", norm),
+        **linear("norm", norm),
         "projection.weight": same(_PROJECTION)
         if projected
         else From((f"{norm}.weight",), lambda weight: torch.eye(weight.numel()).to(weight.dtype)),
     }
     for index in range(spec.layers):
         ours, theirs = f"layers.{index}", f"text_model.encoder.layers.{index}"
-        recipe |= _linear(f"{ours}.norm1", f"{theirs}.layer_norm1")
-        recipe |= _linear(f"{ours}.norm2", f"{theirs}.layer_norm2")
+        recipe |= linear(f"{ours}.norm1", f"{theirs}.layer_norm1")
+        recipe |= linear(f"{ours}.norm2", f"{theirs}.layer_norm2")
         for name in "qkv":
-            recipe |= _linear(f"{ours}.{name}", f"{theirs}.self_attn.{name}_proj")
-        recipe |= _linear(f"{ours}.proj", f"{theirs}.self_attn.out_proj")
-        recipe |= _linear(f"{ours}.mlp_in", f"{theirs}.mlp.fc1")
-        recipe |= _linear(f"{ours}.mlp_out", f"{theirs}.mlp.fc2")
+            recipe |= linear(f"{ours}.{name}", f"{theirs}.self_attn.{name}_proj")
+        recipe |= linear(f"{ours}.proj", f"{theirs}.self_attn.out_proj")
+        recipe |= linear(f"{ours}.mlp_in", f"{theirs}.mlp.fc1")
+        recipe |= linear(f"{ours}.mlp_out", f"{theirs}.mlp.fc2")
     unused = (f"{_EMBEDDINGS}.position_ids", "logit_scale")
-    load_foreign(model, recipe, tensors, tensors.where, unused)
+    load_foreign(model, recipe, tensors, unused)
     return model.to(model.words.weight.dtype)
 
 
@@ -168,12 +169,8 @@ def _fill_t5(spec: T5Spec, tensors: Tensors) -> T5Encoder:
         }
         recipe |= {f"{ours}.{ours_}.weight": same(f"{theirs}.{name}.weight") for ours_, name in names.items()}
     decoder = (name for name in tensors if name.startswith(("decoder.", "lm_head.")))
-    return load_foreign(model, recipe, tensors, tensors.where, (*_WORDS, *decoder, "logit_scale"))
+    return load_foreign(model, recipe, tensors, (*_WORDS, *decoder, "logit_scale"))
 
 
 def _words(tensors: Tensors) -> str:
     return next((name for name in _WORDS if name in tensors), _WORDS[0])
-
-
-def _linear(ours: str, theirs: str) -> dict[str, From]:
-    return {f"{ours}.{part}": same(f"{theirs}.{part}") for part in ("weight", "bias")}

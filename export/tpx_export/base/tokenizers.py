@@ -12,7 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tpx_export.base.special_tokens import SpecialTokens, as_list, as_object, read_object, special_tokens
+from tpx_export.base.foreign_json import as_list, as_object, read_object
+from tpx_export.base.special_tokens import SpecialTokens, special_tokens
 from tpx_export.base.spiece import CONTROL, UNKNOWN, USER_DEFINED, expand_charsmap, read_spiece
 from tpx_export.checkpoint import CheckpointInvalid
 from tpx_runtime.errors import shorten

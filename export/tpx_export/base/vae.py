@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from tpx_export.base.facts import numbered, read_config, shape
-from tpx_export.base.tensors import From, Tensors, load_foreign, open_tensors
+from tpx_export.base.recipe import From, load_foreign
+from tpx_export.base.tensors import Tensors, open_tensors
 from tpx_export.checkpoint import CheckpointInvalid
 from tpx_export.model.autoencoder_kl import AutoencoderKL, AutoencoderKLSpec
 from tpx_runtime.errors import BadInput
@@ -121,7 +122,7 @@ def _fill(spec: AutoencoderKLSpec, tensors: Tensors, names: Names) -> Autoencode
             make = _matrix if part.startswith("middle.1.") else _as_is
             recipe[f"{half}.{ours}"] = From((f"{theirs}.{kind}",), make)
     unused = (found for found in tensors if found.startswith(("loss.", "model_ema.")))
-    load_foreign(model, recipe, tensors, tensors.where, unused)
+    load_foreign(model, recipe, tensors, unused)
     return model.to(next(model.decoder.parameters()).dtype)
 
 
