@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from tpx_export.model.mmdit import Embedder
+from tpx_export.model.embedder import Embedder
 from tpx_export.model.thinking import Gate
 from tpx_runtime.manifest import Tolerance
 
