@@ -17,11 +17,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tpx_export.checkpoint import CheckpointInvalid, _build
+from tpx_export.checkpoint import CheckpointInvalid
 from tpx_export.model.thinking import Thinking, ThinkingSpec
 from tpx_export.precision import STORED, narrow
 from tpx_runtime.errors import BadInput, shorten
 from tpx_runtime.files import whole_file
+from tpx_runtime.typed_json import parse
 
 FORMAT, VERSION = "tpx-adapters", 1
 FILE = "tpx.safetensors"
@@ -147,7 +148,8 @@ def _header(path: Path, text: str) -> tuple[ThinkingSpec, Facts]:
         )
     rest = {name: value for name, value in header.items() if name not in ("format", "version", "spec")}
     try:
-        thinking, facts = _build(ThinkingSpec, header.get("spec")), _build(Facts, rest)
+        thinking = parse(ThinkingSpec, header.get("spec"), "spec.", "this tpx", defaults=True)
+        facts = parse(Facts, rest, "", "this tpx", defaults=True)
         if facts.width < 1:
             raise ValueError(f"expected a width of 1 or more, found {facts.width}")
     except (TypeError, ValueError) as error:
