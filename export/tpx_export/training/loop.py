@@ -117,7 +117,7 @@ def one_step(job: Job, run: state.Run) -> float:
     rows = job.data.rows(settings.seed, run.step, settings.batch)
     clean, told = job.data.batch(rows, dropped, device)
     for group in run.optimizer.param_groups:
-        group["lr"] = settings.learning_rate * min(1.0, (run.step + 1) / max(1, settings.warmup))
+        group["lr"] = settings.lr * min(1.0, (run.step + 1) / max(1, settings.warmup))
     with torch.random.fork_rng(devices=[device] if device.startswith("cuda") else []):
         torch.manual_seed(seeded(settings.seed, _ROUTES, run.step).initial_seed())
         loss = job.objective(job.model, clean, told, depth, stream)
@@ -158,4 +158,4 @@ def _optimizer(parameters: dict[str, nn.Parameter], settings: Settings) -> torch
         {"params": [p for name, p in parameters.items() if name not in free]},
         {"params": [p for name, p in parameters.items() if name in free], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    return torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay)

@@ -16,13 +16,13 @@ DEPTHS = ("fixed", "random")
 class Settings:
     """Of a run. Experts, rank, depth, temperature and blocks are the paper's, the rest is our choice.
 
-    `depth` is fixed, max_depth at every step, or random, 1..max_depth, for adapters that draw at every depth. The rate
-    rises linearly during the first `warmup` steps and stays.
+    `depth` is fixed, max_depth at every step, or random, 1..max_depth, for adapters that draw at every depth. The
+    learning rate `lr` rises linearly during the first `warmup` steps and stays.
     """
 
     thinking: ThinkingSpec
     batch: int = 4
-    learning_rate: float = 1e-4
+    lr: float = 1e-4
     warmup: int = 100
     weight_decay: float = 0.01
     seed: int = 0
@@ -34,7 +34,7 @@ class Settings:
         """Raises BadInput for a value that cannot be used."""
         _require(self.batch >= 1, "--batch of 1 or more", self.batch)
         _require(self.warmup >= 0, "--warmup of 0 or more", self.warmup)
-        _require(0 < self.learning_rate < math.inf, "--lr above 0", self.learning_rate)
+        _require(0 < self.lr < math.inf, "--lr above 0", self.lr)
         _require(0 <= self.weight_decay < math.inf, "--weight-decay of 0 or more", self.weight_decay)
         _require(0 <= self.seed < 2**31, "--seed in 0..2147483647", self.seed)
         _require(0 <= self.caption_dropout <= 1, "--caption-dropout in 0..1", self.caption_dropout)
@@ -51,7 +51,7 @@ class Settings:
             "--blocks": ",".join(map(str, thinking.blocks)),
             "--temperature": thinking.temperature,
             "--batch": self.batch,
-            "--lr": self.learning_rate,
+            "--lr": self.lr,
             "--warmup": self.warmup,
             "--weight-decay": self.weight_decay,
             "--seed": self.seed,

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tpx_export.adapters import Facts, write_adapters
+from tpx_export.adapters import save_adapters
 from tpx_export.base.dit_pipeline import recognises
 from tpx_export.base.pipeline import open_base
 from tpx_export.pipeline import Pipeline
@@ -127,11 +127,8 @@ def _encoded(request: Request, pipeline: Pipeline, examples: list[Example], base
 def _write(
     request: Request, pipeline: Pipeline, job: Job, outcome: Outcome, identity: dict[str, Any]
 ) -> None:
-    facts = {
-        name.removeprefix("--").replace("-", "_"): value for name, value in job.settings.options().items()
-    }
-    for name in [field.name for field in dataclasses.fields(job.settings.thinking)]:
-        facts.pop(name, None)  # the specification says it
+    facts = dataclasses.asdict(job.settings)
+    del facts["thinking"]  # the adapter file has it as its specification
     facts |= {
         "objective": pipeline.model.prediction,
         "image_size_px": pipeline.model.image_size_px[0],
@@ -142,9 +139,7 @@ def _write(
         "weights": "average",
         **dataclasses.asdict(outcome),
     }
-    tensors = {name: value for name, value in job.model.state_dict().items() if ".thinking." in name}
-    spec: Any = job.model.spec
-    write_adapters(request.out, job.settings.thinking, tensors, Facts(spec.width, pipeline.name, facts))
+    save_adapters(job.model, request.out, pipeline.name, facts)
 
 
 def _check(request: Request) -> None:
