@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 
-from tpx_export.adapters import attach
 from tpx_export.base.facts import numbered
 from tpx_export.base.recipe import (
     From,
@@ -31,9 +30,8 @@ from tpx_export.base.recipe import (
 from tpx_export.base.tensors import Tensors, open_tensors
 from tpx_export.checkpoint import CheckpointInvalid
 from tpx_export.model.dit import DiT, DiTSpec
-from tpx_export.model.thinking import ThinkingSpec
 from tpx_export.precision import STORED
-from tpx_runtime.errors import BadInput, shorten
+from tpx_runtime.errors import BadInput
 
 HEADS = {1152: 16, 1024: 16, 768: 12, 384: 6}  # by width: XL, L, B, S; a checkpoint does not say it
 _LAYERS = {
@@ -51,23 +49,18 @@ _SIZES = {  # tensors that sizes are read from, and their dimensions
 }
 
 
-def load_transformer(
-    source: Path, head_width: int | None = None, thinking: ThinkingSpec | None = None
-) -> DiT:
+def load_transformer(source: Path) -> DiT:
     """The transformer at `source`, an original DiT state dict in .pt or .safetensors.
 
-    `head_width` is needed for widths other than those of DiT-S, B, L and XL. Weights keep their stored precision, but the
-    embedder of time is float32; `thinking` attaches fresh adapters, which change nothing yet. Raises CheckpointInvalid for
-    a checkpoint that is not DiT's, damaged or incomplete, BadInput for a head width that does not fit.
+    Weights keep their stored precision, but the embedder of time is float32. Raises CheckpointInvalid for a checkpoint that
+    is not DiT's, damaged or incomplete, BadInput for a width other than those of DiT-S, B, L and XL.
     """
-    return from_tensors(open_tensors(source), head_width, thinking)
+    return from_tensors(open_tensors(source))
 
 
-def from_tensors(
-    tensors: Tensors, head_width: int | None = None, thinking: ThinkingSpec | None = None
-) -> DiT:
+def from_tensors(tensors: Tensors) -> DiT:
     """`load_transformer` of tensors that are open already."""
-    spec = spec_of(tensors, head_width)
+    spec = spec_of(tensors)
     kinds = "tensors of this model's shapes in float32, float16 or bfloat16"
     check_shapes(shapes_of(spec), tensors, STORED.__contains__, kinds)
     with torch.device("meta"):
@@ -75,10 +68,10 @@ def from_tensors(
     load_foreign(model, recipe(spec), tensors)
     model.to(model.patch_in.weight.dtype)
     model.time.float()
-    return attach(model, thinking) if thinking else model
+    return model
 
 
-def spec_of(tensors: Tensors, head_width: int | None = None) -> DiTSpec:
+def spec_of(tensors: Tensors) -> DiTSpec:
     """The sizes that the shapes of an original checkpoint say. Raises CheckpointInvalid, BadInput."""
     shapes = _sizes(tensors)
     width, channels, patch, _ = shapes["x_embedder.proj.weight"]
@@ -94,7 +87,7 @@ def spec_of(tensors: Tensors, head_width: int | None = None) -> DiTSpec:
         latent_size=side * patch,
         patch=patch,
         width=width,
-        heads=_heads(tensors, width, head_width),
+        heads=_heads(tensors, width),
         blocks=numbered(tensors, "blocks"),
         classes=max(1, shapes["y_embedder.embedding_table.weight"][0] - 1),
         learned_sigma=spoken == 2 * values,
@@ -127,16 +120,13 @@ def shapes_of(spec: DiTSpec) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _heads(tensors: Tensors, width: int, head_width: int | None) -> int:
-    if head_width is None and width in HEADS:
-        return HEADS[width]
-    if head_width is None:
+def _heads(tensors: Tensors, width: int) -> int:
+    if width not in HEADS:
         raise BadInput(
-            f"{tensors.where}: expected a width of {', '.join(map(str, HEADS))}, found {width}; name the width of its heads"
+            f"{tensors.where}: expected a width of {', '.join(map(str, HEADS))}, found {width}; "
+            "other DiTs cannot be imported"
         )
-    if type(head_width) is not int or head_width < 1 or width % head_width:
-        raise BadInput(f"expected a head width that divides {width}, found {shorten(head_width)}")
-    return width // head_width
+    return HEADS[width]
 
 
 def _sizes(tensors: Tensors) -> dict[str, tuple[int, ...]]:

@@ -19,12 +19,10 @@ def recognises(path: Path) -> bool:
     return path.is_file() and _MARK in open_tensors(path)
 
 
-def open_pipeline(
-    sources: Sources, image_size_px: int | None = None, head_width: int | None = None
-) -> Pipeline:
+def open_pipeline(sources: Sources, image_size_px: int | None = None) -> Pipeline:
     """The parts of a DiT. Raises CheckpointInvalid, BadInput for another image size than its own."""
     tensors = open_tensors(sources.path)
-    spec = spec_of(tensors, head_width)
+    spec = spec_of(tensors)
     folder = sources.components
     if folder is None or not (folder / "config.json").exists():
         folder = sources.folder("vae")
@@ -44,7 +42,7 @@ def open_pipeline(
         shift=None,
         text=(),
         blocks=spec.blocks,
-        transformer=lambda: from_tensors(tensors, head_width),
+        transformer=lambda: from_tensors(tensors),
         autoencoder=lambda: load_vae(folder, size),
         precision=precision_of(tensors.dtype),
     )

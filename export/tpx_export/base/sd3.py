@@ -7,14 +7,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tpx_export.adapters import attach
 from tpx_export.base.recipe import From, check_shapes, foreign_shapes, load_foreign
 from tpx_export.base.sd3_names import from_diffusers, from_original
 from tpx_export.base.sd3_spec import spec_of_config, spec_of_shapes
 from tpx_export.base.tensors import Tensors, open_tensors
 from tpx_export.checkpoint import CheckpointInvalid
 from tpx_export.model.mmdit import MMDiT, MMDiTSpec
-from tpx_export.model.thinking import ThinkingSpec
 from tpx_runtime.errors import BadInput
 
 PREFIX = "model.diffusion_model."
@@ -22,13 +20,13 @@ _DIFFUSERS_TABLE, _ORIGINAL_TABLE = "pos_embed.pos_embed", "pos_embed"  # of pos
 _ANY = 2**24
 
 
-def load_transformer(source: Path, latent_size: int = 128, thinking: ThinkingSpec | None = None) -> MMDiT:
+def load_transformer(source: Path, latent_size: int = 128) -> MMDiT:
     """The transformer at `source` for square latents of that size (an eighth of the picture's pixels).
 
     `source` is a diffusers folder (with config.json, or with transformer/config.json) or an original single file. Weights
-    keep their stored precision, but float8 becomes float16, and the embedders of time and condition are float32;
-    `thinking` attaches fresh adapters, which change nothing yet. Raises CheckpointInvalid for a checkpoint that is not
-    SD3's, damaged or incomplete, BadInput for a latent size that its table of positions does not cover.
+    keep their stored precision, but float8 becomes float16, and the embedders of time and condition are float32. Raises
+    CheckpointInvalid for a checkpoint that is not SD3's, damaged or incomplete, BadInput for a latent size that its table
+    of positions does not cover.
     """
     if source.is_dir():
         folder = source if (source / "config.json").exists() else source / "transformer"
@@ -60,7 +58,7 @@ def load_transformer(source: Path, latent_size: int = 128, thinking: ThinkingSpe
     model.to(model.patch_in.weight.dtype)
     for embedder in (model.time, model.pooled):
         embedder.float()
-    return attach(model, thinking) if thinking else model
+    return model
 
 
 def cropped(table: Tensor, side: int) -> Tensor:
