@@ -10,8 +10,8 @@ from tpx_runtime.command import TpxCommand
 from tpx_runtime.errors import BadInput
 
 if TYPE_CHECKING:
-    from tpx_export.exporter import Summary
     from tpx_export.pipeline import Pipeline
+    from tpx_export.summary import Summary
 
 _PATH = click.Path(path_type=Path)
 

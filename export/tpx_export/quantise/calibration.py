@@ -19,6 +19,7 @@ from tpx_export.pipeline import Pipeline, TextPart
 from tpx_export.precision import in_float32
 from tpx_export.quantise.grid import Magnitudes
 from tpx_export.quantise.layers import Layers
+from tpx_export.quantise.prompts import drawn_together
 from tpx_runtime.conditioning import Said, combine
 from tpx_runtime.guidance import guide, is_guided
 from tpx_runtime.noise import batch_noise
@@ -27,7 +28,6 @@ from tpx_runtime.samplers import Array
 from tpx_runtime.tokenizer import tokenizer_of
 
 SEED = 20260501  # of the first trajectory; what is shown afterwards begins elsewhere
-_TOKENS_AT_ONCE = 512  # visual ones, of prompts that are drawn together
 
 
 @dataclass
@@ -78,7 +78,7 @@ def activations(
     sampler = SAMPLERS_FOR[model.prediction][defaults.sampler]
     schedule = sampler.schedule(defaults.steps, pipeline.shift or 1.0)
     rows = len(next(iter(told.values()))) - 1
-    at_once = max(1, _TOKENS_AT_ONCE // model.visual_tokens)
+    at_once = drawn_together(model)
     with in_float32(transformer), watched(layers, seen):
         for first in range(1, rows + 1, at_once):
             some = range(first, min(first + at_once, rows + 1))

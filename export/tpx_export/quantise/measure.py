@@ -9,6 +9,7 @@ from typing import Any, cast
 import numpy as np
 from PIL import Image
 
+from tpx_export.quantise.prompts import drawn_together
 from tpx_export.quantise.report import DepthReport
 from tpx_runtime.bundle import Bundle
 from tpx_runtime.engine import Arrays, Engine, Session
@@ -17,7 +18,6 @@ from tpx_runtime.generator import Generator
 from tpx_runtime.verify import relative_error
 
 SEED = 20260601  # of the first picture: not among calibration's
-_TOKENS_AT_ONCE = 512
 
 
 @dataclass
@@ -95,5 +95,4 @@ def pictures(generator: Generator, subjects: Sequence[str | int], **settings: An
     for number, subject in enumerate(subjects):
         what = {"prompt": subject} if isinstance(subject, str) else {"class_id": subject}
         jobs += generator.plan(seed=SEED + number, **what, **settings)
-    at_once = max(1, _TOKENS_AT_ONCE // generator.manifest.model.visual_tokens)
-    return generator.draw(jobs, at_once)
+    return generator.draw(jobs, drawn_together(generator.manifest.model))

@@ -15,11 +15,13 @@ import numpy as np
 
 from tpx_export.pipeline import Pipeline, TextPart
 from tpx_runtime.errors import BadInput, shorten
+from tpx_runtime.manifest import ModelSpec
 from tpx_runtime.tokenizer import Tokenizer, WordTokenizer, refuse_unknown, tokenizer_of
 
 EACH = 8  # prompts to calibrate with, and as many others to show
 EACH_LARGE = 1
 LARGE = 1024  # visual tokens
+_TOGETHER = 512  # visual tokens of pictures that are drawn at once
 
 _PLAIN = (
     "a portrait of an old fisherman with a grey beard, oil on canvas",
@@ -47,6 +49,11 @@ class Subjects:
 
     calibrating: tuple[str | int, ...]
     shown: tuple[str | int, ...]
+
+
+def drawn_together(model: ModelSpec) -> int:
+    """How many pictures one call of the transformer draws: fewer of larger ones, which take more memory."""
+    return max(1, _TOGETHER // model.visual_tokens)
 
 
 def subjects_of(pipeline: Pipeline, file: Path | None = None) -> Subjects:

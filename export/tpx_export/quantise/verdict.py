@@ -1,8 +1,7 @@
 """Whether int8 was worth it."""
 
-from typing import Any
-
 from tpx_export.quantise.report import Report, ScoreReport, fastest
+from tpx_export.summary import Summary
 from tpx_runtime.errors import TpxError
 
 MOST_LOST = 0.01  # of the score, in parts of 1
@@ -14,7 +13,7 @@ class Refused(TpxError):
 
     exit_code = 7
 
-    def __init__(self, line: str, summary: Any) -> None:
+    def __init__(self, line: str, summary: Summary) -> None:
         super().__init__(line)
         self.summary = summary
 
