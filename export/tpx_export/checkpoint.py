@@ -92,9 +92,8 @@ def _read_safetensors(path: Path) -> tuple[Any, dict[str, Tensor]]:
 
 def _read_pt(path: Path) -> tuple[Any, dict[str, Tensor]]:
     try:
-        with (
-            warnings.catch_warnings()
-        ):  # torch warns about foreign pickles before it refuses them; one line is enough
+        # torch warns about foreign pickles before it refuses them; one line is enough.
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             saved = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:

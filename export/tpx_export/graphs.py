@@ -19,9 +19,8 @@ from torch import Tensor, nn
 
 from tpx_export.operator import OPSET, TRANSLATIONS, register_schema
 
-_SMALL = (
-    1024  # elements: constants up to here are folded, so that no weight is ever copied under another name
-)
+# Constants of up to so many elements are folded: few enough that no weight is ever copied under another name.
+_SMALL = 1024
 
 
 @dataclass(frozen=True)

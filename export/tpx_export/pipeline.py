@@ -76,9 +76,8 @@ class Pipeline:
             shift=flow.spec.shift if flow else None,
             text=(_text_part(flow.text_encoder),) if flow else (),
             blocks=transformer.blocks,
-            transformer=lambda: copy.deepcopy(
-                model.transformer
-            ).eval(),  # in training, routes are drawn at random
+            # In training mode routes are drawn at random.
+            transformer=lambda: copy.deepcopy(model.transformer).eval(),
             autoencoder=lambda: copy.deepcopy(model.autoencoder).eval(),
         )
 
