@@ -32,7 +32,7 @@ M = TypeVar("M", bound=nn.Module)
 
 @dataclass(frozen=True)
 class Facts:
-    """What an adapter file says beside its specification: the base's width and name, and how it was trained."""
+    """What an adapter file says besides its specification: the base's width and name, and how it was trained."""
 
     width: int
     base: str
@@ -40,7 +40,7 @@ class Facts:
 
 
 class Adapters(NamedTuple):
-    """The contents of an adapter file; `state` has the names of the file."""
+    """The contents of an adapter file; `state` is keyed by the names in the file."""
 
     thinking: ThinkingSpec
     state: dict[str, Tensor]
@@ -53,11 +53,12 @@ def attach(
     state: Mapping[str, Tensor] | None = None,
     dtype: torch.dtype | None = None,
 ) -> M:
-    """Make `model` think: in place, whatever it thought before; its other parameters are left as they are.
+    """Attach thinking adapters to `model`, replacing any that it had, and return it.
 
-    Without a state the adapters are fresh, and the model's answer is the base's exactly. They take `dtype`, that of the
-    blocks if None; gates are float32. New parameters require gradients as ThinkingSpec says. Returns `model`. Raises
-    CheckpointInvalid for blocks that the model has not, and for a state that does not fit its width or the spec.
+    Its other parameters are left as they are. Without a state the adapters are fresh, and the model's output is exactly the
+    base's. They have type `dtype`, or that of the blocks if None; gates are float32. New parameters require gradients as
+    ThinkingSpec says. Raises CheckpointInvalid for blocks that the model does not have, and for a state that does not fit
+    its width or the spec.
     """
     base: Any = model
     blocks, width = base.blocks, base.spec.width
@@ -98,7 +99,7 @@ def save_adapters(model: nn.Module, path: Path, base: str, training: Mapping[str
 
 
 def write_adapters(path: Path, thinking: ThinkingSpec, state: Mapping[str, Tensor], facts: Facts) -> None:
-    """`save_adapters` of a state by itself."""
+    """Like `save_adapters`, from a state instead of a model."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     spec = dataclasses.asdict(thinking)
     header = {"format": FORMAT, "version": VERSION, "spec": spec, **dataclasses.asdict(facts)}
@@ -164,7 +165,7 @@ def _prefix(block: int) -> str:
 
 
 def _check(state: Mapping[str, Tensor], thinking: ThinkingSpec, width: int, where: str) -> None:
-    """Names, shapes and values are those of `thinking` at that width, or CheckpointInvalid lists what is not."""
+    """Check names, shapes and values against `thinking` at that width. Raises CheckpointInvalid, which lists all faults."""
     try:
         with torch.device("meta"):
             example = Thinking(width, thinking).state_dict()

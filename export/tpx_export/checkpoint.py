@@ -39,7 +39,7 @@ class CheckpointInvalid(TpxError):
 
 
 def save(model: Model, path: Path, dtype: torch.dtype = torch.float32) -> None:
-    """Write a checkpoint whole or not at all; `dtype` is that of the tensors on disk. Raises ValueError on a suffix."""
+    """Write a checkpoint whole or not at all; `dtype` is the tensors' on disk. Raises ValueError for another suffix."""
     state = {name: value.detach().to("cpu", dtype).contiguous() for name, value in model.state_dict().items()}
     (kind,) = (name for name, (_, made) in MODELS.items() if isinstance(model, made))
     header = {"format": FORMAT, "version": VERSION, "model": kind, "spec": dataclasses.asdict(model.spec)}
@@ -136,7 +136,7 @@ def _shape(shape: torch.Size | None) -> str:
 
 
 def _fresh(path: Path, header: Any) -> Model:
-    """The model that a header describes, its weights yet to come."""
+    """The model that a header describes, before its weights are loaded."""
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise CheckpointInvalid(_foreign(path, "another header"))
     if header.get("version") != VERSION:

@@ -76,9 +76,9 @@ def export_bundle(
     """Write the bundle of `pipeline` at `out`, with the transformer at every depth 1..`depth` (the model's own if None).
 
     The precision is that of the stored weights if None. The bundle is made in a hidden sibling of `out`, verified with ONNX
-    Runtime against PyTorch, and renamed when whole: what is interrupted or fails leaves nothing. Raises BadInput for a
-    depth, precision, place or `int8` that cannot be used, EngineFailed where a graph is out of tolerance, Refused for int8
-    that is not worth having, unless that is accepted.
+    Runtime against PyTorch, and renamed when complete: an export that fails or is interrupted leaves nothing. Raises
+    BadInput for a depth, precision, place or `int8` that cannot be used, EngineFailed for a graph that is out of tolerance,
+    Refused for an int8 bundle that is not worth having, unless `int8.accept_loss`.
     """
     deepest, precision = pipeline.model.depths[-1], precision or pipeline.precision
     depth = deepest if depth is None else depth
@@ -107,7 +107,8 @@ def export_bundle(
         with tasks("hashes"):
             bundle = Bundle(folder, manifest(pipeline, depths, precision, folder))
         (folder / MANIFEST).write_text(bundle.manifest.to_json(), encoding="utf-8")
-        gc.collect()  # modules hang in cycles with what traced them, and engines want their memory
+        # Modules are in reference cycles with what traced them, and engines need their memory.
+        gc.collect()
         with tasks("verification"):
             reports = verify(bundle)
         summary = Summary(reports, tasks.seconds, folder_bytes(folder))
@@ -123,7 +124,7 @@ def export_bundle(
 
 @dataclass(frozen=True)
 class _Places:
-    """Where graphs are written: the bundle's folder, and one for the same in fp32 where a quantiser compares with that."""
+    """Where graphs are written: the bundle's folder, and, for a quantiser to compare with, one for fp32."""
 
     folder: Path
     fp32: Path
@@ -223,12 +224,12 @@ def _write_autoencoder(pipeline: Pipeline, folder: Path, precision: str, end: Ar
 
 
 def _pair(values: npt.NDArray[np.generic]) -> torch.Tensor:
-    """Two rows: an example of one row would fix the batch at 1."""
+    """`values` with two rows: an example of one row would fix the batch at 1."""
     return torch.from_numpy(values if len(values) == 2 else np.concatenate([values, values]))
 
 
 def verify(bundle: Bundle) -> dict[str, list[PartReport]]:
-    """Every graph in ONNX Runtime against the golden tensors, transformers in every spelling that there is.
+    """Compare every graph in ONNX Runtime with the golden tensors, transformers in every spelling that was written.
 
     Raises EngineFailed for a part out of tolerance.
     """
@@ -263,7 +264,7 @@ class _Tasks:
 def check(
     out: Path | None, depth: int | None, precision: str | None, force: bool, int8: Int8Options | None
 ) -> None:
-    """What `export_bundle` refuses whatever the model is; None is what the model decides. Raises BadInput."""
+    """Check what `export_bundle` can check without the model; None leaves a choice to the model. Raises BadInput."""
     if depth is not None and depth < 1:
         raise BadInput(f"expected a depth of 1 or more, found {depth}")
     if precision is not None and precision not in TOLERANCES:

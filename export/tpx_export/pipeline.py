@@ -1,6 +1,6 @@
 """What an export is made of: the parts of a text-to-image or class-to-image model, each loaded when its turn comes.
 
-Only one part is in memory at a time, so that the largest part decides what an export takes.
+Only one part is in memory at a time, so an export needs as much memory as its largest part.
 """
 
 import copy
@@ -30,9 +30,10 @@ _EXAMPLES = (
 
 @dataclass(frozen=True)
 class TextPart:
-    """A text encoder: its manifest entry, `vocab.json` of its tokenizer, ids int64 [2, tokens] to hold engines against.
+    """A text encoder: its manifest entry, the content of its tokenizer's `vocab.json`, and how to load it.
 
-    The module maps ids to (context, pooled), or to context alone where it says nothing pooled.
+    Engines are compared with PyTorch on `ids`, int64 [2, tokens]. The loaded module maps ids to (context, pooled), or to
+    context alone if it has no pooled output.
     """
 
     spec: EncoderSpec
@@ -43,11 +44,11 @@ class TextPart:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A model to export. `shift` is that of a flow's schedule, None for a diffusion's linear betas.
+    """A model to export. `shift` is the time shift of a flow's schedule, None for a diffusion with linear betas.
 
     `transformer` loads an MMDiT, called with latents, timestep, context, pooled and depth, or a DiT, called with class_id in
     the place of the text. `autoencoder` loads a module with `encoder(image) -> (mean, log variance)` and
-    `decoder(latents) -> image`. `blocks` are the transformer's; `precision` is what the weights are stored in.
+    `decoder(latents) -> image`. `blocks` counts the transformer's blocks; `precision` is what its weights are stored in.
     """
 
     name: str
@@ -64,7 +65,7 @@ class Pipeline:
 
     @classmethod
     def of(cls, model: TextToImage | ClassToImage) -> "Pipeline":
-        """The parts of a checkpoint of ours: a flow that is told a prompt, or a diffusion that is told a class."""
+        """The parts of a checkpoint of ours: a flow conditioned on a prompt, or a diffusion conditioned on a class."""
         spec, transformer = model.spec, model.spec.transformer
         flow = model if isinstance(model, TextToImage) else None
         return cls(
@@ -134,7 +135,7 @@ def _text_part(encoder: TextEncoder) -> TextPart:
 
 
 def example_ids(vocabulary: dict[str, object]) -> npt.NDArray[np.int64]:
-    """Ids [2, tokens] of two plain prompts, by the tokenizer of a vocab.json."""
+    """Token ids [2, tokens] of two plain prompts. `vocabulary` is the content of a vocab.json."""
     tokenizer = tokenizer_of(vocabulary, Path("vocab.json"))
     return np.array([tokenizer.encode(text).ids for text in _EXAMPLES], np.int64)
 

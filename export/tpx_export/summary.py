@@ -9,9 +9,10 @@ from tpx_runtime.verify import PartReport
 
 @dataclass(frozen=True)
 class Summary:
-    """What an export did: the verification of each graph by spelling, seconds of each task, bytes by folder.
+    """The result of an export: each graph's verification by spelling, the seconds of each task, the bytes of each folder.
 
-    In int8 also its comparison with fp32, and what speaks against it: a bundle that has such a line was kept all the same.
+    Of an int8 export `int8` is the comparison with fp32, and `loss` one line on why the bundle is not worth having, None if
+    it is; a bundle with such a line was kept because the user accepts it.
     """
 
     reports: dict[str, list[PartReport]]

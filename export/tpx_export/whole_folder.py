@@ -31,9 +31,9 @@ def check_place(out: Path, force: bool) -> None:
 
 @contextmanager
 def whole_folder(out: Path, force: bool = False) -> Iterator[Path]:
-    """A folder to fill, which takes the place of `out` at the end, or vanishes if anything goes wrong.
+    """Yields a folder to fill, which is renamed to `out` at the end, or removed if anything goes wrong.
 
-    What was there then, or came there meanwhile, is replaced with `force` alone. Raises BadInput.
+    If there is something at `out`, even if it came there meanwhile, it is only replaced with `force`. Raises BadInput.
     """
     out = out if out.name else out.resolve()
     _sweep(out)
@@ -64,7 +64,7 @@ def whole_folder(out: Path, force: bool = False) -> Iterator[Path]:
 
 
 def _sweep(out: Path) -> None:
-    """Remove what exports to `out` left that were killed without a word, a day ago or longer: none takes that long."""
+    """Remove the hidden folders of exports to `out` that were killed a day ago or longer."""
     for left in out.parent.glob(f".{glob.escape(out.name)}.*-*.*"):
         found = re.fullmatch(r"\d+-[0-9a-f]+\.(partial|replaced)", left.name[len(out.name) + 2 :])
         if found and (found[1] == "partial" or out.exists()) and _age_s(left) > _LONGEST_S:
@@ -72,7 +72,7 @@ def _sweep(out: Path) -> None:
 
 
 def _age_s(path: Path) -> float:
-    """Since it was last written to; 0 for what is gone."""
+    """Seconds since `path` was last written to; 0 if it is gone."""
     try:
         return time.time() - path.stat().st_mtime
     except OSError:

@@ -111,7 +111,7 @@ def recipe(spec: DiTSpec) -> dict[str, From]:
 
 
 def shapes_of(spec: DiTSpec) -> dict[str, tuple[int, ...]]:
-    """Every tensor of an original checkpoint of that spec, by its original name."""
+    """The shape of every tensor of an original checkpoint of that spec, by its original name."""
     with torch.device("meta"):
         model = DiT(spec)
     return foreign_shapes(model, recipe(spec)) | {

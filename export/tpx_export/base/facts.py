@@ -1,4 +1,4 @@
-"""What a foreign checkpoint says of its sizes, checked: the fields of a config.json, or the shapes of its tensors."""
+"""The sizes of a foreign model, checked: from the fields of its config.json, or from the shapes of its tensors."""
 
 import math
 import re
@@ -17,7 +17,7 @@ _MOST = 2**24  # of anything that is counted; identifiers up to here are exact i
 
 @dataclass(frozen=True)
 class Config:
-    """The fields of a config.json. Fields that are left out have the defaults of the library that wrote it."""
+    """The fields of a config.json. A field that is left out has the default of the library that wrote it."""
 
     path: Path
     fields: dict[str, Any]
@@ -30,7 +30,7 @@ class Config:
         return value
 
     def counts(self, name: str, default: tuple[int, ...]) -> tuple[int, ...]:
-        """Some whole numbers. Raises CheckpointInvalid."""
+        """One or more whole numbers, each 1 or more. Raises CheckpointInvalid."""
         values = self.fields.get(name, default)
         if (
             not isinstance(values, list | tuple)
@@ -48,7 +48,7 @@ class Config:
         return default if value is None else float(value)
 
     def one_of(self, name: str, allowed: tuple[Any, ...], default: Any = None) -> Any:
-        """A value that the import knows. Raises CheckpointInvalid."""
+        """A value that must be one of `allowed`. Raises CheckpointInvalid."""
         value = self.fields.get(name, default)
         if not any(type(value) is type(known) and value == known for known in allowed):
             raise self.unfit(f"{name} {' or '.join(map(str, allowed))}", value)
@@ -61,13 +61,13 @@ class Config:
 
 
 def read_config(folder: Path) -> Config:
-    """Of config.json in `folder`. Raises CheckpointInvalid."""
+    """Read config.json in `folder`. Raises CheckpointInvalid."""
     path = folder / "config.json"
     return Config(path, read_object(path))
 
 
 def shape(tensors: Tensors, name: str, dimensions: int) -> tuple[int, ...]:
-    """Of that tensor. Raises CheckpointInvalid where there is none or it is no such tensor."""
+    """The shape of a tensor. Raises CheckpointInvalid if it is missing, empty, or has another number of dimensions."""
     if name not in tensors:
         raise CheckpointInvalid(
             f"{tensors.where}: expected a tensor {name}, found it missing; check the file"

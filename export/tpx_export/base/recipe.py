@@ -19,7 +19,7 @@ M = TypeVar("M", bound=nn.Module)
 
 @dataclass(frozen=True)
 class From:
-    """One of our tensors: `make` of the foreign tensors `names`, in order."""
+    """How one of our tensors is made: `make` is called with the foreign tensors `names`, in order."""
 
     names: tuple[str, ...]
     make: Callable[..., Tensor]

@@ -51,7 +51,8 @@ def load_transformer(source: Path, latent_size: int = 128) -> MMDiT:
     shapes = foreign_shapes(model, recipe) | {
         recipe["patch_in.weight"].names[0]: (spec.width, spec.latent_channels, spec.patch, spec.patch)
     }
-    del shapes[table]  # latent_sizes has checked it, and it is larger than ours
+    # latent_sizes has checked the table, which is larger than ours.
+    del shapes[table]
     kinds = "real tensors of this model's shapes"
     check_shapes(shapes, tensors, lambda dtype: dtype.is_floating_point, kinds)
     load_foreign(model, recipe, tensors)
@@ -70,7 +71,7 @@ def cropped(table: Tensor, side: int) -> Tensor:
 
 
 def latent_sizes(spec: MMDiTSpec, tensors: Tensors) -> range:
-    """Latents a side that the table of positions covers; any, if there is none: what is missing is named all together.
+    """The latent sizes that the table of positions covers; any size if it is missing, which `load_foreign` reports.
 
     Raises CheckpointInvalid for a table that is not square or not of the model's width.
     """

@@ -73,7 +73,7 @@ def _transformer(path: Path) -> tuple[MMDiTSpec, Tensors]:
 
 
 def _check_names(tensors: Tensors) -> None:
-    """A file of several parts has no others than those that are read. Raises CheckpointInvalid."""
+    """Check that a file of several parts has no tensors that nothing reads. Raises CheckpointInvalid."""
     known = (PREFIX, VAE, CLIP_L, CLIP_G, T5)
     if not any(name.startswith(PREFIX) for name in tensors):
         return  # the transformer alone, under bare names: its import lists what it does not know
@@ -124,7 +124,7 @@ def _part(entry: EncoderSpec, vocabulary: dict[str, object], load: Callable[[], 
 
 
 def _check(spec: MMDiTSpec, channels: int, text: tuple[TextPart, ...], path: Path) -> None:
-    """The parts are one model's. Raises CheckpointInvalid."""
+    """Check that the parts belong to one model. Raises CheckpointInvalid."""
     pooled = sum(part.spec.pooled_width for part in text)
     clip = sum(part.spec.context_width for part in text if part.spec.pooled_width)
     others = {part.spec.context_width for part in text if not part.spec.pooled_width}
@@ -139,7 +139,7 @@ def _check(spec: MMDiTSpec, channels: int, text: tuple[TextPart, ...], path: Pat
 
 
 def _check_size(size_px: int, factor: int, latents: range, where: Path) -> None:
-    """Before anything large is read: positions for so many pixels, `factor` of them a latent. Raises BadInput."""
+    """Check, before anything large is read, that there are positions for `size_px` / `factor` latents. Raises BadInput."""
     if size_px // factor not in latents:
         least, most, step = (factor * one for one in (latents[0], latents[-1], latents.step))
         raise BadInput(

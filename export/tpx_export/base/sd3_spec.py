@@ -1,6 +1,6 @@
 """Sizes of an SD3 or SD3.5 transformer: from diffusers' config.json, or from the shapes of an original single file.
 
-The latent size is the caller's: a spec made here has a placeholder of one patch.
+The caller sets the latent size: a spec made here has one patch as a placeholder.
 """
 
 from pathlib import Path
@@ -16,7 +16,7 @@ HEAD_WIDTH = 64  # of every SD3; an original file without query-key norms does n
 
 
 def spec_of_config(folder: Path, tensors: Tensors) -> MMDiTSpec:
-    """From config.json beside the weights `tensors`. Raises CheckpointInvalid."""
+    """Read config.json, and check it against the weights `tensors` beside it. Raises CheckpointInvalid."""
     config = read_config(folder)
     config.one_of("_class_name", (CLASS,))
     layers, heads = config.count("num_layers"), config.count("num_attention_heads")
@@ -45,7 +45,7 @@ def spec_of_config(folder: Path, tensors: Tensors) -> MMDiTSpec:
 
 
 def spec_of_shapes(tensors: Tensors) -> MMDiTSpec:
-    """From the tensors of an original single file, without their prefix. Raises CheckpointInvalid."""
+    """Read the shapes of an original single file's tensors, named without their prefix. Raises CheckpointInvalid."""
     blocks = numbered(tensors, "joint_blocks", least=0)
     if not blocks:
         found = "diffusers' names; give its folder, with config.json"

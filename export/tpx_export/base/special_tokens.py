@@ -1,4 +1,4 @@
-"""Which tokens of a tokenizer's folder a prompt can spell out, read in the way of transformers 5."""
+"""Special tokens, which a prompt can spell out, read from a tokenizer's folder as transformers 5 reads them."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -25,7 +25,7 @@ class SpecialTokens:
     ids: dict[str, int]
 
     def padded_with(self, token: str) -> "SpecialTokens":
-        """The same with another token to fill up with, which is special by that."""
+        """The same, but padded with `token`, which becomes special by that."""
         named = self.named | {"pad_token": token}
         return replace(self, named=named, normalized={token: False} | self.normalized)
 
@@ -49,9 +49,9 @@ class SpecialTokens:
 def special_tokens(
     path: Path, named: dict[str, str], others: Iterable[str], tokenizer: Mapping[str, Any]
 ) -> SpecialTokens:
-    """Of a folder, or of a file alone.
+    """Read the special tokens of a folder, or of a single file.
 
-    `named` and `others` are taken for granted where nothing else is said; `tokenizer` is the content of tokenizer.json,
+    `named` and `others` are the defaults where the files say nothing; `tokenizer` is the content of tokenizer.json,
     empty where there is none. Raises CheckpointInvalid.
     """
     config = _optional(path / "tokenizer_config.json")

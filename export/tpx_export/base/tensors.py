@@ -46,7 +46,7 @@ class Tensors(Mapping[str, Tensor]):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the first tensor of real numbers."""
+        """The dtype of the first floating-point tensor."""
         kinds = (self[name].dtype for name in self)
         return next(kind for kind in kinds if kind.is_floating_point)
 

@@ -29,7 +29,7 @@ _DISTANCES = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weig
 
 
 def load_clip(folder: Path) -> CLIPText:
-    """From a folder that CLIPTextModelWithProjection was saved in. Raises CheckpointInvalid."""
+    """Load a folder that transformers' CLIPTextModelWithProjection was saved in. Raises CheckpointInvalid."""
     config = read_config(folder)
     config.one_of("model_type", ("clip_text_model",))
     width, vocabulary = config.count("hidden_size", 512), config.count("vocab_size", 49_408)
@@ -53,9 +53,9 @@ def load_clip(folder: Path) -> CLIPText:
 
 
 def clip_of(tensors: Tensors, activation: str) -> CLIPText:
-    """From a single file's tensors under CLIP_L, whose activation is "quick_gelu", or CLIP_G, "gelu".
+    """Load a single file's tensors under CLIP_L, whose activation is "quick_gelu", or CLIP_G, whose is "gelu".
 
-    Files whose CLIP-L has no projection mean the identity, as diffusers reads them. Raises CheckpointInvalid.
+    A CLIP without a projection has the identity, as in diffusers. Raises CheckpointInvalid.
     """
     vocabulary, width = shape(tensors, f"{_EMBEDDINGS}.token_embedding.weight", 2)
     if width % _HEAD_WIDTH:
@@ -77,7 +77,7 @@ def clip_of(tensors: Tensors, activation: str) -> CLIPText:
 
 
 def load_t5(folder: Path) -> T5Encoder:
-    """From a folder that T5EncoderModel was saved in. Raises CheckpointInvalid."""
+    """Load a folder that transformers' T5EncoderModel was saved in. Raises CheckpointInvalid."""
     config = read_config(folder)
     config.one_of("model_type", ("t5",))
     config.one_of("feed_forward_proj", ("gated-gelu",), "relu")
@@ -100,7 +100,7 @@ def load_t5(folder: Path) -> T5Encoder:
 
 
 def t5_of(tensors: Tensors) -> T5Encoder:
-    """From a single file's tensors under T5. Raises CheckpointInvalid."""
+    """Load a single file's tensors under T5. Raises CheckpointInvalid."""
     first = "encoder.block.0.layer"
     vocabulary, width = shape(tensors, _words(tensors), 2)
     buckets, heads = shape(tensors, _DISTANCES, 2)

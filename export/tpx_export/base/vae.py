@@ -36,7 +36,7 @@ Names = Callable[[bool, int], dict[str, str]]
 
 
 def load_vae(folder: Path, image_size_px: int) -> AutoencoderKL:
-    """For square pictures of `image_size_px`, from a folder that diffusers' AutoencoderKL was saved in.
+    """Load a folder that diffusers' AutoencoderKL was saved in, for square pictures of `image_size_px`.
 
     Raises CheckpointInvalid for a file that does not fit, BadInput for pictures of a size that it cannot make.
     """
@@ -76,7 +76,7 @@ def load_vae(folder: Path, image_size_px: int) -> AutoencoderKL:
 
 
 def vae_of(tensors: Tensors, image_size_px: int) -> AutoencoderKL:
-    """For square pictures of `image_size_px`, from a single file's tensors under VAE.
+    """Load a single file's tensors under VAE, for square pictures of `image_size_px`.
 
     Latents are scaled as SD3's where they have 16 channels, as SD1's where they have 4. Raises CheckpointInvalid, BadInput.
     """
@@ -163,5 +163,5 @@ def _as_is(value: Tensor) -> Tensor:
 
 
 def _matrix(value: Tensor) -> Tensor:
-    """Of a 1x1 convolution, if it is one."""
+    """The weight of a 1x1 convolution as a matrix; another value as it is."""
     return value.flatten(1) if value.ndim == 4 else value

@@ -21,8 +21,8 @@ from tpx_export.model.transformer import DiffusionTransformer, TransformerSpec
 class DiTSpec(TransformerSpec):
     """Sizes of the transformer; the defaults are those of DiT-XL/2 at 256 x 256 pixels, base/dit.py reads others.
 
-    `learned_sigma`: behind epsilon the model predicts where the log variance lies in its range (Nichol and Dhariwal,
-    2102.09672), in as many channels again.
+    `learned_sigma`: after epsilon the model also predicts where the log variance lies in its range (Nichol and Dhariwal,
+    2102.09672), in as many channels.
     """
 
     latent_channels: int = 4
@@ -53,12 +53,12 @@ class DiTSpec(TransformerSpec):
 
     @property
     def modulations(self) -> int:
-        """Of all blocks and of the output."""
+        """6 for each block, and 2 for the output."""
         return 6 * self.blocks + 2
 
 
 def position_table(side: int, width: int) -> Tensor:
-    """[side^2, width]: of column, then row, half the width each, sines, then cosines, at 10000^(-i / (width/4)).
+    """[side^2, width]: half the width for the column, half for the row; sines, then cosines, at 10000^(-i / (width/4)).
 
     Worked out in float64, as the table in DiT's checkpoints was.
     """
@@ -85,7 +85,8 @@ class Block(nn.Module):
     ) -> tuple[Tensor, list[Tensor]]:
         """x [B, N, D] -> x after the block, and the routes [B, N] of its steps.
 
-        `told` are the block's modulations, each [B, 1, D]; the gate sees `seen`, [B, 1, 64].
+        `told` are the block's modulations, each [B, 1, D]; `seen`, [B, 1, 64], is what the gate sees of the
+        condition.
         """
         shift, scale, *rest = told
         x_in = modulate(x, shift, scale)
@@ -102,7 +103,7 @@ class Block(nn.Module):
 
 
 class DiT(DiffusionTransformer):
-    """Epsilon of a diffusion, x = sqrt(abar) x0 + sqrt(1 - abar) epsilon, and where learned the range of its variance."""
+    """Predicts epsilon of a diffusion, x = sqrt(abar) x0 + sqrt(1 - abar) epsilon, and if learned the log variance."""
 
     spec: DiTSpec
 
@@ -123,12 +124,12 @@ class DiT(DiffusionTransformer):
     ) -> tuple[Tensor, Tensor]:
         """Latents [B, C, S, S], timestep [B] in 0..1000, class_id int64 [B] in 0..classes, depth in 1..max_depth.
 
-        The class after the last, `classes`, means no class. Returns what `denoise` does, of `conditions`.
+        The class after the last, `classes`, means no class. Computes `conditions` and returns what `denoise` does.
         """
         return self.denoise(latents, self.conditions(timestep, class_id), depth)
 
     def conditions(self, timestep: Tensor, class_id: Tensor) -> Tensor:
-        """Timestep [B] and class_id [B] -> what they alone decide, float32 [B, K]."""
+        """Timestep [B] and class_id [B] -> the rows of numbers that depend on them alone, float32 [B, K]."""
         time = self.time(sinusoid(timestep, 256))
         return table(self, time + self.classes(class_id).to(time.dtype))
 

@@ -50,7 +50,7 @@ class MMDiTSpec(TransformerSpec):
 
     @property
     def modulations(self) -> int:
-        """Of all streams and of the output: the last text stream has 2, the output too."""
+        """6 for each stream, but 2 for the last text stream; 3 more for each dual block, and 2 for the output."""
         return 12 * self.blocks + 3 * len(self.dual_blocks) - 2
 
 
@@ -77,7 +77,7 @@ class JointBlock(nn.Module):
 
     @property
     def modulations(self) -> int:
-        """How many the block is told."""
+        """How many shifts, scales and gates the block takes."""
         return self.visual.modulation.parts + self.text.modulation.parts
 
     def forward(
@@ -85,7 +85,8 @@ class JointBlock(nn.Module):
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """x [B, N, D], c [B, L, D] -> both streams after the block, and the routes [B, N] of its steps.
 
-        `told` are the modulations of the visual stream and of the text's, each [B, 1, D]; the gate sees `seen`, [B, 1, 64].
+        `told` are the modulations of the visual stream, then of the text's, each [B, 1, D]; `seen`, [B, 1, 64], is what
+        the gate sees of the condition.
         """
         parts = self.visual.modulation.parts
         shift, scale, *rest = told[:parts]
@@ -119,7 +120,7 @@ class JointBlock(nn.Module):
 
 
 class MMDiT(DiffusionTransformer):
-    """Velocity of the flow from data to noise, dx/dsigma = noise - data."""
+    """Predicts the velocity of the flow from data to noise, dx/dsigma = noise - data."""
 
     spec: MMDiTSpec
 
@@ -143,12 +144,12 @@ class MMDiT(DiffusionTransformer):
     ) -> tuple[Tensor, Tensor]:
         """Latents [B, C, S, S], timestep [B] in 0..1000, context [B, L, W], pooled [B, P], depth in 1..max_depth.
 
-        Returns what `denoise` does, of `conditions`.
+        Computes `conditions` and returns what `denoise` does.
         """
         return self.denoise(latents, self.conditions(timestep, pooled), context, depth)
 
     def conditions(self, timestep: Tensor, pooled: Tensor) -> Tensor:
-        """Timestep [B] and pooled [B, P] -> what they alone decide, float32 [B, K]."""
+        """Timestep [B] and pooled [B, P] -> the rows of numbers that depend on them alone, float32 [B, K]."""
         pooled = pooled.to(self.pooled.linear_1.weight.dtype)
         return table(self, self.time(sinusoid(timestep, 256)) + self.pooled(pooled))
 

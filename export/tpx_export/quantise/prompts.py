@@ -1,4 +1,4 @@
-"""What is drawn to calibrate int8 and to show what it costs: prompts of the user's, or ones that the model can read.
+"""What is drawn to calibrate int8 and to show what it costs: the user's prompts, or some that the model can read.
 
 a file            one prompt a line
 CLIP and T5       plain descriptions of varied things
@@ -45,7 +45,7 @@ _PLAIN = (
 
 @dataclass(frozen=True)
 class Subjects:
-    """Prompts, or classes, to calibrate with and to show; one of the two kinds is empty."""
+    """Prompts (text) or classes (numbers) to calibrate with, and others to show."""
 
     calibrating: tuple[str | int, ...]
     shown: tuple[str | int, ...]
@@ -57,7 +57,7 @@ def drawn_together(model: ModelSpec) -> int:
 
 
 def subjects_of(pipeline: Pipeline, file: Path | None = None) -> Subjects:
-    """Those of `file`, which are calibrated with and the first of them shown, or the model's own. Raises BadInput."""
+    """The prompts of `file`, all to calibrate with and the first to show, or the model's own subjects. Raises BadInput."""
     each = EACH_LARGE if pipeline.model.visual_tokens > LARGE else EACH
     if file is not None:
         given = read_prompts(file, pipeline)
@@ -71,7 +71,7 @@ def subjects_of(pipeline: Pipeline, file: Path | None = None) -> Subjects:
 
 
 def read_prompts(file: Path, pipeline: Pipeline) -> tuple[str, ...]:
-    """The prompts of a file, each of which the model can read. Raises BadInput, which names the line."""
+    """The prompts of a file. Raises BadInput for one that the model cannot read, and names its line."""
     if pipeline.model.classes:
         raise BadInput(
             f"expected no prompts for a model of classes, found {file}; leave it out, its classes are used"
@@ -86,7 +86,7 @@ def read_prompts(file: Path, pipeline: Pipeline) -> tuple[str, ...]:
 
 
 def prompts_in(file: Path) -> dict[int, str]:
-    """A file's lines that are not blank, by number from 1: one or more, whatever model is to read them. Raises BadInput."""
+    """A file's lines that are not blank, by number from 1. Raises BadInput if there are none."""
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
     except OSError as error:
@@ -114,7 +114,7 @@ def own_prompts(pipeline: Pipeline, count: int) -> tuple[str, ...]:
 
 
 def _captions(count: int) -> Sequence[str]:
-    """Of the shapes world, all kinds in turn; none without a checkout's folder samples."""
+    """Captions of the shapes world, all kinds in turn; none if a checkout's folder samples is missing."""
     try:
         from samples.shapes.captions import KINDS, caption, prompt_of
     except ImportError:

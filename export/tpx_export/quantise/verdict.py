@@ -19,7 +19,7 @@ class Refused(TpxError):
 
 
 def verdict(report: Report) -> str | None:
-    """What speaks against the bundle, in one line; None if it is worth having."""
+    """Why the bundle is not worth having, in one line; None if it is."""
     faults = []
     score = report.score
     if isinstance(score, ScoreReport) and score.change.mean < -MOST_LOST:

@@ -1,4 +1,4 @@
-"""Ctrl-C, or a polite kill, that waits for the step under way: half of an optimizer's step is no state to go on from."""
+"""Ctrl-C, or a polite kill, waits for the current step to end: half of an optimizer's step cannot be resumed."""
 
 import signal
 import threading
@@ -10,9 +10,9 @@ from tpx_runtime.command import polite_kills
 
 @contextmanager
 def interrupts() -> Iterator[Callable[[], bool]]:
-    """Yields whether SIGINT or one of `polite_kills` came; the second raises KeyboardInterrupt at once.
+    """Yields a function that says whether SIGINT or one of `polite_kills` came; a second one raises KeyboardInterrupt.
 
-    Outside of the main thread, which alone gets signals, nothing is changed.
+    Outside of the main thread, the only one that gets signals, nothing is changed.
     """
     noted = threading.Event()
 

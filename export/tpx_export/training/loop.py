@@ -37,12 +37,12 @@ class Objective(Protocol):
     def __call__(
         self, model: nn.Module, clean: Tensor, told: Told, depth: int, stream: torch.Generator
     ) -> Tensor:
-        """Of latents float32 [B, C, S, S] and what is told of them."""
+        """Latents float32 [B, C, S, S] and their conditioning -> a scalar."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is trained, for what, on what; `device` is where the model is."""
+    """A model on `device`, and the loss, data and settings to train it with."""
 
     model: nn.Module
     objective: Objective
@@ -63,8 +63,8 @@ class Outcome:
 def fit(job: Job, steps: int, saved: Path, identity: dict[str, Any]) -> Outcome:
     """Train the model's adapters up to `steps`, from the state at `saved` where there is one; they end as their average.
 
-    `identity` is what a state must agree with to be taken up. The state is written every two minutes, at the end and at
-    Ctrl-C, which raises Cancelled after the step under way. Raises BadInput for a state of another run, TrainingFailed for
+    A saved state is only resumed if it agrees with `identity`. The state is written every two minutes, at the end and at
+    Ctrl-C, which raises Cancelled after the current step. Raises BadInput for a state of another run, TrainingFailed for
     a loss that is not finite.
     """
     parameters = adapters_of(job.model)

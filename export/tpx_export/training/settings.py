@@ -1,4 +1,4 @@
-"""What decides how adapters turn out: the options of tpx-train, checked."""
+"""The options of tpx-train that affect the adapters, checked."""
 
 import math
 from dataclasses import dataclass, replace
@@ -14,9 +14,9 @@ DEPTHS = ("fixed", "random")
 
 @dataclass(frozen=True)
 class Settings:
-    """Of a run. Experts, rank, depth, temperature and blocks are the paper's, the rest is our choice.
+    """The settings of a run. Experts, rank, depth, temperature and blocks are the paper's, the rest is our choice.
 
-    `depth` is fixed, max_depth at every step, or random, 1..max_depth, for adapters that draw at every depth. The
+    `depth` is "fixed", max_depth at every step, or "random", 1..max_depth, for adapters that work at every depth. The
     learning rate `lr` rises linearly during the first `warmup` steps and stays.
     """
 
@@ -42,7 +42,7 @@ class Settings:
         _require(self.depth in DEPTHS, f"--depth {' or '.join(DEPTHS)}", self.depth)
 
     def options(self) -> dict[str, Any]:
-        """By the options' names, as they are written to files."""
+        """The settings by the names of their options, as the state of a run holds them."""
         thinking = self.thinking
         return {
             "--experts": thinking.experts,
@@ -79,8 +79,8 @@ def thinking_spec(
 def within_base(thinking: ThinkingSpec, base_blocks: int, asked: bool) -> ThinkingSpec:
     """`thinking` for a base with that many blocks.
 
-    Blocks that were `asked` for and are not there raise BadInput; of the paper's those that are there remain, or the middle
-    one.
+    Raises BadInput if blocks that the user `asked` for are missing. Of the default blocks those that the base has remain, or
+    its middle one if it has none of them.
     """
     inside = tuple(block for block in thinking.blocks if block < base_blocks)
     if asked:

@@ -32,7 +32,7 @@ SD3_SIZE_PX = 512
 
 @dataclass(frozen=True)
 class Request:
-    """What to train on what, and where it goes. `blocks_asked`: the settings' blocks were named, not taken for granted."""
+    """What to train, on which data, and where it goes. `blocks_asked`: the user named the settings' blocks."""
 
     base: Path
     data: Path
@@ -57,9 +57,9 @@ class Request:
 
 
 def train(request: Request, settings: Settings) -> Outcome:
-    """Train adapters and write them to `request.out`; a run that was stopped goes on.
+    """Train adapters and write them to `request.out`; a run that was stopped is resumed.
 
-    Everything that can be refused is, before anything is encoded, but for pictures that cannot be read. Raises BadInput,
+    Everything is checked before anything is encoded, except whether pictures can be read. Raises BadInput,
     CheckpointInvalid, TrainingFailed, Cancelled.
     """
     _check(request)
@@ -143,7 +143,7 @@ def _write(
 
 
 def _check(request: Request) -> None:
-    """What can be seen without opening the base. Raises BadInput."""
+    """Check what can be checked without opening the base. Raises BadInput."""
     if request.steps < 1:
         raise BadInput(f"expected --steps of 1 or more, found {request.steps}")
     if request.device not in ("cpu", "cuda"):
