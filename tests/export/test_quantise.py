@@ -116,7 +116,7 @@ def test_weights_are_within_half_a_step() -> None:
     assert not values[:, 7].any() and torch.isfinite(steps).all()
 
 
-def test_magnitudes_do_not_hang_on_the_order_of_what_comes() -> None:
+def test_magnitudes_do_not_depend_on_the_order_of_what_comes() -> None:
     rng = torch.Generator().manual_seed(0)
     parts = [torch.randn(4, 100, generator=rng) * size for size in (0.01, 1, 0.1, 100)]
     seen = Magnitudes()
