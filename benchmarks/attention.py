@@ -15,6 +15,7 @@ from typing import Any
 import click
 import numpy as np
 
+from benchmarks.turns import in_turns
 from tpx_engines.bench.memory import peak_bytes
 from tpx_engines.bench.process import WorkerProcess
 from tpx_runtime.command import TpxCommand
@@ -88,6 +89,25 @@ def in_a_process(function: str, **arguments: object) -> dict[str, Any]:
         return worker.ask("call", function=f"benchmarks.attention:{function}", arguments=arguments)
 
 
+def compared(graphs: list[Path], engine: str, rounds: int, calls: int) -> str:
+    """What the table says of both spellings on that engine."""
+
+    def measure(graph: Path) -> dict[str, Any]:
+        return in_a_process("call", graph=str(graph), engine=engine, calls=calls)
+
+    found = in_turns(graphs, measure, rounds).values()
+    standard, one = (np.load(graph.with_suffix(".npy")) for graph in graphs)
+    difference = np.abs(standard - one).max() / np.abs(standard).max()
+    times = [[result["ms"] for result in results] for results in found]
+    wide, narrow = (max(result["mb"] for result in results) for results in found)
+    ratios = [b / a for a, b in zip(*times, strict=True)]
+    return (
+        f"{median(times[0]):.0f} | {median(times[1]):.0f} | "
+        f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) | "
+        f"{wide:.0f} | {narrow:.0f} | {difference:.0e}"
+    )
+
+
 @click.command(cls=TpxCommand)
 @click.option("--width", default=1536, show_default=True)
 @click.option("--heads", default=24, show_default=True)
@@ -125,19 +145,8 @@ def main(
             in_a_process("write", folder=folder, precision=precision, **sizes)
             graphs = [Path(folder) / f"{name}.onnx" for name in SPELLINGS]
             for engine in engines:
-                found: list[list[dict[str, float]]] = [[], []]
-                for _ in range(rounds):
-                    for graph, results in zip(graphs, found, strict=True):
-                        results.append(in_a_process("call", graph=str(graph), engine=engine, calls=calls))
-                standard, one = (np.load(graph.with_suffix(".npy")) for graph in graphs)
-                difference = np.abs(standard - one).max() / np.abs(standard).max()
-                times = [[result["ms"] for result in results] for results in found]
-                wide, narrow = (max(result["mb"] for result in results) for results in found)
-                ratios = [b / a for a, b in zip(*times, strict=True)]
                 print(
-                    f"| {(latent // 2) ** 2} | {engine} | {median(times[0]):.0f} | {median(times[1]):.0f} | "
-                    f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) | "
-                    f"{wide:.0f} | {narrow:.0f} | {difference:.0e} |",
+                    f"| {(latent // 2) ** 2} | {engine} | {compared(graphs, engine, rounds, calls)} |",
                     flush=True,
                 )
 

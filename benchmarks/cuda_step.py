@@ -8,15 +8,15 @@ could save. Both are measured with the graph captured as a CUDA graph and withou
 """
 
 import os
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 
 import click
 import numpy as np
 import onnx
 
+from benchmarks.turns import in_turns, seconds
 from tpx_runtime.engine import ENGINES, Arrays
 from tpx_runtime.engine.environment import GRAPHS_VARIABLE
 from tpx_runtime.engine.gpu import gpu_here
@@ -76,21 +76,15 @@ def main(graph: Path, batch: int, rounds: int) -> None:
         for graphs in (True, False)
         for what, one in calls(opened(graph, graphs), inputs).items()
     }
-    times: dict[str, list[float]] = {name: [] for name in found}
-    for _ in range(rounds):
-        for name, one in found.items():
-            begin = time.perf_counter()
-            one()
-            times[name].append(time.perf_counter() - begin)
+    times = in_turns(found, lambda name: seconds(found[name]), rounds)
     up = sum(inputs[name].nbytes for name in ("latents", "conditions") if name in inputs)
     print(
         f"{gpu.name if gpu else 'no GPU'}: {graph.name}, batch {batch}, {up / 1e6:.2f} MB up at each step\n"
     )
     print("| | ms | of the call |\n|---|---|---|")
-    for name, seconds in times.items():
-        whole = statistics.median(times[name.replace("graph, ", "call, ", 1)])
-        median = statistics.median(seconds)
-        print(f"| {name} | {1e3 * median:.3f} | {median / whole:.1%} |")
+    for name in times:
+        mine, whole = median(times[name]), median(times[name.replace("graph, ", "call, ", 1)])
+        print(f"| {name} | {1e3 * mine:.3f} | {mine / whole:.1%} |")
 
 
 if __name__ == "__main__":

@@ -12,21 +12,19 @@ the share of that product's speed which the routed products alone would take. Ma
 """
 
 import os
-import statistics
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TypeVar
+from statistics import median
 
 import click
 import torch
 from torch import Tensor
 
+from benchmarks.turns import K, in_turns, seconds
 from tpx_export.model.routed_lora import routed_lora
 
 Call = Callable[[], object]
-K = TypeVar("K")
 DTYPES = {"fp16": (torch.float16, 4e-3), "bf16": (torch.bfloat16, 3e-2), "fp32": (torch.float32, 1e-5)}
 
 
@@ -97,9 +95,7 @@ def gathered(g: Given) -> Tensor:
 def timed(call: Call, device: str) -> float:
     """Seconds of one call: by the GPU's own events, or by this machine's clock."""
     if device == "cpu":
-        begin = time.perf_counter()
-        call()
-        return time.perf_counter() - begin
+        return seconds(call)
     first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     first.record()
     call()
@@ -110,14 +106,8 @@ def timed(call: Call, device: str) -> float:
 
 def medians(calls: dict[K, Call], rounds: int, device: str) -> dict[K, float]:
     """Each call's median time in seconds, the calls taking turns, after a fifth as many rounds that do not count."""
-    times: dict[K, list[float]] = {name: [] for name in calls}
-    warm_up = -(-rounds // 5)
-    for i in range(warm_up + rounds):
-        for name, call in calls.items():
-            took = timed(call, device)
-            if i >= warm_up:
-                times[name].append(took)
-    return {name: statistics.median(found) for name, found in times.items()}
+    times = in_turns(calls, lambda name: timed(calls[name], device), rounds, warm_up=-(-rounds // 5))
+    return {name: median(found) for name, found in times.items()}
 
 
 def graphed(call: Call) -> Call:
@@ -199,13 +189,13 @@ def main(dtype: str, rounds: int, toy: bool) -> None:
                 {} if toy else {name: graphed(call) for name, call in eager.items() if name != "gathered"}
             )
             replayed = medians(graphs, rounds, device)
-            for name, seconds in took.items():
+            for name in took:
                 best = replayed if name in replayed else took
                 each = best[name] / calls
                 graph = f"{1e6 * replayed[name] / calls:.1f}" if name in replayed else "-"
                 print(
                     f"| {tokens} | {size.width} | {size.rank} | {experts} | {name} "
-                    f"| {1e6 * seconds / calls:.1f} | {graph} | {best['masked'] / best[name]:.2f} "
+                    f"| {1e6 * took[name] / calls:.1f} | {graph} | {best['masked'] / best[name]:.2f} "
                     f"| {moved / each / bandwidth:.0%} | {work / each / speed:.0%} |",
                     flush=True,
                 )
