@@ -58,12 +58,13 @@ AFTER = {
     "attribution + position": 0.35,
 }
 WIDTH = 192  # three quarters of the sample model's: narrow enough to be trained a score of times on two cores
+# Two points below Euler's 20 steps in less than half of their time (docs/replication.md).
 DRAWN: dict[str, Any] = {
     "sampler": "dpmpp2m",
     "steps": 8,
     "guidance": 3.0,
     "guidance_interval": EVERY_LEVEL,
-}  # two points below Euler's 20 steps in less than half of their time (docs/replication.md)
+}
 WHOLE_RANK = 128  # M r of every row
 RELATED = ("position", SEEN, NEVER_SEEN)  # rows of ShapesEval whose prompts hold a relation
 BASE, LORA, THINKING, RECURSIVE = "base", "LoRA", "M=4, T=3", "M=1, T=3"

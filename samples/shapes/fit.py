@@ -148,9 +148,8 @@ class _Run:
         loss = loss_at(self.step)
         loss.backward()
         torch.nn.utils.clip_grad_norm_([p for _, p in self._trainable], clip)
-        decay = min(
-            ema_decay, (self.step + 1) / (self.step + 10)
-        )  # short at first: the random start is soon forgotten
+        # Short at first: the random start is soon forgotten.
+        decay = min(ema_decay, (self.step + 1) / (self.step + 10))
         with deferred() as interrupted:
             for optimizer in self._optimizers:
                 optimizer.step()
