@@ -91,6 +91,16 @@ def _wrong_hash(path: Path, entry: FileEntry) -> str | None:
 
 
 @dataclass(frozen=True)
+class GraphFile:
+    """A graph of a bundle: the name that reports and engines call it, its file, and the shapes of one row of its inputs."""
+
+    name: str
+    path: Path
+    inputs: dict[str, tuple[int, ...]]
+    depth: int | None = None  # of a transformer
+
+
+@dataclass(frozen=True)
 class Bundle:
     """An opened bundle: its folder and its manifest."""
 
@@ -139,6 +149,25 @@ class Bundle:
     def hash(self) -> str:
         """Identity of the bundle: SHA-256 over the manifest's facts, and so over every file's hash."""
         return self.manifest.sha256
+
+    def graphs(self, spelling: Spelling = "operator") -> list[GraphFile]:
+        """Every graph that makes pictures; the transformers in that spelling."""
+        model, shapes = self.manifest.model, self.manifest.model.input_shapes
+        found = [
+            GraphFile(encoder.folder, self.text_encoder(encoder), {"ids": (encoder.tokens,)})
+            for encoder in self.manifest.text_encoders
+        ]
+        inputs = {name: shapes[name] for name in model.conditions_inputs}
+        found.append(GraphFile("transformer conditions", self.conditions, inputs))
+        inputs = {name: shapes[name] for name in model.transformer_inputs}
+        found += [
+            GraphFile(f"transformer depth {depth}", self.transformer(depth, spelling), inputs, depth)
+            for depth in model.depths
+        ]
+        found.append(GraphFile("vae_decoder", self.vae_decoder, {"latents": model.latent_shape}))
+        if self.vae_encoder:
+            found.append(GraphFile("vae_encoder", self.vae_encoder, {"image": (3, *model.image_size_px)}))
+        return found
 
     def path(self, name: str) -> Path:
         """Where the file `name` lies. Raises BundleInvalid when the manifest does not list it."""

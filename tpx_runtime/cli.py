@@ -7,6 +7,8 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +24,10 @@ if TYPE_CHECKING:
 
 SAMPLE_BUNDLE = Path("bundles/shapes")
 _PATH = click.Path(path_type=Path)
-EACH = "{seed}"  # in the name of what is written: a file for each picture
+EACH, NAMED = (
+    "{seed}",
+    "{prompt}",
+)  # in the name of what is written: a file for each, the prompt in letters and digits
 _ENGINE_HELP = (
     "onnxruntime, onnxruntime-cuda, openvino or openvino-bf16, or what tpx-build made for tensorrt-rtx or tensorrt; "
     "auto takes the first that runs here."
@@ -58,27 +63,66 @@ def find_bundle(given: str | None) -> Path:
     )
 
 
-def choose_output(given: Path | None, what: str, seed: int, force: bool) -> Path:
-    """Where the picture goes: `given`, or a free name made of what is drawn and the seed. Raises BadInput."""
-    from .images import check_writable
+@dataclass(frozen=True)
+class Output:
+    """A PNG to write, and the number of images in it."""
 
-    stem = f"{re.sub('[^a-z0-9]+', '-', what.lower()).strip('-')[:60] or 'picture'}-{seed}"
-    path, number = given or Path(f"{stem}.png"), 1
-    check_writable(path)
-    if given and os.path.lexists(given) and not force:
-        raise BadInput(f"expected a new file, found {given} there already; add --force to replace it")
-    while path.exists() and not force:
+    path: Path
+    images: int
+
+
+def choose_outputs(
+    given: Path | None, prompts: Sequence[str], seeds: Sequence[int], force: bool
+) -> list[Output]:
+    """The files for `seeds` of each prompt: one for each seed where `given` says {seed}, else one grid. Raises BadInput.
+
+    Without `given` they are named after prompt and first seed, as no file is called yet.
+    """
+    if given is None:
+        taken: set[Path] = set()
+        return [Output(_free(prompt, seeds[0], force, taken), len(seeds)) for prompt in prompts]
+    each = seeds if EACH in given.name else seeds[:1]
+    outputs = [
+        Output(given.with_name(_filled(given.name, prompt, seed)), len(seeds) // len(each))
+        for prompt in prompts
+        for seed in each
+    ]
+    for output in outputs:
+        _check_new(output.path, force)
+    if len({output.path for output in outputs}) < len(outputs):
+        raise BadInput(
+            f"expected a file for each of {len(prompts)} prompts, found one name for several in --out {given}; "
+            f"add {NAMED} to it"
+        )
+    return outputs
+
+
+def _filled(name: str, prompt: str, seed: int) -> str:
+    return name.replace(EACH, str(seed)).replace(NAMED, _slug(prompt))
+
+
+def _slug(prompt: str) -> str:
+    return re.sub("[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "picture"
+
+
+def _free(prompt: str, seed: int, force: bool, taken: set[Path]) -> Path:
+    """A name that no file has yet, nor one in `taken`, which it is added to."""
+    stem, number = f"{_slug(prompt)}-{seed}", 1
+    path = Path(f"{stem}.png")
+    while path in taken or (path.exists() and not force):
         number += 1
         path = Path(f"{stem}-{number}.png")
+    _check_new(path, force)
+    taken.add(path)
     return path
 
 
-def choose_outputs(given: Path | None, what: str, seeds: Sequence[int], force: bool) -> list[Path]:
-    """A place for each seed where `given` says {seed}, else one for all. Raises BadInput."""
-    if given is None or EACH not in given.name:
-        return [choose_output(given, what, seeds[0], force)]
-    named = (given.with_name(given.name.replace(EACH, str(seed))) for seed in seeds)
-    return [choose_output(path, what, seed, force) for path, seed in zip(named, seeds, strict=True)]
+def _check_new(path: Path, force: bool) -> None:
+    from .images import check_writable
+
+    check_writable(path)
+    if os.path.lexists(path) and not force:
+        raise BadInput(f"expected a new file, found {path} there already; add --force to replace it")
 
 
 def _announce(engine: "Engine", asked: str) -> None:
@@ -122,9 +166,14 @@ def _printing() -> Iterator[list[Path]]:
 
 @click.command(cls=TpxCommand)
 @click.argument("prompt", required=False)
+@click.option(
+    "--prompts", "prompts_file", type=_PATH, help="File of prompts, one a line, or - for standard input."
+)
 @click.option("--bundle", help="Folder of the bundle.  [default: $TPX_BUNDLE, else bundles/shapes]")
 @click.option(
-    "--out", type=_PATH, help="PNG to write; with {seed} in its name, one each.  [default: after the prompt]"
+    "--out",
+    type=_PATH,
+    help="PNG to write, with {seed} and {prompt} in its name replaced.  [default: after the prompt]",
 )
 @click.option(
     "--seed",
@@ -153,7 +202,7 @@ def _printing() -> Iterator[list[Path]]:
     type=click.IntRange(1),
     help="Of an engine on the CPU.  [default: $TPX_THREADS, else every core]",
 )
-@click.option("--negative", "negative_prompt", help="What the picture should not show.")
+@click.option("--negative-prompt", "--negative", help="What the picture should not show.")
 @click.option("--class", "class_id", type=int, help="Number of the class to draw, instead of PROMPT.")
 @click.option("--image", type=_PATH, help="Picture to start from.")
 @click.option("--mask", type=_PATH, help="Picture, white where IMAGE is to be painted anew.")
@@ -163,6 +212,7 @@ def _printing() -> Iterator[list[Path]]:
 @click.option("--force", is_flag=True, help="Replace an existing file.")
 def run(
     prompt: str | None,
+    prompts_file: Path | None,
     bundle: str | None,
     out: Path | None,
     engine: str,
@@ -179,7 +229,7 @@ def run(
     no_verify: bool,
     **settings: Any,
 ) -> None:
-    """Draw PROMPT, or a class, and print the path of each PNG."""
+    """Draw PROMPT, or each of a file's prompts, or a class, and print the path of each PNG."""
     from .bundle import Bundle
     from .editing import starting_strength
     from .engine import resolve
@@ -187,21 +237,32 @@ def run(
     from .generator import MAX_IMAGES, Generator
     from .images import grid, save_png
     from .pictures import open_picture
+    from .prompts import prompts_in
 
+    if prompt is not None and prompts_file:
+        raise BadInput("expected PROMPT or --prompts, found both; leave out one of them")
     if threads:
         os.environ[THREADS_VARIABLE] = str(threads)
     threads_wanted()
-    what = f"class {class_id}" if prompt is None and class_id is not None else prompt or ""
+    prompts = list(prompts_in(prompts_file).values()) if prompts_file else prompt
+    named = (
+        prompts
+        if isinstance(prompts, list)
+        else [prompt or ("" if class_id is None else f"class {class_id}")]
+    )
     seeds = range(seed, seed + min(max(num_images, 1), MAX_IMAGES))  # what is beyond, plan refuses
-    paths = choose_outputs(out, what, seeds, force)
+    outputs = choose_outputs(out, named, seeds, force)
     strength = starting_strength(image, mask, strength)
     picture, painted = (open_picture(file) if file else None for file in (image, mask))
     chosen = resolve(engine)
-    opened, one_batch = Bundle.open(find_bundle(bundle), verify=not no_verify), num_images <= batch_size
+    opened, one_batch = (
+        Bundle.open(find_bundle(bundle), verify=not no_verify),
+        num_images * len(named) <= batch_size,
+    )
     generator = Generator(opened, chosen, t5=not no_t5, keep=not one_batch)
     with _noticing():
         jobs = generator.plan(
-            prompt, class_id=class_id, strength=strength, seed=seed, num_images=num_images, **settings
+            prompts, class_id=class_id, strength=strength, seed=seed, num_images=num_images, **settings
         )
         edit = generator.edit(picture, painted) if picture else None
     _announce(generator.engine, engine)
@@ -211,10 +272,10 @@ def run(
             bar.length = total
             bar.update(1)
 
-        drawn = generator.drawn(jobs, batch_size, callback=advance, edit=edit)
-        for made, path in zip(drawn if len(paths) > 1 else [grid(list(drawn))], paths, strict=True):
-            save_png(made, path)
-            written.append(path)
+        drawn = generator.stream(jobs, batch_size, callback=advance, edit=edit)
+        for output in outputs:
+            save_png(grid(list(islice(drawn, output.images))), output.path)
+            written.append(output.path)
 
 
 @click.command(cls=TpxCommand)

@@ -1,7 +1,7 @@
-"""What the transformer is told: prompts through one or several text encoders, or classes by number.
+"""The transformer's conditioning: prompts through one or several text encoders, or classes by number.
 
-Each conditioner checks what a user asked for before any work is done, and makes the transformer's inputs of it. The
-answers of encoders are joined by SD3's rule (Esser et al., 2403.03206, section 3); a single encoder is its simplest case.
+Each conditioner checks a user's input before any work is done, and turns it into the transformer's inputs. The outputs of
+several encoders are joined by SD3's rule (Esser et al., 2403.03206, section 3); a single encoder is its simplest case.
 """
 
 import warnings
@@ -27,10 +27,10 @@ class PromptCut(UserWarning):
 
 
 def combine(said: Sequence[Said], model: ModelSpec) -> Arrays:
-    """`context` [B, context_tokens, context_width] and `pooled` [B, pooled_width] of all encoders' answers.
+    """`context` [B, context_tokens, context_width] and `pooled` [B, pooled_width] of the outputs of all encoders.
 
-    Contexts of encoders that pool lie side by side in the first rows, those of the others below them; what nobody fills is
-    zero, such as T5's rows where it was left out. Pooled answers are joined.
+    Contexts of encoders with pooled output lie side by side in the first rows, those of the others below them; the rest is
+    zero, such as T5's rows if it was left out. Pooled outputs are concatenated.
     """
     pooling = [(context, pooled) for context, pooled in said if pooled is not None]
     context = np.zeros((len(said[0][0]), model.context_tokens, model.context_width), np.float32)
@@ -46,9 +46,9 @@ def combine(said: Sequence[Said], model: ModelSpec) -> Arrays:
 
 
 class TextConditioner:
-    """Prompts -> `context` and `pooled`. `t5=False` leaves out the encoders that say nothing pooled.
+    """Prompts -> `context` and `pooled`. `t5=False` skips encoders without pooled output (T5).
 
-    An encoder is loaded when first used. Where all of them would take over half of the memory at hand, each is released
+    An encoder is loaded when first used. If all of them would take more than half of the available memory, each is released
     before the next is loaded, whatever `graphs` keeps.
     """
 

@@ -8,12 +8,12 @@ import numpy as np
 import numpy.typing as npt
 
 from .bundle import Bundle
-from .course import course_of
-from .editing import Edit, Repainting, noised, tail
-from .engine import Arrays, Course, Engine, Session
+from .editing import Edit, InpaintingPrediction, add_noise, last_steps
+from .engine import Arrays, Engine, LoopPlan, Session
 from .errors import BadInput, Cancelled, EngineFailed, shorten
 from .graphs import Graphs
 from .guidance import GuidedPrediction, is_guided, reused
+from .loop_plan import plan_loop
 from .manifest import Manifest
 from .modulation import Conditions
 from .noise import batch_noise
@@ -102,12 +102,12 @@ class Batch:
     @property
     def start(self) -> Array:
         """The latents [B, C, H, W] that the loop starts from."""
-        return noised(self.edit.latents, self.noise, self.schedule.sigmas[0]) if self.edit else self.noise
+        return add_noise(self.edit.latents, self.noise, self.schedule.sigmas[0]) if self.edit else self.noise
 
     def walk(self, predict: Prediction, sampler: Sampler) -> Iterator[Array]:
         """The latents after each step."""
         if self.edit and self.edit.repaint is not None:
-            predict = Repainting(predict, self.edit.latents, self.noise, self.edit.repaint)
+            predict = InpaintingPrediction(predict, self.edit.latents, self.noise, self.edit.repaint)
         noise_at = partial(batch_noise, self.seeds, self.noise.shape[1:])
         return sampler.walk(predict, self.start, self.schedule, noise_at)
 
@@ -124,7 +124,7 @@ class Denoiser:
         """The steps that `job` takes. Raises BadInput for guidance that would act at none of them."""
         schedule = self.sampler(job).schedule(job.steps, self.bundle.schedule_shift)
         if job.strength is not None:
-            schedule = tail(schedule, job.strength)
+            schedule = last_steps(schedule, job.strength)
         require_guided(job, schedule)
         return schedule
 
@@ -159,36 +159,36 @@ class Denoiser:
         job, schedule, engine = batch.job, batch.schedule, self._graphs.engine
         conditions = self._conditions_of(batch.told, schedule.timesteps)
         conditions.at(schedule.timesteps[0])  # before the transformer is opened, so that either may be let go
-        course = self._course(batch, conditions)
+        plan = self._loop_plan(batch, conditions)
         transformer = self._graphs.open(self.bundle.transformer(job.depth, engine.spelling))
-        if course:
+        if plan:
             routes: list[Routes] = []
-            return self._on_device(transformer, course, routes, every_step), routes
+            return self._on_device(transformer, plan, routes, every_step), routes
         guidance = job.guidance, job.guidance_interval
         left_out = reused(schedule.timesteps, *guidance, job.guidance_every)
         predict = GuidedPrediction(transformer, self._model, batch.told, conditions, *guidance, left_out)
         return batch.walk(predict, self.sampler(job)), predict.routes
 
-    def _course(self, batch: Batch, conditions: Conditions) -> Course | None:
+    def _loop_plan(self, batch: Batch, conditions: Conditions) -> LoopPlan | None:
         """What a device is to do by itself; None where the engine has none, or the loop needs the host."""
         masked = batch.edit is not None and batch.edit.repaint is not None
         if masked or not self.bundle.step or not self._graphs.engine.loops:
             return None
         job, sampler = batch.job, self.sampler(batch.job)
-        return course_of(job, sampler, batch.schedule, batch.start, batch.told, conditions, self._model)
+        return plan_loop(job, sampler, batch.schedule, batch.start, batch.told, conditions, self._model)
 
     def _on_device(
-        self, transformer: Session, course: Course, routes: list[Routes], every_step: bool
+        self, transformer: Session, plan: LoopPlan, routes: list[Routes], every_step: bool
     ) -> Iterator[Array | None]:
         assert self.bundle.step
-        loop = self._graphs.engine.start_loop(transformer, self._graphs.open(self.bundle.step), course)
-        for call in range(1, course.ends[-1] + 1):
+        loop = self._graphs.engine.start_loop(transformer, self._graphs.open(self.bundle.step), plan)
+        for call in range(1, plan.ends[-1] + 1):
             loop.advance()
             if (found := loop.routes()) is not None:
-                routes.append(found[-course.pictures :])
-            if call in course.ends:
-                wanted = every_step or call == course.ends[-1]
-                yield loop.latents()[-course.pictures :] if wanted else None
+                routes.append(found[-plan.pictures :])
+            if call in plan.ends:
+                wanted = every_step or call == plan.ends[-1]
+                yield loop.latents()[-plan.pictures :] if wanted else None
 
     def _conditions_of(self, told: Arrays, timesteps: Sequence[float]) -> Conditions:
         """Those of the loop before where they serve: other seeds of the same prompts, mostly."""

@@ -65,26 +65,26 @@ def to_pixels(picture: Image.Image) -> Array:
 
 
 def to_repaint(mask: Image.Image, latent_size: tuple[int, int]) -> Mask:
-    """[1, 1, H, W]: true for each latent that stands for a white pixel, so that no painted pixel hangs on a kept latent."""
+    """[1, 1, H, W]: true for each latent that stands for a white pixel, so no painted pixel depends on a kept latent."""
     height, width = latent_size
     white = np.asarray(mask) > 0
     painted: Mask = np.any(white.reshape(height, white.shape[0] // height, width, -1), axis=(1, 3))
     return painted[None, None]
 
 
-def tail(schedule: Schedule, strength: float) -> Schedule:
+def last_steps(schedule: Schedule, strength: float) -> Schedule:
     """The last `strength` (0..1) of a schedule's steps: what diffusers takes, which rounds up, and at least one."""
     steps = len(schedule.timesteps)
     first = min(int(steps - steps * strength), steps - 1)
     return Schedule(schedule.sigmas[first:], schedule.timesteps[first:])
 
 
-def noised(latents: Array, noise: Array, sigma: float) -> Array:
+def add_noise(latents: Array, noise: Array, sigma: float) -> Array:
     """(1 - sigma) x0 + sigma noise."""
     return np.float32(1 - sigma) * latents + np.float32(sigma) * noise
 
 
-class Repainting:
+class InpaintingPrediction:
     """A velocity that is the model's where `repaint` is true, and elsewhere leads straight from the noise to the picture.
 
     `latents` [B, C, H, W] are the picture's and `noise` is what the loop starts with: the way back is (1 - sigma) latents +

@@ -2,8 +2,10 @@
 
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from threading import RLock
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -115,10 +117,10 @@ class Generator:
         callback: Callback | None = None,
         edit: Edit | None = None,
     ) -> list[Image.Image]:
-        """All pictures that `drawn` gives one by one."""
-        return list(self.drawn(jobs, batch_size, callback, edit))
+        """All pictures that `stream` gives one by one."""
+        return list(self.stream(jobs, batch_size, callback, edit))
 
-    def drawn(
+    def stream(
         self,
         jobs: Sequence[Settings],
         batch_size: int = 8,
@@ -198,7 +200,6 @@ class Generator:
         levels in 0..1, is where guidance acts: elsewhere a step costs half. So it does where guidance is taken from the step
         before: `guidance_every` N is to work it out at each Nth step only, after the first two fifths. Raises BadInput.
         """
-        defaults = self.manifest.defaults
         num_images = check_int("num_images", num_images, 1, MAX_IMAGES)
         seed = check_int("seed", seed, 0, MAX_SEED - num_images + 1)
         if prompt is None and (self.classes or class_id is not None):
@@ -209,21 +210,24 @@ class Generator:
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts:
             raise BadInput("expected at least one prompt, found none")
+        given = {
+            "steps": steps,
+            "guidance": guidance,
+            "guidance_interval": guidance_interval,
+            "sampler": sampler,
+            "depth": depth,
+        }
+        chosen: dict[str, Any] = asdict(self.manifest.defaults)
+        chosen |= {name: value for name, value in given.items() if value is not None}
         jobs = [
             Settings(
                 prompt=one,
                 negative_prompt="" if negative_prompt is None else negative_prompt,
                 seed=seed + i,
-                steps=defaults.steps if steps is None else steps,
-                guidance=defaults.guidance if guidance is None else guidance,
-                guidance_interval=defaults.guidance_interval
-                if guidance_interval is None
-                else guidance_interval,
                 guidance_every=guidance_every,
-                sampler=defaults.sampler if sampler is None else sampler,
-                depth=defaults.depth if depth is None else depth,
                 class_id=class_id,
                 strength=strength,
+                **chosen,
             ).check(self.manifest)
             for one in prompts
             for i in range(num_images)
@@ -268,7 +272,7 @@ class Generator:
         return image
 
     def _told(self, jobs: Sequence[Settings], guided: bool) -> Arrays:
-        """What the branches are told, the negative one first: both at once, for an encoder may be loaded for it."""
+        """Conditioning of both guidance branches, negative first, encoded together so that each encoder is loaded once."""
         if self.classes:
             nothing = [None] * len(jobs) if guided else []
             return self.classes([*nothing, *(job.class_id for job in jobs)])

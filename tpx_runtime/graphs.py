@@ -1,4 +1,4 @@
-"""Graphs on one engine: opened when first used and kept, or let go by whoever has used them."""
+"""Graphs on one engine: opened on first use, and kept or released after use."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from .engine import Engine, Session
 
 
 class Graphs:
-    """With `keep=False` a session lives as long as the caller holds it, and the next one is opened anew."""
+    """With `keep=False` a session lives only as long as its caller holds it, and is opened again for the next."""
 
     def __init__(self, engine: Engine, keep: bool = True) -> None:
         self.engine, self._keep = engine, keep

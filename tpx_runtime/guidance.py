@@ -1,8 +1,8 @@
 """Classifier-free guidance: Ho and Salimans 2022 (arXiv:2207.12598), both branches in one batched call.
 
-Two things leave out the negative branch, half of a step's work. Outside an interval of noise levels (Kynkaanniemi et al.
-2024, arXiv:2404.07724) the prompt's branch stands alone. And once a picture is laid out, the difference between the branches
-changes little from step to step, so that some steps may take the one before (as LinearAG of Castillo et al. 2023,
+Two settings skip the negative branch, half of a step's work. Outside an interval of noise levels (Kynkaanniemi et al. 2024,
+arXiv:2404.07724) only the prompt's branch is computed. And once a picture is laid out, the difference between the branches
+changes little from step to step, so that some steps may reuse the previous one (as LinearAG of Castillo et al. 2023,
 arXiv:2312.12487, and FasterCache, arXiv:2410.19355, do in other ways): `reused`.
 """
 
@@ -27,7 +27,7 @@ def guide(negative: Array, prompt: Array, guidance: float, channels: int) -> Arr
 def mixing(guidance: float, pictures: int) -> Array:
     """`guide` as a matrix [rows, rows] over the rows of a call: `pictures` of them at guidance 1, else twice as many.
 
-    Each row takes its picture's guided sum, so that it is what the next call is shown.
+    Both rows of a picture get its guided sum, which is the input of the next call.
     """
     one = np.eye(pictures, dtype=np.float32)
     return one if guidance == 1 else np.tile(np.hstack([(1 - guidance) * one, guidance * one]), (2, 1))

@@ -9,7 +9,7 @@ from pathlib import Path
 from . import __version__
 from .bundle import Bundle
 from .engine import ENGINES, Engine
-from .engine.built import default_folder
+from .engine.engine_file import default_folder
 from .manifest import EVERY_LEVEL, Defaults
 from .memory import available_bytes
 
@@ -37,7 +37,7 @@ def engines() -> Iterator[str]:
 def _said_of(engine: Engine, distributions: list[str], auto: bool) -> str:
     said = [f"{name} {version(name)}" for name in distributions[:1]]
     said += [f"computes in {engine.precision}"] if engine.precision else []
-    said += ["runs what tpx-build made"] if engine.built == "only" else []
+    said += ["runs what tpx-build made"] if engine.prebuilt == "required" else []
     said += ["what --engine auto takes"] if auto else []
     return ", ".join(said)
 

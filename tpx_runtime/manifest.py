@@ -7,21 +7,17 @@ runtime and the engines read it with `from_json()`, which refuses whatever it do
 import hashlib
 import json
 import re
-import sys
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import PurePosixPath
-from types import GenericAlias
-from typing import Any, TypeVar, get_args, get_type_hints
 
 from .errors import BundleInvalid, shorten
 from .sampling import SAMPLERS_FOR, TRAIN_TIMESTEPS
+from .typed_json import parse
 
 FORMAT = "tpx-bundle"
 FORMAT_VERSION = 5
 EVERY_LEVEL = (0.0, 1.0)  # the guidance interval that leaves out no step
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -54,6 +50,18 @@ class ModelSpec:
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of one picture's latents."""
         return (self.latent_channels, *self.latent_size)
+
+    @property
+    def input_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of one row of each input that a graph of the transformer may have."""
+        return {
+            "timestep": (),
+            "pooled": (self.pooled_width,),
+            "class_id": (),
+            "latents": self.latent_shape,
+            "conditions": (self.conditions_width,),
+            "context": (self.context_tokens, self.context_width),
+        }
 
     @property
     def conditions_inputs(self) -> tuple[str, str]:
@@ -183,9 +191,8 @@ class Manifest:
             raise _invalid(
                 f"expected model.prediction of {', '.join(SAMPLERS_FOR)}, found {shorten(model.prediction)}"
             )
-        spoken = {"velocity": [1], "epsilon": [1, 2]}[
-            model.prediction
-        ]  # twice: with the variance of each step
+        # Twice as many channels where a diffusion predicts the variance of each step too.
+        spoken = {"velocity": [1], "epsilon": [1, 2]}[model.prediction]
         if model.out_channels not in (wanted := [times * model.latent_channels for times in spoken]):
             raise _invalid(
                 f"expected model.out_channels of {' or '.join(map(str, wanted))}, found {model.out_channels}"
@@ -250,7 +257,10 @@ class Manifest:
                 "export the bundle again with this tpx, or install the tpx that wrote it"
             )
         promised = facts.pop("sha256", None)
-        manifest = _parse(cls, facts, "")
+        try:
+            manifest: Manifest = parse(cls, facts, "", f"version {FORMAT_VERSION}")
+        except ValueError as error:
+            raise _invalid(str(error)) from None
         if promised != manifest.sha256:
             raise _invalid(
                 f"expected its facts to have SHA-256 {manifest.sha256[:12]}…, found {str(promised)[:12]}…; "
@@ -261,28 +271,3 @@ class Manifest:
 
 def _invalid(message: str) -> BundleInvalid:
     return BundleInvalid(f"manifest.json: {message}")
-
-
-def _parse(kind: type[T], value: Any, where: str) -> T:
-    """`value` (from JSON) as `kind`: a dataclass, a dict or a tuple of one kind, int, float or str."""
-    hints = get_type_hints(kind) if hasattr(kind, "__dataclass_fields__") else {}
-    if hints and isinstance(value, dict):
-        names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
-        if odd := sorted(set(names) ^ set(value)):
-            found = "missing" if odd[0] in names else "unknown"
-            raise _invalid(
-                f"expected the fields of version {FORMAT_VERSION}, found {shorten(where + odd[0])} {found}"
-            )
-        return kind(**{name: _parse(hints[name], value[name], f"{where}{name}.") for name in names})
-    if isinstance(kind, GenericAlias) and kind.__origin__ is dict and isinstance(value, dict):
-        return {key: _parse(get_args(kind)[1], item, f"{where}{key}.") for key, item in value.items()}
-    if isinstance(kind, GenericAlias) and kind.__origin__ is tuple and isinstance(value, list):
-        members = get_args(kind)
-        if Ellipsis in members or len(value) == len(members):
-            return tuple(_parse(members[0], item, f"{where}{i}.") for i, item in enumerate(value))
-    if kind is float and type(value) in (int, float) and abs(value) <= sys.float_info.max:
-        return float(value)  # type: ignore[return-value]
-    if kind in (int, str) and type(value) is kind:
-        return value
-    expected = kind.__name__ if isinstance(kind, type) and not isinstance(kind, GenericAlias) else str(kind)
-    raise _invalid(f"expected {shorten(where[:-1])} to be {expected}, found {shorten(value)}")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 def available_bytes(root: Path = Path("/")) -> int | None:
-    """Memory that this process may still take: the system's, or less in a container. None where nobody says."""
+    """Memory that this process may still take: the system's, or less in a container. None if unknown."""
     limits = []
     try:
         found = re.search(r"MemAvailable: *(\d+) kB", (root / "proc/meminfo").read_text())

@@ -1,7 +1,7 @@
-"""What the transformer's timestep and prompt or class alone decide, worked out ahead of the loop.
+"""The transformer's conditions: what depends on the timestep and on the prompt or class alone, computed ahead of the loop.
 
-adaLN's layers read a third of the weights for a row or two at each step. All steps of a loop are known before its first,
-so their rows are made together, in as few calls as memory allows.
+adaLN's layers would read a third of the weights for a row or two at each step. All steps of a loop are known in advance, so
+their rows are computed together, in as few calls as memory allows.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,10 +17,10 @@ TABLE_BYTES = 64 << 20  # of the rows made at once: all steps of a small model, 
 
 
 class Conditions:
-    """`at(timestep)`, for a batch that is told `told`: exactly what `graph()` says of that timestep.
+    """`at(timestep)`: the output of `graph()` for a batch of that conditioning.
 
-    Rows that are told the same are made once, and steps when first asked for; a timestep outside `timesteps`, which a
-    sampler may ask for too, is made alone.
+    Equal rows are computed once, and steps when first asked for; a timestep outside `timesteps`, which a sampler may ask for
+    too, is computed alone.
     """
 
     def __init__(
@@ -38,13 +38,13 @@ class Conditions:
         self._made: dict[float, Array] = {}  # [distinct rows, K] by timestep
 
     def serve(self, told: Arrays, timesteps: Sequence[float]) -> bool:
-        """Whether they are those of such a batch at such steps, so that another picture of it needs no others."""
+        """Whether they are the conditions of this batch at these steps, so that they can be used again."""
         steps = list(dict.fromkeys(timesteps))
         return steps == self._timesteps and np.array_equal(told[self._name], self._told[self._row])
 
     @property
     def distinct(self) -> int:
-        """How many rows of the batch are told something of their own."""
+        """How many different rows the batch has."""
         return len(self._told)
 
     def at(self, timestep: float) -> Array:

@@ -9,7 +9,6 @@ from pathlib import Path
 from threading import Thread
 
 from tpx_runtime.bundle import Bundle
-from tpx_runtime.engine.built import graph_name
 from tpx_runtime.engine.gpu import Gpu
 from tpx_runtime.engine.tensorrt_flavours import FLAVOURS, Flavour, version
 from tpx_runtime.errors import Cancelled, EngineUnavailable
@@ -19,7 +18,7 @@ from tpx_runtime.memory import available_bytes
 from . import tensorrt
 from .cache import EngineCache, Key, Stale
 from .progress import Progress
-from .routed_lora_choice import obstacle, plugin_hash, register_once
+from .routed_lora_choice import plugin_hash, plugin_problem, register_once
 from .tensorrt import Shapes, Timings
 
 # A build of a tiny graph was seen to peak at 0.44 GB, large ones at 3.1 to 3.6 times their weights (docs/engines.md).
@@ -36,30 +35,10 @@ class Abandoned(Cancelled):
 
 def graphs(bundle: Bundle) -> dict[str, tuple[Path, Shapes]]:
     """Every graph that TensorRT builds, with the shapes of its inputs."""
-    model = bundle.manifest.model
-    sizes: Shapes = {
-        "timestep": (None,),
-        "pooled": (None, model.pooled_width),
-        "class_id": (None,),
-        "latents": (None, *model.latent_shape),
-        "conditions": (None, model.conditions_width),
-        "context": (None, model.context_tokens, model.context_width),
+    return {
+        graph.name: (graph.path, {name: (None, *row) for name, row in graph.inputs.items()})
+        for graph in bundle.graphs()
     }
-    made: dict[str, tuple[Path, Shapes]] = {
-        encoder.folder: (bundle.text_encoder(encoder), {"ids": (None, encoder.tokens)})
-        for encoder in bundle.manifest.text_encoders
-    }
-    made["transformer conditions"] = (
-        bundle.conditions,
-        {name: sizes[name] for name in model.conditions_inputs},
-    )
-    for depth in model.depths:
-        shapes = {name: sizes[name] for name in model.transformer_inputs}
-        made[f"transformer depth {depth}"] = (bundle.transformer(depth), shapes)
-    made["vae_decoder"] = (bundle.vae_decoder, {"latents": (None, *model.latent_shape)})
-    if bundle.vae_encoder:
-        made["vae_encoder"] = (bundle.vae_encoder, {"image": (None, 3, *model.image_size_px)})
-    return made
 
 
 @dataclass(frozen=True)
@@ -89,21 +68,13 @@ def plan(
 ) -> list[Task]:
     """What is to be done for each graph of the bundle. Raises EngineUnavailable without the flavour's package."""
     full_version, tasks = version(flavour), []
-    routes = bool(bundle.manifest.model.thinking_blocks) and obstacle(flavour, gpu.capability, bundle) is None
-    for path, inputs in graphs(bundle).values():
-        graph = graph_name(path)
-        key = Key(
-            bundle=bundle.hash,
-            graph=graph,
-            precision=bundle.manifest.precision,
-            batch=batch,
-            engine=flavour.name,
-            version=full_version,
-            capability=f"sm{gpu.capability}",
-            gpu=gpu.name,
-            driver=gpu.driver,
-            plugin=plugin_hash() if routes and graph.startswith(ROUTED) else "",
-        )
+    routes = (
+        bool(bundle.manifest.model.thinking_blocks)
+        and plugin_problem(flavour, gpu.capability, bundle) is None
+    )
+    for graph, (path, inputs) in graphs(bundle).items():
+        plugin = plugin_hash() if routes and graph.startswith(ROUTED) else ""
+        key = Key.of(bundle, path, flavour.name, full_version, gpu, batch, plugin)
         engine, stale = None, None
         try:
             engine = cache.load(key)

@@ -1,6 +1,6 @@
 """Built engines on disk: a folder beside the bundle in which a file is whole, and of the key asked for, or rebuilt.
 
-What a file looks like, and how it is read, is the runtime's: tpx_runtime/engine/built.py. This is how one is written.
+What a file looks like, and how it is read, is the runtime's: tpx_runtime/engine/engine_file.py. This is how one is written.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tpx_runtime.bundle import Bundle
-from tpx_runtime.engine.built import MAGIC, PREFIX, VERSION, Key, Stale, default_folder, load
+from tpx_runtime.engine.engine_file import MAGIC, PREFIX, VERSION, Key, Stale, default_folder, load
 from tpx_runtime.errors import BadInput
 from tpx_runtime.files import whole_file
 

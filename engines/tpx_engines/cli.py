@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from tpx_engines.build import Result, Watch
     from tpx_runtime.bundle import Bundle
 
-TENSORRT = [engine.name for engine in ENGINES.values() if engine.built == "only"]
-OPENVINO = [engine.name for engine in ENGINES.values() if engine.built == "ahead"]
+TENSORRT = [engine.name for engine in ENGINES.values() if engine.prebuilt == "required"]
+OPENVINO = [engine.name for engine in ENGINES.values() if engine.prebuilt == "optional"]
 BUILT_AHEAD = [*TENSORRT, *OPENVINO]
 _BAR_STEPS = 1000
 
@@ -62,9 +62,9 @@ def main(bundle: str | None, engine: str, batch: str, gpu: str | None, folder: P
 
 def compile_ahead(opened: "Bundle", engine: str, rows: tuple[int, int]) -> None:
     """OpenVINO: every graph, and the transformer's for exactly the least and the most rows."""
-    from tpx_runtime.engine.built import default_folder
+    from tpx_runtime.engine.engine_file import default_folder
 
-    from .ahead import build_ahead
+    from .openvino_build import build_ahead
 
     with progress_bar() as watch:
         results = build_ahead(opened, engine, rows, watch)
@@ -80,7 +80,7 @@ def build_tensorrt(
 
     from .build import Abandoned, build_all, plan
     from .cache import EngineCache
-    from .routed_lora_choice import obstacle
+    from .routed_lora_choice import plugin_problem
     from .target import choose_gpu
 
     flavour = FLAVOURS[engine]
@@ -88,7 +88,7 @@ def build_tensorrt(
     cache = EngineCache.beside(opened, folder)
     tasks = plan(opened, cache, rows, target, flavour)
     routes = not flavour.ahead and opened.manifest.model.thinking_blocks
-    if routes and (reason := obstacle(flavour, target.capability, opened)):
+    if routes and (reason := plugin_problem(flavour, target.capability, opened)):
         click.echo(f"notice: routing without its plugin: {reason}", err=True)
     for task in tasks:
         if task.stale:

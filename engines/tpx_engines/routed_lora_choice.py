@@ -10,12 +10,12 @@ from tpx_runtime.bundle import Bundle
 from tpx_runtime.engine.tensorrt_flavours import Flavour, bindings
 from tpx_runtime.errors import EngineUnavailable
 
-from .functions import adapter_rank
+from .routed_lora_graph import adapter_rank
 
 SOURCES = ("routed_lora_kernel.py", "routed_lora_ptx.py", "routed_lora_plugin.py")
 
 
-def obstacle(flavour: Flavour, capability: int, bundle: Bundle) -> str | None:
+def plugin_problem(flavour: Flavour, capability: int, bundle: Bundle) -> str | None:
     """Why the bundle's engines of this flavour and capability get the function of standard operators; None if they do not.
 
     Raises EngineFailed for a transformer that is no graph.

@@ -43,9 +43,8 @@ def compile_ptx(sizes: Sizes, capability: int) -> Compiled:
         raise BadInput(f"expected a compute capability of {', '.join(map(str, TARGETS))}, found {capability}")
     blocks = SMALL[sizes.dtype]
     if capability == 100 and sizes.dtype == "fp16":
-        blocks = replace(
-            blocks, depth=32, column_stages=2
-        )  # its left operand is in shared memory too: 53 KB else
+        # Its left operand is in shared memory too: else 53 KB.
+        blocks = replace(blocks, depth=32, column_stages=2)
     constants = sizes.constants | blocks.constants
     value = f"*{sizes.dtype}"
     arguments = {"x": value, "expert": "*i64", "a": value, "b": value, "tokens": "i32", "out": value}

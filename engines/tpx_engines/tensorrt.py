@@ -53,9 +53,8 @@ def build(
     except TypeError:  # the bindings' word for the null pointer that they get where CUDA does not start
         raise EngineFailed(f"{flavour.title} cannot start its builder: {logger.take()}") from None
     config = builder.create_builder_config()
-    config.clear_flag(
-        trt.BuilderFlag.TF32
-    )  # which is on by default, and whose errors pass a bundle's tolerances
+    # On by default, and its errors exceed a bundle's tolerances.
+    config.clear_flag(trt.BuilderFlag.TF32)
     if flavour.ahead:
         _aim_rtx(flavour, config, capability)
     elif timings is not None:
@@ -83,7 +82,7 @@ def build(
 
 def _parse(flavour: Flavour, parser: OnnxParser, path: Path, plugin: bool) -> bool:
     if plugin and version_numbers(flavour)[:2] < PREFERS_PLUGINS:
-        from .functions import without_function
+        from .routed_lora_graph import without_function
 
         return parser.parse(without_function(path), str(path))  # the path is where its weights lie
     return parser.parse_from_file(str(path))

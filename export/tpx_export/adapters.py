@@ -17,22 +17,22 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tpx_export.checkpoint import CheckpointInvalid, _build
+from tpx_export.checkpoint import CheckpointInvalid
 from tpx_export.model.thinking import Thinking, ThinkingSpec
-from tpx_export.precision import narrow
+from tpx_export.precision import STORED, narrow
 from tpx_runtime.errors import BadInput, shorten
 from tpx_runtime.files import whole_file
+from tpx_runtime.typed_json import parse
 
 FORMAT, VERSION = "tpx-adapters", 1
 FILE = "tpx.safetensors"
-_REAL = (torch.float32, torch.float16, torch.bfloat16)
 
 M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What an adapter file says beside its specification: the base's width and name, and how it was trained."""
+    """What an adapter file says besides its specification: the base's width and name, and how it was trained."""
 
     width: int
     base: str
@@ -40,7 +40,7 @@ class Facts:
 
 
 class Adapters(NamedTuple):
-    """The contents of an adapter file; `state` has the names of the file."""
+    """The contents of an adapter file; `state` is keyed by the names in the file."""
 
     thinking: ThinkingSpec
     state: dict[str, Tensor]
@@ -53,11 +53,12 @@ def attach(
     state: Mapping[str, Tensor] | None = None,
     dtype: torch.dtype | None = None,
 ) -> M:
-    """Make `model` think: in place, whatever it thought before; its other parameters are left as they are.
+    """Attach thinking adapters to `model`, replacing any that it had, and return it.
 
-    Without a state the adapters are fresh, and the model's answer is the base's exactly. They take `dtype`, that of the
-    blocks if None; gates are float32. New parameters require gradients as ThinkingSpec says. Returns `model`. Raises
-    CheckpointInvalid for blocks that the model has not, and for a state that does not fit its width or the spec.
+    Its other parameters are left as they are. Without a state the adapters are fresh, and the model's output is exactly the
+    base's. They have type `dtype`, or that of the blocks if None; gates are float32. New parameters require gradients as
+    ThinkingSpec says. Raises CheckpointInvalid for blocks that the model does not have, and for a state that does not fit
+    its width or the spec.
     """
     base: Any = model
     blocks, width = base.blocks, base.spec.width
@@ -98,7 +99,7 @@ def save_adapters(model: nn.Module, path: Path, base: str, training: Mapping[str
 
 
 def write_adapters(path: Path, thinking: ThinkingSpec, state: Mapping[str, Tensor], facts: Facts) -> None:
-    """`save_adapters` of a state by itself."""
+    """Like `save_adapters`, from a state instead of a model."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     spec = dataclasses.asdict(thinking)
     header = {"format": FORMAT, "version": VERSION, "spec": spec, **dataclasses.asdict(facts)}
@@ -148,7 +149,8 @@ def _header(path: Path, text: str) -> tuple[ThinkingSpec, Facts]:
         )
     rest = {name: value for name, value in header.items() if name not in ("format", "version", "spec")}
     try:
-        thinking, facts = _build(ThinkingSpec, header.get("spec")), _build(Facts, rest)
+        thinking = parse(ThinkingSpec, header.get("spec"), "spec.", "this tpx", defaults=True)
+        facts = parse(Facts, rest, "", "this tpx", defaults=True)
         if facts.width < 1:
             raise ValueError(f"expected a width of 1 or more, found {facts.width}")
     except (TypeError, ValueError) as error:
@@ -163,7 +165,7 @@ def _prefix(block: int) -> str:
 
 
 def _check(state: Mapping[str, Tensor], thinking: ThinkingSpec, width: int, where: str) -> None:
-    """Names, shapes and values are those of `thinking` at that width, or CheckpointInvalid lists what is not."""
+    """Check names, shapes and values against `thinking` at that width. Raises CheckpointInvalid, which lists all faults."""
     try:
         with torch.device("meta"):
             example = Thinking(width, thinking).state_dict()
@@ -176,7 +178,7 @@ def _check(state: Mapping[str, Tensor], thinking: ThinkingSpec, width: int, wher
         value = state[name]
         if value.shape != wanted[name]:
             faults.append(f"{name} is {list(value.shape)}, not {list(wanted[name])}")
-        elif value.dtype not in _REAL:
+        elif value.dtype not in STORED:
             faults.append(
                 f"{name} is {str(value.dtype).removeprefix('torch.')}, not float32, float16 or bfloat16"
             )

@@ -8,8 +8,6 @@ what is not ours is refused.
 import dataclasses
 import json
 import pickle
-import types
-import typing
 import warnings
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from tpx_export.model.class_to_image import ClassToImage, ClassToImageSpec
 from tpx_export.model.text_to_image import TextToImage, TextToImageSpec
 from tpx_runtime.errors import TpxError, shorten
 from tpx_runtime.files import whole_file
+from tpx_runtime.typed_json import parse
 
 FORMAT, VERSION = "tpx-model", 1
 SUFFIXES = (".safetensors", ".pt")
@@ -40,7 +39,7 @@ class CheckpointInvalid(TpxError):
 
 
 def save(model: Model, path: Path, dtype: torch.dtype = torch.float32) -> None:
-    """Write a checkpoint whole or not at all; `dtype` is that of the tensors on disk. Raises ValueError on a suffix."""
+    """Write a checkpoint whole or not at all; `dtype` is the tensors' on disk. Raises ValueError for another suffix."""
     state = {name: value.detach().to("cpu", dtype).contiguous() for name, value in model.state_dict().items()}
     (kind,) = (name for name, (_, made) in MODELS.items() if isinstance(model, made))
     header = {"format": FORMAT, "version": VERSION, "model": kind, "spec": dataclasses.asdict(model.spec)}
@@ -93,9 +92,8 @@ def _read_safetensors(path: Path) -> tuple[Any, dict[str, Tensor]]:
 
 def _read_pt(path: Path) -> tuple[Any, dict[str, Tensor]]:
     try:
-        with (
-            warnings.catch_warnings()
-        ):  # torch warns about foreign pickles before it refuses them; one line is enough
+        # torch warns about foreign pickles before it refuses them; one line is enough.
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             saved = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
@@ -138,7 +136,7 @@ def _shape(shape: torch.Size | None) -> str:
 
 
 def _fresh(path: Path, header: Any) -> Model:
-    """The model that a header describes, its weights yet to come."""
+    """The model that a header describes, before its weights are loaded."""
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise CheckpointInvalid(_foreign(path, "another header"))
     if header.get("version") != VERSION:
@@ -150,43 +148,8 @@ def _fresh(path: Path, header: Any) -> Model:
         raise CheckpointInvalid(f"{path}: expected a model of {', '.join(MODELS)}, found {shorten(kind)}")
     spec, made = MODELS[kind]
     try:
-        return made(_build(spec, header["spec"]))
+        return made(parse(spec, header["spec"], "spec.", "this tpx", defaults=True))
     except (TypeError, ValueError, KeyError) as error:
         raise CheckpointInvalid(
             f"{path}: expected a model specification, found one that does not fit ({error})"
         ) from None
-
-
-def _build(kind: Any, value: Any) -> Any:
-    """JSON -> nested frozen dataclasses; lists become tuples, and a field left out takes its default.
-
-    Raises ValueError for unknown and missing fields and for values of another type.
-    """
-    if isinstance(kind, types.UnionType):
-        return None if value is None else _build(typing.get_args(kind)[0], value)
-    if dataclasses.is_dataclass(kind):
-        return _build_fields(kind, value)
-    origin = typing.get_origin(kind)
-    if origin is tuple and isinstance(value, list):
-        kinds = typing.get_args(kind)
-        if kinds[-1] is Ellipsis:
-            kinds = kinds[:1] * len(value)
-        return tuple(_build(part, given) for part, given in zip(kinds, value, strict=True))
-    accepted = (int, float) if kind is float else origin or kind
-    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
-        raise ValueError(f"expected {getattr(kind, '__name__', kind)}, found {shorten(value)}")
-    return value
-
-
-def _build_fields(kind: Any, value: Any) -> Any:
-    if not isinstance(value, dict):
-        raise ValueError(f"expected the fields of {kind.__name__}, found {shorten(value)}")
-    hints = typing.get_type_hints(kind)
-    needed = {
-        field.name
-        for field in dataclasses.fields(kind)
-        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-    }
-    if odd := sorted((value.keys() - hints.keys()) | (needed - value.keys())):
-        raise ValueError(f"{kind.__name__} with fields {odd} missing or unknown")
-    return kind(**{name: _build(hints[name], part) for name, part in value.items()})

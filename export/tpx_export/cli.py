@@ -10,8 +10,8 @@ from tpx_runtime.command import TpxCommand
 from tpx_runtime.errors import BadInput
 
 if TYPE_CHECKING:
-    from tpx_export.exporter import Summary
     from tpx_export.pipeline import Pipeline
+    from tpx_export.summary import Summary
 
 _PATH = click.Path(path_type=Path)
 
@@ -93,7 +93,7 @@ def open_model(
     image_size_px: int | None,
     no_t5: bool,
 ) -> "Pipeline":
-    """What the options name. Raises BadInput, CheckpointInvalid."""
+    """The model that the options name. Raises BadInput, CheckpointInvalid."""
     from tpx_export import checkpoint
     from tpx_export.base.pipeline import open_base
     from tpx_export.pipeline import Pipeline
@@ -112,7 +112,7 @@ def open_model(
 
 
 def table(summary: "Summary") -> str:
-    """The summary as a person reads it."""
+    """The summary as tables of text."""
     lines = [f"{'graph':<24}{'spelling':<10}{'error':>9}{'allowed':>9}{'same route':>12}"]
     for spelling, parts in summary.reports.items():
         for part in parts:

@@ -1,11 +1,7 @@
 """A model's parts -> a bundle (docs/bundle.md), which is verified before anyone can load it."""
 
 import gc
-import glob
 import json
-import os
-import re
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,11 +30,12 @@ from tpx_export.graphs import (
 from tpx_export.pipeline import Pipeline, TextPart
 from tpx_export.precision import QUANTISED, TOLERANCES, around, at_precision
 from tpx_export.quantise.quantiser import Int8Options, Quantiser, Tasks, complete, fp32_beside
-from tpx_export.quantise.report import Report
 from tpx_export.quantise.verdict import Refused, verdict
 from tpx_export.routing import spellings
 from tpx_export.step import step
+from tpx_export.summary import Summary, folder_bytes
 from tpx_export.weights import WeightFile
+from tpx_export.whole_folder import check_place, whole_folder
 from tpx_runtime.bundle import (
     CONDITIONS,
     GOLDEN,
@@ -64,22 +61,7 @@ from tpx_runtime.verify import (
     verify_transformers,
 )
 
-_LONGEST_S = 24 * 3600
 Progress = Callable[[str, int, int], None]  # (what comes next, tasks done, tasks in all)
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What an export did: the verification of each graph by spelling, seconds of each task, bytes by folder.
-
-    In int8 also its comparison with fp32, and what speaks against it: a bundle that has such a line was kept all the same.
-    """
-
-    reports: dict[str, list[PartReport]]
-    seconds: dict[str, float]
-    folder_bytes: dict[str, int]
-    int8: Report | None = None
-    loss: str | None = None
 
 
 def export_bundle(
@@ -94,9 +76,9 @@ def export_bundle(
     """Write the bundle of `pipeline` at `out`, with the transformer at every depth 1..`depth` (the model's own if None).
 
     The precision is that of the stored weights if None. The bundle is made in a hidden sibling of `out`, verified with ONNX
-    Runtime against PyTorch, and renamed when whole: what is interrupted or fails leaves nothing. Raises BadInput for a
-    depth, precision, place or `int8` that cannot be used, EngineFailed where a graph is out of tolerance, Refused for int8
-    that is not worth having, unless that is accepted.
+    Runtime against PyTorch, and renamed when complete: an export that fails or is interrupted leaves nothing. Raises
+    BadInput for a depth, precision, place or `int8` that cannot be used, EngineFailed for a graph that is out of tolerance,
+    Refused for an int8 bundle that is not worth having, unless `int8.accept_loss`.
     """
     deepest, precision = pipeline.model.depths[-1], precision or pipeline.precision
     depth = deepest if depth is None else depth
@@ -108,7 +90,7 @@ def export_bundle(
     more = quantiser.tasks(depths) if quantiser else 0
     tasks = _Tasks(progress, total=len(pipeline.text) + len(depths) + 5 + more)
     golden: Golden = {}
-    with _whole_or_nothing(out, force) as folder, fp32_beside(folder) as fp32:
+    with whole_folder(out, force) as folder, fp32_beside(folder) as fp32:
         places = _Places(folder, fp32, quantiser)
         for part in pipeline.text:
             with tasks(part.spec.folder.replace("_", " ")):
@@ -125,7 +107,8 @@ def export_bundle(
         with tasks("hashes"):
             bundle = Bundle(folder, manifest(pipeline, depths, precision, folder))
         (folder / MANIFEST).write_text(bundle.manifest.to_json(), encoding="utf-8")
-        gc.collect()  # modules hang in cycles with what traced them, and engines want their memory
+        # Modules are in reference cycles with what traced them, and engines need their memory.
+        gc.collect()
         with tasks("verification"):
             reports = verify(bundle)
         summary = Summary(reports, tasks.seconds, folder_bytes(folder))
@@ -141,7 +124,7 @@ def export_bundle(
 
 @dataclass(frozen=True)
 class _Places:
-    """Where graphs are written: the bundle's folder, and one for the same in fp32 where a quantiser compares with that."""
+    """Where graphs are written: the bundle's folder, and, for a quantiser to compare with, one for fp32."""
 
     folder: Path
     fp32: Path
@@ -241,12 +224,12 @@ def _write_autoencoder(pipeline: Pipeline, folder: Path, precision: str, end: Ar
 
 
 def _pair(values: npt.NDArray[np.generic]) -> torch.Tensor:
-    """Two rows: an example of one row would fix the batch at 1."""
+    """`values` with two rows: an example of one row would fix the batch at 1."""
     return torch.from_numpy(values if len(values) == 2 else np.concatenate([values, values]))
 
 
 def verify(bundle: Bundle) -> dict[str, list[PartReport]]:
-    """Every graph in ONNX Runtime against the golden tensors, transformers in every spelling that there is.
+    """Compare every graph in ONNX Runtime with the golden tensors, transformers in every spelling that was written.
 
     Raises EngineFailed for a part out of tolerance.
     """
@@ -260,15 +243,6 @@ def verify(bundle: Bundle) -> dict[str, list[PartReport]]:
     for spelling, parts in reports.items():
         require_ok(parts, f"{engine.name} ({spelling} spelling)")
     return reports
-
-
-def folder_bytes(root: Path) -> dict[str, int]:
-    sizes: dict[str, int] = {}
-    for path in sorted(root.rglob("*")):
-        if path.is_file():
-            part = path.relative_to(root).parts[0]
-            sizes[part] = sizes.get(part, 0) + path.stat().st_size
-    return sizes
 
 
 class _Tasks:
@@ -290,7 +264,7 @@ class _Tasks:
 def check(
     out: Path | None, depth: int | None, precision: str | None, force: bool, int8: Int8Options | None
 ) -> None:
-    """What `export_bundle` refuses whatever the model is; None is what the model decides. Raises BadInput."""
+    """Check what `export_bundle` can check without the model; None leaves a choice to the model. Raises BadInput."""
     if depth is not None and depth < 1:
         raise BadInput(f"expected a depth of 1 or more, found {depth}")
     if precision is not None and precision not in TOLERANCES:
@@ -298,75 +272,7 @@ def check(
     if int8 is not None:
         int8.check(precision)
     if out is not None:
-        _check_place(out, force)
-
-
-def _check_place(out: Path, force: bool) -> None:
-    if not out.exists() and not out.is_symlink():
-        return
-    if not force:
-        raise BadInput(f"expected a new folder, found {out} there already; add --force to replace it")
-    if not (out / MANIFEST).is_file():
-        raise BadInput(f"expected a bundle to replace at {out}, found something else; choose another place")
-
-
-@contextmanager
-def _whole_or_nothing(out: Path, force: bool = False) -> Iterator[Path]:
-    """A folder to fill, which takes the place of `out` at the end, or vanishes if anything goes wrong.
-
-    What was there then, or came there meanwhile, is replaced with `force` alone. Raises BadInput.
-    """
-    out = out if out.name else out.resolve()
-    _sweep(out)
-    folder = out.with_name(f".{out.name}.{os.getpid()}-{time.monotonic_ns():x}.partial")
-    replaced = folder.with_suffix(".replaced")
-    try:
-        _make(folder)
-        yield folder
-        if not force:
-            _check_place(out, force)
-        if out.exists():
-            out.rename(replaced)
-        folder.rename(out)
-    except OSError as error:
-        named = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else folder
-        if named != out and not named.is_relative_to(folder):
-            raise BadInput(f"expected to read {named}, found: {error.strerror}; check the path") from error
-        raise BadInput(
-            f"expected to write {out}, found: {error.strerror}; free some space or choose another place"
-        ) from error
-    finally:
-        if replaced.exists() and not out.exists():
-            replaced.rename(out)
-        shutil.rmtree(folder, ignore_errors=True)
-        if replaced.is_symlink():
-            replaced.unlink()
-        shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _sweep(out: Path) -> None:
-    """Remove what exports to `out` left that were killed without a word, a day ago or longer: none takes that long."""
-    for left in out.parent.glob(f".{glob.escape(out.name)}.*-*.*"):
-        found = re.fullmatch(r"\d+-[0-9a-f]+\.(partial|replaced)", left.name[len(out.name) + 2 :])
-        if found and (found[1] == "partial" or out.exists()) and _age_s(left) > _LONGEST_S:
-            shutil.rmtree(left, ignore_errors=True)
-
-
-def _age_s(path: Path) -> float:
-    """Since it was last written to; 0 for what is gone."""
-    try:
-        return time.time() - path.stat().st_mtime
-    except OSError:
-        return 0.0
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise BadInput(
-            f"expected a folder that can be written to at {folder.parent}, found: {error.strerror}"
-        ) from None
+        check_place(out, force)
 
 
 def _write_json(path: Path, facts: dict[str, object]) -> None:

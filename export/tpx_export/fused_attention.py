@@ -1,7 +1,7 @@
 """Attention as one node, for ONNX Runtime: on a GPU in float16, on a CPU where there are many tokens.
 
     Mul, Transpose, MatMul, Cast, Softmax, Cast, MatMul, Transpose, Reshape        q, k, v [B, H, n, d] -> [B, n, D]
-    -> com.microsoft::MultiHeadAttention of q, k, v [B, n, D], each taken from its heads by a Transpose and a Reshape
+    -> com.microsoft::MultiHeadAttention of q, k, v [B, n, D], whose heads a Transpose and a Reshape joined
 
 TensorRT and OpenVINO find the pattern by themselves. ONNX Runtime does not: it writes the scores of every pair of tokens to
 memory and reads them back, four times over, which at the size of Stable Diffusion 3, 1,024 pixels, is most of a GPU's step
@@ -24,7 +24,7 @@ _JOINED = "heads_joined"  # the shape [B, n, H, d] -> [B, n, D]
 def fused(
     model: onnx.ModelProto, kinds: Collection[int] = (onnx.TensorProto.FLOAT16,)
 ) -> onnx.ModelProto | None:
-    """A copy of `model` whose every attention over tensors of those types is one node; None where there is none.
+    """A copy of `model` whose every attention over tensors of those types is one node; None if it has no such attention.
 
     Raises ValueError for a softmax that is not part of the pattern above, which operator.py writes.
     """
@@ -44,7 +44,7 @@ def fused(
 
 
 def _joined(attention: onnx.NodeProto) -> list[onnx.NodeProto]:
-    """Nodes that take q, k and v from their heads, whose results become the attention's inputs."""
+    """Nodes that join the heads of q, k and v, and whose results become the attention's inputs."""
     nodes = []
     for place, part in zip(range(3), "qkv", strict=True):
         turned, flat = (f"{attention.output[0]}_{part}_{what}" for what in ("turned", "flat"))
@@ -55,7 +55,7 @@ def _joined(attention: onnx.NodeProto) -> list[onnx.NodeProto]:
 
 
 def _keep_needed(graph: onnx.GraphProto, nodes: list[onnx.NodeProto]) -> None:
-    """Let `graph` consist of those of `nodes`, and of its constants, that its outputs hang on."""
+    """Keep in `graph` only those of `nodes`, and of its constants, that its outputs depend on."""
     needed, kept = {value.name for value in graph.output}, []
     for node in reversed(nodes):
         if needed.intersection(node.output):
@@ -71,7 +71,7 @@ def _keep_needed(graph: onnx.GraphProto, nodes: list[onnx.NodeProto]) -> None:
 
 
 class _Graph:
-    """Nodes of a graph by the values that they give and take."""
+    """Nodes of a graph by the values that they produce and consume."""
 
     def __init__(self, graph: onnx.GraphProto) -> None:
         self._made_by = {name: node for node in graph.node for name in node.output}
@@ -87,7 +87,7 @@ class _Graph:
         return int(self._types[name].elem_type)
 
     def attention(self, softmax: onnx.NodeProto) -> onnx.NodeProto:
-        """The node that may stand for that softmax's attention; its inputs still have their heads apart."""
+        """The node to replace the attention around that softmax; its inputs are still q, k, v [B, H, n, d]."""
         scores = self._before(softmax.input[0], "MatMul")
         scaled, k_turned = self._before(scores.input[0], "Mul"), self._before(scores.input[1], "Transpose")
         weighted = self._after(softmax.output[0], "MatMul")
@@ -102,12 +102,12 @@ class _Graph:
         )
 
     def _before(self, name: str, kind: str) -> onnx.NodeProto:
-        """The node of that kind that gives the value, a Cast between them or none."""
+        """The node of that kind that produces the value, directly or through a Cast. Raises ValueError for another."""
         node = self._made_by[name]
         return _of(kind, self._made_by[node.input[0]] if node.op_type == "Cast" else node)
 
     def _after(self, name: str, kind: str) -> onnx.NodeProto:
-        """The node of that kind that alone takes the value, a Cast between them or none."""
+        """The only node that consumes the value, directly or through a Cast. Raises ValueError if it is of another kind."""
         node = self._user(name)
         return _of(kind, self._user(node.output[0]) if node.op_type == "Cast" else node)
 

@@ -1,6 +1,6 @@
-"""Golden tensors: what the PyTorch model in float32 makes of fixed inputs, for every engine to be held against.
+"""Golden tensors: the outputs of the PyTorch model in float32 for fixed inputs, which every engine is compared with.
 
-Each function makes the arrays of one part by the names of docs/bundle.md; the exporter calls them while it has the part.
+Each function makes the arrays of one part, by the names of docs/bundle.md, while the exporter has that part in memory.
 """
 
 import numpy as np
@@ -19,7 +19,7 @@ Golden = dict[str, npt.NDArray[np.generic]]
 
 SEED = 20260428
 _STEPS, _STEPS_LARGE = 4, 2
-_LARGE = 1024  # visual tokens: above, one row stands for two, for time and memory
+_LARGE = 1024  # visual tokens: above, one row is used instead of two, to save time and memory
 
 
 @torch.no_grad()
@@ -34,7 +34,7 @@ def text_golden(part: TextPart, module: nn.Module) -> Golden:
 
 
 def told_of(parts: tuple[TextPart, ...], golden: Golden, model: ModelSpec) -> Golden:
-    """What the transformer is told in both rows: two prompts' `context` and `pooled`, or `class_id`."""
+    """The transformer's conditioning in both rows: `context` and `pooled` of two prompts, or `class_id`."""
     if model.classes:
         return {"class_id": np.array([model.classes // 2, 0], np.int64)}
     folders = [(part.spec.folder, part.spec.pooled_width) for part in parts]
@@ -49,11 +49,11 @@ def told_of(parts: tuple[TextPart, ...], golden: Golden, model: ModelSpec) -> Go
 def transformer_golden(
     module: nn.Module, model: ModelSpec, inputs: Golden, shift: float | None, depths: tuple[int, ...]
 ) -> Golden:
-    """`latents`, `timestep`, what the model is told, `conditions`, and for every depth its prediction and routes.
+    """`latents`, `timestep`, the conditioning, `conditions`, and for every depth the prediction and routes.
 
-    The latents lie on a short sampling trajectory of the model itself: row 0 at its noisy start, row 1 half-way, because
-    experts that are told apart late are only told apart on such latents. A large model has only the second row. The end of
-    the trajectory is returned as `end`.
+    The latents are taken from a short sampling trajectory of the model itself: row 0 from its noisy start, row 1 from
+    half-way, because some experts are only told apart on latents with less noise. A large model has only row 1. `end` is
+    the end of the trajectory.
     """
     large = model.visual_tokens > _LARGE
     rows, steps = slice(1 if large else 0, 2), _STEPS_LARGE if large else _STEPS

@@ -1,6 +1,6 @@
 """PyTorch modules to ONNX graphs, typed, with a dynamic batch and the names that docs/bundle.md gives.
 
-Every graph computes in its own precision inside and speaks float32 at its border.
+Every graph takes and returns float32 and computes in its own precision.
 """
 
 import contextlib
@@ -19,9 +19,8 @@ from torch import Tensor, nn
 
 from tpx_export.operator import OPSET, TRANSLATIONS, register_schema
 
-_SMALL = (
-    1024  # elements: constants up to here are folded, so that no weight is ever copied under another name
-)
+# Constants of up to so many elements are folded: few enough that no weight is ever copied under another name.
+_SMALL = 1024
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class TextEncoderGraph(nn.Module):
 
 
 class ConditionsGraph(nn.Module):
-    """timestep, pooled or class_id -> conditions: what of the transformer hangs on no latents."""
+    """timestep, pooled or class_id -> conditions: the part of the transformer that does not depend on the latents."""
 
     def __init__(self, transformer: nn.Module) -> None:
         super().__init__()
@@ -99,7 +98,7 @@ class EncoderGraph(nn.Module):
 
 @torch.no_grad()  # tracing takes a tenth less time
 def to_onnx(graph: Graph) -> ir.Model:
-    """The graph as an ONNX model that shares the module's weights, the parameters' own names kept."""
+    """The graph as an ONNX model that shares the module's weights, under the parameters' own names."""
     register_schema()
     batch = torch.export.Dim("batch", min=1, max=1024)
     names = list(inspect.signature(graph.module.forward).parameters.values())
@@ -127,7 +126,7 @@ def to_onnx(graph: Graph) -> ir.Model:
 
 
 def anonymous(model: ir.Model) -> ir.Model:
-    """Without the exporter's notes, which name files of the machine that it ran on."""
+    """`model` itself, without the metadata of torch's exporter, which names files of the machine that it ran on."""
     model.metadata_props.clear()
     model.doc_string = ""
     assert not model.functions
@@ -147,7 +146,7 @@ def anonymous(model: ir.Model) -> ir.Model:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter warns about packages that nothing here needs and prints its own progress."""
+    """Silence torch's exporter, which warns about packages that nothing here needs and prints its own progress."""
     log = logging.getLogger("torch.onnx")
     level = log.level
     log.setLevel(logging.ERROR)

@@ -65,7 +65,7 @@ TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
 
 
 def register_schema() -> None:
-    """Tell onnx what tpx::RoutedLora takes and gives; again is no harm."""
+    """Register the inputs and outputs of tpx::RoutedLora with onnx. It may be called again."""
     if onnx.defs.has(NAME, 1, DOMAIN):
         return
     schema = onnx.defs.OpSchema

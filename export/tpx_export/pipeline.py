@@ -1,6 +1,6 @@
 """What an export is made of: the parts of a text-to-image or class-to-image model, each loaded when its turn comes.
 
-Only one part is in memory at a time, so that the largest part decides what an export takes.
+Only one part is in memory at a time, so an export needs as much memory as its largest part.
 """
 
 import copy
@@ -30,9 +30,10 @@ _EXAMPLES = (
 
 @dataclass(frozen=True)
 class TextPart:
-    """A text encoder: its manifest entry, `vocab.json` of its tokenizer, ids int64 [2, tokens] to hold engines against.
+    """A text encoder: its manifest entry, the content of its tokenizer's `vocab.json`, and how to load it.
 
-    The module maps ids to (context, pooled), or to context alone where it says nothing pooled.
+    Engines are compared with PyTorch on `ids`, int64 [2, tokens]. The loaded module maps ids to (context, pooled), or to
+    context alone if it has no pooled output.
     """
 
     spec: EncoderSpec
@@ -43,11 +44,11 @@ class TextPart:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A model to export. `shift` is that of a flow's schedule, None for a diffusion's linear betas.
+    """A model to export. `shift` is the time shift of a flow's schedule, None for a diffusion with linear betas.
 
     `transformer` loads an MMDiT, called with latents, timestep, context, pooled and depth, or a DiT, called with class_id in
     the place of the text. `autoencoder` loads a module with `encoder(image) -> (mean, log variance)` and
-    `decoder(latents) -> image`. `blocks` are the transformer's; `precision` is what the weights are stored in.
+    `decoder(latents) -> image`. `blocks` counts the transformer's blocks; `precision` is what its weights are stored in.
     """
 
     name: str
@@ -64,39 +65,48 @@ class Pipeline:
 
     @classmethod
     def of(cls, model: TextToImage | ClassToImage) -> "Pipeline":
-        """The parts of a checkpoint of ours: a flow that is told a prompt, or a diffusion that is told a class."""
+        """The parts of a checkpoint of ours: a flow conditioned on a prompt, or a diffusion conditioned on a class."""
         spec, transformer = model.spec, model.spec.transformer
-        side, latent, thinking = spec.autoencoder.image_size_px, transformer.latent_size, transformer.thinking
         flow = model if isinstance(model, TextToImage) else None
         return cls(
             name=spec.name,
             license=spec.license,
-            model=ModelSpec(
-                latent_channels=transformer.latent_channels,
-                latent_size=(latent, latent),
-                image_size_px=(side, side),
-                **_told(transformer),
-                conditions_width=transformer.conditions_width,
-                guided_channels=transformer.latent_channels,
-                visual_tokens=transformer.visual_tokens,
-                depths=tuple(range(1, transformer.max_depth + 1)),
-                experts=thinking.experts if thinking else 0,
-                thinking_blocks=thinking.blocks if thinking else (),
-            ),
+            model=model_spec(transformer, spec.autoencoder.image_size_px),
             latent=LatentSpec(spec.autoencoder.scale, spec.autoencoder.shift),
             defaults=spec.defaults,
             shift=flow.spec.shift if flow else None,
             text=(_text_part(flow.text_encoder),) if flow else (),
             blocks=transformer.blocks,
-            transformer=lambda: copy.deepcopy(
-                model.transformer
-            ).eval(),  # in training, routes are drawn at random
+            # In training mode routes are drawn at random.
+            transformer=lambda: copy.deepcopy(model.transformer).eval(),
             autoencoder=lambda: copy.deepcopy(model.autoencoder).eval(),
         )
 
 
-def _told(transformer: MMDiTSpec | DiTSpec) -> dict[str, Any]:
-    """What the transformer is told and what it answers, as the manifest says it."""
+def model_spec(
+    transformer: MMDiTSpec | DiTSpec, image_size_px: int, guided_channels: int | None = None
+) -> ModelSpec:
+    """What the manifest says of a transformer whose pictures are `image_size_px` wide and high.
+
+    Guidance acts on the first `guided_channels` of the latents, on all of them if None.
+    """
+    latent, thinking = transformer.latent_size, transformer.thinking
+    return ModelSpec(
+        latent_channels=transformer.latent_channels,
+        latent_size=(latent, latent),
+        image_size_px=(image_size_px, image_size_px),
+        **_inputs_and_output(transformer),
+        conditions_width=transformer.conditions_width,
+        guided_channels=guided_channels or transformer.latent_channels,
+        visual_tokens=transformer.visual_tokens,
+        depths=tuple(range(1, transformer.max_depth + 1)),
+        experts=thinking.experts if thinking else 0,
+        thinking_blocks=thinking.blocks if thinking else (),
+    )
+
+
+def _inputs_and_output(transformer: MMDiTSpec | DiTSpec) -> dict[str, Any]:
+    """The fields of ModelSpec in which a model of prompts and one of classes differ."""
     if isinstance(transformer, MMDiTSpec):
         return {
             "context_tokens": transformer.context_tokens,
@@ -106,9 +116,12 @@ def _told(transformer: MMDiTSpec | DiTSpec) -> dict[str, Any]:
             "prediction": "velocity",
             "out_channels": transformer.latent_channels,
         }
-    nothing = dict.fromkeys(("context_tokens", "context_width", "pooled_width"), 0)
-    answer = {"prediction": "epsilon", "out_channels": transformer.out_channels}
-    return {**nothing, "classes": transformer.classes, **answer}
+    return {
+        **dict.fromkeys(("context_tokens", "context_width", "pooled_width"), 0),
+        "classes": transformer.classes,
+        "prediction": "epsilon",
+        "out_channels": transformer.out_channels,
+    }
 
 
 def _text_part(encoder: TextEncoder) -> TextPart:
@@ -122,7 +135,7 @@ def _text_part(encoder: TextEncoder) -> TextPart:
 
 
 def example_ids(vocabulary: dict[str, object]) -> npt.NDArray[np.int64]:
-    """Ids [2, tokens] of two plain prompts, by the tokenizer of a vocab.json."""
+    """Token ids [2, tokens] of two plain prompts. `vocabulary` is the content of a vocab.json."""
     tokenizer = tokenizer_of(vocabulary, Path("vocab.json"))
     return np.array([tokenizer.encode(text).ids for text in _EXAMPLES], np.int64)
 

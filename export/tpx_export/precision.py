@@ -1,4 +1,4 @@
-"""Lower precisions of a model, and what each may cost."""
+"""Lower precisions of a model, and how much error each may cause."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from tpx_export.model.mmdit import Embedder
+from tpx_export.model.embedder import Embedder
 from tpx_export.model.thinking import Gate
 from tpx_runtime.manifest import Tolerance
 
@@ -25,29 +25,31 @@ TOLERANCES = {
         text_encoder=3e-2, conditions=3e-2, transformer=5e-2, vae=1e-4, routing_agreement=0.98
     ),
 }
+# What the weights of a checkpoint or an adapter file may be stored in.
+STORED = (torch.float32, torch.float16, torch.bfloat16)
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 QUANTISED = ("int8", "int8-weights")
 
 
 def around(precision: str, stored: str) -> str:
-    """The precision of the parts that int8 leaves alone, the autoencoder among them: what their weights are stored in."""
+    """The precision of parts that int8 leaves alone, such as the autoencoder: the one that their weights are stored in."""
     return stored if precision in QUANTISED else precision
 
 
 def tolerance_of(precision: str, stored: str) -> Tolerance:
-    """What a bundle promises, of a model whose weights are `stored` in that precision."""
+    """The tolerances of a bundle in `precision` of a model whose weights are stored in the precision `stored`."""
     own, rest = TOLERANCES[precision], TOLERANCES[around(precision, stored)]
     return replace(own, text_encoder=max(own.text_encoder, rest.text_encoder), vae=max(own.vae, rest.vae))
 
 
 def at_precision(module: M, precision: str) -> M:
-    """`module` itself, its weights turned into that precision as `narrow` does."""
+    """Convert the weights of `module` in place, as `narrow` does, and return it."""
     narrow(module, DTYPES[precision])
     return module
 
 
 def narrow(module: nn.Module, dtype: torch.dtype) -> None:
-    """Turn floating weights and buffers into `dtype`, those of gates and of embedders into float32.
+    """Convert floating-point weights and buffers to `dtype` in place, those of gates and of embedders to float32.
 
     A rounded gate sends tokens elsewhere, and timesteps up to 1,000 lose their sinusoids' phases: these are never rounded.
     """
@@ -63,7 +65,7 @@ def narrow(module: nn.Module, dtype: torch.dtype) -> None:
 
 @contextmanager
 def in_float32(module: nn.Module) -> Iterator[None]:
-    """Inside, `module` computes in float32 whatever its weights are stored in: layer by layer, never all of them at once."""
+    """Within it `module` computes in float32, whatever its weights are stored in; layers are widened one at a time."""
     stored: dict[nn.Module, list[tuple[nn.Parameter, torch.Tensor]]] = {}
 
     def widen(part: nn.Module, inputs: Any) -> None:

@@ -16,14 +16,14 @@ from tpx_export.operator import DOMAIN, NAME, OPSET
 
 _HEAD = f'<domain: "{DOMAIN}", opset_import: ["" : {OPSET}]> {NAME} (x, expert, a, b) => (out)'
 
-# Up to so many visual tokens x experts x rank, the work that `masked` wastes costs CPUs less than dynamic shapes do.
+# Up to this many visual tokens x experts x rank, the work that `masked` wastes costs CPUs less than dynamic shapes do.
 MASKED_UP_TO = 2**14
 
 
 def spellings(model: onnx.ModelProto, visual_tokens: int) -> tuple[onnx.ModelProto, onnx.ModelProto]:
-    """The operator spelling, whose nodes carry a function of static shapes, and the plain one, inlined, for CPUs.
+    """`model` in the operator spelling, whose RoutedLora nodes have a function body of static shapes, and in the plain one.
 
-    Both are the same graph where nothing is routed.
+    In the plain spelling, for CPUs, the body is inlined. Both are `model` itself if nothing is routed.
     """
     routed = {node.input[2] for node in model.graph.node if (node.domain, node.op_type) == (DOMAIN, NAME)}
     if not routed:
@@ -38,7 +38,7 @@ def spellings(model: onnx.ModelProto, visual_tokens: int) -> tuple[onnx.ModelPro
 
 
 def masked() -> onnx.FunctionProto:
-    """Masked concatenation: 2 D r + 2 r O operations a token and expert, in two large products."""
+    """Masked concatenation: 2 D r + 2 r O operations per token and expert, in two large products."""
     return parse_function(
         _HEAD
         + """ {
@@ -73,7 +73,7 @@ def masked() -> onnx.FunctionProto:
 
 
 def permuted(experts: int) -> onnx.FunctionProto:
-    """Tokens grouped by expert: 2 D r + 2 r O operations a token, and one gather there and back."""
+    """Tokens grouped by expert: 2 D r + 2 r O operations per token, and one gather there and back."""
     lines = [
         "zero = Constant <value_ints = [0]> ()",
         "minus = Constant <value_ints = [-1]> ()",

@@ -1,13 +1,13 @@
-"""What a denoising loop does between two calls of the transformer, as a graph, for a device that latents do not leave.
+"""What a denoising loop does between two calls of the transformer, as a graph, so that latents stay on the device.
 
-Every deterministic sampler is a weighted sum of the first latents and of what the model has said since
-(tpx_runtime/recurrence.py), and guidance (arXiv:2207.12598) one of the branches' rows. So one graph serves them all: it puts
-what was said last beside the rest, in `slot`, sums, and picks the conditions of the next call.
+Every deterministic sampler is a weighted sum of the first latents and of all predictions since
+(tpx_runtime/recurrence.py), and guidance (arXiv:2207.12598) a weighted sum of the rows of both branches. So one graph serves
+them all: it stores the last prediction in `slot` of the history, sums, and picks the conditions of the next call.
 
-    history [slots, rows, C, H, W]     the first latents, then what each call said; the outcome `kept` may be the same memory
-    prediction [rows, C, H, W]         for `slot`; later ones get it too, so that nothing older is left in them
-    weights [slots, slots]             row by row what is summed after each call
-    mix [rows, rows]                   what each row takes of each
+    history [slots, rows, C, H, W]     the first latents, then each call's prediction; the output `kept` may share its memory
+    prediction [rows, C, H, W]         goes to `slot` and to all later slots, so that no older values are left there
+    weights [slots, slots]             row i has the weights of the sum after call i
+    mix [rows, rows]                   row i has the weights of all rows in the guided row i
     table [slots, distinct, K], told [rows]    conditions by slot, and which of them each row has
 """
 
@@ -19,7 +19,7 @@ from tpx_runtime.manifest import ModelSpec
 
 
 def step(model: ModelSpec) -> onnx.ModelProto | None:
-    """The graph of `docs/bundle.md`; None for a model that guides, or says, other channels than those of its latents."""
+    """The graph of docs/bundle.md; None for a model whose guided or predicted channels are not those of its latents."""
     channels, (height, width) = model.latent_channels, model.latent_size
     if not channels == model.out_channels == model.guided_channels:
         return None

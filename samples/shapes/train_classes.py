@@ -89,7 +89,7 @@ def sample(
     noise = batch_noise(
         list(range(len(classes))), (model.spec.latent_channels, *[model.spec.latent_size] * 2)
     )
-    *_, latents = sampler.sample(epsilon, noise, sampler.schedule(steps, 1.0), lambda step: noise)
+    *_, latents = sampler.sample(epsilon, noise, sampler.schedule(steps, 1.0))
     return autoencoder.decode(torch.from_numpy(latents).float().to(device))
 
 

@@ -18,8 +18,8 @@ from tpx_engines import build as module
 from tpx_engines import cli, routed_lora_choice, target, tensorrt
 from tpx_engines.cache import EngineCache
 from tpx_engines.cli import main
-from tpx_engines.functions import adapter_rank
 from tpx_engines.progress import Progress
+from tpx_engines.routed_lora_graph import adapter_rank
 from tpx_engines.target import choose_gpu, parse_batch
 from tpx_engines.tensorrt import Shapes, Timings
 from tpx_runtime.bundle import Bundle
@@ -334,8 +334,10 @@ class TestFull:
         """A TensorRT that takes the plugin; holds the capabilities that it was registered for."""
         registered: list[int] = []
         for where in (module, cli):
-            monkeypatch.setattr(where, "obstacle", lambda flavour, capability, bundle: None, raising=False)
-        monkeypatch.setattr(routed_lora_choice, "obstacle", lambda flavour, capability, bundle: None)
+            monkeypatch.setattr(
+                where, "plugin_problem", lambda flavour, capability, bundle: None, raising=False
+            )
+        monkeypatch.setattr(routed_lora_choice, "plugin_problem", lambda flavour, capability, bundle: None)
         monkeypatch.setattr(module, "register_once", registered.append)
         return registered
 
@@ -430,17 +432,19 @@ class TestFull:
 def test_the_plugin_goes_where_it_can(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton", reason="expected the package triton, found none")
     bundle = Bundle.open(tiny_bundle)
-    assert routed_lora_choice.obstacle(RTX, 89, bundle) == "TensorRT for RTX takes no plugins"
+    assert routed_lora_choice.plugin_problem(RTX, 89, bundle) == "TensorRT for RTX takes no plugins"
     monkeypatch.setattr(routed_lora_choice, "bindings", lambda flavour: None)
     monkeypatch.setattr(routed_lora_choice, "find_spec", lambda name: name)
-    assert routed_lora_choice.obstacle(FULL, 89, bundle) is None
-    assert "found sm75" in (routed_lora_choice.obstacle(FULL, 75, bundle) or "")
+    assert routed_lora_choice.plugin_problem(FULL, 89, bundle) is None
+    assert "found sm75" in (routed_lora_choice.plugin_problem(FULL, 75, bundle) or "")
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "onnx", None)
-        assert (routed_lora_choice.obstacle(FULL, 89, bundle) or "").startswith("expected the package onnx, ")
+        assert (routed_lora_choice.plugin_problem(FULL, 89, bundle) or "").startswith(
+            "expected the package onnx, "
+        )
     monkeypatch.setattr(routed_lora_choice, "find_spec", lambda name: None)
     assert (
-        routed_lora_choice.obstacle(FULL, 89, bundle)
+        routed_lora_choice.plugin_problem(FULL, 89, bundle)
         == "expected TensorRT with its module plugin, found none"
     )
 

@@ -11,7 +11,7 @@ import pytest
 
 from tpx_engines.cache import EngineCache, Key, Stale
 from tpx_runtime.bundle import Bundle
-from tpx_runtime.engine import built as module
+from tpx_runtime.engine import engine_file as module
 from tpx_runtime.errors import BadInput
 
 KEY = Key(

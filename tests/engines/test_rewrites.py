@@ -1,4 +1,4 @@
-"""What the graphs are spared, counted: docs/performance.md says how many nodes and calls that is for the sample model."""
+"""Work that the graphs avoid, counted: docs/performance.md says how many nodes and calls that is for the sample model."""
 
 from collections import Counter
 from pathlib import Path

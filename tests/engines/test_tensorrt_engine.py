@@ -25,7 +25,7 @@ from tpx_runtime.cli import run
 from tpx_runtime.engine import ENGINES, cuda, resolve, tensorrt_flavours
 from tpx_runtime.engine import tensorrt as module
 from tpx_runtime.engine import tensorrt_session as session_module
-from tpx_runtime.engine.built import graph_name
+from tpx_runtime.engine.engine_file import graph_name
 from tpx_runtime.engine.gpu import Gpu, gpu_here
 from tpx_runtime.engine.tensorrt_flavours import FLAVOURS, FULL, RTX, bindings
 from tpx_runtime.errors import EngineFailed, EngineUnavailable

@@ -19,12 +19,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tpx_export.adapters import attach
 from tpx_export.base.dit import HEADS, from_tensors, load_transformer, recipe, shapes_of, spec_of
 from tpx_export.base.tensors import Tensors
 from tpx_export.checkpoint import CheckpointInvalid
 from tpx_export.graphs import ConditionsGraph, Graph, TransformerGraph, to_onnx
 from tpx_export.model.dit import DiT, DiTSpec, position_table
-from tpx_export.model.mmdit import Embedder, sinusoid
+from tpx_export.model.embedder import Embedder, sinusoid
 from tpx_export.model.patches import from_patches, to_patches
 from tpx_export.model.thinking import Gate, Thinking, ThinkingSpec
 from tpx_export.routing import masked, permuted
@@ -46,6 +47,12 @@ def two_threads_without_gradients() -> Iterator[None]:
     with torch.no_grad():
         yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def tiny_has_four_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its width is of no released DiT."""
+    monkeypatch.setitem(HEADS, TINY.width, TINY.heads)
 
 
 # The reference.
@@ -195,9 +202,12 @@ def random_experts(model: DiT) -> DiT:
     ],
     ids=["learned sigma", "epsilon alone", "patch 4", "DiT-S's width"],
 )
-def test_computes_what_the_original_computes(spec: DiTSpec, suffix: str, tmp_path: Path) -> None:
+def test_computes_what_the_original_computes(
+    spec: DiTSpec, suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(HEADS, spec.width, spec.heads)
     state = random_state(spec)
-    model = load_transformer(saved(state, tmp_path, suffix), head_width=spec.width // spec.heads)
+    model = load_transformer(saved(state, tmp_path, suffix))
     assert model.spec == spec
     assert not model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())
@@ -233,7 +243,7 @@ def test_position_table_is_the_originals_and_the_stored_one_is_used(tmp_path: Pa
         )  # float32's rounding
     state = random_state(TINY)
     state["pos_embed"] = state["pos_embed"] * 0.5
-    model = load_transformer(saved(state, tmp_path), head_width=12)
+    model = load_transformer(saved(state, tmp_path))
     assert torch.equal(model.positions, state["pos_embed"][0])
     assert error(model(*inputs(), 1)[0], original(state, TINY.heads, *inputs())) < 2e-5
 
@@ -253,8 +263,8 @@ def test_a_fresh_model_predicts_zero() -> None:
 
 def test_fresh_adapters_change_nothing_at_any_depth(tmp_path: Path) -> None:
     path = saved(random_state(TINY), tmp_path)
-    base = load_transformer(path, head_width=12)
-    thinking = load_transformer(path, head_width=12, thinking=THINKING)
+    base = load_transformer(path)
+    thinking = attach(load_transformer(path), THINKING)
     assert thinking.spec == replace(TINY, thinking=THINKING)
     expected, _ = base(*inputs(), 1)
     for depth in (1, 2):
@@ -273,7 +283,7 @@ def test_thinking_is_the_papers_recursion_over_self_attention(tmp_path: Path) ->
     spec = replace(TINY, blocks=1)
     state = random_state(spec)
     thinking = replace(THINKING, blocks=(0,))
-    model = random_experts(load_transformer(saved(state, tmp_path), head_width=12, thinking=thinking))
+    model = random_experts(attach(load_transformer(saved(state, tmp_path)), thinking))
     block = model.blocks[0]
     part = block.thinking
     calls: list[tuple[Tensor, Tensor, int, Tensor]] = []
@@ -309,7 +319,7 @@ def test_thinking_is_the_papers_recursion_over_self_attention(tmp_path: Path) ->
 
 
 def test_depth_and_class_reach_answer_and_routes(tmp_path: Path) -> None:
-    model = random_experts(load_transformer(saved(random_state(TINY), tmp_path), 12, THINKING))
+    model = random_experts(attach(load_transformer(saved(random_state(TINY), tmp_path)), THINKING))
     latents, timestep, label = inputs()
     shallow, deep = (model(latents, timestep, label, depth)[0] for depth in (1, 2))
     assert error(shallow, deep.double()) > 1e-3
@@ -324,7 +334,7 @@ def test_sampling_through_the_runtime_is_the_originals(tmp_path: Path) -> None:
     """Twenty guided DDPM steps: imported model and numpy sampler, against the reference forward and its own posterior."""
     state = random_state(TINY)
     state["final_layer.linear.weight"] *= 0.3
-    model = load_transformer(saved(state, tmp_path), head_width=12)
+    model = load_transformer(saved(state, tmp_path))
     shape, seeds, steps, guidance = (4, 8, 8), [1, 2], 20, 4.0
     given, null = torch.tensor([3, 7]), torch.tensor([10, 10])
 
@@ -359,7 +369,7 @@ def test_sampling_through_the_runtime_is_the_originals(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_stored_precision_is_kept_but_for_embedder_and_gate(dtype: torch.dtype, tmp_path: Path) -> None:
     state = {name: value.to(dtype) for name, value in random_state(TINY).items()}
-    model = load_transformer(saved(state, tmp_path), head_width=12, thinking=THINKING)
+    model = attach(load_transformer(saved(state, tmp_path)), THINKING)
     wide = {id(p) for part in model.modules() if isinstance(part, Gate | Embedder) for p in part.parameters()}
     assert wide
     for parameter in [*model.parameters(), *model.buffers()]:
@@ -460,9 +470,9 @@ def test_xl_2_has_the_shapes_of_diffusers_port() -> None:
 # What is refused.
 
 
-def refusal(state: State, folder: Path, head_width: int | None = 12) -> str:
+def refusal(state: State, folder: Path) -> str:
     with pytest.raises(CheckpointInvalid) as caught:
-        load_transformer(saved(state, folder), head_width)
+        load_transformer(saved(state, folder))
     message = str(caught.value)
     assert "\n" not in message and "expected" in message and "found" in message
     assert "DiT.pt" in message
@@ -516,7 +526,7 @@ def test_files_of_other_kinds(tmp_path: Path) -> None:
     path = saved(state, tmp_path)
     path.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(CheckpointInvalid, match="expected"):
-        load_transformer(path, 12)
+        load_transformer(path)
     with pytest.raises(CheckpointInvalid, match="found none"):
         load_transformer(tmp_path / "no.pt")
 
@@ -524,18 +534,14 @@ def test_files_of_other_kinds(tmp_path: Path) -> None:
 def test_a_training_checkpoint_gives_its_ema(tmp_path: Path) -> None:
     ema, other = random_state(TINY, 1), random_state(TINY, 2)
     torch.save({"model": other, "ema": ema}, tmp_path / "0400000.pt")
-    model = load_transformer(tmp_path / "0400000.pt", 12)
+    model = load_transformer(tmp_path / "0400000.pt")
     assert error(model(*inputs(), 1)[0], original(ema, TINY.heads, *inputs())) < 2e-5
 
 
-def test_heads_of_an_unknown_width_must_be_told(tmp_path: Path) -> None:
-    path = saved(random_state(TINY), tmp_path)
-    with pytest.raises(BadInput, match="1152, 1024, 768, 384, found 48"):
+def test_a_width_whose_heads_are_unknown_is_refused(tmp_path: Path) -> None:
+    path = saved(random_state(replace(TINY, width=40)), tmp_path)
+    with pytest.raises(BadInput, match="1152, 1024, 768, 384, 48, found 40"):
         load_transformer(path)
-    for odd in (0, 7, -12, 96):
-        with pytest.raises(BadInput, match="divides 48"):
-            load_transformer(path, odd)
-    assert load_transformer(path, 24).spec.heads == 2
 
 
 def test_a_specification_that_cannot_be_is_refused() -> None:
@@ -554,7 +560,7 @@ def test_recipe_covers_the_state_and_every_name_once() -> None:
     assert made.keys() == DiT(TINY).state_dict().keys()
     names = [name for entry in made.values() for name in entry.names]
     assert sorted(names) == sorted(original_names(TINY))
-    assert spec_of(Shapes(original_names(TINY)), 12) == TINY
+    assert spec_of(Shapes(original_names(TINY))) == TINY
 
 
 # Export.
@@ -593,7 +599,7 @@ def in_onnx(model: DiT, depth: int, folder: Path) -> list[Callable[..., list[Ten
 
 
 def test_onnx_runtime_computes_the_same_at_depth_2(tmp_path: Path) -> None:
-    model = random_experts(load_transformer(saved(random_state(TINY), tmp_path), 12, THINKING))
+    model = random_experts(attach(load_transformer(saved(random_state(TINY), tmp_path)), THINKING))
     for run in in_onnx(model, 2, tmp_path):
         for batch in (1, 2, 3):
             expected, routes = model(*inputs(batch=batch), 2)
@@ -605,7 +611,7 @@ def test_onnx_runtime_computes_the_same_at_depth_2(tmp_path: Path) -> None:
 
 def test_onnx_of_a_model_that_does_not_think(tmp_path: Path) -> None:
     spec = replace(TINY, blocks=1, learned_sigma=False)
-    model = load_transformer(saved(random_state(spec), tmp_path), 12)
+    model = load_transformer(saved(random_state(spec), tmp_path))
     [run] = in_onnx(model, 1, tmp_path)
     [found] = run(*inputs())
     assert error(found, model(*inputs(), 1)[0].double()) < 1e-4

@@ -488,7 +488,7 @@ def random_experts(model: MMDiT) -> MMDiT:
 def test_thinking_blocks_change_nothing_until_they_have_learnt(folder: Path) -> None:
     expected = load_transformer(folder, LATENTS)(*inputs(), 1)[0]
     for blocks in ((0,), (0, 1)):
-        thinking = load_transformer(folder, LATENTS, ThinkingSpec(blocks=blocks, max_depth=2)).eval()
+        thinking = attach(load_transformer(folder, LATENTS), ThinkingSpec(blocks=blocks, max_depth=2)).eval()
         for depth in (1, 2):
             found, routes = thinking(*inputs(), depth)
             assert torch.equal(found, expected)
@@ -498,7 +498,7 @@ def test_thinking_blocks_change_nothing_until_they_have_learnt(folder: Path) -> 
 def test_a_dual_block_thinks_in_its_joint_attention_alone(tmp_path: Path) -> None:
     diffusers_model("sd3.5-medium").save_pretrained(tmp_path / "transformer")
     spec = ThinkingSpec(blocks=(0,), rank=4, max_depth=2)
-    model = random_experts(load_transformer(tmp_path, LATENTS, spec))
+    model = random_experts(attach(load_transformer(tmp_path, LATENTS), spec))
     block: Any = model.blocks[0]
     second: list[Tensor] = []
     joint: list[Tensor] = []
@@ -535,7 +535,7 @@ def run_onnx(model: MMDiT, depth: int, path: Path) -> tuple[Tensor, Tensor]:
 def test_onnx_runtime_computes_the_same_at_depth_2(name: str, tmp_path: Path) -> None:
     diffusers_model(name).save_pretrained(tmp_path / "transformer")
     thinking = ThinkingSpec(blocks=(0, 2), rank=4, max_depth=2)
-    model = random_experts(load_transformer(tmp_path, LATENTS, thinking))
+    model = random_experts(attach(load_transformer(tmp_path, LATENTS), thinking))
     expected, routes = model(*inputs(), 2)
     found, found_routes = run_onnx(model, 2, tmp_path / "model.onnx")
     assert error(found, expected) < 1e-4

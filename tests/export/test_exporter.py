@@ -25,6 +25,7 @@ from tpx_export.operator import DOMAIN, NAME
 from tpx_export.pipeline import Pipeline
 from tpx_export.precision import TOLERANCES
 from tpx_export.routing import MASKED_UP_TO, masked, spellings
+from tpx_export.whole_folder import whole_folder
 from tpx_runtime.bundle import CONDITIONS, Bundle, transformer_name
 from tpx_runtime.engine import ENGINES, Spelling, resolve
 from tpx_runtime.errors import BadInput, EngineFailed
@@ -303,11 +304,11 @@ def test_a_bundle_is_replaced_whole_or_kept(tmp_path: Path, monkeypatch: pytest.
         patch.setattr(Path, "rename", full)
         with (
             pytest.raises(BadInput, match="No space left"),
-            exporter._whole_or_nothing(out, force=True) as folder,
+            whole_folder(out, force=True) as folder,
         ):
             (folder / "new").touch()
     assert (leftovers(tmp_path), leftovers(out)) == (["bundle"], ["old"])
-    with exporter._whole_or_nothing(out, force=True) as folder:
+    with whole_folder(out, force=True) as folder:
         (folder / "new").touch()
     assert (leftovers(tmp_path), leftovers(out)) == (["bundle"], ["new"])
 
@@ -316,7 +317,7 @@ def test_what_came_there_meanwhile_is_kept(tmp_path: Path) -> None:
     out = tmp_path / "bundle"
 
     def export() -> None:
-        with exporter._whole_or_nothing(out) as folder:
+        with whole_folder(out) as folder:
             (folder / "new").touch()
             out.mkdir()
             (out / "of another export").touch()
@@ -338,11 +339,11 @@ def test_what_a_killed_export_left_is_removed_by_one_of_another_day(tmp_path: Pa
         (tmp_path / name).mkdir()
         if name != fresh:
             os.utime(tmp_path / name, (time.time() - 25 * 3600,) * 2)
-    with exporter._whole_or_nothing(tmp_path / "bundle") as folder:
+    with whole_folder(tmp_path / "bundle") as folder:
         (folder / "new").touch()
     # What was replaced may be all that there is.
     assert leftovers(tmp_path) == sorted([replaced, *others, fresh, "bundle"])
-    with exporter._whole_or_nothing(tmp_path / "bundle", force=True) as folder:
+    with whole_folder(tmp_path / "bundle", force=True) as folder:
         (folder / "new").touch()
     assert leftovers(tmp_path) == sorted([*others, fresh, "bundle"])
 
@@ -352,7 +353,7 @@ def test_a_bundle_may_be_replaced_from_inside(
 ) -> None:
     inside = shutil.copytree(tiny_bundle, tmp_path / "bundle")
     monkeypatch.chdir(inside)
-    with exporter._whole_or_nothing(Path(), force=True) as folder:
+    with whole_folder(Path(), force=True) as folder:
         (folder / "new").touch()
     assert (leftovers(tmp_path), leftovers(inside)) == (["bundle"], ["new"])
 
@@ -362,7 +363,7 @@ def test_a_link_to_a_bundle_is_replaced_and_the_bundle_kept(tmp_path: Path) -> N
     kept.mkdir()
     (kept / "old").touch()
     out.symlink_to(kept)
-    with exporter._whole_or_nothing(out, force=True) as folder:
+    with whole_folder(out, force=True) as folder:
         (folder / "new").touch()
     assert (leftovers(tmp_path), leftovers(out), leftovers(kept)) == (["bundle", "kept"], ["new"], ["old"])
 
@@ -370,11 +371,11 @@ def test_a_link_to_a_bundle_is_replaced_and_the_bundle_kept(tmp_path: Path) -> N
 def test_a_file_that_cannot_be_read_is_not_called_one_that_cannot_be_written(tmp_path: Path) -> None:
     out, missing = tmp_path / "bundle", tmp_path / "shard-2.safetensors"
     message = f"expected to read {missing}, found: No such file or directory; check the path"
-    with pytest.raises(BadInput, match=message), exporter._whole_or_nothing(out):
+    with pytest.raises(BadInput, match=message), whole_folder(out):
         missing.read_bytes()
     with (
         pytest.raises(BadInput, match=f"expected to write {out}, found: Is a directory; free some space"),
-        exporter._whole_or_nothing(out) as folder,
+        whole_folder(out) as folder,
     ):
         folder.write_bytes(b"")
     assert leftovers(tmp_path) == []

@@ -39,7 +39,7 @@ from tpx_export.quantise.grid import BINS, TOP, Magnitudes, weight_grid
 from tpx_export.quantise.layers import block_linears, encoder_linears, modulations
 from tpx_export.quantise.linear import Int8Linear
 from tpx_export.quantise.linear import replace as replace_layers
-from tpx_export.quantise.prompts import own_prompts, prompts_in, subjects_of
+from tpx_export.quantise.prompts import own_prompts, subjects_of
 from tpx_export.quantise.quantiser import Int8Options
 from tpx_export.quantise.report import DepthReport, NotScored, Report, ScoreReport, SpeedReport, as_text
 from tpx_export.quantise.verdict import Refused, verdict
@@ -49,6 +49,7 @@ from tpx_runtime.errors import EngineFailed
 from tpx_runtime.evaluation.statistics import Estimate
 from tpx_runtime.generator import Generator
 from tpx_runtime.noise import batch_noise
+from tpx_runtime.prompts import prompts_in
 from tpx_runtime.sampling.flow import FLOW_SAMPLERS
 from tpx_runtime.verify import verify_bundle
 

@@ -565,7 +565,7 @@ def test_a_step_moves_the_adapters_and_nothing_else(sd3: Path, captioned: Path, 
     keys = encode_pictures(read_folder(captioned), pipeline, "base", Cache(tmp_path / "cache"), "cpu")
     captions = encode_captions(["", "a disc"], pipeline, "base", Cache(tmp_path / "cache"), "cpu")
     data = Data(pipeline.model, Cache(tmp_path / "cache"), tuple(keys.values()), ("a disc",) * 8, captions)
-    settings = Settings(ThinkingSpec((0, 1), 2, 4, 2), warmup=0, learning_rate=1e-2, precision="fp32")
+    settings = Settings(ThinkingSpec((0, 1), 2, 4, 2), warmup=0, lr=1e-2, precision="fp32")
     job = loop.Job(model, FlowLoss(3.0), data, settings)
     parameters = adapters_of(model)
     run = state.Run(parameters, loop._optimizer(parameters, settings))

@@ -178,7 +178,7 @@ class FakeEngine:
 
     spelling: Spelling = "operator"
     precision: str | None = None
-    looping = loops = False
+    has_loop = loops = False
 
     def __init__(
         self,

@@ -91,7 +91,7 @@ def test_draws_what_the_generator_draws(bundled: Path) -> None:
     options = {"seed": 5, "steps": 3, "guidance": 1.5, "sampler": "dpmpp2m", "depth": 2}
     flags = [f"--{name}={value}" for name, value in options.items()]
     flags += ["--guidance-interval", "0", "0.9", "--guidance-every", "2"]
-    result = run(PROMPT, *flags, "--negative", "green", "--out", "a.png", "--engine", "onnxruntime")
+    result = run(PROMPT, *flags, "--negative-prompt", "green", "--out", "a.png", "--engine", "onnxruntime")
     assert result.exit_code == 0
     assert result.stderr == "engine: onnxruntime\ndenoising\n"
     (expected,) = Generator.load(bundled, "onnxruntime")(
@@ -166,7 +166,92 @@ def test_seed_in_the_name_is_a_file_for_each_picture(bundled: Path, elsewhere: P
     ],
 )
 def test_names_made_of_prompts(prompt: str, name: str) -> None:
-    assert cli.choose_output(None, prompt, 0, False) == Path(name)
+    (output,) = cli.choose_outputs(None, [prompt], [0], False)
+    assert output.path == Path(name)
+
+
+PROMPTS = ["red cube", "blue sphere", "red cube"]
+
+
+@pytest.fixture
+def prompts_txt(elsewhere: Path) -> Path:
+    path = elsewhere / "prompts.txt"
+    path.write_text("\ufeffred cube\n\n  blue sphere\nred cube", encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("piped", [False, True])
+def test_a_files_prompts_are_drawn_in_one_process(
+    bundled: Path, prompts_txt: Path, monkeypatch: pytest.MonkeyPatch, piped: bool
+) -> None:
+    given = None if not piped else prompts_txt.read_bytes()
+    arguments = ["--prompts", "-" if piped else str(prompts_txt), "--steps", "2", "--seed", "3"]
+    result = CliRunner().invoke(cli.run, [*arguments, "--engine", "onnxruntime"], input=given)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.split() == ["red-cube-3.png", "blue-sphere-3.png", "red-cube-3-2.png"]
+    expected = Generator.load(bundled, "onnxruntime")(PROMPTS, steps=2, seed=3)
+    for name, prompt, picture in zip(result.stdout.split(), PROMPTS, expected, strict=True):
+        with Image.open(name) as image:
+            np.testing.assert_array_equal(np.asarray(image), np.asarray(picture))
+            assert json.loads(image.info["tpx"])["prompt"] == prompt
+
+
+@pytest.mark.parametrize(
+    ("out", "names", "sizes"),
+    [
+        (None, ["red-cube-0", "blue-sphere-0"], [(24, 8)] * 2),
+        ("{prompt}.png", ["red-cube", "blue-sphere"], [(24, 8)] * 2),
+        (
+            "x-{seed}-{prompt}.png",
+            [f"x-{seed}-{w}" for w in ("red-cube", "blue-sphere") for seed in (0, 1)],
+            [(12, 8)] * 4,
+        ),
+    ],
+)
+def test_each_prompt_has_a_file_or_one_for_each_seed(
+    paper: Path,
+    elsewhere: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    out: str | None,
+    names: list[str],
+    sizes: list[tuple[int, int]],
+) -> None:
+    fake(monkeypatch, FakeEngine())
+    (elsewhere / "prompts.txt").write_text("red cube\nblue sphere\n")
+    flags = [] if out is None else ["--out", out]
+    result = run("--prompts", "prompts.txt", "--bundle", paper, "-n", 2, "--steps", 1, *flags)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.split() == [f"{name}.png" for name in names]
+    found = []
+    for name in result.stdout.split():
+        with Image.open(name) as image:
+            found.append(image.size)
+    assert found == sizes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--prompts", "none.txt"],
+            "expected a file of prompts, one a line, at none.txt, found: No such file",
+        ),
+        (["--prompts", "empty.txt"], "expected prompts in empty.txt, one a line, found none; write some"),
+        (["--prompts", "prompts.txt", PROMPT], "expected PROMPT or --prompts, found both"),
+        (
+            ["--prompts", "prompts.txt", "--out", "a.png"],
+            "expected a file for each of 3 prompts, found one name for several in --out a.png; add {prompt}",
+        ),
+        (["--prompts", "prompts.txt", "--out", "{prompt}.png"], "expected a file for each of 3 prompts"),
+    ],
+)
+def test_prompts_that_have_no_place_are_refused(
+    bundled: Path, prompts_txt: Path, arguments: list[str], message: str
+) -> None:
+    (prompts_txt.parent / "empty.txt").write_text(" \n")
+    before = sorted(path.name for path in prompts_txt.parent.iterdir())
+    require_refusal(run(*arguments), 2, message)
+    assert sorted(path.name for path in prompts_txt.parent.iterdir()) == before
 
 
 def test_force_replaces_a_file(bundled: Path) -> None:
@@ -378,7 +463,7 @@ def test_draws_a_class(classes: Path, elsewhere: Path, monkeypatch: pytest.Monke
             "expected a class and no prompt (this bundle draws classes), found a promp",
         ),
         (
-            ["--class", "3", "--negative", "red"],
+            ["--class", "3", "--negative-prompt", "red"],
             "expected a class and no prompt (this bundle draws classes),",
         ),
         (["--class", "3", "--sampler", "euler"], "expected a sampler of ddpm, ddim, found 'euler'"),
@@ -496,11 +581,14 @@ def test_a_notice_of_a_prompt_that_is_refused_after_all_is_not_given(
         ([PROMPT, "-n", "0"], "expected num_images to be a whole number in 1..1000, found 0"),
         ([PROMPT, "--engine", "tensorflow"], "expected an engine of auto, "),
         (
-            [PROMPT, "--negative", "zebra"],
+            [PROMPT, "--negative-prompt", "zebra"],
             "negative prompt: expected words of this model's vocabulary, found 'zebra'",
         ),
         ([PROMPT, "--seed", "any"], "'any' is not a valid integer"),
-        ([PROMPT, "--guidance", "1", "--negative", "blue"], "expected no negative prompt at guidance 1"),
+        (
+            [PROMPT, "--guidance", "1", "--negative-prompt", "blue"],
+            "expected no negative prompt at guidance 1",
+        ),
         ([], "expected a prompt or a list of prompts, found none; say what to draw"),
         (
             [PROMPT, "--class", "3"],

@@ -123,7 +123,7 @@ def test_one_step_starts_where_the_noise_is() -> None:
     assert respaced(1) == [999]
     noise = gaussian_noise(0, (1, 2, 3, 3))
     for sampler in DIFFUSION_SAMPLERS.values():
-        [x] = sampler.sample(lambda x, t: x, noise, sampler.schedule(1, 1.0), noise_of([0], (2, 3, 3)))
+        [x] = sampler.walk(lambda x, t: x, noise, sampler.schedule(1, 1.0), noise_of([0], (2, 3, 3)))
         assert np.isfinite(x).all()
         assert np.abs(x - noise).max() > 0.1
 
@@ -159,7 +159,7 @@ def test_shows_the_model_the_original_timesteps_once_each(name: str, steps: int)
         return batch_noise([3, 4], (1, 2, 2), step)
 
     sampler = DIFFUSION_SAMPLERS[name]
-    path = list(sampler.sample(prediction, noise, sampler.schedule(steps, 1.0), noise_at))
+    path = list(sampler.walk(prediction, noise, sampler.schedule(steps, 1.0), noise_at))
     assert seen == [float(t) for t in reversed(respaced(steps))]
     assert asked == (list(range(1, steps)) if name == "ddpm" else [])  # none at the last step
     assert len(path) == steps
@@ -394,7 +394,7 @@ def test_a_picture_is_the_same_in_any_batch(name: str) -> None:
     shape, sampler = (2, 3, 3), DIFFUSION_SAMPLERS[name]
 
     def draw(seeds: list[int]) -> Array:
-        *_, x = sampler.sample(
+        *_, x = sampler.walk(
             lambda x, t: np.concatenate([np.sin(x), np.cos(x)], axis=1),
             batch_noise(seeds, shape),
             sampler.schedule(20, 1.0),

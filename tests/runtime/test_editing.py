@@ -16,10 +16,10 @@ from tpx_runtime.bundle import Bundle
 from tpx_runtime.editing import (
     DEFAULT_STRENGTH,
     Edit,
-    Repainting,
-    noised,
+    InpaintingPrediction,
+    add_noise,
+    last_steps,
     starting_strength,
-    tail,
     to_pixels,
     to_repaint,
 )
@@ -78,7 +78,7 @@ def test_steps_taken_are_those_of_diffusers(steps: int, strength: float) -> None
     scheduler = SimpleNamespace(timesteps=schedule.timesteps, order=1)
     get_timesteps = StableDiffusion3Img2ImgPipeline.get_timesteps
     theirs, _ = get_timesteps(SimpleNamespace(scheduler=scheduler), steps, strength, "cpu")
-    made = tail(schedule, strength)
+    made = last_steps(schedule, strength)
     assert made.timesteps == (theirs or schedule.timesteps[-1:])  # where theirs would not start, one
     assert len(made.sigmas) == len(made.timesteps) + 1
     assert made.sigmas[-1] == 0
@@ -90,12 +90,12 @@ def test_steps_taken_are_those_of_diffusers(steps: int, strength: float) -> None
 )
 def test_strength_rounds_up_to_whole_steps(steps: int, strength: float, taken: int) -> None:
     schedule = FLOW_SAMPLERS["euler"].schedule(steps, 3.0)
-    assert tail(schedule, strength).timesteps == schedule.timesteps[-taken:]
+    assert last_steps(schedule, strength).timesteps == schedule.timesteps[-taken:]
 
 
 def test_strength_one_is_every_step() -> None:
     for sampler in FLOW_SAMPLERS.values():
-        assert tail(sampler.schedule(7, 3.0), 1.0) == sampler.schedule(7, 3.0)
+        assert last_steps(sampler.schedule(7, 3.0), 1.0) == sampler.schedule(7, 3.0)
 
 
 def test_a_strength_needs_an_image() -> None:
@@ -262,9 +262,9 @@ def test_what_is_kept_is_on_its_path_after_every_step(
 ) -> None:
     """(1 - sigma) x0 + sigma noise, of each picture's own noise."""
     x0, noise = (rng.standard_normal((2, 4, 2, 3)).astype(np.float32) for _ in range(2))
-    schedule = tail(FLOW_SAMPLERS[name].schedule(steps, shift), strength)
-    velocity = Repainting(far_away, x0[:1], noise, CORNERS)
-    start = noised(x0[:1], noise, schedule.sigmas[0])
+    schedule = last_steps(FLOW_SAMPLERS[name].schedule(steps, shift), strength)
+    velocity = InpaintingPrediction(far_away, x0[:1], noise, CORNERS)
+    start = add_noise(x0[:1], noise, schedule.sigmas[0])
     path = list(FLOW_SAMPLERS[name].sample(velocity, start, schedule))
     assert len(path) == len(schedule.timesteps)
     kept = np.broadcast_to(~CORNERS, start.shape)
@@ -279,9 +279,9 @@ def test_what_is_kept_is_on_its_path_after_every_step(
 def test_what_is_painted_is_painted_as_without_a_mask(name: str) -> None:
     """A mask of nothing but white changes no number."""
     x0, noise = (rng.standard_normal((2, 4, 2, 3)).astype(np.float32) for _ in range(2))
-    schedule = tail(FLOW_SAMPLERS[name].schedule(6, 3.0), 0.8)
-    velocity = Repainting(far_away, x0, noise, np.ones((1, 1, 2, 3), bool))
-    start = noised(x0, noise, schedule.sigmas[0])
+    schedule = last_steps(FLOW_SAMPLERS[name].schedule(6, 3.0), 0.8)
+    velocity = InpaintingPrediction(far_away, x0, noise, np.ones((1, 1, 2, 3), bool))
+    start = add_noise(x0, noise, schedule.sigmas[0])
     *_, masked = FLOW_SAMPLERS[name].sample(velocity, start, schedule)
     *_, free = FLOW_SAMPLERS[name].sample(far_away, start, schedule)
     np.testing.assert_array_equal(masked, free)
@@ -297,19 +297,19 @@ def test_inpainting_with_euler_is_that_of_diffusers(strength: float) -> None:
     mask = torch.from_numpy(CORNERS).float()
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     scheduler.set_timesteps(12)
-    schedule = tail(FLOW_SAMPLERS["euler"].schedule(12, 3.0), strength)
+    schedule = last_steps(FLOW_SAMPLERS["euler"].schedule(12, 3.0), strength)
     first = 12 - len(schedule.timesteps)
     scheduler.set_begin_index(first)
     times = scheduler.timesteps[first:]
     latents = scheduler.scale_noise(x0, times[:1], noise)
-    start = noised(x0.numpy(), noise.numpy(), schedule.sigmas[0])
+    start = add_noise(x0.numpy(), noise.numpy(), schedule.sigmas[0])
     np.testing.assert_allclose(start, latents.numpy(), rtol=1e-5, atol=1e-6)
     for i, time in enumerate(times):
         velocity = torch.from_numpy(far_away(latents.numpy(), float(time)))
         latents = scheduler.step(velocity, time, latents, return_dict=False)[0]
         kept = scheduler.scale_noise(x0, times[i + 1 : i + 2], noise) if i + 1 < len(times) else x0
         latents = (1 - mask) * kept + mask * latents
-    ours = Repainting(far_away, x0.numpy(), noise.numpy(), CORNERS)
+    ours = InpaintingPrediction(far_away, x0.numpy(), noise.numpy(), CORNERS)
     *_, found = FLOW_SAMPLERS["euler"].sample(ours, start, schedule)
     np.testing.assert_allclose(found, latents.numpy(), rtol=1e-4, atol=1e-4)
 

@@ -366,7 +366,7 @@ def test_a_class_is_a_diffusion_of_guided_epsilon(by_class: Generator, name: str
         return np.concatenate([away[:, :3] + 4.0 * (towards - away)[:, :3], towards[:, 3:]], axis=1)
 
     sampler = DIFFUSION_SAMPLERS[name]
-    *_, latents = sampler.sample(
+    *_, latents = sampler.walk(
         epsilon,
         np.stack([gaussian_noise(seed, model.latent_shape) for seed in seeds]),
         sampler.schedule(6, 1.0),
@@ -599,7 +599,7 @@ def test_steps_of_a_cancelled_call_are_counted_as_the_callback_counts_them(gener
 
 
 def test_pictures_are_there_as_soon_as_their_batch_is(generator: Generator, engine: FakeEngine) -> None:
-    drawn = generator.drawn(generator.plan("red cube", num_images=3), batch_size=2)
+    drawn = generator.stream(generator.plan("red cube", num_images=3), batch_size=2)
     first = next(drawn)
     assert len(calls(engine, "vae_decoder")) == 1
     assert same([first, *drawn], generator("red cube", num_images=3))

@@ -39,13 +39,13 @@ def on_bound_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def loops(monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """The courses of loops that were started."""
+    """The plans of loops that were started."""
     started: list[object] = []
     start = engine_module.start_loop
 
-    def watched(transformer: Any, step: Any, course: Any) -> Any:
-        started.append(course)
-        return start(transformer, step, course)
+    def watched(transformer: Any, step: Any, plan: Any) -> Any:
+        started.append(plan)
+        return start(transformer, step, plan)
 
     monkeypatch.setattr(engine_module, "start_loop", watched)
     monkeypatch.setenv("TPX_DEVICE_LOOP", "1")
@@ -53,7 +53,7 @@ def loops(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 
 
 def generator(bundle: Path, keep: bool = True) -> Generator:
-    return Generator(Bundle.open(bundle), replace(ENGINES["onnxruntime"], looping=True), keep=keep)
+    return Generator(Bundle.open(bundle), replace(ENGINES["onnxruntime"], has_loop=True), keep=keep)
 
 
 def same(found: Generator, expected: Generator, prompt: str = PROMPT, **settings: Any) -> None:
@@ -204,8 +204,8 @@ def test_it_is_asked_for_and_needs_a_bundle_that_has_the_step(
 def test_a_transformer_that_says_something_else_is_one_line(tiny_bundle: Path, loops: list[object]) -> None:
     drawing = generator(tiny_bundle)
     drawing.generate_latents(drawing.plan(PROMPT, steps=2))
-    (course,) = loops
-    wrong = replace(course, prediction="speed")  # type: ignore[type-var]
+    (plan,) = loops
+    wrong = replace(plan, prediction="speed")  # type: ignore[type-var]
     sessions = [
         drawing._graphs.open(path) for path in (drawing.bundle.transformer(3, "plain"), drawing.bundle.step)
     ]
@@ -219,13 +219,13 @@ def test_a_call_after_a_loop_is_given_its_own_inputs(tiny_bundle: Path, loops: l
     """Which lie in the buffers that the loop wrote to, and are the arrays of the call before it."""
     drawing = generator(tiny_bundle)
     drawing.generate_latents(drawing.plan(PROMPT, steps=2))
-    (course,) = loops
+    (plan,) = loops
     transformer, step = (
         drawing._graphs.open(path) for path in (drawing.bundle.transformer(3, "plain"), drawing.bundle.step)
     )
-    inputs = course.inputs
+    inputs = plan.inputs
     before = transformer.run(inputs)
-    loop = engine_module.start_loop(transformer, step, course)
+    loop = engine_module.start_loop(transformer, step, plan)
     loop.advance()
     loop.advance()
     after = transformer.run(inputs)

@@ -8,7 +8,7 @@
 One module for each (onnxruntime, openvino, tensorrt) is imported when its engine is first asked.
 """
 
-from .loop import Course, Loop
+from .loop import Loop, LoopPlan
 from .registry import AUTO, ENGINES, NONE_RUNS, Engine, Spelling, resolve
 from .session import Arrays, Session, failing, one_line, output, require_output
 
@@ -17,9 +17,9 @@ __all__ = [
     "ENGINES",
     "NONE_RUNS",
     "Arrays",
-    "Course",
     "Engine",
     "Loop",
+    "LoopPlan",
     "Session",
     "Spelling",
     "failing",

@@ -10,10 +10,10 @@ from .session import Arrays
 
 
 @dataclass(frozen=True)
-class Course:
-    """A denoising loop, all told ahead: N calls on the rows of so many `pictures`, a negative branch's first.
+class LoopPlan:
+    """A denoising loop planned in advance: N transformer calls on a batch of `pictures`, rows of the negative branch first.
 
-    `context` is what the transformer is told beside latents and conditions, `tables` what a step's graph is given once
+    `context` holds the transformer's inputs beside latents and conditions, `tables` the constant inputs of the step graph
     (docs/bundle.md), and `ends` the number of calls after each of the sampler's steps.
     """
 
@@ -32,7 +32,7 @@ class Course:
 
 
 class Loop(Protocol):
-    """A loop that is at the start of its course, on a device; each call of `advance` is one of the transformer."""
+    """A planned loop on a device; each call of `advance` is one of the transformer."""
 
     def advance(self) -> None:
         """Raises EngineFailed."""

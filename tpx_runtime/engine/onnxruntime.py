@@ -10,7 +10,7 @@ import onnxruntime as ort
 from ..errors import EngineUnavailable
 from .cuda import Driver
 from .environment import graphs_wanted, threads_wanted
-from .loop import Course
+from .loop import LoopPlan
 from .onnxruntime_bound import FATAL_ONLY, BoundSession
 from .onnxruntime_loop import DeviceLoop
 from .session import Arrays, Session, failing
@@ -53,10 +53,10 @@ def open_session(engine_name: str, path: Path) -> Session:
         return OrtSession(_load(path, PROVIDERS[engine_name], {}), path)
 
 
-def start_loop(transformer: Session, step: Session, course: Course) -> DeviceLoop:
+def start_loop(transformer: Session, step: Session, plan: LoopPlan) -> DeviceLoop:
     """The loop of two sessions of onnxruntime-cuda, at its start. Raises EngineFailed."""
     assert isinstance(transformer, BoundSession) and isinstance(step, BoundSession)
-    return DeviceLoop(transformer, step, course)
+    return DeviceLoop(transformer, step, plan)
 
 
 def _load(path: Path, provider: str, told: dict[str, str]) -> ort.InferenceSession:

@@ -9,37 +9,37 @@ transformer has said since the start, as the sampler wants it, and picks the nex
 import numpy as np
 import numpy.typing as npt
 
-from .loop import Course
+from .loop import LoopPlan
 from .onnxruntime_bound import BoundSession
 from .session import Arrays, require_output
 
 
 class DeviceLoop:
-    """`transformer` and `step` on their way along a course; latents are those of its first call at the start."""
+    """`transformer` and `step` on their way along a plan; latents are those of its first call at the start."""
 
-    def __init__(self, transformer: BoundSession, step: BoundSession, course: Course) -> None:
+    def __init__(self, transformer: BoundSession, step: BoundSession, plan: LoopPlan) -> None:
         self._transformer, self._step = transformer, step
         with transformer.running():
-            self._says = transformer.buffers(course.inputs)
+            self._says = transformer.buffers(plan.inputs)
             if self._says.outputs:
-                self._says.upload(course.context)
+                self._says.upload(plan.context)
             else:  # the first of such shapes, which is to find out where its outputs are
-                self._says.upload(course.inputs)
+                self._says.upload(plan.inputs)
                 self._says.launch()
             self._says.forget("latents", "conditions")
             made = {name: tuple(value.shape()) for name, value in self._says.outputs.items()}
-            require_output(course.prediction, course.latents.shape, made.get(course.prediction))
-            said = self._says.outputs[course.prediction]
-            said.update_inplace(course.latents)
+            require_output(plan.prediction, plan.latents.shape, made.get(plan.prediction))
+            said = self._says.outputs[plan.prediction]
+            said.update_inplace(plan.latents)
         shared = {name: self._says.inputs[name] for name in ("latents", "conditions")} | {"prediction": said}
-        history = {"history": np.zeros((len(course.tables["weights"]), *course.latents.shape), np.float32)}
+        history = {"history": np.zeros((len(plan.tables["weights"]), *plan.latents.shape), np.float32)}
         with step.running():
-            self._sums = step.buffers(course.tables | history | _call(0), shared)
+            self._sums = step.buffers(plan.tables | history | _call(0), shared)
             if "history" not in self._sums.inputs:
                 self._sums.upload(history)
                 self._sums.overwrite("history", with_output="kept")
                 self._sums.forget("history")
-            self._sums.upload(course.tables)
+            self._sums.upload(plan.tables)
         self._calls = 0
         self._sum_up()
 

@@ -105,7 +105,7 @@ def compile_any(path: Path, config: dict[str, str], store: Store) -> openvino.Co
     store.discard_damaged()
     with failing(path, "openvino", "load"):
         compiled = core().compile_model(str(path), "CPU", {**config, "CACHE_DIR": str(store.any_shapes)})
-    store.vouch()
+    store.write_checksums()
     return compiled
 
 

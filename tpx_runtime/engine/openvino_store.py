@@ -5,8 +5,8 @@ In such a folder are OpenVINO's own cache of the graph for any shapes (`any.KEY/
 graph and its weights by size and time, TPX's and OpenVINO's versions, the CPU and the settings, for exact ones shapes and
 parts too. OpenVINO itself looks at the graph's file and not at that of its weights.
 
-Nor does it look whether what it kept is still what it wrote: a damaged graph draws another picture. So each file has its
-CRC-32 beside it, and one that does not have that is as good as none.
+Nor does it check that its cache is intact, and a damaged graph draws another picture. So each file has its CRC-32 beside it;
+a file whose checksum is missing or wrong is compiled again.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from functools import cached_property
 from pathlib import Path
 
 from ..files import whole_file
-from .built import default_folder
+from .engine_file import default_folder
 
 CHECK = ".crc32"
 _CHUNK_BYTES = 1 << 20
@@ -34,7 +34,7 @@ def is_sound(file: Path) -> bool:
         return False
 
 
-def _vouch(file: Path) -> None:
+def _write_checksum(file: Path) -> None:
     """Write down what `file` is. Raises OSError."""
     with whole_file(_check_of(file)) as part:
         part.write_text(_crc32(file))
@@ -93,12 +93,12 @@ class Store:
                     graph.unlink(missing_ok=True)
                     _check_of(graph).unlink(missing_ok=True)
 
-    def vouch(self) -> None:
+    def write_checksums(self) -> None:
         """Write down what lies in `any_shapes` now, unless that is known."""
         for graph in self.any_shapes.glob("*"):
             if graph.suffix != CHECK and not _check_of(graph).exists():
                 with suppress(OSError):
-                    _vouch(graph)
+                    _write_checksum(graph)
 
     @property
     def weight_bytes(self) -> int:
@@ -115,10 +115,10 @@ class Store:
         return any(self.folder.glob("*.exact"))
 
     def write(self, file: Path, content: bytes | memoryview) -> None:
-        """Write a file of `exact` whole, in the place of those for the same rows. Raises OSError, and then there is none."""
+        """Write a compiled graph atomically and remove older ones for the same rows. Raises OSError, leaving no file."""
         with whole_file(file) as part:
             part.write_bytes(content)
-        _vouch(file)
+        _write_checksum(file)
         for old in self.folder.glob(f"{file.name.split('.')[0]}.*.exact"):
             if old != file:
                 old.unlink(missing_ok=True)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from ..errors import BadInput, EngineUnavailable, shorten
 from .environment import loop_wanted
-from .loop import Course, Loop
+from .loop import Loop, LoopPlan
 from .session import Session, one_line
 
 # Of a transformer: tpx::RoutedLora as one node, attention in float16 as one node too, or standard operators alone.
@@ -32,8 +32,8 @@ class Engine:
     precision: str | None = None  # that it computes in; None where that is the graph's own
     device: Literal["cpu", "gpu"] = "cpu"
     # Whether tpx-build has work for it: to spare processes that draw the compiling, or to make the only thing that it runs.
-    built: Literal["never", "ahead", "only"] = "never"
-    looping: bool = False  # whether `module` has `start_loop(transformer, step, course) -> Loop`
+    prebuilt: Literal["never", "optional", "required"] = "never"
+    has_loop: bool = False  # whether `module` has `start_loop(transformer, step, plan) -> Loop`
 
     def problem(self) -> str | None:
         """Why this engine cannot run here, on one line; None if it can."""
@@ -59,11 +59,11 @@ class Engine:
     @property
     def loops(self) -> bool:
         """Whether it is to keep a loop's latents on the device, where it can."""
-        return self.looping and loop_wanted()
+        return self.has_loop and loop_wanted()
 
-    def start_loop(self, transformer: Session, step: Session, course: Course) -> Loop:
+    def start_loop(self, transformer: Session, step: Session, plan: LoopPlan) -> Loop:
         """The loop of two sessions of this engine. Raises EngineFailed."""
-        loop: Loop = self._module().start_loop(transformer, step, course)
+        loop: Loop = self._module().start_loop(transformer, step, plan)
         return loop
 
     def _module(self) -> Any:
@@ -81,7 +81,7 @@ ENGINES = {
             module="onnxruntime",
             spelling="fused",
             device="gpu",
-            looping=True,
+            has_loop=True,
         ),
         Engine("onnxruntime", package="onnxruntime", extra="cpu", module="onnxruntime", spelling="plain"),
         Engine(
@@ -90,7 +90,7 @@ ENGINES = {
             extra="openvino",
             module="openvino",
             spelling="plain",
-            built="ahead",
+            prebuilt="optional",
         ),
         Engine(
             "openvino-bf16",
@@ -99,7 +99,7 @@ ENGINES = {
             module="openvino",
             spelling="plain",
             precision="bf16",
-            built="ahead",
+            prebuilt="optional",
         ),
         # auto takes these only where nothing else is installed: they may have nothing to run.
         Engine(
@@ -109,7 +109,7 @@ ENGINES = {
             module="tensorrt",
             spelling="operator",
             device="gpu",
-            built="only",
+            prebuilt="required",
         ),
         Engine(
             "tensorrt",
@@ -118,7 +118,7 @@ ENGINES = {
             module="tensorrt",
             spelling="operator",
             device="gpu",
-            built="only",
+            prebuilt="required",
         ),
     )
 }

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..bundle import Bundle
 from ..errors import EngineUnavailable, TpxError
-from . import built, cuda
+from . import cuda, engine_file
 from .environment import engines_folder, graphs_wanted
 from .gpu import Gpu, find_gpu
 from .tensorrt_flavours import FLAVOURS, FULL, Flavour, bindings, version
@@ -43,25 +43,14 @@ def open_session(engine_name: str, path: Path) -> TensorRtSession:
     """
     flavour, driver = FLAVOURS[engine_name], cuda.Driver()
     gpu, bundle = find_gpu(driver), Bundle.open(path.parent.parent, verify=False)
-    folder = built.default_folder(bundle.root)
-    key = built.Key(
-        bundle=bundle.hash,
-        graph=built.graph_name(path),
-        precision=bundle.manifest.precision,
-        batch=(0, 0),
-        engine=flavour.name,
-        version=version(flavour),
-        capability=f"sm{gpu.capability}",
-        gpu=gpu.name,
-        driver=gpu.driver,
-        plugin=None,
-    )
+    folder = engine_file.default_folder(bundle.root)
+    key = engine_file.Key.of(bundle, path, flavour.name, version(flavour), gpu)
     command = f"tpx-build {shlex.quote(str(bundle.root))} --engine {flavour.name}"
     if engines_folder():
         command += f" --cache {shlex.quote(str(folder))}"
     try:
-        found = built.find(folder, key)
-    except built.Stale as reason:
+        found = engine_file.find(folder, key)
+    except engine_file.Stale as reason:
         raise EngineUnavailable(f"{reason}; build it again with `{command}`") from None
     if found is None:
         raise EngineUnavailable(

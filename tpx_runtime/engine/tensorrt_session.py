@@ -268,9 +268,8 @@ class _KernelsRtx:
         with suppress(OSError):
             self._known = path.read_bytes()
         if self._known:
-            cache.deserialize(
-                self._known
-            )  # which takes nothing of another version, GPU or driver, nor damaged
+            # It refuses what is damaged, or of another version, GPU or driver; the cache is then empty.
+            cache.deserialize(self._known)
         config.set_runtime_cache(cache)
         self._cache: IRuntimeCache = cache
 

@@ -49,10 +49,7 @@ def of_compiled(work: Work, options: dict[str, Any]) -> Subject:
     told = (
         [np.zeros(rows, np.int64)]
         if model.classes
-        else [
-            np.zeros((rows, model.context_tokens, model.context_width), np.float32),
-            np.zeros((rows, model.pooled_width), np.float32),
-        ]
+        else [np.zeros((rows, *model.input_shapes[name]), np.float32) for name in ("context", "pooled")]
     )
     inputs = [latents, np.full(rows, 500.0, np.float32), *told]
     with tempfile.TemporaryDirectory(prefix="tpx-bench-") as cache:

@@ -59,13 +59,8 @@ class _Run:
     """The workers of one run. `folder` takes all their temporary files, `stack` their ends."""
 
     def __init__(self, plan: Plan, record: Record, advance: Advance, folder: Path, stack: ExitStack) -> None:
-        self._plan, self._record, self._advance, self._folder, self._stack = (
-            plan,
-            record,
-            advance,
-            folder,
-            stack,
-        )
+        self._plan, self._record, self._advance = plan, record, advance
+        self._folder, self._stack = folder, stack
         self._workers: dict[str, WorkerProcess] = {}
         self._peaks: WorkerProcess | None = None
         self._works: dict[str, Work] = {}
@@ -77,10 +72,8 @@ class _Run:
         for number in range(self._plan.rounds):
             self._measure_peaks(number)
             turn = number % len(todo)
-            for configuration in (
-                *todo[turn:],
-                *todo[:turn],
-            ):  # nobody always comes behind the same neighbour
+            # Rotated, so that no configuration always follows the same one.
+            for configuration in (*todo[turn:], *todo[:turn]):
                 self._round(configuration, number)
 
     def _round(self, configuration: Configuration, number: int) -> None:

@@ -33,10 +33,7 @@ def export(ckpt: str, depths: Sequence[int], out: str) -> dict[str, Any]:
     if model.classes:
         told = [torch.zeros(2, dtype=torch.int64)]
     else:
-        told = [
-            torch.zeros(2, model.context_tokens, model.context_width),
-            torch.zeros(2, model.pooled_width),
-        ]
+        told = [torch.zeros(2, *model.input_shapes[name]) for name in ("context", "pooled")]
     latents = torch.zeros(2, *model.latent_shape)
     for depth in depths:
         denoiser = Denoiser(pipeline.transformer(), depth).eval()

@@ -84,9 +84,7 @@ def serve(requests: TextIO, answers: TextIO) -> None:
             answer = getattr(worker, request.pop("do"))(**request)
         except TpxError as error:
             answer = {"error": type(error).__name__, "line": " ".join(str(error).split())}
-        except (
-            Exception
-        ) as error:  # of a framework: whatever it raises is the reason why it cannot be measured
+        except Exception as error:  # a framework's: whatever it raises is why it cannot be measured
             answer = {
                 "error": "Failed",
                 "line": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",

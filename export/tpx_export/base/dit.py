@@ -13,21 +13,27 @@ diffusers' port computes other numbers (its sinusoids, its second layer norm) an
 """
 
 import math
-import re
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from tpx_export.adapters import attach
-from tpx_export.base.tensors import From, Tensors, load_foreign, open_tensors, same
+from tpx_export.base.facts import numbered
+from tpx_export.base.recipe import (
+    From,
+    check_shapes,
+    foreign_shapes,
+    linear,
+    load_foreign,
+    patch_layers,
+    same,
+)
+from tpx_export.base.tensors import Tensors, open_tensors
 from tpx_export.checkpoint import CheckpointInvalid
 from tpx_export.model.dit import DiT, DiTSpec
-from tpx_export.model.thinking import ThinkingSpec
-from tpx_runtime.errors import BadInput, shorten
+from tpx_export.precision import STORED
+from tpx_runtime.errors import BadInput
 
 HEADS = {1152: 16, 1024: 16, 768: 12, 384: 6}  # by width: XL, L, B, S; a checkpoint does not say it
-PRECISIONS = (torch.float32, torch.float16, torch.bfloat16)
 _LAYERS = {
     "modulation": "adaLN_modulation.1",
     "qkv": "attn.qkv",
@@ -43,33 +49,29 @@ _SIZES = {  # tensors that sizes are read from, and their dimensions
 }
 
 
-def load_transformer(
-    source: Path, head_width: int | None = None, thinking: ThinkingSpec | None = None
-) -> DiT:
+def load_transformer(source: Path) -> DiT:
     """The transformer at `source`, an original DiT state dict in .pt or .safetensors.
 
-    `head_width` is needed for widths other than those of DiT-S, B, L and XL. Weights keep their stored precision, but the
-    embedder of time is float32; `thinking` attaches fresh adapters, which change nothing yet. Raises CheckpointInvalid for
-    a checkpoint that is not DiT's, damaged or incomplete, BadInput for a head width that does not fit.
+    Weights keep their stored precision, but the embedder of time is float32. Raises CheckpointInvalid for a checkpoint that
+    is not DiT's, damaged or incomplete, BadInput for a width other than those of DiT-S, B, L and XL.
     """
-    return from_tensors(open_tensors(source), head_width, thinking)
+    return from_tensors(open_tensors(source))
 
 
-def from_tensors(
-    tensors: Tensors, head_width: int | None = None, thinking: ThinkingSpec | None = None
-) -> DiT:
+def from_tensors(tensors: Tensors) -> DiT:
     """`load_transformer` of tensors that are open already."""
-    spec = spec_of(tensors, head_width)
-    _check_shapes(spec, tensors)
+    spec = spec_of(tensors)
+    kinds = "tensors of this model's shapes in float32, float16 or bfloat16"
+    check_shapes(shapes_of(spec), tensors, STORED.__contains__, kinds)
     with torch.device("meta"):
         model = DiT(spec)
-    load_foreign(model, recipe(spec), tensors, tensors.where)
+    load_foreign(model, recipe(spec), tensors)
     model.to(model.patch_in.weight.dtype)
     model.time.float()
-    return attach(model, thinking) if thinking else model
+    return model
 
 
-def spec_of(tensors: Tensors, head_width: int | None = None) -> DiTSpec:
+def spec_of(tensors: Tensors) -> DiTSpec:
     """The sizes that the shapes of an original checkpoint say. Raises CheckpointInvalid, BadInput."""
     shapes = _sizes(tensors)
     width, channels, patch, _ = shapes["x_embedder.proj.weight"]
@@ -80,14 +82,13 @@ def spec_of(tensors: Tensors, head_width: int | None = None) -> DiTSpec:
             f"{tensors.where}: expected final_layer.linear.weight of {values} or {2 * values} rows (with learned sigma) and "
             f"a width of whole fours, found {spoken} and {width}; check the file"
         )
-    found = (re.match(r"blocks\.(\d+)\.", name) for name in tensors)
     return DiTSpec(
         latent_channels=channels,
         latent_size=side * patch,
         patch=patch,
         width=width,
-        heads=_heads(tensors, width, head_width),
-        blocks=max(1, len({match[1] for match in found if match})),
+        heads=_heads(tensors, width),
+        blocks=numbered(tensors, "blocks"),
         classes=max(1, shapes["y_embedder.embedding_table.weight"][0] - 1),
         learned_sigma=spoken == 2 * values,
     )
@@ -95,57 +96,37 @@ def spec_of(tensors: Tensors, head_width: int | None = None) -> DiTSpec:
 
 def recipe(spec: DiTSpec) -> dict[str, From]:
     """Where each tensor of our DiT, without thinking, comes from."""
-    p, channels = spec.patch, spec.out_channels
-
-    def reordered(rows: Tensor) -> Tensor:
-        return rows.unflatten(0, (p * p, channels)).transpose(0, 1).flatten(0, 1)
-
-    layers = {
-        "time.linear_1": "t_embedder.mlp.0",
-        "time.linear_2": "t_embedder.mlp.2",
-        "out_modulation": "final_layer.adaLN_modulation.1",
-    }
-    for index in range(spec.blocks):
-        layers |= {
-            f"blocks.{index}.visual.{ours}": f"blocks.{index}.{theirs}" for ours, theirs in _LAYERS.items()
-        }
-    return {
-        "patch_in.weight": From(("x_embedder.proj.weight",), lambda weight: weight.flatten(1)),
-        "patch_in.bias": same("x_embedder.proj.bias"),
+    made = {
+        **patch_layers(spec.patch, spec.out_channels, "x_embedder.proj", "final_layer.linear"),
         "positions": From(("pos_embed",), lambda table: table.squeeze(0)),
         "classes.weight": same("y_embedder.embedding_table.weight"),
-        "patch_out.weight": From(("final_layer.linear.weight",), reordered),
-        "patch_out.bias": From(("final_layer.linear.bias",), reordered),
-        **{
-            f"{ours}.{part}": same(f"{theirs}.{part}")
-            for ours, theirs in layers.items()
-            for part in ("weight", "bias")
-        },
+        **linear("time.linear_1", "t_embedder.mlp.0"),
+        **linear("time.linear_2", "t_embedder.mlp.2"),
+        **linear("out_modulation", "final_layer.adaLN_modulation.1"),
     }
+    for index in range(spec.blocks):
+        for ours, theirs in _LAYERS.items():
+            made |= linear(f"blocks.{index}.visual.{ours}", f"blocks.{index}.{theirs}")
+    return made
 
 
 def shapes_of(spec: DiTSpec) -> dict[str, tuple[int, ...]]:
-    """Every tensor of an original checkpoint of that spec, by its original name."""
+    """The shape of every tensor of an original checkpoint of that spec, by its original name."""
     with torch.device("meta"):
-        ours = DiT(spec).state_dict()
-    shapes = {made.names[0]: tuple(ours[name].shape) for name, made in recipe(spec).items()}
-    patch = (spec.width, spec.latent_channels, spec.patch, spec.patch)
-    return shapes | {
-        "x_embedder.proj.weight": patch,
+        model = DiT(spec)
+    return foreign_shapes(model, recipe(spec)) | {
+        "x_embedder.proj.weight": (spec.width, spec.latent_channels, spec.patch, spec.patch),
         "pos_embed": (1, spec.visual_tokens, spec.width),
     }
 
 
-def _heads(tensors: Tensors, width: int, head_width: int | None) -> int:
-    if head_width is None and width in HEADS:
-        return HEADS[width]
-    if head_width is None:
+def _heads(tensors: Tensors, width: int) -> int:
+    if width not in HEADS:
         raise BadInput(
-            f"{tensors.where}: expected a width of {', '.join(map(str, HEADS))}, found {width}; name the width of its heads"
+            f"{tensors.where}: expected a width of {', '.join(map(str, HEADS))}, found {width}; "
+            "other DiTs cannot be imported"
         )
-    if type(head_width) is not int or head_width < 1 or width % head_width:
-        raise BadInput(f"expected a head width that divides {width}, found {shorten(head_width)}")
-    return width // head_width
+    return HEADS[width]
 
 
 def _sizes(tensors: Tensors) -> dict[str, tuple[int, ...]]:
@@ -167,20 +148,3 @@ def _sizes(tensors: Tensors) -> dict[str, tuple[int, ...]]:
             f"{odd[0]} {list(shapes[odd[0]])}; check the file"
         )
     return shapes
-
-
-def _check_shapes(spec: DiTSpec, tensors: Tensors) -> None:
-    """Every foreign tensor's own shape and type, before any is reordered. Raises CheckpointInvalid."""
-    faults = []
-    for name, shape in shapes_of(spec).items():
-        if name not in tensors:
-            continue  # load_foreign lists what is missing
-        value = tensors[name]
-        if tuple(value.shape) != shape or value.dtype not in PRECISIONS:
-            kind = str(value.dtype).removeprefix("torch.")
-            faults.append(f"{name} is {kind} {list(value.shape)}, not {list(shape)}")
-    if faults:
-        raise CheckpointInvalid(
-            f"{tensors.where}: expected tensors of this model's shapes in float32, float16 or bfloat16, found {len(faults)} "
-            f"that do not fit: {'; '.join(faults)}"
-        )

@@ -6,9 +6,9 @@ from tpx_export.base.dit import from_tensors, spec_of
 from tpx_export.base.sources import Sources, name_of, precision_of
 from tpx_export.base.tensors import open_tensors
 from tpx_export.base.vae import load_vae
-from tpx_export.pipeline import Pipeline
+from tpx_export.pipeline import Pipeline, model_spec
 from tpx_runtime.errors import BadInput
-from tpx_runtime.manifest import Defaults, LatentSpec, ModelSpec
+from tpx_runtime.manifest import Defaults, LatentSpec
 
 _GUIDED = 3  # of the channels: what the original's sampling guides
 _MARK = "y_embedder.embedding_table.weight"
@@ -19,12 +19,10 @@ def recognises(path: Path) -> bool:
     return path.is_file() and _MARK in open_tensors(path)
 
 
-def open_pipeline(
-    sources: Sources, image_size_px: int | None = None, head_width: int | None = None
-) -> Pipeline:
+def open_pipeline(sources: Sources, image_size_px: int | None = None) -> Pipeline:
     """The parts of a DiT. Raises CheckpointInvalid, BadInput for another image size than its own."""
     tensors = open_tensors(sources.path)
-    spec = spec_of(tensors, head_width)
+    spec = spec_of(tensors)
     folder = sources.components
     if folder is None or not (folder / "config.json").exists():
         folder = sources.folder("vae")
@@ -38,29 +36,13 @@ def open_pipeline(
     return Pipeline(
         name=name_of(sources.path),
         license="the base model's own",
-        model=ModelSpec(
-            latent_channels=spec.latent_channels,
-            latent_size=(spec.latent_size, spec.latent_size),
-            image_size_px=(size, size),
-            context_tokens=0,
-            context_width=0,
-            pooled_width=0,
-            conditions_width=spec.conditions_width,
-            classes=spec.classes,
-            prediction="epsilon",
-            out_channels=spec.out_channels,
-            guided_channels=min(_GUIDED, spec.latent_channels),
-            visual_tokens=spec.visual_tokens,
-            depths=(1,),
-            experts=0,
-            thinking_blocks=(),
-        ),
+        model=model_spec(spec, size, guided_channels=min(_GUIDED, spec.latent_channels)),
         latent=LatentSpec(latent.scale, latent.shift),
         defaults=Defaults(sampler="ddpm", steps=250, guidance=4.0, depth=1),  # the original's sample.py
         shift=None,
         text=(),
         blocks=spec.blocks,
-        transformer=lambda: from_tensors(tensors, head_width),
+        transformer=lambda: from_tensors(tensors),
         autoencoder=lambda: load_vae(folder, size),
         precision=precision_of(tensors.dtype),
     )

@@ -1,6 +1,5 @@
-"""What a foreign checkpoint says of its sizes, checked: the fields of a config.json, or the shapes of its tensors."""
+"""The sizes of a foreign model, checked: from the fields of its config.json, or from the shapes of its tensors."""
 
-import json
 import math
 import re
 from collections.abc import Iterable
@@ -8,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tpx_export.base.foreign_json import read_object
 from tpx_export.base.tensors import Tensors
 from tpx_export.checkpoint import CheckpointInvalid
 from tpx_runtime.errors import shorten
@@ -17,7 +17,7 @@ _MOST = 2**24  # of anything that is counted; identifiers up to here are exact i
 
 @dataclass(frozen=True)
 class Config:
-    """The fields of a config.json. Fields that are left out have the defaults of the library that wrote it."""
+    """The fields of a config.json. A field that is left out has the default of the library that wrote it."""
 
     path: Path
     fields: dict[str, Any]
@@ -30,7 +30,7 @@ class Config:
         return value
 
     def counts(self, name: str, default: tuple[int, ...]) -> tuple[int, ...]:
-        """Some whole numbers. Raises CheckpointInvalid."""
+        """One or more whole numbers, each 1 or more. Raises CheckpointInvalid."""
         values = self.fields.get(name, default)
         if (
             not isinstance(values, list | tuple)
@@ -48,7 +48,7 @@ class Config:
         return default if value is None else float(value)
 
     def one_of(self, name: str, allowed: tuple[Any, ...], default: Any = None) -> Any:
-        """A value that the import knows. Raises CheckpointInvalid."""
+        """A value that must be one of `allowed`. Raises CheckpointInvalid."""
         value = self.fields.get(name, default)
         if not any(type(value) is type(known) and value == known for known in allowed):
             raise self.unfit(f"{name} {' or '.join(map(str, allowed))}", value)
@@ -61,21 +61,13 @@ class Config:
 
 
 def read_config(folder: Path) -> Config:
-    """Of config.json in `folder`. Raises CheckpointInvalid."""
+    """Read config.json in `folder`. Raises CheckpointInvalid."""
     path = folder / "config.json"
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise CheckpointInvalid(f"{path}: expected a file, found none; check the path") from None
-    except (ValueError, RecursionError):
-        raise CheckpointInvalid(f"{path}: expected JSON, found something else; copy it again") from None
-    if not isinstance(fields, dict):
-        raise CheckpointInvalid(f"{path}: expected fields by name, found {shorten(fields)}; copy it again")
-    return Config(path, fields)
+    return Config(path, read_object(path))
 
 
 def shape(tensors: Tensors, name: str, dimensions: int) -> tuple[int, ...]:
-    """Of that tensor. Raises CheckpointInvalid where there is none or it is no such tensor."""
+    """The shape of a tensor. Raises CheckpointInvalid if it is missing, empty, or has another number of dimensions."""
     if name not in tensors:
         raise CheckpointInvalid(
             f"{tensors.where}: expected a tensor {name}, found it missing; check the file"
@@ -88,10 +80,10 @@ def shape(tensors: Tensors, name: str, dimensions: int) -> tuple[int, ...]:
     return found
 
 
-def numbered(names: Iterable[str], prefix: str) -> int:
-    """How many parts there are under PREFIX.0., PREFIX.1. ..., at least one.
+def numbered(names: Iterable[str], prefix: str, least: int = 1) -> int:
+    """How many numbered parts (PREFIX.0., PREFIX.1., ...) the names have, or `least` if that is more.
 
-    Where one is left out its tensors are reported missing, and those of the last unknown.
+    If a number in between has no tensors, loading reports its tensors as missing and those of the last part as unknown.
     """
     found = (re.match(rf"{re.escape(prefix)}\.(\d+)\.", name) for name in names)
-    return max(1, len({match[1] for match in found if match}))
+    return max(least, len({match[1] for match in found if match}))

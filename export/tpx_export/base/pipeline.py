@@ -44,7 +44,7 @@ def open_base(
 
 
 def _mend(root: Path) -> str:
-    """A path of two names may be one of a model on a hub, from which nothing is downloaded here."""
+    """How to mend a missing path: OWNER/NAME may be a model on a hub, from which nothing is downloaded here."""
     if len(root.parts) == 2 and not root.is_absolute() and not root.parent.exists():
         name, folder = shlex.quote(root.as_posix()), shlex.quote(root.name)
         return f"download it with `hf download {name} --local-dir {folder}`, or check the path"
@@ -52,7 +52,7 @@ def _mend(root: Path) -> str:
 
 
 def with_adapters(pipeline: Pipeline, path: Path) -> Pipeline:
-    """`pipeline`, whose transformer thinks as the adapter file says."""
+    """`pipeline` with the thinking adapters of a file attached to its transformer. Raises CheckpointInvalid."""
     thinking, state, _ = load_adapters(path)
     model = replace(
         pipeline.model,

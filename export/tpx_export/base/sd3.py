@@ -2,19 +2,17 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from tpx_export.adapters import attach
+from tpx_export.base.recipe import From, check_shapes, foreign_shapes, load_foreign
 from tpx_export.base.sd3_names import from_diffusers, from_original
 from tpx_export.base.sd3_spec import spec_of_config, spec_of_shapes
-from tpx_export.base.tensors import From, Tensors, load_foreign, open_tensors
+from tpx_export.base.tensors import Tensors, open_tensors
 from tpx_export.checkpoint import CheckpointInvalid
 from tpx_export.model.mmdit import MMDiT, MMDiTSpec
-from tpx_export.model.thinking import ThinkingSpec
 from tpx_runtime.errors import BadInput
 
 PREFIX = "model.diffusion_model."
@@ -22,13 +20,13 @@ _DIFFUSERS_TABLE, _ORIGINAL_TABLE = "pos_embed.pos_embed", "pos_embed"  # of pos
 _ANY = 2**24
 
 
-def load_transformer(source: Path, latent_size: int = 128, thinking: ThinkingSpec | None = None) -> MMDiT:
+def load_transformer(source: Path, latent_size: int = 128) -> MMDiT:
     """The transformer at `source` for square latents of that size (an eighth of the picture's pixels).
 
     `source` is a diffusers folder (with config.json, or with transformer/config.json) or an original single file. Weights
-    keep their stored precision, but float8 becomes float16, and the embedders of time and condition are float32;
-    `thinking` attaches fresh adapters, which change nothing yet. Raises CheckpointInvalid for a checkpoint that is not
-    SD3's, damaged or incomplete, BadInput for a latent size that its table of positions does not cover.
+    keep their stored precision, but float8 becomes float16, and the embedders of time and condition are float32. Raises
+    CheckpointInvalid for a checkpoint that is not SD3's, damaged or incomplete, BadInput for a latent size that its table
+    of positions does not cover.
     """
     if source.is_dir():
         folder = source if (source / "config.json").exists() else source / "transformer"
@@ -50,12 +48,18 @@ def load_transformer(source: Path, latent_size: int = 128, thinking: ThinkingSpe
     recipe["positions"] = From((table,), lambda values: cropped(values, side))
     with torch.device("meta"):
         model = MMDiT(spec)
-    _check_shapes(model, recipe, tensors)
-    load_foreign(model, recipe, tensors, tensors.where)
+    shapes = foreign_shapes(model, recipe) | {
+        recipe["patch_in.weight"].names[0]: (spec.width, spec.latent_channels, spec.patch, spec.patch)
+    }
+    # latent_sizes has checked the table, which is larger than ours.
+    del shapes[table]
+    kinds = "real tensors of this model's shapes"
+    check_shapes(shapes, tensors, lambda dtype: dtype.is_floating_point, kinds)
+    load_foreign(model, recipe, tensors)
     model.to(model.patch_in.weight.dtype)
     for embedder in (model.time, model.pooled):
         embedder.float()
-    return attach(model, thinking) if thinking else model
+    return model
 
 
 def cropped(table: Tensor, side: int) -> Tensor:
@@ -67,7 +71,7 @@ def cropped(table: Tensor, side: int) -> Tensor:
 
 
 def latent_sizes(spec: MMDiTSpec, tensors: Tensors) -> range:
-    """Latents a side that the table of positions covers; any, if there is none: what is missing is named all together.
+    """The latent sizes that the table of positions covers; any size if it is missing, which `load_foreign` reports.
 
     Raises CheckpointInvalid for a table that is not square or not of the model's width.
     """
@@ -81,25 +85,3 @@ def latent_sizes(spec: MMDiTSpec, tensors: Tensors) -> range:
             f"{tensors.where}: expected {table} of [1, side^2, {spec.width}], found {list(shape)}; check the file"
         )
     return range(spec.patch, side * spec.patch + 1, spec.patch)
-
-
-def _check_shapes(model: MMDiT, recipe: Mapping[str, From], tensors: Tensors) -> None:
-    """Every foreign tensor's own shape, before any of them are stacked or reordered. Raises CheckpointInvalid."""
-    spec, faults = model.spec, []
-    for name, wanted in model.state_dict().items():
-        sources = recipe[name].names
-        shape = (wanted.shape[0] // len(sources), *wanted.shape[1:])
-        if name == "patch_in.weight":
-            shape = (spec.width, spec.latent_channels, spec.patch, spec.patch)
-        for foreign in sources:
-            if foreign not in tensors or name == "positions":
-                continue
-            value = tensors[foreign]
-            if value.shape != shape or not value.is_floating_point():
-                kind = str(value.dtype).removeprefix("torch.")
-                faults.append(f"{foreign} is {kind} {list(value.shape)}, not {list(shape)}")
-    if faults:
-        raise CheckpointInvalid(
-            f"{tensors.where}: expected real tensors of this model's shapes, found {len(faults)} that do not fit: "
-            f"{'; '.join(faults)}"
-        )

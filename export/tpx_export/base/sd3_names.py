@@ -15,21 +15,19 @@ layer's modulation and the last block's text modulation. Both write the last pro
 (channel, p, q).
 """
 
-from torch import Tensor
-
-from tpx_export.base.tensors import From, same, stacked, swapped_halves
+from tpx_export.base.recipe import From, linear, patch_layers, same, swapped_halves
 from tpx_export.model.mmdit import MMDiTSpec
 
 
 def from_diffusers(spec: MMDiTSpec) -> dict[str, From]:
     """Recipe of every tensor but `positions` from the names of diffusers' SD3Transformer2DModel."""
     recipe = {
-        **_patches(spec, "pos_embed.proj", "proj_out"),
-        **_linear("time.linear_1", "time_text_embed.timestep_embedder.linear_1"),
-        **_linear("time.linear_2", "time_text_embed.timestep_embedder.linear_2"),
-        **_linear("pooled.linear_1", "time_text_embed.text_embedder.linear_1"),
-        **_linear("pooled.linear_2", "time_text_embed.text_embedder.linear_2"),
-        **_linear("context_in", "context_embedder"),
+        **patch_layers(spec.patch, spec.latent_channels, "pos_embed.proj", "proj_out"),
+        **linear("time.linear_1", "time_text_embed.timestep_embedder.linear_1"),
+        **linear("time.linear_2", "time_text_embed.timestep_embedder.linear_2"),
+        **linear("pooled.linear_1", "time_text_embed.text_embedder.linear_1"),
+        **linear("pooled.linear_2", "time_text_embed.text_embedder.linear_2"),
+        **linear("context_in", "context_embedder"),
         **_swapped("out_modulation", "norm_out.linear"),
     }
     for index in range(spec.blocks):
@@ -37,20 +35,20 @@ def from_diffusers(spec: MMDiTSpec) -> dict[str, From]:
         visual, text, second = (f"blocks.{index}.{part}" for part in ("visual", "text", "second"))
         block = f"transformer_blocks.{index}"
         attn, attn2 = f"{block}.attn", f"{block}.attn2"
-        recipe |= _linear(f"{visual}.modulation", f"{block}.norm1.linear")
-        recipe |= _linear(f"{visual}.qkv", *(f"{attn}.to_{part}" for part in "qkv"))
-        recipe |= _linear(f"{visual}.proj", f"{attn}.to_out.0")
-        recipe |= _linear(f"{visual}.mlp_in", f"{block}.ff.net.0.proj")
-        recipe |= _linear(f"{visual}.mlp_out", f"{block}.ff.net.2")
-        recipe |= (_swapped if last else _linear)(f"{text}.modulation", f"{block}.norm1_context.linear")
-        recipe |= _linear(f"{text}.qkv", *(f"{attn}.add_{part}_proj" for part in "qkv"))
+        recipe |= linear(f"{visual}.modulation", f"{block}.norm1.linear")
+        recipe |= linear(f"{visual}.qkv", *(f"{attn}.to_{part}" for part in "qkv"))
+        recipe |= linear(f"{visual}.proj", f"{attn}.to_out.0")
+        recipe |= linear(f"{visual}.mlp_in", f"{block}.ff.net.0.proj")
+        recipe |= linear(f"{visual}.mlp_out", f"{block}.ff.net.2")
+        recipe |= (_swapped if last else linear)(f"{text}.modulation", f"{block}.norm1_context.linear")
+        recipe |= linear(f"{text}.qkv", *(f"{attn}.add_{part}_proj" for part in "qkv"))
         if not last:
-            recipe |= _linear(f"{text}.proj", f"{attn}.to_add_out")
-            recipe |= _linear(f"{text}.mlp_in", f"{block}.ff_context.net.0.proj")
-            recipe |= _linear(f"{text}.mlp_out", f"{block}.ff_context.net.2")
+            recipe |= linear(f"{text}.proj", f"{attn}.to_add_out")
+            recipe |= linear(f"{text}.mlp_in", f"{block}.ff_context.net.0.proj")
+            recipe |= linear(f"{text}.mlp_out", f"{block}.ff_context.net.2")
         if index in spec.dual_blocks:
-            recipe |= _linear(f"{second}.qkv", *(f"{attn2}.to_{part}" for part in "qkv"))
-            recipe |= _linear(f"{second}.proj", f"{attn2}.to_out.0")
+            recipe |= linear(f"{second}.qkv", *(f"{attn2}.to_{part}" for part in "qkv"))
+            recipe |= linear(f"{second}.proj", f"{attn2}.to_out.0")
         if spec.qk_norm:
             recipe |= _norms(visual, f"{attn}.norm_") | _norms(text, f"{attn}.norm_added_")
             recipe |= _norms(second, f"{attn2}.norm_") if index in spec.dual_blocks else {}
@@ -60,35 +58,29 @@ def from_diffusers(spec: MMDiTSpec) -> dict[str, From]:
 def from_original(spec: MMDiTSpec) -> dict[str, From]:
     """Recipe of every tensor but `positions` from the names of the original single files, without their prefix."""
     recipe = {
-        **_patches(spec, "x_embedder.proj", "final_layer.linear"),
-        **_linear("time.linear_1", "t_embedder.mlp.0"),
-        **_linear("time.linear_2", "t_embedder.mlp.2"),
-        **_linear("pooled.linear_1", "y_embedder.mlp.0"),
-        **_linear("pooled.linear_2", "y_embedder.mlp.2"),
-        **_linear("context_in", "context_embedder"),
-        **_linear("out_modulation", "final_layer.adaLN_modulation.1"),
+        **patch_layers(spec.patch, spec.latent_channels, "x_embedder.proj", "final_layer.linear"),
+        **linear("time.linear_1", "t_embedder.mlp.0"),
+        **linear("time.linear_2", "t_embedder.mlp.2"),
+        **linear("pooled.linear_1", "y_embedder.mlp.0"),
+        **linear("pooled.linear_2", "y_embedder.mlp.2"),
+        **linear("context_in", "context_embedder"),
+        **linear("out_modulation", "final_layer.adaLN_modulation.1"),
     }
     for index in range(spec.blocks):
         second, attn2 = f"blocks.{index}.second", f"joint_blocks.{index}.x_block.attn2"
         for ours, theirs in (("visual", "x_block"), ("text", "context_block")):
             stream, block = f"blocks.{index}.{ours}", f"joint_blocks.{index}.{theirs}"
-            recipe |= _linear(f"{stream}.modulation", f"{block}.adaLN_modulation.1")
-            recipe |= _linear(f"{stream}.qkv", f"{block}.attn.qkv")
+            recipe |= linear(f"{stream}.modulation", f"{block}.adaLN_modulation.1")
+            recipe |= linear(f"{stream}.qkv", f"{block}.attn.qkv")
             recipe |= _norms(stream, f"{block}.attn.ln_") if spec.qk_norm else {}
             if ours == "visual" or index < spec.blocks - 1:
-                recipe |= _linear(f"{stream}.proj", f"{block}.attn.proj")
-                recipe |= _linear(f"{stream}.mlp_in", f"{block}.mlp.fc1")
-                recipe |= _linear(f"{stream}.mlp_out", f"{block}.mlp.fc2")
+                recipe |= linear(f"{stream}.proj", f"{block}.attn.proj")
+                recipe |= linear(f"{stream}.mlp_in", f"{block}.mlp.fc1")
+                recipe |= linear(f"{stream}.mlp_out", f"{block}.mlp.fc2")
         if index in spec.dual_blocks:
-            recipe |= _linear(f"{second}.qkv", f"{attn2}.qkv") | _linear(f"{second}.proj", f"{attn2}.proj")
+            recipe |= linear(f"{second}.qkv", f"{attn2}.qkv") | linear(f"{second}.proj", f"{attn2}.proj")
             recipe |= _norms(second, f"{attn2}.ln_") if spec.qk_norm else {}
     return recipe
-
-
-def _linear(ours: str, *theirs: str) -> dict[str, From]:
-    """Weight and bias of one layer, from one of theirs or from several stacked."""
-    parts = {part: [f"{name}.{part}" for name in theirs] for part in ("weight", "bias")}
-    return {f"{ours}.{part}": stacked(*n) if len(n) > 1 else same(*n) for part, n in parts.items()}
 
 
 def _swapped(ours: str, theirs: str) -> dict[str, From]:
@@ -97,17 +89,3 @@ def _swapped(ours: str, theirs: str) -> dict[str, From]:
 
 def _norms(ours: str, theirs: str) -> dict[str, From]:
     return {f"{ours}.norm_{part}.weight": same(f"{theirs}{part}.weight") for part in "qk"}
-
-
-def _patches(spec: MMDiTSpec, patch_in: str, patch_out: str) -> dict[str, From]:
-    p, channels = spec.patch, spec.latent_channels
-
-    def reordered(rows: Tensor) -> Tensor:
-        return rows.unflatten(0, (p * p, channels)).transpose(0, 1).flatten(0, 1)
-
-    return {
-        "patch_in.weight": From((f"{patch_in}.weight",), lambda weight: weight.flatten(1)),
-        "patch_in.bias": same(f"{patch_in}.bias"),
-        "patch_out.weight": From((f"{patch_out}.weight",), reordered),
-        "patch_out.bias": From((f"{patch_out}.bias",), reordered),
-    }

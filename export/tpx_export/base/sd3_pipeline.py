@@ -8,8 +8,9 @@ from pathlib import Path
 
 from torch import nn
 
+from tpx_export.base.facts import read_config
 from tpx_export.base.sd3 import PREFIX, latent_sizes, load_transformer
-from tpx_export.base.sd3_spec import spec_of_config, spec_of_shapes
+from tpx_export.base.sd3_spec import CLIP_TOKENS, T5_TOKENS, spec_of_config, spec_of_shapes
 from tpx_export.base.sources import Sources, name_of, precision_of
 from tpx_export.base.tensors import Tensors, open_tensors
 from tpx_export.base.text_encoders import CLIP_G, CLIP_L, T5, clip_of, load_clip, load_t5, t5_of
@@ -20,11 +21,10 @@ from tpx_export.model.autoencoder_kl import AutoencoderKL
 from tpx_export.model.clip import CLIPText
 from tpx_export.model.mmdit import MMDiTSpec
 from tpx_export.model.t5 import T5Encoder
-from tpx_export.pipeline import Pipeline, TextPart, example_ids
+from tpx_export.pipeline import Pipeline, TextPart, example_ids, model_spec
 from tpx_runtime.errors import BadInput
-from tpx_runtime.manifest import Defaults, EncoderSpec, LatentSpec, ModelSpec
+from tpx_runtime.manifest import Defaults, EncoderSpec, LatentSpec
 
-_CLIP_TOKENS, _T5_TOKENS = 77, 256
 _SHIFT = 3.0
 _SAMPLE_SIZE = 128  # latents a side that a single file, which does not say it, was trained for
 _SCRATCH_PX = 1024
@@ -47,28 +47,12 @@ def open_pipeline(sources: Sources, image_size_px: int | None, t5: bool) -> Pipe
         _clip(sources, tensors, "_2", CLIP_G),
         *([_t5(sources, tensors)] if t5 else []),
     )
-    latent, width = picture.latent_size, spec.context_width
     _check(spec, picture.latent_channels, text, path)
+    latent = picture.latent_size
     return Pipeline(
         name=name_of(sources.path),
         license="the base model's own",
-        model=ModelSpec(
-            latent_channels=spec.latent_channels,
-            latent_size=(latent, latent),
-            image_size_px=(size, size),
-            context_tokens=spec.context_tokens,
-            context_width=width,
-            pooled_width=spec.pooled_width,
-            conditions_width=spec.conditions_width,
-            classes=0,
-            prediction="velocity",
-            out_channels=spec.latent_channels,
-            guided_channels=spec.latent_channels,
-            visual_tokens=replace(spec, latent_size=latent).visual_tokens,
-            depths=(1,),
-            experts=0,
-            thinking_blocks=(),
-        ),
+        model=model_spec(replace(spec, latent_size=latent), size),
         latent=LatentSpec(picture.scale, picture.shift),
         defaults=Defaults(sampler="euler", steps=28, guidance=7.0, depth=1),  # diffusers'
         shift=_schedule_shift(sources),
@@ -89,7 +73,7 @@ def _transformer(path: Path) -> tuple[MMDiTSpec, Tensors]:
 
 
 def _check_names(tensors: Tensors) -> None:
-    """A file of several parts has no others than those that are read. Raises CheckpointInvalid."""
+    """Check that a file of several parts has no tensors that nothing reads. Raises CheckpointInvalid."""
     known = (PREFIX, VAE, CLIP_L, CLIP_G, T5)
     if not any(name.startswith(PREFIX) for name in tensors):
         return  # the transformer alone, under bare names: its import lists what it does not know
@@ -116,9 +100,9 @@ def _clip(sources: Sources, single: Tensors | None, number: str, prefix: str) ->
         folder = sources.folder(f"text_encoder{number}")
         load = lambda: load_clip(folder)  # noqa: E731
     spec = load().spec
-    vocabulary = clip_tokenizer(sources.any_folder(f"tokenizer{number}"), _CLIP_TOKENS)
+    vocabulary = clip_tokenizer(sources.any_folder(f"tokenizer{number}"), CLIP_TOKENS)
     entry = EncoderSpec(
-        f"text_encoder{number}", f"tokenizer{number}", _CLIP_TOKENS, spec.width, spec.projection
+        f"text_encoder{number}", f"tokenizer{number}", CLIP_TOKENS, spec.width, spec.projection
     )
     return _part(entry, vocabulary, load)
 
@@ -130,8 +114,8 @@ def _t5(sources: Sources, single: Tensors | None) -> TextPart:
     else:
         folder = sources.folder("text_encoder_3", hint="or leave T5 out with --no-t5")
         load = lambda: load_t5(folder)  # noqa: E731
-    vocabulary = t5_tokenizer(sources.any_folder("tokenizer_3"), _T5_TOKENS)
-    entry = EncoderSpec("text_encoder_3", "tokenizer_3", _T5_TOKENS, load().spec.width, 0)
+    vocabulary = t5_tokenizer(sources.any_folder("tokenizer_3"), T5_TOKENS)
+    entry = EncoderSpec("text_encoder_3", "tokenizer_3", T5_TOKENS, load().spec.width, 0)
     return _part(entry, vocabulary, load)
 
 
@@ -140,7 +124,7 @@ def _part(entry: EncoderSpec, vocabulary: dict[str, object], load: Callable[[], 
 
 
 def _check(spec: MMDiTSpec, channels: int, text: tuple[TextPart, ...], path: Path) -> None:
-    """The parts are one model's. Raises CheckpointInvalid."""
+    """Check that the parts belong to one model. Raises CheckpointInvalid."""
     pooled = sum(part.spec.pooled_width for part in text)
     clip = sum(part.spec.context_width for part in text if part.spec.pooled_width)
     others = {part.spec.context_width for part in text if not part.spec.pooled_width}
@@ -155,7 +139,7 @@ def _check(spec: MMDiTSpec, channels: int, text: tuple[TextPart, ...], path: Pat
 
 
 def _check_size(size_px: int, factor: int, latents: range, where: Path) -> None:
-    """Before anything large is read: positions for so many pixels, `factor` of them a latent. Raises BadInput."""
+    """Check, before anything large is read, that there are positions for `size_px` / `factor` latents. Raises BadInput."""
     if size_px // factor not in latents:
         least, most, step = (factor * one for one in (latents[0], latents[-1], latents.step))
         raise BadInput(
@@ -167,12 +151,7 @@ def _check_size(size_px: int, factor: int, latents: range, where: Path) -> None:
 def _sample_size(path: Path) -> int:
     if path.is_file():
         return _SAMPLE_SIZE
-    value = json.loads((path / "config.json").read_text(encoding="utf-8")).get("sample_size", _SAMPLE_SIZE)
-    if type(value) is not int or value < 1:
-        raise CheckpointInvalid(
-            f"{path / 'config.json'}: expected a sample_size of 1 or more, found {value!r}"
-        )
-    return value
+    return read_config(path).count("sample_size", _SAMPLE_SIZE)
 
 
 def _schedule_shift(sources: Sources) -> float:

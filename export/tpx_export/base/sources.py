@@ -1,4 +1,4 @@
-"""Where the parts of a published model lie: its own folder or file, and a folder of components for what it lacks."""
+"""Where the parts of a published model are: its own folder or file, and a folder of components for what it lacks."""
 
 import re
 from dataclasses import dataclass
@@ -53,7 +53,7 @@ class Sources:
 
 
 def name_of(path: Path) -> str:
-    """A bundle's name after a file's or folder's."""
+    """A name for the bundle of the model in that file or folder."""
     whole = path.resolve()
     stem = whole.name if whole.is_dir() else whole.stem
     return re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-._") or "model"

@@ -1,11 +1,11 @@
-"""Which tokens of a tokenizer's folder a prompt can spell out, read in the way of transformers 5."""
+"""Special tokens, which a prompt can spell out, read from a tokenizer's folder as transformers 5 reads them."""
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from tpx_export.base.foreign_json import as_list, as_object, read_object
 from tpx_export.checkpoint import CheckpointInvalid
 from tpx_runtime.errors import shorten
 
@@ -25,7 +25,7 @@ class SpecialTokens:
     ids: dict[str, int]
 
     def padded_with(self, token: str) -> "SpecialTokens":
-        """The same with another token to fill up with, which is special by that."""
+        """The same, but padded with `token`, which becomes special by that."""
         named = self.named | {"pad_token": token}
         return replace(self, named=named, normalized={token: False} | self.normalized)
 
@@ -49,9 +49,9 @@ class SpecialTokens:
 def special_tokens(
     path: Path, named: dict[str, str], others: Iterable[str], tokenizer: Mapping[str, Any]
 ) -> SpecialTokens:
-    """Of a folder, or of a file alone.
+    """Read the special tokens of a folder, or of a single file.
 
-    `named` and `others` are taken for granted where nothing else is said; `tokenizer` is the content of tokenizer.json,
+    `named` and `others` are the defaults where the files say nothing; `tokenizer` is the content of tokenizer.json,
     empty where there is none. Raises CheckpointInvalid.
     """
     config = _optional(path / "tokenizer_config.json")
@@ -80,31 +80,6 @@ def special_tokens(
             )
         ids[content] = int(number)
     return SpecialTokens(path, named, normalized, ids)
-
-
-def as_object(path: Path, value: Any) -> dict[str, Any]:
-    """`value`, where it is a JSON object. Raises CheckpointInvalid."""
-    if not isinstance(value, dict):
-        raise CheckpointInvalid(f"{path}: expected fields by name, found {shorten(value)}; copy it again")
-    return value
-
-
-def as_list(path: Path, value: Any) -> list[Any]:
-    """`value`, where it is a JSON array; empty where there is none. Raises CheckpointInvalid."""
-    if not isinstance(value, list | None):
-        raise CheckpointInvalid(f"{path}: expected a list, found {shorten(value)}; copy it again")
-    return value or []
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """A file that holds a JSON object. Raises CheckpointInvalid."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise CheckpointInvalid(f"{path}: expected a file, found none; check the path") from None
-    except (ValueError, RecursionError):
-        raise CheckpointInvalid(f"{path}: expected JSON, found something else; copy it again") from None
-    return as_object(path, value)
 
 
 def _optional(path: Path) -> dict[str, Any]:

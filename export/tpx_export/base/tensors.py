@@ -1,25 +1,21 @@
-"""Tensors of foreign checkpoints by name, read one at a time, and how they become the tensors of our modules."""
+"""Tensors of foreign checkpoints by name, each read when it is asked for."""
 
 import argparse
 import json
 import re
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from tpx_export.checkpoint import CheckpointInvalid
 
-M = TypeVar("M", bound=nn.Module)
 Reader = Callable[[], Tensor]
 
-_REAL = (torch.float32, torch.float16, torch.bfloat16)
 # Nothing computes in these here, and float16 holds them exactly.
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -50,7 +46,7 @@ class Tensors(Mapping[str, Tensor]):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the first tensor of real numbers."""
+        """The dtype of the first floating-point tensor."""
         kinds = (self[name].dtype for name in self)
         return next(kind for kind in kinds if kind.is_floating_point)
 
@@ -126,64 +122,3 @@ def _pickled(path: Path) -> dict[str, Reader]:
         return lambda: value
 
     return {name: reader(value) for name, value in state.items()}
-
-
-@dataclass(frozen=True)
-class From:
-    """One of our tensors: `make` of the foreign tensors `names`, in order."""
-
-    names: tuple[str, ...]
-    make: Callable[..., Tensor]
-
-
-def same(name: str) -> From:
-    """The foreign tensor as it is."""
-    return From((name,), lambda value: value)
-
-
-def stacked(*names: str) -> From:
-    """Foreign tensors one below the other: q, k and v as one projection."""
-    return From(names, lambda *values: torch.cat(values))
-
-
-def swapped_halves(name: str) -> From:
-    """(scale, shift) to (shift, scale), and back."""
-    return From((name,), lambda value: torch.cat(value.chunk(2)[::-1]))
-
-
-def load_foreign(
-    module: M,
-    recipe: Mapping[str, From],
-    source: Mapping[str, Tensor],
-    where: Path,
-    unused: Iterable[str] = (),
-) -> M:
-    """Fill `module`, made on the meta device, with tensors of `source` in the precision that they are stored in.
-
-    Only float8 is widened, to float16. `recipe` has an entry for every tensor of the module's state; `unused` names foreign
-    tensors that a known format holds and we do not need. Raises CheckpointInvalid, whose message lists every tensor that is
-    missing, unknown, of another shape or no float.
-    """
-    wanted = {name: value.shape for name, value in module.state_dict().items()}
-    assert recipe.keys() == wanted.keys(), sorted(recipe.keys() ^ wanted.keys())
-    needed = {name for made in recipe.values() for name in made.names}
-    faults = [f"{name} missing" for name in sorted(needed - source.keys())]
-    faults += [f"{name} unknown" for name in sorted(source.keys() - needed - set(unused))]
-    state: dict[str, Tensor] = {}
-    if not faults:
-        for name, made in recipe.items():
-            value = made.make(*(source[foreign] for foreign in made.names))
-            value = value.half() if value.dtype in FLOAT8 else value
-            if value.shape != wanted[name]:
-                faults.append(f"{made.names[0]} gives {list(value.shape)}, not {list(wanted[name])}")
-            elif value.dtype not in _REAL:
-                faults.append(f"{made.names[0]} is {value.dtype}, not a float of 32 or 16 bits")
-            else:
-                state[name] = value
-    if faults:
-        raise CheckpointInvalid(
-            f"{where}: expected the {len(needed)} tensors of this model, found {len(faults)} that do not fit: "
-            f"{'; '.join(faults)}"
-        )
-    module.load_state_dict(state, assign=True)
-    return module.eval().requires_grad_(False)

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from tpx_export.base.facts import numbered, read_config, shape
-from tpx_export.base.tensors import From, Tensors, load_foreign, open_tensors, same
+from tpx_export.base.recipe import From, linear, load_foreign, same
+from tpx_export.base.tensors import Tensors, open_tensors
 from tpx_export.checkpoint import CheckpointInvalid
 from tpx_export.model.clip import ACTIVATIONS, CLIPText, CLIPTextSpec
 from tpx_export.model.t5 import T5Encoder, T5Spec
@@ -28,7 +29,7 @@ _DISTANCES = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weig
 
 
 def load_clip(folder: Path) -> CLIPText:
-    """From a folder that CLIPTextModelWithProjection was saved in. Raises CheckpointInvalid."""
+    """Load a folder that transformers' CLIPTextModelWithProjection was saved in. Raises CheckpointInvalid."""
     config = read_config(folder)
     config.one_of("model_type", ("clip_text_model",))
     width, vocabulary = config.count("hidden_size", 512), config.count("vocab_size", 49_408)
@@ -52,9 +53,9 @@ def load_clip(folder: Path) -> CLIPText:
 
 
 def clip_of(tensors: Tensors, activation: str) -> CLIPText:
-    """From a single file's tensors under CLIP_L, whose activation is "quick_gelu", or CLIP_G, "gelu".
+    """Load a single file's tensors under CLIP_L, whose activation is "quick_gelu", or CLIP_G, whose is "gelu".
 
-    Files whose CLIP-L has no projection mean the identity, as diffusers reads them. Raises CheckpointInvalid.
+    A CLIP without a projection has the identity, as in diffusers. Raises CheckpointInvalid.
     """
     vocabulary, width = shape(tensors, f"{_EMBEDDINGS}.token_embedding.weight", 2)
     if width % _HEAD_WIDTH:
@@ -76,7 +77,7 @@ def clip_of(tensors: Tensors, activation: str) -> CLIPText:
 
 
 def load_t5(folder: Path) -> T5Encoder:
-    """From a folder that T5EncoderModel was saved in. Raises CheckpointInvalid."""
+    """Load a folder that transformers' T5EncoderModel was saved in. Raises CheckpointInvalid."""
     config = read_config(folder)
     config.one_of("model_type", ("t5",))
     config.one_of("feed_forward_proj", ("gated-gelu",), "relu")
@@ -99,7 +100,7 @@ def load_t5(folder: Path) -> T5Encoder:
 
 
 def t5_of(tensors: Tensors) -> T5Encoder:
-    """From a single file's tensors under T5. Raises CheckpointInvalid."""
+    """Load a single file's tensors under T5. Raises CheckpointInvalid."""
     first = "encoder.block.0.layer"
     vocabulary, width = shape(tensors, _words(tensors), 2)
     buckets, heads = shape(tensors, _DISTANCES, 2)
@@ -128,22 +129,22 @@ def _fill_clip(spec: CLIPTextSpec, tensors: Tensors, projected: bool) -> CLIPTex
     recipe = {
         "words.weight": same(f"{_EMBEDDINGS}.token_embedding.weight"),
         "places": same(f"{_EMBEDDINGS}.position_embedding.weight"),
-        **_linear("norm", norm),
+        **linear("norm", norm),
         "projection.weight": same(_PROJECTION)
         if projected
         else From((f"{norm}.weight",), lambda weight: torch.eye(weight.numel()).to(weight.dtype)),
     }
     for index in range(spec.layers):
         ours, theirs = f"layers.{index}", f"text_model.encoder.layers.{index}"
-        recipe |= _linear(f"{ours}.norm1", f"{theirs}.layer_norm1")
-        recipe |= _linear(f"{ours}.norm2", f"{theirs}.layer_norm2")
+        recipe |= linear(f"{ours}.norm1", f"{theirs}.layer_norm1")
+        recipe |= linear(f"{ours}.norm2", f"{theirs}.layer_norm2")
         for name in "qkv":
-            recipe |= _linear(f"{ours}.{name}", f"{theirs}.self_attn.{name}_proj")
-        recipe |= _linear(f"{ours}.proj", f"{theirs}.self_attn.out_proj")
-        recipe |= _linear(f"{ours}.mlp_in", f"{theirs}.mlp.fc1")
-        recipe |= _linear(f"{ours}.mlp_out", f"{theirs}.mlp.fc2")
+            recipe |= linear(f"{ours}.{name}", f"{theirs}.self_attn.{name}_proj")
+        recipe |= linear(f"{ours}.proj", f"{theirs}.self_attn.out_proj")
+        recipe |= linear(f"{ours}.mlp_in", f"{theirs}.mlp.fc1")
+        recipe |= linear(f"{ours}.mlp_out", f"{theirs}.mlp.fc2")
     unused = (f"{_EMBEDDINGS}.position_ids", "logit_scale")
-    load_foreign(model, recipe, tensors, tensors.where, unused)
+    load_foreign(model, recipe, tensors, unused)
     return model.to(model.words.weight.dtype)
 
 
@@ -168,12 +169,8 @@ def _fill_t5(spec: T5Spec, tensors: Tensors) -> T5Encoder:
         }
         recipe |= {f"{ours}.{ours_}.weight": same(f"{theirs}.{name}.weight") for ours_, name in names.items()}
     decoder = (name for name in tensors if name.startswith(("decoder.", "lm_head.")))
-    return load_foreign(model, recipe, tensors, tensors.where, (*_WORDS, *decoder, "logit_scale"))
+    return load_foreign(model, recipe, tensors, (*_WORDS, *decoder, "logit_scale"))
 
 
 def _words(tensors: Tensors) -> str:
     return next((name for name in _WORDS if name in tensors), _WORDS[0])
-
-
-def _linear(ours: str, theirs: str) -> dict[str, From]:
-    return {f"{ours}.{part}": same(f"{theirs}.{part}") for part in ("weight", "bias")}

@@ -1,7 +1,7 @@
 """The tokenizers of text encoders, as users have them -> `vocab.json` of a bundle (docs/bundle.md).
 
 Where a folder has tokenizer.json and other files, tokenizer.json counts, as it does for transformers. Which tokens are
-special is read from the folder in transformers' way; where nothing is said it is what transformers takes for granted.
+special is read from the folder in transformers' way; where it says nothing, transformers' defaults hold.
 """
 
 import base64
@@ -12,7 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tpx_export.base.special_tokens import SpecialTokens, as_list, as_object, read_object, special_tokens
+from tpx_export.base.foreign_json import as_list, as_object, read_object
+from tpx_export.base.special_tokens import SpecialTokens, special_tokens
 from tpx_export.base.spiece import CONTROL, UNKNOWN, USER_DEFINED, expand_charsmap, read_spiece
 from tpx_export.checkpoint import CheckpointInvalid
 from tpx_runtime.errors import shorten
@@ -31,7 +32,7 @@ def clip_tokenizer(path: Path, text_tokens: int = 77, pad: int | None = None) ->
     """CLIP's byte pair encoding as the fields of vocab.json.
 
     `path` is a folder with vocab.json and merges.txt or with tokenizer.json, that file alone, or OpenAI's
-    bpe_simple_vocab_16e6.txt.gz. `pad`: the id to fill up with; by default what the folder says, else <|endoftext|>. As for
+    bpe_simple_vocab_16e6.txt.gz. `pad`: the id to pad with; by default what the folder says, else <|endoftext|>. As for
     transformers, that token is special: with 0, which is "!", every "!" of a prompt becomes 0. Raises CheckpointInvalid.
     """
     tokenizer = _tokenizer_json(path)
@@ -138,7 +139,7 @@ def _clip_tokens(merges: Iterable[str]) -> list[str]:
 def _check_order(
     path: Path, vocabulary: Mapping[str, Any], tokens: Sequence[str], special: SpecialTokens
 ) -> None:
-    """Raise CheckpointInvalid where a vocabulary is not these tokens, in this order, and special ones."""
+    """Raise CheckpointInvalid unless a vocabulary is these tokens, in this order, and special ones."""
     for number, token in enumerate(tokens):
         if vocabulary.get(token) != number:
             raise CheckpointInvalid(

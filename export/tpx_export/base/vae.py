@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from tpx_export.base.facts import numbered, read_config, shape
-from tpx_export.base.tensors import From, Tensors, load_foreign, open_tensors
+from tpx_export.base.recipe import From, load_foreign
+from tpx_export.base.tensors import Tensors, open_tensors
 from tpx_export.checkpoint import CheckpointInvalid
 from tpx_export.model.autoencoder_kl import AutoencoderKL, AutoencoderKLSpec
 from tpx_runtime.errors import BadInput
@@ -35,7 +36,7 @@ Names = Callable[[bool, int], dict[str, str]]
 
 
 def load_vae(folder: Path, image_size_px: int) -> AutoencoderKL:
-    """For square pictures of `image_size_px`, from a folder that diffusers' AutoencoderKL was saved in.
+    """Load a folder that diffusers' AutoencoderKL was saved in, for square pictures of `image_size_px`.
 
     Raises CheckpointInvalid for a file that does not fit, BadInput for pictures of a size that it cannot make.
     """
@@ -75,7 +76,7 @@ def load_vae(folder: Path, image_size_px: int) -> AutoencoderKL:
 
 
 def vae_of(tensors: Tensors, image_size_px: int) -> AutoencoderKL:
-    """For square pictures of `image_size_px`, from a single file's tensors under VAE.
+    """Load a single file's tensors under VAE, for square pictures of `image_size_px`.
 
     Latents are scaled as SD3's where they have 16 channels, as SD1's where they have 4. Raises CheckpointInvalid, BadInput.
     """
@@ -121,7 +122,7 @@ def _fill(spec: AutoencoderKLSpec, tensors: Tensors, names: Names) -> Autoencode
             make = _matrix if part.startswith("middle.1.") else _as_is
             recipe[f"{half}.{ours}"] = From((f"{theirs}.{kind}",), make)
     unused = (found for found in tensors if found.startswith(("loss.", "model_ema.")))
-    load_foreign(model, recipe, tensors, tensors.where, unused)
+    load_foreign(model, recipe, tensors, unused)
     return model.to(next(model.decoder.parameters()).dtype)
 
 
@@ -162,5 +163,5 @@ def _as_is(value: Tensor) -> Tensor:
 
 
 def _matrix(value: Tensor) -> Tensor:
-    """Of a 1x1 convolution, if it is one."""
+    """The weight of a 1x1 convolution as a matrix; another value as it is."""
     return value.flatten(1) if value.ndim == 4 else value

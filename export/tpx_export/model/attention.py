@@ -54,7 +54,7 @@ class Stream(Heads):
     """One modality's own weights in a joint block.
 
     `modulation` makes shift, scale, gate (attention), shift, scale, gate (perceptron) and, where `dual`, shift, scale, gate
-    of a second attention. `ends` leaves out what nothing reads after the last attention: all but the first two.
+    of a second attention. `ends`: after the last attention nothing reads this modality, so only the first two are made.
     """
 
     def __init__(

@@ -105,7 +105,7 @@ class LatentAutoencoder(nn.Module):
 
 
 class Autoencoder(LatentAutoencoder):
-    """The sample model's."""
+    """The sample model's autoencoder."""
 
     def __init__(self, spec: AutoencoderSpec) -> None:
         super().__init__(spec, Encoder(spec), Decoder(spec))

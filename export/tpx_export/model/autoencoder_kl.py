@@ -16,7 +16,7 @@ _QUERIES = 2048  # tokens attended at once: all 16,384 of a 1,024-pixel picture 
 
 @dataclass(frozen=True)
 class AutoencoderKLSpec:
-    """SD3's. Widths are the channels at 1, 1/2, 1/4 and 1/8 of the picture's resolution.
+    """The defaults are SD3's. Widths are the channels at 1, 1/2, 1/4 and 1/8 of the picture's resolution.
 
     Latents seen by the transformer are (z - shift) * scale. `quant` has a 1x1 convolution on either side of the latents.
     """
@@ -48,9 +48,9 @@ class AutoencoderKLSpec:
 
 
 class GroupNorm(nn.GroupNorm):
-    """Over [B, C, H, W] in float32, means taken row by row and then over the rows.
+    """Group norm over [B, C, H, W] in float32; means are taken within rows, then over rows.
 
-    The exporter's spelling is InstanceNormalization, whose sums of millions of pixels in ONNX Runtime are wrong by 8e-5 in
+    torch's exporter would write InstanceNormalization, whose sums of millions of pixels in ONNX Runtime are wrong by 8e-5 in
     a picture of 1,024 pixels.
     """
 
@@ -103,7 +103,7 @@ class Attention(nn.Module):
 
 
 class Stage(nn.Module):
-    """Residual blocks at one resolution, then a step to half of it or to twice, or none."""
+    """Residual blocks at one resolution, then a step to half of it, to twice it, or none."""
 
     def __init__(self, channels: int, out: int, blocks: int, groups: int, step: str = "") -> None:
         super().__init__()
@@ -180,7 +180,7 @@ class Decoder(nn.Module):
 
 
 class AutoencoderKL(LatentAutoencoder):
-    """SD3's and SD1's."""
+    """The autoencoder of SD3 and SD1."""
 
     def __init__(self, spec: AutoencoderKLSpec) -> None:
         super().__init__(spec, Encoder(spec), Decoder(spec))

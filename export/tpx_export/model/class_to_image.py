@@ -1,4 +1,4 @@
-"""The two networks of a class-to-image model under one roof, with everything that describes them."""
+"""The two networks of a class-to-image model in one module, with everything that describes them."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from tpx_runtime.manifest import Defaults
 
 @dataclass(frozen=True)
 class ClassToImageSpec:
-    """`defaults` are what a call that names no value uses; `depth` among them is the transformer's to allow."""
+    """`defaults` are used where a call names no value; the transformer must allow their `depth`."""
 
     name: str
     license: str

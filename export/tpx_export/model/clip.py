@@ -17,7 +17,7 @@ ACTIVATIONS = ("quick_gelu", "gelu")  # of OpenAI's CLIP-L, of OpenCLIP's CLIP-G
 
 @dataclass(frozen=True)
 class CLIPTextSpec:
-    """CLIP-L's; CLIP-G is 1280 wide, has 20 heads, 32 layers, 5120 in between and a plain gelu."""
+    """The defaults are CLIP-L's; CLIP-G has width 1280, 20 heads, 32 layers, a perceptron 5120 wide, and plain gelu."""
 
     vocabulary: int = 49_408
     tokens: int = 77
@@ -75,7 +75,7 @@ def at_largest(x: Tensor, ids: Tensor) -> Tensor:
 
 
 class CLIPText(nn.Module):
-    """Ids [B, L] -> context [B, L, W], what the last layer but one says, and pooled [B, P], the text's projected end."""
+    """Ids [B, L] -> context [B, L, W] of the last layer but one, and pooled [B, P], projected from the text's end."""
 
     def __init__(self, spec: CLIPTextSpec) -> None:
         super().__init__()

@@ -1,8 +1,9 @@
-"""What time and condition alone decide, one row of numbers for each sample, so that a loop makes it once for all steps.
+"""The part of a transformer that depends on time and condition alone: a row of numbers for each sample.
 
     row = [ shift, scale, gate, ... of every adaLN, D each | what each expert gate sees of the condition, 64 each ]
 
-Layers come in the order of the model's modules, and `handed_out` gives their numbers in that order to whoever asks next.
+It does not depend on latents, so a loop computes it once for all steps. Layers come in the order of the model's modules, and
+`handed_out` iterates over their numbers in that order.
 Shapes: B batch, D width, K numbers of a row.
 """
 
@@ -16,7 +17,10 @@ GATE_WIDTH = 64
 
 
 class Condition(nn.Linear):
-    """SiLU of the condition, float32 [B, D] -> `parts` of a row, float32 [B, parts * each], in the weights' precision."""
+    """SiLU of the condition, float32 [B, D] -> `parts` of a row, float32 [B, parts * each].
+
+    The product is computed in the precision of the weights.
+    """
 
     def __init__(self, width: int, parts: int, each: int, bias: bool = True) -> None:
         super().__init__(width, parts * each, bias=bias)
@@ -27,7 +31,7 @@ class Condition(nn.Linear):
 
 
 class Modulation(Condition):
-    """Shifts, scales and gates, as wide as what they act on."""
+    """The shifts, scales and gates of an adaLN, each as wide as the tokens."""
 
     def __init__(self, width: int, parts: int) -> None:
         super().__init__(width, parts, width)
@@ -44,7 +48,7 @@ def table(model: nn.Module, y: Tensor) -> Tensor:
 def handed_out(
     rows: Tensor, modulations: int, width: int, dtype: torch.dtype
 ) -> tuple[Iterator[Tensor], ...]:
-    """The shifts, scales and gates of [B, K] rows, each `dtype` [B, 1, D], and what expert gates see, float32 [B, 1, 64]."""
+    """Rows [B, K] -> all shifts, scales and gates, each `dtype` [B, 1, D]; the expert gates' inputs, float32 [B, 1, 64]."""
     shared, seen = rows.unsqueeze(1).tensor_split([modulations * width], dim=-1)
     gates = seen.split(GATE_WIDTH, dim=-1) if seen.shape[-1] else ()
     return iter(shared.to(dtype).split(width, dim=-1)), iter(gates)

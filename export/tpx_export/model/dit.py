@@ -12,17 +12,17 @@ from torch import Tensor, nn
 
 from tpx_export.model.attention import Stream, attention, modulate
 from tpx_export.model.conditions import Modulation, handed_out, table
-from tpx_export.model.mmdit import Embedder, sinusoid
-from tpx_export.model.patches import from_patches, to_patches
+from tpx_export.model.embedder import Embedder, sinusoid
 from tpx_export.model.thinking import Thinking, ThinkingSpec
+from tpx_export.model.transformer import DiffusionTransformer, TransformerSpec
 
 
 @dataclass(frozen=True)
-class DiTSpec:
+class DiTSpec(TransformerSpec):
     """Sizes of the transformer; the defaults are those of DiT-XL/2 at 256 x 256 pixels, base/dit.py reads others.
 
-    `learned_sigma`: behind epsilon the model predicts where the log variance lies in its range (Nichol and Dhariwal,
-    2102.09672), in as many channels again.
+    `learned_sigma`: after epsilon the model also predicts where the log variance lies in its range (Nichol and Dhariwal,
+    2102.09672), in as many channels.
     """
 
     latent_channels: int = 4
@@ -45,37 +45,20 @@ class DiTSpec:
                 f"expected heads and 4 to divide width and patch to divide latent_size, got {self.width}/{self.heads} "
                 f"and {self.latent_size}/{self.patch}"
             )
-        if self.thinking and not all(0 <= b < self.blocks for b in self.thinking.blocks):
-            raise ValueError(
-                f"expected thinking blocks within 0..{self.blocks - 1}, got {self.thinking.blocks}"
-            )
-
-    @property
-    def visual_tokens(self) -> int:
-        return (self.latent_size // self.patch) ** 2
+        self.require_blocks("thinking", self.thinking.blocks if self.thinking else ())
 
     @property
     def out_channels(self) -> int:
         return self.latent_channels * (2 if self.learned_sigma else 1)
 
     @property
-    def max_depth(self) -> int:
-        """Without thinking blocks there is one step: the plain block."""
-        return self.thinking.max_depth if self.thinking else 1
-
-    @property
     def modulations(self) -> int:
-        """Of all blocks and of the output."""
+        """6 for each block, and 2 for the output."""
         return 6 * self.blocks + 2
-
-    @property
-    def conditions_width(self) -> int:
-        """Numbers that time and class alone decide, of one sample."""
-        return self.modulations * self.width + (self.thinking.conditions_width if self.thinking else 0)
 
 
 def position_table(side: int, width: int) -> Tensor:
-    """[side^2, width]: of column, then row, half the width each, sines, then cosines, at 10000^(-i / (width/4)).
+    """[side^2, width]: half the width for the column, half for the row; sines, then cosines, at 10000^(-i / (width/4)).
 
     Worked out in float64, as the table in DiT's checkpoints was.
     """
@@ -102,7 +85,8 @@ class Block(nn.Module):
     ) -> tuple[Tensor, list[Tensor]]:
         """x [B, N, D] -> x after the block, and the routes [B, N] of its steps.
 
-        `told` are the block's modulations, each [B, 1, D]; the gate sees `seen`, [B, 1, 64].
+        `told` are the block's modulations, each [B, 1, D]; `seen`, [B, 1, 64], is what the gate sees of the
+        condition.
         """
         shift, scale, *rest = told
         x_in = modulate(x, shift, scale)
@@ -118,10 +102,10 @@ class Block(nn.Module):
         return self.visual.finish(x, attend(qkv), tuple(rest)), routes
 
 
-class DiT(nn.Module):
-    """Epsilon of a diffusion, x = sqrt(abar) x0 + sqrt(1 - abar) epsilon, and where learned the range of its variance."""
+class DiT(DiffusionTransformer):
+    """Predicts epsilon of a diffusion, x = sqrt(abar) x0 + sqrt(1 - abar) epsilon, and if learned the log variance."""
 
-    positions: Tensor
+    spec: DiTSpec
 
     def __init__(self, spec: DiTSpec) -> None:
         super().__init__()
@@ -133,26 +117,19 @@ class DiT(nn.Module):
         self.out_modulation = Modulation(spec.width, parts=2)
         self.patch_out = nn.Linear(spec.width, spec.out_channels * spec.patch**2)
         self.register_buffer("positions", position_table(spec.latent_size // spec.patch, spec.width))
-        self._zero_outputs()
-
-    def _zero_outputs(self) -> None:
-        """adaLN-zero: a fresh block is the identity, a fresh model predicts zero."""
-        modulations = [module for module in self.modules() if isinstance(module, Modulation)]
-        for layer in (*modulations, self.patch_out):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        self.zero_outputs()
 
     def forward(
         self, latents: Tensor, timestep: Tensor, class_id: Tensor, depth: int
     ) -> tuple[Tensor, Tensor]:
         """Latents [B, C, S, S], timestep [B] in 0..1000, class_id int64 [B] in 0..classes, depth in 1..max_depth.
 
-        The class after the last, `classes`, means no class. Returns what `denoise` does, of `conditions`.
+        The class after the last, `classes`, means no class. Computes `conditions` and returns what `denoise` does.
         """
         return self.denoise(latents, self.conditions(timestep, class_id), depth)
 
     def conditions(self, timestep: Tensor, class_id: Tensor) -> Tensor:
-        """Timestep [B] and class_id [B] -> what they alone decide, float32 [B, K]."""
+        """Timestep [B] and class_id [B] -> the rows of numbers that depend on them alone, float32 [B, K]."""
         time = self.time(sinusoid(timestep, 256))
         return table(self, time + self.classes(class_id).to(time.dtype))
 
@@ -163,16 +140,10 @@ class DiT(nn.Module):
         block-major. Raises ValueError for a depth that the model was not built for.
         """
         spec = self.spec
-        if not 1 <= depth <= spec.max_depth:
-            raise ValueError(f"expected a depth of 1..{spec.max_depth}, got {depth}")
-        x = self.patch_in(to_patches(latents, spec.patch)) + self.positions.to(latents.dtype)
+        x = self.tokens(latents, depth)
         told, seen = handed_out(conditions, spec.modulations, spec.width, x.dtype)
         routes: list[Tensor] = []
         for block in self.blocks:
             x, chosen = block(x, list(islice(told, 6)), next(seen, None) if block.thinking else None, depth)
             routes += chosen
-        shift, scale = told
-        tokens = self.patch_out(modulate(x, shift, scale))
-        prediction = from_patches(tokens, spec.patch, spec.latent_size // spec.patch)
-        empty = torch.zeros(x.shape[0], 0, x.shape[1], dtype=torch.int64, device=x.device)
-        return prediction, torch.stack(routes, dim=1) if routes else empty
+        return self.prediction(x, told, routes)

@@ -3,23 +3,22 @@
 Shapes: B batch, N visual tokens, L text tokens, D width, H heads, d = D / H.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tpx_export.model.attention import SelfAttention, Stream, attention, modulate
 from tpx_export.model.conditions import Modulation, handed_out, table
-from tpx_export.model.patches import from_patches, to_patches
+from tpx_export.model.embedder import Embedder, sinusoid
 from tpx_export.model.thinking import Thinking, ThinkingSpec
+from tpx_export.model.transformer import DiffusionTransformer, TransformerSpec
 
 
 @dataclass(frozen=True)
-class MMDiTSpec:
+class MMDiTSpec(TransformerSpec):
     """Sizes of the transformer; the defaults are the sample model's, base/sd3.py makes those of SD3 and SD3.5.
 
     `dual_blocks` have a second attention, of the visual tokens to themselves (SD3.5-medium). `stored_positions`: the table
@@ -46,39 +45,13 @@ class MMDiTSpec:
                 f"expected heads to divide width and patch to divide latent_size, got {self.width}/{self.heads} "
                 f"and {self.latent_size}/{self.patch}"
             )
-        for kind, chosen in (
-            ("thinking", self.thinking.blocks if self.thinking else ()),
-            ("dual", self.dual_blocks),
-        ):
-            if not all(0 <= b < self.blocks for b in chosen):
-                raise ValueError(f"expected {kind} blocks within 0..{self.blocks - 1}, got {chosen}")
-
-    @property
-    def visual_tokens(self) -> int:
-        return (self.latent_size // self.patch) ** 2
-
-    @property
-    def max_depth(self) -> int:
-        """Without thinking blocks there is one step: the plain block."""
-        return self.thinking.max_depth if self.thinking else 1
+        self.require_blocks("thinking", self.thinking.blocks if self.thinking else ())
+        self.require_blocks("dual", self.dual_blocks)
 
     @property
     def modulations(self) -> int:
-        """Of all streams and of the output: the last text stream has 2, the output too."""
+        """6 for each stream, but 2 for the last text stream; 3 more for each dual block, and 2 for the output."""
         return 12 * self.blocks + 3 * len(self.dual_blocks) - 2
-
-    @property
-    def conditions_width(self) -> int:
-        """Numbers that time and condition alone decide, of one sample."""
-        return self.modulations * self.width + (self.thinking.conditions_width if self.thinking else 0)
-
-
-def sinusoid(positions: Tensor, width: int) -> Tensor:
-    """[...] -> [..., width]: cosines, then sines, at frequencies 10000^(-i / (width/2))."""
-    half = width // 2
-    frequencies = torch.exp(-math.log(10_000) * torch.arange(half, device=positions.device) / half)
-    angles = positions.float().unsqueeze(-1) * frequencies
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 def grid_positions(side: int, width: int) -> Tensor:
@@ -86,18 +59,6 @@ def grid_positions(side: int, width: int) -> Tensor:
     steps = torch.arange(side)
     rows, columns = torch.meshgrid(steps, steps, indexing="ij")
     return torch.cat([sinusoid(columns.flatten(), width // 2), sinusoid(rows.flatten(), width // 2)], dim=-1)
-
-
-class Embedder(nn.Module):
-    """Two linear layers with SiLU between: [B, width_in] -> [B, width]."""
-
-    def __init__(self, width_in: int, width: int) -> None:
-        super().__init__()
-        self.linear_1 = nn.Linear(width_in, width)
-        self.linear_2 = nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear_2(F.silu(self.linear_1(x)))
 
 
 class JointBlock(nn.Module):
@@ -116,7 +77,7 @@ class JointBlock(nn.Module):
 
     @property
     def modulations(self) -> int:
-        """How many the block is told."""
+        """How many shifts, scales and gates the block takes."""
         return self.visual.modulation.parts + self.text.modulation.parts
 
     def forward(
@@ -124,7 +85,8 @@ class JointBlock(nn.Module):
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """x [B, N, D], c [B, L, D] -> both streams after the block, and the routes [B, N] of its steps.
 
-        `told` are the modulations of the visual stream and of the text's, each [B, 1, D]; the gate sees `seen`, [B, 1, 64].
+        `told` are the modulations of the visual stream, then of the text's, each [B, 1, D]; `seen`, [B, 1, 64], is what
+        the gate sees of the condition.
         """
         parts = self.visual.modulation.parts
         shift, scale, *rest = told[:parts]
@@ -157,10 +119,10 @@ class JointBlock(nn.Module):
         )
 
 
-class MMDiT(nn.Module):
-    """Velocity of the flow from data to noise, dx/dsigma = noise - data."""
+class MMDiT(DiffusionTransformer):
+    """Predicts the velocity of the flow from data to noise, dx/dsigma = noise - data."""
 
-    positions: Tensor
+    spec: MMDiTSpec
 
     def __init__(self, spec: MMDiTSpec) -> None:
         super().__init__()
@@ -175,30 +137,19 @@ class MMDiT(nn.Module):
         self.patch_out = nn.Linear(spec.width, patch_values)
         positions = grid_positions(spec.latent_size // spec.patch, spec.width)
         self.register_buffer("positions", positions, persistent=spec.stored_positions)
-        self._zero_outputs()
-
-    def _zero_outputs(self) -> None:
-        """adaLN-zero: a fresh block is the identity, a fresh model predicts zero."""
-        for block in self.blocks:
-            assert isinstance(block, JointBlock)
-            for stream in (block.visual, block.text):
-                nn.init.zeros_(stream.modulation.weight)
-                nn.init.zeros_(stream.modulation.bias)
-        for layer in (self.out_modulation, self.patch_out):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        self.zero_outputs()
 
     def forward(
         self, latents: Tensor, timestep: Tensor, context: Tensor, pooled: Tensor, depth: int
     ) -> tuple[Tensor, Tensor]:
         """Latents [B, C, S, S], timestep [B] in 0..1000, context [B, L, W], pooled [B, P], depth in 1..max_depth.
 
-        Returns what `denoise` does, of `conditions`.
+        Computes `conditions` and returns what `denoise` does.
         """
         return self.denoise(latents, self.conditions(timestep, pooled), context, depth)
 
     def conditions(self, timestep: Tensor, pooled: Tensor) -> Tensor:
-        """Timestep [B] and pooled [B, P] -> what they alone decide, float32 [B, K]."""
+        """Timestep [B] and pooled [B, P] -> the rows of numbers that depend on them alone, float32 [B, K]."""
         pooled = pooled.to(self.pooled.linear_1.weight.dtype)
         return table(self, self.time(sinusoid(timestep, 256)) + self.pooled(pooled))
 
@@ -211,9 +162,7 @@ class MMDiT(nn.Module):
         Raises ValueError for a depth that the model was not built for.
         """
         spec = self.spec
-        if not 1 <= depth <= spec.max_depth:
-            raise ValueError(f"expected a depth of 1..{spec.max_depth}, got {depth}")
-        x = self.patch_in(to_patches(latents, spec.patch)) + self.positions.to(latents.dtype)
+        x = self.tokens(latents, depth)
         c = self.context_in(context)
         told, seen = handed_out(conditions, spec.modulations, spec.width, x.dtype)
         routes: list[Tensor] = []
@@ -222,8 +171,4 @@ class MMDiT(nn.Module):
             own = list(islice(told, block.modulations))
             x, c, chosen = block(x, c, own, next(seen, None) if block.thinking else None, depth)
             routes += chosen
-        shift, scale = told
-        tokens = self.patch_out(modulate(x, shift, scale))
-        velocity = from_patches(tokens, spec.patch, spec.latent_size // spec.patch)
-        empty = torch.zeros(x.shape[0], 0, x.shape[1], dtype=torch.int64, device=x.device)
-        return velocity, torch.stack(routes, dim=1) if routes else empty
+        return self.prediction(x, told, routes)

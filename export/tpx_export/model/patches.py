@@ -1,4 +1,4 @@
-"""Latents as tokens and back: what every diffusion transformer here begins and ends with."""
+"""Latents as tokens and back."""
 
 from torch import Tensor
 
@@ -11,6 +11,6 @@ def to_patches(latents: Tensor, patch: int) -> Tensor:
 
 
 def from_patches(tokens: Tensor, patch: int, side: int) -> Tensor:
-    """[B, side^2, C patch^2] -> [B, C, side patch, side patch]: what `to_patches` undoes."""
+    """[B, side^2, C patch^2] -> [B, C, side patch, side patch]: the inverse of `to_patches`."""
     cut = tokens.unflatten(2, (-1, patch, patch)).unflatten(1, (side, side))
     return cut.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)

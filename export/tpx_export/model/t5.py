@@ -15,7 +15,7 @@ from tpx_export.model.biased_attention import attend
 
 @dataclass(frozen=True)
 class T5Spec:
-    """T5-XXL's; `buckets` of relative positions reach `max_distance` tokens."""
+    """The defaults are T5-XXL's. `buckets` of relative positions reach `max_distance` tokens."""
 
     vocabulary: int = 32_128
     width: int = 4096
@@ -66,9 +66,9 @@ class Norm(nn.Module):
 
 
 def bucket(distance: int, buckets: int, max_distance: int) -> int:
-    """Of a key `distance` tokens after its query: half the buckets for keys after it, half for the others.
+    """The bucket of a key `distance` tokens after its query: half of them are for later keys, half for the others.
 
-    In each half, half are for one distance each, and the rest widen logarithmically up to `max_distance`.
+    In each half, the first half are for one distance each, and the rest widen logarithmically up to `max_distance`.
     """
     half, exact = buckets // 2, buckets // 4
     side, far = (half if distance > 0 else 0), abs(distance)

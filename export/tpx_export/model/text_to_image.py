@@ -1,4 +1,4 @@
-"""The three networks of a text-to-image model under one roof, with everything that describes them."""
+"""The three networks of a text-to-image model in one module, with everything that describes them."""
 
 import re
 from dataclasses import dataclass
@@ -12,20 +12,20 @@ from tpx_runtime.manifest import Defaults
 
 
 def check_name(name: str) -> None:
-    """A model's name becomes a folder's. Raises ValueError."""
+    """Check that a model's name can be a folder's. Raises ValueError."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise ValueError(f"expected a name of letters, digits, dots and dashes, got {name!r}")
 
 
 def check_same(name: str, expected: int, found: int) -> None:
-    """Parts of one model fit one another. Raises ValueError."""
+    """Check a size that a part must share with the transformer. Raises ValueError."""
     if expected != found:
         raise ValueError(f"expected {name} {expected} as in the transformer, got {found}")
 
 
 @dataclass(frozen=True)
 class TextToImageSpec:
-    """`shift` is that of the flow-matching schedule; `defaults` are what a call that names no value uses."""
+    """`shift` is the time shift of the flow-matching schedule; `defaults` are used where a call names no value."""
 
     name: str
     license: str

@@ -25,7 +25,7 @@ from tpx_export.model.routed_lora import mixed_lora, routed_lora
 
 @dataclass(frozen=True)
 class ThinkingSpec:
-    """Where and how pixels think. The last three fields are the paper's ablations; the defaults are its method."""
+    """Which blocks think, and how. The last three fields are the paper's ablations; the defaults are its method."""
 
     blocks: tuple[int, ...] = (1, 2, 3)
     experts: int = 4
@@ -47,12 +47,12 @@ class ThinkingSpec:
 
     @property
     def conditions_width(self) -> int:
-        """Numbers of a row of conditions that gates see."""
+        """How many numbers of a row of conditions are for the gates."""
         return GATE_WIDTH * len(self.blocks) if self.gate_sees_condition else 0
 
 
 class Gate(nn.Module):
-    """Logits over experts from tokens [B, N, D] and what `condition` made of the condition, [B, 1, 64] -> [B, N, M]."""
+    """Tokens [B, N, D] and `condition`'s output [B, 1, 64], if the gate sees it -> logits over experts [B, N, M]."""
 
     def __init__(self, width: int, experts: int, sees_condition: bool) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class Thinking(nn.Module):
     ) -> tuple[Tensor, list[Tensor]]:
         """Visual tokens x [B, N, D] -> q, k, v of the last step [B, N, 3D], and every step's routes.
 
-        `seen` [B, 1, 64] is what the gate is told of the condition, if anything. `base_qkv()` is W x, the frozen base;
+        `seen` [B, 1, 64] is what the gate sees of the condition, None if nothing. `base_qkv()` is W x, the frozen base;
         `attend(qkv)` is joint attention's visual rows, [B, N, D]. In training mode the routes are Gumbel-Softmax draws,
         straight-through; in evaluation they are the gate's argmax.
         """
@@ -104,7 +104,8 @@ class Thinking(nn.Module):
     def _expert(self, tokens: Tensor, seen: Tensor | None, step: int) -> tuple[Tensor, Tensor]:
         scale, shift = self.scale[step].to(tokens.dtype), self.shift[step].to(tokens.dtype)
         h = F.layer_norm(tokens * scale + shift, tokens.shape[-1:])
-        logits = self.gate(tokens.float(), seen)  # a route must not hang on float16's rounding
+        # A route must not depend on the rounding of float16.
+        logits = self.gate(tokens.float(), seen)
         a, b = self.a.to(h.dtype), self.b.to(h.dtype)  # experts in training stay in float32 over a lower base
         if self.training:
             weights = F.gumbel_softmax(logits.float(), tau=self.spec.temperature, hard=True).to(h.dtype)

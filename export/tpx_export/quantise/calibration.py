@@ -1,7 +1,7 @@
-"""How large activations become: hooks on every layer, over whole sampling trajectories of the float32 model.
+"""The magnitudes of activations, from hooks on every layer, over whole sampling trajectories of the float32 model.
 
-The model's own sampler, steps and guidance, both branches of it, at every depth 1..T: the layers are the same at all depths,
-so one range serves all of them.
+These use the model's own sampler, steps and guidance, with both branches, at every depth 1..T: the layers are the same at
+all depths, so one range serves all of them.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,21 +19,21 @@ from tpx_export.pipeline import Pipeline, TextPart
 from tpx_export.precision import in_float32
 from tpx_export.quantise.grid import Magnitudes
 from tpx_export.quantise.layers import Layers
+from tpx_export.quantise.prompts import drawn_together
 from tpx_runtime.conditioning import Said, combine
 from tpx_runtime.guidance import guide, is_guided
 from tpx_runtime.noise import batch_noise
 from tpx_runtime.sampling import SAMPLERS_FOR, Array
 from tpx_runtime.tokenizer import tokenizer_of
 
-SEED = 20260501  # of the first trajectory; what is shown afterwards begins elsewhere
-_TOKENS_AT_ONCE = 512  # visual ones, of prompts that are drawn together
+SEED = 20260501  # of the first trajectory; pictures shown afterwards have other seeds
 
 
 @dataclass
 class Told:
-    """What calibration's rows are told: row 0 nothing, guidance's other branch, then one row for each prompt or class.
+    """Conditioning rows for calibration: row 0 is unconditional, then one per prompt or class.
 
-    Encoders say their part one after another, when each is in memory.
+    Text encoders add their outputs one after another, each while it is in memory.
     """
 
     subjects: Sequence[str | int]
@@ -41,7 +41,7 @@ class Told:
 
     @torch.no_grad()
     def hear(self, part: TextPart, encoder: nn.Module) -> None:
-        """Take in what a text encoder says of every prompt."""
+        """Add a text encoder's outputs for every prompt."""
         tokenizer = tokenizer_of(part.vocabulary, Path("vocab.json"))
         every = [tokenizer.encode_empty(), *(tokenizer.encode(str(prompt)) for prompt in self.subjects)]
         with in_float32(encoder):
@@ -69,15 +69,15 @@ def activations(
     told: Golden,
     depth: int,
 ) -> None:
-    """Add what goes into each of `layers` to `seen`, by name, on a trajectory of every row of `told` (of `Told.rows`).
+    """Sample a trajectory for every row of `told` (from `Told.rows`), and add the inputs of each of `layers` to `seen`.
 
-    Raises ValueError where activations are not finite.
+    Raises ValueError for activations that are not finite.
     """
     model, defaults = pipeline.model, pipeline.defaults
     sampler = SAMPLERS_FOR[model.prediction][defaults.sampler]
     schedule = sampler.schedule(defaults.steps, pipeline.shift or 1.0)
     rows = len(next(iter(told.values()))) - 1
-    at_once = max(1, _TOKENS_AT_ONCE // model.visual_tokens)
+    at_once = drawn_together(model)
     with in_float32(transformer), watched(layers, seen):
         for first in range(1, rows + 1, at_once):
             some = range(first, min(first + at_once, rows + 1))
@@ -89,7 +89,7 @@ def activations(
 
 @contextmanager
 def watched(layers: Layers, seen: Mapping[str, Magnitudes]) -> Iterator[None]:
-    """Inside, what goes into each of `layers` is added to the magnitudes of its name."""
+    """Within it, the inputs of each of `layers` are added to the magnitudes under its name."""
     hooks = [
         layer.register_forward_pre_hook(lambda _, inputs, name=name: seen[name].add(inputs[0]))
         for name, layer in layers.items()

@@ -1,7 +1,7 @@
 """The int8 grid: symmetric, zero point 0, as TensorRT for RTX wants it (docs/engines.md).
 
-A weight has one step for each output channel and is cut nowhere; an activation has one step for the whole tensor, and what
-lies beyond 127 steps is cut off. How far 127 steps reach is what `Magnitudes` finds out.
+A weight has one step size per output channel, and none of its values are clipped. An activation has one step size for the
+whole tensor, which `Magnitudes` chooses, and values beyond 127 steps are clipped.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ Floats = npt.NDArray[np.float64]
 
 
 def weight_grid(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Weight [out, in] -> int8 [in, out], ready to be multiplied from the right, and its steps, float32 [out]."""
+    """Weight [out, in] -> int8 [in, out], ready to be multiplied from the right, and its step sizes, float32 [out]."""
     weight = weight.float()
     step = weight.abs().amax(dim=1) / TOP
     step = torch.where(step > 0, step, torch.ones_like(step))  # a channel of zeros
@@ -29,9 +29,9 @@ def weight_grid(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Magnitudes:
-    """How often |x| was how large in everything that was added: counts in BINS equal bins from 0 to `reach`.
+    """A histogram of |x| over everything that was added: BINS equal bins from 0 to `reach`.
 
-    `reach` doubles when something larger comes, and two bins become one, so that nothing has to be kept or run twice.
+    If a larger value comes, `reach` doubles and bins are merged in pairs, so that no activation is kept or computed twice.
     """
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class Magnitudes:
         self.counts: Floats = np.zeros(BINS)
 
     def add(self, x: Tensor) -> None:
-        """Any shape. Raises ValueError for what is not finite."""
+        """Add values of any shape. Raises ValueError if any is not finite."""
         size = x.detach().abs().float()
         largest = float(size.max())
         if not np.isfinite(largest):
@@ -55,7 +55,7 @@ class Magnitudes:
             self.counts += torch.histc(size, BINS, 0.0, self.reach).double().numpy()
 
     def step(self, rule: str) -> float:
-        """The size of one of 127 steps by a rule of CLIPPING; 1 where all was zero."""
+        """The step size by a rule of CLIPPING, a 127th of its range; 1 if all values were zero."""
         return (CLIPPING[rule](self) / TOP) or 1.0
 
 
@@ -72,7 +72,7 @@ def _percentile(seen: Magnitudes) -> float:
 
 
 def _least_squares(seen: Magnitudes) -> float:
-    """The range of least mean squared error: a shorter one rounds finer and cuts more off."""
+    """The range of least mean squared error: a shorter one rounds finer and clips more."""
     middles = (np.arange(BINS) + 0.5) * seen.reach / BINS
     ranges = seen.largest * np.arange(1, _CANDIDATES + 1) / _CANDIDATES
     errors = [_error(middles, seen.counts, end) for end in ranges if end > 0]

@@ -27,10 +27,10 @@ def block_linears(transformer: nn.Module) -> Layers:
 
 
 def modulations(transformer: nn.Module) -> Layers:
-    """Every adaLN's layer, the output's too: a third of the weights."""
+    """Every adaLN's layer, that of the output too: a third of the weights."""
     return {name: module for name, module in transformer.named_modules() if isinstance(module, Modulation)}
 
 
 def encoder_linears(encoder: nn.Module) -> Layers:
-    """All of a text encoder's."""
+    """Every linear layer of a text encoder."""
     return {name: module for name, module in encoder.named_modules() if isinstance(module, nn.Linear)}

@@ -5,8 +5,8 @@
     tpx::dequantised_linear   x ─────────────────────────────────┐
                                 int8 weight ──DequantizeLinear───MatMul ─▶
 
-The exported graph folds the transposes of weights and loses their names with it, so layers are replaced here, where each
-still has its own, and not found again in the graph.
+Exporting folds the transposes of weights, which then lose their names. So layers are replaced in the module, by name, and
+not searched for in the graph.
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ from tpx_export.quantise.layers import Layers
 
 @torch.library.custom_op("tpx::quantised_linear", mutates_args=())
 def quantised_linear(x: Tensor, step: Tensor, weight: Tensor, steps: Tensor) -> Tensor:
-    """x [..., in] on the grid of `step`, times int8 weight [in, out] of `steps` [out] -> [..., out]."""
+    """x [..., in] rounded to the grid of `step`, times int8 weight [in, out] of step sizes `steps` [out] -> [..., out]."""
     rounded = (x / step).round().clamp(-TOP - 1, TOP) * step  # half to even and saturating, as QuantizeLinear
     return rounded @ (weight.to(x.dtype) * steps)
 
@@ -33,7 +33,7 @@ def _(x: Tensor, step: Tensor, weight: Tensor, steps: Tensor) -> Tensor:
 
 @torch.library.custom_op("tpx::dequantised_linear", mutates_args=())
 def dequantised_linear(x: Tensor, weight: Tensor, steps: Tensor) -> Tensor:
-    """x [..., in] times int8 weight [in, out] of `steps` [out] -> [..., out]."""
+    """x [..., in] times int8 weight [in, out] of step sizes `steps` [out] -> [..., out]."""
     return x @ (weight.to(x.dtype) * steps)
 
 
@@ -43,7 +43,7 @@ def _(x: Tensor, weight: Tensor, steps: Tensor) -> Tensor:
 
 
 class Int8Linear(nn.Module):
-    """In the place of a linear layer, float32 [..., in] -> [..., out]; `step` is its activations', if they have one."""
+    """Replaces a linear layer, float32 [..., in] -> [..., out]; `step` is its activations' step size, if they are int8."""
 
     weight: Tensor
     steps: Tensor
@@ -67,7 +67,7 @@ class Int8Linear(nn.Module):
 
 
 class Int8Modulation(Modulation):
-    """In the place of an adaLN's layer: its weights in int8, found by what looks for modulations."""
+    """Replaces an adaLN's layer: weights in int8, and still a Modulation to code that looks for these."""
 
     def __init__(self, layer: Modulation) -> None:
         nn.Module.__init__(self)
@@ -82,7 +82,7 @@ class Int8Modulation(Modulation):
 
 
 def replace(module: nn.Module, layers: Layers, steps: Mapping[str, float] | None = None) -> None:
-    """Put the int8 form of each of `layers` in its place in `module`; `steps` are those of their activations, by name.
+    """Put the int8 form of each of `layers` in its place in `module`. `steps`: the step sizes of their activations, by name.
 
     The module has to be in float32. Without `steps` only weights are int8. Raises KeyError for a layer without a step.
     """

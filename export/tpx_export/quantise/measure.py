@@ -9,6 +9,7 @@ from typing import Any, cast
 import numpy as np
 from PIL import Image
 
+from tpx_export.quantise.prompts import drawn_together
 from tpx_export.quantise.report import DepthReport
 from tpx_runtime.bundle import Bundle
 from tpx_runtime.engine import Arrays, Engine, Session
@@ -17,12 +18,11 @@ from tpx_runtime.generator import Generator
 from tpx_runtime.verify import relative_error
 
 SEED = 20260601  # of the first picture: not among calibration's
-_TOKENS_AT_ONCE = 512
 
 
 @dataclass
 class Tally:
-    """Of every call so far: errors, equal routes and all routes."""
+    """Totals of all calls so far: the error of each, and how many routes were the same, of how many."""
 
     errors: list[float] = field(default_factory=list)
     same: int = 0
@@ -34,7 +34,7 @@ class Tally:
 
 
 class _Pair:
-    """A session of fp32 whose every call is also run, and compared, in int8."""
+    """An fp32 session that also runs each call in int8 and compares the two."""
 
     def __init__(self, fp32: Session, int8: Session, prediction: str, tally: Tally) -> None:
         self._fp32, self._int8, self._prediction, self._tally = fp32, int8, prediction, tally
@@ -50,9 +50,9 @@ class _Pair:
 
 
 class PairedEngine:
-    """An engine to the runtime's eyes: it opens the graphs of `fp32`, the transformers beside those of `int8`."""
+    """Looks like an engine to the runtime: it opens the graphs of `fp32`, each transformer together with `int8`'s."""
 
-    loops = False  # each call passes by the host, which compares
+    loops = False  # each call returns to the host, which compares
 
     def __init__(self, engine: Engine, fp32: Bundle, int8: Bundle, tally: Tally) -> None:
         self.name, self.spelling, self.precision = engine.name, engine.spelling, engine.precision
@@ -90,10 +90,9 @@ def against_fp32(
 
 
 def pictures(generator: Generator, subjects: Sequence[str | int], **settings: Any) -> list[Image.Image]:
-    """One of each prompt or class, of seeds that rise from SEED."""
+    """One picture of each prompt or class, with seeds that count up from SEED."""
     jobs = []
     for number, subject in enumerate(subjects):
         what = {"prompt": subject} if isinstance(subject, str) else {"class_id": subject}
         jobs += generator.plan(seed=SEED + number, **what, **settings)
-    at_once = max(1, _TOKENS_AT_ONCE // generator.manifest.model.visual_tokens)
-    return generator.draw(jobs, at_once)
+    return generator.draw(jobs, drawn_together(generator.manifest.model))

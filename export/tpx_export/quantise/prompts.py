@@ -1,4 +1,4 @@
-"""What is drawn to calibrate int8 and to show what it costs: prompts of the user's, or ones that the model can read.
+"""What is drawn to calibrate int8 and to show what it costs: the user's prompts, or some that the model can read.
 
 a file            one prompt a line
 CLIP and T5       plain descriptions of varied things
@@ -15,11 +15,14 @@ import numpy as np
 
 from tpx_export.pipeline import Pipeline, TextPart
 from tpx_runtime.errors import BadInput, shorten
+from tpx_runtime.manifest import ModelSpec
+from tpx_runtime.prompts import prompts_in
 from tpx_runtime.tokenizer import Tokenizer, WordTokenizer, refuse_unknown, tokenizer_of
 
 EACH = 8  # prompts to calibrate with, and as many others to show
 EACH_LARGE = 1
 LARGE = 1024  # visual tokens
+_TOGETHER = 512  # visual tokens of pictures that are drawn at once
 
 _PLAIN = (
     "a portrait of an old fisherman with a grey beard, oil on canvas",
@@ -43,14 +46,19 @@ _PLAIN = (
 
 @dataclass(frozen=True)
 class Subjects:
-    """Prompts, or classes, to calibrate with and to show; one of the two kinds is empty."""
+    """Prompts (text) or classes (numbers) to calibrate with, and others to show."""
 
     calibrating: tuple[str | int, ...]
     shown: tuple[str | int, ...]
 
 
+def drawn_together(model: ModelSpec) -> int:
+    """How many pictures one call of the transformer draws: fewer of larger ones, which take more memory."""
+    return max(1, _TOGETHER // model.visual_tokens)
+
+
 def subjects_of(pipeline: Pipeline, file: Path | None = None) -> Subjects:
-    """Those of `file`, which are calibrated with and the first of them shown, or the model's own. Raises BadInput."""
+    """The prompts of `file`, all to calibrate with and the first to show, or the model's own subjects. Raises BadInput."""
     each = EACH_LARGE if pipeline.model.visual_tokens > LARGE else EACH
     if file is not None:
         given = read_prompts(file, pipeline)
@@ -64,7 +72,7 @@ def subjects_of(pipeline: Pipeline, file: Path | None = None) -> Subjects:
 
 
 def read_prompts(file: Path, pipeline: Pipeline) -> tuple[str, ...]:
-    """The prompts of a file, each of which the model can read. Raises BadInput, which names the line."""
+    """The prompts of a file. Raises BadInput for one that the model cannot read, and names its line."""
     if pipeline.model.classes:
         raise BadInput(
             f"expected no prompts for a model of classes, found {file}; leave it out, its classes are used"
@@ -76,22 +84,6 @@ def read_prompts(file: Path, pipeline: Pipeline) -> tuple[str, ...]:
         except BadInput as error:
             raise BadInput(f"{file}, line {number}: {error}") from None
     return tuple(prompts.values())
-
-
-def prompts_in(file: Path) -> dict[int, str]:
-    """A file's lines that are not blank, by number from 1: one or more, whatever model is to read them. Raises BadInput."""
-    try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-    except OSError as error:
-        raise BadInput(
-            f"expected a file of prompts, one a line, at {file}, found: {error.strerror}"
-        ) from None
-    except UnicodeDecodeError:
-        raise BadInput(f"expected UTF-8 text in {file}, found other bytes; save it as UTF-8") from None
-    found = {number: line.strip() for number, line in enumerate(lines, start=1) if line.strip()}
-    if not found:
-        raise BadInput(f"expected prompts in {file}, one a line, found none; write some")
-    return found
 
 
 def own_prompts(pipeline: Pipeline, count: int) -> tuple[str, ...]:
@@ -107,7 +99,7 @@ def own_prompts(pipeline: Pipeline, count: int) -> tuple[str, ...]:
 
 
 def _captions(count: int) -> Sequence[str]:
-    """Of the shapes world, all kinds in turn; none without a checkout's folder samples."""
+    """Captions of the shapes world, all kinds in turn; none if a checkout's folder samples is missing."""
     try:
         from samples.shapes.captions import KINDS, caption, prompt_of
     except ImportError:

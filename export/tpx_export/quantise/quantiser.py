@@ -18,13 +18,14 @@ from tpx_export.quantise.grid import CLIPPING, Magnitudes
 from tpx_export.quantise.layers import block_linears, encoder_linears, modulations
 from tpx_export.quantise.linear import replace as replace_layers
 from tpx_export.quantise.measure import against_fp32
-from tpx_export.quantise.prompts import prompts_in, subjects_of
+from tpx_export.quantise.prompts import subjects_of
 from tpx_export.quantise.report import Report, fastest
 from tpx_export.quantise.score import score
 from tpx_export.quantise.speed import engines_at_hand, speed
 from tpx_runtime.bundle import Bundle
 from tpx_runtime.engine import resolve
 from tpx_runtime.errors import BadInput
+from tpx_runtime.prompts import prompts_in
 
 Tasks = Callable[[str], AbstractContextManager[None]]
 ALL_PROMPTS = 92  # of each kind of ShapesEval
@@ -34,7 +35,7 @@ ALL_PROMPTS = 92  # of each kind of ShapesEval
 class Int8Options:
     """`calibration`: a file of prompts, one a line, None for the model's own (prompts.py). `accept_loss`: keep the bundle
     whatever it costs. `score_prompts`: how many of each kind of ShapesEval are drawn, or of each shape for a model of
-    classes, 0 for none. `clipping`: grid.CLIPPING.
+    classes, 0 for none. `clipping`: a key of grid.CLIPPING.
     """
 
     calibration: Path | None = None
@@ -43,7 +44,7 @@ class Int8Options:
     clipping: str = "mse"
 
     def check(self, precision: str | None) -> None:
-        """What can be refused without the model, None for the precision that it is stored in. Raises BadInput."""
+        """Check what can be checked without the model; `precision` None is that of its stored weights. Raises BadInput."""
         if precision not in QUANTISED:
             found = precision or "no --precision"
             raise BadInput(
@@ -65,7 +66,7 @@ class Int8Options:
 
 
 class Quantiser:
-    """Quantises the parts of one export as each is in memory."""
+    """Quantises the parts of one export, each while it is in memory."""
 
     def __init__(self, pipeline: Pipeline, precision: str, options: Int8Options) -> None:
         """Raises BadInput for prompts of `options`, which are checked by now, that the model cannot read."""
@@ -76,13 +77,13 @@ class Quantiser:
         self._told = Told(self._subjects.calibrating)
 
     def tasks(self, depths: Sequence[int]) -> int:
-        """How many more tasks than another export's."""
+        """How many tasks int8 adds to an export."""
         calibrating = 0 if self.weights_alone else len(depths)
         fp32 = 1 + len(depths) + 1  # conditions, depths, and the rest of that bundle
         return calibrating + fp32 + len(engines_at_hand()) + len(depths) + 1
 
     def hear(self, part: TextPart, encoder: nn.Module) -> None:
-        """Let a text encoder, still in its own precision, say the prompts of calibration."""
+        """Encode the prompts of calibration with a text encoder that is still in its own precision."""
         if not self.weights_alone:
             self._told.hear(part, encoder)
 
@@ -136,7 +137,7 @@ class Quantiser:
 
 @contextmanager
 def fp32_beside(folder: Path) -> Iterator[Path]:
-    """A hidden folder beside `folder` for the same bundle in fp32; both it and what engines keep beside bundles vanish."""
+    """Yields a hidden folder beside `folder` for the same bundle in fp32; removes it, and what engines keep beside both."""
     fp32 = folder.with_suffix(".fp32")
     try:
         yield fp32
@@ -146,7 +147,7 @@ def fp32_beside(folder: Path) -> Iterator[Path]:
 
 
 def complete(fp32: Path, int8: Bundle, pipeline: Pipeline) -> Bundle:
-    """The bundle at `fp32`, where what was not written in fp32 is `int8`'s. Raises OSError."""
+    """The bundle at `fp32`, with the files that it lacks taken from `int8`. Raises OSError."""
     for name in int8.manifest.files:
         if not (fp32 / name).exists():
             (fp32 / name).parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What int8 costs and gains, as numbers and as lines that a person reads."""
+"""What int8 costs and gains, as numbers and as text."""
 
 import math
 from collections.abc import Sequence
@@ -9,8 +9,8 @@ from tpx_runtime.evaluation.statistics import Estimate
 
 @dataclass(frozen=True)
 class DepthReport:
-    """One depth against fp32 on the same inputs, along `calls` of fp32's own trajectories, and the pictures of both, all
-    in one engine.
+    """int8 against fp32 at one depth, in one engine: `calls` transformer calls on the same inputs, along trajectories of
+    fp32, then the pictures of both.
 
     Errors are max|a - b| / max|b| of a call's prediction. `agreement` is the share of equal routes, None without thinking
     blocks. PSNR in dB is infinite for equal pictures.
@@ -39,13 +39,13 @@ class SpeedReport:
 
 
 def fastest(speeds: Sequence[SpeedReport]) -> tuple[SpeedReport, SpeedReport]:
-    """Of the engine that is best with fp32, and of the one that is best with int8: what int8 is judged by."""
+    """The reports of the engine that is fastest with fp32, and of the one that is fastest with int8."""
     return min(speeds, key=lambda one: one.fp32_ms), min(speeds, key=lambda one: one.int8_ms)
 
 
 @dataclass(frozen=True)
 class ScoreReport:
-    """A score in parts of 1, each bundle's on an engine of its own: `change` is int8 minus fp32, paired over pictures."""
+    """Scores in 0..1, each bundle's on its fastest engine; `change` is int8 minus fp32, paired over pictures."""
 
     name: str
     pictures: int
@@ -65,9 +65,9 @@ class NotScored:
 
 @dataclass(frozen=True)
 class Report:
-    """`sizes` are bytes of folders, (fp32, int8).
+    """int8 against fp32. `sizes` are the bytes of folders, (fp32, int8).
 
-    `layers` were quantised, after `trajectories` of calibration (0 for weights alone), cut by the rule `clipping`.
+    `layers` counts what was quantised, `trajectories` what calibrated it (0 for weights alone), by the rule `clipping`.
     """
 
     precision: str
@@ -81,7 +81,7 @@ class Report:
 
     @property
     def bytes(self) -> tuple[int, int]:
-        """Of all folders whose size changed, (fp32, int8)."""
+        """The total of `sizes`, (fp32, int8)."""
         changed = list(self.sizes.values())
         return sum(size[0] for size in changed), sum(size[1] for size in changed)
 

@@ -1,7 +1,7 @@
-"""A score of both bundles, of the same pictures by prompt or class and seed: for the models of the shapes world.
+"""Scores of both bundles on the same prompts or classes and seeds, for models of the shapes world.
 
-A model that reads its words is asked ShapesEval's six kinds of prompts, one picture each; the model of its classes is asked
-for these, and a row is a shape. Each bundle draws on the engine that is its fastest.
+A model of prompts draws ShapesEval's six kinds of prompts, one picture each, and a row of the score is a kind. The model of
+classes draws these, and a row is a shape. Each bundle uses the engine that is fastest for it.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ _CLASSES = "shape-classes"  # the bundle's name
 
 @dataclass(frozen=True)
 class Question:
-    """A picture: the row that it counts in, what `Generator.plan` is told, and what it should show."""
+    """A picture: the row that it counts in, the arguments of `Generator.plan`, and what it should show."""
 
     row: str
     told: dict[str, Any]
@@ -37,7 +37,7 @@ class Question:
 def score(
     int8: Bundle, int8_engine: Engine, fp32: Bundle, fp32_engine: Engine, each: int
 ) -> ScoreReport | NotScored:
-    """Of the first `each` pictures of each row, 0 for none. Raises EngineFailed, EngineUnavailable."""
+    """Score the first `each` pictures of each row; 0 asks for no score. Raises EngineFailed, EngineUnavailable."""
     generators = Generator(fp32, fp32_engine), Generator(int8, int8_engine)
     asked = questions_for(generators[1], each)
     if isinstance(asked, NotScored):

@@ -14,19 +14,19 @@ _WARM, _ROUNDS, _LEAST_ROUNDS, _SECONDS = 3, 41, 5, 20.0
 
 
 def engines_at_hand() -> list[Engine]:
-    """Those that run here without tpx-build, for a bundle in the making has no engines."""
-    return [one for one in ENGINES.values() if one.built != "only" and one.problem() is None]
+    """Engines that run here without tpx-build: a bundle in the making has no engines built for it."""
+    return [one for one in ENGINES.values() if one.prebuilt != "required" and one.problem() is None]
 
 
 def speed(int8: Bundle, fp32: Bundle, engine: Engine) -> SpeedReport:
-    """Both bundles turn by turn, at the default depth and the rows of one picture. Raises EngineFailed."""
+    """Time both bundles in turn, at the default depth, with the rows of one picture. Raises EngineFailed."""
     depth, rows = int8.manifest.defaults.depth, 1 if int8.manifest.defaults.guidance == 1 else 2
     first, second = (engine.open(bundle.transformer(depth, engine.spelling)) for bundle in (fp32, int8))
     return SpeedReport(engine.name, depth, rows, *interleaved(first, second, _inputs(int8, rows)))
 
 
 def interleaved(first: Session, second: Session, inputs: Arrays) -> tuple[float, float]:
-    """Median milliseconds of both, whose order turns with each round, so that a slow moment of the machine meets both."""
+    """Median milliseconds of both. Their order alternates, so that a slow moment of the machine affects both."""
     took: tuple[list[float], list[float]] = ([], [])
     for _ in range(_WARM):
         first.run(inputs)
@@ -43,7 +43,7 @@ def interleaved(first: Session, second: Session, inputs: Arrays) -> tuple[float,
 
 
 def _inputs(bundle: Bundle, rows: int) -> Arrays:
-    """Of the golden tensors, as many rows as one picture has."""
+    """The golden tensors' inputs of a transformer, repeated or cut to `rows` rows."""
     golden = load_golden(bundle)
     return {
         name: np.resize(golden[name], (rows, *golden[name].shape[1:]))

@@ -1,8 +1,7 @@
 """Whether int8 was worth it."""
 
-from typing import Any
-
 from tpx_export.quantise.report import Report, ScoreReport, fastest
+from tpx_export.summary import Summary
 from tpx_runtime.errors import TpxError
 
 MOST_LOST = 0.01  # of the score, in parts of 1
@@ -14,13 +13,13 @@ class Refused(TpxError):
 
     exit_code = 7
 
-    def __init__(self, line: str, summary: Any) -> None:
+    def __init__(self, line: str, summary: Summary) -> None:
         super().__init__(line)
         self.summary = summary
 
 
 def verdict(report: Report) -> str | None:
-    """What speaks against the bundle, in one line; None if it is worth having."""
+    """Why the bundle is not worth having, in one line; None if it is."""
     faults = []
     score = report.score
     if isinstance(score, ScoreReport) and score.change.mean < -MOST_LOST:

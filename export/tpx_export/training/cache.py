@@ -1,4 +1,4 @@
-"""Latents and text embeddings on disk, each made once: one small .safetensors file an entry, by the hash of what made it."""
+"""Latents and text embeddings on disk, each made once: one .safetensors file per entry, named by a hash of its source."""
 
 import hashlib
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ _VERSION = 1  # of what is stored and how it is made
 
 
 def key(*parts: object) -> str:
-    """A name for what is made of `parts`, and of nothing else."""
+    """The name of an entry that depends on `parts` and on nothing else."""
     text = "\0".join(map(str, (_VERSION, *parts)))
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:40]
 
@@ -42,7 +42,7 @@ class Cache:
             ) from None
 
     def put(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Keep tensors, in float16 where it reaches so far. Written whole or not at all. Raises BadInput."""
+        """Store tensors, in float16 if none of their values overflows it. Written whole or not at all. Raises BadInput."""
         path = self._path(name)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

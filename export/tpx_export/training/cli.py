@@ -92,7 +92,7 @@ def main(
     settings = Settings(
         thinking=thinking_spec(experts, rank, max_depth, temperature, blocks),
         batch=batch,
-        learning_rate=lr,
+        lr=lr,
         warmup=warmup,
         weight_decay=weight_decay,
         seed=seed,

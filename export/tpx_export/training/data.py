@@ -1,4 +1,4 @@
-"""What a step learns from: which pictures, in which order, and what the model is told of them."""
+"""The data of each training step: which pictures, in which order, and their captions or classes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,13 +14,16 @@ Told = tuple[Tensor, ...]  # context [B, L, W] and pooled [B, P], or class_id [B
 
 
 def seeded(*numbers: int) -> torch.Generator:
-    """A random stream of its own for every tuple of numbers."""
+    """A random stream for that tuple of numbers, independent of those of others."""
     return torch.Generator().manual_seed(int(key(*numbers)[:15], 16))
 
 
 @dataclass(frozen=True)
 class Data:
-    """Pictures by their cached latents, told by captions or classes; `captions` has the keys of every caption and of ""."""
+    """Pictures with their captions or classes, `told`. `latents` are keys of the cache.
+
+    `captions` has for every caption, and for "", the key of each text encoder's output.
+    """
 
     model: ModelSpec
     cache: Cache
@@ -33,18 +36,18 @@ class Data:
 
     @property
     def fingerprint(self) -> str:
-        """Of the pictures, their sizes, captions and order."""
+        """A hash of the pictures, their sizes, captions and order."""
         return key(self.latents, self.told)
 
     def rows(self, seed: int, step: int, batch: int) -> list[int]:
-        """The pictures of a step: all of them in a random order, then again in another."""
+        """The numbers of a step's pictures. Each epoch has all pictures in a random order of its own."""
         places, orders = range(step * batch, (step + 1) * batch), dict[int, list[int]]()
         for epoch in {place // len(self) for place in places}:
             orders[epoch] = torch.randperm(len(self), generator=seeded(seed, 1, epoch)).tolist()
         return [orders[place // len(self)][place % len(self)] for place in places]
 
     def batch(self, rows: Sequence[int], dropped: Sequence[bool], device: str) -> tuple[Tensor, Told]:
-        """Latents float32 [B, C, S, S] of `rows` and what is told of them, which is nothing where `dropped`."""
+        """Latents float32 [B, C, S, S] of `rows`, and their conditioning, which is unconditional where `dropped`."""
         clean = torch.stack([self.cache.get(self.latents[row])["latents"] for row in rows])
         told = [self.told[row] for row in rows]
         if self.model.classes:
@@ -55,7 +58,7 @@ class Data:
         return clean.to(device), tuple(torch.from_numpy(joined[n]).to(device) for n in ("context", "pooled"))
 
     def _said(self, part: int, texts: Sequence[str]) -> Said:
-        """What encoder number `part` says of texts."""
+        """The output of text encoder number `part` for `texts`, from the cache."""
         entries = [self.cache.get(self.captions[text][part]) for text in texts]
         context = torch.stack([entry["context"] for entry in entries]).numpy()
         pooled = (

@@ -3,10 +3,10 @@
     x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) epsilon,    t uniform in 0..999, beta linear from 1e-4 to 0.02
     loss = E || epsilon(x_t, t, class) - epsilon ||^2 + L_t
 
-L_t is one term of the variational bound, in bits a value (Nichol and Dhariwal, 2102.09672): the divergence of
+L_t is one term of the variational bound, in bits per value (Nichol and Dhariwal, 2102.09672): the divergence of
 p(x_{t-1} | x_t) from q(x_{t-1} | x_t, x0), at t = 0 the likelihood of x0 in bins of 2/255. The predicted epsilon is detached
-in it, so that it teaches the variance alone. Adapters change what the frozen head of the variance reads: without L_t
-nothing would hold it where the sampler needs it.
+in it, so that it teaches the variance alone. Adapters change the input of the frozen variance head: without L_t
+nothing would keep the variance where the sampler needs it.
 """
 
 import math
@@ -30,7 +30,7 @@ _BIN = 1 / 255  # half a bin
 
 @dataclass(frozen=True)
 class DiffusionLoss:
-    """The loss of a batch; all that is random in it but the routes comes from `stream`."""
+    """The loss of a batch. All that is random in it, except the routes, comes from `stream`."""
 
     learned_sigma: bool = True
 
@@ -50,7 +50,7 @@ class DiffusionLoss:
 
 
 def bound(clean: Tensor, noise: Tensor, epsilon: Tensor, share: Tensor, t: Tensor) -> Tensor:
-    """L_t of each picture, [B], in bits a value; `share` says in -1..1 where the log variance lies in its range."""
+    """L_t of each picture, [B], in bits per value; `share` says in -1..1 where the log variance lies in its range."""
     least, most = _at(_LEAST, t, clean), _at(_MOST, t, clean)
     log_variance = least + (share + 1) / 2 * (most - least)
     # Both means have the same part of x_t, so they are as far apart as their parts of x0.
@@ -66,7 +66,7 @@ def bound(clean: Tensor, noise: Tensor, epsilon: Tensor, share: Tensor, t: Tenso
 
 
 def _surprise(clean: Tensor, apart: Tensor, log_variance: Tensor) -> Tensor:
-    """-log P(bin of `clean`) under a normal whose mean is `clean` minus `apart`; the outermost bins are without end."""
+    """-log P(bin of `clean`) under a normal whose mean is `clean` minus `apart`; the outermost bins extend to infinity."""
     deviation = (0.5 * log_variance).exp()
     above = torch.special.ndtr((apart + _BIN) / deviation)
     below = torch.special.ndtr((apart - _BIN) / deviation)
@@ -76,5 +76,5 @@ def _surprise(clean: Tensor, apart: Tensor, log_variance: Tensor) -> Tensor:
 
 
 def _at(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
-    """Values [B, 1, 1, 1] of a table at t, float32, where `like` is."""
+    """The values of `table` at t as float32 [B, 1, 1, 1], on the device of `like`."""
     return table[t].float().view(-1, 1, 1, 1).to(like.device)

@@ -1,4 +1,4 @@
-"""Pictures through the autoencoder, captions through each text encoder in turn: into the cache, what is not there yet."""
+"""Encode pictures with the autoencoder, and captions with each text encoder in turn, unless the cache has them already."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -31,8 +31,8 @@ def encode_pictures(
 ) -> dict[Example, str]:
     """The cache's key of each picture's `latents` [C, S, S], as the transformer sees them: the posterior's mean.
 
-    A picture is named on stderr and left out if it cannot be read and `skip_broken`. Raises BadInput for it otherwise, and
-    where none is left.
+    If `skip_broken`, a picture that cannot be read is named on stderr and left out; else it raises BadInput. So does having
+    no picture left.
     """
     size, keys = pipeline.model.image_size_px, {}
     for example in examples:

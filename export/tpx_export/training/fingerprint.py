@@ -1,4 +1,4 @@
-"""What a base's files hold, in 64 hex digits: so that adapters name their base, and caches and states know it again."""
+"""A hash of a base's files, by which adapters name their base, and caches and states recognise it."""
 
 import hashlib
 from pathlib import Path

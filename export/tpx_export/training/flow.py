@@ -18,7 +18,7 @@ from tpx_export.training.frozen import predict
 
 @dataclass(frozen=True)
 class FlowLoss:
-    """The loss of a batch; all that is random in it but the routes comes from `stream`."""
+    """The loss of a batch. All that is random in it, except the routes, comes from `stream`."""
 
     shift: float = 1.0
 

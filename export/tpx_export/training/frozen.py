@@ -22,9 +22,9 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 def thinking_model(
     base: nn.Module, thinking: ThinkingSpec, precision: str, device: str, seed: int
 ) -> nn.Module:
-    """`base` itself, frozen, with fresh adapters, in training mode on `device`; it answers as before.
+    """`base` itself, frozen, with fresh adapters, in training mode on `device`; its output is the same as before.
 
-    Adapters are drawn on the CPU, so that a seed means the same ones everywhere.
+    Adapters are initialised on the CPU, so that a seed gives the same ones on every device.
     """
     narrow(base, DTYPES[precision])
     base.requires_grad_(False)
@@ -35,12 +35,12 @@ def thinking_model(
 
 
 def adapters_of(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What is trained, by name."""
+    """The parameters that are trained, by name."""
     return {name: p for name, p in model.named_parameters() if ".thinking." in name and p.requires_grad}
 
 
 def checkpoint_blocks(model: nn.Module) -> nn.Module:
-    """Keep only what goes into each block, and compute the rest again when its gradient is asked for.
+    """Gradient checkpointing: keep only the inputs of each block, and compute the rest again for its gradient.
 
     Routes are drawn again with the same noise, so nothing changes but memory and time. Blocks before the first that thinks
     need no gradient and keep nothing anyway.
@@ -55,7 +55,7 @@ def checkpoint_blocks(model: nn.Module) -> nn.Module:
 
 
 def predict(model: nn.Module, latents: Tensor, timestep: Tensor, told: Told, depth: int) -> Tensor:
-    """The model's prediction, float32, for float32 latents [B, C, S, S], timestep [B] and what it is told."""
+    """The model's prediction, float32, for float32 latents [B, C, S, S], timestep [B] and the conditioning `told`."""
     dtype: torch.dtype = model.patch_in.weight.dtype  # type: ignore[union-attr, assignment]
     # The condition's embedder is float32, and so is what it reads; the context goes among the base's tokens.
     given = [value.to(dtype) if value.ndim == 3 else value for value in told]

@@ -1,4 +1,4 @@
-"""A folder of pictures -> what there is to learn from: each picture's file, and its caption or class.
+"""A folder of pictures -> examples to train on: each picture's file, and its caption or class.
 
 | layout | told |
 |---|---|
@@ -47,7 +47,7 @@ def read_folder(folder: Path, classes: int = 0) -> list[Example]:
 
 
 def _pictures(folder: Path) -> list[Path]:
-    """At any depth, but for hidden ones, sorted by their path as text."""
+    """All pictures, at any depth, except hidden ones, sorted by their path as text."""
     found = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
     names = ((path.relative_to(folder).as_posix(), path) for path in found)
     return [path for name, path in sorted(names) if not any(part[0] == "." for part in name.split("/"))]

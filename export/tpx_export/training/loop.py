@@ -37,12 +37,12 @@ class Objective(Protocol):
     def __call__(
         self, model: nn.Module, clean: Tensor, told: Told, depth: int, stream: torch.Generator
     ) -> Tensor:
-        """Of latents float32 [B, C, S, S] and what is told of them."""
+        """Latents float32 [B, C, S, S] and their conditioning -> a scalar."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is trained, for what, on what; `device` is where the model is."""
+    """A model on `device`, and the loss, data and settings to train it with."""
 
     model: nn.Module
     objective: Objective
@@ -63,8 +63,8 @@ class Outcome:
 def fit(job: Job, steps: int, saved: Path, identity: dict[str, Any]) -> Outcome:
     """Train the model's adapters up to `steps`, from the state at `saved` where there is one; they end as their average.
 
-    `identity` is what a state must agree with to be taken up. The state is written every two minutes, at the end and at
-    Ctrl-C, which raises Cancelled after the step under way. Raises BadInput for a state of another run, TrainingFailed for
+    A saved state is only resumed if it agrees with `identity`. The state is written every two minutes, at the end and at
+    Ctrl-C, which raises Cancelled after the current step. Raises BadInput for a state of another run, TrainingFailed for
     a loss that is not finite.
     """
     parameters = adapters_of(job.model)
@@ -117,7 +117,7 @@ def one_step(job: Job, run: state.Run) -> float:
     rows = job.data.rows(settings.seed, run.step, settings.batch)
     clean, told = job.data.batch(rows, dropped, device)
     for group in run.optimizer.param_groups:
-        group["lr"] = settings.learning_rate * min(1.0, (run.step + 1) / max(1, settings.warmup))
+        group["lr"] = settings.lr * min(1.0, (run.step + 1) / max(1, settings.warmup))
     with torch.random.fork_rng(devices=[device] if device.startswith("cuda") else []):
         torch.manual_seed(seeded(settings.seed, _ROUTES, run.step).initial_seed())
         loss = job.objective(job.model, clean, told, depth, stream)
@@ -158,4 +158,4 @@ def _optimizer(parameters: dict[str, nn.Parameter], settings: Settings) -> torch
         {"params": [p for name, p in parameters.items() if name not in free]},
         {"params": [p for name, p in parameters.items() if name in free], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    return torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay)

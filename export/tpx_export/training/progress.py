@@ -1,4 +1,4 @@
-"""How far a long task is, on stderr: a bar on a terminal, elsewhere a line twice a minute."""
+"""The progress of a long task, on stderr: a bar on a terminal, elsewhere a line twice a minute."""
 
 import sys
 import time
@@ -14,7 +14,7 @@ Advance = Callable[[int, str], None]  # (how many are done, what to say of it)
 
 @contextmanager
 def progress(label: str, total: int) -> Iterator[Advance]:
-    """Yields a function to call with the count of what is done by now; time left is of this run's own pace."""
+    """Yields a function to call with the count of what is done; the time left is estimated from this run's pace."""
     began, first = time.monotonic(), None
 
     def left(done: int) -> str:

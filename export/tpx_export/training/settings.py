@@ -1,4 +1,4 @@
-"""What decides how adapters turn out: the options of tpx-train, checked."""
+"""The options of tpx-train that affect the adapters, checked."""
 
 import math
 from dataclasses import dataclass, replace
@@ -14,15 +14,15 @@ DEPTHS = ("fixed", "random")
 
 @dataclass(frozen=True)
 class Settings:
-    """Of a run. Experts, rank, depth, temperature and blocks are the paper's, the rest is our choice.
+    """The settings of a run. Experts, rank, depth, temperature and blocks are the paper's, the rest is our choice.
 
-    `depth` is fixed, max_depth at every step, or random, 1..max_depth, for adapters that draw at every depth. The rate
-    rises linearly during the first `warmup` steps and stays.
+    `depth` is "fixed", max_depth at every step, or "random", 1..max_depth, for adapters that work at every depth. The
+    learning rate `lr` rises linearly during the first `warmup` steps and stays.
     """
 
     thinking: ThinkingSpec
     batch: int = 4
-    learning_rate: float = 1e-4
+    lr: float = 1e-4
     warmup: int = 100
     weight_decay: float = 0.01
     seed: int = 0
@@ -34,7 +34,7 @@ class Settings:
         """Raises BadInput for a value that cannot be used."""
         _require(self.batch >= 1, "--batch of 1 or more", self.batch)
         _require(self.warmup >= 0, "--warmup of 0 or more", self.warmup)
-        _require(0 < self.learning_rate < math.inf, "--lr above 0", self.learning_rate)
+        _require(0 < self.lr < math.inf, "--lr above 0", self.lr)
         _require(0 <= self.weight_decay < math.inf, "--weight-decay of 0 or more", self.weight_decay)
         _require(0 <= self.seed < 2**31, "--seed in 0..2147483647", self.seed)
         _require(0 <= self.caption_dropout <= 1, "--caption-dropout in 0..1", self.caption_dropout)
@@ -42,7 +42,7 @@ class Settings:
         _require(self.depth in DEPTHS, f"--depth {' or '.join(DEPTHS)}", self.depth)
 
     def options(self) -> dict[str, Any]:
-        """By the options' names, as they are written to files."""
+        """The settings by the names of their options, as the state of a run holds them."""
         thinking = self.thinking
         return {
             "--experts": thinking.experts,
@@ -51,7 +51,7 @@ class Settings:
             "--blocks": ",".join(map(str, thinking.blocks)),
             "--temperature": thinking.temperature,
             "--batch": self.batch,
-            "--lr": self.learning_rate,
+            "--lr": self.lr,
             "--warmup": self.warmup,
             "--weight-decay": self.weight_decay,
             "--seed": self.seed,
@@ -79,8 +79,8 @@ def thinking_spec(
 def within_base(thinking: ThinkingSpec, base_blocks: int, asked: bool) -> ThinkingSpec:
     """`thinking` for a base with that many blocks.
 
-    Blocks that were `asked` for and are not there raise BadInput; of the paper's those that are there remain, or the middle
-    one.
+    Raises BadInput if blocks that the user `asked` for are missing. Of the default blocks those that the base has remain, or
+    its middle one if it has none of them.
     """
     inside = tuple(block for block in thinking.blocks if block < base_blocks)
     if asked:

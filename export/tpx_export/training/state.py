@@ -1,4 +1,4 @@
-"""A run that can be stopped: adapters, their average, the optimizer and the step, in one file."""
+"""The state of a run that can be stopped and resumed: adapters, their average, the optimizer and the step, in one file."""
 
 import json
 import pickle
@@ -45,7 +45,7 @@ class Run:
 
 
 def save(run: Run, identity: dict[str, Any], path: Path) -> None:
-    """Write the state of a run that is known by `identity`, whole or not at all. Raises BadInput."""
+    """Write the state of a run, and the `identity` that it is recognised by, whole or not at all. Raises BadInput."""
     facts = {
         "format": _FORMAT,
         "identity": json.dumps(identity),
@@ -65,9 +65,9 @@ def save(run: Run, identity: dict[str, Any], path: Path) -> None:
 
 
 def read(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
-    """The state at `path`, if it is of a run that agrees with `identity`, options by name among it, or with a part of it.
+    """Load the state at `path`. Every entry of `identity` must match the saved run.
 
-    Raises BadInput for another run's and for what is no state.
+    `identity` may be a subset of what was saved. Raises BadInput for another run's state and for a file that is none.
     """
     try:
         with warnings.catch_warnings():  # torch's own about foreign pickles; one line is enough
@@ -90,7 +90,7 @@ def read(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
 
 
 def restore(run: Run, whole: dict[str, Any], path: Path) -> None:
-    """Take up the run whose state was read. Raises BadInput for a state that does not fit the model."""
+    """Resume `run` from a state that was read. Raises BadInput for a state that does not fit the model."""
     try:
         shapes = {name: p.shape for name, p in run.parameters.items()}
         if any({n: v.shape for n, v in whole[kind].items()} != shapes for kind in ("adapters", "ema")):

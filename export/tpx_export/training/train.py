@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tpx_export.adapters import Facts, write_adapters
+from tpx_export.adapters import save_adapters
 from tpx_export.base.dit_pipeline import recognises
 from tpx_export.base.pipeline import open_base
 from tpx_export.pipeline import Pipeline
@@ -32,7 +32,7 @@ SD3_SIZE_PX = 512
 
 @dataclass(frozen=True)
 class Request:
-    """What to train on what, and where it goes. `blocks_asked`: the settings' blocks were named, not taken for granted."""
+    """What to train, on which data, and where it goes. `blocks_asked`: the user named the settings' blocks."""
 
     base: Path
     data: Path
@@ -57,9 +57,9 @@ class Request:
 
 
 def train(request: Request, settings: Settings) -> Outcome:
-    """Train adapters and write them to `request.out`; a run that was stopped goes on.
+    """Train adapters and write them to `request.out`; a run that was stopped is resumed.
 
-    Everything that can be refused is, before anything is encoded, but for pictures that cannot be read. Raises BadInput,
+    Everything is checked before anything is encoded, except whether pictures can be read. Raises BadInput,
     CheckpointInvalid, TrainingFailed, Cancelled.
     """
     _check(request)
@@ -127,11 +127,8 @@ def _encoded(request: Request, pipeline: Pipeline, examples: list[Example], base
 def _write(
     request: Request, pipeline: Pipeline, job: Job, outcome: Outcome, identity: dict[str, Any]
 ) -> None:
-    facts = {
-        name.removeprefix("--").replace("-", "_"): value for name, value in job.settings.options().items()
-    }
-    for name in [field.name for field in dataclasses.fields(job.settings.thinking)]:
-        facts.pop(name, None)  # the specification says it
+    facts = dataclasses.asdict(job.settings)
+    del facts["thinking"]  # the adapter file has it as its specification
     facts |= {
         "objective": pipeline.model.prediction,
         "image_size_px": pipeline.model.image_size_px[0],
@@ -142,13 +139,11 @@ def _write(
         "weights": "average",
         **dataclasses.asdict(outcome),
     }
-    tensors = {name: value for name, value in job.model.state_dict().items() if ".thinking." in name}
-    spec: Any = job.model.spec
-    write_adapters(request.out, job.settings.thinking, tensors, Facts(spec.width, pipeline.name, facts))
+    save_adapters(job.model, request.out, pipeline.name, facts)
 
 
 def _check(request: Request) -> None:
-    """What can be seen without opening the base. Raises BadInput."""
+    """Check what can be checked without opening the base. Raises BadInput."""
     if request.steps < 1:
         raise BadInput(f"expected --steps of 1 or more, found {request.steps}")
     if request.device not in ("cpu", "cuda"):

@@ -20,8 +20,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ..bundle import Bundle
 from ..errors import shorten
 from .environment import engines_folder
+from .gpu import Gpu
 
 MAGIC = b"TPXENGIN"
 VERSION = 3  # raised too where engines are built otherwise than before: 3 is without TF32
@@ -49,6 +51,31 @@ class Key:
     gpu: str | None
     driver: str | None
     plugin: str | None  # hash of the plugin inside, "" for none; None for whoever runs it and does not care
+
+    @classmethod
+    def of(
+        cls,
+        bundle: Bundle,
+        path: Path,
+        engine: str,
+        version: str,
+        gpu: Gpu,
+        batch: tuple[int, int] = (0, 0),
+        plugin: str | None = None,
+    ) -> "Key":
+        """The key of the graph at `path`; without a batch it is one to `find` an engine by."""
+        return cls(
+            bundle=bundle.hash,
+            graph=graph_name(path),
+            precision=bundle.manifest.precision,
+            batch=batch,
+            engine=engine,
+            version=version,
+            capability=f"sm{gpu.capability}",
+            gpu=gpu.name,
+            driver=gpu.driver,
+            plugin=plugin,
+        )
 
     @property
     def file_name(self) -> str:

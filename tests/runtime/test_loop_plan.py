@@ -5,9 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from tpx_runtime import course
-from tpx_runtime.course import course_of
-from tpx_runtime.engine import Course
+from tpx_runtime import loop_plan
+from tpx_runtime.engine import LoopPlan
+from tpx_runtime.loop_plan import plan_loop
 from tpx_runtime.manifest import ModelSpec
 from tpx_runtime.modulation import Conditions
 from tpx_runtime.sampling import SAMPLERS_FOR
@@ -26,7 +26,7 @@ JOB = Settings(
 )
 
 
-def plan(job: Settings, model: ModelSpec = MODEL) -> tuple[Course | None, Conditions]:
+def plan(job: Settings, model: ModelSpec = MODEL) -> tuple[LoopPlan | None, Conditions]:
     sampler = SAMPLERS_FOR[model.prediction][job.sampler]
     schedule = sampler.schedule(job.steps, 3.0)
     rows = slice(2, None) if job.guidance == 1 else slice(None)
@@ -35,7 +35,7 @@ def plan(job: Settings, model: ModelSpec = MODEL) -> tuple[Course | None, Condit
     table = Conditions(
         lambda: FakeSession("conditions", conditions(model), []), model, told, schedule.timesteps
     )
-    return course_of(job, sampler, schedule, LATENTS, told, table, model), table
+    return plan_loop(job, sampler, schedule, LATENTS, told, table, model), table
 
 
 def test_a_guided_course_has_both_branches_and_each_call_s_conditions() -> None:
@@ -74,8 +74,8 @@ def test_noise_on_the_way_is_the_host_s() -> None:
 def test_what_is_too_large_for_a_device_is_the_host_s(monkeypatch: pytest.MonkeyPatch) -> None:
     """Five slots of four rows of latents, and of two of conditions, in four bytes each."""
     size = 4 * 5 * (4 * LATENTS[0].size + 2 * MODEL.conditions_width)
-    monkeypatch.setattr(course, "MOST_BYTES", size)
+    monkeypatch.setattr(loop_plan, "MOST_BYTES", size)
     assert plan(JOB)[0] is not None
-    monkeypatch.setattr(course, "MOST_BYTES", size - 1)
+    monkeypatch.setattr(loop_plan, "MOST_BYTES", size - 1)
     found, table = plan(JOB)
     assert found is None and not table._made  # nothing was worked out for it

@@ -1,8 +1,8 @@
-"""What a denoising loop is to do, all told ahead, for a device that its latents do not leave."""
+"""Plans a denoising loop in advance, for a device that its latents do not leave."""
 
 import numpy as np
 
-from .engine import Arrays, Course
+from .engine import Arrays, LoopPlan
 from .guidance import is_guided, mixing, reused
 from .manifest import ModelSpec
 from .modulation import Conditions
@@ -13,7 +13,7 @@ from .settings import Settings
 MOST_BYTES = 1 << 30  # of what a device keeps for it
 
 
-def course_of(
+def plan_loop(
     job: Settings,
     sampler: Sampler,
     schedule: Schedule,
@@ -21,11 +21,11 @@ def course_of(
     told: Arrays,
     conditions: Conditions,
     model: ModelSpec,
-) -> Course | None:
-    """The course from `latents` [B, C, H, W]; None where the host has to have a hand in it.
+) -> LoopPlan | None:
+    """The plan of a loop from `latents` [B, C, H, W]; None if the loop cannot run on the device.
 
-    It has where a sampler adds noise, where calls differ in their branches (as an interval of guidance, or guidance at
-    every few steps, makes them), and where a device would have to keep more than MOST_BYTES.
+    It cannot with a stochastic sampler, with guidance that is not applied at every step, or if the device would have to hold
+    more than MOST_BYTES.
     """
     guidance = job.guidance, job.guidance_interval
     alike = job.guidance == 1 or all(is_guided(at, *guidance) for at in schedule.timesteps)
@@ -37,7 +37,7 @@ def course_of(
     slots, rows = len(found.weights), len(latents) * (1 if job.guidance == 1 else 2)
     if 4 * slots * (rows * latents[0].size + conditions.distinct * model.conditions_width) > MOST_BYTES:
         return None
-    last = found.timesteps[-1]  # again, for nobody reads what is told after the last call
+    last = found.timesteps[-1]  # again: nobody reads the conditions after the last call
     table, row = conditions.table([*found.timesteps, last])
     tables: Arrays = {
         "places": np.arange(slots).reshape(-1, 1, 1, 1, 1),
@@ -48,4 +48,4 @@ def course_of(
     }
     context = {name: told[name] for name in model.transformer_inputs if name in told}
     repeated = np.concatenate([latents] * (rows // len(latents)))
-    return Course(len(latents), repeated, context, tables, found.ends, model.prediction)
+    return LoopPlan(len(latents), repeated, context, tables, found.ends, model.prediction)

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tpx_engines.ahead import build_ahead
 from tpx_engines.cli import table
+from tpx_engines.openvino_build import build_ahead
 from tpx_runtime.bundle import Bundle
 from tpx_runtime.engine import ENGINES, openvino, resolve
 from tpx_runtime.engine.tensorrt_flavours import FLAVOURS
@@ -144,10 +144,10 @@ def test_a_broken_graph_is_one_line(bundle: Bundle) -> None:
 
 
 def test_the_engines_built_ahead_are_those_of_openvino() -> None:
-    ahead = [name for name, engine in ENGINES.items() if engine.built == "ahead"]
+    ahead = [name for name, engine in ENGINES.items() if engine.prebuilt == "optional"]
     assert ahead == [name for name, engine in ENGINES.items() if engine.package == "openvino"]
     assert ahead == list(openvino.PRECISIONS)
 
 
 def test_the_engines_that_run_nothing_else_are_the_tensorrts() -> None:
-    assert {name for name, engine in ENGINES.items() if engine.built == "only"} == set(FLAVOURS)
+    assert {name for name, engine in ENGINES.items() if engine.prebuilt == "required"} == set(FLAVOURS)

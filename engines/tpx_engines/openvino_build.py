@@ -27,7 +27,7 @@ def build_ahead(
     below 1 and a folder that cannot be written, EngineUnavailable and EngineFailed.
     """
     engine, results = resolve(engine_name), []  # before openvino is imported: it may not be there
-    if engine.built != "ahead":
+    if engine.prebuilt != "optional":
         raise BadInput(f"expected an engine that compiles graphs itself, found {engine.name}")
     if wrong := [n for n in rows if n < 1]:
         raise BadInput(f"expected batches of at least 1 row, found {wrong[0]}")
@@ -55,17 +55,10 @@ class _Task:
 
 
 def _tasks(bundle: Bundle, engine_name: str, spelling: Spelling, rows: Sequence[int]) -> Iterator[_Task]:
-    for encoder in bundle.manifest.text_encoders:
-        yield _any(encoder.folder, engine_name, bundle.text_encoder(encoder))
-    yield _any("transformer conditions", engine_name, bundle.conditions)
-    for depth in bundle.manifest.model.depths:
-        path, name = bundle.transformer(depth, spelling), f"transformer depth {depth}"
-        yield _any(name, engine_name, path)
-        for batch in rows:
-            yield _exact(f"{name} x{batch}", engine_name, path, batch)
-    yield _any("vae_decoder", engine_name, bundle.vae_decoder)
-    if bundle.vae_encoder:
-        yield _any("vae_encoder", engine_name, bundle.vae_encoder)
+    for graph in bundle.graphs(spelling):
+        yield _any(graph.name, engine_name, graph.path)
+        for batch in rows if graph.depth else ():
+            yield _exact(f"{graph.name} x{batch}", engine_name, graph.path, batch)
 
 
 def _any(name: str, engine_name: str, path: Path) -> _Task:
@@ -84,11 +77,8 @@ def _exact(name: str, engine_name: str, path: Path, batch: int) -> _Task:
     def run() -> tuple[int, bool]:
         from tpx_runtime.engine import openvino, openvino_exact
 
-        store, config, core = (
-            openvino.store_of(engine_name, path),
-            openvino.settings(engine_name, path),
-            openvino.core(),
-        )
+        store, config = openvino.store_of(engine_name, path), openvino.settings(engine_name, path)
+        core = openvino.core()
         _require_writable(store)
         try:
             shapes = openvino_exact.shapes_at(core, path, batch)

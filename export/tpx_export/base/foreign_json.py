@@ -1,0 +1,33 @@
+"""JSON files that other libraries wrote: objects and lists, or a CheckpointInvalid that names the file."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tpx_export.checkpoint import CheckpointInvalid
+from tpx_runtime.errors import shorten
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A file that holds a JSON object. Raises CheckpointInvalid."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise CheckpointInvalid(f"{path}: expected a file, found none; check the path") from None
+    except (ValueError, RecursionError):
+        raise CheckpointInvalid(f"{path}: expected JSON, found something else; copy it again") from None
+    return as_object(path, value)
+
+
+def as_object(path: Path, value: Any) -> dict[str, Any]:
+    """`value`, which must be a JSON object. `path` is named in the error. Raises CheckpointInvalid."""
+    if not isinstance(value, dict):
+        raise CheckpointInvalid(f"{path}: expected fields by name, found {shorten(value)}; copy it again")
+    return value
+
+
+def as_list(path: Path, value: Any) -> list[Any]:
+    """`value`, which must be a JSON array; an empty list for null. Raises CheckpointInvalid."""
+    if not isinstance(value, list | None):
+        raise CheckpointInvalid(f"{path}: expected a list, found {shorten(value)}; copy it again")
+    return value or []

@@ -1,0 +1,91 @@
+"""What the diffusion transformers MMDiT and DiT share: the way into their blocks, and the way out.
+
+    latents ─patch_in, positions─▶ tokens ─blocks─▶ tokens ─out_modulation, patch_out─▶ prediction, and the blocks' routes
+
+Shapes: B batch, C latent channels, S latent size, N visual tokens, D width.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from tpx_export.model.attention import modulate
+from tpx_export.model.conditions import Modulation
+from tpx_export.model.patches import from_patches, to_patches
+from tpx_export.model.thinking import ThinkingSpec
+
+
+class TransformerSpec:
+    """What follows from the fields that MMDiTSpec and DiTSpec both have."""
+
+    latent_size: int
+    patch: int
+    width: int
+    blocks: int
+    thinking: ThinkingSpec | None
+
+    @property
+    def visual_tokens(self) -> int:
+        return (self.latent_size // self.patch) ** 2
+
+    @property
+    def max_depth(self) -> int:
+        """Without thinking blocks there is one step: the plain block."""
+        return self.thinking.max_depth if self.thinking else 1
+
+    @property
+    def modulations(self) -> int:
+        """How many shifts, scales and gates, each `width` wide, the blocks and the output take."""
+        raise NotImplementedError
+
+    @property
+    def conditions_width(self) -> int:
+        """How many numbers of one sample depend on time and prompt or class alone."""
+        return self.modulations * self.width + (self.thinking.conditions_width if self.thinking else 0)
+
+    def require_blocks(self, kind: str, chosen: Sequence[int]) -> None:
+        """Raise ValueError unless the model has all of the `chosen` blocks."""
+        if not all(0 <= b < self.blocks for b in chosen):
+            raise ValueError(f"expected {kind} blocks within 0..{self.blocks - 1}, got {chosen}")
+
+
+class DiffusionTransformer(nn.Module):
+    """Base class. A subclass makes the layers named here, and `blocks` between them."""
+
+    spec: TransformerSpec
+    patch_in: nn.Linear
+    positions: Tensor
+    out_modulation: Modulation
+    patch_out: nn.Linear
+
+    def zero_outputs(self) -> None:
+        """adaLN-zero: a fresh block is the identity, a fresh model predicts zero."""
+        modulations = [module for module in self.modules() if isinstance(module, Modulation)]
+        for layer in (*modulations, self.patch_out):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def tokens(self, latents: Tensor, depth: int) -> Tensor:
+        """Latents [B, C, S, S] -> visual tokens [B, N, D] with their positions.
+
+        Raises ValueError for a depth that the model was not built for.
+        """
+        spec = self.spec
+        if not 1 <= depth <= spec.max_depth:
+            raise ValueError(f"expected a depth of 1..{spec.max_depth}, got {depth}")
+        return self.patch_in(to_patches(latents, spec.patch)) + self.positions.to(latents.dtype)
+
+    def prediction(
+        self, x: Tensor, told: Iterator[Tensor], routes: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Visual tokens x [B, N, D] after all blocks -> the prediction [B, out channels, S, S] and the stacked routes.
+
+        `told` has the output's shift and scale left, each [B, 1, D]. Each of `routes` is int64 [B, N]; together they become
+        [B, routes, N].
+        """
+        shift, scale = told
+        tokens = self.patch_out(modulate(x, shift, scale))
+        predicted = from_patches(tokens, self.spec.patch, self.spec.latent_size // self.spec.patch)
+        empty = torch.zeros(x.shape[0], 0, x.shape[1], dtype=torch.int64, device=x.device)
+        return predicted, torch.stack(list(routes), dim=1) if routes else empty
