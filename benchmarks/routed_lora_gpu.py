@@ -61,6 +61,9 @@ class Given:
     expected: Tensor
 
 
+Spelling = Callable[[Given], Tensor]
+
+
 def given(lead: tuple[int, int], size: Size, experts: int, dtype: torch.dtype, device: str) -> Given:
     x = torch.randn(*lead, size.width, device=device).to(dtype)
     expert = torch.randint(0, experts, lead, device=device)
@@ -90,6 +93,14 @@ def gathered_lora(x: Tensor, expert: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 def gathered(g: Given) -> Tensor:
     return gathered_lora(g.x, g.expert, g.a, g.b)
+
+
+def hold(name: str, spelling: Spelling, sets: list[Given], tolerance: float) -> None:
+    """A spelling to the float32 answers. Raises ClickException."""
+    for g in sets:
+        error = float((spelling(g).float() - g.expected).abs().max() / g.expected.abs().max())
+        if not error < tolerance:
+            raise click.ClickException(f"{name}: expected an error below {tolerance}, found {error}")
 
 
 def timed(call: Call, device: str) -> float:
@@ -147,12 +158,12 @@ def main(dtype: str, rounds: int, toy: bool) -> None:
         )
     from tpx_engines.routed_lora_triton import routed_lora_triton
 
-    def kernel(splits: int | None) -> Callable[[Given], Tensor]:
+    def kernel(splits: int | None) -> Spelling:
         return lambda g: routed_lora_triton(g.x, g.expert, g.a, g.b, splits)
 
     size, device = (TOY, "cpu") if toy else (REAL, "cuda")
     real, tolerance = DTYPES[dtype]
-    spellings: dict[str, Callable[[Given], Tensor]] = {
+    spellings: dict[str, Spelling] = {
         "masked": masked,
         "gathered": gathered,
         "triton": kernel(None),
@@ -176,12 +187,7 @@ def main(dtype: str, rounds: int, toy: bool) -> None:
             work = 2 * tokens * size.rank * (size.width + out)
             eager: dict[str, Call] = {}
             for name, spelling in spellings.items():
-                for g in sets:
-                    error = float((spelling(g).float() - g.expected).abs().max() / g.expected.abs().max())
-                    if not error < tolerance:
-                        raise click.ClickException(
-                            f"{name}: expected an error below {tolerance}, found {error}"
-                        )
+                hold(name, spelling, sets, tolerance)
                 eager[name] = lambda spelling=spelling, sets=sets: [spelling(g) for g in sets * size.repeats]
             calls = size.sets * size.repeats
             took = medians(eager, rounds, device)
