@@ -157,29 +157,18 @@ def run(work: Work, name: str, seed: int) -> dict[str, Any]:
         require_same(facts.get("settings", {}), work.settings, folder)
         return facts
     spec, began = ROWS[name], time.monotonic()
-    transformer, trained = work.base, 0
-    if spec:
-        told = train_flow.Run(folder, work.steps, work.batch, seed, work.device, work.rate)
-        transformer = train_flow.train_adapters(
-            work.base, work.data, work.autoencoder, told, spec, depths=(spec.max_depth,)
-        )
-        trained = trained_parameters(transformer, spec)
+    transformer = adapted(work, folder, spec, seed) if spec else work.base
     seconds = time.monotonic() - began
     lost = held_out.losses(transformer, work.fresh, spec.max_depth if spec else 1)
     folder.mkdir(parents=True, exist_ok=True)
     np.save(folder / LOSSES, lost)
-    bundle = folder / "bundle"
-    model = assemble(work.autoencoder, work.data.text_encoder, transformer)
-    export_bundle(Pipeline.of(model), bundle, force=True)
-    drawn = Generator.load(bundle, work.engine, verify=False)
-    evaluate.run(folder / "eval", drawn, images=work.images, limit=work.limit, **DRAWN)
-    shutil.rmtree(bundle)
+    draw_and_judge(work, folder, transformer)
     facts = {
         "row": name,
         "seed": seed,
         "folder": folder.name,
         "settings": work.settings,
-        "trained parameters": trained,
+        "trained parameters": trained_parameters(transformer, spec) if spec else 0,
         "seconds of training": round(seconds),
         "spec": asdict(spec) if spec else None,
         "loss on fresh scenes": float(lost.mean()),
@@ -187,6 +176,23 @@ def run(work: Work, name: str, seed: int) -> dict[str, Any]:
     }
     write_json(record, facts)
     return facts
+
+
+def adapted(work: Work, folder: Path, spec: ThinkingSpec, seed: int) -> MMDiT:
+    """The base with adapters, trained at their own depth alone."""
+    told = train_flow.Run(folder, work.steps, work.batch, seed, work.device, work.rate)
+    depths = (spec.max_depth,)
+    return train_flow.train_adapters(work.base, work.data, work.autoencoder, told, spec, depths)
+
+
+def draw_and_judge(work: Work, folder: Path, transformer: MMDiT) -> None:
+    """ShapesEval of the transformer, exported as a bundle for as long as that takes, in the folder's `eval`."""
+    bundle = folder / "bundle"
+    model = assemble(work.autoencoder, work.data.text_encoder, transformer)
+    export_bundle(Pipeline.of(model), bundle, force=True)
+    drawn = Generator.load(bundle, work.engine, verify=False)
+    evaluate.run(folder / "eval", drawn, images=work.images, limit=work.limit, **DRAWN)
+    shutil.rmtree(bundle)
 
 
 def trained_parameters(transformer: MMDiT, spec: ThinkingSpec) -> int:
