@@ -1,10 +1,10 @@
-"""What one call of a transformer's graph costs in ONNX Runtime on a GPU, and how much of it is the way to the GPU and back.
+"""What one call of a transformer's graph costs in ONNX Runtime on a GPU, and how much of that is transfer.
 
     python -m benchmarks.cuda_step bundles/shapes/transformer/depth-3.onnx [--batch 2] [--rounds 50]
 
-`call` is what the denoising loop does at each step: new latents and conditions up, the graph, velocity and routes down.
-`graph` is the same with nothing to upload or download, which is all that latents kept on the device for the whole loop
-could save. Both are measured with the graph captured as a CUDA graph and without, taking turns; the table gives medians.
+`call` is what the denoising loop does at each step: upload latents and conditions, run the graph, download velocity and
+routes. `graph` is the same without the transfers; the difference is the most that keeping latents on the device could
+save. Both are measured with the graph captured as a CUDA graph and without, taking turns; the table gives medians.
 """
 
 import os
@@ -24,7 +24,7 @@ from tpx_runtime.engine.onnxruntime_bound import BoundSession
 
 
 def random_inputs(path: Path, batch: int) -> Arrays:
-    """Standard normal arrays of the graph's own shapes, its open dimension being `batch`."""
+    """Standard normal arrays in the shapes of the graph's inputs, with `batch` as the dynamic dimension."""
     rng = np.random.default_rng(0)
     found = {}
     for given in onnx.load(path, load_external_data=False).graph.input:
@@ -44,7 +44,7 @@ def opened(path: Path, graphs: bool) -> BoundSession:
 
 
 def calls(session: BoundSession, inputs: Arrays) -> dict[str, Callable[[], object]]:
-    """A whole call, whose latents and conditions are new each time, and the graph alone in the buffers of that call."""
+    """A whole call with new latents and conditions each time, and the graph alone on the same buffers."""
     changing = [name for name in ("latents", "conditions") if name in inputs]
 
     def call() -> object:

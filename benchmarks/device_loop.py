@@ -1,4 +1,4 @@
-"""What a denoising loop costs on a GPU whose latents stay there (TPX_DEVICE_LOOP=1), beside one whose latents come and go.
+"""What a denoising loop costs with latents kept on the GPU (TPX_DEVICE_LOOP=1), and with latents copied at every step.
 
     python -m benchmarks.device_loop bundles/shapes [--batch 1 --batch 16] [--steps 20] [--rounds 20]
 
@@ -25,7 +25,7 @@ from tpx_runtime.sampling import Array
 
 @dataclass(frozen=True)
 class Row:
-    """Milliseconds a step of `batch` pictures, by the way that latents take, and how far apart the latents end."""
+    """Milliseconds a step of `batch` pictures for both kinds of loop, and the greatest difference of their latents."""
 
     batch: int
     host_ms: float

@@ -1,4 +1,4 @@
-"""What `--guidance-every` saves and what it changes: time an image alone and in batches, PSNR to guidance at each step.
+"""What `--guidance-every` saves and what it changes: time per image, alone and in batches, and PSNR to full guidance.
 
     python -m benchmarks.guidance_every [--bundle bundles/shapes] [--engine onnxruntime] [--sampler euler] [--steps 20]
 

@@ -1,8 +1,8 @@
-"""A call of a bundle's transformer in OpenVINO, whole or as two halves side by side, in turns.
+"""A call of a bundle's transformer in OpenVINO, on the whole batch or on two halves of it in parallel, in turns.
 
     python -m benchmarks.openvino_halves bundles/shapes [--engine openvino-bf16] [--rows 2] [--turns 60] [--calls 50]
 
-A line for each turn, because a machine may change between them: which cores a virtual one is given, and how far apart.
+Each turn has a line of its own, because a virtual machine may be given other cores between turns.
 """
 
 from pathlib import Path

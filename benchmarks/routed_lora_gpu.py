@@ -3,8 +3,9 @@
     python -m benchmarks.routed_lora_gpu [--dtype fp16] [--rounds 30]
     python -m benchmarks.routed_lora_gpu --toy              # no GPU: the same steps at toy size, its times mean nothing
 
-Every spelling is first held to the plain operator in float32. Each is timed as PyTorch runs it, and captured in a CUDA
-graph, as engines launch it; per-expert gathering cannot be captured, for it asks the host how many tokens each expert has.
+Every spelling is first checked against the plain operator in float32. Each is timed as PyTorch runs it, and captured in a
+CUDA graph, as engines launch it; per-expert gathering cannot be captured, for it asks the host how many tokens each
+expert has.
 Calls take turns over several sets of inputs, so that none finds its own in the cache, spellings take turns too, and the
 table gives medians. The limits are measured on the same GPU, by one large copy and one large matrix product: `memory` is
 the share of that copy's bandwidth which reading x, ids, a and b once and writing the result once would take, `arithmetic`
@@ -86,7 +87,7 @@ def masked(g: Given) -> Tensor:
 
 
 def gathered_lora(x: Tensor, expert: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """The plain operator, whose place the import of the Triton kernel took: tokens gathered, multiplied and scattered."""
+    """The plain operator, which importing the Triton kernel replaces: tokens gathered, multiplied and scattered."""
     with routed_lora.set_kernel_enabled("cuda", enabled=False) if x.is_cuda else nullcontext():
         return routed_lora(x, expert, a, b)
 
@@ -95,8 +96,8 @@ def gathered(g: Given) -> Tensor:
     return gathered_lora(g.x, g.expert, g.a, g.b)
 
 
-def hold(name: str, spelling: Spelling, sets: list[Given], tolerance: float) -> None:
-    """A spelling to the float32 answers. Raises ClickException."""
+def check(name: str, spelling: Spelling, sets: list[Given], tolerance: float) -> None:
+    """Check a spelling against the float32 answers. Raises ClickException."""
     for g in sets:
         error = float((spelling(g).float() - g.expected).abs().max() / g.expected.abs().max())
         if not error < tolerance:
@@ -187,7 +188,7 @@ def main(dtype: str, rounds: int, toy: bool) -> None:
             work = 2 * tokens * size.rank * (size.width + out)
             eager: dict[str, Call] = {}
             for name, spelling in spellings.items():
-                hold(name, spelling, sets, tolerance)
+                check(name, spelling, sets, tolerance)
                 eager[name] = lambda spelling=spelling, sets=sets: [spelling(g) for g in sets * size.repeats]
             calls = size.sets * size.repeats
             took = medians(eager, rounds, device)

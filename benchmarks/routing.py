@@ -1,9 +1,10 @@
-"""Ways to spell tpx::RoutedLora, timed in ONNX Runtime and OpenVINO on this machine.
+"""Ways to write tpx::RoutedLora in ONNX, timed in ONNX Runtime and OpenVINO on this machine.
 
     python -m benchmarks.routing [--rounds 9]
 
 Each size gets one model for each spelling, run in turn (A B C A B C ...); the table gives the median time over that of
-`masked`, whose milliseconds stand beside it. Every spelling is first held to the PyTorch operator. Needs OpenVINO 2026.4.
+`masked`, whose milliseconds stand beside it. Every spelling is first checked against the PyTorch operator.
+Needs OpenVINO 2026.4.
 """
 
 from collections.abc import Callable

@@ -227,7 +227,7 @@ def run(
 
 
 def _drawn_with(generator: "Generator", used: "Settings") -> dict[str, Any]:
-    """What two runs must share, beside their seeds and sizes, to be one."""
+    """The judge, the bundle and the settings of a run, as its report gives them."""
     return {
         "list": LIST,
         "parser_sha256": hash_file(WEIGHTS),

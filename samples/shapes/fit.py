@@ -37,7 +37,7 @@ def save_whole(value: object, path: Path) -> None:
 
 
 def digest(tensors: Iterable[Tensor]) -> str:
-    """16 hex digits that stand for the values of tensors, in their order."""
+    """The first 16 hex digits of the SHA-256 of the values of tensors, in their order."""
     found = hashlib.sha256()
     for tensor in tensors:
         found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)

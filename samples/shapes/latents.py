@@ -48,7 +48,7 @@ def encoded(scenes: Sequence[Scene], autoencoder: Autoencoder) -> Tensor:
 
 
 def fingerprint(autoencoder: Autoencoder) -> str:
-    """Latents of another autoencoder are other latents, so its weights and scale are in a shard's name."""
+    """Of the autoencoder's weights and scale: latents depend on them, so it is in the name of a shard."""
     digest = hashlib.sha256(repr(autoencoder.spec).encode())
     for value in autoencoder.encoder.state_dict().values():
         digest.update(value.cpu().numpy().tobytes())
