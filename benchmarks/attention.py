@@ -1,9 +1,9 @@
-"""Attention as one node or as standard operators, on a CPU: time and peak memory of a small transformer by its tokens.
+"""Attention as one fused node or as standard operators on a CPU: time and peak memory by the number of tokens.
 
     python -m benchmarks.attention [--width 1536 --heads 24] [--latent 32 --latent 64 --latent 128] [--engine onnxruntime]
 
 Two MMDiT blocks with random weights, one of which thinks twice, on two rows; a latent of side S has (S / 2)^2 visual tokens.
-Each call is in a process of its own, which says its least milliseconds and the peak of its memory; spellings take turns.
+Each measurement runs in a fresh process, which reports its fastest call and its peak memory; the two graphs take turns.
 """
 
 import time
@@ -15,6 +15,7 @@ from typing import Any
 import click
 import numpy as np
 
+from benchmarks.turns import in_turns
 from tpx_engines.bench.memory import peak_bytes
 from tpx_engines.bench.process import WorkerProcess
 from tpx_runtime.command import TpxCommand
@@ -70,7 +71,7 @@ def write(
 
 
 def call(graph: str, engine: str, calls: int) -> dict[str, Any]:
-    """What a call takes; its velocity is left beside the graph."""
+    """Milliseconds of the fastest call, and peak memory in MB; saves the velocity beside the graph."""
     path = Path(graph)
     inputs = dict(np.load(path.with_name("inputs.npz")))
     session, spent = resolve(engine).open(path), []
@@ -83,9 +84,28 @@ def call(graph: str, engine: str, calls: int) -> dict[str, Any]:
 
 
 def in_a_process(function: str, **arguments: object) -> dict[str, Any]:
-    """What a function of this file answers in a fresh one."""
+    """Run a function of this file in a fresh process and return its result."""
     with TemporaryDirectory() as folder, WorkerProcess(Path(folder)) as worker:
         return worker.ask("call", function=f"benchmarks.attention:{function}", arguments=arguments)
+
+
+def compared(graphs: list[Path], engine: str, rounds: int, calls: int) -> str:
+    """The cells of the table that compare both graphs on that engine."""
+
+    def measure(graph: Path) -> dict[str, Any]:
+        return in_a_process("call", graph=str(graph), engine=engine, calls=calls)
+
+    found = in_turns(graphs, measure, rounds).values()
+    standard, one = (np.load(graph.with_suffix(".npy")) for graph in graphs)
+    difference = np.abs(standard - one).max() / np.abs(standard).max()
+    times = [[result["ms"] for result in results] for results in found]
+    wide, narrow = (max(result["mb"] for result in results) for results in found)
+    ratios = [b / a for a, b in zip(*times, strict=True)]
+    return (
+        f"{median(times[0]):.0f} | {median(times[1]):.0f} | "
+        f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) | "
+        f"{wide:.0f} | {narrow:.0f} | {difference:.0e}"
+    )
 
 
 @click.command(cls=TpxCommand)
@@ -125,19 +145,8 @@ def main(
             in_a_process("write", folder=folder, precision=precision, **sizes)
             graphs = [Path(folder) / f"{name}.onnx" for name in SPELLINGS]
             for engine in engines:
-                found: list[list[dict[str, float]]] = [[], []]
-                for _ in range(rounds):
-                    for graph, results in zip(graphs, found, strict=True):
-                        results.append(in_a_process("call", graph=str(graph), engine=engine, calls=calls))
-                standard, one = (np.load(graph.with_suffix(".npy")) for graph in graphs)
-                difference = np.abs(standard - one).max() / np.abs(standard).max()
-                times = [[result["ms"] for result in results] for results in found]
-                wide, narrow = (max(result["mb"] for result in results) for results in found)
-                ratios = [b / a for a, b in zip(*times, strict=True)]
                 print(
-                    f"| {(latent // 2) ** 2} | {engine} | {median(times[0]):.0f} | {median(times[1]):.0f} | "
-                    f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) | "
-                    f"{wide:.0f} | {narrow:.0f} | {difference:.0e} |",
+                    f"| {(latent // 2) ** 2} | {engine} | {compared(graphs, engine, rounds, calls)} |",
                     flush=True,
                 )
 

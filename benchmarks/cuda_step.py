@@ -1,22 +1,22 @@
-"""What one call of a transformer's graph costs in ONNX Runtime on a GPU, and how much of it is the way to the GPU and back.
+"""What one call of a transformer's graph costs in ONNX Runtime on a GPU, and how much of that is transfer.
 
     python -m benchmarks.cuda_step bundles/shapes/transformer/depth-3.onnx [--batch 2] [--rounds 50]
 
-`call` is what the denoising loop does at each step: new latents and conditions up, the graph, velocity and routes down.
-`graph` is the same with nothing to upload or download, which is all that latents kept on the device for the whole loop
-could save. Both are measured with the graph captured as a CUDA graph and without, taking turns; the table gives medians.
+`call` is what the denoising loop does at each step: upload latents and conditions, run the graph, download velocity and
+routes. `graph` is the same without the transfers; the difference is the most that keeping latents on the device could
+save. Both are measured with the graph captured as a CUDA graph and without, taking turns; the table gives medians.
 """
 
 import os
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 
 import click
 import numpy as np
 import onnx
 
+from benchmarks.turns import in_turns, seconds
 from tpx_runtime.engine import ENGINES, Arrays
 from tpx_runtime.engine.environment import GRAPHS_VARIABLE
 from tpx_runtime.engine.gpu import gpu_here
@@ -24,7 +24,7 @@ from tpx_runtime.engine.onnxruntime_bound import BoundSession
 
 
 def random_inputs(path: Path, batch: int) -> Arrays:
-    """Standard normal arrays of the graph's own shapes, its open dimension being `batch`."""
+    """Standard normal arrays in the shapes of the graph's inputs, with `batch` as the dynamic dimension."""
     rng = np.random.default_rng(0)
     found = {}
     for given in onnx.load(path, load_external_data=False).graph.input:
@@ -44,7 +44,7 @@ def opened(path: Path, graphs: bool) -> BoundSession:
 
 
 def calls(session: BoundSession, inputs: Arrays) -> dict[str, Callable[[], object]]:
-    """A whole call, whose latents and conditions are new each time, and the graph alone in the buffers of that call."""
+    """A whole call with new latents and conditions each time, and the graph alone on the same buffers."""
     changing = [name for name in ("latents", "conditions") if name in inputs]
 
     def call() -> object:
@@ -76,21 +76,15 @@ def main(graph: Path, batch: int, rounds: int) -> None:
         for graphs in (True, False)
         for what, one in calls(opened(graph, graphs), inputs).items()
     }
-    times: dict[str, list[float]] = {name: [] for name in found}
-    for _ in range(rounds):
-        for name, one in found.items():
-            begin = time.perf_counter()
-            one()
-            times[name].append(time.perf_counter() - begin)
+    times = in_turns(found, lambda name: seconds(found[name]), rounds)
     up = sum(inputs[name].nbytes for name in ("latents", "conditions") if name in inputs)
     print(
         f"{gpu.name if gpu else 'no GPU'}: {graph.name}, batch {batch}, {up / 1e6:.2f} MB up at each step\n"
     )
     print("| | ms | of the call |\n|---|---|---|")
-    for name, seconds in times.items():
-        whole = statistics.median(times[name.replace("graph, ", "call, ", 1)])
-        median = statistics.median(seconds)
-        print(f"| {name} | {1e3 * median:.3f} | {median / whole:.1%} |")
+    for name in times:
+        mine, whole = median(times[name]), median(times[name.replace("graph, ", "call, ", 1)])
+        print(f"| {name} | {1e3 * mine:.3f} | {mine / whole:.1%} |")
 
 
 if __name__ == "__main__":

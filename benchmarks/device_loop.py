@@ -1,4 +1,4 @@
-"""What a denoising loop costs on a GPU whose latents stay there (TPX_DEVICE_LOOP=1), beside one whose latents come and go.
+"""What a denoising loop costs with latents kept on the GPU (TPX_DEVICE_LOOP=1), and with latents copied at every step.
 
     python -m benchmarks.device_loop bundles/shapes [--batch 1 --batch 16] [--steps 20] [--rounds 20]
 
@@ -6,13 +6,14 @@ Both draw the same pictures' latents, taking turns; the table gives medians, and
 """
 
 import os
-import statistics
 import time
 from dataclasses import dataclass
+from statistics import median
 
 import click
 import numpy as np
 
+from benchmarks.turns import in_turns
 from tpx_runtime.bundle import Bundle
 from tpx_runtime.engine import ENGINES
 from tpx_runtime.engine.environment import LOOP_VARIABLE
@@ -24,7 +25,7 @@ from tpx_runtime.sampling import Array
 
 @dataclass(frozen=True)
 class Row:
-    """Milliseconds a step of `batch` pictures, by the way that latents take, and how far apart the latents end."""
+    """Milliseconds a step of `batch` pictures for both kinds of loop, and the greatest difference of their latents."""
 
     batch: int
     host_ms: float
@@ -36,15 +37,16 @@ def measure(generator: Generator, prompt: str | None, batch: int, steps: int, ro
     """`prompt` is None for a model of classes, of which the first is drawn."""
     jobs = generator.plan(prompt, class_id=None if prompt else 0, steps=steps, num_images=batch)
     latents: dict[str, Array] = {}
-    times: dict[str, list[float]] = {"0": [], "1": []}
-    for turn in range(rounds + 2):  # the first finds buffers and the second captures graphs
-        for loop, seconds in times.items():
-            os.environ[LOOP_VARIABLE] = loop
-            begin = time.perf_counter()
-            latents[loop] = generator.generate_latents(jobs).latents
-            if turn >= 2:
-                seconds.append(time.perf_counter() - begin)
-    host, device = (1e3 * statistics.median(seconds) / steps for seconds in times.values())
+
+    def draw(loop: str) -> float:
+        os.environ[LOOP_VARIABLE] = loop
+        began = time.perf_counter()
+        latents[loop] = generator.generate_latents(jobs).latents
+        return time.perf_counter() - began
+
+    # The first round finds buffers and the second captures graphs.
+    times = in_turns(("0", "1"), draw, rounds, warm_up=2)
+    host, device = (1e3 * median(seconds) / steps for seconds in times.values())
     return Row(batch, host, device, float(np.abs(latents["0"] - latents["1"]).max()))
 
 

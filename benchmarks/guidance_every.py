@@ -1,4 +1,4 @@
-"""What `--guidance-every` saves and what it changes: time an image alone and in batches, PSNR to guidance at each step.
+"""What `--guidance-every` saves and what it changes: time per image, alone and in batches, and PSNR to full guidance.
 
     python -m benchmarks.guidance_every [--bundle bundles/shapes] [--engine onnxruntime] [--sampler euler] [--steps 20]
 
@@ -6,12 +6,13 @@ All settings take turns in each round; times are medians, ratios medians of each
 prompt of ShapesEval, so that all of its kinds are among them.
 """
 
-import statistics
-import time
+import itertools
+from statistics import median
 from typing import Any
 
 import click
 
+from benchmarks.turns import in_turns, seconds
 from samples.shapes.questions import questions
 from tpx_runtime import Generator
 from tpx_runtime.command import TpxCommand
@@ -41,14 +42,14 @@ def main(
     """Print the table of docs/performance.md."""
     generator = Generator.load(bundle, engine)
     settings: dict[str, Any] = {"sampler": sampler, "steps": steps}
-    seconds: dict[tuple[int, int], list[float]] = {}
-    for number in range(rounds + 1):
-        for batch in batches:
-            for nth in (1, *every):
-                began = time.perf_counter()
-                generator(PROMPT, num_images=batch, batch_size=batch, guidance_every=nth, **settings)
-                if number:  # the first round compiles
-                    seconds.setdefault((batch, nth), []).append((time.perf_counter() - began) / batch)
+
+    def measure(batch_and_every: tuple[int, int]) -> float:
+        batch, nth = batch_and_every
+        told = {"num_images": batch, "batch_size": batch, "guidance_every": nth, **settings}
+        return seconds(lambda: generator(PROMPT, **told)) / batch
+
+    # The first round compiles.
+    spent = in_turns(itertools.product(batches, (1, *every)), measure, rounds, warm_up=1)
     drawn = {nth: generator(COMPARED, guidance_every=nth, **settings) for nth in (1, *every)}
     job = generator.plan(PROMPT, **settings)[0]
     print(f"{generator.engine.name}, {job.steps} steps of {job.sampler}, medians of {rounds} rounds\n")
@@ -58,11 +59,11 @@ def main(
     for nth in (1, *every):
         cells = [str(nth)]
         for batch in batches:
-            mine, whole = seconds[batch, nth], seconds[batch, 1]
-            ratio = statistics.median(a / b for a, b in zip(mine, whole, strict=True))
-            cells += [f"{statistics.median(mine):.3f}", f"{ratio:.2f}"]
+            mine, whole = spent[batch, nth], spent[batch, 1]
+            ratio = median(a / b for a, b in zip(mine, whole, strict=True))
+            cells += [f"{median(mine):.3f}", f"{ratio:.2f}"]
         alike = [psnr_db(a, b) for a, b in zip(drawn[nth], drawn[1], strict=True)]
-        cells += ["", ""] if nth == 1 else [f"{statistics.median(alike):.1f}", f"{min(alike):.1f}"]
+        cells += ["", ""] if nth == 1 else [f"{median(alike):.1f}", f"{min(alike):.1f}"]
         print(f"| {' | '.join(cells)} |")
 
 

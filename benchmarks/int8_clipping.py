@@ -1,9 +1,9 @@
-"""Where to cut off activations in int8: the rules against one another, and the weights alone, in PyTorch.
+"""The rules for clipping activations in int8 compared with one another, and with int8 weights alone, in PyTorch.
 
     python benchmarks/int8_clipping.py [--ckpt samples/shapes/shapes.safetensors]
 
-One calibration serves all rules. Errors are those of the golden inputs of an export: the greatest over the greatest value,
-and the root mean square over the golden values' own.
+One calibration serves all rules. Errors are measured on the golden inputs of an export: the largest error over the largest
+golden value, and the root mean square of the errors over that of the golden values.
 """
 
 from pathlib import Path

@@ -7,18 +7,18 @@ Errors are max|a - b| / max|b|; the whole pipeline draws 28 steps at guidance 7,
 `cpu`, `export` and `parity`.
 """
 
+import math
 import warnings
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 import torch
 
 from benchmarks.tiny_sd3 import VARIANTS, save_pipeline
 from tpx_export.base.pipeline import open_base
 from tpx_export.exporter import export_bundle
-from tpx_runtime.engine import resolve
+from tpx_runtime.evaluation.similarity import psnr_db
 from tpx_runtime.generator import Generator
 from tpx_runtime.noise import batch_noise
 from tpx_runtime.verify import load_golden, relative_error
@@ -77,7 +77,7 @@ def measure(variant: str, folder: Path) -> dict[str, str]:
     """A column of the table: errors of the parts, PSNR of the picture."""
     pipeline = save_pipeline(folder / "base", variant)
     export_bundle(open_base(folder / "base"), folder / "bundle")
-    generator = Generator(Generator.load(folder / "bundle").bundle, resolve("onnxruntime"))
+    generator = Generator.load(folder / "bundle", "onnxruntime")
     golden = load_golden(generator.bundle)
     theirs, ours = reference_outputs(pipeline, golden), our_outputs(generator, golden)
     column = {
@@ -96,11 +96,8 @@ def measure(variant: str, folder: Path) -> dict[str, str]:
         guidance_scale=7.0,
     ).images
     [image] = generator(PROMPT, negative_prompt=NEGATIVE, seed=3)
-    a, b = np.asarray(image, np.float64), np.asarray(expected, np.float64)
-    error = float(np.mean((a - b) ** 2))
-    column["whole pipeline, PSNR"] = (
-        f"{10 * np.log10(255**2 / error):.1f} dB" if error else "every pixel equal"
-    )
+    alike = psnr_db(image, expected)
+    column["whole pipeline, PSNR"] = f"{alike:.1f} dB" if math.isfinite(alike) else "every pixel equal"
     return column
 
 

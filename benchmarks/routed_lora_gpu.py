@@ -3,8 +3,9 @@
     python -m benchmarks.routed_lora_gpu [--dtype fp16] [--rounds 30]
     python -m benchmarks.routed_lora_gpu --toy              # no GPU: the same steps at toy size, its times mean nothing
 
-Every spelling is first held to the plain operator in float32. Each is timed as PyTorch runs it, and captured in a CUDA
-graph, as engines launch it; per-expert gathering cannot be captured, for it asks the host how many tokens each expert has.
+Every spelling is first checked against the plain operator in float32. Each is timed as PyTorch runs it, and captured in a
+CUDA graph, as engines launch it; per-expert gathering cannot be captured, for it asks the host how many tokens each
+expert has.
 Calls take turns over several sets of inputs, so that none finds its own in the cache, spellings take turns too, and the
 table gives medians. The limits are measured on the same GPU, by one large copy and one large matrix product: `memory` is
 the share of that copy's bandwidth which reading x, ids, a and b once and writing the result once would take, `arithmetic`
@@ -12,21 +13,19 @@ the share of that product's speed which the routed products alone would take. Ma
 """
 
 import os
-import statistics
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TypeVar
+from statistics import median
 
 import click
 import torch
 from torch import Tensor
 
+from benchmarks.turns import K, in_turns, seconds
 from tpx_export.model.routed_lora import routed_lora
 
 Call = Callable[[], object]
-K = TypeVar("K")
 DTYPES = {"fp16": (torch.float16, 4e-3), "bf16": (torch.bfloat16, 3e-2), "fp32": (torch.float32, 1e-5)}
 
 
@@ -63,6 +62,9 @@ class Given:
     expected: Tensor
 
 
+Spelling = Callable[[Given], Tensor]
+
+
 def given(lead: tuple[int, int], size: Size, experts: int, dtype: torch.dtype, device: str) -> Given:
     x = torch.randn(*lead, size.width, device=device).to(dtype)
     expert = torch.randint(0, experts, lead, device=device)
@@ -85,7 +87,7 @@ def masked(g: Given) -> Tensor:
 
 
 def gathered_lora(x: Tensor, expert: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """The plain operator, whose place the import of the Triton kernel took: tokens gathered, multiplied and scattered."""
+    """The plain operator, which importing the Triton kernel replaces: tokens gathered, multiplied and scattered."""
     with routed_lora.set_kernel_enabled("cuda", enabled=False) if x.is_cuda else nullcontext():
         return routed_lora(x, expert, a, b)
 
@@ -94,12 +96,18 @@ def gathered(g: Given) -> Tensor:
     return gathered_lora(g.x, g.expert, g.a, g.b)
 
 
+def check(name: str, spelling: Spelling, sets: list[Given], tolerance: float) -> None:
+    """Check a spelling against the float32 answers. Raises ClickException."""
+    for g in sets:
+        error = float((spelling(g).float() - g.expected).abs().max() / g.expected.abs().max())
+        if not error < tolerance:
+            raise click.ClickException(f"{name}: expected an error below {tolerance}, found {error}")
+
+
 def timed(call: Call, device: str) -> float:
     """Seconds of one call: by the GPU's own events, or by this machine's clock."""
     if device == "cpu":
-        begin = time.perf_counter()
-        call()
-        return time.perf_counter() - begin
+        return seconds(call)
     first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     first.record()
     call()
@@ -110,14 +118,8 @@ def timed(call: Call, device: str) -> float:
 
 def medians(calls: dict[K, Call], rounds: int, device: str) -> dict[K, float]:
     """Each call's median time in seconds, the calls taking turns, after a fifth as many rounds that do not count."""
-    times: dict[K, list[float]] = {name: [] for name in calls}
-    warm_up = -(-rounds // 5)
-    for i in range(warm_up + rounds):
-        for name, call in calls.items():
-            took = timed(call, device)
-            if i >= warm_up:
-                times[name].append(took)
-    return {name: statistics.median(found) for name, found in times.items()}
+    times = in_turns(calls, lambda name: timed(calls[name], device), rounds, warm_up=-(-rounds // 5))
+    return {name: median(found) for name, found in times.items()}
 
 
 def graphed(call: Call) -> Call:
@@ -157,12 +159,12 @@ def main(dtype: str, rounds: int, toy: bool) -> None:
         )
     from tpx_engines.routed_lora_triton import routed_lora_triton
 
-    def kernel(splits: int | None) -> Callable[[Given], Tensor]:
+    def kernel(splits: int | None) -> Spelling:
         return lambda g: routed_lora_triton(g.x, g.expert, g.a, g.b, splits)
 
     size, device = (TOY, "cpu") if toy else (REAL, "cuda")
     real, tolerance = DTYPES[dtype]
-    spellings: dict[str, Callable[[Given], Tensor]] = {
+    spellings: dict[str, Spelling] = {
         "masked": masked,
         "gathered": gathered,
         "triton": kernel(None),
@@ -186,12 +188,7 @@ def main(dtype: str, rounds: int, toy: bool) -> None:
             work = 2 * tokens * size.rank * (size.width + out)
             eager: dict[str, Call] = {}
             for name, spelling in spellings.items():
-                for g in sets:
-                    error = float((spelling(g).float() - g.expected).abs().max() / g.expected.abs().max())
-                    if not error < tolerance:
-                        raise click.ClickException(
-                            f"{name}: expected an error below {tolerance}, found {error}"
-                        )
+                check(name, spelling, sets, tolerance)
                 eager[name] = lambda spelling=spelling, sets=sets: [spelling(g) for g in sets * size.repeats]
             calls = size.sets * size.repeats
             took = medians(eager, rounds, device)
@@ -199,13 +196,13 @@ def main(dtype: str, rounds: int, toy: bool) -> None:
                 {} if toy else {name: graphed(call) for name, call in eager.items() if name != "gathered"}
             )
             replayed = medians(graphs, rounds, device)
-            for name, seconds in took.items():
+            for name in took:
                 best = replayed if name in replayed else took
                 each = best[name] / calls
                 graph = f"{1e6 * replayed[name] / calls:.1f}" if name in replayed else "-"
                 print(
                     f"| {tokens} | {size.width} | {size.rank} | {experts} | {name} "
-                    f"| {1e6 * seconds / calls:.1f} | {graph} | {best['masked'] / best[name]:.2f} "
+                    f"| {1e6 * took[name] / calls:.1f} | {graph} | {best['masked'] / best[name]:.2f} "
                     f"| {moved / each / bandwidth:.0%} | {work / each / speed:.0%} |",
                     flush=True,
                 )

@@ -1,14 +1,16 @@
-"""Ways to spell tpx::RoutedLora, timed in ONNX Runtime and OpenVINO on this machine.
+"""Ways to write tpx::RoutedLora in ONNX, timed in ONNX Runtime and OpenVINO on this machine.
 
-    python benchmarks/routing.py [--rounds 9]
+    python -m benchmarks.routing [--rounds 9]
 
 Each size gets one model for each spelling, run in turn (A B C A B C ...); the table gives the median time over that of
-`masked`, whose milliseconds stand beside it. Every spelling is first held to the PyTorch operator. Needs OpenVINO 2026.4.
+`masked`, whose milliseconds stand beside it. Every spelling is first checked against the PyTorch operator.
+Needs OpenVINO 2026.4.
 """
 
-import time
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -19,10 +21,13 @@ import onnx.inliner
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
+from benchmarks.turns import in_turns, settled_seconds
 from tpx_export.fused_attention import DOMAIN as MICROSOFT
 from tpx_export.model.routed_lora import routed_lora
 from tpx_export.operator import DOMAIN, NAME, OPSET, register_schema
 from tpx_export.routing import masked, permuted
+
+Call = Callable[[dict[str, np.ndarray]], np.ndarray]
 
 # batch x tokens, D, r, M, share of tokens on the first expert (the rest evenly)
 SIZES = (
@@ -34,6 +39,14 @@ SIZES = (
     ((2, 4096), 384, 32, 4, 0.85),
     ((2, 4096), 1536, 128, 5, 0.20),
 )
+
+
+def function(body: str, more_imports: str = "") -> onnx.FunctionProto:
+    """tpx::RoutedLora as an ONNX function of that body."""
+    head = (
+        f'<domain: "{DOMAIN}", opset_import: ["" : {OPSET}{more_imports}]> {NAME} (x, expert, a, b) => (out)'
+    )
+    return onnx.parser.parse_function(f"{head} {{\n{body}\n}}")
 
 
 def scattered(experts: int) -> onnx.FunctionProto:
@@ -69,15 +82,12 @@ def scattered(experts: int) -> onnx.FunctionProto:
         "shape = Concat <axis = 0> (lead, o)",
         f"out = Reshape (to{experts}, shape)",
     ]
-    head = f'<domain: "{DOMAIN}", opset_import: ["" : {OPSET}]> {NAME} (x, expert, a, b) => (out)'
-    return onnx.parser.parse_function(head + " {\n" + "\n".join(body) + "\n}")
+    return function("\n".join(body))
 
 
 def batched(experts: int) -> onnx.FunctionProto:
     """Each token's own A and B gathered and multiplied as a batch of vectors: no wasted product, much copying."""
-    return onnx.parser.parse_function(
-        f'<domain: "{DOMAIN}", opset_import: ["" : {OPSET}]> {NAME} (x, expert, a, b) => (out)'
-        """ {
+    return function("""
         two = Constant <value_ints = [2]> ()
         row = Unsqueeze (x, two)
         a_own = Gather <axis = 0> (a, expert)
@@ -85,15 +95,12 @@ def batched(experts: int) -> onnx.FunctionProto:
         low = MatMul (row, a_own)
         high = MatMul (low, b_own)
         out = Squeeze (high, two)
-        }"""
-    )
+    """)
 
 
 def mixture(experts: int) -> onnx.FunctionProto:
     """ONNX Runtime's own operator for whole layers of experts, MoE, three times: its results are as wide as its tokens."""
-    return onnx.parser.parse_function(
-        f'<domain: "{DOMAIN}", opset_import: ["" : {OPSET}, "{MICROSOFT}" : 1]> {NAME} (x, expert, a, b) => (out)'
-        + """ {
+    body = """
         minus = Constant <value_ints = [-1]> ()
         d = Shape <start = 1, end = 2> (a)
         flat = Concat <axis = 0> (minus, d)
@@ -115,8 +122,8 @@ def mixture(experts: int) -> onnx.FunctionProto:
         o = Shape <start = 2, end = 3> (b)
         shape = Concat <axis = 0> (lead, o)
         out = Reshape (joined, shape)
-        }""".replace("EXPERTS", str(experts))
-    )
+    """
+    return function(body.replace("EXPERTS", str(experts)), f', "{MICROSOFT}" : 1')
 
 
 def grouped(lead: tuple[int, int], a: np.ndarray, b: np.ndarray) -> Any:
@@ -169,7 +176,7 @@ def model(body: onnx.FunctionProto, lead: tuple[int, int], a: np.ndarray, b: np.
     return onnx.inliner.inline_local_functions(whole)
 
 
-def onnxruntime_call(path: Path) -> Callable[[dict[str, np.ndarray]], np.ndarray]:
+def onnxruntime_call(path: Path) -> Call:
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -179,7 +186,7 @@ def onnxruntime_call(path: Path) -> Callable[[dict[str, np.ndarray]], np.ndarray
     return lambda inputs: session.run(None, inputs)[0]
 
 
-def openvino_call(model: Any) -> Callable[[dict[str, np.ndarray]], np.ndarray]:
+def openvino_call(model: Any) -> Call:
     """Of a path or of OpenVINO's own model."""
     import openvino
 
@@ -193,6 +200,32 @@ COLUMNS = [*list(SPELLINGS)[1:], *OWN.values()]
 ENGINES = {"ONNX Runtime": onnxruntime_call, "OpenVINO": openvino_call}
 
 
+def calls_of(
+    engine: str, lead: tuple[int, int], a: np.ndarray, b: np.ndarray, folder: Path
+) -> dict[str, Call]:
+    """Every spelling that the engine has, opened; `batched` where it does not copy too much."""
+    experts = len(a)
+    bodies = {name: body(experts) for name, body in SPELLINGS.items()}
+    if prod(lead) * (a[0].size + b[0].size) > TOO_MUCH:
+        del bodies["batched"]
+    if engine == "ONNX Runtime":
+        bodies["mixture"] = mixture(experts)
+    calls = {}
+    for name, body in bodies.items():
+        path = folder / f"{name}.onnx"
+        onnx.save(model(body, lead, a, b), path)
+        calls[name] = ENGINES[engine](path)
+    if engine == "OpenVINO":
+        calls["grouped"] = openvino_call(grouped(lead, a, b))
+    return calls
+
+
+def medians(calls: dict[str, Call], inputs: dict[str, np.ndarray], rounds: int) -> dict[str, float]:
+    """Milliseconds of each call, after one that does not count."""
+    times = in_turns(calls, lambda name: settled_seconds(lambda: calls[name](inputs)), rounds)
+    return {name: 1e3 * median(found) for name, found in times.items()}
+
+
 @click.command()
 @click.option("--rounds", default=9, show_default=True, help="Timed runs of each; the median counts.")
 def main(rounds: int) -> None:
@@ -201,7 +234,7 @@ def main(rounds: int) -> None:
     rng = np.random.default_rng(0)
     print(f"| engine | tokens | D | r | M | on one expert | masked, ms | {' | '.join(COLUMNS)} |")
     print("|---|---|---|---|---|---|---|" + "---|" * len(COLUMNS))
-    for engine, call_of in ENGINES.items():
+    for engine in ENGINES:
         for lead, width, rank, experts, share in SIZES:
             out = 3 * width
             x = rng.standard_normal((*lead, width), np.float32)
@@ -210,36 +243,17 @@ def main(rounds: int) -> None:
             a = rng.standard_normal((experts, width, rank), np.float32) * width**-0.5
             b = rng.standard_normal((experts, rank, out), np.float32) * rank**-0.5
             expected = routed_lora(*map(torch.from_numpy, (x, expert, a, b))).numpy()
-            calls = {}
             with TemporaryDirectory() as folder:
-                for name, body in SPELLINGS.items():
-                    if name == "batched" and expert.size * rank * (width + out) > TOO_MUCH:
-                        continue
-                    path = Path(folder) / f"{name}.onnx"
-                    onnx.save(model(body(experts), lead, a, b), path)
-                    calls[name] = call_of(path)
-                if engine == "OpenVINO":
-                    calls["grouped"] = openvino_call(grouped(lead, a, b))
-                else:
-                    path = Path(folder) / "mixture.onnx"
-                    onnx.save(model(mixture(experts), lead, a, b), path)
-                    calls["mixture"] = call_of(path)
+                calls = calls_of(engine, lead, a, b, Path(folder))
                 inputs = {"x": x, "expert": expert}
                 for name, call in calls.items():
                     error = np.abs(call(inputs) - expected).max() / np.abs(expected).max()
                     assert error < 1e-4, (engine, name, error)
-                times: dict[str, list[float]] = {name: [] for name in calls}
-                for _ in range(rounds):
-                    for name, call in calls.items():
-                        call(inputs)
-                        begin = time.perf_counter()
-                        call(inputs)
-                        times[name].append(1e3 * (time.perf_counter() - begin))
-            median = {name: float(np.median(found)) for name, found in times.items()}
-            ratios = [f"{median[n] / median['masked']:.2f}" if n in median else "-" for n in COLUMNS]
+                ms = medians(calls, inputs, rounds)
+            ratios = [f"{ms[name] / ms['masked']:.2f}" if name in ms else "-" for name in COLUMNS]
             print(
                 f"| {engine} | {lead[0]} x {lead[1]} | {width} | {rank} | {experts} | {share:.0%} "
-                f"| {median['masked']:.2f} | {' | '.join(ratios)} |",
+                f"| {ms['masked']:.2f} | {' | '.join(ratios)} |",
                 flush=True,
             )
 

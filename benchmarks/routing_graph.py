@@ -1,13 +1,13 @@
 """The two spellings of routing that a bundle may hold for CPUs, timed over its whole transformer on this machine.
 
-    python benchmarks/routing_graph.py bundles/shapes [--rounds 25]
+    python -m benchmarks.routing_graph bundles/shapes [--rounds 25]
 
 Each engine gets the deepest graph once in each spelling, run in turn (A B A B ...) on the golden inputs, repeated to more
 rows; the table gives the median milliseconds of a forward pass.
 """
 
-import time
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 
 import click
@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 import onnx.inliner
 
+from benchmarks.turns import in_turns, seconds
 from tpx_export.operator import register_schema
 from tpx_export.routing import masked, permuted
 from tpx_runtime.bundle import Bundle
@@ -37,14 +38,13 @@ def spelt(graph: onnx.ModelProto, body: onnx.FunctionProto, path: Path) -> Path:
 
 def medians(sessions: list[Session], inputs: dict[str, np.ndarray], rounds: int) -> list[float]:
     """Milliseconds of each session on the same inputs."""
-    times: list[list[float]] = [[] for _ in sessions]
-    for number in range(rounds + 2):
-        for session, found in zip(sessions, times, strict=True):
-            began = time.perf_counter()
-            session.run(inputs)
-            if number > 1:  # the first two are slower
-                found.append(1e3 * (time.perf_counter() - began))
-    return [float(np.median(found)) for found in times]
+
+    def measure(which: int) -> float:
+        return 1e3 * seconds(lambda: sessions[which].run(inputs))
+
+    # The first two rounds are slower.
+    times = in_turns(range(len(sessions)), measure, rounds, warm_up=2)
+    return [median(found) for found in times.values()]
 
 
 @click.command(cls=TpxCommand)

@@ -1,6 +1,6 @@
 """From process start to PNG on disk: tpx-run against the same model in PyTorch eager, both as whole processes.
 
-    python benchmarks/startup.py [--runs 7]
+    python -m benchmarks.startup [--runs 7]
 
 The two take turns (A B A B ...); times are medians, memory is the operating system's peak of each process, and the PSNR
 between the two pictures shows that it is the same work.
@@ -18,6 +18,7 @@ from tempfile import TemporaryDirectory
 import click
 from PIL import Image
 
+from benchmarks.turns import in_turns
 from tpx_runtime.evaluation.similarity import psnr_db
 
 PROMPT, SEED, STEPS = "a red cube on a blue sphere", 0, 20
@@ -55,12 +56,8 @@ def main(bundle: str, ckpt: str, runs: int, engines: tuple[str, ...]) -> None:
         for engine in engines:
             commands[engine] = [program, PROMPT, "--bundle", bundle, "--engine", engine, *common]
             commands[engine] += ["--out", str(pictures[engine])]
-        found: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
-        for number in range(runs + 1):
-            for name, command in commands.items():
-                result = spent(command)
-                if number:  # the first round fills the disk cache
-                    found[name].append(result)
+        # The first round fills the disk cache.
+        found = in_turns(commands, lambda name: spent(commands[name]), runs, warm_up=1)
         print(f"{platform.machine()}, {os.cpu_count()} cores, {STEPS} steps, medians of {runs}\n")
         print("| process | seconds | of PyTorch's | peak MB | PSNR to PyTorch's, dB |\n|---|---|---|---|---|")
         for name, results in found.items():

@@ -55,6 +55,28 @@ def random_transformer(
     return transformer
 
 
+def attach_random(transformer: MMDiT, thinking: ThinkingSpec) -> None:
+    """Adapters whose experts change q, k and v by about 0.3."""
+    attach(transformer, thinking)
+    for block in transformer.blocks:
+        if block.thinking is not None:
+            torch.nn.init.normal_(block.thinking.b, std=0.3 * thinking.rank**-0.5)
+
+
+def random_inputs(
+    transformer: MMDiT, batch: int, kind: torch.dtype, device: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Latents, conditions and context of one call."""
+    spec = transformer.spec
+    with torch.inference_mode():
+        conditions = transformer.conditions(
+            torch.full((batch,), 500.0, device=device), torch.randn(batch, spec.pooled_width, device=device)
+        )
+    latents = torch.randn(batch, spec.latent_channels, spec.latent_size, spec.latent_size, device=device)
+    context = torch.randn(batch, spec.context_tokens, spec.context_width, device=device)
+    return latents.to(kind), conditions, context.to(kind)
+
+
 def masked_lora(x: Tensor, expert: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """`routed_lora` by masked concatenation: no look at the ids from the host."""
     return mixed_lora(x, mask_of(expert, a.shape[0], x.dtype), a, b)
@@ -119,22 +141,10 @@ def main(
     else:
         transformer = random_transformer(model, layers, heads, image_size, device)
         thinking = ThinkingSpec(size_of(model, layers, heads).thinking_blocks, experts, rank, depth)
-        attach(transformer, thinking)
-        for block in transformer.blocks:
-            if block.thinking is not None:
-                torch.nn.init.normal_(block.thinking.b, std=0.3 * rank**-0.5)
+        attach_random(transformer, thinking)
     transformer.to(device).eval()
     narrow(transformer, kind)
-    spec = transformer.spec
-    with torch.inference_mode():
-        conditions = transformer.conditions(
-            torch.full((batch,), 500.0, device=device), torch.randn(batch, spec.pooled_width, device=device)
-        )
-    inputs = (
-        torch.randn(batch, spec.latent_channels, spec.latent_size, spec.latent_size, device=device).to(kind),
-        conditions,
-        torch.randn(batch, spec.context_tokens, spec.context_width, device=device).to(kind),
-    )
+    spec, inputs = transformer.spec, random_inputs(transformer, batch, kind, device)
     eager: dict[tuple[int, str], Call] = {}
     captured: dict[tuple[int, str], Call] = {}
     for steps in range(1, spec.max_depth + 1):

@@ -30,9 +30,8 @@ def export_once(
 ) -> Callable[..., Export]:
     """Exports the tiny model under a name, in whichever of the test processes asks first: each takes a minute."""
     folder = tmp_path_factory.getbasetemp()
-    if hasattr(
-        request.config, "workerinput"
-    ):  # one of pytest-xdist's processes, whose folders lie side by side
+    # The folders of pytest-xdist's processes lie side by side.
+    if hasattr(request.config, "workerinput"):
         folder = folder.parent
 
     def export(name: str, **options: Any) -> Export:

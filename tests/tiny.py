@@ -19,7 +19,7 @@ WORDS = ("a", "an", "and", "blue", "cube", "green", "on", "red", "sphere", "two"
 
 
 def make_tiny(thinking: ThinkingSpec | None, seed: int = 0) -> TextToImage:
-    """A random text-to-image model of 32x32 pixels and 16 visual tokens, in which every weight matters."""
+    """A random text-to-image model of 64x64 pixels and 16 visual tokens, in which every weight matters."""
     torch.manual_seed(seed)
     spec = TextToImageSpec(
         name="tiny",

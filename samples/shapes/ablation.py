@@ -7,7 +7,7 @@ frozen: it knows objects, colours and numbers and nothing of "on" or "left of", 
 Each row of `ROWS` then trains adapters on it with scenes full of relations (`AFTER`): the same data in the same order,
 the same steps, the same number of trained parameters in experts (M r is constant but in the last two rows), at its own
 fixed depth. Each is exported and judged by ShapesEval. `--out` holds a folder a run, with its state, its curve, its pictures
-and its verdicts, and results.json; what is finished is not done again, so a stopped run goes on and more seeds can be added.
+and its verdicts, and results.json; finished runs are skipped, so a stopped run can go on and more seeds can be added.
 """
 
 import itertools
@@ -58,12 +58,13 @@ AFTER = {
     "attribution + position": 0.35,
 }
 WIDTH = 192  # three quarters of the sample model's: narrow enough to be trained a score of times on two cores
+# Two points below Euler's 20 steps in less than half of their time (docs/replication.md).
 DRAWN: dict[str, Any] = {
     "sampler": "dpmpp2m",
     "steps": 8,
     "guidance": 3.0,
     "guidance_interval": EVERY_LEVEL,
-}  # two points below Euler's 20 steps in less than half of their time (docs/replication.md)
+}
 WHOLE_RANK = 128  # M r of every row
 RELATED = ("position", SEEN, NEVER_SEEN)  # rows of ShapesEval whose prompts hold a relation
 BASE, LORA, THINKING, RECURSIVE = "base", "LoRA", "M=4, T=3", "M=1, T=3"
@@ -145,7 +146,7 @@ class Work:
 
 
 def run(work: Work, name: str, seed: int) -> dict[str, Any]:
-    """Train, export and judge one row with one seed; the facts of results.json.
+    """Train, export and judge one row with one seed; returns its entry of results.json.
 
     Raises BadInput where it is finished with other settings.
     """
@@ -156,29 +157,18 @@ def run(work: Work, name: str, seed: int) -> dict[str, Any]:
         require_same(facts.get("settings", {}), work.settings, folder)
         return facts
     spec, began = ROWS[name], time.monotonic()
-    transformer, trained = work.base, 0
-    if spec:
-        told = train_flow.Run(folder, work.steps, work.batch, seed, work.device, work.rate)
-        transformer = train_flow.train_adapters(
-            work.base, work.data, work.autoencoder, told, spec, depths=(spec.max_depth,)
-        )
-        trained = trained_parameters(transformer, spec)
+    transformer = adapted(work, folder, spec, seed) if spec else work.base
     seconds = time.monotonic() - began
     lost = held_out.losses(transformer, work.fresh, spec.max_depth if spec else 1)
     folder.mkdir(parents=True, exist_ok=True)
     np.save(folder / LOSSES, lost)
-    bundle = folder / "bundle"
-    model = assemble(work.autoencoder, work.data.text_encoder, transformer)
-    export_bundle(Pipeline.of(model), bundle, force=True)
-    drawn = Generator.load(bundle, work.engine, verify=False)
-    evaluate.run(folder / "eval", drawn, images=work.images, limit=work.limit, **DRAWN)
-    shutil.rmtree(bundle)
+    draw_and_judge(work, folder, transformer)
     facts = {
         "row": name,
         "seed": seed,
         "folder": folder.name,
         "settings": work.settings,
-        "trained parameters": trained,
+        "trained parameters": trained_parameters(transformer, spec) if spec else 0,
         "seconds of training": round(seconds),
         "spec": asdict(spec) if spec else None,
         "loss on fresh scenes": float(lost.mean()),
@@ -186,6 +176,23 @@ def run(work: Work, name: str, seed: int) -> dict[str, Any]:
     }
     write_json(record, facts)
     return facts
+
+
+def adapted(work: Work, folder: Path, spec: ThinkingSpec, seed: int) -> MMDiT:
+    """The base with adapters, trained at their own depth alone."""
+    told = train_flow.Run(folder, work.steps, work.batch, seed, work.device, work.rate)
+    depths = (spec.max_depth,)
+    return train_flow.train_adapters(work.base, work.data, work.autoencoder, told, spec, depths)
+
+
+def draw_and_judge(work: Work, folder: Path, transformer: MMDiT) -> None:
+    """Export the transformer to a bundle, run ShapesEval with it into the folder's `eval`, and remove the bundle."""
+    bundle = folder / "bundle"
+    model = assemble(work.autoencoder, work.data.text_encoder, transformer)
+    export_bundle(Pipeline.of(model), bundle, force=True)
+    drawn = Generator.load(bundle, work.engine, verify=False)
+    evaluate.run(folder / "eval", drawn, images=work.images, limit=work.limit, **DRAWN)
+    shutil.rmtree(bundle)
 
 
 def trained_parameters(transformer: MMDiT, spec: ThinkingSpec) -> int:
@@ -196,13 +203,13 @@ def trained_parameters(transformer: MMDiT, spec: ThinkingSpec) -> int:
 
 
 def shares(out: Path, facts: list[dict[str, Any]]) -> list[np.ndarray]:
-    """Of each kind the parts of right pictures by prompt, [prompts], the mean over runs."""
+    """For each kind, the share of right pictures of each prompt, [prompts], averaged over runs."""
     by_row, overall = _by_row(out, facts)
     return [by_row[kind] for kind in overall]
 
 
 def related(out: Path, facts: list[dict[str, Any]]) -> list[np.ndarray]:
-    """The same of all prompts with a relation, held out ones too, as one array: what adapters train on."""
+    """The same for all prompts with a relation, held out ones too, as one array: adapters are trained on relations."""
     by_row, _ = _by_row(out, facts)
     return [np.concatenate([by_row[row] for row in RELATED])]
 
@@ -216,7 +223,7 @@ def _by_row(out: Path, facts: list[dict[str, Any]]) -> tuple[dict[str, np.ndarra
 
 
 def lost(out: Path, facts: list[dict[str, Any]]) -> list[np.ndarray]:
-    """The losses on fresh scenes, [scenes], the mean over runs."""
+    """The loss on each fresh scene, [scenes], averaged over runs."""
     return [np.mean([np.load(out / one["folder"] / LOSSES) for one in facts], axis=0)]
 
 
@@ -245,7 +252,7 @@ MEASURES = (
 
 
 def table(out: Path, results: list[dict[str, Any]]) -> str:
-    """Of each row both measures with their 95% intervals, and the paired differences to LoRA of the same seeds."""
+    """Each row's measures with their 95% intervals, and its paired differences from LoRA of the same seeds."""
     head = ["", "trained", "seeds", "by seed, %"]
     for measure in MEASURES:
         head += [measure.name, "minus LoRA"]
@@ -267,7 +274,7 @@ def table(out: Path, results: list[dict[str, Any]]) -> str:
 
 
 def pooled(out: Path, results: list[dict[str, Any]]) -> str:
-    """What POOLED names, of the rows that are there: each measure's paired difference; nothing for one that lacks a row."""
+    """Each measure's paired difference for the comparisons of POOLED whose rows are all there."""
     lines = _head("seeds")
     for name, sides in POOLED.items():
         if seeds := _shared(results, sides):
@@ -279,7 +286,7 @@ def pooled(out: Path, results: list[dict[str, Any]]) -> str:
 
 
 def by_seed(out: Path, results: list[dict[str, Any]]) -> str:
-    """What COMPARED names and has several seeds: each seed's difference, then their mean with its interval over seeds."""
+    """The comparisons of COMPARED with several seeds: each seed's difference, then the mean and its interval over seeds."""
     lines = _head("seeds")
     for name, sides in COMPARED.items():
         seeds = _shared(results, sides)
@@ -325,7 +332,7 @@ def _difference(
 
 
 def tables(out: Path, results: list[dict[str, Any]]) -> str:
-    """All that is printed: the three tables, what their intervals cover, and the judge's own errors."""
+    """Everything that is printed: the three tables, what their intervals cover, and the judge's own errors."""
     parts = [made(out, results) for made in (table, pooled, by_seed)]
     return "\n\n".join([*parts, COVERED, evaluate.parser_line("overall", *RELATED)])
 

@@ -34,6 +34,7 @@ from tpx_runtime.images import save_png
 
 if TYPE_CHECKING:
     from tpx_runtime.generator import Generator
+    from tpx_runtime.settings import Settings
 
 SEEDS_APART = 1000  # between the first pictures of two prompts: no two share their noise
 # How often the parser is wrong on renders, row by row; parser_errors.py measures it.
@@ -212,8 +213,22 @@ def run(
         for number, question in asked
     ]
     parser_errors()  # refuses now rather than at the end
-    parser, used = Parser.load(), jobs[0][0]
-    facts = {
+    facts = {**_drawn_with(generator, jobs[0][0]), "seed": seed, "images": images, "limit": limit}
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        verdicts = Verdicts(out, facts)
+    except OSError as error:
+        raise BadInput(
+            f"expected to write into {out}, found: {error.strerror}; choose another --out"
+        ) from None
+    listed = [question for _, question in asked]
+    _judge_the_rest(out, generator, listed, jobs, verdicts, batch_size)
+    return _write_report(out, facts, listed, verdicts.right)
+
+
+def _drawn_with(generator: "Generator", used: "Settings") -> dict[str, Any]:
+    """The judge, the bundle and the settings of a run, as its report gives them."""
+    return {
         "list": LIST,
         "parser_sha256": hash_file(WEIGHTS),
         "bundle": generator.manifest.name,
@@ -222,18 +237,19 @@ def run(
         **{key: getattr(used, key) for key in ("sampler", "steps", "guidance", "depth")},
         "guidance_interval": list(used.guidance_interval),
         "guidance_every": used.guidance_every,
-        "seed": seed,
-        "images": images,
-        "limit": limit,
     }
-    listed = [question for _, question in asked]
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        verdicts = Verdicts(out, facts)
-    except OSError as error:
-        raise BadInput(
-            f"expected to write into {out}, found: {error.strerror}; choose another --out"
-        ) from None
+
+
+def _judge_the_rest(
+    out: Path,
+    generator: "Generator",
+    asked: Sequence[Question],
+    jobs: Sequence[Sequence["Settings"]],
+    verdicts: Verdicts,
+    batch_size: int,
+) -> None:
+    """Draw, judge and save what has no verdict yet, whole prompts to a batch. Raises Cancelled with what is left."""
+    parser, images = Parser.load(), len(jobs[0])
     together = max(1, batch_size // images)
     left = range(len(verdicts.right), len(asked))
     with resumable(images * len(left)) as count, progress(count) as advance:
@@ -241,18 +257,24 @@ def run(
             group = range(start, min(start + together, len(asked)))
             drawn = iter(generator.draw([job for place in group for job in jobs[place]], batch_size))
             for place in group:
-                row = judge(parser, listed[place].prompt, [next(drawn) for _ in range(images)])
+                row = judge(parser, asked[place].prompt, [next(drawn) for _ in range(images)])
                 save_png(page([row]), out / picture_name(place))
                 verdicts.add(row.right)
                 advance(images)
-    result = report(listed, verdicts.right)
+
+
+def _write_report(
+    out: Path, facts: dict[str, Any], asked: Sequence[Question], right: Sequence[Sequence[bool]]
+) -> str:
+    """report.json and index.html; returns the table."""
+    result = report(asked, right)
     text = as_text(result)
     prompts = [
-        {"row": question.row, "prompt": question.text, "right": right}
-        for question, right in zip(listed, verdicts.right, strict=True)
+        {"row": question.row, "prompt": question.text, "right": verdict}
+        for question, verdict in zip(asked, right, strict=True)
     ]
     write_json(out / "report.json", {**facts, "overall of": list(KINDS), "rows": result, "prompts": prompts})
-    write_whole(out / "index.html", as_page(listed, verdicts.right, text).encode())
+    write_whole(out / "index.html", as_page(asked, right, text).encode())
     return text
 
 

@@ -37,7 +37,7 @@ def save_whole(value: object, path: Path) -> None:
 
 
 def digest(tensors: Iterable[Tensor]) -> str:
-    """16 hex digits that stand for the values of tensors, in their order."""
+    """The first 16 hex digits of the SHA-256 of the values of tensors, in their order."""
     found = hashlib.sha256()
     for tensor in tensors:
         found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
@@ -148,9 +148,8 @@ class _Run:
         loss = loss_at(self.step)
         loss.backward()
         torch.nn.utils.clip_grad_norm_([p for _, p in self._trainable], clip)
-        decay = min(
-            ema_decay, (self.step + 1) / (self.step + 10)
-        )  # short at first: the random start is soon forgotten
+        # Short at first: the random start is soon forgotten.
+        decay = min(ema_decay, (self.step + 1) / (self.step + 10))
         with deferred() as interrupted:
             for optimizer in self._optimizers:
                 optimizer.step()

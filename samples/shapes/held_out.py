@@ -1,6 +1,6 @@
 """The flow matching loss on scenes that nobody was trained on, scene by scene, with the same noise for every model.
 
-A picture is right or wrong; a loss has shades. Paired over scenes it tells models apart whose scores do not.
+A judged picture is only right or wrong, a loss is continuous: paired over scenes, it separates models that score the same.
 """
 
 import random

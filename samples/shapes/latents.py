@@ -27,9 +27,8 @@ def shard(
 ) -> tuple[list[Prompt], Tensor]:
     """Prompts and latents float16 [SHARD, C, S, S] of one shard, rendered and encoded if not there yet."""
     pairs = list(itertools.islice(training_pairs(seed * 1_000_003 + index, mix), SHARD))
-    told = hashlib.sha256(repr([prompt for prompt, _ in pairs]).encode()).hexdigest()[
-        :8
-    ]  # of another mix, others
+    # Another mix has other prompts, and its latents another name.
+    told = hashlib.sha256(repr([prompt for prompt, _ in pairs]).encode()).hexdigest()[:8]
     path = folder / f"latents-{seed}-{fingerprint(autoencoder)}-{told}-{index:04d}.pt"
     if not path.exists():
         save_whole(encoded([scene for _, scene in pairs], autoencoder), path)
@@ -49,7 +48,7 @@ def encoded(scenes: Sequence[Scene], autoencoder: Autoencoder) -> Tensor:
 
 
 def fingerprint(autoencoder: Autoencoder) -> str:
-    """Latents of another autoencoder are other latents, so its weights and scale are in a shard's name."""
+    """Of the autoencoder's weights and scale: latents depend on them, so it is in the name of a shard."""
     digest = hashlib.sha256(repr(autoencoder.spec).encode())
     for value in autoencoder.encoder.state_dict().values():
         digest.update(value.cpu().numpy().tobytes())

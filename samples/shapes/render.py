@@ -140,9 +140,20 @@ def _cast(s: Solids, k: int, origin: Vec, direction: Vec) -> tuple[Tensor, Tenso
 
 
 def _render(s: Solids, direction: Vec, lamps: tuple[Tensor, Tensor]) -> Tensor:
+    distance, normal, rgb, gloss = _seen(s, direction)
     dx, dy, dz = direction
+    point = CAMERA[0] + distance * dx, CAMERA[1] + distance * dy, CAMERA[2] + distance * dz
+    lit, shine = _lamplight(s, direction, point, normal, lamps)
+    ambient = (0.30 + 0.12 * normal[1]) * _open_sky(s, point, gloss)
+    px, _, pz = point
+    fade = 1 - 0.030 * (px * px + (pz - 0.5) ** 2).clamp(max=14) * (1 - gloss)
+    return torch.stack([(c * (ambient + 0.78 * lit) * fade + 0.22 * gloss * shine) for c in rgb], dim=1)
+
+
+def _seen(s: Solids, direction: Vec) -> tuple[Tensor, Vec, list[Tensor], Tensor]:
+    """What each ray meets first: its distance, normal and colour, and 1 where it is an object, 0 on the ground."""
     batch = s.x.shape[0]
-    distance = (-CAMERA[1] / dy).expand(batch, -1)  # every ray of this camera meets the ground
+    distance = (-CAMERA[1] / direction[1]).expand(batch, -1)  # every ray of this camera meets the ground
     nx, ny, nz = torch.zeros_like(distance), torch.ones_like(distance), torch.zeros_like(distance)
     rgb = [torch.full_like(distance, channel) for channel in GROUND]
     gloss = torch.zeros_like(distance)
@@ -167,14 +178,20 @@ def _render(s: Solids, direction: Vec, lamps: tuple[Tensor, Tensor]) -> Tensor:
         distance = torch.where(hit, entry, distance)
         gloss = torch.where(hit, 1.0, gloss)
         rgb = [torch.where(hit, c[:, k], now) for c, now in zip((s.red, s.green, s.blue), rgb, strict=True)]
+    return distance, (nx, ny, nz), rgb, gloss
 
-    px, py, pz = CAMERA[0] + distance * dx, CAMERA[1] + distance * dy, CAMERA[2] + distance * dz
-    lit, shine = torch.zeros_like(distance), torch.zeros_like(distance)
+
+def _lamplight(
+    s: Solids, direction: Vec, point: Vec, normal: Vec, lamps: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The lamp's diffuse light and its highlight at each point, as far as no object stands between."""
+    (dx, dy, dz), (px, py, pz), (nx, ny, nz) = direction, point, normal
+    lit, shine = torch.zeros_like(px), torch.zeros_like(px)
     for lamp in lamps:
         lx, ly, lz = LAMP[0] + lamp[0] - px, LAMP[1] - py, LAMP[2] + lamp[1] - pz
         norm = (lx * lx + ly * ly + lz * lz).rsqrt()
         lx, ly, lz = lx * norm, ly * norm, lz * norm
-        blocked = torch.zeros_like(distance, dtype=torch.bool)
+        blocked = torch.zeros_like(px, dtype=torch.bool)
         for k in range(MAX_OBJECTS):
             start = (px + 2e-3 * nx - s.x[:, k], py + 2e-3 * ny - s.y[:, k], pz + 2e-3 * nz - s.z[:, k])
             entry, leave, *_ = _cast(s, k, _to_object(s, k, start), _to_object(s, k, (lx, ly, lz)))
@@ -182,20 +199,22 @@ def _render(s: Solids, direction: Vec, lamps: tuple[Tensor, Tensor]) -> Tensor:
         facing = (nx * lx + ny * ly + nz * lz).clamp(min=0)
         hx, hy, hz = lx - dx, ly - dy, lz - dz
         half = (nx * hx + ny * hy + nz * hz) * (hx * hx + hy * hy + hz * hz).rsqrt()
-        open_sky = (~blocked).float() / len(lamps)
-        lit = lit + open_sky * facing
-        shine = shine + open_sky * half.clamp(min=0) ** 40 * (facing > 0)
+        unblocked = (~blocked).float() / len(lamps)
+        lit = lit + unblocked * facing
+        shine = shine + unblocked * half.clamp(min=0) ** 40 * (facing > 0)
+    return lit, shine
 
-    # Contact shadow: the ground sees less of the sky near an object's foot.
-    sky = torch.ones_like(distance)
+
+def _open_sky(s: Solids, point: Vec, gloss: Tensor) -> Tensor:
+    """Contact shadows: the ground sees less of the sky near an object's foot."""
+    px, py, pz = point
+    sky = torch.ones_like(px)
     for k in range(MAX_OBJECTS):
         far = (px - s.x[:, k]) ** 2 + (pz - s.z[:, k]) ** 2 + (py - s.y[:, k]).clamp(max=0) ** 2 * 0.6
         size = s.size[:, k]
         near = torch.exp(-far / (1.1 * size * size)) * (s.present[:, k] > 0) * (1 - gloss)
         sky = sky * (1 - 0.55 * near)
-    ambient = (0.30 + 0.12 * ny) * sky
-    fade = 1 - 0.030 * (px * px + (pz - 0.5) ** 2).clamp(max=14) * (1 - gloss)
-    return torch.stack([(c * (ambient + 0.78 * lit) * fade + 0.22 * gloss * shine) for c in rgb], dim=1)
+    return sky
 
 
 @cache

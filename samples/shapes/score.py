@@ -15,6 +15,7 @@ from typing import Any
 import click
 from PIL import Image, ImageOps
 
+from samples.shapes import options
 from samples.shapes.captions import Group, Prompt, caption, satisfies
 from samples.shapes.parser import RECORD, Parser
 from tpx_runtime.cli import find_bundle
@@ -97,13 +98,13 @@ def page(rows: Sequence[Row]) -> Image.Image:
 
 
 @click.command(cls=TpxCommand)
-@click.option("--bundle", help="Folder of the bundle.  [default: $TPX_BUNDLE, else bundles/shapes]")
+@options.bundle
 @click.option("--seeds", type=click.IntRange(1), default=8, show_default=True, help="Pictures a prompt.")
-@click.option("--engine", default="auto", show_default=True, help="Engine that runs the bundle.")
-@click.option("--steps", type=int, help="Denoising steps.  [default: the bundle's]")
-@click.option("--guidance", type=float, help="Guidance.  [default: the bundle's]")
-@click.option("--depth", type=int, help="Latent steps of thinking.  [default: the bundle's]")
-@click.option("--out", type=click.Path(path_type=Path), help="PNG of all pictures to write.")
+@options.engine
+@options.steps
+@options.guidance
+@options.depth
+@options.sheet
 @click.option(
     "--require", type=(float, float), help="Percent of singles and pairs below which to exit with 1."
 )

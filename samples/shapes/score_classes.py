@@ -12,6 +12,7 @@ from typing import Any
 import click
 import numpy as np
 
+from samples.shapes import options
 from samples.shapes.classes import CLASSES, prompt_of_class
 from samples.shapes.evaluate import parser_line
 from samples.shapes.parser import Parser
@@ -55,12 +56,12 @@ def as_text(result: dict[str, dict[str, Any]]) -> str:
 @click.command(cls=TpxCommand)
 @click.option("--bundle", default="bundles/shape-classes", show_default=True, help="Folder of the bundle.")
 @click.option("--seeds", type=click.IntRange(1), default=8, show_default=True, help="Pictures a class.")
-@click.option("--engine", default="auto", show_default=True, help="Engine that runs the bundle.")
+@options.engine
 @click.option("--sampler", help="Sampler.  [default: the bundle's]")
-@click.option("--steps", type=int, help="Denoising steps.  [default: the bundle's]")
-@click.option("--guidance", type=float, help="Guidance.  [default: the bundle's]")
-@click.option("--depth", type=int, help="Latent steps of thinking.  [default: the bundle's]")
-@click.option("--out", type=click.Path(path_type=Path), help="PNG of all pictures to write.")
+@options.steps
+@options.guidance
+@options.depth
+@options.sheet
 @click.option("--json", "record", type=click.Path(path_type=Path), help="JSON of the table to write.")
 def main(
     bundle: str, seeds: int, engine: str, out: Path | None, record: Path | None, **settings: Any

@@ -17,7 +17,7 @@ from typing import Any
 
 import click
 
-from samples.shapes import evaluate
+from samples.shapes import evaluate, options
 from tpx_runtime.cli import find_bundle
 from tpx_runtime.command import TpxCommand
 from tpx_runtime.errors import BadInput
@@ -89,8 +89,8 @@ def table(out: Path, cells: list[dict[str, Any]], names: list[str]) -> str:
 
 
 @click.command(cls=TpxCommand)
-@click.option("--bundle", help="Folder of the bundle.  [default: $TPX_BUNDLE, else bundles/shapes]")
-@click.option("--engine", default="auto", show_default=True, help="Engine that runs the bundle.")
+@options.bundle
+@options.engine
 @click.option("--out", type=click.Path(path_type=Path), default=Path("out/sweep"), show_default=True)
 @click.option("--sampler", "samplers", multiple=True, help="Samplers.  [default: the bundle's]")
 @click.option("--steps", help="Denoising steps, such as 4,8,12.  [default: the bundle's]")

@@ -30,9 +30,8 @@ def test_each_latent_step_adds_the_same_few_nodes(nodes: tuple[int, list[onnx.No
     assert kinds["RoutedLora"] == kinds["ArgMax"] == THINKING * depth
     assert kinds["Gelu"] == 2 * BLOCKS - 1  # the last block's text has none
     assert kinds["Softmax"] == BLOCKS + THINKING * (depth - 1)
-    assert (
-        kinds["Split"] - kinds["RoutedLora"] == 2 * BLOCKS + 2 - THINKING
-    )  # text's, visual's, two of conditions
+    # Each block's text's and visual's, and two of conditions.
+    assert kinds["Split"] - kinds["RoutedLora"] == 2 * BLOCKS + 2 - THINKING
 
 
 def test_no_node_is_there_for_shapes_or_sequences(nodes: tuple[int, list[onnx.NodeProto]]) -> None:

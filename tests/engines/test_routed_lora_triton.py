@@ -56,9 +56,8 @@ def _error(
     from tpx_engines.routed_lora_triton import routed_lora_triton
 
     torch.manual_seed(0)
-    x = torch.randn(lead[1], lead[0], width, dtype=dtype).transpose(
-        0, 1
-    )  # not contiguous, as a slice of a model may be
+    # Not contiguous, as a slice of a model may be.
+    x = torch.randn(lead[1], lead[0], width, dtype=dtype).transpose(0, 1)
     expert = torch.tensor(used)[torch.randint(0, len(used), lead)]
     a = torch.randn(experts, width, rank, dtype=dtype) * width**-0.5
     b = torch.randn(experts, rank, out, dtype=dtype) * rank**-0.5
@@ -83,9 +82,8 @@ def interpreter() -> Iterator[ProcessPoolExecutor]:
     with ProcessPoolExecutor(1, get_context("spawn"), _start) as pool:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("TRITON_INTERPRET", "1")
-            pool.submit(
-                _registered
-            ).result()  # the process starts here, and this one goes on without the variable
+            # The process starts here, and this one goes on without the variable.
+            pool.submit(_registered).result()
         yield pool
 
 

@@ -89,10 +89,8 @@ def test_each_set_of_shapes_keeps_buffers_up_to_a_limit(
     for rows in range(1, MOST_KEPT + 1):
         assert written(rows) == {(rows, 2), (2,)}
     assert written(1) == {(1, 2)}
-    assert written(MOST_KEPT + 1) == {
-        (MOST_KEPT + 1, 2),
-        (2,),
-    }  # in the place of 2 rows, which have waited longest
+    # It takes the place of 2 rows, which have waited longest.
+    assert written(MOST_KEPT + 1) == {(MOST_KEPT + 1, 2), (2,)}
     assert written(2) == {(2, 2), (2,)}
     assert written(1) == {(1, 2)}
 

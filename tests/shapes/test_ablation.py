@@ -92,9 +92,8 @@ def test_the_table_pairs_each_row_with_lora_of_the_same_seeds(tmp_path: Path) ->
     cells = {row[1]: dict(zip(_cells(head), row, strict=True)) for row in map(_cells, lines)}
     score, relation, loss = (measure.name for measure in ablation.MEASURES)
     assert cells[BASE][score].startswith("50.0 (")
-    assert cells[BASE]["minus LoRA"].startswith(
-        "+150.00 ("
-    )  # against seed 0 of LoRA alone; the loss, the last column
+    # Against seed 0 of LoRA alone; of the columns of that name the last, the loss.
+    assert cells[BASE]["minus LoRA"].startswith("+150.00 (")
     assert (cells[LORA]["seeds"], cells[LORA]["by seed, %"]) == ("2", "62.5, 75.0")
     assert cells[LORA][score].startswith("68.8 (") and cells[LORA]["minus LoRA"] == ""
     assert cells[LORA][loss].startswith("250.00 (")

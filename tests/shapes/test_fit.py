@@ -46,11 +46,8 @@ class Task:
     def run(
         self, state: Path, loss_at: Callable[[int], Tensor] | None = None, **settings: object
     ) -> nn.Module:
-        settings = {
-            "steps": STEPS,
-            "save_s": -1.0,
-            "settings": {"seed": 0},
-        } | settings  # saves after every step
+        # It saves after every step.
+        settings = {"steps": STEPS, "save_s": -1.0, "settings": {"seed": 0}, **settings}
         return fit("sum", self.module, self.optimizers, loss_at or self.loss_at, state=state, **settings)  # type: ignore[arg-type]
 
 

@@ -62,9 +62,8 @@ def test_fresh_adapters_lose_as_their_base_does_and_trained_ones_do_not(data: Da
     torch.nn.init.normal_(model.blocks[1].thinking.b)
     changed = held_out.losses(model.train(), data, depth=1)
     assert changed != pytest.approx(expected, rel=1e-3)
-    assert (
-        held_out.losses(model.train(), data, depth=1) == changed
-    ).all()  # routes are the gate's, not drawn
+    # Routes are the gate's, not drawn.
+    assert (held_out.losses(model.train(), data, depth=1) == changed).all()
 
 
 def test_base_of_a_thinking_model_is_what_it_was_made_of(base: MMDiT) -> None:

@@ -153,8 +153,9 @@ def test_faces_are_lit_by_lamberts_law(normal: tuple[float, float, float]) -> No
     ("shape", "x", "z"),
     [
         *((shape, 0.2, 0.4) for shape in SHAPES),
+        # In light steeper than its side.
         ("cone", -1.3, 1.3),
-    ],  # the last in light steeper than its side
+    ],
 )
 def test_shadows_fall_where_no_lamp_is_seen(shape: str, x: float, z: float) -> None:
     """Ground that sees no point of the lamp has the sky's light alone, and all the lamp's if it sees all of it."""

@@ -194,9 +194,8 @@ def test_scattered_things_stand_apart_in_the_picture(count: int) -> None:
         for thing in scene:
             assert thing.bottom == pytest.approx(0)
             farthest = max(max(abs(u), abs(v)) for u, v, _ in (project(*p) for p in outline(thing)))
-            assert farthest < (1.06 if thing.shape == "cube" else 1), (
-                thing
-            )  # a cube may lose the tip of a corner
+            # A cube may lose the tip of a corner.
+            assert farthest < (1.06 if thing.shape == "cube" else 1), thing
         for a, b in itertools.combinations(scene, 2):
             assert math.hypot(a.x - b.x, a.z - b.z) > 1.1 * (a.size + b.size)
 

@@ -126,9 +126,8 @@ def test_a_finished_configuration_is_not_measured_again(
     assert len(started()) == before
     run(plan(*both, rounds=1, batches=(1,)), record())
     assert len(started()) == before + 2  # the other one, warm and cold
-    assert rows(record().facts)[1].psnr_db == pytest.approx(
-        14.15, abs=0.01
-    )  # to the picture of the first run
+    # To the picture of the first run.
+    assert rows(record().facts)[1].psnr_db == pytest.approx(14.15, abs=0.01)
     assert [row.speed_up for row in rows(record().facts)] == [1.0, None]
     text = as_text(record().facts)
     assert "No speed-up of wrong: measured in another run than right, " in text
