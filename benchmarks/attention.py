@@ -21,7 +21,7 @@ from tpx_engines.bench.process import WorkerProcess
 from tpx_runtime.command import TpxCommand
 from tpx_runtime.engine import ENGINES, resolve
 
-SPELLINGS = ("standard", "one node")
+VARIANTS = ("standard", "one node")
 
 
 def write(
@@ -35,7 +35,7 @@ def write(
     from tpx_export.model.mmdit import MMDiT, MMDiTSpec
     from tpx_export.model.thinking import ThinkingSpec
     from tpx_export.precision import at_precision
-    from tpx_export.routing import spellings
+    from tpx_export.routing import variants_of
     from tpx_export.weights import WeightFile
 
     torch.manual_seed(0)
@@ -61,11 +61,11 @@ def write(
     }
     with WeightFile(Path(folder)) as file, torch.no_grad():
         graph = Graph(TransformerGraph(model, 2, routed=True), inputs, ("velocity", "routes"))
-        _, plain = spellings(file.take(to_onnx(graph)), spec.visual_tokens)
+        _, plain = variants_of(file.take(to_onnx(graph)), spec.visual_tokens)
         one_node = fused(plain, FLOATS)
         assert one_node
-        for name, spelt in zip(SPELLINGS, (plain, one_node), strict=True):
-            file.write(spelt, f"{name}.onnx")
+        for name, made in zip(VARIANTS, (plain, one_node), strict=True):
+            file.write(made, f"{name}.onnx")
     np.savez(Path(folder) / "inputs.npz", **{name: value.numpy() for name, value in inputs.items()})
     return {}
 
@@ -143,7 +143,7 @@ def main(
         with TemporaryDirectory() as folder:
             sizes = {"width": width, "heads": heads, "text_tokens": text_tokens, "latent": latent}
             in_a_process("write", folder=folder, precision=precision, **sizes)
-            graphs = [Path(folder) / f"{name}.onnx" for name in SPELLINGS]
+            graphs = [Path(folder) / f"{name}.onnx" for name in VARIANTS]
             for engine in engines:
                 print(
                     f"| {(latent // 2) ** 2} | {engine} | {compared(graphs, engine, rounds, calls)} |",

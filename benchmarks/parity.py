@@ -62,9 +62,7 @@ def our_outputs(generator: Generator, golden: dict[str, Any]) -> dict[str, list[
     known = {name: golden[name] for name in model.conditions_inputs}
     inputs = {"latents": golden["latents"], "context": golden["context"]}
     inputs |= engine.open(bundle.conditions).run(known)
-    made["transformer depth 1"] = [
-        engine.open(bundle.transformer(1, engine.spelling)).run(inputs)["velocity"]
-    ]
+    made["transformer depth 1"] = [engine.open(bundle.transformer(1, engine.variant)).run(inputs)["velocity"]]
     decoder = engine.open(bundle.vae_decoder)
     made["vae_decoder"] = [decoder.run({"latents": golden["decoder_latents"]})["image"]]
     assert bundle.vae_encoder

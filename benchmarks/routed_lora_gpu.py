@@ -3,10 +3,10 @@
     python -m benchmarks.routed_lora_gpu [--dtype fp16] [--rounds 30]
     python -m benchmarks.routed_lora_gpu --toy              # no GPU: the same steps at toy size, its times mean nothing
 
-Every spelling is first checked against the plain operator in float32. Each is timed as PyTorch runs it, and captured in a
+Every variant is first checked against the plain operator in float32. Each is timed as PyTorch runs it, and captured in a
 CUDA graph, as engines launch it; per-expert gathering cannot be captured, for it asks the host how many tokens each
 expert has.
-Calls take turns over several sets of inputs, so that none finds its own in the cache, spellings take turns too, and the
+Calls take turns over several sets of inputs, so that none finds its own in the cache, variants take turns too, and the
 table gives medians. The limits are measured on the same GPU, by one large copy and one large matrix product: `memory` is
 the share of that copy's bandwidth which reading x, ids, a and b once and writing the result once would take, `arithmetic`
 the share of that product's speed which the routed products alone would take. Masked concatenation does M times those.
@@ -62,7 +62,7 @@ class Given:
     expected: Tensor
 
 
-Spelling = Callable[[Given], Tensor]
+Variant = Callable[[Given], Tensor]
 
 
 def given(lead: tuple[int, int], size: Size, experts: int, dtype: torch.dtype, device: str) -> Given:
@@ -96,10 +96,10 @@ def gathered(g: Given) -> Tensor:
     return gathered_lora(g.x, g.expert, g.a, g.b)
 
 
-def check(name: str, spelling: Spelling, sets: list[Given], tolerance: float) -> None:
-    """Check a spelling against the float32 answers. Raises ClickException."""
+def check(name: str, variant: Variant, sets: list[Given], tolerance: float) -> None:
+    """Check a variant against the float32 answers. Raises ClickException."""
     for g in sets:
-        error = float((spelling(g).float() - g.expected).abs().max() / g.expected.abs().max())
+        error = float((variant(g).float() - g.expected).abs().max() / g.expected.abs().max())
         if not error < tolerance:
             raise click.ClickException(f"{name}: expected an error below {tolerance}, found {error}")
 
@@ -159,22 +159,22 @@ def main(dtype: str, rounds: int, toy: bool) -> None:
         )
     from tpx_engines.routed_lora_triton import routed_lora_triton
 
-    def kernel(splits: int | None) -> Spelling:
+    def kernel(splits: int | None) -> Variant:
         return lambda g: routed_lora_triton(g.x, g.expert, g.a, g.b, splits)
 
     size, device = (TOY, "cpu") if toy else (REAL, "cuda")
     real, tolerance = DTYPES[dtype]
-    spellings: dict[str, Spelling] = {
+    variants: dict[str, Variant] = {
         "masked": masked,
         "gathered": gathered,
         "triton": kernel(None),
     }
-    spellings |= {f"triton, splits {splits}": kernel(splits) for splits in (1, 2, 4)}
+    variants |= {f"triton, splits {splits}": kernel(splits) for splits in (1, 2, 4)}
     bandwidth, speed = limits(size, real, rounds, device)
     machine = "this machine's CPU (toy)" if toy else torch.cuda.get_device_name()
     print(f"{machine}, {dtype}: copy {bandwidth / 1e9:.0f} GB/s, product {speed / 1e12:.2f} Tflop/s\n")
     print(
-        "| tokens | D | r | M | spelling | us, eager | us, CUDA graph | masked over it | memory | arithmetic |"
+        "| tokens | D | r | M | variant | us, eager | us, CUDA graph | masked over it | memory | arithmetic |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|")
     torch.manual_seed(0)
@@ -187,9 +187,9 @@ def main(dtype: str, rounds: int, toy: bool) -> None:
             moved += tokens * out * one.x.element_size()
             work = 2 * tokens * size.rank * (size.width + out)
             eager: dict[str, Call] = {}
-            for name, spelling in spellings.items():
-                check(name, spelling, sets, tolerance)
-                eager[name] = lambda spelling=spelling, sets=sets: [spelling(g) for g in sets * size.repeats]
+            for name, variant in variants.items():
+                check(name, variant, sets, tolerance)
+                eager[name] = lambda variant=variant, sets=sets: [variant(g) for g in sets * size.repeats]
             calls = size.sets * size.repeats
             took = medians(eager, rounds, device)
             graphs = (

@@ -2,8 +2,8 @@
 
     python -m benchmarks.routing [--rounds 9]
 
-Each size gets one model for each spelling, run in turn (A B C A B C ...); the table gives the median time over that of
-`masked`, whose milliseconds stand beside it. Every spelling is first checked against the PyTorch operator.
+Each size gets one model for each variant, run in turn (A B C A B C ...); the table gives the median time over that of
+`masked`, whose milliseconds stand beside it. Every variant is first checked against the PyTorch operator.
 Needs OpenVINO 2026.4.
 """
 
@@ -148,7 +148,7 @@ def grouped(lead: tuple[int, int], a: np.ndarray, b: np.ndarray) -> Any:
     return Model([op.result(out)], [x, expert])
 
 
-SPELLINGS: dict[str, Callable[[int], onnx.FunctionProto]] = {
+VARIANTS: dict[str, Callable[[int], onnx.FunctionProto]] = {
     "masked": lambda experts: masked(),
     "permuted": permuted,
     "scattered": scattered,
@@ -196,16 +196,16 @@ def openvino_call(model: Any) -> Call:
 
 
 OWN = {"ONNX Runtime": "mixture", "OpenVINO": "grouped"}  # the operator that each engine has for it
-COLUMNS = [*list(SPELLINGS)[1:], *OWN.values()]
+COLUMNS = [*list(VARIANTS)[1:], *OWN.values()]
 ENGINES = {"ONNX Runtime": onnxruntime_call, "OpenVINO": openvino_call}
 
 
 def calls_of(
     engine: str, lead: tuple[int, int], a: np.ndarray, b: np.ndarray, folder: Path
 ) -> dict[str, Call]:
-    """Every spelling that the engine has, opened; `batched` where it does not copy too much."""
+    """Every variant that the engine has, opened; `batched` where it does not copy too much."""
     experts = len(a)
-    bodies = {name: body(experts) for name, body in SPELLINGS.items()}
+    bodies = {name: body(experts) for name, body in VARIANTS.items()}
     if prod(lead) * (a[0].size + b[0].size) > TOO_MUCH:
         del bodies["batched"]
     if engine == "ONNX Runtime":

@@ -1,8 +1,8 @@
-"""The two spellings of routing that a bundle may hold for CPUs, timed over its whole transformer on this machine.
+"""The two variants of routing that a bundle may hold for CPUs, timed over its whole transformer on this machine.
 
     python -m benchmarks.routing_graph bundles/shapes [--rounds 25]
 
-Each engine gets the deepest graph once in each spelling, run in turn (A B A B ...) on the golden inputs, repeated to more
+Each engine gets the deepest graph once in each variant, run in turn (A B A B ...) on the golden inputs, repeated to more
 rows; the table gives the median milliseconds of a forward pass.
 """
 
@@ -26,7 +26,7 @@ from tpx_runtime.verify import load_golden
 ROWS = (2, 16)
 
 
-def spelt(graph: onnx.ModelProto, body: onnx.FunctionProto, path: Path) -> Path:
+def with_body(graph: onnx.ModelProto, body: onnx.FunctionProto, path: Path) -> Path:
     """The graph with routing inlined as `body`, saved with its weights inside."""
     copy = onnx.ModelProto()
     copy.CopyFrom(graph)
@@ -60,7 +60,7 @@ def main(path: Path, rounds: int, engines: tuple[str, ...]) -> None:
     print("| engine | rows x tokens | masked, ms | permuted, ms |\n|---|---|---|---|")
     with TemporaryDirectory() as folder:
         bodies = {"masked": masked(), "permuted": permuted(model.experts)}
-        paths = [spelt(graph, body, Path(folder) / f"{name}.onnx") for name, body in bodies.items()]
+        paths = [with_body(graph, body, Path(folder) / f"{name}.onnx") for name, body in bodies.items()]
         for name in engines:
             sessions = [resolve(name).open(found) for found in paths]
             for rows in ROWS:

@@ -7,7 +7,7 @@
 Without a checkpoint the weights are random, of the model's every shape. `gathered` is the plain operator, expert by expert;
 `masked` computes every expert and keeps one; `triton` is the kernel of tpx_engines. Each is timed as PyTorch runs it and,
 but for `gathered`, which asks the host how many tokens each expert has, captured in a CUDA graph. Depth 0 is the base
-model, without adapters. Spellings take turns; the table gives medians.
+model, without adapters. Variants take turns; the table gives medians.
 """
 
 from collections.abc import Callable

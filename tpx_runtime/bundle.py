@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from .engine import Spelling
+from .engine import GraphVariant
 from .errors import BundleInvalid
 from .manifest import (
     FORMAT,
@@ -47,13 +47,13 @@ VAE_DECODER = "vae_decoder/model.onnx"
 SCHEDULER = "scheduler/scheduler_config.json"
 STEP = "scheduler/step.onnx"  # a bundle may lack it
 GOLDEN = "golden/golden.npz"
-_ALWAYS: tuple[Spelling, ...] = ("operator", "plain")  # float16 alone has the other
+_ALWAYS: tuple[GraphVariant, ...] = ("operator", "plain")  # float16 alone has the other
 _SHIFTS = (0.01, 100.0)  # beyond, neighbouring sigmas of a long schedule are one float32
 
 
-def transformer_name(depth: int, spelling: Spelling = "operator") -> str:
+def transformer_name(depth: int, variant: GraphVariant = "operator") -> str:
     """Path inside the bundle of the transformer that takes `depth` latent steps."""
-    return f"transformer/depth-{depth}{'' if spelling == 'operator' else f'.{spelling}'}.onnx"
+    return f"transformer/depth-{depth}{'' if variant == 'operator' else f'.{variant}'}.onnx"
 
 
 def hash_file(path: Path) -> str:
@@ -150,8 +150,8 @@ class Bundle:
         """Identity of the bundle: SHA-256 over the manifest's facts, and so over every file's hash."""
         return self.manifest.sha256
 
-    def graphs(self, spelling: Spelling = "operator") -> list[GraphFile]:
-        """Every graph that makes pictures; the transformers in that spelling."""
+    def graphs(self, variant: GraphVariant = "operator") -> list[GraphFile]:
+        """Every graph that makes pictures; the transformers in that variant."""
         model, shapes = self.manifest.model, self.manifest.model.input_shapes
         found = [
             GraphFile(encoder.folder, self.text_encoder(encoder), {"ids": (encoder.tokens,)})
@@ -161,7 +161,7 @@ class Bundle:
         found.append(GraphFile("transformer conditions", self.conditions, inputs))
         inputs = {name: shapes[name] for name in model.transformer_inputs}
         found += [
-            GraphFile(f"transformer depth {depth}", self.transformer(depth, spelling), inputs, depth)
+            GraphFile(f"transformer depth {depth}", self.transformer(depth, variant), inputs, depth)
             for depth in model.depths
         ]
         found.append(GraphFile("vae_decoder", self.vae_decoder, {"latents": model.latent_shape}))
@@ -188,11 +188,11 @@ class Bundle:
         """The graph of what timestep and prompt or class alone decide."""
         return self.path(CONDITIONS)
 
-    def transformer(self, depth: int, spelling: Spelling = "operator") -> Path:
+    def transformer(self, depth: int, variant: GraphVariant = "operator") -> Path:
         """The graph of `depth` latent steps, for given conditions; without a fused one it is the operator's."""
-        name = transformer_name(depth, spelling)
+        name = transformer_name(depth, variant)
         return self.path(
-            name if name in self.manifest.files or spelling in _ALWAYS else transformer_name(depth)
+            name if name in self.manifest.files or variant in _ALWAYS else transformer_name(depth)
         )
 
     @property

@@ -160,7 +160,7 @@ class Denoiser:
         conditions = self._conditions_of(batch.told, schedule.timesteps)
         conditions.at(schedule.timesteps[0])  # before the transformer is opened, so that either may be let go
         plan = self._loop_plan(batch, conditions)
-        transformer = self._graphs.open(self.bundle.transformer(job.depth, engine.spelling))
+        transformer = self._graphs.open(self.bundle.transformer(job.depth, engine.variant))
         if plan:
             routes: list[Routes] = []
             return self._on_device(transformer, plan, routes, every_step), routes

@@ -174,13 +174,13 @@ def verify_step(bundle: Bundle, engine: Engine) -> list[PartReport]:
 
 
 def verify_transformers(bundle: Bundle, engine: Engine, golden: Arrays) -> list[PartReport]:
-    """The transformers alone, in the spelling that the engine reads. Raises EngineFailed where one does not run."""
+    """The transformers alone, in the variant that the engine reads. Raises EngineFailed where one does not run."""
     model = bundle.manifest.model
     tolerance = tolerated(bundle.manifest.tolerance, engine.precision)
     inputs = {name: golden[name] for name in model.transformer_inputs}
     reports = []
     for depth in model.depths:
-        outputs = engine.open(bundle.transformer(depth, engine.spelling)).run(inputs)
+        outputs = engine.open(bundle.transformer(depth, engine.variant)).run(inputs)
         error = relative_error(outputs.get(model.prediction), golden[f"{model.prediction}_{depth}"])
         routed = bool(model.thinking_blocks)
         agreement = routing_agreement(outputs.get("routes"), golden[f"routes_{depth}"]) if routed else None

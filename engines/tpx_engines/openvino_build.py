@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tpx_runtime.bundle import Bundle
-from tpx_runtime.engine import Spelling, one_line, resolve
+from tpx_runtime.engine import GraphVariant, one_line, resolve
 from tpx_runtime.errors import BadInput, Cancelled, EngineFailed
 
 from .build import Result, Watch
@@ -31,7 +31,7 @@ def build_ahead(
         raise BadInput(f"expected an engine that compiles graphs itself, found {engine.name}")
     if wrong := [n for n in rows if n < 1]:
         raise BadInput(f"expected batches of at least 1 row, found {wrong[0]}")
-    tasks = list(_tasks(bundle, engine.name, engine.spelling, list(dict.fromkeys(rows))))
+    tasks = list(_tasks(bundle, engine.name, engine.variant, list(dict.fromkeys(rows))))
     try:
         for number, task in enumerate(tasks):
             watch(task.name, number, len(tasks), "compiling")
@@ -54,8 +54,8 @@ class _Task:
     run: Callable[[], tuple[int, bool]]
 
 
-def _tasks(bundle: Bundle, engine_name: str, spelling: Spelling, rows: Sequence[int]) -> Iterator[_Task]:
-    for graph in bundle.graphs(spelling):
+def _tasks(bundle: Bundle, engine_name: str, variant: GraphVariant, rows: Sequence[int]) -> Iterator[_Task]:
+    for graph in bundle.graphs(variant):
         yield _any(graph.name, engine_name, graph.path)
         for batch in rows if graph.depth else ():
             yield _exact(f"{graph.name} x{batch}", engine_name, graph.path, batch)

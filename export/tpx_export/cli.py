@@ -113,11 +113,11 @@ def open_model(
 
 def table(summary: "Summary") -> str:
     """The summary as tables of text."""
-    lines = [f"{'graph':<24}{'spelling':<10}{'error':>9}{'allowed':>9}{'same route':>12}"]
-    for spelling, parts in summary.reports.items():
+    lines = [f"{'graph':<24}{'variant':<10}{'error':>9}{'allowed':>9}{'same route':>12}"]
+    for variant, parts in summary.reports.items():
         for part in parts:
             route = "" if part.routing_agreement is None else f"{part.routing_agreement:.2%}"
-            lines.append(f"{part.part:<24}{spelling:<10}{part.error:>9.1e}{part.tolerance:>9.0e}{route:>12}")
+            lines.append(f"{part.part:<24}{variant:<10}{part.error:>9.1e}{part.tolerance:>9.0e}{route:>12}")
     lines.append("")
     lines += [f"{name:<32}{size / 1e6:>9.2f} MB" for name, size in summary.folder_bytes.items()]
     lines.append("")

@@ -31,7 +31,7 @@ from tpx_export.pipeline import Pipeline, TextPart
 from tpx_export.precision import QUANTISED, TOLERANCES, around, at_precision
 from tpx_export.quantise.quantiser import Int8Options, Quantiser, Tasks, complete, fp32_beside
 from tpx_export.quantise.verdict import Refused, verdict
-from tpx_export.routing import spellings
+from tpx_export.routing import variants_of
 from tpx_export.step import step
 from tpx_export.summary import Summary, folder_bytes
 from tpx_export.weights import WeightFile
@@ -49,7 +49,7 @@ from tpx_runtime.bundle import (
     Bundle,
     transformer_name,
 )
-from tpx_runtime.engine import Spelling, resolve
+from tpx_runtime.engine import GraphVariant, resolve
 from tpx_runtime.errors import BadInput
 from tpx_runtime.sampling import Array
 from tpx_runtime.verify import (
@@ -200,15 +200,15 @@ def _write_transformer_graphs(
         for steps in depths:
             with tasks(f"transformer depth {steps}"):
                 graph = Graph(TransformerGraph(module, steps, routed), denoise, outputs)
-                operator, plain = spellings(weights.take(to_onnx(graph)), model.visual_tokens)
-                spelt: dict[Spelling, onnx.ModelProto | None] = {
+                operator, plain = variants_of(weights.take(to_onnx(graph)), model.visual_tokens)
+                variants: dict[GraphVariant, onnx.ModelProto | None] = {
                     "operator": operator,
                     "fused": fused(operator),
                     "plain": fused(plain, FLOATS) if model.visual_tokens >= FUSED_FROM else plain,
                 }
-                for spelling, written in spelt.items():
+                for variant, written in variants.items():
                     if written is not None:
-                        weights.write(written, Path(transformer_name(steps, spelling)).name)
+                        weights.write(written, Path(transformer_name(steps, variant)).name)
 
 
 def _write_autoencoder(pipeline: Pipeline, folder: Path, precision: str, end: Array) -> Golden:
@@ -229,19 +229,19 @@ def _pair(values: npt.NDArray[np.generic]) -> torch.Tensor:
 
 
 def verify(bundle: Bundle) -> dict[str, list[PartReport]]:
-    """Compare every graph in ONNX Runtime with the golden tensors, transformers in every spelling that was written.
+    """Compare every graph in ONNX Runtime with the golden tensors, transformers in every variant that was written.
 
     Raises EngineFailed for a part out of tolerance.
     """
     engine, golden = resolve("onnxruntime"), load_golden(bundle)
-    reports: dict[str, list[PartReport]] = {engine.spelling: verify_bundle(bundle, engine)}
+    reports: dict[str, list[PartReport]] = {engine.variant: verify_bundle(bundle, engine)}
     deepest = bundle.manifest.model.depths[-1]
-    for spelling in get_args(Spelling):
-        if spelling not in reports and transformer_name(deepest, spelling) in bundle.manifest.files:
-            reports[spelling] = verify_transformers(bundle, replace(engine, spelling=spelling), golden)
-    reports[engine.spelling] += verify_step(bundle, engine)
-    for spelling, parts in reports.items():
-        require_ok(parts, f"{engine.name} ({spelling} spelling)")
+    for variant in get_args(GraphVariant):
+        if variant not in reports and transformer_name(deepest, variant) in bundle.manifest.files:
+            reports[variant] = verify_transformers(bundle, replace(engine, variant=variant), golden)
+    reports[engine.variant] += verify_step(bundle, engine)
+    for variant, parts in reports.items():
+        require_ok(parts, f"{engine.name} ({variant} variant)")
     return reports
 
 

@@ -2,7 +2,7 @@
 
 tpx::RoutedLora    one node of that name, whatever body it is given later
 tpx::..._linear    int8: QuantizeLinear and DequantizeLinear around one MatMul (quantise/linear.py)
-chunk              one Split (the exporter's own spelling is a sequence, which TensorRT refuses)
+chunk              one Split (the exporter's own variant is a sequence, which TensorRT refuses)
 attention          MatMul, Softmax (always float32), MatMul, free of shape arithmetic, so that engines can fuse it
 """
 

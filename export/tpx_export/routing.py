@@ -20,10 +20,10 @@ _HEAD = f'<domain: "{DOMAIN}", opset_import: ["" : {OPSET}]> {NAME} (x, expert, 
 MASKED_UP_TO = 2**14
 
 
-def spellings(model: onnx.ModelProto, visual_tokens: int) -> tuple[onnx.ModelProto, onnx.ModelProto]:
-    """`model` in the operator spelling, whose RoutedLora nodes have a function body of static shapes, and in the plain one.
+def variants_of(model: onnx.ModelProto, visual_tokens: int) -> tuple[onnx.ModelProto, onnx.ModelProto]:
+    """`model` in the operator variant, whose RoutedLora nodes have a function body of static shapes, and in the plain one.
 
-    In the plain spelling, for CPUs, the body is inlined. Both are `model` itself if nothing is routed.
+    In the plain variant, for CPUs, the body is inlined. Both are `model` itself if nothing is routed.
     """
     routed = {node.input[2] for node in model.graph.node if (node.domain, node.op_type) == (DOMAIN, NAME)}
     if not routed:

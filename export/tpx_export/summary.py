@@ -9,7 +9,7 @@ from tpx_runtime.verify import PartReport
 
 @dataclass(frozen=True)
 class Summary:
-    """The result of an export: each graph's verification by spelling, the seconds of each task, the bytes of each folder.
+    """The result of an export: each graph's verification by variant, the seconds of each task, the bytes of each folder.
 
     Of an int8 export `int8` is the comparison with fp32, and `loss` one line on why the bundle is not worth having, None if
     it is; a bundle with such a line was kept because the user accepts it.

@@ -134,7 +134,7 @@ def test_builds_symmetric_int8(tmp_path: Path, capability: int, transposed: bool
     [Style(per_channel=False), Style(scale=np.float16, weight_from_float=True)],
     ids=["one scale for a weight", "a float weight, quantised in the graph"],
 )
-def test_builds_other_spellings(tmp_path: Path, style: Style) -> None:
+def test_builds_other_variants(tmp_path: Path, style: Style) -> None:
     assert len(build(style, tmp_path)) > 10_000
 
 

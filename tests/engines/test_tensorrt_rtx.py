@@ -14,7 +14,7 @@ from tpx_engines.tensorrt import Timings
 from tpx_export import checkpoint
 from tpx_export.exporter import export_bundle
 from tpx_export.pipeline import Pipeline
-from tpx_export.routing import MASKED_UP_TO, spellings
+from tpx_export.routing import MASKED_UP_TO, variants_of
 from tpx_runtime.bundle import Bundle, transformer_name
 from tpx_runtime.engine.tensorrt_flavours import RTX, bindings, log
 from tpx_runtime.errors import BadInput, EngineFailed, EngineUnavailable
@@ -105,11 +105,11 @@ def test_builds_for_every_capability(tiny_bundle: Path, capability: int) -> None
         assert tensorrt.build(RTX, path, inputs, capability=capability)
 
 
-def test_refuses_the_spelling_of_large_models_for_cpus(tiny_bundle: Path, tmp_path: Path) -> None:
+def test_refuses_the_variant_of_large_models_for_cpus(tiny_bundle: Path, tmp_path: Path) -> None:
     _, inputs = graphs(Bundle.open(tiny_bundle))["transformer depth 1"]
     model = onnx.load(tiny_bundle / transformer_name(1))
     model.functions.clear()
-    _, plain = spellings(model, visual_tokens=MASKED_UP_TO)
+    _, plain = variants_of(model, visual_tokens=MASKED_UP_TO)
     path = tmp_path / "depth-1.plain.onnx"
     onnx.save(plain, path)
     with pytest.raises(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tpx_export.graphs import Graph, to_onnx
 
-TIGHT = 2e-5  # greatest relative error between two spellings of one model in float32
+TIGHT = 2e-5  # greatest relative error between two variants of one model in float32
 
 
 def randomise(module: nn.Module, seed: int = 0) -> None:

@@ -24,10 +24,10 @@ from tpx_export.model.text_to_image import TextToImage
 from tpx_export.operator import DOMAIN, NAME
 from tpx_export.pipeline import Pipeline
 from tpx_export.precision import TOLERANCES
-from tpx_export.routing import MASKED_UP_TO, masked, spellings
+from tpx_export.routing import MASKED_UP_TO, masked, variants_of
 from tpx_export.whole_folder import whole_folder
 from tpx_runtime.bundle import CONDITIONS, Bundle, transformer_name
-from tpx_runtime.engine import ENGINES, Spelling, resolve
+from tpx_runtime.engine import ENGINES, GraphVariant, resolve
 from tpx_runtime.errors import BadInput, EngineFailed
 from tpx_runtime.generator import Generator
 from tpx_runtime.verify import verify_bundle
@@ -35,8 +35,8 @@ from tpx_runtime.verify import verify_bundle
 DEPTHS = (1, 2, 3)
 
 
-def graph(bundle: Path, depth: int, spelling: Spelling) -> onnx.ModelProto:
-    return onnx.load(bundle / transformer_name(depth, spelling), load_external_data=False)
+def graph(bundle: Path, depth: int, variant: GraphVariant) -> onnx.ModelProto:
+    return onnx.load(bundle / transformer_name(depth, variant), load_external_data=False)
 
 
 def test_every_graph_is_held_to_pytorch(tiny_export: tuple[Path, Summary]) -> None:
@@ -51,8 +51,8 @@ def test_every_graph_is_held_to_pytorch(tiny_export: tuple[Path, Summary]) -> No
         *vae,
         "scheduler step",
     ]
-    for spelling in reports.values():
-        for report in spelling:
+    for variant in reports.values():
+        for report in variant:
             assert report.tolerance <= 1e-4
             assert report.error <= report.tolerance
             assert report.routing_agreement in (None, 1.0)
@@ -148,7 +148,7 @@ def test_one_weight_file_serves_every_depth(tiny_bundle: Path) -> None:
     assert sum(length for _, length in used) < 4 * parameters * 1.2  # no weight stored twice
 
 
-def test_spellings(tiny_bundle: Path) -> None:
+def test_variants(tiny_bundle: Path) -> None:
     for depth in DEPTHS:
         operator, plain = graph(tiny_bundle, depth, "operator"), graph(tiny_bundle, depth, "plain")
         routed = [node for node in operator.graph.node if (node.domain, node.op_type) == (DOMAIN, NAME)]
@@ -166,13 +166,13 @@ def test_spellings(tiny_bundle: Path) -> None:
 
 
 @pytest.mark.parametrize(("tokens", "gathers"), [(MASKED_UP_TO // 12, False), (MASKED_UP_TO // 12 + 1, True)])
-def test_the_plain_spelling_hangs_on_the_work_that_masking_wastes(
+def test_the_plain_variant_depends_on_the_work_that_masking_wastes(
     tiny_bundle: Path, tokens: int, gathers: bool
 ) -> None:
     """Of 3 experts of rank 4."""
     bare = graph(tiny_bundle, 2, "operator")
     del bare.functions[:]
-    operator, plain = spellings(bare, tokens)
+    operator, plain = variants_of(bare, tokens)
     assert "NonZero" not in {node.op_type for node in operator.functions[0].node}
     assert ("NonZero" in {node.op_type for node in plain.graph.node}) == gathers
 
@@ -259,7 +259,7 @@ def test_a_graph_out_of_tolerance_leaves_no_bundle(
     assert leftovers(tmp_path) == []
 
 
-def test_a_wrong_spelling_is_noticed(
+def test_a_wrong_variant_is_noticed(
     tiny_model: TextToImage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def wrong() -> onnx.FunctionProto:
@@ -421,7 +421,7 @@ def test_command_refuses_in_one_line(tiny_model: TextToImage, tmp_path: Path) ->
 
 def test_table_has_a_row_for_every_graph(tiny_export: tuple[Path, Summary]) -> None:
     text = table(tiny_export[1])
-    assert text.count("transformer depth 2") == 3  # error of two spellings, and the time
+    assert text.count("transformer depth 2") == 3  # error of two variants, and the time
     assert "weights" not in text and "MB" in text
 
 

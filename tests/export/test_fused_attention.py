@@ -50,7 +50,7 @@ def test_every_attention_in_float16_is_one_node(half: tuple[Bundle, Summary]) ->
 
 def test_onnx_runtime_on_a_gpu_is_given_it(half: tuple[Bundle, Summary]) -> None:
     bundle = half[0]
-    read = {name: bundle.transformer(1, engine.spelling).name for name, engine in ENGINES.items()}
+    read = {name: bundle.transformer(1, engine.variant).name for name, engine in ENGINES.items()}
     assert read == {
         "onnxruntime-cuda": "depth-1.fused.onnx",
         "tensorrt-rtx": "depth-1.onnx",
@@ -115,7 +115,7 @@ def test_it_computes_the_same(tiny_bundle: Path, depth: int, tmp_path: Path) -> 
 
 def test_a_picture_of_it(half: tuple[Bundle, Summary]) -> None:
     expected = Generator(half[0], ENGINES["onnxruntime"])("a red cube", steps=3)
-    found = Generator(half[0], replace(ENGINES["onnxruntime"], spelling="fused"))("a red cube", steps=3)
+    found = Generator(half[0], replace(ENGINES["onnxruntime"], variant="fused"))("a red cube", steps=3)
     one, other = (np.asarray(drawn[0], np.float32) for drawn in (expected, found))
     assert np.sqrt(np.mean((one - other) ** 2)) < 1
 

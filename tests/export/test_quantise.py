@@ -321,7 +321,7 @@ def test_every_engine_computes_what_pytorch_computes_in_int8(
         expected = transformer.denoise(*map(torch.from_numpy, inputs.values()), 2)[0].numpy()
     for name in ("onnxruntime", "openvino"):
         engine = resolve(name)
-        found = engine.open(out / transformer_name(2, engine.spelling)).run(inputs)["velocity"]
+        found = engine.open(out / transformer_name(2, engine.variant)).run(inputs)["velocity"]
         assert np.abs(found - expected).max() / np.abs(expected).max() < 1e-3
     loss = np.abs(expected - golden["velocity_2"]).max() / np.abs(expected).max()
     assert 1e-3 < loss < 6e-2
@@ -567,7 +567,7 @@ def test_the_comparison_sees_what_differs(int8_export: tuple[Path, Summary], tin
     assert 0 < near.error_median < 0.02 and near.psnr_worst_db < float("inf")
     tally = measure.Tally()
     wrong = measure._Pair(
-        engine.open(fp32.transformer(1, engine.spelling)), engine.open(fp32.conditions), "velocity", tally
+        engine.open(fp32.transformer(1, engine.variant)), engine.open(fp32.conditions), "velocity", tally
     )
     golden = np.load(tiny_bundle / "golden/golden.npz")
     with pytest.raises(EngineFailed):

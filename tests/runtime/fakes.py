@@ -23,7 +23,7 @@ from tpx_runtime.bundle import (
     transformer_name,
 )
 from tpx_runtime.conditioning import combine
-from tpx_runtime.engine import Arrays, Spelling
+from tpx_runtime.engine import Arrays, GraphVariant
 from tpx_runtime.manifest import Defaults, EncoderSpec, LatentSpec, Manifest, ModelSpec, Tolerance
 
 Function = Callable[[Arrays], Arrays]
@@ -176,7 +176,7 @@ class FakeSession:
 class FakeEngine:
     """`opened`, `calls` and `alive` say what was asked of it; `replaced` maps a graph's path to another function."""
 
-    spelling: Spelling = "operator"
+    variant: GraphVariant = "operator"
     precision: str | None = None
     has_loop = loops = False
 

@@ -163,8 +163,8 @@ def test_what_timestep_and_prompt_decide_is_made_again_only_for_others(
     assert same(images, fresh(**asked))  # type: ignore[arg-type]
 
 
-def test_an_engine_that_wants_it_gets_the_plain_spelling(generator: Generator, engine: FakeEngine) -> None:
-    engine.spelling = "plain"
+def test_an_engine_that_wants_it_gets_the_plain_variant(generator: Generator, engine: FakeEngine) -> None:
+    engine.variant = "plain"
     with pytest.raises(KeyError, match=r"transformer/depth-2.plain.onnx"):  # the fake has no such function
         generator("red cube")
 

@@ -9,7 +9,7 @@ One module for each (onnxruntime, openvino, tensorrt) is imported when its engin
 """
 
 from .loop import Loop, LoopPlan
-from .registry import AUTO, ENGINES, NONE_RUNS, Engine, Spelling, resolve
+from .registry import AUTO, ENGINES, NONE_RUNS, Engine, GraphVariant, resolve
 from .session import Arrays, Session, failing, one_line, output, require_output
 
 __all__ = [
@@ -18,10 +18,10 @@ __all__ = [
     "NONE_RUNS",
     "Arrays",
     "Engine",
+    "GraphVariant",
     "Loop",
     "LoopPlan",
     "Session",
-    "Spelling",
     "failing",
     "one_line",
     "output",

@@ -1,6 +1,6 @@
 """OpenVINO on the CPU: in float32 (`openvino`), or in bfloat16 where the CPU has it (`openvino-bf16`).
 
-It refuses model-local functions, so it is given the transformer's plain spelling. Every graph is compiled for any shapes;
+It refuses model-local functions, so it is given the transformer's plain variant. Every graph is compiled for any shapes;
 for exact ones, where a call of a small model takes a fifth less time, it is where tpx-build did that ahead or one shape is
 run often (openvino_exact.py). What is compiled is kept beside the bundle, where that can be written (openvino_store.py): the
 next process starts in half the time.

@@ -12,7 +12,7 @@ from .loop import Loop, LoopPlan
 from .session import Session, one_line
 
 # Of a transformer: tpx::RoutedLora as one node, attention in float16 as one node too, or standard operators alone.
-Spelling = Literal["operator", "fused", "plain"]
+GraphVariant = Literal["operator", "fused", "plain"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Engine:
     package: str
     extra: str
     module: str
-    spelling: Spelling  # of the transformer, that it reads
+    variant: GraphVariant  # of the transformer, that it reads
     precision: str | None = None  # that it computes in; None where that is the graph's own
     device: Literal["cpu", "gpu"] = "cpu"
     # Whether tpx-build has work for it: to spare processes that draw the compiling, or to make the only thing that it runs.
@@ -79,17 +79,17 @@ ENGINES = {
             package="onnxruntime",
             extra="gpu",
             module="onnxruntime",
-            spelling="fused",
+            variant="fused",
             device="gpu",
             has_loop=True,
         ),
-        Engine("onnxruntime", package="onnxruntime", extra="cpu", module="onnxruntime", spelling="plain"),
+        Engine("onnxruntime", package="onnxruntime", extra="cpu", module="onnxruntime", variant="plain"),
         Engine(
             "openvino",
             package="openvino",
             extra="openvino",
             module="openvino",
-            spelling="plain",
+            variant="plain",
             prebuilt="optional",
         ),
         Engine(
@@ -97,7 +97,7 @@ ENGINES = {
             package="openvino",
             extra="openvino",
             module="openvino",
-            spelling="plain",
+            variant="plain",
             precision="bf16",
             prebuilt="optional",
         ),
@@ -107,7 +107,7 @@ ENGINES = {
             package="tensorrt_rtx_bindings",
             extra="tensorrt-rtx",
             module="tensorrt",
-            spelling="operator",
+            variant="operator",
             device="gpu",
             prebuilt="required",
         ),
@@ -116,7 +116,7 @@ ENGINES = {
             package="tensorrt",
             extra="tensorrt",
             module="tensorrt",
-            spelling="operator",
+            variant="operator",
             device="gpu",
             prebuilt="required",
         ),

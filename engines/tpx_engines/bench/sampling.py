@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from tpx_runtime.bundle import Bundle
 from tpx_runtime.denoising import Batch, Denoiser, Routes
-from tpx_runtime.engine import Arrays, Engine, Spelling
+from tpx_runtime.engine import Arrays, Engine, GraphVariant
 from tpx_runtime.generator import Generator
 from tpx_runtime.graphs import Graphs
 from tpx_runtime.guidance import guide
@@ -32,7 +32,7 @@ class _Session:
 class Framework:
     """An engine to the runtime's eyes, which answers for a bundle's text encoders and decoder with networks of its own."""
 
-    spelling: Spelling = "plain"
+    variant: GraphVariant = "plain"
 
     def __init__(self, name: str, networks: dict[str, Network]) -> None:
         self.name, self._networks = name, networks

@@ -29,7 +29,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = x.float()
-        # Division by a root, not rsqrt: the spelling that ONNX Runtime fuses.
+        # Division by a root, not rsqrt: the variant that ONNX Runtime fuses.
         return (h / (h.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()).to(x.dtype) * self.weight
 
 

@@ -61,7 +61,7 @@ class Norm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        # Division by a root, not rsqrt: the spelling that ONNX Runtime fuses.
+        # Division by a root, not rsqrt: the variant that ONNX Runtime fuses.
         return x / (x.pow(2).mean(-1, keepdim=True) + self.eps).sqrt() * self.weight.float()
 
 

@@ -55,13 +55,13 @@ class PairedEngine:
     loops = False  # each call returns to the host, which compares
 
     def __init__(self, engine: Engine, fp32: Bundle, int8: Bundle, tally: Tally) -> None:
-        self.name, self.spelling, self.precision = engine.name, engine.spelling, engine.precision
+        self.name, self.variant, self.precision = engine.name, engine.variant, engine.precision
         self._engine, self._fp32, self._int8, self._tally = engine, fp32, int8, tally
 
     def open(self, path: Path) -> Session:
         session = self._engine.open(path)
         model = self._fp32.manifest.model
-        if path not in [self._fp32.transformer(depth, self.spelling) for depth in model.depths]:
+        if path not in [self._fp32.transformer(depth, self.variant) for depth in model.depths]:
             return session
         other = self._engine.open(self._int8.root / path.relative_to(self._fp32.root))
         return _Pair(session, other, model.prediction, self._tally)

@@ -21,7 +21,7 @@ def engines_at_hand() -> list[Engine]:
 def speed(int8: Bundle, fp32: Bundle, engine: Engine) -> SpeedReport:
     """Time both bundles in turn, at the default depth, with the rows of one picture. Raises EngineFailed."""
     depth, rows = int8.manifest.defaults.depth, 1 if int8.manifest.defaults.guidance == 1 else 2
-    first, second = (engine.open(bundle.transformer(depth, engine.spelling)) for bundle in (fp32, int8))
+    first, second = (engine.open(bundle.transformer(depth, engine.variant)) for bundle in (fp32, int8))
     return SpeedReport(engine.name, depth, rows, *interleaved(first, second, _inputs(int8, rows)))
 
 
