@@ -27,8 +27,8 @@ from samples.shapes.score import judge, page
 from tpx_runtime.bundle import hash_file
 from tpx_runtime.errors import BadInput
 from tpx_runtime.evaluation.cli import shapes as main
-from tpx_runtime.evaluation.progress import progress, resumable
 from tpx_runtime.evaluation.record import differing, write_json, write_whole
+from tpx_runtime.evaluation.resumable import resumable
 from tpx_runtime.evaluation.statistics import bootstrap
 from tpx_runtime.images import save_png
 
@@ -252,7 +252,7 @@ def _judge_the_rest(
     parser, images = Parser.load(), len(jobs[0])
     together = max(1, batch_size // images)
     left = range(len(verdicts.right), len(asked))
-    with resumable(images * len(left)) as count, progress(count) as advance:
+    with resumable(images * len(left)) as advance:
         for start in left[::together]:
             group = range(start, min(start + together, len(asked)))
             drawn = iter(generator.draw([job for place in group for job in jobs[place]], batch_size))

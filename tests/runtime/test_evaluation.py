@@ -25,7 +25,7 @@ from tpx_runtime.evaluation import cli, drawing
 from tpx_runtime.evaluation.benchmarks import DPG, GENEVAL, read_dpg, read_geneval
 from tpx_runtime.evaluation.compare import Report, compare
 from tpx_runtime.evaluation.drawing import is_whole
-from tpx_runtime.evaluation.progress import resumable
+from tpx_runtime.evaluation.resumable import resumable
 from tpx_runtime.evaluation.statistics import FEWEST, bootstrap
 from tpx_runtime.generator import Generator
 from tpx_runtime.settings import Settings
@@ -263,8 +263,8 @@ def test_a_limit_can_grow(run: Run, tmp_path: Path, command: str) -> None:
 
 def test_an_error_with_arguments_of_its_own_says_how_many_are_left_too() -> None:
     def run() -> None:
-        with resumable(16) as count:
-            count.done = 6
+        with resumable(16) as advance:
+            advance(6)
             raise CudaFailed("cuMemAlloc", OUT_OF_MEMORY, "CUDA_ERROR_OUT_OF_MEMORY")
 
     with pytest.raises(CudaFailed) as caught:
@@ -597,7 +597,7 @@ def test_a_real_bundle_is_drawn_by_the_module_that_is_run(
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout == f"expected 2 files in {out}, found 2\n"
-    assert "drew 8 of 8 pictures, 0 left" in result.stderr
+    assert "pictures 8/8" in result.stderr
 
 
 def test_reading_the_arguments_needs_neither_numpy_nor_an_engine() -> None:

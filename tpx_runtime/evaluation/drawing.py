@@ -15,8 +15,8 @@ from ..generator import Generator
 from ..images import grid, save_png
 from ..settings import Settings
 from .benchmarks import Benchmark, Item, Target
-from .progress import progress, resumable
 from .record import refuse_others, write_json
+from .resumable import resumable
 
 SHOWN = 10  # names of missing or strange files
 
@@ -81,7 +81,7 @@ def run(
     left = [target for target in targets if not is_whole(target.path)]
     if len(left) < len(targets):
         click.echo(f"{len(targets) - len(left)} of {len(targets)} files are there already", err=True)
-    with resumable(sum(len(target.jobs) for target in left)) as drawn, progress(drawn) as advance:
+    with resumable(sum(len(target.jobs) for target in left)) as advance:
         draw(generator, left, batch_size, advance)
     missing = [target.path for target in targets if not is_whole(target.path)]
     strange = sorted(benchmark.seen(out) - {target.path for target in targets})

@@ -12,10 +12,10 @@ from tpx_export.precision import in_float32
 from tpx_export.training.cache import Cache, key
 from tpx_export.training.fingerprint import of_file
 from tpx_export.training.images import Example
-from tpx_export.training.progress import progress
 from tpx_runtime.editing import to_pixels
 from tpx_runtime.errors import BadInput
 from tpx_runtime.pictures import fit, flat, open_picture
+from tpx_runtime.progress import progress
 from tpx_runtime.tokenizer import Encoding, refuse_unknown, tokenizer_of
 
 _PICTURES, _CAPTIONS = 2, 8  # of one batch

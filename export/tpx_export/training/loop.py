@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from tpx_export.training import state
 from tpx_export.training.data import Data, Told, seeded
 from tpx_export.training.frozen import adapters_of
-from tpx_export.training.progress import progress
 from tpx_export.training.settings import Settings
 from tpx_runtime.errors import BadInput, Cancelled, TpxError
 from tpx_runtime.interrupts import deferred
+from tpx_runtime.progress import progress
 
 SAVE_EVERY_S = 120.0
 _SHOWN = 50  # steps that the shown loss is the mean of
