@@ -34,11 +34,11 @@ from tpx_export.pipeline import Pipeline
 from tpx_runtime.command import TpxCommand
 from tpx_runtime.engine import resolve
 from tpx_runtime.evaluation.compare import Report
-from tpx_runtime.evaluation.record import require_same, write_json
 from tpx_runtime.evaluation.statistics import Estimate, bootstrap
 from tpx_runtime.files import make_folder
 from tpx_runtime.generator import Generator
 from tpx_runtime.manifest import EVERY_LEVEL
+from tpx_runtime.records import require_same, write_json
 
 LOSSES = "losses.npy"
 FRESH_SEED, FRESH_SHARDS = 2**20, 2  # scenes that no training with a seed below sees

@@ -17,7 +17,7 @@ from tpx_runtime.bundle import hash_file
 from tpx_runtime.command import TpxCommand
 from tpx_runtime.errors import BadInput
 from tpx_runtime.evaluation.compare import Report
-from tpx_runtime.evaluation.record import write_whole
+from tpx_runtime.records import write_whole
 
 SHIPPED = Path(__file__).with_name("shapes.safetensors")
 RECORD = Path(__file__).with_name("shapes_eval.json")

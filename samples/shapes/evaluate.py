@@ -27,10 +27,10 @@ from samples.shapes.score import judge, page
 from tpx_runtime.bundle import hash_file
 from tpx_runtime.errors import BadInput
 from tpx_runtime.evaluation.cli import shapes as main
-from tpx_runtime.evaluation.record import differing, write_json, write_whole
 from tpx_runtime.evaluation.resumable import resumable
 from tpx_runtime.evaluation.statistics import bootstrap
 from tpx_runtime.images import save_png
+from tpx_runtime.records import differing, write_json, write_whole
 
 if TYPE_CHECKING:
     from tpx_runtime.generator import Generator

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from tpx_runtime.errors import BadInput
-from tpx_runtime.evaluation.record import require_same
 from tpx_runtime.files import whole_file
 from tpx_runtime.interrupts import deferred
+from tpx_runtime.records import require_same
 
 
 def seeded(seed: int, step: int) -> torch.Generator:

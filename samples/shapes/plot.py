@@ -20,8 +20,8 @@ from samples.shapes.evaluate import picture_name
 from tpx_runtime.command import TpxCommand, TpxGroup
 from tpx_runtime.errors import BadInput, EngineUnavailable
 from tpx_runtime.evaluation.compare import Report
-from tpx_runtime.evaluation.record import write_whole
 from tpx_runtime.images import check_writable, save_png
+from tpx_runtime.records import write_whole
 
 _OUT = click.option("--out", type=click.Path(path_type=Path), required=True, help="PNG to write.")
 

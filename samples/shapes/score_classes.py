@@ -20,9 +20,9 @@ from samples.shapes.score import Row, judge, page
 from samples.shapes.world import SHAPES
 from tpx_runtime.command import TpxCommand
 from tpx_runtime.errors import BadInput
-from tpx_runtime.evaluation.record import write_json
 from tpx_runtime.evaluation.statistics import bootstrap
 from tpx_runtime.files import check_place
+from tpx_runtime.records import write_json
 
 
 def report(rows: list[Row]) -> dict[str, dict[str, Any]]:

@@ -22,8 +22,8 @@ from tpx_runtime.cli import find_bundle
 from tpx_runtime.command import TpxCommand
 from tpx_runtime.errors import BadInput
 from tpx_runtime.evaluation.compare import Report, compare
-from tpx_runtime.evaluation.record import write_json
 from tpx_runtime.generator import Generator
+from tpx_runtime.records import write_json
 
 TOGETHER = 8  # pictures in a timed batch
 

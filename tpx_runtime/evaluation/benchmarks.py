@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BadInput, shorten
+from ..records import write_whole
 from ..settings import Settings
-from .record import write_whole
 
 _SAFE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,99}")  # no dot: DPG's evaluator cuts the id there
 

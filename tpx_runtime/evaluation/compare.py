@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import BadInput
-from .record import differing
+from ..records import differing
 from .statistics import FEWEST, Estimate, bootstrap
 
 IDENTITY = ("list", "images", "seed")  # what two runs must share; all else is what is compared

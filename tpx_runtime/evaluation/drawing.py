@@ -13,9 +13,10 @@ from PIL import Image
 from ..errors import BadInput, TpxError, shorten
 from ..generator import Generator
 from ..images import grid, save_png
+from ..records import write_json
 from ..settings import Settings
 from .benchmarks import Benchmark, Item, Target
-from .record import refuse_others, write_json
+from .record import refuse_others
 from .resumable import resumable
 
 SHOWN = 10  # names of missing or strange files

@@ -15,7 +15,7 @@ from typing import Any
 from PIL import Image
 
 from tpx_runtime.errors import BadInput
-from tpx_runtime.evaluation.record import require_same, write_json
+from tpx_runtime.records import require_same, write_json
 
 from .configurations import Configuration
 
