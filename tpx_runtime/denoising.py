@@ -87,14 +87,14 @@ def require_guided(job: Settings, schedule: Schedule) -> None:
 
 @dataclass(frozen=True)
 class Batch:
-    """Pictures of one loop: `job` stands for all, `told` is what the branches are told (as GuidedPrediction wants it).
+    """Pictures of one loop: `job` stands for all, `conditioning` is that of both branches, as GuidedPrediction takes it.
 
     `noise` [B, C, H, W] is that of `seeds`.
     """
 
     job: Settings
     seeds: list[int]
-    told: Arrays
+    conditioning: Arrays
     schedule: Schedule
     noise: Array
     edit: Edit | None = None
@@ -132,15 +132,20 @@ class Denoiser:
         return SAMPLERS_FOR[self._model.prediction][job.sampler]
 
     def __call__(
-        self, job: Settings, seeds: list[int], told: Arrays, callback: Callback | None, edit: Edit | None
+        self,
+        job: Settings,
+        seeds: list[int],
+        conditioning: Arrays,
+        callback: Callback | None,
+        edit: Edit | None,
     ) -> Sample:
-        """One picture's latents for each seed; `told` as GuidedPrediction wants it, the rest as `job` says.
+        """One picture's latents for each seed; `conditioning` as GuidedPrediction takes it, the rest as `job` says.
 
         Raises Cancelled when the callback returns False, EngineFailed for latents that are not finite.
         """
         schedule, noise = self.schedule(job), batch_noise(seeds, self._model.latent_shape)
         total, latents = len(schedule.timesteps), noise
-        path, routes = self.path(Batch(job, seeds, told, schedule, noise, edit), callback is not None)
+        path, routes = self.path(Batch(job, seeds, conditioning, schedule, noise, edit), callback is not None)
         with np.errstate(over="ignore", invalid="ignore"):  # require_finite says it better
             for step, found in enumerate(path, start=1):
                 if found is None:
@@ -157,7 +162,7 @@ class Denoiser:
         None stands for latents that are left on a device: those of any step but the last, unless `every_step`.
         """
         job, schedule, engine = batch.job, batch.schedule, self._graphs.engine
-        conditions = self._conditions_of(batch.told, schedule.timesteps)
+        conditions = self._conditions_of(batch.conditioning, schedule.timesteps)
         conditions.at(schedule.timesteps[0])  # before the transformer is opened, so that either may be let go
         plan = self._loop_plan(batch, conditions)
         transformer = self._graphs.open(self.bundle.transformer(job.depth, engine.variant))
@@ -166,7 +171,9 @@ class Denoiser:
             return self._on_device(transformer, plan, routes, every_step), routes
         guidance = job.guidance, job.guidance_interval
         left_out = reused(schedule.timesteps, *guidance, job.guidance_every)
-        predict = GuidedPrediction(transformer, self._model, batch.told, conditions, *guidance, left_out)
+        predict = GuidedPrediction(
+            transformer, self._model, batch.conditioning, conditions, *guidance, left_out
+        )
         return batch.walk(predict, self.sampler(job)), predict.routes
 
     def _loop_plan(self, batch: Batch, conditions: Conditions) -> LoopPlan | None:
@@ -175,7 +182,9 @@ class Denoiser:
         if masked or not self.bundle.step or not self._graphs.engine.loops:
             return None
         job, sampler = batch.job, self.sampler(batch.job)
-        return plan_loop(job, sampler, batch.schedule, batch.start, batch.told, conditions, self._model)
+        return plan_loop(
+            job, sampler, batch.schedule, batch.start, batch.conditioning, conditions, self._model
+        )
 
     def _on_device(
         self, transformer: Session, plan: LoopPlan, routes: list[Routes], every_step: bool
@@ -190,9 +199,9 @@ class Denoiser:
                 wanted = every_step or call == plan.ends[-1]
                 yield loop.latents()[-plan.pictures :] if wanted else None
 
-    def _conditions_of(self, told: Arrays, timesteps: Sequence[float]) -> Conditions:
+    def _conditions_of(self, conditioning: Arrays, timesteps: Sequence[float]) -> Conditions:
         """Those of the loop before where they serve: other seeds of the same prompts, mostly."""
-        if not self._last or not self._last.serve(told, timesteps):
+        if not self._last or not self._last.serve(conditioning, timesteps):
             graph = partial(self._graphs.open, self.bundle.conditions)
-            self._last = Conditions(graph, self._model, told, timesteps)
+            self._last = Conditions(graph, self._model, conditioning, timesteps)
         return self._last

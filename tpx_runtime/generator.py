@@ -1,4 +1,4 @@
-"""The main job: what the model is told, denoising loop, decoder, picture."""
+"""The main job: conditioning, denoising loop, decoder, picture."""
 
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -257,8 +257,8 @@ class Generator:
         """
         job = one_loop(jobs, edit, self.manifest)
         with self._turn:
-            told = self._told(jobs, guided=job.guidance != 1)
-            return self._denoise(job, [job.seed for job in jobs], told, callback, edit)
+            conditioning = self._conditioning(jobs, guided=job.guidance != 1)
+            return self._denoise(job, [job.seed for job in jobs], conditioning, callback, edit)
 
     def decode(self, latents: Array) -> Array:
         """Latents [B, C, H, W] of the denoising loop to pixels [B, 3, height, width] in -1..1."""
@@ -271,7 +271,7 @@ class Generator:
         self._require_finite(image, "picture")
         return image
 
-    def _told(self, jobs: Sequence[Settings], guided: bool) -> Arrays:
+    def _conditioning(self, jobs: Sequence[Settings], guided: bool) -> Arrays:
         """Conditioning of both guidance branches, negative first, encoded together so that each encoder is loaded once."""
         if self.classes:
             nothing = [None] * len(jobs) if guided else []

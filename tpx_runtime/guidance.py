@@ -54,17 +54,17 @@ def reused(
 class GuidedPrediction:
     """The function that samplers call: the guided velocity, or epsilon, at latents [B, C, H, W] and a timestep.
 
-    `told` is what a conditioner made of the branches [negative, prompt], or of [prompt] alone at guidance 1, each as long as
-    the latents; `conditions` are those of the same rows. Each call runs `transformer` once: on all rows, or on the prompt's
-    outside `interval` (of `is_guided`) and at timesteps that are `reused`. `routes` collects [B, S, N] of the prompt's
-    branch for each call, where the model has thinking blocks.
+    `conditioning` is a conditioner's output for the branches [negative, prompt], or [prompt] alone at guidance 1, each with as
+    many rows as the latents; `conditions` are those of the same rows. Each call runs `transformer` once: on all rows, or on the
+    prompt's outside `interval` (of `is_guided`) and at timesteps that are `reused`. `routes` collects [B, S, N] of the prompt's
+    branch for each call, if the model has thinking blocks.
     """
 
     def __init__(
         self,
         transformer: Session,
         model: ModelSpec,
-        told: Arrays,
+        conditioning: Arrays,
         conditions: Conditions,
         guidance: float,
         interval: tuple[float, float],
@@ -72,10 +72,13 @@ class GuidedPrediction:
     ) -> None:
         self._transformer, self._model, self._conditions = transformer, model, conditions
         self._guidance, self._interval, self._reused = guidance, interval, reused
-        self._told = {name: told[name] for name in model.transformer_inputs if name in told}
+        self._conditioning = {
+            name: conditioning[name] for name in model.transformer_inputs if name in conditioning
+        }
         # Made once: engines do not upload again what is the array of the call before.
         self._prompts = {
-            name: rows if guidance == 1 else rows[len(rows) // 2 :] for name, rows in self._told.items()
+            name: rows if guidance == 1 else rows[len(rows) // 2 :]
+            for name, rows in self._conditioning.items()
         }
         self._difference: Array  # [B, C, H, W], of the last call that had both branches
         self.routes: list[npt.NDArray[np.int64]] = []
@@ -85,10 +88,10 @@ class GuidedPrediction:
         guided = is_guided(timestep, self._guidance, self._interval)
         both = guided and timestep not in self._reused
         if both:
-            batch, told = np.concatenate([latents] * 2), self._told
+            batch, conditioning = np.concatenate([latents] * 2), self._conditioning
         else:
-            batch, told, conditions = latents, self._prompts, conditions[-len(latents) :]
-        outputs = self._transformer.run({"latents": batch, "conditions": conditions, **told})
+            batch, conditioning, conditions = latents, self._prompts, conditions[-len(latents) :]
+        outputs = self._transformer.run({"latents": batch, "conditions": conditions, **conditioning})
         if "routes" in outputs:
             self.routes.append(outputs["routes"][-len(latents) :])
         shape = (len(batch), model.out_channels, *model.latent_size)

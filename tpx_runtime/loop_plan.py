@@ -18,7 +18,7 @@ def plan_loop(
     sampler: Sampler,
     schedule: Schedule,
     latents: Array,
-    told: Arrays,
+    conditioning: Arrays,
     conditions: Conditions,
     model: ModelSpec,
 ) -> LoopPlan | None:
@@ -46,6 +46,6 @@ def plan_loop(
         "table": table,
         "told": row,
     }
-    context = {name: told[name] for name in model.transformer_inputs if name in told}
+    context = {name: conditioning[name] for name in model.transformer_inputs if name in conditioning}
     repeated = np.concatenate([latents] * (rows // len(latents)))
     return LoopPlan(len(latents), repeated, context, tables, found.ends, model.prediction)

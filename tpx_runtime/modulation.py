@@ -27,25 +27,27 @@ class Conditions:
         self,
         graph: Callable[[], Session],
         model: ModelSpec,
-        told: Arrays,
+        conditioning: Arrays,
         timesteps: Sequence[float] = (),
     ) -> None:
         self._graph, self._width = graph, model.conditions_width
         self._times, self._name = model.conditions_inputs
-        self._told, self._row = np.unique(told[self._name], axis=0, return_inverse=True)
+        self._distinct, self._row = np.unique(conditioning[self._name], axis=0, return_inverse=True)
         self._row = self._row.reshape(-1)
         self._timesteps = list(dict.fromkeys(timesteps))
         self._made: dict[float, Array] = {}  # [distinct rows, K] by timestep
 
-    def serve(self, told: Arrays, timesteps: Sequence[float]) -> bool:
+    def serve(self, conditioning: Arrays, timesteps: Sequence[float]) -> bool:
         """Whether they are the conditions of this batch at these steps, so that they can be used again."""
         steps = list(dict.fromkeys(timesteps))
-        return steps == self._timesteps and np.array_equal(told[self._name], self._told[self._row])
+        return steps == self._timesteps and np.array_equal(
+            conditioning[self._name], self._distinct[self._row]
+        )
 
     @property
     def distinct(self) -> int:
         """How many different rows the batch has."""
-        return len(self._told)
+        return len(self._distinct)
 
     def at(self, timestep: float) -> Array:
         """The conditions [B, K] of every row. Raises EngineFailed."""
@@ -56,7 +58,7 @@ class Conditions:
         if timestep not in self._made:
             if timestep not in self._timesteps:
                 return self._make([timestep])[0]
-            at_once = max(1, TABLE_BYTES // (4 * self._width * len(self._told)))
+            at_once = max(1, TABLE_BYTES // (4 * self._width * len(self._distinct)))
             first = self._timesteps.index(timestep)
             some = self._timesteps[first : first + at_once]
             self._made = {}  # the last ones first, so that two lots are never held
@@ -69,10 +71,10 @@ class Conditions:
 
     def _make(self, timesteps: Sequence[float]) -> Array:
         """[len(timesteps), distinct rows, K]."""
-        steps, rows = len(timesteps), len(self._told)
+        steps, rows = len(timesteps), len(self._distinct)
         inputs = {
             self._times: np.repeat(np.array(timesteps, np.float32), rows),
-            self._name: np.concatenate([self._told] * steps),
+            self._name: np.concatenate([self._distinct] * steps),
         }
         made: Array = output(self._graph().run(inputs), "conditions", (steps * rows, self._width))
         return made.reshape(steps, rows, self._width)

@@ -44,7 +44,7 @@ class Framework:
 
 
 class BaselineDenoiser(Denoiser):
-    """The runtime's loop around a network of latents, timestep and what the model is told, both branches in one call."""
+    """The runtime's loop around a network of latents, timestep and conditioning, both branches in one call."""
 
     def __init__(self, bundle: Bundle, graphs: Graphs, network: Network) -> None:
         super().__init__(bundle, graphs)
@@ -56,7 +56,7 @@ class BaselineDenoiser(Denoiser):
         def predict(x: Array, timestep: float) -> Array:
             rows = np.concatenate([x, x] if guided else [x]).astype(np.float32, copy=False)
             times = np.full(len(rows), timestep, np.float32)
-            prediction: Array = self._network(rows, times, *batch.told.values())[0]
+            prediction: Array = self._network(rows, times, *batch.conditioning.values())[0]
             if not guided:
                 return prediction
             negative, prompt = np.split(prediction, 2)
