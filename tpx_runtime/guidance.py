@@ -54,10 +54,10 @@ def reused(
 class GuidedPrediction:
     """The function that samplers call: the guided velocity, or epsilon, at latents [B, C, H, W] and a timestep.
 
-    `conditioning` is a conditioner's output for the branches [negative, prompt], or [prompt] alone at guidance 1, each with as
-    many rows as the latents; `conditions` are those of the same rows. Each call runs `transformer` once: on all rows, or on the
-    prompt's outside `interval` (of `is_guided`) and at timesteps that are `reused`. `routes` collects [B, S, N] of the prompt's
-    branch for each call, if the model has thinking blocks.
+    `conditioning` is a conditioner's output for the branches [negative, prompt], or [prompt] alone at guidance 1, each with
+    as many rows as the latents; `conditions` are those of the same rows. Each call runs `transformer` once: on all rows, or
+    on the prompt's outside `interval` (of `is_guided`) and at timesteps that are `reused`. `routes` collects [B, S, N] of the
+    prompt's branch for each call, if the model has thinking blocks.
     """
 
     def __init__(
