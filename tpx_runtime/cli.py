@@ -1,13 +1,11 @@
 """The commands tpx-run, tpx-verify and tpx-info. Heavy imports wait until an argument has been read."""
 
 import os
-import re
 import secrets
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,14 +18,12 @@ from .errors import BadInput, EngineFailed, EngineUnavailable, shorten
 if TYPE_CHECKING:
     from .bundle import Bundle
     from .engine import Engine
+    from .generator import Generator
+    from .settings import Settings
     from .verify import PartReport
 
 SAMPLE_BUNDLE = Path("bundles/shapes")
 _PATH = click.Path(path_type=Path)
-EACH, NAMED = (
-    "{seed}",
-    "{prompt}",
-)  # in the name of what is written: a file for each, the prompt in letters and digits
 _ENGINE_HELP = (
     "onnxruntime, onnxruntime-cuda, openvino or openvino-bf16, or what tpx-build made for tensorrt-rtx or tensorrt; "
     "auto takes the first that runs here."
@@ -63,68 +59,6 @@ def find_bundle(given: str | None) -> Path:
     )
 
 
-@dataclass(frozen=True)
-class Output:
-    """A PNG to write, and the number of images in it."""
-
-    path: Path
-    images: int
-
-
-def choose_outputs(
-    given: Path | None, prompts: Sequence[str], seeds: Sequence[int], force: bool
-) -> list[Output]:
-    """The files for `seeds` of each prompt: one for each seed where `given` says {seed}, else one grid. Raises BadInput.
-
-    Without `given` they are named after prompt and first seed, as no file is called yet.
-    """
-    if given is None:
-        taken: set[Path] = set()
-        return [Output(_free(prompt, seeds[0], force, taken), len(seeds)) for prompt in prompts]
-    each = seeds if EACH in given.name else seeds[:1]
-    outputs = [
-        Output(given.with_name(_filled(given.name, prompt, seed)), len(seeds) // len(each))
-        for prompt in prompts
-        for seed in each
-    ]
-    for output in outputs:
-        _check_new(output.path, force)
-    if len({output.path for output in outputs}) < len(outputs):
-        raise BadInput(
-            f"expected a file for each of {len(prompts)} prompts, found one name for several in --out {given}; "
-            f"add {NAMED} to it"
-        )
-    return outputs
-
-
-def _filled(name: str, prompt: str, seed: int) -> str:
-    return name.replace(EACH, str(seed)).replace(NAMED, _slug(prompt))
-
-
-def _slug(prompt: str) -> str:
-    return re.sub("[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "picture"
-
-
-def _free(prompt: str, seed: int, force: bool, taken: set[Path]) -> Path:
-    """A name that no file has yet, nor one in `taken`, which it is added to."""
-    stem, number = f"{_slug(prompt)}-{seed}", 1
-    path = Path(f"{stem}.png")
-    while path in taken or (path.exists() and not force):
-        number += 1
-        path = Path(f"{stem}-{number}.png")
-    _check_new(path, force)
-    taken.add(path)
-    return path
-
-
-def _check_new(path: Path, force: bool) -> None:
-    from .images import check_writable
-
-    check_writable(path)
-    if os.path.lexists(path) and not force:
-        raise BadInput(f"expected a new file, found {path} there already; add --force to replace it")
-
-
 def _announce(engine: "Engine", asked: str) -> None:
     """Say on stderr which engine runs, so that nobody wonders what `auto` chose."""
     click.echo(f"engine: {engine.name}{' (chosen by auto)' if asked != engine.name else ''}", err=True)
@@ -153,6 +87,24 @@ def _noticing() -> Iterator[None]:
         click.echo(f"notice: {line}", err=True)
 
 
+def _plan_lines(
+    generator: "Generator", file: Path, lines: dict[int, str], settings: dict[str, Any]
+) -> "list[Settings]":
+    """The jobs of a file's prompts. Raises BadInput, which names the line unless what is wrong lies in no prompt."""
+    jobs, wrong = [], dict[int, BadInput]()
+    for number, prompt in lines.items():
+        try:
+            jobs += generator.plan(prompt, **settings)
+        except BadInput as error:
+            wrong[number] = error
+    if not wrong:
+        return jobs
+    number, first = next(iter(wrong.items()))
+    if len(set(map(str, wrong.values()))) == 1 and len(wrong) == len(lines) > 1:
+        raise first
+    raise BadInput(f"{file}, line {number}: {first}")
+
+
 @contextmanager
 def _printing() -> Iterator[list[Path]]:
     """A list whose paths are printed in the end, below the bar, whatever that end is."""
@@ -173,7 +125,7 @@ def _printing() -> Iterator[list[Path]]:
 @click.option(
     "--out",
     type=_PATH,
-    help="PNG to write, with {seed} and {prompt} in its name replaced.  [default: after the prompt]",
+    help="PNG to write, with {seed}, {prompt} and {number} in its name replaced.  [default: after the prompt]",
 )
 @click.option(
     "--seed",
@@ -235,7 +187,8 @@ def run(
     from .engine import resolve
     from .engine.environment import THREADS_VARIABLE, threads_wanted
     from .generator import MAX_IMAGES, Generator
-    from .images import grid, save_png
+    from .images import grid
+    from .outputs import choose_outputs
     from .pictures import open_picture
     from .prompts import prompts_in
 
@@ -244,26 +197,20 @@ def run(
     if threads:
         os.environ[THREADS_VARIABLE] = str(threads)
     threads_wanted()
-    prompts = list(prompts_in(prompts_file).values()) if prompts_file else prompt
-    named = (
-        prompts
-        if isinstance(prompts, list)
-        else [prompt or ("" if class_id is None else f"class {class_id}")]
-    )
+    lines = prompts_in(prompts_file) if prompts_file else {}
+    named = list(lines.values()) or [prompt or ("" if class_id is None else f"class {class_id}")]
     seeds = range(seed, seed + min(max(num_images, 1), MAX_IMAGES))  # what is beyond, plan refuses
     outputs = choose_outputs(out, named, seeds, force)
     strength = starting_strength(image, mask, strength)
     picture, painted = (open_picture(file) if file else None for file in (image, mask))
     chosen = resolve(engine)
-    opened, one_batch = (
-        Bundle.open(find_bundle(bundle), verify=not no_verify),
-        num_images * len(named) <= batch_size,
-    )
-    generator = Generator(opened, chosen, t5=not no_t5, keep=not one_batch)
+    opened = Bundle.open(find_bundle(bundle), verify=not no_verify)
+    several_batches = num_images * len(named) > batch_size
+    generator = Generator(opened, chosen, t5=not no_t5, keep=several_batches)
     with _noticing():
-        jobs = generator.plan(
-            prompts, class_id=class_id, strength=strength, seed=seed, num_images=num_images, **settings
-        )
+        settings |= {"class_id": class_id, "strength": strength, "seed": seed, "num_images": num_images}
+        planned = prompts_file and _plan_lines(generator, prompts_file, lines, settings)
+        jobs = planned or generator.plan(prompt, **settings)
         edit = generator.edit(picture, painted) if picture else None
     _announce(generator.engine, engine)
     with _printing() as written, click.progressbar(length=1, label="denoising", file=sys.stderr) as bar:
@@ -274,8 +221,7 @@ def run(
 
         drawn = generator.stream(jobs, batch_size, callback=advance, edit=edit)
         for output in outputs:
-            save_png(grid(list(islice(drawn, output.images))), output.path)
-            written.append(output.path)
+            written.append(output.save(grid(list(islice(drawn, output.images))), force))
 
 
 @click.command(cls=TpxCommand)

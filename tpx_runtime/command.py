@@ -1,5 +1,8 @@
 """What all commands share: whatever a user did wrong, and Ctrl-C, ends in one line on stderr and an exit code."""
 
+import io
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO, Any
@@ -37,6 +40,16 @@ def one_line() -> Iterator[None]:
         raise UsageLine(error) from None
 
 
+def mend_streams() -> None:
+    """Let a closed standard stream swallow what is written, and one of another code page take every name."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def _say_version(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
     if asked and not ctx.resilient_parsing:
         click.echo(f"tpx {__version__}")
@@ -66,6 +79,7 @@ class TpxCommand(click.Command):
             return super().make_context(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> Any:
+        mend_streams()
         try:
             with one_line(), as_ctrl_c():
                 return super().invoke(ctx)

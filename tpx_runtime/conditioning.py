@@ -133,14 +133,6 @@ class ClassConditioner:
     def __init__(self, classes: int) -> None:
         self._classes = classes
 
-    def check(self, class_id: int | None) -> None:
-        """Raise BadInput for a class that the model has not."""
-        if type(class_id) is not int or not 0 <= class_id < self._classes:
-            raise BadInput(
-                f"expected a class in 0..{self._classes - 1} (this bundle draws classes), found "
-                f"{'none' if class_id is None else shorten(class_id)}; name one with --class or class_id"
-            )
-
     def __call__(self, class_ids: Sequence[int | None]) -> Arrays:
         """The transformer's inputs; None is no class, guidance's unconditional branch."""
         return {"class_id": np.array([self._classes if c is None else c for c in class_ids], np.int64)}

@@ -65,8 +65,10 @@ def require_finite(values: Array, what: str, bundle: Bundle, engine: Engine) -> 
 
 
 def require_wanted(callback: Callback, step: int, total: int, latents: Array) -> None:
-    """Call `callback`. Raises Cancelled if it returns False; any other value, None included, continues."""
-    answer = callback(step, total, latents)
+    """Call `callback` with a view that it cannot change. Raises Cancelled if it returns False; other values continue."""
+    shown = latents.view()
+    shown.flags.writeable = False
+    answer = callback(step, total, shown)
     if isinstance(answer, bool | np.bool_) and not answer:
         raise Cancelled(f"cancelled at step {step} of {total}")
 
@@ -119,6 +121,7 @@ class Denoiser:
         self.bundle, self._graphs = bundle, graphs
         self._model = bundle.manifest.model
         self._last: Conditions | None = None
+        self._looping = False  # on a device, now
 
     def schedule(self, job: Settings) -> Schedule:
         """The steps that `job` takes. Raises BadInput for guidance that would act at none of them."""
@@ -143,17 +146,27 @@ class Denoiser:
 
         Raises Cancelled when the callback returns False, EngineFailed for latents that are not finite.
         """
+        if self._looping:
+            raise BadInput(
+                "expected a callback that draws nothing while a loop's latents are on the device, found one that does; "
+                "unset TPX_DEVICE_LOOP, or take another generator"
+            )
         schedule, noise = self.schedule(job), batch_noise(seeds, self._model.latent_shape)
         total, latents = len(schedule.timesteps), noise
-        path, routes = self.path(Batch(job, seeds, conditioning, schedule, noise, edit), callback is not None)
-        with np.errstate(over="ignore", invalid="ignore"):  # require_finite says it better
-            for step, found in enumerate(path, start=1):
-                if found is None:
-                    continue
-                latents = found
-                require_finite(latents, f"latents of step {step}", self.bundle, self._graphs.engine)
-                if callback:
-                    require_wanted(callback, step, total, latents)
+        try:
+            path, routes = self.path(
+                Batch(job, seeds, conditioning, schedule, noise, edit), callback is not None
+            )
+            with np.errstate(over="ignore", invalid="ignore"):  # require_finite says it better
+                for step, found in enumerate(path, start=1):
+                    if found is None:
+                        continue
+                    latents = found
+                    require_finite(latents, f"latents of step {step}", self.bundle, self._graphs.engine)
+                    if callback:
+                        require_wanted(callback, step, total, latents)
+        finally:
+            self._looping = False
         return Sample(latents, routes)
 
     def path(self, batch: Batch, every_step: bool) -> tuple[Iterator[Array | None], list[Routes]]:
@@ -168,6 +181,7 @@ class Denoiser:
         transformer = self._graphs.open(self.bundle.transformer(job.depth, engine.variant))
         if plan:
             routes: list[Routes] = []
+            self._looping = True
             return self._on_device(transformer, plan, routes, every_step), routes
         guidance = job.guidance, job.guidance_interval
         left_out = reused(schedule.timesteps, *guidance, job.guidance_every)

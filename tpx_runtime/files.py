@@ -13,12 +13,12 @@ from .errors import BadInput
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def whole_file(path: Path, replace: bool = True) -> Iterator[Path]:
     """Yields a file to write, which takes the place of `path` at the end, or vanishes if anything goes wrong.
 
-    It lies beside `path`, for a rename is whole only within a file system. Its name is short, as `path`'s may just fit, and
-    no other process or thread has it. Whoever writes it, its permissions are those of any new file. Raises OSError where it
-    cannot be made or renamed.
+    Without `replace`, FileExistsError is raised if there is a file at `path` by then. The part lies beside `path`, for a
+    rename is whole only within a file system. Its name is short, as `path`'s may just fit, and no other process or thread
+    has it. Whoever writes it, its permissions are those of any new file. Raises OSError where it cannot be made or renamed.
     """
     if not path.name:
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
@@ -28,10 +28,24 @@ def whole_file(path: Path) -> Iterator[Path]:
         permissions = stat.S_IMODE(part.stat().st_mode)
         yield part
         part.chmod(permissions)
-        part.replace(path)
+        if replace or not _linked(part, path):
+            part.replace(path)
     finally:
         with suppress(OSError):
             part.unlink(missing_ok=True)
+
+
+def _linked(part: Path, path: Path) -> bool:
+    """Give `part` the name `path` too, unless a file has it. False where the file system has no links."""
+    try:
+        os.link(part, path)
+    except FileExistsError:
+        raise
+    except OSError:
+        if os.path.lexists(path):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
+        return False
+    return True
 
 
 def check_place(path: Path) -> None:

@@ -136,7 +136,7 @@ class Generator:
         False, Cancelled is raised. Each picture's `info` holds its settings, and `save_png` writes them into
         the file.
         """
-        batch_size = check_int("batch_size", batch_size, 1)
+        batch_size, jobs = check_int("batch_size", batch_size, 1), list(jobs)
         if jobs:
             one_loop(jobs, edit, self.manifest)
         batches = [jobs[i : i + batch_size] for i in range(0, len(jobs), batch_size)]
@@ -239,8 +239,6 @@ class Generator:
         if strength is not None:
             self._encoder_path()
         self._denoise.schedule(jobs[0])
-        if self.classes:
-            self.classes.check(jobs[0].class_id)
         if self.text:
             for text in dict.fromkeys(prompts):
                 self.text.check(text)

@@ -56,8 +56,8 @@ class GuidedPrediction:
 
     `conditioning` is a conditioner's output for the branches [negative, prompt], or [prompt] alone at guidance 1, each with
     as many rows as the latents; `conditions` are those of the same rows. Each call runs `transformer` once: on all rows, or
-    on the prompt's outside `interval` (of `is_guided`) and at timesteps that are `reused`. `routes` collects [B, S, N] of the
-    prompt's branch for each call, if the model has thinking blocks.
+    on the prompt's outside `interval` (of `is_guided`) and at timesteps that are `reused`. `routes` collects [B, S, N] of
+    the prompt's branch for each call, if the model has thinking blocks.
     """
 
     def __init__(

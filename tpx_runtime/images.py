@@ -41,21 +41,32 @@ def grid(images: Sequence[Image.Image]) -> Image.Image:
 
 def check_writable(path: Path) -> None:
     """Raise BadInput unless a PNG can be made at `path`."""
-    if path.suffix.lower() != ".png":
-        raise BadInput(f"expected an output name that ends in .png, found {path}")
+    check_suffix(path)
     check_place(path)
 
 
-def save_png(image: Image.Image, path: str | Path) -> None:
-    """Write a PNG with its metadata; the file appears whole or not at all. Raises BadInput."""
+def check_suffix(path: Path) -> None:
+    """Raise BadInput for a name that is no PNG's."""
+    if path.suffix.lower() != ".png":
+        raise BadInput(f"expected an output name that ends in .png, found {path}")
+
+
+def save_png(image: Image.Image, path: str | Path, replace: bool = True) -> None:
+    """Write a PNG with its metadata; the file appears whole or not at all.
+
+    Raises BadInput, and FileExistsError for a file that is there already, unless it may `replace` it.
+    """
     path = Path(path)
+    check_suffix(path)
     chunks = PngImagePlugin.PngInfo()
     for key in METADATA_KEYS:
         if key in image.info:
             chunks.add_text(key, str(image.info[key]))
     try:
-        with whole_file(path) as part:
+        with whole_file(path, replace) as part:
             image.save(part, format="PNG", pnginfo=chunks)
+    except FileExistsError:
+        raise
     except OSError as error:
         reason = error.strerror or error  # Pillow's own errors have no strerror
         raise BadInput(f"expected to write {path}, found: {reason}; choose another place") from error

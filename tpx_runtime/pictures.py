@@ -43,12 +43,18 @@ def flat(picture: Image.Image, background: str) -> Image.Image:
         raise BadInput(f"expected a picture, found one of {picture.width}x{picture.height} pixels")
     try:
         turned = ImageOps.exif_transpose(picture)
+        if turned.mode == "F":
+            raise _no_levels(turned.mode)
         if turned.mode.startswith("I"):  # which convert() would clip
             levels = np.asarray(turned).astype(np.float32)
+            if levels.max() > 65535:
+                raise _no_levels(turned.mode)
             if turned.mode != "I" or levels.max() > 255:  # of 16 bits, also where they stand in 32
                 levels /= 257
             turned = Image.fromarray(np.rint(levels.clip(0, 255)).astype(np.uint8))
         opaque = turned.convert("RGBA")
+    except BadInput:
+        raise
     except Exception as error:  # a file that was opened and not yet read may be damaged anywhere
         raise BadInput(
             f"expected a picture that converts to RGB, found one of mode {picture.mode} that does not; "
@@ -57,6 +63,13 @@ def flat(picture: Image.Image, background: str) -> Image.Image:
     made = Image.new("RGB", opaque.size, background)
     made.paste(opaque, mask=opaque.getchannel("A"))
     return made
+
+
+def _no_levels(mode: str) -> BadInput:
+    return BadInput(
+        f"expected a picture of 8 or 16 bits, found one of mode {mode} whose range is not known; scale it to 0..255 and "
+        "save it as RGB"
+    )
 
 
 def fit(picture: Image.Image, size_px: tuple[int, int]) -> Image.Image:

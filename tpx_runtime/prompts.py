@@ -9,13 +9,13 @@ STANDARD_INPUT = Path("-")
 
 
 def prompts_in(file: Path) -> dict[int, str]:
-    """A file's lines that are not blank, by number from 1; `-` is standard input. Raises BadInput.
+    """A file's lines that are not blank, by number from 1; `-` is standard input. Raises BadInput if there are none.
 
     They are not checked against a model.
     """
     try:
-        content = sys.stdin.buffer.read() if file == STANDARD_INPUT else file.read_bytes()
-        lines = content.decode("utf-8-sig").splitlines()
+        content = file.read_bytes() if file != STANDARD_INPUT else _standard_input()
+        lines = content.decode("utf-8-sig").split("\n")
     except OSError as error:
         raise BadInput(
             f"expected a file of prompts, one a line, at {file}, found: {error.strerror}"
@@ -26,3 +26,8 @@ def prompts_in(file: Path) -> dict[int, str]:
     if not found:
         raise BadInput(f"expected prompts in {file}, one a line, found none; write some")
     return found
+
+
+def _standard_input() -> bytes:
+    """All of it; nothing where it is closed."""
+    return sys.stdin.buffer.read() if sys.stdin else b""

@@ -78,6 +78,12 @@ class Settings:
                 "expected a class and no prompt (this bundle draws classes), found a prompt; leave it out and name a class "
                 "with --class or class_id"
             )
+        last = manifest.model.classes - 1
+        if manifest.model.classes and (type(self.class_id) is not int or not 0 <= self.class_id <= last):
+            raise BadInput(
+                f"expected a class in 0..{last} (this bundle draws classes), found "
+                f"{'none' if self.class_id is None else shorten(self.class_id)}; name one with --class or class_id"
+            )
         if not manifest.model.classes and self.class_id is not None:
             raise BadInput(
                 f"expected a prompt and no class (this bundle reads prompts), found class {shorten(self.class_id)}; "

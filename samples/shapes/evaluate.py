@@ -14,7 +14,6 @@ import html
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -160,10 +159,12 @@ class Verdicts:
             first, *rest = self.path.read_text(encoding="utf-8").splitlines() or [""]
             if first != json.dumps(facts):
                 raise BadInput(_another(first, facts, folder))
-            said = [json.loads(line) for line in rest if line.endswith("]")]
-            # Verdicts without their picture are drawn anew.
-            there = takewhile(lambda pair: (folder / picture_name(pair[0])).is_file(), enumerate(said))
-            self.right = [right for _, right in there]
+            # Half a line, a damaged one, and verdicts without their picture end what is taken up; the rest is drawn anew.
+            for place, line in enumerate(rest):
+                right = _verdicts_in(line)
+                if right is None or not (folder / picture_name(place)).is_file():
+                    break
+                self.right.append(right)
         # Written anew: a killed run may have left half a line.
         write_whole(self.path, "".join(json.dumps(line) + "\n" for line in [facts, *self.right]).encode())
 
@@ -171,6 +172,16 @@ class Verdicts:
         self.right.append(list(right))
         with self.path.open("a") as file:
             file.write(json.dumps(self.right[-1]) + "\n")
+
+
+def _verdicts_in(line: str) -> list[bool] | None:
+    """The verdicts of a line; None for another line."""
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    fits = isinstance(found, list) and all(isinstance(verdict, bool) for verdict in found)
+    return found if fits else None
 
 
 def _another(line: str, facts: dict[str, Any], folder: Path) -> str:

@@ -1,5 +1,6 @@
 """The types that the driver's entries are called with, against NVIDIA's own cuda.h, which comes with Triton."""
 
+import pickle
 import re
 from collections.abc import Iterator
 from ctypes import POINTER, c_char_p, c_int, c_size_t, c_uint, c_uint64, c_void_p
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tpx_runtime.engine.cuda import NON_BLOCKING, SIGNATURES, Buffer, CudaFailed, Driver, Graph
+from tpx_runtime.engine.cuda import NON_BLOCKING, OUT_OF_MEMORY, SIGNATURES, Buffer, CudaFailed, Driver, Graph
 from tpx_runtime.engine.gpu import find_gpu, gpu_here
 
 VALUES = {"int": c_int, "unsigned int": c_uint, "size_t": c_size_t, "unsigned long long": c_uint64}
@@ -130,3 +131,9 @@ class TestOnAGpu:
     def test_too_much_memory_is_one_line(self, driver: Driver) -> None:
         with pytest.raises(CudaFailed, match="found CUDA_ERROR_OUT_OF_MEMORY; draw fewer pictures"):
             Buffer(driver, 1 << 50)
+
+
+def test_its_error_comes_back_from_another_process() -> None:
+    error = pickle.loads(pickle.dumps(CudaFailed("cuMemAlloc", OUT_OF_MEMORY, "CUDA_ERROR_OUT_OF_MEMORY")))
+    assert (error.code, error.name) == (OUT_OF_MEMORY, "CUDA_ERROR_OUT_OF_MEMORY")
+    assert "expected CUDA's cuMemAlloc to succeed" in str(error)

@@ -239,8 +239,13 @@ def test_each_prompt_has_a_file_or_one_for_each_seed(
         (["--prompts", "empty.txt"], "expected prompts in empty.txt, one a line, found none; write some"),
         (["--prompts", "prompts.txt", PROMPT], "expected PROMPT or --prompts, found both"),
         (
+            ["--prompts", "wrong.txt"],
+            "wrong.txt, line 3: expected words of this model's vocabulary, found 'zebra'",
+        ),
+        (["--prompts", "prompts.txt", "--depth", "9"], "error: expected a depth of"),
+        (
             ["--prompts", "prompts.txt", "--out", "a.png"],
-            "expected a file for each of 3 prompts, found one name for several in --out a.png; add {prompt}",
+            "expected a file for each of 3 prompts, found one name for several in --out a.png; add {number}",
         ),
         (["--prompts", "prompts.txt", "--out", "{prompt}.png"], "expected a file for each of 3 prompts"),
     ],
@@ -249,9 +254,56 @@ def test_prompts_that_have_no_place_are_refused(
     bundled: Path, prompts_txt: Path, arguments: list[str], message: str
 ) -> None:
     (prompts_txt.parent / "empty.txt").write_text(" \n")
+    (prompts_txt.parent / "wrong.txt").write_text("red cube\n\na zebra\n")
     before = sorted(path.name for path in prompts_txt.parent.iterdir())
     require_refusal(run(*arguments), 2, message)
     assert sorted(path.name for path in prompts_txt.parent.iterdir()) == before
+
+
+@pytest.mark.parametrize("out", [None, "a.png"])
+def test_a_file_that_comes_while_it_draws_is_kept(
+    paper: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch, out: str | None
+) -> None:
+    engine = fake(monkeypatch, FakeEngine())
+    decode, theirs = engine.functions["vae_decoder/model.onnx"], elsewhere / (out or "red-cube-0.png")
+
+    def meanwhile(inputs: Arrays) -> Arrays:
+        theirs.write_text("theirs")
+        return decode(inputs)
+
+    engine.functions["vae_decoder/model.onnx"] = meanwhile
+    result = run("red cube", "--bundle", paper, *(["--out", out] if out else []))
+    assert theirs.read_text() == "theirs"
+    if out:
+        assert result.exit_code == 2
+        assert "expected a new file, found a.png there already; add --force" in result.stderr
+    else:
+        assert (result.exit_code, result.stdout) == (0, "red-cube-0-2.png\n")
+
+
+@pytest.mark.parametrize("closed", ["2>&-", "<&-"])
+def test_a_closed_stream_is_no_trouble(tiny_bundle: Path, elsewhere: Path, closed: str) -> None:
+    command = f"{sys.executable} -c 'from tpx_runtime.cli import run; run()' --bundle {tiny_bundle} --steps 1"
+    prompt = "--prompts -" if closed == "<&-" else "'red cube'"
+    result = subprocess.run(f"{command} {prompt} {closed}", shell=True, capture_output=True, text=True)
+    if closed == "<&-":
+        assert (result.returncode, result.stdout) == (2, "")
+        assert result.stderr == "error: expected prompts in -, one a line, found none; write some\n"
+    else:
+        assert (result.returncode, result.stdout) == (0, "red-cube-0.png\n")
+
+
+def test_a_name_that_the_terminal_cannot_show_is_shown_otherwise(tiny_bundle: Path, elsewhere: Path) -> None:
+    code = "from tpx_runtime.cli import run; run()"
+    arguments = ["--bundle", str(tiny_bundle), "--steps", "1", "--out", "\u7ea2.png", "red cube"]
+    result = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONIOENCODING": "cp1252"},
+    )
+    assert (result.returncode, result.stdout) == (0, "\\u7ea2.png\n"), result.stderr
+    assert (elsewhere / "\u7ea2.png").exists()
 
 
 def test_force_replaces_a_file(bundled: Path) -> None:

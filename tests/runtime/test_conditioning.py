@@ -3,7 +3,6 @@
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ from tpx_runtime import conditioning
 from tpx_runtime.bundle import Bundle
 from tpx_runtime.conditioning import ClassConditioner, PromptCut, TextConditioner, combine
 from tpx_runtime.engine import Arrays
-from tpx_runtime.errors import BadInput, BundleInvalid, EngineFailed
+from tpx_runtime.errors import BundleInvalid, EngineFailed
 from tpx_runtime.generator import Generator
 from tpx_runtime.graphs import Graphs
 from tpx_runtime.tokenizer import Encoding
@@ -311,18 +310,3 @@ def test_classes_become_numbers_and_none_the_one_after_the_last() -> None:
     made = ClassConditioner(13)([3, None, 0, 12])
     assert made["class_id"].dtype == np.int64
     np.testing.assert_array_equal(made["class_id"], [3, 13, 0, 12])
-
-
-@pytest.mark.parametrize("class_id", [0, 12])
-def test_accepts_classes_of_the_model(class_id: int) -> None:
-    ClassConditioner(13).check(class_id)
-
-
-@pytest.mark.parametrize(
-    ("class_id", "found"),
-    [(None, "none"), (13, "13"), (-1, "-1"), (True, "True"), (1.0, "1.0"), ("3", "'3'"), ([3], r"\[3\]")],
-)
-def test_refuses_what_is_no_class(class_id: Any, found: str) -> None:
-    message = rf"expected a class in 0\.\.12 \(this bundle draws classes\), found {found}; name one with --c"
-    with pytest.raises(BadInput, match=message):
-        ClassConditioner(13).check(class_id)

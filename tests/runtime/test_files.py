@@ -1,5 +1,7 @@
 """Files that appear whole or not at all."""
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -65,3 +67,29 @@ def test_a_place_that_is_a_folder_is_an_error_and_nothing_is_left(tmp_path: Path
     with pytest.raises(OSError, match="directory"):
         write()
     assert list(tmp_path.iterdir()) == [tmp_path / "a"]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_without_replace_what_came_meanwhile_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    def refuse(source: Path, target: Path) -> None:
+        raise OSError(errno.EPERM, "no links here")
+
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    path = tmp_path / "a"
+
+    def write(content: bytes, meanwhile: bytes | None = None) -> None:
+        with whole_file(path, replace=False) as part:
+            part.write_bytes(content)
+            if meanwhile:
+                path.write_bytes(meanwhile)
+
+    with pytest.raises(FileExistsError):
+        write(b"mine", meanwhile=b"another's")
+    assert path.read_bytes() == b"another's"
+    path.unlink()
+    write(b"mine")
+    assert path.read_bytes() == b"mine"
+    assert list(tmp_path.iterdir()) == [path]

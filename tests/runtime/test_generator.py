@@ -704,3 +704,17 @@ def test_two_engines_draw_the_same_picture(real: Generator, tiny_bundle: Path) -
     other = Generator.load(tiny_bundle, "openvino")
     assert same(real("a red cube", num_images=2), other("a red cube", num_images=2), within=1)
     assert json.loads(other("a red cube")[0].info["tpx"])["engine"] == "openvino"
+
+
+def test_a_callback_cannot_change_the_picture(generator: Generator) -> None:
+    def normalise(step: int, total: int, latents: Array) -> None:
+        latents -= latents.min()
+
+    with pytest.raises(ValueError, match="read-only"):
+        generator("red cube", callback=normalise)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_jobs_may_come_one_by_one(generator: Generator, batch_size: int) -> None:
+    jobs = generator.plan("red cube", num_images=3)
+    assert len(list(generator.stream(iter(jobs), batch_size))) == 3  # type: ignore[arg-type]

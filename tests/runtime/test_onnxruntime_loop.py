@@ -15,7 +15,7 @@ from tpx_runtime.bundle import STEP, Bundle
 from tpx_runtime.engine import ENGINES
 from tpx_runtime.engine import onnxruntime as engine_module
 from tpx_runtime.engine.onnxruntime_bound import MOST_KEPT, BoundSession
-from tpx_runtime.errors import Cancelled, EngineFailed
+from tpx_runtime.errors import BadInput, Cancelled, EngineFailed
 from tpx_runtime.generator import Generator
 from tpx_runtime.sampling import Array
 
@@ -252,3 +252,18 @@ def test_the_benchmark_draws_the_same_both_ways(tiny_bundle: Path, loops: list[o
     assert len(loops) == 4 and row.batch == 2
     assert 0 < row.difference < 1e-4 and row.host_ms > 0 and row.device_ms > 0
     assert device_loop.table([row]).splitlines()[2].startswith("| 2 | ")
+
+
+def test_a_callback_that_draws_is_refused_and_the_next_call_is_not(
+    tiny_bundle: Path, loops: list[object]
+) -> None:
+    looping = generator(tiny_bundle)
+
+    def draw(step: int, total: int, latents: Array) -> None:
+        looping(PROMPT, steps=1)
+
+    with pytest.raises(
+        BadInput, match="expected a callback that draws nothing while a loop's latents are on"
+    ):
+        looping(PROMPT, steps=3, callback=draw)
+    same(looping, Generator.load(tiny_bundle, "onnxruntime"), steps=3)

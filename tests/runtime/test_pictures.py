@@ -303,3 +303,18 @@ def test_a_large_photograph_is_no_bomb(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 60)  # Pillow warns above it, and refuses twice as much
     ramp().save(tmp_path / "a.png")
     assert open_picture(tmp_path / "a.png").size == (12, 8)
+
+
+@pytest.mark.parametrize(
+    "picture",
+    [
+        Image.fromarray(np.linspace(0, 1, 96, dtype=np.float32).reshape(8, 12)),
+        Image.fromarray(np.full((8, 12), 1 << 30, np.int32)),
+    ],
+    ids=["of floats", "of 32 bits"],
+)
+def test_levels_of_an_unknown_range_are_refused(picture: Image.Image) -> None:
+    with pytest.raises(
+        BadInput, match=f"expected a picture of 8 or 16 bits, found one of mode {picture.mode} whose"
+    ):
+        flat(picture, "white")

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from tpx_runtime.settings import Settings
 from .fakes import CLASSES, PAPER
 
 BY = f", Version: tpx {__version__}"
+OF_CLASSES = Settings("", "", seed=7, steps=20, guidance=4.0, sampler="ddim", depth=1, class_id=3)
 GOOD = Settings("a red cube", "", seed=7, steps=20, guidance=4.0, sampler="heun", depth=2)
 
 
@@ -188,3 +190,30 @@ def test_metadata_says_the_class() -> None:
     metadata = CLASS.metadata(CLASSES, "x")
     assert json.loads(metadata["tpx"])["class_id"] == 12
     assert metadata["parameters"].startswith("class 12\nSteps: 20, ")
+
+
+@pytest.mark.parametrize("class_id", [0, CLASSES.model.classes - 1])
+def test_accepts_classes_of_the_model(class_id: int) -> None:
+    assert replace(OF_CLASSES, class_id=class_id).check(CLASSES).class_id == class_id
+
+
+@pytest.mark.parametrize(
+    ("class_id", "found"),
+    [
+        (None, "none"),
+        (CLASSES.model.classes, str(CLASSES.model.classes)),
+        (-1, "-1"),
+        (True, "True"),
+        (1.5, "1.5"),
+        ("3", "'3'"),
+        ([3], r"\[3\]"),
+        (2**63, str(2**63)),
+    ],
+)
+def test_refuses_what_is_no_class(class_id: Any, found: str) -> None:
+    last = CLASSES.model.classes - 1
+    message = (
+        rf"expected a class in 0\.\.{last} \(this bundle draws classes\), found {found}; name one with --c"
+    )
+    with pytest.raises(BadInput, match=message):
+        replace(OF_CLASSES, class_id=class_id).check(CLASSES)

@@ -282,6 +282,17 @@ def test_settings_reach_every_picture_and_the_report(painter: Painter, tmp_path:
     assert facts["parser_sha256"] == hash_file(WEIGHTS)
 
 
+@pytest.mark.parametrize("damage", ["garbage]", "[1, 2]", '{"a": [true]}', "[true"])
+def test_a_damaged_verdict_is_judged_again(painter: Painter, tmp_path: Path, damage: str) -> None:
+    whole = run(tmp_path / "a").stdout
+    verdicts = tmp_path / "a/verdicts.jsonl"
+    lines = verdicts.read_text().splitlines()
+    verdicts.write_text("\n".join([*lines[:3], damage, *lines[4:]]) + "\n")
+    result = run(tmp_path / "a")
+    assert (result.exit_code, result.stdout) == (0, whole)
+    assert verdicts.read_text().splitlines() == lines
+
+
 def test_an_interrupted_run_goes_on_and_ends_the_same(painter: Painter, tmp_path: Path) -> None:
     whole = run(tmp_path / "a").stdout.splitlines()[:-1]
     painter.asked.clear()

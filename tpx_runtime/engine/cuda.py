@@ -50,7 +50,10 @@ class CudaFailed(EngineFailed):
     def __init__(self, call: str, code: int, name: str) -> None:
         mend = "; draw fewer pictures at a time, or close other programs" if code == OUT_OF_MEMORY else ""
         super().__init__(f"expected CUDA's {call} to succeed, found {name}{mend}")
-        self.code, self.name = code, name
+        self.call, self.code, self.name = call, code, name
+
+    def __reduce__(self) -> tuple[type["CudaFailed"], tuple[str, int, str]]:
+        return type(self), (self.call, self.code, self.name)
 
 
 def library(name: str) -> Any:

@@ -9,6 +9,7 @@ ENGINES_VARIABLE = "TPX_ENGINES"
 GRAPHS_VARIABLE = "TPX_CUDA_GRAPHS"
 LOOP_VARIABLE = "TPX_DEVICE_LOOP"
 THREADS_VARIABLE = "TPX_THREADS"
+MOST_THREADS = 1024
 
 
 def engines_folder() -> Path | None:
@@ -33,8 +34,8 @@ def threads_wanted() -> int | None:
     said = os.environ.get(THREADS_VARIABLE, "").strip()
     if not said:
         return None
-    if not said.isascii() or not said.isdigit() or int(said) < 1:
+    if not said.isascii() or not said.isdigit() or not 1 <= int(said) <= MOST_THREADS:
         raise BadInput(
-            f"expected {THREADS_VARIABLE} to be a whole number of at least 1, found {shorten(said)}"
+            f"expected {THREADS_VARIABLE} to be a whole number in 1..{MOST_THREADS}, found {shorten(said)}"
         )
     return int(said)
