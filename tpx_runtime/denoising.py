@@ -123,6 +123,10 @@ class Denoiser:
         self._last: Conditions | None = None
         self._looping = False  # on a device, now
 
+    def forget(self) -> None:
+        """Compute the conditions of the next call anew, even if they are those of the last."""
+        self._last = None
+
     def schedule(self, job: Settings) -> Schedule:
         """The steps that `job` takes. Raises BadInput for guidance that would act at none of them."""
         schedule = self.sampler(job).schedule(job.steps, self.bundle.schedule_shift)

@@ -49,7 +49,7 @@ class Generator:
         self.classes = ClassConditioner(classes) if classes else None
         self._graphs = Graphs(engine, keep)
         self.text = None if classes else TextConditioner(bundle, self._graphs, t5)
-        self._denoise = Denoiser(bundle, self._graphs)
+        self.denoiser = Denoiser(bundle, self._graphs)
         self._turn = RLock()  # a callback may decode what it is shown
 
     @classmethod
@@ -238,7 +238,7 @@ class Generator:
             raise BadInput(f"expected guidance other than 1 with {what}, found 1; leave out one of them")
         if strength is not None:
             self._encoder_path()
-        self._denoise.schedule(jobs[0])
+        self.denoiser.schedule(jobs[0])
         if self.text:
             for text in dict.fromkeys(prompts):
                 self.text.check(text)
@@ -256,7 +256,11 @@ class Generator:
         job = one_loop(jobs, edit, self.manifest)
         with self._turn:
             conditioning = self._conditioning(jobs, guided=job.guidance != 1)
-            return self._denoise(job, [job.seed for job in jobs], conditioning, callback, edit)
+            return self.denoiser(job, [job.seed for job in jobs], conditioning, callback, edit)
+
+    def forget(self) -> None:
+        """Compute the next batch's conditions anew, even if they are those of the last: to measure what they cost."""
+        self.denoiser.forget()
 
     def decode(self, latents: Array) -> Array:
         """Latents [B, C, H, W] of the denoising loop to pixels [B, 3, height, width] in -1..1."""

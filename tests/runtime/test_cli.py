@@ -23,6 +23,7 @@ from tpx_runtime.engine import ENGINES, Arrays, Engine
 from tpx_runtime.errors import EngineFailed
 from tpx_runtime.evaluation.cli import main as evaluation
 from tpx_runtime.generator import Generator, PictureFitted
+from tpx_runtime.outputs import choose_outputs
 from tpx_runtime.sampling import SAMPLERS_FOR
 from tpx_runtime.tokenizer import Encoding
 from tpx_runtime.verify import PartReport, load_golden
@@ -166,7 +167,7 @@ def test_seed_in_the_name_is_a_file_for_each_picture(bundled: Path, elsewhere: P
     ],
 )
 def test_names_made_of_prompts(prompt: str, name: str) -> None:
-    (output,) = cli.choose_outputs(None, [prompt], [0], False)
+    (output,) = choose_outputs(None, [prompt], [0], False)
     assert output.path == Path(name)
 
 

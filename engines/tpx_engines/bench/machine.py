@@ -1,4 +1,4 @@
-"""What the figures hold for: processor, cores, memory and the variables that tell libraries how many threads to take."""
+"""What the figures hold for: processor, cores and memory."""
 
 import os
 import platform
@@ -6,19 +6,18 @@ import re
 from pathlib import Path
 from typing import Any
 
-_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+# Variables that tell libraries how many threads to take, which would not slow all that is compared alike.
+LIMITS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 def describe() -> dict[str, Any]:
     """Facts that a record must share with the machine which goes on with it; no name of it, nor of its user."""
-    threads = {name: os.environ[name] for name in _THREADS if name in os.environ}
     return {
         "processor": _processor(),
         "cores": cores(),
         "memory_gib": _memory_gib(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "threads": threads,
     }
 
 

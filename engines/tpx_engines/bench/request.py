@@ -1,12 +1,13 @@
 """What tpx-bench is asked for, checked before anything runs: the work, its configurations, and the record of it."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tpx_runtime.bundle import Bundle, hash_file
 from tpx_runtime.engine import ENGINES
-from tpx_runtime.engine.environment import THREADS_VARIABLE, threads_wanted
+from tpx_runtime.engine.environment import THREADS_VARIABLE
 from tpx_runtime.errors import BadInput, EngineUnavailable, TpxError
 from tpx_runtime.generator import Generator
 from tpx_runtime.manifest import Manifest
@@ -14,7 +15,7 @@ from tpx_runtime.manifest import Manifest
 from . import PROMPT, configurations
 from .configurations import REFERENCE, Configuration
 from .flops import transformer_flops
-from .machine import describe
+from .machine import LIMITS, describe
 from .measure import Plan
 from .record import Record
 from .subject import Work
@@ -48,6 +49,7 @@ class Request:
         self._check()
         work = self._work(depths)
         others = [_same_model(path, self.bundle, depths) for path in self.also]
+        _require_distinct(others)
         chosen = self._configurations(depths, others)
         record = Record.begin(self.json, self._settings(work, others))
         rows = 1 if work.guidance == 1 else 2
@@ -57,10 +59,9 @@ class Request:
     def _check(self) -> None:
         if self.baselines and self.ckpt is None:
             raise BadInput("expected --ckpt with --baseline, found none; name the bundle's checkpoint")
-        if threads_wanted():
-            raise BadInput(
-                f"expected every core for all that is compared, found {THREADS_VARIABLE} set; unset it"
-            )
+        for name in (THREADS_VARIABLE, *LIMITS):
+            if os.environ.get(name):
+                raise BadInput(f"expected every core for all that is compared, found {name} set; unset it")
         if self.ckpt is None:
             return
         if not self.ckpt.is_file():
@@ -154,6 +155,16 @@ def _same_model(path: Path, bundle: Bundle, depths: tuple[int, ...]) -> Bundle:
             f"{', '.join(map(str, found.model.depths))}; export it with `tpx-export --precision`"
         )
     return other
+
+
+def _require_distinct(bundles: list[Bundle]) -> None:
+    """Raises BadInput for two bundles of one precision, whose rows would have one name."""
+    precisions = [bundle.manifest.precision for bundle in bundles]
+    for precision in precisions:
+        if precisions.count(precision) > 1:
+            raise BadInput(
+                f"expected --also of different precisions, found {precision} twice; measure one of them"
+            )
 
 
 def _flops(bundle: Bundle, depth: int, rows: int) -> int | str:

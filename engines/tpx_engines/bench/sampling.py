@@ -71,4 +71,4 @@ class BaselineGenerator(Generator):
     def __init__(self, bundle: Bundle, name: str, denoiser: Network, others: dict[str, Network]) -> None:
         engine = cast(Engine, Framework(name, others))
         super().__init__(bundle, engine)
-        self._denoise = BaselineDenoiser(bundle, Graphs(engine), denoiser)
+        self.denoiser = BaselineDenoiser(bundle, Graphs(engine), denoiser)

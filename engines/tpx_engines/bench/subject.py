@@ -72,6 +72,7 @@ class Subject:
             depth=work.depth,
             num_images=images,
         )
+        self.generator.forget()
         began = time.perf_counter()
         pictures = self.generator.draw(jobs, batch_size=images, callback=stamp)
         ended = time.perf_counter()

@@ -28,6 +28,9 @@ class _Painter:
     def plan(self, prompt: str, *, seed: int, steps: int, num_images: int, **rest: Any) -> list[Any]:
         return [SimpleNamespace(seed=seed + i, steps=steps) for i in range(num_images)]
 
+    def forget(self) -> None:
+        pass
+
     def draw(self, jobs: list[Any], batch_size: int, callback: Callable[..., None]) -> list[Image.Image]:
         for step in range(jobs[0].steps):
             time.sleep(self._step_s)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tpx_engines.bench.configurations import Configuration
+from tpx_engines.bench.machine import LIMITS
 from tpx_engines.bench.measure import Plan
 from tpx_engines.bench.record import Record
 from tpx_engines.bench.subject import Work
@@ -31,9 +32,15 @@ SETTINGS: dict[str, Any] = {
         "memory_gib": 8,
         "system": "Linux",
         "python": "3.11",
-        "threads": {},
     },
 }
+
+
+@pytest.fixture(autouse=True)
+def every_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing that the machine of these tests sets keeps tpx-bench from measuring."""
+    for name in LIMITS:
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture(autouse=True)

@@ -157,3 +157,33 @@ def test_the_version_recorded_is_that_of_the_package_as_it_is_installed() -> Non
     packages = {one.options["engine"]: one.packages for one in engines([], [1], "fp32")}
     assert packages["onnxruntime"] == ("tpx", "onnxruntime")
     assert packages["onnxruntime-cuda"] == ("tpx", "onnxruntime-gpu")
+
+
+def test_a_timed_picture_computes_its_own_conditions(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a baseline does at every step: those of the picture before are not taken."""
+    subject = of_engine(
+        Work(
+            bundle=tiny_bundle,
+            depth=1,
+            prompt="a red cube",
+            class_id=None,
+            seed=0,
+            steps=2,
+            guidance=3.0,
+            sampler="euler",
+        ),
+        {"engine": "onnxruntime"},
+    )
+    opened: list[Path] = []
+    open_graph = subject.generator.denoiser._graphs.open
+
+    def watched(path: Path) -> Any:
+        opened.append(path)
+        return open_graph(path)
+
+    monkeypatch.setattr(subject.generator.denoiser._graphs, "open", watched)
+    for _ in range(3):
+        subject.draw(1)
+    assert [path.name for path in opened].count("conditions.onnx") == 3

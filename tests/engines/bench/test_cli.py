@@ -1,6 +1,7 @@
 """tpx-bench: arguments, the table and plot, and that Ctrl-C leaves nothing behind."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -110,15 +111,15 @@ def test_bad_arguments_are_one_line(
     assert started() == []
 
 
+@pytest.mark.parametrize("name", ["TPX_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"])
 def test_fewer_threads_than_cores_are_refused(
-    bench: Callable[..., Result], started: Callable[[], list[int]], monkeypatch: pytest.MonkeyPatch
+    bench: Callable[..., Result], started: Callable[[], list[int]], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setenv("TPX_THREADS", "1")
+    monkeypatch.setenv(name, "1")
     result = bench()
     assert (result.exit_code, result.stdout) == (2, "")
     assert (
-        result.stderr
-        == "error: expected every core for all that is compared, found TPX_THREADS set; unset it\n"
+        result.stderr == f"error: expected every core for all that is compared, found {name} set; unset it\n"
     )
     assert started() == []
 
@@ -200,6 +201,10 @@ def test_another_precision_is_measured_beside(
     assert result.exit_code == 0, result.output
     assert asked == [("fp32", None), ("fp16", half.resolve())]
     assert "| right | " in result.stdout and "| wrong | " in result.stdout
+    again = shutil.copytree(half, tmp_path / "again")
+    result = CliRunner().invoke(main, [*arguments, "--also", str(half), "--also", str(again)])
+    assert result.exit_code == 2
+    assert "expected --also of different precisions, found fp16 twice; measure one of them" in result.stderr
     result = CliRunner().invoke(main, [*arguments, "--also", str(bundle)])
     assert result.exit_code == 2
     assert "in another precision than fp32 with depth 2, found paper in fp32" in result.stderr
