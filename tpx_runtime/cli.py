@@ -77,6 +77,27 @@ class Seed(click.ParamType):
         return seed
 
 
+LIKE = "tpx.like"  # in a context's meta: the metadata of the picture that --like names
+
+
+def _draw_like(ctx: click.Context, _: click.Parameter, path: Path | None) -> None:
+    """Let a picture's settings be the defaults of all options that follow from them."""
+    if path is None:
+        return
+    from .metadata import read_metadata, settings_in
+
+    ctx.meta[LIKE] = facts = read_metadata(path)
+    ctx.default_map = {**(ctx.default_map or {}), **settings_in(facts)}
+
+
+def _notice_other_bundle(facts: dict[str, Any] | None, bundle: "Bundle") -> None:
+    """Say so if the picture of --like was drawn by another bundle."""
+    if facts and facts.get("bundle_sha256") != bundle.hash:
+        warnings.warn(
+            f"the picture of --like was drawn by another bundle, {shorten(facts.get('bundle'))}", stacklevel=2
+        )
+
+
 @contextmanager
 def _noticing() -> Iterator[None]:
     """What is warned of inside, such as a prompt that is cut short, is said in one line each on stderr afterwards."""
@@ -120,6 +141,14 @@ def _printing() -> Iterator[list[Path]]:
 @click.argument("prompt", required=False)
 @click.option(
     "--prompts", "prompts_file", type=_PATH, help="File of prompts, one a line, or - for standard input."
+)
+@click.option(
+    "--like",
+    type=_PATH,
+    is_eager=True,
+    expose_value=False,
+    callback=_draw_like,
+    help="PNG of tpx-run whose settings are taken, but for those given here.",
 )
 @click.option("--bundle", help="Folder of the bundle.  [default: $TPX_BUNDLE, else bundles/shapes]")
 @click.option(
@@ -208,6 +237,7 @@ def run(
     several_batches = num_images * len(named) > batch_size
     generator = Generator(opened, chosen, t5=not no_t5, keep=several_batches)
     with _noticing():
+        _notice_other_bundle(click.get_current_context().meta.get(LIKE), opened)
         settings |= {"class_id": class_id, "strength": strength, "seed": seed, "num_images": num_images}
         planned = prompts_file and _plan_lines(generator, prompts_file, lines, settings)
         jobs = planned or generator.plan(prompt, **settings)

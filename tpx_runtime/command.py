@@ -14,15 +14,12 @@ from .errors import Cancelled, TpxError
 from .interrupts import as_ctrl_c
 
 
-class UsageLine(click.ClickException):
-    """A usage error that click found, on one line where click would print several."""
+class ErrorLine(click.ClickException):
+    """An error that click prints as one line and exits with."""
 
-    exit_code = 2
-
-    def __init__(self, error: click.UsageError) -> None:
-        said = " ".join(error.format_message().split()).rstrip(".")
-        where = f"; see {error.ctx.command_path} --help" if error.ctx else ""
-        super().__init__(f"{said}{where}")
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(" ".join(message.splitlines()))  # a path in it may hold line breaks
+        self.exit_code = exit_code  # type: ignore[misc]
 
     def show(self, file: IO[Any] | None = None) -> None:
         click.echo(f"error: {self.message}", file=file, err=file is None)
@@ -30,14 +27,16 @@ class UsageLine(click.ClickException):
 
 @contextmanager
 def one_line() -> Iterator[None]:
-    """Turn click's usage errors into UsageLine."""
+    """Turn click's usage errors, for which it would print several lines, into ErrorLine."""
     try:
         yield
     except click.UsageError as error:
         # A group without a command is click's help, which is no error; click 8.1 has no such class.
         if type(error).__name__ == "NoArgsIsHelpError":
             raise
-        raise UsageLine(error) from None
+        said = " ".join(error.format_message().split()).rstrip(".")
+        where = f"; see {error.ctx.command_path} --help" if error.ctx else ""
+        raise ErrorLine(f"{said}{where}", exit_code=2) from None
 
 
 def mend_streams() -> None:
@@ -76,7 +75,10 @@ class TpxCommand(click.Command):
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
         with one_line():
-            return super().make_context(*args, **kwargs)
+            try:
+                return super().make_context(*args, **kwargs)
+            except TpxError as error:  # of an option that is read at once
+                raise ErrorLine(str(error), error.exit_code) from None
 
     def invoke(self, ctx: click.Context) -> Any:
         mend_streams()
@@ -87,9 +89,7 @@ class TpxCommand(click.Command):
             error: TpxError = Cancelled("cancelled")
         except TpxError as caught:
             error = caught
-        line = " ".join(str(error).splitlines())  # a path in it may hold line breaks
-        click.echo(f"error: {line}", err=True)
-        return ctx.exit(error.exit_code)
+        raise ErrorLine(str(error), error.exit_code)
 
 
 class TpxGroup(click.Group):

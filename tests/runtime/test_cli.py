@@ -23,6 +23,7 @@ from tpx_runtime.engine import ENGINES, Arrays, Engine
 from tpx_runtime.errors import EngineFailed
 from tpx_runtime.evaluation.cli import main as evaluation
 from tpx_runtime.generator import Generator, PictureFitted
+from tpx_runtime.images import save_png
 from tpx_runtime.outputs import choose_outputs
 from tpx_runtime.sampling import SAMPLERS_FOR
 from tpx_runtime.tokenizer import Encoding
@@ -259,6 +260,44 @@ def test_prompts_that_have_no_place_are_refused(
     before = sorted(path.name for path in prompts_txt.parent.iterdir())
     require_refusal(run(*arguments), 2, message)
     assert sorted(path.name for path in prompts_txt.parent.iterdir()) == before
+
+
+def test_a_picture_is_drawn_again_from_its_settings(bundled: Path) -> None:
+    flags = ["--seed", "5", "--steps", "3", "--guidance", "2.5", "--guidance-interval", "0.2", "0.9"]
+    flags += ["--sampler", "heun", "--depth", "2", "--negative-prompt", "green", "--guidance-every", "2"]
+    assert run(PROMPT, *flags, "--out", "a.png").exit_code == 0
+    again = run("--like", "a.png", "--out", "b.png")
+    assert again.exit_code == 0, again.output
+    other = run("--steps", 4, "--like", "a.png", "--out", "c.png", "blue sphere")
+    assert other.exit_code == 0, other.output
+    facts = []
+    for name in "abc":
+        with Image.open(f"{name}.png") as image:
+            facts.append((json.loads(image.info["tpx"]), np.asarray(image)))
+    assert facts[1][0] == facts[0][0]
+    np.testing.assert_array_equal(facts[1][1], facts[0][1])
+    assert facts[2][0] == facts[0][0] | {"steps": 4, "prompt": "blue sphere"}
+    assert "notice" not in again.stderr
+
+
+def test_a_picture_of_another_bundle_is_told(
+    paper: Path, bundled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(PROMPT, "--steps", 1, "--out", "a.png").exit_code == 0
+    fake(monkeypatch, FakeEngine())
+    result = run("--like", "a.png", "--bundle", paper, "--depth", 1, "--out", "b.png", "red cube")
+    assert result.exit_code == 0, result.output
+    assert "notice: the picture of --like was drawn by another bundle, 'tiny'\n" in result.stderr
+
+
+@pytest.mark.parametrize("metadata", [None, "{", "[1]"])
+def test_a_picture_without_settings_is_refused(bundled: Path, metadata: str | None) -> None:
+    picture = Image.new("RGB", (8, 8))
+    picture.info.update({"tpx": metadata} if metadata else {})
+    save_png(picture, "a.png")
+    message = "expected a PNG that tpx-run wrote, found a.png without its settings; name another"
+    require_refusal(run("--like", "a.png"), 2, message)
+    require_refusal(run("--like", "none.png"), 2, "expected a picture in none.png, found: No such file")
 
 
 @pytest.mark.parametrize("out", [None, "a.png"])
