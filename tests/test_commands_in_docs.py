@@ -9,6 +9,9 @@ from typing import Any
 
 import click
 import pytest
+from PIL import Image
+
+from tpx_runtime.images import save_png
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "samples/README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -67,7 +70,10 @@ SHOWN = [
 def test_a_command_that_is_shown_exists(
     page: str, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "DATA").mkdir()  # the one place that must be there to be parsed
+    (tmp_path / "DATA").mkdir()  # this and the picture are read while arguments are parsed
+    picture = Image.new("RGB", (8, 8))
+    picture.info["tpx"] = "{}"
+    save_png(picture, tmp_path / "red.png")
     monkeypatch.chdir(tmp_path)
     parse(*called(words(command)))
 
