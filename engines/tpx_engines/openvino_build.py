@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tpx_runtime.bundle import Bundle
-from tpx_runtime.engine import GraphVariant, one_line, resolve
+from tpx_runtime.engine import GraphVariant, failing, one_line, resolve
 from tpx_runtime.errors import BadInput, Cancelled, EngineFailed
 
 from .build import Result, Watch
@@ -65,10 +65,12 @@ def _any(name: str, engine_name: str, path: Path) -> _Task:
     def run() -> tuple[int, bool]:
         from tpx_runtime.engine import openvino
 
-        store = openvino.store_of(engine_name, path)
+        store, config = openvino.store_of(engine_name, path), openvino.settings(engine_name, path)
         _require_writable(store)
-        cached = _loaded_from_cache(openvino.compile_any(path, openvino.settings(engine_name, path), store))
-        return sum(file.stat().st_size for file in store.any_shapes.iterdir()), cached
+        cached = openvino.load_any(config, store) is not None
+        if not cached:
+            _write(store, store.any_shapes, openvino.compile_any(path, config))
+        return store.any_shapes.stat().st_size, cached
 
     return _Task(name, run)
 
@@ -87,20 +89,21 @@ def _exact(name: str, engine_name: str, path: Path, batch: int) -> _Task:
             if openvino_exact.load_exactly(core, file, config, parts):
                 return file.stat().st_size, True
             compiled = openvino_exact.compile_exactly(core, path, config, shapes, parts)
-            content = compiled.export_model().getbuffer()
         except Exception as error:
             raise EngineFailed(f"{path}: openvino could not compile it: {one_line(error)}") from error
-        try:
-            store.write(file, content)
-        except OSError as error:
-            raise BadInput(f"expected to write {file}, found: {error.strerror}; make room there") from None
-        return len(content), False
+        _write(store, file, compiled)
+        return file.stat().st_size, False
 
     return _Task(name, run)
 
 
-def _loaded_from_cache(model: Any) -> bool:
-    return bool(model.get_property("LOADED_FROM_CACHE"))
+def _write(store: Any, file: Path, compiled: Any) -> None:
+    with failing(store.path, "openvino", "export"):
+        content = compiled.export_model().getbuffer()
+    try:
+        store.write(file, content)
+    except OSError as error:
+        raise BadInput(f"expected to write {file}, found: {error.strerror}; make room there") from None
 
 
 def _require_writable(store: Any) -> None:

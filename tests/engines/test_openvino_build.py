@@ -1,5 +1,8 @@
 """Compiling ahead for OpenVINO: what is there afterwards, what is not done twice, and what is said of bad wishes."""
 
+import io
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -8,6 +11,7 @@ from tpx_engines.cli import table
 from tpx_engines.openvino_build import build_ahead
 from tpx_runtime.bundle import Bundle
 from tpx_runtime.engine import ENGINES, openvino, resolve
+from tpx_runtime.engine.openvino_store import UNUSED_SECONDS
 from tpx_runtime.engine.tensorrt_flavours import FLAVOURS
 from tpx_runtime.errors import BadInput, Cancelled, EngineFailed
 from tpx_runtime.verify import require_ok, verify_bundle
@@ -32,8 +36,9 @@ def bundle(tiny_bundle: Path, tmp_path: Path) -> Bundle:
 
 
 def files(bundle: Bundle) -> dict[str, int]:
+    """The number tells a file from one that took its place; loading one changes its time."""
     folder = bundle.root.with_name(f"{bundle.root.name}.engines")
-    return {path.name: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    return {str(path): path.stat().st_ino for path in folder.rglob("*") if path.is_file()}
 
 
 def test_every_graph_is_there_and_the_next_process_compiles_none(
@@ -53,14 +58,14 @@ def test_every_graph_is_there_and_the_next_process_compiles_none(
     assert "transformer depth 3 x2" in table(results)
 
     there = files(bundle)
-    assert len(there) == 2 * len(ROWS)  # and what each of them is
+    assert len(there) == len(ROWS)
     again = build_ahead(bundle, "openvino", [2])
     assert [(r.graph, r.engine_bytes, r.seconds) for r in again] == [
         (r.graph, r.engine_bytes, 0) for r in results
     ]
     assert all(result.cached for result in again)
 
-    monkeypatch.setattr(openvino.OpenVinoSession, "_compile", lambda self: pytest.fail("compiled again"))
+    monkeypatch.setattr(openvino.OpenVinoSession, "_load", lambda self: pytest.fail("compiled again"))
     from tpx_runtime.verify import load_golden
 
     golden = load_golden(bundle)
@@ -75,22 +80,37 @@ def test_no_rows_is_the_graphs_for_any_shapes_alone(bundle: Bundle) -> None:
     assert [r.graph for r in build_ahead(bundle, "openvino", [])] == [row for row in ROWS if "x2" not in row]
 
 
-def test_what_is_damaged_is_built_again_and_what_is_stale_goes(bundle: Bundle) -> None:
+def test_what_is_damaged_is_built_again_and_what_nobody_uses_goes(bundle: Bundle) -> None:
     build_ahead(bundle, "openvino", [2])
     folder = bundle.root.with_name("copy.engines") / "openvino/transformer.depth-3.plain.f32"
-    [exact], [blob] = folder.glob("*.exact"), folder.glob("any.*/*.blob")
+    [exact], [blob] = folder.glob("*.exact"), folder.glob("any.*")
     exact.write_bytes(b"damaged")
-    (folder / "any.123").mkdir()
-    (folder / "any.123/1.blob").write_bytes(b"of an older bundle")
     blob.unlink()
+    old = time.time() - UNUSED_SECONDS - 1
+    (folder / "any.123").mkdir()
+    names = ["any.123/1.blob", "any.1.blob", "rows-2.1.exact", "rows-2.1.exact.crc32", ".tpx-1.part"]
+    fresh, other = ["any.2.blob", "rows-2.2.exact", ".tpx-2.part"], ["rows-3.1.exact", "another.blob"]
+    for name in [*names, *fresh, *other]:
+        (folder / name).write_bytes(b"of other settings")
+    for name in [*names, *other, "any.123"]:
+        os.utime(folder / name, (old, old))
     results = {result.graph: result.cached for result in build_ahead(bundle, "openvino", [2])}
     assert [name for name, cached in results.items() if not cached] == [
         "transformer depth 3",
         "transformer depth 3 x2",
     ]
-    assert {path.name for path in folder.iterdir()} == {exact.name, f"{exact.name}.crc32", blob.parent.name}
-    assert {path.name for path in blob.parent.iterdir()} == {blob.name, f"{blob.name}.crc32"}
+    assert {path.name for path in folder.iterdir()} == {exact.name, blob.name, *fresh, *other}
     assert exact.stat().st_size > 1000
+
+
+def test_what_is_used_is_not_old(bundle: Bundle) -> None:
+    """Else what other settings compile would throw away what was built ahead for these long ago."""
+    build_ahead(bundle, "openvino", [2])
+    folder, old = bundle.root.with_name("copy.engines") / "openvino", time.time() - UNUSED_SECONDS - 1
+    for name in files(bundle):
+        os.utime(name, (old, old))
+    assert all(result.cached for result in build_ahead(bundle, "openvino", [2]))
+    assert all(file.stat().st_mtime > old + 60 for file in folder.glob("*/*"))
 
 
 def test_ctrl_c_leaves_what_is_finished_and_the_next_goes_on(bundle: Bundle) -> None:
@@ -105,15 +125,26 @@ def test_ctrl_c_leaves_what_is_finished_and_the_next_goes_on(bundle: Bundle) -> 
     assert not [name for name in files(bundle) if name.endswith(".part")]
 
 
-def test_a_full_disk_leaves_nothing_half_written(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(self: Path, content: object) -> int:
-        self.touch()
-        raise OSError(28, "No space left on device")
+@pytest.mark.parametrize("kind", ["blob", "exact"])
+def test_a_full_disk_leaves_nothing_half_written(
+    kind: str, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever kind comes first: what was made before stays."""
+    opened = Path.open
 
-    monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(BadInput, match=r"expected to write .*exact, found: No space left on device"):
+    class Full(io.BytesIO):
+        def write(self, content: object) -> int:
+            raise OSError(28, "No space left on device")
+
+    def full(self: Path, mode: str = "r", *rest: object) -> object:
+        is_first = not list(self.parent.glob("any.*"))
+        return Full() if mode == "wb" and is_first == (kind == "blob") else opened(self, mode, *rest)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(BadInput, match=rf"expected to write .*{kind}, found: No space left on device"):
         build_ahead(bundle, "openvino", [2])
-    assert all(name.endswith((".blob", ".blob.crc32")) for name in files(bundle))
+    assert len(files(bundle)) == (0 if kind == "blob" else 3)
+    assert all(name.endswith(".blob") for name in files(bundle))
 
 
 @pytest.mark.parametrize("rows", [[0], [2, -1]])

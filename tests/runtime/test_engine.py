@@ -158,7 +158,7 @@ class TestThreads:
         for threads, parts in (("1", 1), ("2", 2)):
             monkeypatch.setenv("TPX_THREADS", threads)
             other = openvino.store_of("openvino", path)
-            compiled = openvino.compile_any(path, openvino.settings("openvino", path), other)
+            compiled = openvino.compile_any(path, openvino.settings("openvino", path))
             assert compiled.get_property("INFERENCE_NUM_THREADS") == int(threads)
             assert openvino_exact.parts_of(openvino.core(), shapes, other) == parts
             assert other.any_shapes.name != store.any_shapes.name  # compiled by itself

@@ -6,6 +6,7 @@ run often (openvino_exact.py). What is compiled is kept beside the bundle, where
 next process starts in half the time.
 """
 
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from ..errors import EngineFailed
 from .environment import threads_wanted
 from .openvino_exact import ExactGraphs, shapes_of
 from .openvino_graph import Graph
-from .openvino_store import Store
+from .openvino_store import Store, mapped
 from .session import Arrays, failing
 
 # Left alone it computes in bf16 where the CPU can, which sends tokens to other experts: that has to be asked for.
@@ -52,19 +53,29 @@ class OpenVinoSession:
         self._path, self._config, self._store = path, config, store
         self._exact = ExactGraphs(core(), path, config, store)
         self._any_shapes: Graph | None = None
+        self._mapped: openvino.Tensor | None = (
+            None  # what that reads its weights from, where it came from a file
+        )
         if not store.built():  # else the first call may want no more than one of those
-            self._compile()
+            self._load()
 
     def run(self, inputs: Arrays) -> Arrays:
-        graph = self._exact.take(shapes_of(inputs)) or self._any_shapes or self._compile()
+        graph = self._exact.take(shapes_of(inputs)) or self._any_shapes or self._load()
         # For an input that is left out, openvino would take whatever lies in its memory.
         if problem := graph.problem(inputs):
             raise EngineFailed(f"{self._path}: openvino could not run it: {problem}")
         with failing(self._path, "openvino", "run"):
             return graph.run(inputs)
 
-    def _compile(self) -> Graph:
-        self._any_shapes = Graph(compile_any(self._path, self._config, self._store))
+    def _load(self) -> Graph:
+        loaded = load_any(self._config, self._store)
+        if loaded is None:
+            compiled = compile_any(self._path, self._config)
+            with suppress(OSError, RuntimeError, MemoryError):  # one that cannot be kept runs nevertheless
+                if self._store.prepare():
+                    self._store.write(self._store.any_shapes, compiled.export_model().getbuffer())
+            loaded = Graph(compiled), None
+        self._any_shapes, self._mapped = loaded
         return self._any_shapes
 
 
@@ -97,16 +108,29 @@ def store_of(engine_name: str, path: Path) -> Store:
     return Store.beside(path, precision_of(engine_name, path), f"{version} {settings(engine_name, path)}")
 
 
-def compile_any(path: Path, config: dict[str, str], store: Store) -> openvino.CompiledModel:
-    """The graph at `path` for any shapes, from OpenVINO's cache if it is there. Raises EngineFailed."""
-    if not store.prepare():
-        with failing(path, "openvino", "load"):
-            return core().compile_model(str(path), "CPU", config)
-    store.discard_damaged()
+def load_any(config: dict[str, str], store: Store) -> tuple[Graph, openvino.Tensor] | None:
+    """The graph for any shapes that is kept, and the memory that has to outlive it; None where that is to be compiled."""
+    blob = mapped(store.any_shapes)
+    if blob is None:
+        return None
+    try:
+        return Graph(core().import_model(blob, "CPU", config)), blob
+    except Exception:
+        return None
+
+
+def compile_any(path: Path, config: dict[str, str]) -> openvino.CompiledModel:
+    """The graph at `path` for any shapes. Raises EngineFailed."""
     with failing(path, "openvino", "load"):
-        compiled = core().compile_model(str(path), "CPU", {**config, "CACHE_DIR": str(store.any_shapes)})
-    store.write_checksums()
-    return compiled
+        try:
+            return core().compile_model(str(path), "CPU", config)
+        except RuntimeError as error:
+            if "outside the base directory" not in str(error):
+                raise
+            raise EngineFailed(
+                f"{path}: expected its weights in the same folder, found a link out of it, which openvino does not follow; "
+                "copy the bundle with its links resolved (cp -rL), or download it with local_dir"
+            ) from error
 
 
 @cache

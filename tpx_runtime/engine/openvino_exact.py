@@ -13,7 +13,7 @@ import openvino
 
 from .environment import threads_wanted
 from .openvino_graph import ExactGraph
-from .openvino_store import Shapes, Store, is_sound
+from .openvino_store import Shapes, Store, mapped
 from .session import Arrays
 
 EARNED_CALLS = 256  # compiling takes 0.5 s, and a call gains 1 to 2 ms of it (the sample's transformer)
@@ -62,13 +62,13 @@ def load_exactly(
 ) -> tuple[ExactGraph, openvino.Tensor] | None:
     """What tpx-build left in `file`, and the memory that has to outlive it; None for a file that is damaged or not there.
 
-    Mapped, weights are not read twice. OpenVINO wants memory that could be written to, and never writes. It makes the parts
-    at the same time, and in 4 of 130 processes one of them computed NaN ever after (2026.4): such are made again.
+    OpenVINO makes the parts at the same time, and in 4 of 130 processes one of them computed NaN ever after (2026.4): such
+    are made again.
     """
-    if not is_sound(file):
+    blob = mapped(file)
+    if blob is None:
         return None
     try:
-        blob = openvino.Tensor(np.memmap(file, np.uint8, "c"), shared_memory=True)
         for _ in range(ATTEMPTS):
             graph = ExactGraph(core.import_model(blob, "CPU", _streams(config, parts)), parts)
             if graph.agrees():

@@ -1,55 +1,61 @@
 """Where compiled OpenVINO graphs lie: `openvino` in the folder of a bundle's engines, a folder for each graph and precision.
 
-In such a folder are OpenVINO's own cache of the graph for any shapes (`any.KEY/`), and what tpx-build made for exact ones
+In such a folder are the graph for any shapes (`any.KEY.blob`), and what tpx-build made for exact ones
 (`rows-ROWS.KEY.exact`). The key is over all that these depend on: the bundle's manifest, which knows every file's hash, the
 graph and its weights by size and time, TPX's and OpenVINO's versions, the CPU and the settings, for exact ones shapes and
-parts too. OpenVINO itself looks at the graph's file and not at that of its weights.
+parts too. So processes with other settings, and bundles that share a folder, have files of their own.
 
-Nor does it check that its cache is intact, and a damaged graph draws another picture. So each file has its CRC-32 beside it;
-a file whose checksum is missing or wrong is compiled again.
+OpenVINO does not check what it loads, and a damaged graph draws another picture. So each file ends in the CRC-32 of all
+before; one that does not is compiled again. It is not in a file of its own, for two processes may compile the same graph to
+different bytes, and one's checksum could come to lie beside the other's graph.
+
+OpenVINO's own CACHE_DIR writes in place: a process that maps a file which is not yet whole dies of SIGBUS.
 """
 
 import hashlib
 import os
 import shutil
+import time
 import zlib
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
+import openvino
+
 from ..files import whole_file
 from .engine_file import default_folder
 
-CHECK = ".crc32"
+_CHECK_BYTES = 4
+_SOUND = zlib.crc32(bytes(_CHECK_BYTES))  # the CRC-32 of whatever ends in its own, little-endian
 _CHUNK_BYTES = 1 << 20
+UNUSED_SECONDS = 7 * 24 * 3600
 Shapes = tuple[tuple[str, tuple[int, ...]], ...]  # of a graph's inputs, in the order of their names
 
 
-def is_sound(file: Path) -> bool:
-    """Whether a compiled graph is what was written."""
+def mapped(file: Path) -> openvino.Tensor | None:
+    """The compiled graph in `file`, which has to outlive what is made of it; None where that is damaged or not there.
+
+    Mapped, weights are not read twice. OpenVINO wants memory that could be written to, and never writes. Opened once, what
+    was checked is what is mapped, even where another process puts its own file in the place.
+    """
     try:
-        return _check_of(file).read_text() == _crc32(file)
-    except (OSError, UnicodeDecodeError):
-        return False
-
-
-def _write_checksum(file: Path) -> None:
-    """Write down what `file` is. Raises OSError."""
-    with whole_file(_check_of(file)) as part:
-        part.write_text(_crc32(file))
-
-
-def _check_of(file: Path) -> Path:
-    return file.with_name(f"{file.name}{CHECK}")
-
-
-def _crc32(file: Path) -> str:
-    found = 0
-    with file.open("rb") as content:  # not mapped: that would count as this process's memory
-        while chunk := content.read(_CHUNK_BYTES):
-            found = zlib.crc32(chunk, found)
-    return f"{found:08x}"
+        with file.open("rb") as content:
+            found = 0
+            while chunk := content.read(
+                _CHUNK_BYTES
+            ):  # not mapped: that would count as this process's memory
+                found = zlib.crc32(chunk, found)
+            if found != _SOUND:
+                return None
+            graph = np.memmap(content, np.uint8, "c")[:-_CHECK_BYTES]
+    except OSError:
+        return None
+    with suppress(OSError):
+        os.utime(file)  # it is in use, which Store.write heeds
+    return openvino.Tensor(graph, shared_memory=True)
 
 
 @dataclass(frozen=True)
@@ -63,42 +69,25 @@ class Store:
     @classmethod
     def beside(cls, path: Path, precision: str, context: str) -> "Store":
         """The store of the graph at BUNDLE/FOLDER/STEM.onnx."""
-        part = path.resolve().parent
+        part = (
+            path.parent.resolve()
+        )  # not the graph itself, which in Hugging Face's cache is a link to elsewhere
         return cls(
             default_folder(part.parent) / "openvino" / f"{part.name}.{path.stem}.{precision}", path, context
         )
 
     @property
     def any_shapes(self) -> Path:
-        """The folder of OpenVINO's own cache."""
-        return self.folder / f"any.{self._key()}"
+        """The file of the graph for any shapes, whether there is one or not."""
+        return self.folder / f"any.{self._key()}.blob"
 
     def prepare(self) -> bool:
-        """Make `any_shapes` in the place of what it supersedes, and say whether there can be written."""
+        """Make the folder, and say whether there can be written."""
         try:
-            self.any_shapes.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
         except OSError:
             return False
-        for old in self.folder.glob("any.*"):
-            if old != self.any_shapes:
-                shutil.rmtree(old, ignore_errors=True)
-        return os.access(self.any_shapes, os.W_OK)
-
-    def discard_damaged(self) -> None:
-        """Remove from `any_shapes` what is not what was written, and what is known of graphs that are gone."""
-        files = list(self.any_shapes.glob("*"))
-        for graph in {file.with_suffix("") if file.suffix == CHECK else file for file in files}:
-            if not is_sound(graph):
-                with suppress(OSError):
-                    graph.unlink(missing_ok=True)
-                    _check_of(graph).unlink(missing_ok=True)
-
-    def write_checksums(self) -> None:
-        """Write down what lies in `any_shapes` now, unless that is known."""
-        for graph in self.any_shapes.glob("*"):
-            if graph.suffix != CHECK and not _check_of(graph).exists():
-                with suppress(OSError):
-                    _write_checksum(graph)
+        return os.access(self.folder, os.W_OK)
 
     @property
     def weight_bytes(self) -> int:
@@ -115,14 +104,22 @@ class Store:
         return any(self.folder.glob("*.exact"))
 
     def write(self, file: Path, content: bytes | memoryview) -> None:
-        """Write a compiled graph atomically and remove older ones for the same rows. Raises OSError, leaving no file."""
-        with whole_file(file) as part:
-            part.write_bytes(content)
-        _write_checksum(file)
-        for old in self.folder.glob(f"{file.name.split('.')[0]}.*.exact"):
-            if old != file:
-                old.unlink(missing_ok=True)
-                _check_of(old).unlink(missing_ok=True)
+        """Write a compiled graph whole, in the place of another, which stays with those who map it. Raises OSError.
+
+        Others of any shapes, or for the same rows, may be those of other settings: they go once they are not used.
+        """
+        with whole_file(file) as part, part.open("wb") as written:
+            written.write(content)
+            written.write(zlib.crc32(content).to_bytes(_CHECK_BYTES, "little"))
+        oldest = time.time() - UNUSED_SECONDS
+        for pattern in (
+            f"{file.name.split('.')[0]}.*",
+            ".tpx-*.part",
+        ):  # the latter of processes that were killed
+            for old in self.folder.glob(pattern):
+                with suppress(OSError):
+                    if old.stat().st_mtime < oldest:
+                        shutil.rmtree(old) if old.is_dir() else old.unlink()
 
     def _key(self, *also: object) -> str:
         facts = repr((self.context, self._manifest, self._sources, *also))
