@@ -44,9 +44,8 @@ def mapped(file: Path) -> openvino.Tensor | None:
     try:
         with file.open("rb") as content:
             found = 0
-            while chunk := content.read(
-                _CHUNK_BYTES
-            ):  # not mapped: that would count as this process's memory
+            # Read and not mapped: that would count as this process's memory.
+            while chunk := content.read(_CHUNK_BYTES):
                 found = zlib.crc32(chunk, found)
             if found != _SOUND:
                 return None
@@ -71,7 +70,7 @@ class Store:
         """The store of the graph at BUNDLE/FOLDER/STEM.onnx."""
         part = (
             path.parent.resolve()
-        )  # not the graph itself, which in Hugging Face's cache is a link to elsewhere
+        )  # the graph itself may be a link to elsewhere, as in Hugging Face's cache
         return cls(
             default_folder(part.parent) / "openvino" / f"{part.name}.{path.stem}.{precision}", path, context
         )
@@ -112,10 +111,8 @@ class Store:
             written.write(content)
             written.write(zlib.crc32(content).to_bytes(_CHECK_BYTES, "little"))
         oldest = time.time() - UNUSED_SECONDS
-        for pattern in (
-            f"{file.name.split('.')[0]}.*",
-            ".tpx-*.part",
-        ):  # the latter of processes that were killed
+        # Parts are those of processes that were killed.
+        for pattern in (f"{file.name.split('.')[0]}.*", ".tpx-*.part"):
             for old in self.folder.glob(pattern):
                 with suppress(OSError):
                     if old.stat().st_mtime < oldest:
