@@ -15,6 +15,7 @@ import openvino
 from .. import __version__
 from ..bundle import CONDITIONS
 from ..errors import EngineFailed
+from ..memory import available_bytes
 from .environment import threads_wanted
 from .openvino_exact import ExactGraphs, shapes_of
 from .openvino_graph import Graph
@@ -23,6 +24,8 @@ from .session import Arrays, failing
 
 # Left alone it computes in bf16 where the CPU can, which sends tokens to other experts: that has to be asked for.
 PRECISIONS = {"openvino": "f32", "openvino-bf16": "bf16"}
+# Of a graph's weights, while it is written: what openvino returns, and what it was made of.
+_COPIES = 3
 # The first to know com.microsoft::MultiHeadAttention, which large models have for ONNX Runtime's sake.
 LEAST = (2026, 3)
 
@@ -54,7 +57,7 @@ class OpenVinoSession:
         self._exact = ExactGraphs(core(), path, config, store)
         self._any_shapes: Graph | None = None
         self._mapped: openvino.Tensor | None = (
-            None  # what that reads its weights from, where it came from a file
+            None  # what that reads its weights from, if it came from a file
         )
         if not store.built():  # else the first call may want no more than one of those
             self._load()
@@ -72,7 +75,7 @@ class OpenVinoSession:
         if loaded is None:
             compiled = compile_any(self._path, self._config)
             with suppress(OSError, RuntimeError, MemoryError):  # one that cannot be kept runs nevertheless
-                if self._store.prepare():
+                if self._store.prepare() and _fits_in_memory(self._store):
                     self._store.write(self._store.any_shapes, compiled.export_model().getbuffer())
             loaded = Graph(compiled), None
         self._any_shapes, self._mapped = loaded
@@ -117,6 +120,12 @@ def load_any(config: dict[str, str], store: Store) -> tuple[Graph, openvino.Tens
         return Graph(core().import_model(blob, "CPU", config)), blob
     except Exception:
         return None
+
+
+def _fits_in_memory(store: Store) -> bool:
+    """Whether there is room for the copies of the weights that writing a compiled graph takes."""
+    have = available_bytes()
+    return have is None or _COPIES * store.weight_bytes < have
 
 
 def compile_any(path: Path, config: dict[str, str]) -> openvino.CompiledModel:
