@@ -73,7 +73,7 @@ class OpenVinoSession:
             compiled = compile_any(self._path, self._config)
             with suppress(OSError, RuntimeError, MemoryError):  # one that cannot be kept runs nevertheless
                 if self._store.prepare():
-                    self._store.write(self._store.any_shapes, compiled.export_model().getbuffer())
+                    self._store.write(self._store.any_shapes, compiled)
             loaded = Graph(compiled), None
         self._any_shapes, self._mapped = loaded
         return self._any_shapes
