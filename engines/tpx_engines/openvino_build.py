@@ -98,10 +98,9 @@ def _exact(name: str, engine_name: str, path: Path, batch: int) -> _Task:
 
 
 def _write(store: Any, file: Path, compiled: Any) -> None:
-    with failing(store.path, "openvino", "export"):
-        content = compiled.export_model().getbuffer()
     try:
-        store.write(file, content)
+        with failing(store.path, "openvino", "export"):
+            store.write(file, compiled)
     except OSError as error:
         raise BadInput(f"expected to write {file}, found: {error.strerror}; make room there") from None
 

@@ -138,7 +138,7 @@ def test_a_full_disk_leaves_nothing_half_written(
 
     def full(self: Path, mode: str = "r", *rest: object) -> object:
         is_first = not list(self.parent.glob("any.*"))
-        return Full() if mode == "wb" and is_first == (kind == "blob") else opened(self, mode, *rest)  # type: ignore[call-overload]
+        return Full() if mode == "w+b" and is_first == (kind == "blob") else opened(self, mode, *rest)  # type: ignore[call-overload]
 
     monkeypatch.setattr(Path, "open", full)
     with pytest.raises(BadInput, match=rf"expected to write .*{kind}, found: No space left on device"):

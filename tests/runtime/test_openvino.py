@@ -1,14 +1,18 @@
 """OpenVINO: its caches, graphs for exact shapes, and bf16 with a tolerance of its own."""
 
 import gc
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
 import zlib
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import numpy as np
@@ -45,7 +49,7 @@ def build(bundle: Path, rows: int, engine: str = "openvino", graph: str = GRAPH)
     assert store.prepare()
     parts = openvino_exact.parts_of(core, shapes, store)
     compiled = openvino_exact.compile_exactly(core, path, config, shapes, parts)
-    store.write(store.exact(shapes, parts), compiled.export_model().getbuffer())
+    store.write(store.exact(shapes, parts), compiled)
     return store.exact(shapes, parts)
 
 
@@ -138,7 +142,12 @@ class TestCache:
         resolve("openvino").open(copy / GRAPH)
         session = resolve("openvino").open(copy / GRAPH)
         [blob] = folder(copy).iterdir()
-        openvino.store_of("openvino", copy / GRAPH).write(blob, b"of another process")
+
+        class Other:
+            def export_model(self, into: io.BytesIO) -> None:
+                into.write(b"of another process")
+
+        openvino.store_of("openvino", copy / GRAPH).write(blob, Other())  # type: ignore[arg-type]
         gc.collect()
         same(session, 2, copy)
         assert compiled == ["any"]
@@ -241,6 +250,53 @@ class TestCache:
 
         monkeypatch.setattr(Store, "write", write)
         same(resolve("openvino").open(copy / GRAPH), 2, copy)
+
+    @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+    @pytest.mark.parametrize("at", ["write", "seek"])
+    def test_one_that_is_not_written_to_its_end_leaves_the_one_before(
+        self, at: str, error: BaseException, copy: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """OpenVINO drops what a stream raises, and goes on."""
+        store = openvino.store_of("openvino", copy / GRAPH)
+        model = openvino.compile_any(copy / GRAPH, openvino.settings("openvino", copy / GRAPH))
+        assert store.prepare()
+        store.write(store.any_shapes, model)
+        before, calls, opened = store.any_shapes.read_bytes(), list[object](), Path.open
+
+        def failing(call: Callable[..., int]) -> Callable[..., int]:
+            def once(*arguments: object) -> int:
+                calls.append(arguments)
+                if len(calls) == 9:
+                    raise error
+                return call(*arguments)
+
+            return once
+
+        def open_failing(self: Path, *mode: str) -> object:
+            file = opened(self, *mode)
+            return SimpleNamespace(
+                **{"write": file.write, "seek": file.seek, "read": file.read, at: failing(getattr(file, at))}
+            )
+
+        monkeypatch.setattr(Path, "open", lambda *a: nullcontext(open_failing(*a)))
+        with pytest.raises(type(error)):
+            store.write(store.any_shapes, model)
+        monkeypatch.undo()
+        assert [file.read_bytes() for file in store.folder.iterdir()] == [before]
+
+    def test_weights_are_written_without_a_copy_in_memory(self, copy: Path) -> None:
+        """Of a large bundle that could be more memory than there is."""
+
+        class Watched:
+            def export_model(self, into: io.BytesIO) -> None:
+                model.export_model(into)
+                assert not io.BytesIO.getbuffer(into)
+
+        model = openvino.compile_any(copy / GRAPH, openvino.settings("openvino", copy / GRAPH))
+        store = openvino.store_of("openvino", copy / GRAPH)
+        assert store.prepare()
+        store.write(store.any_shapes, Watched())  # type: ignore[arg-type]
+        assert store.any_shapes.stat().st_size > (copy / "text_encoder/weights.data").stat().st_size // 2
 
     @needs_bf16
     def test_each_precision_has_its_own(self, copy: Path) -> None:

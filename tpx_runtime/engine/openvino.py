@@ -24,8 +24,8 @@ from .session import Arrays, failing
 
 # Left alone it computes in bf16 where the CPU can, which sends tokens to other experts: that has to be asked for.
 PRECISIONS = {"openvino": "f32", "openvino-bf16": "bf16"}
-# Of a graph's weights, while it is written: what openvino returns, and what it was made of.
-_COPIES = 3
+# Of a graph's weights, while openvino writes it.
+_COPIES = 2
 # The first to know com.microsoft::MultiHeadAttention, which large models have for ONNX Runtime's sake.
 LEAST = (2026, 3)
 
@@ -76,7 +76,7 @@ class OpenVinoSession:
             compiled = compile_any(self._path, self._config)
             with suppress(OSError, RuntimeError, MemoryError):  # one that cannot be kept runs nevertheless
                 if self._store.prepare() and _fits_in_memory(self._store):
-                    self._store.write(self._store.any_shapes, compiled.export_model().getbuffer())
+                    self._store.write(self._store.any_shapes, compiled)
             loaded = Graph(compiled), None
         self._any_shapes, self._mapped = loaded
         return self._any_shapes

@@ -13,14 +13,17 @@ OpenVINO's own CACHE_DIR writes in place: a process that maps a file which is no
 """
 
 import hashlib
+import io
 import os
 import shutil
 import time
 import zlib
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import openvino
@@ -55,6 +58,39 @@ def mapped(file: Path) -> openvino.Tensor | None:
     with suppress(OSError):
         os.utime(file)  # it is in use, which Store.write heeds
     return openvino.Tensor(graph, shared_memory=True)
+
+
+def _crc32(content: BinaryIO) -> int:
+    """Of what there is from here on."""
+    found = 0
+    while chunk := content.read(_CHUNK_BYTES):
+        found = zlib.crc32(chunk, found)
+    return found
+
+
+class _Into(io.BytesIO):
+    """A file for OpenVINO to export into. It takes a BytesIO alone, which would hold a second copy of all weights.
+
+    It drops what is raised here, or makes it an error of its own, so the first is kept: what is written then is no graph.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        super().__init__()
+        self._file = file
+        self.error: BaseException | None = None
+
+    def write(self, content: Any, /) -> int:
+        return self._keeping_errors(self._file.write, content)
+
+    def seek(self, *where: int) -> int:
+        return self._keeping_errors(self._file.seek, *where)
+
+    def _keeping_errors(self, call: Callable[..., int], *arguments: Any) -> int:
+        try:
+            return call(*arguments)
+        except BaseException as error:  # Ctrl-C too
+            self.error = self.error or error
+            raise
 
 
 @dataclass(frozen=True)
@@ -102,14 +138,21 @@ class Store:
         """Whether there are graphs for exact shapes, of whatever key."""
         return any(self.folder.glob("*.exact"))
 
-    def write(self, file: Path, content: bytes | memoryview) -> None:
-        """Write a compiled graph whole, in the place of another, which stays with those who map it. Raises OSError.
+    def write(self, file: Path, compiled: openvino.CompiledModel) -> None:
+        """Write a compiled graph whole, in the place of another, which stays with those who map it. Raises OSError
+        and what OpenVINO raises, and leaves what was there.
 
         Others of any shapes, or for the same rows, may be those of other settings: they go once they are not used.
         """
-        with whole_file(file) as part, part.open("wb") as written:
-            written.write(content)
-            written.write(zlib.crc32(content).to_bytes(_CHECK_BYTES, "little"))
+        with whole_file(file) as part, part.open("w+b") as content:
+            into = _Into(content)
+            try:
+                compiled.export_model(into)
+            finally:
+                if into.error:
+                    raise into.error
+            content.seek(0)
+            content.write(_crc32(content).to_bytes(_CHECK_BYTES, "little"))
         oldest = time.time() - UNUSED_SECONDS
         # Parts are those of processes that were killed.
         for pattern in (f"{file.name.split('.')[0]}.*", ".tpx-*.part"):
