@@ -46,11 +46,7 @@ def mapped(file: Path) -> openvino.Tensor | None:
     """
     try:
         with file.open("rb") as content:
-            found = 0
-            # Read and not mapped: that would count as this process's memory.
-            while chunk := content.read(_CHUNK_BYTES):
-                found = zlib.crc32(chunk, found)
-            if found != _SOUND:
+            if _crc32(content) != _SOUND:
                 return None
             graph = np.memmap(content, np.uint8, "c")[:-_CHECK_BYTES]
     except OSError:
@@ -61,7 +57,7 @@ def mapped(file: Path) -> openvino.Tensor | None:
 
 
 def _crc32(content: BinaryIO) -> int:
-    """Of what there is from here on."""
+    """Of what there is from here on; read and not mapped, which would count as this process's memory."""
     found = 0
     while chunk := content.read(_CHUNK_BYTES):
         found = zlib.crc32(chunk, found)
