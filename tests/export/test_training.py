@@ -766,6 +766,20 @@ def test_layouts_of_captions(captioned: Path, tmp_path: Path) -> None:
     ]
 
 
+def test_pictures_in_hugging_faces_cache_are_links(captioned: Path, tmp_path: Path) -> None:
+    snapshot, blob = tmp_path / "snapshots/1f0c", tmp_path / "blobs/5d41"
+    snapshot.mkdir(parents=True)
+    blob.parent.mkdir()
+    shutil.copy(captioned / "red-disc.png", blob)
+    (snapshot / "red-disc.png").symlink_to("../../blobs/5d41")
+    (snapshot / "metadata.jsonl").write_text('{"file_name": "red-disc.png", "text": "a red disc"}\n')
+    assert read_folder(snapshot) == [Example(snapshot / "red-disc.png", "a red disc")]
+    for name in ("../../blobs/5d41", str(blob)):
+        (snapshot / "metadata.jsonl").write_text(json.dumps({"file_name": name, "text": ""}))
+        with pytest.raises(BadInput, match=r"expected a picture in .* found no .*; check its name"):
+            read_folder(snapshot)
+
+
 def test_layouts_of_classes(classed: Path) -> None:
     assert [example.told for example in read_folder(classed, 4)] == [0, 0, 1, 1, 2, 2, 3, 3]
     with pytest.raises(
