@@ -21,6 +21,7 @@ from tpx_export.base import sd3_pipeline
 from tpx_export.base.dit import load_transformer as load_dit
 from tpx_export.base.dit import shapes_of
 from tpx_export.base.pipeline import open_base
+from tpx_export.base.sources import name_of
 from tpx_export.checkpoint import CheckpointInvalid
 from tpx_export.cli import main
 from tpx_export.exporter import export_bundle
@@ -286,6 +287,20 @@ def test_a_single_file_is_the_same_pipeline(tmp_path: Path, monkeypatch: pytest.
         theirs_here = other.state_dict()
         assert one.state_dict().keys() == theirs_here.keys()
         assert all(torch.equal(value, theirs_here[name]) for name, value in one.state_dict().items())
+
+
+def test_a_bundle_is_named_after_the_file_or_folder_that_was_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blob, link = tmp_path / "blobs/5d41402a", tmp_path / "snapshots/sd3_medium.safetensors"
+    for path in (blob, link):
+        path.parent.mkdir()
+    blob.touch()
+    link.symlink_to("../blobs/5d41402a")  # as in Hugging Face's cache
+    assert name_of(link) == "sd3_medium"
+    (tmp_path / "my model").mkdir()
+    monkeypatch.chdir(tmp_path / "my model")
+    assert name_of(Path(".")) == name_of(tmp_path / "my model") == "my-model"
 
 
 def test_a_dit_with_adapters_draws_classes(tmp_path: Path) -> None:
