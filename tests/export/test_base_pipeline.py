@@ -21,7 +21,7 @@ from tpx_export.base import sd3_pipeline
 from tpx_export.base.dit import load_transformer as load_dit
 from tpx_export.base.dit import shapes_of
 from tpx_export.base.pipeline import open_base
-from tpx_export.base.sources import name_of
+from tpx_export.base.sources import Sources, name_of
 from tpx_export.checkpoint import CheckpointInvalid
 from tpx_export.cli import main
 from tpx_export.exporter import export_bundle
@@ -246,10 +246,41 @@ def test_a_scheduler_of_its_own(reference: tuple[Path, Any], tmp_path: Path) -> 
     (other / "scheduler").mkdir()
     (other / "scheduler/scheduler_config.json").write_text(json.dumps({"shift": 1.5}))
     assert open_base(other).shift == 1.5
-    for wrong in (0, -1, float("inf"), float("nan")):
+    for wrong in (0, -1, float("inf"), float("nan"), "3"):
         (other / "scheduler/scheduler_config.json").write_text(json.dumps({"shift": wrong}))
-        with pytest.raises(CheckpointInvalid, match=f"expected a shift above 0, found {wrong:g}"):
+        with pytest.raises(CheckpointInvalid, match=r"expected a (shift above 0|number shift), found"):
             open_base(other)
+
+
+PUBLISHED = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, None),  # as SD3 and SD3.5 have it
+        ({"use_dynamic_shifting": False, "shift_terminal": None, "use_karras_sigmas": False}, None),
+        ({"_class_name": "DDIMScheduler"}, "a _class_name that starts with FlowMatch, found 'DDIMScheduler'"),
+        ({"_class_name": 3}, "a _class_name that starts with FlowMatch, found 3"),
+        ({"use_dynamic_shifting": True}, "use_dynamic_shifting False or None, found True"),
+        ({"shift_terminal": 0.02}, "shift_terminal None, found 0.02"),
+        ({"use_karras_sigmas": True}, "use_karras_sigmas False or None, found True"),
+        ({"use_exponential_sigmas": True}, "use_exponential_sigmas False or None, found True"),
+        ({"use_beta_sigmas": True}, "use_beta_sigmas False or None, found True"),
+        ({"invert_sigmas": True}, "invert_sigmas False or None, found True"),
+    ],
+)
+def test_a_schedule_that_would_not_be_followed_is_refused(
+    changes: dict[str, Any], said: str | None, tmp_path: Path
+) -> None:
+    path = tmp_path / "scheduler/scheduler_config.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(PUBLISHED | changes))
+    if said is None:
+        assert sd3_pipeline._schedule_shift(Sources(tmp_path, None)) == 3.0
+        return
+    with pytest.raises(CheckpointInvalid, match=f"{path}: expected {said}; other models cannot be imported"):
+        sd3_pipeline._schedule_shift(Sources(tmp_path, None))
 
 
 def single_file(folder: Path, path: Path) -> Path:
