@@ -16,7 +16,7 @@ from test_base_sd3 import original
 from test_base_vae import original as vae_names
 
 from benchmarks.tiny_sd3 import VARIANTS, save_pipeline, tiny_vae
-from tpx_export.adapters import attach, save_adapters
+from tpx_export.adapters import Facts, attach, save_adapters, write_adapters
 from tpx_export.base import sd3_pipeline
 from tpx_export.base.dit import load_transformer as load_dit
 from tpx_export.base.dit import shapes_of
@@ -27,6 +27,7 @@ from tpx_export.cli import main
 from tpx_export.exporter import export_bundle
 from tpx_export.model import ThinkingSpec
 from tpx_export.model.dit import DiTSpec
+from tpx_export.model.thinking import Thinking
 from tpx_runtime.bundle import Bundle
 from tpx_runtime.errors import BadInput
 from tpx_runtime.generator import Generator
@@ -148,6 +149,23 @@ def test_adapters_on_a_base(reference: tuple[Path, Any], tmp_path: Path) -> None
     generator = Generator.load(tmp_path / "bundle", engine="onnxruntime")
     deep, shallow = (np.asarray(generator("a cube", steps=3, depth=depth)[0]) for depth in (2, 1))
     assert (deep != shallow).any()
+
+
+@pytest.mark.parametrize(("blocks", "width"), [((0, 3), 32), ((0, 2), 64)])
+def test_adapters_that_cannot_fit_are_refused_before_anything_is_exported(
+    blocks: tuple[int, ...], width: int, reference: tuple[Path, Any], tmp_path: Path
+) -> None:
+    thinking = ThinkingSpec(blocks=blocks, experts=2, rank=4, max_depth=2)
+    state = {
+        f"blocks.{block}.thinking.{name}": value
+        for block in blocks
+        for name, value in Thinking(width, thinking).state_dict().items()
+    }
+    path = tmp_path / "tpx.safetensors"
+    write_adapters(path, thinking, state, Facts(width, "another"))
+    said = f"for 3 blocks of width 32, found some for blocks 0, {blocks[1]} of width {width}; take"
+    with pytest.raises(CheckpointInvalid, match=said):
+        open_base(reference[0], adapters=path)
 
 
 def test_half_precision_weights_make_a_half_precision_bundle(

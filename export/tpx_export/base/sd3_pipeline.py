@@ -64,6 +64,7 @@ def open_pipeline(sources: Sources, image_size_px: int | None, t5: bool) -> Pipe
         shift=_schedule_shift(sources),
         text=text,
         blocks=spec.blocks,
+        width=spec.width,
         transformer=lambda: load_transformer(path, latent),
         autoencoder=lambda: vae(size),
         precision=precision_of(stored.dtype),
