@@ -48,7 +48,7 @@ class Pipeline:
 
     `transformer` loads an MMDiT, called with latents, timestep, context, pooled and depth, or a DiT, called with class_id in
     the place of the text. `autoencoder` loads a module with `encoder(image) -> (mean, log variance)` and
-    `decoder(latents) -> image`. `blocks` counts the transformer's blocks; `precision` is what its weights are stored in.
+    `decoder(latents) -> image`. `blocks` and `width` are the transformer's; `precision` is what its weights are stored in.
     """
 
     name: str
@@ -59,6 +59,7 @@ class Pipeline:
     shift: float | None
     text: tuple[TextPart, ...]
     blocks: int
+    width: int
     transformer: Callable[[], nn.Module]
     autoencoder: Callable[[], nn.Module]
     precision: str = "fp32"
@@ -77,6 +78,7 @@ class Pipeline:
             shift=flow.spec.shift if flow else None,
             text=(_text_part(flow.text_encoder),) if flow else (),
             blocks=transformer.blocks,
+            width=transformer.width,
             # In training mode routes are drawn at random.
             transformer=lambda: copy.deepcopy(model.transformer).eval(),
             autoencoder=lambda: copy.deepcopy(model.autoencoder).eval(),

@@ -16,16 +16,18 @@ from test_base_sd3 import original
 from test_base_vae import original as vae_names
 
 from benchmarks.tiny_sd3 import VARIANTS, save_pipeline, tiny_vae
-from tpx_export.adapters import attach, save_adapters
+from tpx_export.adapters import Facts, attach, save_adapters, write_adapters
 from tpx_export.base import sd3_pipeline
 from tpx_export.base.dit import load_transformer as load_dit
 from tpx_export.base.dit import shapes_of
 from tpx_export.base.pipeline import open_base
+from tpx_export.base.sources import Sources, name_of
 from tpx_export.checkpoint import CheckpointInvalid
 from tpx_export.cli import main
 from tpx_export.exporter import export_bundle
 from tpx_export.model import ThinkingSpec
 from tpx_export.model.dit import DiTSpec
+from tpx_export.model.thinking import Thinking
 from tpx_runtime.bundle import Bundle
 from tpx_runtime.errors import BadInput
 from tpx_runtime.generator import Generator
@@ -149,6 +151,23 @@ def test_adapters_on_a_base(reference: tuple[Path, Any], tmp_path: Path) -> None
     assert (deep != shallow).any()
 
 
+@pytest.mark.parametrize(("blocks", "width"), [((0, 3), 32), ((0, 2), 64)])
+def test_adapters_that_cannot_fit_are_refused_before_anything_is_exported(
+    blocks: tuple[int, ...], width: int, reference: tuple[Path, Any], tmp_path: Path
+) -> None:
+    thinking = ThinkingSpec(blocks=blocks, experts=2, rank=4, max_depth=2)
+    state = {
+        f"blocks.{block}.thinking.{name}": value
+        for block in blocks
+        for name, value in Thinking(width, thinking).state_dict().items()
+    }
+    path = tmp_path / "tpx.safetensors"
+    write_adapters(path, thinking, state, Facts(width, "another"))
+    said = f"for 3 blocks of width 32, found some for blocks 0, {blocks[1]} of width {width}; take"
+    with pytest.raises(CheckpointInvalid, match=said):
+        open_base(reference[0], adapters=path)
+
+
 def test_half_precision_weights_make_a_half_precision_bundle(
     reference: tuple[Path, Any], tmp_path: Path
 ) -> None:
@@ -245,10 +264,41 @@ def test_a_scheduler_of_its_own(reference: tuple[Path, Any], tmp_path: Path) -> 
     (other / "scheduler").mkdir()
     (other / "scheduler/scheduler_config.json").write_text(json.dumps({"shift": 1.5}))
     assert open_base(other).shift == 1.5
-    for wrong in (0, -1, float("inf"), float("nan")):
+    for wrong in (0, -1, float("inf"), float("nan"), "3"):
         (other / "scheduler/scheduler_config.json").write_text(json.dumps({"shift": wrong}))
-        with pytest.raises(CheckpointInvalid, match=f"expected a shift above 0, found {wrong:g}"):
+        with pytest.raises(CheckpointInvalid, match=r"expected a (shift above 0|number shift), found"):
             open_base(other)
+
+
+PUBLISHED = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, None),  # as SD3 and SD3.5 have it
+        ({"use_dynamic_shifting": False, "shift_terminal": None, "use_karras_sigmas": False}, None),
+        ({"_class_name": "DDIMScheduler"}, "a _class_name that starts with FlowMatch, found 'DDIMScheduler'"),
+        ({"_class_name": 3}, "a _class_name that starts with FlowMatch, found 3"),
+        ({"use_dynamic_shifting": True}, "use_dynamic_shifting False or None, found True"),
+        ({"shift_terminal": 0.02}, "shift_terminal None, found 0.02"),
+        ({"use_karras_sigmas": True}, "use_karras_sigmas False or None, found True"),
+        ({"use_exponential_sigmas": True}, "use_exponential_sigmas False or None, found True"),
+        ({"use_beta_sigmas": True}, "use_beta_sigmas False or None, found True"),
+        ({"invert_sigmas": True}, "invert_sigmas False or None, found True"),
+    ],
+)
+def test_a_schedule_that_would_not_be_followed_is_refused(
+    changes: dict[str, Any], said: str | None, tmp_path: Path
+) -> None:
+    path = tmp_path / "scheduler/scheduler_config.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(PUBLISHED | changes))
+    if said is None:
+        assert sd3_pipeline._schedule_shift(Sources(tmp_path, None)) == 3.0
+        return
+    with pytest.raises(CheckpointInvalid, match=f"{path}: expected {said}; other models cannot be imported"):
+        sd3_pipeline._schedule_shift(Sources(tmp_path, None))
 
 
 def single_file(folder: Path, path: Path) -> Path:
@@ -286,6 +336,20 @@ def test_a_single_file_is_the_same_pipeline(tmp_path: Path, monkeypatch: pytest.
         theirs_here = other.state_dict()
         assert one.state_dict().keys() == theirs_here.keys()
         assert all(torch.equal(value, theirs_here[name]) for name, value in one.state_dict().items())
+
+
+def test_a_bundle_is_named_after_the_file_or_folder_that_was_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blob, link = tmp_path / "blobs/5d41402a", tmp_path / "snapshots/sd3_medium.safetensors"
+    for path in (blob, link):
+        path.parent.mkdir()
+    blob.touch()
+    link.symlink_to("../blobs/5d41402a")  # as in Hugging Face's cache
+    assert name_of(link) == "sd3_medium"
+    (tmp_path / "my model").mkdir()
+    monkeypatch.chdir(tmp_path / "my model")
+    assert name_of(Path(".")) == name_of(tmp_path / "my model") == "my-model"
 
 
 def test_a_dit_with_adapters_draws_classes(tmp_path: Path) -> None:

@@ -726,6 +726,41 @@ def test_the_fingerprint_is_of_names_and_content(sd3: Path, tmp_path: Path) -> N
     assert fingerprint.of_base(large) != empty
 
 
+def test_the_fingerprint_is_not_of_what_lies_beside_the_base(sd3: Path, tmp_path: Path) -> None:
+    copied = tmp_path / "copied"
+    shutil.copytree(sd3, copied)
+    for name in (
+        "tpx.safetensors",
+        "tpx.safetensors.state.pt",
+        "tpx.safetensors.cache/ab.safetensors",
+        "pictures/red.txt",
+        "blue.txt",
+    ):
+        (copied / name).parent.mkdir(exist_ok=True)
+        (copied / name).write_text("new")
+    assert fingerprint.of_base(copied) == fingerprint.of_base(sd3)
+    (copied / "model_index.json").write_text("{}")
+    assert fingerprint.of_base(copied) != fingerprint.of_base(sd3)
+    # A part by itself has its weights at the root, where only what is named can be told from them.
+    alone, out = copied / "transformer", copied / "transformer/adapters-of-mine.safetensors"
+    before = fingerprint.of_base(alone)
+    out.write_text("new")
+    assert fingerprint.of_base(alone) != before == fingerprint.of_base(alone, leave_out=[out])
+
+
+def test_a_run_inside_the_bases_folder_goes_on(dit: Path, classed: Path, tmp_path: Path) -> None:
+    copied = tmp_path / "copied"
+    shutil.copytree(dit, copied)
+    shutil.copytree(classed, copied / "pictures")
+    command = ("--base", copied / "dit.safetensors", "--components", copied, *QUICK)
+    command += ("--data", copied / "pictures", "--out", copied / "tpx.safetensors")
+    trained(*command, "--steps", 1)
+    entries = files(copied / "tpx.safetensors.cache")
+    trained(*command, "--steps", 2)
+    assert load_adapters(copied).facts.training["steps"] == 2
+    assert files(copied / "tpx.safetensors.cache") == entries
+
+
 def test_every_picture_has_its_turn() -> None:
     data = Data(None, None, tuple("abcde"), ("",) * 5, {})  # type: ignore[arg-type]
     seen = [row for step in range(10) for row in data.rows(0, step, 3)]
@@ -764,6 +799,20 @@ def test_layouts_of_captions(captioned: Path, tmp_path: Path) -> None:
         Example(captioned / "inside/more.JPG", "in a list"),
         Example(captioned / "blue-disc.png", ""),
     ]
+
+
+def test_pictures_in_hugging_faces_cache_are_links(captioned: Path, tmp_path: Path) -> None:
+    snapshot, blob = tmp_path / "snapshots/1f0c", tmp_path / "blobs/5d41"
+    snapshot.mkdir(parents=True)
+    blob.parent.mkdir()
+    shutil.copy(captioned / "red-disc.png", blob)
+    (snapshot / "red-disc.png").symlink_to("../../blobs/5d41")
+    (snapshot / "metadata.jsonl").write_text('{"file_name": "red-disc.png", "text": "a red disc"}\n')
+    assert read_folder(snapshot) == [Example(snapshot / "red-disc.png", "a red disc")]
+    for name in ("../../blobs/5d41", str(blob)):
+        (snapshot / "metadata.jsonl").write_text(json.dumps({"file_name": name, "text": ""}))
+        with pytest.raises(BadInput, match=r"expected a picture in .* found no .*; check its name"):
+            read_folder(snapshot)
 
 
 def test_layouts_of_classes(classed: Path) -> None:

@@ -42,6 +42,7 @@ def open_pipeline(sources: Sources, image_size_px: int | None = None) -> Pipelin
         shift=None,
         text=(),
         blocks=spec.blocks,
+        width=spec.width,
         transformer=lambda: from_tensors(tensors),
         autoencoder=lambda: load_vae(folder, size),
         precision=precision_of(tensors.dtype),

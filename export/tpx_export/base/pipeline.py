@@ -53,7 +53,13 @@ def _mend(root: Path) -> str:
 
 def with_adapters(pipeline: Pipeline, path: Path) -> Pipeline:
     """`pipeline` with the thinking adapters of a file attached to its transformer. Raises CheckpointInvalid."""
-    thinking, state, _ = load_adapters(path)
+    thinking, state, facts = load_adapters(path)
+    if facts.width != pipeline.width or thinking.blocks[-1] >= pipeline.blocks:
+        raise CheckpointInvalid(
+            f"{path}: expected thinking adapters for {pipeline.blocks} blocks of width {pipeline.width}, found some for "
+            f"blocks {', '.join(map(str, thinking.blocks))} of width {facts.width}; take those that were trained on this "
+            "base"
+        )
     model = replace(
         pipeline.model,
         conditions_width=pipeline.model.conditions_width + thinking.conditions_width,

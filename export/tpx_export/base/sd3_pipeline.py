@@ -1,14 +1,13 @@
 """Stable Diffusion 3 and 3.5 as a pipeline: a diffusers folder, or an original single file with its components."""
 
-import json
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
 
-from tpx_export.base.facts import read_config
+from tpx_export.base.facts import Config, read_config
+from tpx_export.base.foreign_json import read_object
 from tpx_export.base.sd3 import PREFIX, latent_sizes, load_transformer
 from tpx_export.base.sd3_spec import CLIP_TOKENS, T5_TOKENS, spec_of_config, spec_of_shapes
 from tpx_export.base.sources import Sources, name_of, precision_of
@@ -28,6 +27,13 @@ from tpx_runtime.manifest import Defaults, EncoderSpec, LatentSpec
 _SHIFT = 3.0
 _SAMPLE_SIZE = 128  # latents a side that a single file, which does not say it, was trained for
 _SCRATCH_PX = 1024
+_UNUSED = (  # settings of diffusers' schedulers that would make another schedule
+    "use_dynamic_shifting",
+    "use_karras_sigmas",
+    "use_exponential_sigmas",
+    "use_beta_sigmas",
+    "invert_sigmas",
+)
 
 
 def open_pipeline(sources: Sources, image_size_px: int | None, t5: bool) -> Pipeline:
@@ -58,6 +64,7 @@ def open_pipeline(sources: Sources, image_size_px: int | None, t5: bool) -> Pipe
         shift=_schedule_shift(sources),
         text=text,
         blocks=spec.blocks,
+        width=spec.width,
         transformer=lambda: load_transformer(path, latent),
         autoencoder=lambda: vae(size),
         precision=precision_of(stored.dtype),
@@ -155,14 +162,19 @@ def _sample_size(path: Path) -> int:
 
 
 def _schedule_shift(sources: Sources) -> float:
+    """The shift of a flow's schedule that has no other settings. Raises CheckpointInvalid."""
     name = "scheduler_config.json"
     folder = sources.find("scheduler", name)
     if folder is None:
         return _SHIFT
-    try:
-        shift = float(json.loads((folder / name).read_text(encoding="utf-8")).get("shift", _SHIFT))
-    except (ValueError, TypeError, AttributeError):
-        raise CheckpointInvalid(f"{folder / name}: expected JSON with a number shift, found none") from None
-    if not 0 < shift < math.inf:
-        raise CheckpointInvalid(f"{folder / name}: expected a shift above 0, found {shift:g}")
+    config = Config(folder / name, read_object(folder / name))
+    kind = config.fields.get("_class_name", "FlowMatch")
+    if not isinstance(kind, str) or not kind.startswith("FlowMatch"):
+        raise config.unfit("a _class_name that starts with FlowMatch", kind)
+    for field in _UNUSED:
+        config.one_of(field, (False, None))
+    config.one_of("shift_terminal", (None,))
+    shift = config.real("shift", _SHIFT)
+    if shift <= 0:
+        raise config.unfit("a shift above 0", shift)
     return shift

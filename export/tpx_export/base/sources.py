@@ -54,8 +54,8 @@ class Sources:
 
 def name_of(path: Path) -> str:
     """A name for the bundle of the model in that file or folder."""
-    whole = path.resolve()
-    stem = whole.name if whole.is_dir() else whole.stem
+    # A file in Hugging Face's cache is a link to one that is named by its hash; a folder may be given as ".".
+    stem = path.resolve().name if path.is_dir() else path.stem
     return re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-._") or "model"
 
 

@@ -78,7 +78,7 @@ def _train(request: Request, settings: Settings) -> Outcome:
         size = SD3_SIZE_PX
     pipeline = open_base(request.base, request.components, size, t5=request.t5)
     examples = read_folder(request.data, pipeline.model.classes)
-    base = fingerprint.of_base(request.base, request.components)
+    base = fingerprint.of_base(request.base, request.components, (request.out, request.state))
     settings = dataclasses.replace(
         settings, thinking=within_base(settings.thinking, pipeline.blocks, request.blocks_asked)
     )
