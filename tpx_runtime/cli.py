@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .command import TpxCommand
+from .command import TpxCommand, noticing
 from .errors import BadInput, EngineFailed, EngineUnavailable, shorten
 
 if TYPE_CHECKING:
@@ -96,16 +96,6 @@ def _notice_other_bundle(facts: dict[str, Any] | None, bundle: "Bundle") -> None
         warnings.warn(
             f"the picture of --like was drawn by another bundle, {shorten(facts.get('bundle'))}", stacklevel=2
         )
-
-
-@contextmanager
-def _noticing() -> Iterator[None]:
-    """What is warned of inside, such as a prompt that is cut short, is said in one line each on stderr afterwards."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
-        yield
-    for line in dict.fromkeys(" ".join(str(warning.message).splitlines()) for warning in caught):
-        click.echo(f"notice: {line}", err=True)
 
 
 def _plan_lines(
@@ -236,7 +226,7 @@ def run(
     opened = Bundle.open(find_bundle(bundle), verify=not no_verify)
     several_batches = num_images * len(named) > batch_size
     generator = Generator(opened, chosen, t5=not no_t5, keep=several_batches)
-    with _noticing():
+    with noticing():
         _notice_other_bundle(click.get_current_context().meta.get(LIKE), opened)
         settings |= {"class_id": class_id, "strength": strength, "seed": seed, "num_images": num_images}
         planned = prompts_file and _plan_lines(generator, prompts_file, lines, settings)

@@ -3,6 +3,7 @@
 import io
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO, Any
@@ -47,6 +48,16 @@ def mend_streams() -> None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+@contextmanager
+def noticing() -> Iterator[None]:
+    """What is warned of inside, such as a prompt that is cut short, is said in one line each on stderr afterwards."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        yield
+    for line in dict.fromkeys(" ".join(str(warning.message).splitlines()) for warning in caught):
+        click.echo(f"notice: {line}", err=True)
 
 
 def _say_version(ctx: click.Context, _: click.Parameter, asked: bool) -> None:

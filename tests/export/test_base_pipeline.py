@@ -16,11 +16,11 @@ from test_base_sd3 import original
 from test_base_vae import original as vae_names
 
 from benchmarks.tiny_sd3 import VARIANTS, save_pipeline, tiny_vae
-from tpx_export.adapters import Facts, attach, save_adapters, write_adapters
+from tpx_export.adapters import Facts, attach, load_adapters, save_adapters, write_adapters
 from tpx_export.base import sd3_pipeline
 from tpx_export.base.dit import load_transformer as load_dit
 from tpx_export.base.dit import shapes_of
-from tpx_export.base.pipeline import open_base
+from tpx_export.base.pipeline import AnotherBase, open_base
 from tpx_export.base.sources import Sources, name_of
 from tpx_export.checkpoint import CheckpointInvalid
 from tpx_export.cli import main
@@ -28,6 +28,7 @@ from tpx_export.exporter import export_bundle
 from tpx_export.model import ThinkingSpec
 from tpx_export.model.dit import DiTSpec
 from tpx_export.model.thinking import Thinking
+from tpx_export.training import fingerprint
 from tpx_runtime.bundle import Bundle
 from tpx_runtime.errors import BadInput
 from tpx_runtime.generator import Generator
@@ -149,6 +150,49 @@ def test_adapters_on_a_base(reference: tuple[Path, Any], tmp_path: Path) -> None
     generator = Generator.load(tmp_path / "bundle", engine="onnxruntime")
     deep, shallow = (np.asarray(generator("a cube", steps=3, depth=depth)[0]) for depth in (2, 1))
     assert (deep != shallow).any()
+
+
+def trained_adapters(reference: tuple[Path, Any], path: Path, **training: Any) -> None:
+    """Random adapters for the base, whose file says that much of their training."""
+    thinking = ThinkingSpec(blocks=(1,), experts=3, rank=4, max_depth=2)
+    model = attach(open_base(reference[0]).transformer(), thinking, dtype=torch.float32)
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if ".thinking." in name:
+            parameter.data.normal_()
+    save_adapters(model, path, "tiny", training)
+
+
+def test_adapters_of_another_training_are_told(reference: tuple[Path, Any], tmp_path: Path) -> None:
+    path, base = tmp_path / "tpx.safetensors", reference[0]
+    size = open_base(base).model.image_size_px[0]
+    told = {"base_sha256": fingerprint.of_base(base), "image_size_px": size, "t5": True}
+    trained_adapters(reference, path, **told)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        open_base(base, adapters=path)
+    for change, said in (
+        ({"base_sha256": "0" * 64}, "on other files of a base than these"),
+        ({"image_size_px": 1024}, f"at 1024 pixels and not {size}"),
+        ({"t5": False}, "without T5"),
+    ):
+        trained_adapters(reference, path, **told | change)
+        with pytest.warns(AnotherBase, match=f"^the adapters were trained {said}$"):
+            open_base(base, adapters=path)
+
+
+def test_adapters_stay_in_float32_on_a_base_in_bfloat16(reference: tuple[Path, Any], tmp_path: Path) -> None:
+    folder, path = tmp_path / "base", tmp_path / "tpx.safetensors"
+    shutil.copytree(reference[0], folder)
+    for file in (folder / "transformer").glob("*.safetensors"):
+        save_file({name: value.bfloat16() for name, value in load_file(file).items()}, file)
+    trained_adapters(reference, path)
+    expected = load_adapters(path).state
+    found = open_base(folder, adapters=path).transformer().state_dict()
+    assert expected
+    for name, value in expected.items():
+        assert found[name].dtype == torch.float32
+        torch.testing.assert_close(found[name], value, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(("blocks", "width"), [((0, 3), 32), ((0, 2), 64)])

@@ -7,14 +7,19 @@ What PATH lacks is taken from `components`, a diffusers folder.
 """
 
 import shlex
+import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from tpx_export.adapters import attach, load_adapters
+import torch
+
+from tpx_export.adapters import Adapters, attach, load_adapters
 from tpx_export.base import dit_pipeline, sd3_pipeline
 from tpx_export.base.sources import Sources
 from tpx_export.checkpoint import CheckpointInvalid
 from tpx_export.pipeline import Pipeline
+from tpx_export.training import fingerprint
 from tpx_runtime.errors import BadInput
 
 
@@ -28,7 +33,8 @@ def open_base(
     """The model at `path`, with the thinking adapters of a tpx.safetensors file, if any.
 
     Pictures are square, of `image_size_px` or the model's own size. Raises CheckpointInvalid for files that are missing or
-    do not fit, BadInput for an image size that the model cannot draw.
+    do not fit, BadInput for an image size that the model cannot draw; warns, with AnotherBase, of adapters that were trained
+    on something else.
     """
     for root in (path, components):
         if root is not None and not root.exists():
@@ -40,7 +46,34 @@ def open_base(
         pipeline = dit_pipeline.open_pipeline(sources, image_size_px)
     else:
         pipeline = sd3_pipeline.open_pipeline(sources, image_size_px, t5)
-    return with_adapters(pipeline, adapters) if adapters else pipeline
+    if adapters is None:
+        return pipeline
+    thinking, state, facts = load_adapters(adapters)
+    if "base_sha256" in facts.training:
+        ours = (
+            adapters,
+            adapters.with_name(f"{adapters.name}.state.pt"),
+        )  # which tpx-train may have left with the base
+        base = fingerprint.of_base(path, components, ours)
+        _notice_another(facts.training, base, pipeline, t5)
+    return with_adapters(pipeline, Adapters(thinking, state, facts), adapters)
+
+
+class AnotherBase(UserWarning):
+    """Adapters are put on another base than they were trained on: no error, for it may be the same in other precision."""
+
+
+def _notice_another(training: dict[str, Any], base: str, pipeline: Pipeline, t5: bool) -> None:
+    """Warn, with AnotherBase, where adapters were trained on something else, as far as their file says on what."""
+    found = {"base_sha256": base, "image_size_px": pipeline.model.image_size_px[0], "t5": t5}
+    said = {
+        "base_sha256": "on other files of a base than these",
+        "image_size_px": f"at {training.get('image_size_px')} pixels and not {found['image_size_px']}",
+        "t5": "without T5" if t5 else "with T5",
+    }
+    differing = [said[name] for name, value in found.items() if training.get(name, value) != value]
+    if differing:
+        warnings.warn(f"the adapters were trained {', '.join(differing)}", AnotherBase, stacklevel=3)
 
 
 def _mend(root: Path) -> str:
@@ -51,9 +84,9 @@ def _mend(root: Path) -> str:
     return "check the path"
 
 
-def with_adapters(pipeline: Pipeline, path: Path) -> Pipeline:
-    """`pipeline` with the thinking adapters of a file attached to its transformer. Raises CheckpointInvalid."""
-    thinking, state, facts = load_adapters(path)
+def with_adapters(pipeline: Pipeline, adapters: Adapters, path: Path) -> Pipeline:
+    """`pipeline` with the thinking adapters of the file at `path` attached to its transformer. Raises CheckpointInvalid."""
+    thinking, state, facts = adapters
     if facts.width != pipeline.width or thinking.blocks[-1] >= pipeline.blocks:
         raise CheckpointInvalid(
             f"{path}: expected thinking adapters for {pipeline.blocks} blocks of width {pipeline.width}, found some for "
@@ -72,5 +105,8 @@ def with_adapters(pipeline: Pipeline, path: Path) -> Pipeline:
         name=f"{pipeline.name}-thinking",
         model=model,
         defaults=replace(pipeline.defaults, depth=thinking.max_depth),
-        transformer=lambda: attach(pipeline.transformer(), thinking, state).requires_grad_(False),
+        # In float32 whatever the base is stored in: the exporter makes them what the bundle's precision is.
+        transformer=lambda: attach(pipeline.transformer(), thinking, state, torch.float32).requires_grad_(
+            False
+        ),
     )

@@ -123,7 +123,8 @@ def load_foreign(
             elif value.dtype not in STORED:
                 faults.append(f"{made.names[0]} is {value.dtype}, not a float of 32 or 16 bits")
             else:
-                state[name] = value
+                # Without `data` a buffer may be a view, which torch cannot export once its precision is changed in place.
+                state[name] = value.data
     if faults:
         raise CheckpointInvalid(
             f"{tensors.where}: expected the {len(needed)} tensors of this model, found {len(faults)} that do not fit: "
