@@ -1,8 +1,9 @@
 """What a denoising loop does between two calls of the transformer, as a graph, so that latents stay on the device.
 
 Every deterministic sampler is a weighted sum of the first latents and of all predictions since
-(tpx_runtime/recurrence.py), and guidance (arXiv:2207.12598) a weighted sum of the rows of both branches. So one graph serves
-them all: it stores the last prediction in `slot` of the history, sums, and picks the conditions of the next call.
+(tpx_runtime/sampling/recurrence.py), and guidance (arXiv:2207.12598) a weighted sum of the rows of both branches. So one
+graph serves them all: it stores the last prediction in `slot` of the history, sums, and picks the conditions of the next
+call.
 
     history [slots, rows, C, H, W]     the first latents, then each call's prediction; the output `kept` may share its memory
     prediction [rows, C, H, W]         goes to `slot` and to all later slots, so that no older values are left there

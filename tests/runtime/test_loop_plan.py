@@ -38,7 +38,7 @@ def plan(job: Settings, model: ModelSpec = MODEL) -> tuple[LoopPlan | None, Cond
     return plan_loop(job, sampler, schedule, LATENTS, told, table, model), table
 
 
-def test_a_guided_course_has_both_branches_and_each_call_s_conditions() -> None:
+def test_a_guided_loop_has_both_branches_and_each_call_s_conditions() -> None:
     found, table = plan(JOB)
     assert found is not None
     np.testing.assert_array_equal(found.latents, np.concatenate([LATENTS, LATENTS]))

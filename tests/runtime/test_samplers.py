@@ -78,7 +78,7 @@ def test_schedule_is_that_of_diffusers(name: str, steps: int) -> None:
 
 
 def test_first_alpha_of_unipc_keeps_its_float32_rounding() -> None:
-    """diffusers' 1 - float32(1 - 1e-6): the second step's log-SNR hangs on it."""
+    """diffusers' 1 - float32(1 - 1e-6): the second step's log-SNR depends on it."""
     assert 1 - FLOW_SAMPLERS["unipc"].schedule(10, 3.0).sigmas[0] == pytest.approx(
         1.0132789611816406e-06, rel=1e-9
     )
