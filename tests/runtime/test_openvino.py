@@ -707,15 +707,3 @@ def test_a_process_makes_one_core() -> None:
     folders = (root / "tpx_runtime", root / "engines", root / "export")
     made = [path.name for folder in folders for path in folder.rglob("*.py") if "Core()" in path.read_text()]
     assert made == ["openvino.py"]
-
-
-def test_a_graph_that_memory_is_too_short_for_is_not_kept(
-    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    copy = shutil.copytree(tiny_bundle, tmp_path / "copy")
-    monkeypatch.setattr(openvino, "available_bytes", lambda: 1000)
-    ENGINES["openvino"].open(copy / "vae_decoder/model.onnx")
-    assert not list((tmp_path / "copy.engines").rglob("*.blob"))
-    monkeypatch.setattr(openvino, "available_bytes", lambda: None)
-    ENGINES["openvino"].open(copy / "vae_decoder/model.onnx")
-    assert len(list((tmp_path / "copy.engines").rglob("*.blob"))) == 1

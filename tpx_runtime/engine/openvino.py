@@ -15,7 +15,6 @@ import openvino
 from .. import __version__
 from ..bundle import CONDITIONS
 from ..errors import EngineFailed
-from ..memory import available_bytes
 from .environment import threads_wanted
 from .openvino_exact import ExactGraphs, shapes_of
 from .openvino_graph import Graph
@@ -24,8 +23,6 @@ from .session import Arrays, failing
 
 # Left alone it computes in bf16 where the CPU can, which sends tokens to other experts: that has to be asked for.
 PRECISIONS = {"openvino": "f32", "openvino-bf16": "bf16"}
-# Of a graph's weights, while openvino writes it.
-_COPIES = 2
 # The first to know com.microsoft::MultiHeadAttention, which large models have for ONNX Runtime's sake.
 LEAST = (2026, 3)
 
@@ -75,7 +72,7 @@ class OpenVinoSession:
         if loaded is None:
             compiled = compile_any(self._path, self._config)
             with suppress(OSError, RuntimeError, MemoryError):  # one that cannot be kept runs nevertheless
-                if self._store.prepare() and _fits_in_memory(self._store):
+                if self._store.prepare():
                     self._store.write(self._store.any_shapes, compiled)
             loaded = Graph(compiled), None
         self._any_shapes, self._mapped = loaded
@@ -120,12 +117,6 @@ def load_any(config: dict[str, str], store: Store) -> tuple[Graph, openvino.Tens
         return Graph(core().import_model(blob, "CPU", config)), blob
     except Exception:
         return None
-
-
-def _fits_in_memory(store: Store) -> bool:
-    """Whether there is room for the copies of the weights that writing a compiled graph takes."""
-    have = available_bytes()
-    return have is None or _COPIES * store.weight_bytes < have
 
 
 def compile_any(path: Path, config: dict[str, str]) -> openvino.CompiledModel:
