@@ -28,6 +28,7 @@ from tpx_export.model.dit import DiT, DiTSpec, position_table
 from tpx_export.model.embedder import Embedder, sinusoid
 from tpx_export.model.patches import from_patches, to_patches
 from tpx_export.model.thinking import Gate, Thinking, ThinkingSpec
+from tpx_export.precision import at_precision
 from tpx_export.routing import masked, permuted
 from tpx_runtime.errors import BadInput
 from tpx_runtime.guidance import guide
@@ -615,3 +616,11 @@ def test_onnx_of_a_model_that_does_not_think(tmp_path: Path) -> None:
     [run] = in_onnx(model, 1, tmp_path)
     [found] = run(*inputs())
     assert error(found, model(*inputs(), 1)[0].double()) < 1e-4
+
+
+def test_onnx_of_a_model_in_another_precision_than_the_stored_one(tmp_path: Path) -> None:
+    state = {name: value.bfloat16() for name, value in random_state(TINY).items()}
+    model = at_precision(load_transformer(saved(state, tmp_path)), "fp32")
+    for run in in_onnx(model, 1, tmp_path):
+        found = run(*inputs())[0]
+        assert error(found, model(*inputs(), 1)[0].double()) < 1e-4

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from click.testing import CliRunner
+from onnx.numpy_helper import to_array
 from safetensors.torch import load_file, save_file
 from test_base_sd3 import original
 from test_base_vae import original as vae_names
@@ -396,16 +398,38 @@ def test_a_bundle_is_named_after_the_file_or_folder_that_was_given(
     assert name_of(Path(".")) == name_of(tmp_path / "my model") == "my-model"
 
 
-def test_a_dit_with_adapters_draws_classes(tmp_path: Path) -> None:
+def write_dit(folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    """A random DiT in that precision, dit.pt, its vae, and float32 adapters of it."""
     torch.manual_seed(0)
     spec = DiTSpec(latent_size=8, width=384, heads=6, blocks=2, classes=10)
-    torch.save({name: torch.randn(s) * 0.05 for name, s in shapes_of(spec).items()}, tmp_path / "dit.pt")
-    tiny_vae(latent_channels=4, use_quant_conv=True, use_post_quant_conv=True).save_pretrained(
-        tmp_path / "vae"
-    )
-    model = attach(load_dit(tmp_path / "dit.pt"), ThinkingSpec(blocks=(0,), experts=3, rank=4, max_depth=2))
+    state = {name: (torch.randn(s) * 0.05).to(dtype) for name, s in shapes_of(spec).items()}
+    torch.save(state, folder / "dit.pt")
+    tiny_vae(latent_channels=4, use_quant_conv=True, use_post_quant_conv=True).save_pretrained(folder / "vae")
+    thinking = ThinkingSpec(blocks=(0,), experts=3, rank=4, max_depth=2)
+    model = attach(load_dit(folder / "dit.pt"), thinking, dtype=torch.float32)
     model.blocks[0].thinking.b.normal_(std=0.3)
-    save_adapters(model, tmp_path / "tpx.safetensors", "dit")
+    save_adapters(model, folder / "tpx.safetensors", "dit")
+
+
+@pytest.mark.parametrize(
+    ("base", "bundle"), [(torch.bfloat16, torch.float32), (torch.float16, torch.float16)]
+)
+def test_adapters_are_rounded_to_the_bundles_precision_alone(
+    base: torch.dtype, bundle: torch.dtype, tmp_path: Path
+) -> None:
+    write_dit(tmp_path, base)
+    adapters = tmp_path / "tpx.safetensors"
+    export_bundle(open_base(tmp_path / "dit.pt", tmp_path, adapters=adapters), tmp_path / "bundle")
+    graph = onnx.load(tmp_path / "bundle/transformer/depth-1.onnx").graph
+    written = {one.name: torch.from_numpy(to_array(one).copy()) for one in graph.initializer}
+    trained = load_file(adapters)
+    for name in ("blocks.0.thinking.a", "blocks.0.thinking.b"):
+        found = written[f"transformer.{name}"]
+        assert found.dtype == bundle and torch.equal(found, trained[name].to(bundle)), name
+
+
+def test_a_dit_with_adapters_draws_classes(tmp_path: Path) -> None:
+    write_dit(tmp_path)
     arguments = ["--base", str(tmp_path / "dit.pt"), "--adapters", str(tmp_path / "tpx.safetensors")]
     assert "expected vae/config.json" in refused(*arguments)
     arguments += ["--components", str(tmp_path), "--out", str(tmp_path / "bundle")]

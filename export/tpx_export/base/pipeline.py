@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from tpx_export.adapters import Adapters, attach, load_adapters
+from tpx_export.adapters import FILE, Adapters, attach, load_adapters
 from tpx_export.base import dit_pipeline, sd3_pipeline
 from tpx_export.base.sources import Sources
 from tpx_export.checkpoint import CheckpointInvalid
@@ -50,10 +50,8 @@ def open_base(
         return pipeline
     thinking, state, facts = load_adapters(adapters)
     if "base_sha256" in facts.training:
-        ours = (
-            adapters,
-            adapters.with_name(f"{adapters.name}.state.pt"),
-        )  # which tpx-train may have left with the base
+        file = adapters / FILE if adapters.is_dir() else adapters
+        ours = (file, file.with_name(f"{file.name}.state.pt"))  # which tpx-train may have left with the base
         base = fingerprint.of_base(path, components, ours)
         _notice_another(facts.training, base, pipeline, t5)
     return with_adapters(pipeline, Adapters(thinking, state, facts), adapters)
@@ -65,7 +63,9 @@ class AnotherBase(UserWarning):
 
 def _notice_another(training: dict[str, Any], base: str, pipeline: Pipeline, t5: bool) -> None:
     """Warn, with AnotherBase, where adapters were trained on something else, as far as their file says on what."""
-    found = {"base_sha256": base, "image_size_px": pipeline.model.image_size_px[0], "t5": t5}
+    found: dict[str, Any] = {"base_sha256": base, "image_size_px": pipeline.model.image_size_px[0]}
+    if pipeline.text:
+        found["t5"] = t5
     said = {
         "base_sha256": "on other files of a base than these",
         "image_size_px": f"at {training.get('image_size_px')} pixels and not {found['image_size_px']}",
