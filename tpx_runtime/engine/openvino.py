@@ -53,9 +53,8 @@ class OpenVinoSession:
         self._path, self._config, self._store = path, config, store
         self._exact = ExactGraphs(core(), path, config, store)
         self._any_shapes: Graph | None = None
-        self._mapped: openvino.Tensor | None = (
-            None  # what that reads its weights from, if it came from a file
-        )
+        # What that reads its weights from, if it came from a file.
+        self._mapped: openvino.Tensor | None = None
         if not store.built():  # else the first call may want no more than one of those
             self._load()
 

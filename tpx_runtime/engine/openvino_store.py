@@ -100,9 +100,8 @@ class Store:
     @classmethod
     def beside(cls, path: Path, precision: str, context: str) -> "Store":
         """The store of the graph at BUNDLE/FOLDER/STEM.onnx."""
-        part = (
-            path.parent.resolve()
-        )  # the graph itself may be a link to elsewhere, as in Hugging Face's cache
+        # The graph itself may be a link to elsewhere, as in Hugging Face's cache.
+        part = path.parent.resolve()
         return cls(
             default_folder(part.parent) / "openvino" / f"{part.name}.{path.stem}.{precision}", path, context
         )

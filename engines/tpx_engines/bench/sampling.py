@@ -69,6 +69,5 @@ class BaselineGenerator(Generator):
     """The runtime's generator on networks: `denoiser`, and by their folders in the bundle the others."""
 
     def __init__(self, bundle: Bundle, name: str, denoiser: Network, others: dict[str, Network]) -> None:
-        engine = cast(Engine, Framework(name, others))
-        super().__init__(bundle, engine)
-        self.denoiser = BaselineDenoiser(bundle, Graphs(engine), denoiser)
+        super().__init__(bundle, cast(Engine, Framework(name, others)))
+        self.denoiser = BaselineDenoiser(bundle, self._graphs, denoiser)
