@@ -103,15 +103,16 @@ def save_pipeline(folder: Path, variant: str, seed: int = 0) -> Any:
         **VARIANTS[variant],
     }
     pipeline = StableDiffusion3Pipeline(
-        transformer=randomise(SD3Transformer2DModel(**transformer)),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=tiny_vae(),
         text_encoder=clips[0],
         tokenizer=tokenizers[0],
         text_encoder_2=clips[1],
         tokenizer_2=tokenizers[1],
         text_encoder_3=randomise(T5EncoderModel(t5)),
         tokenizer_3=t5_tokenizer,
+        vae=tiny_vae(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        # Last, so that all variants have the same encoders and autoencoder.
+        transformer=randomise(SD3Transformer2DModel(**transformer)),
     )
     pipeline.set_progress_bar_config(disable=True)
     pipeline.save_pretrained(folder)

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 from filelock import FileLock
 from tiny import make_tiny
+from traced import traced_once
 
+from tpx_export import exporter
 from tpx_export.exporter import Summary, export_bundle
 from tpx_export.model import ThinkingSpec
 from tpx_export.model.text_to_image import TextToImage
@@ -20,23 +22,31 @@ Export = tuple[Path, Summary]
 
 
 @pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """A folder that all test processes share: those of pytest-xdist lie side by side."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if hasattr(request.config, "workerinput") else folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def equal_modules_are_traced_once(shared_folder: Path) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exporter, "to_onnx", traced_once(exporter.to_onnx, shared_folder / "traced"))
+        yield
+
+
+@pytest.fixture(scope="session")
 def tiny_model() -> TextToImage:
     return make_tiny(ThinkingSpec(blocks=(0, 2), experts=3, rank=4, max_depth=3))
 
 
 @pytest.fixture(scope="session")
-def export_once(
-    tiny_model: TextToImage, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
-) -> Callable[..., Export]:
-    """Exports the tiny model under a name, in whichever of the test processes asks first: each takes a minute."""
-    folder = tmp_path_factory.getbasetemp()
-    # The folders of pytest-xdist's processes lie side by side.
-    if hasattr(request.config, "workerinput"):
-        folder = folder.parent
+def export_once(tiny_model: TextToImage, shared_folder: Path) -> Callable[..., Export]:
+    """Exports the tiny model under a name, in whichever of the test processes asks first."""
 
     def export(name: str, **options: Any) -> Export:
-        out, made = folder / name / "tiny", folder / f"{name}.pickle"
-        with FileLock(folder / f"{name}.lock"):
+        out, made = shared_folder / name / "tiny", shared_folder / f"{name}.pickle"
+        with FileLock(shared_folder / f"{name}.lock"):
             if not made.exists():
                 made.write_bytes(pickle.dumps(export_bundle(Pipeline.of(tiny_model), out, **options)))
         return out, pickle.loads(made.read_bytes())
