@@ -49,7 +49,7 @@ def test_opens_what_was_exported(paper: Path) -> None:
     assert bundle.vocabulary(encoder) == paper / "tokenizer/vocab.json"
 
 
-def test_a_bundle_may_lack_the_encoder_of_pictures(paper: Path) -> None:
+def test_a_bundle_may_lack_the_encoder_of_images(paper: Path) -> None:
     without_encoder(paper)
     assert Bundle.open(paper).vae_encoder is None
 
@@ -115,7 +115,7 @@ def test_a_missing_truncated_or_longer_file_is_found(paper: Path, name: str, ver
 def test_a_file_that_the_manifest_forgot_is_named_before_any_work(paper: Path, name: str) -> None:
     (paper / name).unlink()
     seal(paper)
-    # Only the graphs know of their weights, and not every bundle can start from a picture.
+    # Only the graphs know of their weights, and not every bundle can start from an image.
     if name in ("transformer/weights.data", "vae_encoder/model.onnx"):
         Bundle.open(paper)
     else:
@@ -145,7 +145,7 @@ def test_another_version_is_refused_with_a_way_out(paper: Path) -> None:
 def test_a_manifest_changed_by_hand_is_found(paper: Path) -> None:
     text = (paper / MANIFEST).read_text()
     (paper / MANIFEST).write_text(text.replace('"steps": 3', '"steps": 4'))
-    assert "it was changed after the export: restore it or export again" in refusal(paper)
+    assert "the file was changed after the export: restore it or export again" in refusal(paper)
 
 
 def test_what_is_no_bundle_is_refused(tmp_path: Path) -> None:

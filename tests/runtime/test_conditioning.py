@@ -9,7 +9,7 @@ import pytest
 
 from tpx_runtime import conditioning
 from tpx_runtime.bundle import Bundle
-from tpx_runtime.conditioning import ClassConditioner, PromptCut, TextConditioner, combine
+from tpx_runtime.conditioning import ClassConditioner, PromptTruncated, TextConditioner, combine
 from tpx_runtime.engine import Arrays
 from tpx_runtime.errors import BundleInvalid, EngineFailed
 from tpx_runtime.generator import Generator
@@ -118,7 +118,7 @@ def test_t5_left_out_leaves_zeros(three: Path, engine: FakeEngine) -> None:
     assert without.left_out == ["text_encoder_3"]
 
 
-def test_the_picture_without_t5_is_another_and_says_so(three: Path, engine: FakeEngine) -> None:
+def test_the_image_without_t5_is_another_and_says_so(three: Path, engine: FakeEngine) -> None:
     bundle = Bundle.open(three)
     whole, without = (Generator(bundle, engine, t5)("red cube")[0] for t5 in (True, False))  # type: ignore[arg-type]
     assert (np.asarray(whole) != np.asarray(without)).any()
@@ -171,7 +171,7 @@ def test_a_prompt_is_encoded_once(three: Path, engine: FakeEngine) -> None:
 def test_only_the_latest_prompts_are_kept(
     three: Path, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(conditioning, "_KEPT_PROMPTS", 2)
+    monkeypatch.setattr(conditioning, "_MAX_CACHED_PROMPTS", 2)
     tell = conditioner(three, engine, t5=False)
 
     def encoded(*prompts: str | None) -> bool:
@@ -211,7 +211,7 @@ def test_encoders_of_over_half_of_the_memory_are_released_one_by_one(
     np.testing.assert_array_equal(made["context"], said(["red cube"])["context"])
 
 
-def test_little_memory_changes_no_picture_and_loads_each_encoder_once(
+def test_little_memory_changes_no_image_and_loads_each_encoder_once(
     three: Path, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = Bundle.open(three)
@@ -268,13 +268,13 @@ def cutting(three: Path, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) ->
         (8, None),
         (
             9,
-            "the prompt 'word word word word word word word word…' is longer than text_encoder, text_encoder_2 read: "
-            "1 token is left out there; text_encoder_3 reads it whole",
+            "the prompt 'word word word word word word word word…' is too long for text_encoder, text_encoder_2: "
+            "the last token is not read there; text_encoder_3 reads all of it",
         ),
         (
             14,
-            "the prompt 'word word word word word word word word…' is longer than text_encoder, text_encoder_2, "
-            "text_encoder_3 read: 6 tokens are left out there",
+            "the prompt 'word word word word word word word word…' is too long for text_encoder, text_encoder_2, "
+            "text_encoder_3: the last 6 tokens are not read there",
         ),
     ],
 )
@@ -287,20 +287,20 @@ def test_a_prompt_that_is_cut_short_is_worth_a_notice(
         jobs = cutting.plan([prompt, prompt], num_images=2)
     assert len(jobs) == 4
     assert [str(warning.message) for warning in caught] == ([notice] if notice else [])
-    assert all(warning.category is PromptCut for warning in caught)
+    assert all(warning.category is PromptTruncated for warning in caught)
     assert all(warning.filename == __file__ for warning in caught)  # where the caller is told to look
 
 
 def test_a_negative_prompt_is_noticed_once_for_all_prompts(cutting: Generator) -> None:
-    with pytest.warns(PromptCut) as caught:
+    with pytest.warns(PromptTruncated) as caught:
         cutting.plan(["red cube", "a sphere"], negative_prompt="no " * 9)
     assert len(caught) == 1
 
 
 def test_drawing_what_was_planned_says_nothing_more(cutting: Generator) -> None:
-    with pytest.warns(PromptCut):
+    with pytest.warns(PromptTruncated):
         jobs = cutting.plan("word " * 9)
-    assert len(cutting.draw(jobs)) == 1  # a warning would be an error here
+    assert len(cutting.generate(jobs)) == 1  # a warning would be an error here
 
 
 # Classes

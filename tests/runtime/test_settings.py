@@ -88,7 +88,7 @@ def test_numpys_numbers_and_what_json_makes_of_a_pair_are_pythons_own() -> None:
         ({"guidance": 1e9}, "found 1000000000.0"),
         ({"guidance": "4"}, "found '4'"),
         ({"guidance": True}, "found True"),
-        ({"guidance_interval": (0.6, 0.6)}, "two rising numbers in 0..1, found (0.6, 0.6)"),
+        ({"guidance_interval": (0.6, 0.6)}, "two increasing numbers in 0..1, found (0.6, 0.6)"),
         ({"guidance_interval": (-0.1, 1)}, "found (-0.1, 1)"),
         ({"guidance_interval": (0, 1.1)}, "found (0, 1.1)"),
         ({"guidance_interval": (float("nan"), 1)}, "found (nan, 1)"),
@@ -96,7 +96,7 @@ def test_numpys_numbers_and_what_json_makes_of_a_pair_are_pythons_own() -> None:
         ({"guidance_interval": (False, True)}, "found (False, True)"),
         (
             {"guidance_interval": 0.5},
-            "expected guidance_interval to be two rising numbers in 0..1, found 0.5",
+            "expected guidance_interval to be two increasing numbers in 0..1, found 0.5",
         ),
         ({"guidance_every": 0}, "expected guidance_every to be a whole number of at least 1, found 0"),
         ({"guidance_every": 2.0}, "found 2.0"),
@@ -107,7 +107,7 @@ def test_numpys_numbers_and_what_json_makes_of_a_pair_are_pythons_own() -> None:
         ({"strength": float("nan")}, "found nan"),
         ({"strength": True}, "found True"),
         ({"strength": "0.5"}, "found '0.5'"),
-        ({"class_id": 3}, "expected a prompt and no class (this bundle reads prompts), found class 3"),
+        ({"class_id": 3}, "expected a prompt and no class (this bundle takes prompts), found class 3"),
         ({"sampler": "ddpm"}, "expected a sampler of euler, heun, dpmpp2m, unipc, found 'ddpm'"),
     ],
 )
@@ -128,8 +128,14 @@ def test_accepts_a_class() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"prompt": "red"}, "expected a class and no prompt (this bundle draws classes), found a prompt"),
-        ({"negative_prompt": "red"}, "expected a class and no prompt (this bundle draws classes), found a"),
+        (
+            {"prompt": "red"},
+            "expected a class and no prompt (this bundle is class-conditional), found a prompt",
+        ),
+        (
+            {"negative_prompt": "red"},
+            "expected a class and no prompt (this bundle is class-conditional), found a",
+        ),
         ({"sampler": "euler"}, "expected a sampler of ddpm, ddim, found 'euler'"),
         ({"depth": 2}, "expected a depth of 1 (this bundle's), found 2"),
     ],
@@ -140,7 +146,7 @@ def test_refuses_with_a_class(changes: dict[str, object], message: str) -> None:
     assert message in str(caught.value)
 
 
-def test_metadata_says_everything_that_decides_the_picture() -> None:
+def test_metadata_says_everything_that_decides_the_image() -> None:
     metadata = replace(GOOD, negative_prompt="blue").metadata(PAPER, "onnxruntime")
     assert json.loads(metadata["tpx"]) == {
         "prompt": "a red cube",
@@ -212,8 +218,6 @@ def test_accepts_classes_of_the_model(class_id: int) -> None:
 )
 def test_refuses_what_is_no_class(class_id: Any, found: str) -> None:
     last = CLASSES.model.classes - 1
-    message = (
-        rf"expected a class in 0\.\.{last} \(this bundle draws classes\), found {found}; name one with --c"
-    )
+    message = rf"expected a class in 0\.\.{last} \(this bundle is class-conditional\), found {found}; name one with --c"
     with pytest.raises(BadInput, match=message):
         replace(OF_CLASSES, class_id=class_id).check(CLASSES)

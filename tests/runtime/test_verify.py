@@ -182,7 +182,7 @@ def test_wrong_routes_are_not_ok(paper: Path, change: Callable | None) -> None:
     assert wrong_parts(Bundle.open(paper), engine) == ["transformer depth 1"]
 
 
-def test_a_bundle_without_encoder_of_pictures_is_verified_without_it(paper: Path) -> None:
+def test_a_bundle_without_encoder_of_images_is_verified_without_it(paper: Path) -> None:
     tamper(paper, encoder_latents=None)
     reports = verify_bundle(without_encoder(paper), FakeEngine())  # type: ignore[arg-type]
     assert [report.part for report in reports] == PARTS[:-1]
@@ -286,9 +286,9 @@ def test_routing_agreement() -> None:
 
 
 def test_the_limits_themselves_are_ok() -> None:
-    assert PartReport("a", error=1e-4, tolerance=1e-4, routing_agreement=0.9, least_agreement=0.9).ok
+    assert PartReport("a", error=1e-4, tolerance=1e-4, routing_agreement=0.9, min_agreement=0.9).ok
     assert not PartReport("a", error=1.1e-4, tolerance=1e-4).ok
-    assert not PartReport("a", error=0, tolerance=1e-4, routing_agreement=0.89, least_agreement=0.9).ok
+    assert not PartReport("a", error=0, tolerance=1e-4, routing_agreement=0.89, min_agreement=0.9).ok
 
 
 def test_the_error_names_the_first_wrong_part_and_counts_the_others() -> None:
