@@ -29,7 +29,7 @@ from tpx_runtime.sampling import SAMPLERS_FOR
 from tpx_runtime.tokenizer import Encoding
 from tpx_runtime.verify import PartReport, load_golden
 
-from .fakes import CLASSES, THREE, FakeEngine, seal, vae_decoder, vae_encoder, without_encoder
+from .fakes import CLASSES, THREE_ENCODERS, FakeEngine, seal, vae_decoder, vae_encoder, without_encoder
 
 PROMPT = "a red cube on a blue sphere"
 NAMED = "a-red-cube-on-a-blue-sphere-0.png"
@@ -119,11 +119,11 @@ def test_several_images_make_a_grid_of_the_next_seeds(bundled: Path) -> None:
 
 
 def test_batch_size_is_how_many_are_drawn_at_once(
-    paper: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+    fake_bundle: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = FakeEngine()
     fake(monkeypatch, engine)
-    command = ("red cube", "--bundle", paper, "-n", 3, "--out", "a.png")
+    command = ("red cube", "--bundle", fake_bundle, "-n", 3, "--out", "a.png")
     assert run(*command, "--batch-size", 2).exit_code == 0
     drawn = [len(inputs["latents"]) for name, inputs in engine.calls if name.startswith("vae_decoder")]
     assert drawn == [2, 1]
@@ -132,14 +132,16 @@ def test_batch_size_is_how_many_are_drawn_at_once(
 
 
 def test_one_batch_has_one_graph_in_memory_at_a_time(
-    paper: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+    fake_bundle: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     beside: list[list[str]] = []
     engine = FakeEngine(
         {"vae_decoder/model.onnx": lambda x: (beside.append(engine.alive), vae_decoder(x))[1]}
     )
     fake(monkeypatch, engine)
-    assert run("red cube", "--bundle", paper, "-n", 2, "--batch-size", 2, "--out", "a.png").exit_code == 0
+    assert (
+        run("red cube", "--bundle", fake_bundle, "-n", 2, "--batch-size", 2, "--out", "a.png").exit_code == 0
+    )
     assert beside == [["vae_decoder/model.onnx"]]
 
 
@@ -211,7 +213,7 @@ def test_a_files_prompts_are_drawn_in_one_process(
     ],
 )
 def test_each_prompt_has_a_file_or_one_for_each_seed(
-    paper: Path,
+    fake_bundle: Path,
     elsewhere: Path,
     monkeypatch: pytest.MonkeyPatch,
     out: str | None,
@@ -221,7 +223,7 @@ def test_each_prompt_has_a_file_or_one_for_each_seed(
     fake(monkeypatch, FakeEngine())
     (elsewhere / "prompts.txt").write_text("red cube\nblue sphere\n")
     flags = [] if out is None else ["--out", out]
-    result = run("--prompts", "prompts.txt", "--bundle", paper, "-n", 2, "--steps", 1, *flags)
+    result = run("--prompts", "prompts.txt", "--bundle", fake_bundle, "-n", 2, "--steps", 1, *flags)
     assert result.exit_code == 0, result.output
     assert result.stdout.split() == [f"{name}.png" for name in names]
     found = []
@@ -281,11 +283,11 @@ def test_an_image_is_drawn_again_from_its_settings(bundled: Path) -> None:
 
 
 def test_an_image_of_another_bundle_is_told(
-    paper: Path, bundled: Path, monkeypatch: pytest.MonkeyPatch
+    fake_bundle: Path, bundled: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert run(PROMPT, "--steps", 1, "--out", "a.png").exit_code == 0
     fake(monkeypatch, FakeEngine())
-    result = run("--like", "a.png", "--bundle", paper, "--depth", 1, "--out", "b.png", "red cube")
+    result = run("--like", "a.png", "--bundle", fake_bundle, "--depth", 1, "--out", "b.png", "red cube")
     assert result.exit_code == 0, result.output
     assert "notice: the image of --like was generated with another bundle, 'tiny'\n" in result.stderr
 
@@ -302,7 +304,7 @@ def test_an_image_without_settings_is_refused(bundled: Path, metadata: str | Non
 
 @pytest.mark.parametrize("out", [None, "a.png"])
 def test_a_file_that_comes_while_it_draws_is_kept(
-    paper: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch, out: str | None
+    fake_bundle: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch, out: str | None
 ) -> None:
     engine = fake(monkeypatch, FakeEngine())
     decode, theirs = engine.functions["vae_decoder/model.onnx"], elsewhere / (out or "red-cube-0.png")
@@ -312,7 +314,7 @@ def test_a_file_that_comes_while_it_draws_is_kept(
         return decode(inputs)
 
     engine.functions["vae_decoder/model.onnx"] = meanwhile
-    result = run("red cube", "--bundle", paper, *(["--out", out] if out else []))
+    result = run("red cube", "--bundle", fake_bundle, *(["--out", out] if out else []))
     assert theirs.read_text() == "theirs"
     if out:
         assert result.exit_code == 2
@@ -422,7 +424,7 @@ def test_paints_where_the_mask_is_white_and_nowhere_else(bundled: Path, start_pn
 
 
 def test_images_that_were_drawn_before_an_interrupt_are_kept_and_named(
-    paper: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+    fake_bundle: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = fake(monkeypatch, FakeEngine())
     draw = engine.functions["vae_decoder/model.onnx"]
@@ -433,18 +435,18 @@ def test_images_that_were_drawn_before_an_interrupt_are_kept_and_named(
         return draw(inputs)
 
     engine.functions["vae_decoder/model.onnx"] = interrupted
-    result = run("red cube", "--bundle", paper, "-n", 6, "--batch-size", 2, "--out", "a-{seed}.png")
+    result = run("red cube", "--bundle", fake_bundle, "-n", 6, "--batch-size", 2, "--out", "a-{seed}.png")
     assert result.exit_code == 130
     assert result.stdout.split() == [f"a-{seed}.png" for seed in range(4)]
     assert result.stderr.splitlines()[-1] == "error: cancelled"
     assert sorted(path.name for path in elsewhere.iterdir()) == result.stdout.split()
 
 
-def test_a_random_seed_is_said_and_is_the_images(paper: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_random_seed_is_said_and_is_the_images(fake_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake(monkeypatch, FakeEngine())
     seeds = set()
     for _ in range(2):
-        result = run("red cube", "--bundle", paper, "--seed", "random")
+        result = run("red cube", "--bundle", fake_bundle, "--seed", "random")
         (said,) = [line for line in result.stderr.splitlines() if line.startswith("seed: ")]
         assert result.stdout == f"red-cube-{said.removeprefix('seed: ')}.png\n"
         with Image.open(result.stdout.strip()) as image:
@@ -502,24 +504,22 @@ class Bar:
     ],
 )
 def test_the_bar_counts_the_steps_that_are_taken(
-    paper: Path, start_png: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[object, ...], steps: int
+    fake_bundle: Path, start_png: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[object, ...], steps: int
 ) -> None:
     fake(monkeypatch, FakeEngine())
     monkeypatch.setattr(Bar, "bars", [])
     monkeypatch.setattr(cli.click, "progressbar", Bar)
-    assert run("red cube", "--bundle", paper, "--steps", 10, *flags).exit_code == 0
+    assert run("red cube", "--bundle", fake_bundle, "--steps", 10, *flags).exit_code == 0
     assert [(bar.length, bar.done) for bar in Bar.bars] == [(steps, steps)]
 
 
 def test_a_bundle_without_encoder_of_images_says_so(
-    paper: Path, start_png: Path, monkeypatch: pytest.MonkeyPatch
+    fake_bundle: Path, start_png: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake(monkeypatch, FakeEngine())
-    without_encoder(paper)
-    message = (
-        "expected a bundle with a vae_encoder to start from an image, found paper without one; leave out"
-    )
-    require_refusal(run("red cube", "--bundle", paper, "--image", start_png), 2, message)
+    without_encoder(fake_bundle)
+    message = "expected a bundle with a vae_encoder to start from an image, found fake without one; leave out"
+    require_refusal(run("red cube", "--bundle", fake_bundle, "--image", start_png), 2, message)
 
 
 # tpx-run, of classes
@@ -588,13 +588,13 @@ def test_refuses_what_does_not_fit_classes(
 # tpx-run, with several text encoders
 
 
-def test_t5_can_be_left_out(three: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = fake(monkeypatch, FakeEngine(manifest=THREE))
-    assert run("red cube", "--bundle", three, "--no-t5").exit_code == 0
+def test_t5_can_be_left_out(three_encoders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = fake(monkeypatch, FakeEngine(manifest=THREE_ENCODERS))
+    assert run("red cube", "--bundle", three_encoders, "--no-t5").exit_code == 0
     assert not any(name.startswith("text_encoder_3") for name in engine.opened)
     with Image.open("red-cube-0.png") as image:
         assert json.loads(image.text["tpx"])["left_out"] == ["text_encoder_3"]
-    assert run("red cube", "--bundle", three, "--out", "whole.png").exit_code == 0
+    assert run("red cube", "--bundle", three_encoders, "--out", "whole.png").exit_code == 0
     assert any(name.startswith("text_encoder_3") for name in engine.opened)
 
 
@@ -614,11 +614,11 @@ class Short:
 
 
 def test_a_prompt_that_is_cut_short_is_noticed_once_and_drawn(
-    three: Path, monkeypatch: pytest.MonkeyPatch
+    three_encoders: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = fake(monkeypatch, FakeEngine(manifest=THREE))
+    engine = fake(monkeypatch, FakeEngine(manifest=THREE_ENCODERS))
     monkeypatch.setattr("tpx_runtime.conditioning.load_tokenizer", lambda path: Short())
-    command = ("a red\ncube on two spheres", "--bundle", three, "--no-t5", "-n", 3)
+    command = ("a red\ncube on two spheres", "--bundle", three_encoders, "--no-t5", "-n", 3)
     for _ in range(2):  # Python itself would keep quiet the second time
         result = run(*command)
         assert result.exit_code == 0
@@ -632,12 +632,19 @@ def test_a_prompt_that_is_cut_short_is_noticed_once_and_drawn(
 
 
 def test_a_notice_of_a_prompt_that_is_refused_after_all_is_not_given(
-    three: Path, monkeypatch: pytest.MonkeyPatch
+    three_encoders: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fake(monkeypatch, FakeEngine(manifest=THREE))
+    fake(monkeypatch, FakeEngine(manifest=THREE_ENCODERS))
     monkeypatch.setattr("tpx_runtime.conditioning.load_tokenizer", lambda path: Short())
     Image.new("RGB", (8, 8)).save("black.png")
-    command = ("a red cube on two spheres", "--bundle", three, "--no-t5", "--image", "black.png")
+    command = (
+        "a red cube on two spheres",
+        "--bundle",
+        three_encoders,
+        "--no-t5",
+        "--image",
+        "black.png",
+    )
     require_refusal(run(*command, "--mask", "black.png"), 2, "expected a mask that is white where to repaint")
 
 
@@ -814,18 +821,18 @@ def fake(monkeypatch: pytest.MonkeyPatch, engine: FakeEngine) -> FakeEngine:
 
 
 def test_an_image_that_is_not_finite_is_an_engine_failure(
-    paper: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+    fake_bundle: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nothing = {"vae_decoder/model.onnx": lambda inputs: {"image": np.full((1, 3, 8, 12), np.nan, np.float32)}}
     fake(monkeypatch, FakeEngine(nothing))
-    result = run("red cube", "--bundle", paper)
+    result = run("red cube", "--bundle", fake_bundle)
     assert result.exit_code == 5
     assert result.stderr.splitlines()[-1].startswith("error: expected finite numbers in the image, found NaN")
     assert list(elsewhere.iterdir()) == []
 
 
 def test_a_full_disk_is_told_and_leaves_nothing(
-    paper: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+    fake_bundle: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(self: Image.Image, path: Path, **_: object) -> None:
         Path(path).write_bytes(b"half")
@@ -833,7 +840,7 @@ def test_a_full_disk_is_told_and_leaves_nothing(
 
     fake(monkeypatch, FakeEngine())
     monkeypatch.setattr(Image.Image, "save", full)
-    result = run("red cube", "--bundle", paper)
+    result = run("red cube", "--bundle", fake_bundle)
     assert result.exit_code == 2
     assert result.stderr.splitlines()[-1] == (
         "error: expected to write red-cube-0.png, found: No space left on device; choose another place"
@@ -842,10 +849,10 @@ def test_a_full_disk_is_told_and_leaves_nothing(
 
 
 def test_a_free_name_is_found_and_force_takes_the_first(
-    paper: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+    fake_bundle: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake(monkeypatch, FakeEngine())
-    command = ("A red cube.", "--bundle", paper)
+    command = ("A red cube.", "--bundle", fake_bundle)
     assert run(*command).stdout == "a-red-cube-0.png\n"
     assert run(*command).stdout == "a-red-cube-0-2.png\n"
     assert run(*command).stdout == "a-red-cube-0-3.png\n"
@@ -864,13 +871,13 @@ def test_a_free_name_is_found_and_force_takes_the_first(
     ],
 )
 def test_ctrl_c_in_any_graph_ends_in_one_line(
-    paper: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch, graph: str
+    fake_bundle: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch, graph: str
 ) -> None:
     def interrupt(inputs: object) -> dict[str, np.ndarray]:
         raise KeyboardInterrupt
 
     fake(monkeypatch, FakeEngine({graph: interrupt}))
-    result = run("red cube", "--bundle", paper)
+    result = run("red cube", "--bundle", fake_bundle)
     assert result.exit_code == 130
     assert result.stderr.splitlines()[-1] == "error: cancelled"
     assert "Traceback" not in result.output
@@ -878,7 +885,7 @@ def test_ctrl_c_in_any_graph_ends_in_one_line(
 
 
 def test_ctrl_c_while_writing_leaves_nothing(
-    paper: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+    fake_bundle: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(self: Image.Image, path: Path, **_: object) -> None:
         Path(path).write_bytes(b"half")
@@ -886,7 +893,7 @@ def test_ctrl_c_while_writing_leaves_nothing(
 
     fake(monkeypatch, FakeEngine())
     monkeypatch.setattr(Image.Image, "save", interrupt)
-    assert run("red cube", "--bundle", paper).exit_code == 130
+    assert run("red cube", "--bundle", fake_bundle).exit_code == 130
     assert list(elsewhere.iterdir()) == []
 
 
@@ -929,16 +936,18 @@ def test_a_name_that_is_no_text_is_written_and_printed_as_well_as_can_be(tiny_bu
     assert Path(name).is_file()
 
 
-def test_threads_are_those_asked_for(paper: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_are_those_asked_for(
+    fake_bundle: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fake(monkeypatch, FakeEngine())
     monkeypatch.setenv("TPX_THREADS", "7")
-    assert run(PROMPT, "--bundle", paper).exit_code == 0
+    assert run(PROMPT, "--bundle", fake_bundle).exit_code == 0
     assert os.environ["TPX_THREADS"] == "7"
-    assert run(PROMPT, "--bundle", paper, "--threads", 2).exit_code == 0
+    assert run(PROMPT, "--bundle", fake_bundle, "--threads", 2).exit_code == 0
     assert os.environ["TPX_THREADS"] == "2"
-    require_refusal(run(PROMPT, "--bundle", paper, "--threads", 0), 2, "Invalid value for '--threads'")
+    require_refusal(run(PROMPT, "--bundle", fake_bundle, "--threads", 0), 2, "Invalid value for '--threads'")
     monkeypatch.setenv("TPX_THREADS", "all")
-    require_refusal(run(PROMPT, "--bundle", paper), 2, "expected TPX_THREADS to be a whole number")
+    require_refusal(run(PROMPT, "--bundle", fake_bundle), 2, "expected TPX_THREADS to be a whole number")
 
 
 # tpx-verify
@@ -1003,7 +1012,7 @@ def test_verify_refuses_a_damaged_bundle_without_running_it(copy: Path) -> None:
 
 
 def test_verify_of_all_engines_goes_on_after_one_that_cannot_or_fails(
-    paper: Path, monkeypatch: pytest.MonkeyPatch
+    fake_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(inputs: object) -> dict[str, np.ndarray]:
         raise EngineFailed("depth-2.onnx: refused")
@@ -1018,13 +1027,13 @@ def test_verify_of_all_engines_goes_on_after_one_that_cannot_or_fails(
 
     def verify_on(*engines: FakeEngine) -> Result:
         monkeypatch.setattr("tpx_runtime.engine.ENGINES", {engine.name: engine for engine in engines})
-        return verify(paper, "--all-engines")
+        return verify(fake_bundle, "--all-engines")
 
     result = verify_on(unusable, refusing, wrong, good)
     assert result.exit_code == 5
     assert result.stderr == "error: depth-2.onnx: refused\n"
     head, *blocks = result.stdout.rstrip().split("\n\n")
-    assert head.startswith("paper (fp32): 14 files")
+    assert head.startswith("fake (fp32): 14 files")
     assert blocks[0] == "unusable\nnot usable: expected luck, found none"
     assert blocks[1] == "refusing\nfailed: depth-2.onnx: refused"
     assert blocks[2].startswith("wrong\npart ")
@@ -1038,34 +1047,34 @@ def test_verify_of_all_engines_goes_on_after_one_that_cannot_or_fails(
     assert result.stderr.startswith("error: expected one of the engines ")
 
 
-def test_verify_of_all_engines_names_none(paper: Path) -> None:
+def test_verify_of_all_engines_names_none(fake_bundle: Path) -> None:
     require_refusal(
-        verify(paper, "--all-engines", "--engine", "openvino"),
+        verify(fake_bundle, "--all-engines", "--engine", "openvino"),
         2,
         "expected --engine or --all-engines, found both",
     )
 
 
-def test_verify_knows_an_engine_that_is_none_before_it_reads_the_bundle(paper: Path) -> None:
-    (paper / "manifest.json").unlink()
-    require_refusal(verify(paper, "--engine", "luck"), 2, "expected an engine of auto, ")
+def test_verify_knows_an_engine_that_is_none_before_it_reads_the_bundle(fake_bundle: Path) -> None:
+    (fake_bundle / "manifest.json").unlink()
+    require_refusal(verify(fake_bundle, "--engine", "luck"), 2, "expected an engine of auto, ")
 
 
 def test_verify_of_all_engines_tries_every_engine_there_is(
-    paper: Path, monkeypatch: pytest.MonkeyPatch
+    fake_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Engine, "problem", lambda self: f"no {self.package}")
-    result = verify(paper, "--all-engines")
+    result = verify(fake_bundle, "--all-engines")
     assert [name for name in ENGINES if f"\n{name}\nnot usable: no " in result.stdout] == list(ENGINES)
     assert result.exit_code == 4
 
 
-def test_verify_can_be_interrupted(paper: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verify_can_be_interrupted(fake_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(inputs: object) -> dict[str, np.ndarray]:
         raise KeyboardInterrupt
 
     fake(monkeypatch, FakeEngine({"vae_decoder/model.onnx": interrupt}))
-    result = verify(paper)
+    result = verify(fake_bundle)
     assert result.exit_code == 130
     assert result.stderr.splitlines()[-1].startswith("error: cancelled")
 

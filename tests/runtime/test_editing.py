@@ -43,8 +43,8 @@ def engine() -> FakeEngine:
 
 
 @pytest.fixture
-def generator(paper: Path, engine: FakeEngine) -> Generator:
-    return Generator(Bundle.open(paper), engine)  # type: ignore[arg-type]
+def generator(fake_bundle: Path, engine: FakeEngine) -> Generator:
+    return Generator(Bundle.open(fake_bundle), engine)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -206,10 +206,10 @@ def test_an_image_and_a_strength_go_together(generator: Generator) -> None:
 
 
 def test_a_bundle_without_encoder_draws_but_does_not_start_from_an_image(
-    paper: Path, engine: FakeEngine
+    fake_bundle: Path, engine: FakeEngine
 ) -> None:
-    generator = Generator(without_encoder(paper), engine)  # type: ignore[arg-type]
-    message = "expected a bundle with a vae_encoder to start from an image, found paper without one; leave"
+    generator = Generator(without_encoder(fake_bundle), engine)  # type: ignore[arg-type]
+    message = "expected a bundle with a vae_encoder to start from an image, found fake without one; leave"
     for refused in (
         lambda: generator("red cube", image=photo()),
         lambda: generator.plan("red cube", strength=0.5),
@@ -222,9 +222,9 @@ def test_a_bundle_without_encoder_draws_but_does_not_start_from_an_image(
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_latents_that_are_no_numbers_are_an_error(paper: Path, value: float) -> None:
+def test_latents_that_are_no_numbers_are_an_error(fake_bundle: Path, value: float) -> None:
     broken = {"vae_encoder/model.onnx": lambda inputs: {"latents": np.full((1, 4, 2, 3), value, np.float32)}}
-    generator = Generator(Bundle.open(paper), FakeEngine(broken))  # type: ignore[arg-type]
+    generator = Generator(Bundle.open(fake_bundle), FakeEngine(broken))  # type: ignore[arg-type]
     with pytest.raises(
         EngineFailed, match="expected finite numbers in the latents of the input image, found NaN"
     ):

@@ -38,7 +38,7 @@ GENEVAL_LINES = [
 ]
 DPG_LINES = [json.dumps({"item_id": f"item_{n}", "prompt": p}).encode() for n, p in enumerate(PROMPTS)]
 COMMANDS = ("geneval", "dpg")
-SIDES = (12, 8)  # width, height of the paper bundle's images
+SIDES = (12, 8)  # width, height of the fake bundle's images
 DATA = Path(os.environ.get("TPX_DATA") or Path(__file__).parents[3] / "shared" / "data")
 
 
@@ -65,10 +65,10 @@ Run = Callable[..., Result]
 
 
 @pytest.fixture
-def run(engine: FakeEngine, paper: Path, prompts: dict[str, Path]) -> Run:
+def run(engine: FakeEngine, fake_bundle: Path, prompts: dict[str, Path]) -> Run:
     def invoke(command: str, out: Path, *more: str, prompts_at: Path | None = None) -> Result:
         asked = prompts_at or prompts[command]
-        arguments = [command, "--prompts", str(asked), "--bundle", str(paper), "--out", str(out), *more]
+        arguments = [command, "--prompts", str(asked), "--bundle", str(fake_bundle), "--out", str(out), *more]
         return CliRunner().invoke(cli.main, arguments)
 
     return invoke
@@ -118,11 +118,11 @@ def test_geneval_is_laid_out_as_its_evaluator_reads_it(run: Run, tmp_path: Path)
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_image_i_of_each_prompt_is_that_of_seed_plus_i(
-    run: Run, paper: Path, engine: FakeEngine, tmp_path: Path, command: str
+    run: Run, fake_bundle: Path, engine: FakeEngine, tmp_path: Path, command: str
 ) -> None:
     out = tmp_path / "out"
     assert run(command, out, "--seed", "5", "--steps", "2", "--guidance", "2", "--depth", "4").exit_code == 0
-    generator = Generator(Bundle.open(paper), engine)
+    generator = Generator(Bundle.open(fake_bundle), engine)
     for number, prompt in enumerate(PROMPTS):
         for i in range(4):
             [wanted] = generator(prompt, seed=5 + i, steps=2, guidance=2.0, depth=4)
@@ -459,14 +459,14 @@ def test_a_damaged_record_is_refused(run: Run, tmp_path: Path) -> None:
     assert "expected the settings of a run" in error_of(run("geneval", tmp_path / "out"), 2)
 
 
-def test_the_record_says_what_was_drawn_with_what(run: Run, paper: Path, tmp_path: Path) -> None:
+def test_the_record_says_what_was_drawn_with_what(run: Run, fake_bundle: Path, tmp_path: Path) -> None:
     assert run("geneval", tmp_path / "out", "--steps", "2", "--seed", "7").exit_code == 0
     settings = json.loads((tmp_path / "out/tpx-eval.json").read_text())["settings"]
     assert len(settings.pop("prompts_sha256")) == 64
     assert settings == {
         "benchmark": "geneval",
-        "bundle": "paper",
-        "bundle_sha256": Bundle.open(paper).manifest.sha256,
+        "bundle": "fake",
+        "bundle_sha256": Bundle.open(fake_bundle).manifest.sha256,
         "engine": "fake",
         "sampler": "euler",
         "steps": 2,

@@ -27,8 +27,8 @@ from tpx_runtime.settings import Settings
 
 from .fakes import (
     CLASSES,
+    FAKE,
     MODEL,
-    PAPER,
     TOKENS,
     FakeEngine,
     Function,
@@ -60,8 +60,8 @@ def engine() -> FakeEngine:
 
 
 @pytest.fixture
-def generator(paper: Path, engine: FakeEngine) -> Generator:
-    return Generator(Bundle.open(paper), engine)  # type: ignore[arg-type]
+def generator(fake_bundle: Path, engine: FakeEngine) -> Generator:
+    return Generator(Bundle.open(fake_bundle), engine)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -115,9 +115,9 @@ def test_graphs_are_opened_when_first_used_and_once(generator: Generator, engine
 
 
 @pytest.mark.parametrize("keep", [True, False])
-def test_what_is_not_kept_is_let_go_before_the_next_is_opened(paper: Path, keep: bool) -> None:
+def test_what_is_not_kept_is_let_go_before_the_next_is_opened(fake_bundle: Path, keep: bool) -> None:
     engine = FakeEngine()
-    generator = Generator(Bundle.open(paper), engine, keep=keep)  # type: ignore[arg-type]
+    generator = Generator(Bundle.open(fake_bundle), engine, keep=keep)  # type: ignore[arg-type]
     beside: dict[str, list[str]] = {}  # each graph when it ran: those in memory
 
     def spied(name: str, function: Function) -> Function:
@@ -152,14 +152,14 @@ def test_what_is_not_kept_is_let_go_before_the_next_is_opened(paper: Path, keep:
     ],
 )
 def test_what_timestep_and_prompt_decide_is_made_again_only_for_others(
-    then: dict[str, object], made: int, paper: Path, generator: Generator, engine: FakeEngine
+    then: dict[str, object], made: int, fake_bundle: Path, generator: Generator, engine: FakeEngine
 ) -> None:
     asked = {"prompt": "red cube", "seed": 5, **then}
     generator("red cube", seed=5)
     engine.calls.clear()
     images = generator(**asked)  # type: ignore[arg-type]
     assert sum(len(inputs["timestep"]) for inputs in calls(engine, "transformer/conditions")) == made
-    fresh = Generator(Bundle.open(paper), FakeEngine())  # type: ignore[arg-type]
+    fresh = Generator(Bundle.open(fake_bundle), FakeEngine())  # type: ignore[arg-type]
     assert same(images, fresh(**asked))  # type: ignore[arg-type]
 
 
@@ -310,8 +310,8 @@ def test_no_jobs_are_no_images(generator: Generator) -> None:
 
 def test_defaults_are_the_bundles(generator: Generator) -> None:
     assert generator.plan("red cube") == [Settings("red cube", "", 0, 3, 3.0, "euler", 2)]
-    limited = replace(PAPER.defaults, guidance_interval=(0.0, 0.5))
-    generator.manifest = replace(PAPER, defaults=limited)
+    limited = replace(FAKE.defaults, guidance_interval=(0.0, 0.5))
+    generator.manifest = replace(FAKE, defaults=limited)
     assert [job.guidance_interval for job in generator.plan("red cube")] == [(0.0, 0.5)]
     assert [job.guidance_interval for job in generator.plan("red cube", guidance_interval=(0, 1))] == [(0, 1)]
 
@@ -511,10 +511,10 @@ def test_refuses_arguments_before_any_work(
     assert engine.opened == []
 
 
-def test_refuses_a_vocabulary_of_another_length(paper: Path, engine: FakeEngine) -> None:
-    write_vocabulary(paper, text_tokens=10)
+def test_refuses_a_vocabulary_of_another_length(fake_bundle: Path, engine: FakeEngine) -> None:
+    write_vocabulary(fake_bundle, text_tokens=10)
     with pytest.raises(BundleInvalid, match=r"expected text_tokens 9 as in the manifest, found 10; export"):
-        Generator(seal(paper), engine)  # type: ignore[arg-type]
+        Generator(seal(fake_bundle), engine)  # type: ignore[arg-type]
 
 
 def broken(key: str, value: object) -> dict[str, Callable[[Arrays], Arrays]]:
@@ -548,9 +548,9 @@ def broken(key: str, value: object) -> dict[str, Callable[[Arrays], Arrays]]:
     ],
 )
 def test_numbers_that_are_no_image_are_an_error_and_no_warning(
-    paper: Path, key: str, what: str, value: float
+    fake_bundle: Path, key: str, what: str, value: float
 ) -> None:
-    generator = Generator(Bundle.open(paper), FakeEngine(broken(key, value)))  # type: ignore[arg-type]
+    generator = Generator(Bundle.open(fake_bundle), FakeEngine(broken(key, value)))  # type: ignore[arg-type]
     with pytest.raises(EngineFailed) as caught:
         generator("red cube")
     assert str(caught.value) == (
@@ -559,15 +559,15 @@ def test_numbers_that_are_no_image_are_an_error_and_no_warning(
     )
 
 
-def test_numbers_that_grow_out_of_float32_are_an_error_and_no_warning(paper: Path) -> None:
-    generator = Generator(Bundle.open(paper), FakeEngine(broken("velocity", 3e38)))  # type: ignore[arg-type]
+def test_numbers_that_grow_out_of_float32_are_an_error_and_no_warning(fake_bundle: Path) -> None:
+    generator = Generator(Bundle.open(fake_bundle), FakeEngine(broken("velocity", 3e38)))  # type: ignore[arg-type]
     with pytest.raises(EngineFailed, match="expected finite numbers in the latents of step 1, found NaN or"):
         generator("red cube", sampler="heun", guidance=1)
 
 
 @pytest.mark.parametrize("key", ["context", "conditions", "velocity", "image"])
-def test_an_output_that_is_not_there_is_an_error(paper: Path, key: str) -> None:
-    generator = Generator(Bundle.open(paper), FakeEngine(broken(key, None)))  # type: ignore[arg-type]
+def test_an_output_that_is_not_there_is_an_error(fake_bundle: Path, key: str) -> None:
+    generator = Generator(Bundle.open(fake_bundle), FakeEngine(broken(key, None)))  # type: ignore[arg-type]
     with pytest.raises(EngineFailed, match=f"expected an output {key} of shape .* found none; export"):
         generator("red cube")
 
@@ -610,7 +610,7 @@ def test_images_are_there_as_soon_as_their_batch_is(generator: Generator, engine
     assert [len(inputs["latents"]) for inputs in calls(engine, "vae_decoder")][:2] == [2, 1]
 
 
-def test_threads_take_turns_and_a_callback_may_decode(paper: Path) -> None:
+def test_threads_take_turns_and_a_callback_may_decode(fake_bundle: Path) -> None:
     """A graph that is asked by two at once answers neither, as OpenVINO does."""
     busy, answer = Lock(), transformer(2)
 
@@ -621,7 +621,7 @@ def test_threads_take_turns_and_a_callback_may_decode(paper: Path) -> None:
         return answer(inputs)
 
     engine = FakeEngine({"transformer/depth-2.onnx": exclusive})
-    shared = Generator(Bundle.open(paper), engine)  # type: ignore[arg-type]
+    shared = Generator(Bundle.open(fake_bundle), engine)  # type: ignore[arg-type]
     expected = [shared("red cube", seed=seed)[0] for seed in range(4)]
     with ThreadPoolExecutor(4) as pool:
         found = list(

@@ -19,14 +19,14 @@ from tpx_runtime.input_images import flatten_to_rgb, load_image, resize_and_crop
 
 from .fakes import FakeEngine
 
-SIZE = (8, 12)  # height, width of the bundle of paper
+SIZE = (8, 12)  # height, width of the fake bundle's images
 ORIENTATION = 0x0112  # the EXIF tag
 RED, WHITE, BLACK = (255, 0, 0), (255, 255, 255), (0, 0, 0)
 
 
 @pytest.fixture
-def generator(paper: Path) -> Generator:
-    return Generator(Bundle.open(paper), FakeEngine())  # type: ignore[arg-type]
+def generator(fake_bundle: Path) -> Generator:
+    return Generator(Bundle.open(fake_bundle), FakeEngine())  # type: ignore[arg-type]
 
 
 def ramp() -> Image.Image:

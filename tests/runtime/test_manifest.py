@@ -11,9 +11,9 @@ import pytest
 from tpx_runtime.errors import BundleInvalid
 from tpx_runtime.manifest import FileEntry, Manifest
 
-from .fakes import CLASSES, MODEL, PAPER, THREE
+from .fakes import CLASSES, FAKE, MODEL, THREE_ENCODERS
 
-GOOD = replace(PAPER, files={"tokenizer/vocab.json": FileEntry(3, "0" * 64)})
+GOOD = replace(FAKE, files={"tokenizer/vocab.json": FileEntry(3, "0" * 64)})
 Facts = dict[str, Any]
 
 
@@ -32,7 +32,7 @@ def put(value: object, *keys: str | int) -> Callable[[Facts], None]:
     return edit
 
 
-@pytest.mark.parametrize("manifest", [GOOD, THREE, CLASSES], ids=lambda manifest: manifest.name)
+@pytest.mark.parametrize("manifest", [GOOD, THREE_ENCODERS, CLASSES], ids=lambda manifest: manifest.name)
 def test_comes_back_as_it_was(manifest: Manifest) -> None:
     text = manifest.to_json()
     assert Manifest.from_json(text) == manifest
@@ -175,21 +175,21 @@ def test_refuses(edit: Callable[[Facts], None], message: str) -> None:
     ],
 )
 def test_refuses_a_second_encoder_that_does_not_fit_the_first(changes: dict[str, Any]) -> None:
-    first, second, third = THREE.text_encoders
+    first, second, third = THREE_ENCODERS.text_encoders
     with pytest.raises(BundleInvalid, match="that fill 21 x 16 and 19 pooled, found 3 of other sizes"):
-        replace(THREE, text_encoders=(first, replace(second, **changes), third))
+        replace(THREE_ENCODERS, text_encoders=(first, replace(second, **changes), third))
 
 
 @pytest.mark.parametrize("changes", [{"tokens": 14}, {"context_width": 15}, {"context_width": 17}])
 def test_refuses_a_third_encoder_that_does_not_fit_below(changes: dict[str, Any]) -> None:
-    first, second, third = THREE.text_encoders
+    first, second, third = THREE_ENCODERS.text_encoders
     with pytest.raises(BundleInvalid, match="found 3 of other sizes"):
-        replace(THREE, text_encoders=(first, second, replace(third, **changes)))
+        replace(THREE_ENCODERS, text_encoders=(first, second, replace(third, **changes)))
 
 
 def test_refuses_encoders_of_which_none_pools() -> None:
     with pytest.raises(BundleInvalid, match="found 1 of other sizes"):
-        replace(THREE, text_encoders=THREE.text_encoders[2:])
+        replace(THREE_ENCODERS, text_encoders=THREE_ENCODERS.text_encoders[2:])
 
 
 @pytest.mark.parametrize("key", ["context_tokens", "context_width", "pooled_width"])

@@ -140,8 +140,8 @@ def test_suggestions_are_words_of_the_vocabulary(word: str) -> None:
     assert set(TOKENIZER.suggest(word)) <= set(WORDS)
 
 
-def test_reads_the_vocabulary_of_a_bundle(paper: Path) -> None:
-    tokenizer = load_tokenizer(paper / "tokenizer/vocab.json")
+def test_reads_the_vocabulary_of_a_bundle(fake_bundle: Path) -> None:
+    tokenizer = load_tokenizer(fake_bundle / "tokenizer/vocab.json")
     assert tokenizer.text_tokens == LENGTH
     assert tokenizer.encode("red cube") == TOKENIZER.encode("red cube")
 
@@ -161,9 +161,9 @@ def test_reads_the_vocabulary_of_a_bundle(paper: Path) -> None:
         ({"text_tokens": True}, "expected text_tokens of at least 3, found True"),
     ],
 )
-def test_refuses_a_vocabulary(paper: Path, changes: dict[str, object], message: str) -> None:
-    write_vocabulary(paper, **changes)
-    path = paper / "tokenizer/vocab.json"
+def test_refuses_a_vocabulary(fake_bundle: Path, changes: dict[str, object], message: str) -> None:
+    write_vocabulary(fake_bundle, **changes)
+    path = fake_bundle / "tokenizer/vocab.json"
     with pytest.raises(BundleInvalid) as caught:
         WordTokenizer.from_vocab(path, json.loads(path.read_text()))
     assert message in str(caught.value)

@@ -176,10 +176,10 @@ def test_refuses_what_is_no_vocabulary(tmp_path: Path, text: str) -> None:
         load_tokenizer(path)
 
 
-def test_the_kind_says_which_tokenizer_it_is(tmp_path: Path, paper: Path) -> None:
+def test_the_kind_says_which_tokenizer_it_is(tmp_path: Path, fake_bundle: Path) -> None:
     path = tmp_path / "vocab.json"
-    write_vocabulary(paper)
-    assert isinstance(load_tokenizer(paper / "tokenizer/vocab.json"), WordTokenizer)
+    write_vocabulary(fake_bundle)
+    assert isinstance(load_tokenizer(fake_bundle / "tokenizer/vocab.json"), WordTokenizer)
     for facts, kind in ((CLIP_FACTS, ClipTokenizer), (FACTS, T5Tokenizer)):
         path.write_text(json.dumps(facts), encoding="utf-8")
         assert isinstance(load_tokenizer(path), kind)
