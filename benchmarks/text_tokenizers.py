@@ -21,7 +21,7 @@ import click
 
 from tpx_export.base.tokenizers import clip_tokenizer, t5_tokenizer
 from tpx_runtime.tokenizer import load_tokenizer
-from tpx_runtime.tokenizer.clip import END, byte_alphabet
+from tpx_runtime.tokenizer.clip import WORD_END, byte_alphabet
 
 Encode = Callable[[str], list[int]]
 
@@ -31,7 +31,7 @@ def clip_reference(facts: dict[str, Any], pad: str) -> Any:
     from transformers import CLIPTokenizer
 
     characters = list(byte_alphabet().values())
-    tokens = characters + [character + END for character in characters]
+    tokens = characters + [character + WORD_END for character in characters]
     tokens += [merge.replace(" ", "") for merge in facts["merges"]] + ["<|startoftext|>", "<|endoftext|>"]
     merges = [tuple(merge.split(" ")) for merge in facts["merges"]]
     return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=merges, pad_token=pad)

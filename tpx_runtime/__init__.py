@@ -1,4 +1,4 @@
-"""From a prompt and a bundle to a picture, with numpy, Pillow and one inference engine.
+"""Text-to-image inference from a bundle, with numpy, Pillow and one inference engine.
 
 from tpx_runtime import Generator
 
@@ -11,20 +11,21 @@ from typing import TYPE_CHECKING
 
 from .errors import TpxError
 
-# ONNX Runtime, from 1.32 on, keeps an identity of the machine and sends events to its maker unless it is told not to before
-# it is imported. Who wants that sets the variable to 0.
+# From 1.32 on, ONNX Runtime stores a machine id and sends telemetry to Microsoft unless this is set before its import.
+# Set the variable to 0 to allow that.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
     from .generator import Generator
 
-__version__ = "0.1.0"  # here and nowhere else: to ask the installed package takes every start 22 ms
+# The only place with the version: reading it from the installed package would add 22 ms to every start.
+__version__ = "0.1.0"
 
 __all__ = ["Generator", "TpxError", "__version__"]
 
 
 def __getattr__(name: str) -> object:
-    """Resolve the heavier name on first use, so that importing one module stays cheap (PEP 562)."""
+    """Import Generator on first use, so that importing a single module stays cheap (PEP 562)."""
     if name == "Generator":
         from .generator import Generator
 

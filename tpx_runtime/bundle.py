@@ -1,4 +1,4 @@
-"""A bundle on disk: opening it, checking every byte of it, and finding its parts (see docs/bundle.md)."""
+"""A bundle on disk: opening it, verifying its files, and locating its parts (see docs/bundle.md)."""
 
 import hashlib
 import json
@@ -42,17 +42,17 @@ MANIFEST = "manifest.json"
 VOCABULARY = "vocab.json"  # in the folder of a tokenizer
 MODEL = "model.onnx"  # in the folder of a text encoder
 CONDITIONS = "transformer/conditions.onnx"
-VAE_ENCODER = "vae_encoder/model.onnx"  # a bundle may lack it
+VAE_ENCODER = "vae_encoder/model.onnx"  # optional
 VAE_DECODER = "vae_decoder/model.onnx"
 SCHEDULER = "scheduler/scheduler_config.json"
-STEP = "scheduler/step.onnx"  # a bundle may lack it
+STEP = "scheduler/step.onnx"  # optional
 GOLDEN = "golden/golden.npz"
-_ALWAYS: tuple[GraphVariant, ...] = ("operator", "plain")  # float16 alone has the other
-_SHIFTS = (0.01, 100.0)  # beyond, neighbouring sigmas of a long schedule are one float32
+_REQUIRED_VARIANTS: tuple[GraphVariant, ...] = ("operator", "plain")  # "fused" exists only in float16
+_SHIFT_RANGE = (0.01, 100.0)  # outside of it, neighbouring sigmas of a long schedule are equal in float32
 
 
 def transformer_name(depth: int, variant: GraphVariant = "operator") -> str:
-    """Path inside the bundle of the transformer that takes `depth` latent steps."""
+    """Path inside the bundle of the transformer with `depth` latent steps."""
     return f"transformer/depth-{depth}{'' if variant == 'operator' else f'.{variant}'}.onnx"
 
 
@@ -63,7 +63,7 @@ def hash_file(path: Path) -> str:
 
 
 def describe_files(root: Path) -> dict[str, FileEntry]:
-    """What the manifest of the bundle at `root` says of its files: all but the manifest itself, in order."""
+    """Size and hash of every file of the bundle at `root` except the manifest, sorted by name."""
     paths = {path.relative_to(root).as_posix(): path for path in root.rglob("*") if path.is_file()}
     return {
         name: FileEntry(bytes=path.stat().st_size, sha256=hash_file(path))
@@ -74,12 +74,12 @@ def describe_files(root: Path) -> dict[str, FileEntry]:
 
 def _wrong_size(path: Path, entry: FileEntry) -> str | None:
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError as error:
         return f"expected a file of {entry.bytes} bytes, found: {error.strerror}"
-    if not stat.S_ISREG(found.st_mode):
+    if not stat.S_ISREG(status.st_mode):
         return f"expected a file of {entry.bytes} bytes, found something else"
-    return None if found.st_size == entry.bytes else f"expected {entry.bytes} bytes, found {found.st_size}"
+    return None if status.st_size == entry.bytes else f"expected {entry.bytes} bytes, found {status.st_size}"
 
 
 def _wrong_hash(path: Path, entry: FileEntry) -> str | None:
@@ -92,12 +92,12 @@ def _wrong_hash(path: Path, entry: FileEntry) -> str | None:
 
 @dataclass(frozen=True)
 class GraphFile:
-    """A graph of a bundle: the name that reports and engines call it, its file, and the shapes of one row of its inputs."""
+    """A graph of a bundle: its name in reports, its file, and the shapes of its inputs without the batch dimension."""
 
     name: str
     path: Path
     inputs: dict[str, tuple[int, ...]]
-    depth: int | None = None  # of a transformer
+    depth: int | None = None  # of a transformer graph
 
 
 @dataclass(frozen=True)
@@ -109,10 +109,9 @@ class Bundle:
 
     @classmethod
     def open(cls, path: str | Path, verify: bool = True) -> "Bundle":
-        """Read the manifest at `path` and check the size of every file, and with `verify` its SHA-256 too.
+        """Read the manifest at `path` and check the size of every file, with `verify` also its SHA-256.
 
-        Every file is read once, and none before all sizes are right. Raises BundleInvalid, whose message
-        names the file at fault.
+        All sizes are checked before any file is read. Raises BundleInvalid, whose message names the invalid file.
         """
         root = Path(path)
         try:
@@ -130,47 +129,49 @@ class Bundle:
             ) from None
         try:
             bundle = cls(root, Manifest.from_json(text))
-        except BundleInvalid as error:  # which knows the file's name alone
+        except BundleInvalid as error:  # its message has only the name of the file
             raise BundleInvalid(f"{root}{os.sep}{error}") from None
         depths = bundle.manifest.model.depths
-        transformers = [transformer_name(depth, one) for depth in depths for one in _ALWAYS]
+        transformers = [
+            transformer_name(depth, variant) for depth in depths for variant in _REQUIRED_VARIANTS
+        ]
         for encoder in bundle.manifest.text_encoders:
             bundle.vocabulary(encoder)
             bundle.text_encoder(encoder)
         for name in (CONDITIONS, *transformers, VAE_DECODER, SCHEDULER, GOLDEN):
             bundle.path(name)
-        for fault in (_wrong_size, _wrong_hash) if verify else (_wrong_size,):
+        for check in (_wrong_size, _wrong_hash) if verify else (_wrong_size,):
             for name, entry in bundle.manifest.files.items():
-                if message := fault(root / name, entry):
+                if message := check(root / name, entry):
                     raise BundleInvalid(f"{root / name}: {message}; copy the bundle again or export it again")
         return bundle
 
     @property
     def hash(self) -> str:
-        """Identity of the bundle: SHA-256 over the manifest's facts, and so over every file's hash."""
+        """Identity of the bundle: SHA-256 of the manifest, which includes the hash of every file."""
         return self.manifest.sha256
 
     def graphs(self, variant: GraphVariant = "operator") -> list[GraphFile]:
-        """Every graph that makes pictures; the transformers in that variant."""
+        """All graphs that are used to generate images; the transformers in that variant."""
         model, shapes = self.manifest.model, self.manifest.model.input_shapes
-        found = [
+        graphs = [
             GraphFile(encoder.folder, self.text_encoder(encoder), {"ids": (encoder.tokens,)})
             for encoder in self.manifest.text_encoders
         ]
         inputs = {name: shapes[name] for name in model.conditions_inputs}
-        found.append(GraphFile("transformer conditions", self.conditions, inputs))
+        graphs.append(GraphFile("transformer conditions", self.conditions, inputs))
         inputs = {name: shapes[name] for name in model.transformer_inputs}
-        found += [
+        graphs += [
             GraphFile(f"transformer depth {depth}", self.transformer(depth, variant), inputs, depth)
             for depth in model.depths
         ]
-        found.append(GraphFile("vae_decoder", self.vae_decoder, {"latents": model.latent_shape}))
+        graphs.append(GraphFile("vae_decoder", self.vae_decoder, {"latents": model.latent_shape}))
         if self.vae_encoder:
-            found.append(GraphFile("vae_encoder", self.vae_encoder, {"image": (3, *model.image_size_px)}))
-        return found
+            graphs.append(GraphFile("vae_encoder", self.vae_encoder, {"image": (3, *model.image_size_px)}))
+        return graphs
 
     def path(self, name: str) -> Path:
-        """Where the file `name` lies. Raises BundleInvalid when the manifest does not list it."""
+        """Path of the file `name`. Raises BundleInvalid if the manifest does not list it."""
         if name not in self.manifest.files:
             raise BundleInvalid(
                 f"{self.root}: expected the file {name}, found no such entry; export it again"
@@ -185,14 +186,14 @@ class Bundle:
 
     @property
     def conditions(self) -> Path:
-        """The graph of what timestep and prompt or class alone decide."""
+        """The graph that computes what depends only on the timestep and the prompt or class."""
         return self.path(CONDITIONS)
 
     def transformer(self, depth: int, variant: GraphVariant = "operator") -> Path:
-        """The graph of `depth` latent steps, for given conditions; without a fused one it is the operator's."""
+        """The transformer with `depth` latent steps; a missing fused variant is replaced by the operator variant."""
         name = transformer_name(depth, variant)
         return self.path(
-            name if name in self.manifest.files or variant in _ALWAYS else transformer_name(depth)
+            name if name in self.manifest.files or variant in _REQUIRED_VARIANTS else transformer_name(depth)
         )
 
     @property
@@ -201,21 +202,21 @@ class Bundle:
 
     @property
     def vae_encoder(self) -> Path | None:
-        """None for a bundle that cannot start from a picture."""
+        """None if the bundle has no image encoder."""
         return self.path(VAE_ENCODER) if VAE_ENCODER in self.manifest.files else None
 
     @property
     def step(self) -> Path | None:
-        """The graph of what a loop does between two calls of the transformer; None where it takes the host."""
+        """The graph of the work between two transformer calls; None if only the host can do it."""
         return self.path(STEP) if STEP in self.manifest.files else None
 
     @property
-    def starts_from_pictures(self) -> bool:
-        """Noise is laid over a picture as flows do it, which alone are drawn so."""
+    def supports_image_to_image(self) -> bool:
+        """Whether images can be generated from an input image: needs an image encoder and a flow model."""
         return self.vae_encoder is not None and self.manifest.model.prediction == "velocity"
 
     def weight_bytes(self, folder: str) -> int:
-        """Size of everything in a folder of the bundle: about the memory that its graph takes."""
+        """Size of all files in a folder of the bundle: about the memory that its graph needs."""
         files = self.manifest.files.items()
         return sum(entry.bytes for name, entry in files if name.startswith(f"{folder}/"))
 
@@ -225,7 +226,7 @@ class Bundle:
 
     @cached_property
     def schedule_shift(self) -> float:
-        """The flow-matching shift s in sigma -> s sigma / (1 + (s - 1) sigma); 1 for a diffusion. Raises BundleInvalid."""
+        """Shift s of flow matching, sigma -> s sigma / (1 + (s - 1) sigma); 1 for diffusion models. Raises BundleInvalid."""
         if self.manifest.model.prediction != "velocity":
             return 1.0
         path = self.path(SCHEDULER)
@@ -233,8 +234,8 @@ class Bundle:
             shift = float(json.loads(path.read_text(encoding="utf-8"))["shift"])
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             raise BundleInvalid(f'{path}: expected JSON with a number "shift", found none') from None
-        if not _SHIFTS[0] <= shift <= _SHIFTS[1]:
+        if not _SHIFT_RANGE[0] <= shift <= _SHIFT_RANGE[1]:
             raise BundleInvalid(
-                f"{path}: expected a shift in {_SHIFTS[0]:g}..{_SHIFTS[1]:g}, found {shift:g}"
+                f"{path}: expected a shift in {_SHIFT_RANGE[0]:g}..{_SHIFT_RANGE[1]:g}, found {shift:g}"
             )
         return shift

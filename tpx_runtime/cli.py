@@ -1,4 +1,4 @@
-"""The commands tpx-run, tpx-verify and tpx-info. Heavy imports wait until an argument has been read."""
+"""The commands tpx-run, tpx-verify and tpx-info. Heavy imports are deferred until the arguments have been parsed."""
 
 import os
 import secrets
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .command import TpxCommand, noticing
+from .command import TpxCommand, warnings_as_notices
 from .errors import BadInput, EngineFailed, EngineUnavailable, shorten
 
 if TYPE_CHECKING:
@@ -25,10 +25,9 @@ if TYPE_CHECKING:
 SAMPLE_BUNDLE = Path("bundles/shapes")
 _PATH = click.Path(path_type=Path)
 _ENGINE_HELP = (
-    "onnxruntime, onnxruntime-cuda, openvino or openvino-bf16, or what tpx-build made for tensorrt-rtx or tensorrt; "
-    "auto takes the first that runs here."
+    "onnxruntime, onnxruntime-cuda, openvino or openvino-bf16; tensorrt-rtx or tensorrt after tpx-build; "
+    "auto selects the first that runs on this machine."
 )
-
 
 guidance_interval = click.option(
     "--guidance-interval",
@@ -47,9 +46,9 @@ guidance_every = click.option(
 
 
 def find_bundle(given: str | None) -> Path:
-    """The bundle given, or $TPX_BUNDLE, or the sample's in this folder or this checkout. Raises BadInput."""
-    if named := given or os.environ.get("TPX_BUNDLE"):
-        return Path(named)
+    """The path of the bundle: `given`, $TPX_BUNDLE, or the sample's in this folder or checkout. Raises BadInput."""
+    if path := given or os.environ.get("TPX_BUNDLE"):
+        return Path(path)
     for root in (Path(), Path(__file__).parent.parent):
         if (root / SAMPLE_BUNDLE).is_dir():
             return root / SAMPLE_BUNDLE
@@ -59,13 +58,13 @@ def find_bundle(given: str | None) -> Path:
     )
 
 
-def _announce(engine: "Engine", asked: str) -> None:
-    """Say on stderr which engine runs, so that nobody wonders what `auto` chose."""
-    click.echo(f"engine: {engine.name}{' (chosen by auto)' if asked != engine.name else ''}", err=True)
+def _print_engine(engine: "Engine", requested: str) -> None:
+    """Print on stderr which engine is used, and whether `auto` selected it."""
+    click.echo(f"engine: {engine.name}{' (chosen by auto)' if requested != engine.name else ''}", err=True)
 
 
 class Seed(click.ParamType):
-    """A whole number, or `random`, which is said on stderr and lies in the picture's metadata."""
+    """An integer, or `random`, in which case the chosen seed is printed on stderr."""
 
     name = "integer|random"
 
@@ -77,48 +76,49 @@ class Seed(click.ParamType):
         return seed
 
 
-LIKE = "tpx.like"  # in a context's meta: the metadata of the picture that --like names
+LIKE_METADATA = "tpx.like"  # key in the click context's `meta`: the metadata of the image named by --like
 
 
-def _draw_like(ctx: click.Context, _: click.Parameter, path: Path | None) -> None:
-    """Let a picture's settings be the defaults of all options that follow from them."""
+def _apply_like(ctx: click.Context, _: click.Parameter, path: Path | None) -> None:
+    """Use the settings of an image as the defaults of the other options."""
     if path is None:
         return
     from .metadata import read_metadata, settings_in
 
-    ctx.meta[LIKE] = facts = read_metadata(path)
+    ctx.meta[LIKE_METADATA] = facts = read_metadata(path)
     ctx.default_map = {**(ctx.default_map or {}), **settings_in(facts)}
 
 
-def _notice_other_bundle(facts: dict[str, Any] | None, bundle: "Bundle") -> None:
-    """Say so if the picture of --like was drawn by another bundle."""
+def _warn_other_bundle(facts: dict[str, Any] | None, bundle: "Bundle") -> None:
+    """Warn if the image of --like was generated with another bundle."""
     if facts and facts.get("bundle_sha256") != bundle.hash:
         warnings.warn(
-            f"the picture of --like was drawn by another bundle, {shorten(facts.get('bundle'))}", stacklevel=2
+            f"the image of --like was generated with another bundle, {shorten(facts.get('bundle'))}",
+            stacklevel=2,
         )
 
 
 def _plan_lines(
     generator: "Generator", file: Path, lines: dict[int, str], settings: dict[str, Any]
 ) -> "list[Settings]":
-    """The jobs of a file's prompts. Raises BadInput, which names the line unless what is wrong lies in no prompt."""
-    jobs, wrong = [], dict[int, BadInput]()
+    """The jobs of a file's prompts. Raises BadInput, which names the line unless every prompt fails for the same reason."""
+    jobs, failed = [], dict[int, BadInput]()
     for number, prompt in lines.items():
         try:
             jobs += generator.plan(prompt, **settings)
         except BadInput as error:
-            wrong[number] = error
-    if not wrong:
+            failed[number] = error
+    if not failed:
         return jobs
-    number, first = next(iter(wrong.items()))
-    if len(set(map(str, wrong.values()))) == 1 and len(wrong) == len(lines) > 1:
+    number, first = next(iter(failed.items()))
+    if len(set(map(str, failed.values()))) == 1 and len(failed) == len(lines) > 1:
         raise first
     raise BadInput(f"{file}, line {number}: {first}")
 
 
 @contextmanager
-def _printing() -> Iterator[list[Path]]:
-    """A list whose paths are printed in the end, below the bar, whatever that end is."""
+def _print_paths_on_exit() -> Iterator[list[Path]]:
+    """Yield a list; its paths are printed on exit, below the progress bar, even after an error."""
     written: list[Path] = []
     try:
         yield written
@@ -130,56 +130,60 @@ def _printing() -> Iterator[list[Path]]:
 @click.command(cls=TpxCommand)
 @click.argument("prompt", required=False)
 @click.option(
-    "--prompts", "prompts_file", type=_PATH, help="File of prompts, one a line, or - for standard input."
+    "--prompts", "prompts_file", type=_PATH, help="File of prompts, one per line, or - for standard input."
 )
 @click.option(
     "--like",
     type=_PATH,
     is_eager=True,
     expose_value=False,
-    callback=_draw_like,
-    help="PNG of tpx-run whose settings are taken, but for those given here.",
+    callback=_apply_like,
+    help="PNG written by tpx-run whose settings become the defaults of the other options.",
 )
 @click.option("--bundle", help="Folder of the bundle.  [default: $TPX_BUNDLE, else bundles/shapes]")
 @click.option(
     "--out",
     type=_PATH,
-    help="PNG to write, with {seed}, {prompt} and {number} in its name replaced.  [default: after the prompt]",
+    help="PNG to write; {seed}, {prompt} and {number} in its name are replaced.  [default: named after the prompt]",
 )
 @click.option(
     "--seed",
     type=Seed(),
     default=0,
     show_default=True,
-    help="Of the first picture, or random; the next adds 1.",
+    help="Seed of the first image, or random; each further image adds 1.",
 )
 @click.option("--steps", type=int, help="Denoising steps.  [default: the bundle's]")
-@click.option("--guidance", type=float, help="Pull of the prompt; 1 is off.  [default: the bundle's]")
+@click.option("--guidance", type=float, help="Guidance scale; 1 is off.  [default: the bundle's]")
 @guidance_interval
 @guidance_every
 @click.option(
     "--sampler", help="euler, heun, dpmpp2m or unipc; ddpm or ddim for class models.  [default: the bundle's]"
 )
-@click.option("--depth", type=int, help="Latent steps of thinking.  [default: the bundle's]")
+@click.option("--depth", type=int, help="Recursive latent steps (thinking depth).  [default: the bundle's]")
 @click.option(
-    "-n", "num_images", type=int, default=1, show_default=True, help="Pictures; several make a grid."
+    "-n", "num_images", type=int, default=1, show_default=True, help="Number of images; several make a grid."
 )
 @click.option(
-    "--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Pictures drawn at once."
+    "--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Images generated at once."
 )
 @click.option("--engine", default="auto", show_default=True, help=_ENGINE_HELP)
 @click.option(
     "--threads",
     type=click.IntRange(1),
-    help="Of an engine on the CPU.  [default: $TPX_THREADS, else every core]",
+    help="Threads of a CPU engine.  [default: $TPX_THREADS, else every core]",
 )
-@click.option("--negative-prompt", "--negative", help="What the picture should not show.")
-@click.option("--class", "class_id", type=int, help="Number of the class to draw, instead of PROMPT.")
-@click.option("--image", type=_PATH, help="Picture to start from.")
-@click.option("--mask", type=_PATH, help="Picture, white where IMAGE is to be painted anew.")
-@click.option("--strength", type=float, help="Share of the steps that change IMAGE, 0 to 1.  [default: 0.6]")
-@click.option("--no-t5", is_flag=True, help="Leave out T5 of Stable Diffusion 3: less memory, less text.")
-@click.option("--no-verify", is_flag=True, help="Trust the bundle: do not read all of it for its hashes.")
+@click.option("--negative-prompt", "--negative", help="What the image should not show.")
+@click.option("--class", "class_id", type=int, help="Number of the class to generate, instead of PROMPT.")
+@click.option("--image", type=_PATH, help="Image to start from.")
+@click.option("--mask", type=_PATH, help="Mask image, white where IMAGE is to be repainted.")
+@click.option("--strength", type=float, help="Fraction of the steps to run on IMAGE, 0 to 1.  [default: 0.6]")
+@click.option(
+    "--no-t5",
+    is_flag=True,
+    help="Leave out T5 of Stable Diffusion 3: saves memory, long prompts work less well.",
+)
+@click.option("--no-verify", is_flag=True, help="Skip the hash check of the bundle's files.")
 @click.option("--force", is_flag=True, help="Replace an existing file.")
 def run(
     prompt: str | None,
@@ -200,58 +204,63 @@ def run(
     no_verify: bool,
     **settings: Any,
 ) -> None:
-    """Draw PROMPT, or each of a file's prompts, or a class, and print the path of each PNG."""
+    """Generate images of PROMPT, of each prompt in a file, or of a class, and print the path of each PNG."""
     from .bundle import Bundle
-    from .editing import starting_strength
+    from .editing import resolve_strength
     from .engine import resolve
     from .engine.environment import THREADS_VARIABLE, threads_wanted
     from .generator import MAX_IMAGES, Generator
     from .images import grid
-    from .outputs import choose_outputs
-    from .pictures import open_picture
-    from .prompts import prompts_in
+    from .input_images import load_image
+    from .output_files import choose_output_files
+    from .prompts import read_prompt_lines
 
     if prompt is not None and prompts_file:
         raise BadInput("expected PROMPT or --prompts, found both; leave out one of them")
     if threads:
         os.environ[THREADS_VARIABLE] = str(threads)
     threads_wanted()
-    lines = prompts_in(prompts_file) if prompts_file else {}
-    named = list(lines.values()) or [prompt or ("" if class_id is None else f"class {class_id}")]
-    seeds = range(seed, seed + min(max(num_images, 1), MAX_IMAGES))  # what is beyond, plan refuses
-    outputs = choose_outputs(out, named, seeds, force)
-    strength = starting_strength(image, mask, strength)
-    picture, painted = (open_picture(file) if file else None for file in (image, mask))
+    lines = read_prompt_lines(prompts_file) if prompts_file else {}
+    subjects = list(lines.values()) or [prompt or ("" if class_id is None else f"class {class_id}")]
+    seeds = range(seed, seed + min(max(num_images, 1), MAX_IMAGES))  # `plan` rejects other values
+    outputs = choose_output_files(out, subjects, seeds, force)
+    strength = resolve_strength(image, mask, strength)
+    input_image, input_mask = (load_image(file) if file else None for file in (image, mask))
     chosen = resolve(engine)
     opened = Bundle.open(find_bundle(bundle), verify=not no_verify)
-    several_batches = num_images * len(named) > batch_size
+    several_batches = num_images * len(subjects) > batch_size
     generator = Generator(opened, chosen, t5=not no_t5, keep=several_batches)
-    with noticing():
-        _notice_other_bundle(click.get_current_context().meta.get(LIKE), opened)
+    with warnings_as_notices():
+        _warn_other_bundle(click.get_current_context().meta.get(LIKE_METADATA), opened)
         settings |= {"class_id": class_id, "strength": strength, "seed": seed, "num_images": num_images}
         planned = prompts_file and _plan_lines(generator, prompts_file, lines, settings)
         jobs = planned or generator.plan(prompt, **settings)
-        edit = generator.edit(picture, painted) if picture else None
-    _announce(generator.engine, engine)
-    with _printing() as written, click.progressbar(length=1, label="denoising", file=sys.stderr) as bar:
+        edit = generator.edit(input_image, input_mask) if input_image else None
+    _print_engine(generator.engine, engine)
+    with (
+        _print_paths_on_exit() as written,
+        click.progressbar(length=1, label="denoising", file=sys.stderr) as bar,
+    ):
 
         def advance(step: int, total: int, latents: object) -> None:
             bar.length = total
             bar.update(1)
 
-        drawn = generator.stream(jobs, batch_size, callback=advance, edit=edit)
+        images = generator.stream(jobs, batch_size, callback=advance, edit=edit)
         for output in outputs:
-            written.append(output.save(grid(list(islice(drawn, output.images))), force))
+            written.append(output.save(grid(list(islice(images, output.images))), force))
 
 
 @click.command(cls=TpxCommand)
 @click.argument("bundle", required=False)
 @click.option("--engine", default="auto", show_default=True, help=_ENGINE_HELP)
-@click.option("--all-engines", is_flag=True, help="Every engine that runs here, and why the others do not.")
+@click.option(
+    "--all-engines", is_flag=True, help="Verify on every engine that runs here; print why the others do not."
+)
 def verify(bundle: str | None, engine: str, all_engines: bool) -> None:
-    """Check the hash of every file of BUNDLE, and on an engine every graph against the PyTorch model.
+    """Check the hash of every file of BUNDLE, then compare every graph with the PyTorch model on an engine.
 
-    Without BUNDLE it takes $TPX_BUNDLE, else bundles/shapes.
+    BUNDLE defaults to $TPX_BUNDLE, else bundles/shapes.
     """
     from .bundle import Bundle
     from .engine import AUTO, ENGINES, NONE_RUNS, resolve
@@ -263,9 +272,11 @@ def verify(bundle: str | None, engine: str, all_engines: bool) -> None:
     chosen = None if all_engines else resolve(engine)
     opened = Bundle.open(find_bundle(bundle))
     facts = opened.manifest
-    click.echo(f"{facts.name} ({facts.precision}): {len(facts.files)} files, each of its size and SHA-256")
+    click.echo(
+        f"{facts.name} ({facts.precision}): {len(facts.files)} files, sizes and SHA-256 as in the manifest"
+    )
     if chosen:
-        _announce(chosen, engine)
+        _print_engine(chosen, engine)
         _verify_on(opened, chosen)
         return
     unusable, failed = [], []
@@ -290,12 +301,12 @@ def verify(bundle: str | None, engine: str, all_engines: bool) -> None:
 @click.command(cls=TpxCommand)
 @click.argument("bundle", required=False)
 def info(bundle: str | None) -> None:
-    """Which engines run on this machine, and what BUNDLE is; its files are not read.
+    """Show which engines run on this machine and what BUNDLE is; only its manifest is read.
 
-    Without BUNDLE it takes $TPX_BUNDLE, else bundles/shapes, where there is one.
+    BUNDLE defaults to $TPX_BUNDLE, else bundles/shapes if it exists.
     """
     from .bundle import Bundle
-    from .info import engines, facts, machine
+    from .info import describe_bundle, engines, machine
 
     click.echo(machine() + "\n")
     for line in engines():
@@ -303,15 +314,15 @@ def info(bundle: str | None) -> None:
     click.echo()
     try:
         path = find_bundle(bundle)
-    except BadInput as error:  # none is named, and none lies here
+    except BadInput as error:
         click.echo(f"no bundle: {error}")
         return
-    for line in facts(Bundle.open(path, verify=False)):
+    for line in describe_bundle(Bundle.open(path, verify=False)):
         click.echo(line)
 
 
 def _verify_on(bundle: "Bundle", engine: "Engine") -> None:
-    """Print the table of one engine. Raises EngineFailed where a part is out of tolerance."""
+    """Print the reports of one engine as a table. Raises EngineFailed if a part is out of tolerance."""
     from .verify import require_ok, verify_bundle
 
     reports = verify_bundle(bundle, engine)
@@ -320,12 +331,12 @@ def _verify_on(bundle: "Bundle", engine: "Engine") -> None:
 
 
 def table(reports: "Sequence[PartReport]") -> str:
-    """The reports as lines of text that a person reads."""
+    """The reports as a text table."""
     lines = [f"{'part':<22}{'error':>9}{'tolerance':>11}{'same routes':>13}{'at least':>10}  ok"]
     for report in reports:
-        routes, least = "-", "-"
+        routes, minimum = "-", "-"
         if report.routing_agreement is not None:
-            routes, least = f"{report.routing_agreement:.2%}", f"{report.least_agreement:.2%}"
-        numbers = f"{report.part:<22}{report.error:>9.1e}{report.tolerance:>11.0e}{routes:>13}{least:>10}"
+            routes, minimum = f"{report.routing_agreement:.2%}", f"{report.min_agreement:.2%}"
+        numbers = f"{report.part:<22}{report.error:>9.1e}{report.tolerance:>11.0e}{routes:>13}{minimum:>10}"
         lines.append(f"{numbers}  {'yes' if report.ok else 'NO'}")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""What all commands share: whatever a user did wrong, and Ctrl-C, ends in one line on stderr and an exit code."""
+"""Shared behaviour of all commands: user errors and Ctrl-C end in one line on stderr and an exit code."""
 
 import io
 import os
@@ -12,14 +12,14 @@ import click
 
 from . import __version__
 from .errors import Cancelled, TpxError
-from .interrupts import as_ctrl_c
+from .interrupts import termination_as_interrupt
 
 
-class ErrorLine(click.ClickException):
-    """An error that click prints as one line and exits with."""
+class OneLineError(click.ClickException):
+    """An error that click prints as one line before it exits with `exit_code`."""
 
     def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(" ".join(message.splitlines()))  # a path in it may hold line breaks
+        super().__init__(" ".join(message.splitlines()))  # a path in the message may contain line breaks
         self.exit_code = exit_code  # type: ignore[misc]
 
     def show(self, file: IO[Any] | None = None) -> None:
@@ -27,21 +27,21 @@ class ErrorLine(click.ClickException):
 
 
 @contextmanager
-def one_line() -> Iterator[None]:
-    """Turn click's usage errors, for which it would print several lines, into ErrorLine."""
+def one_line_usage_errors() -> Iterator[None]:
+    """Convert click's usage errors, which it prints on several lines, to OneLineError."""
     try:
         yield
     except click.UsageError as error:
-        # A group without a command is click's help, which is no error; click 8.1 has no such class.
+        # A group called without a command shows its help, which is not an error; click 8.1 does not have this class.
         if type(error).__name__ == "NoArgsIsHelpError":
             raise
-        said = " ".join(error.format_message().split()).rstrip(".")
+        message = " ".join(error.format_message().split()).rstrip(".")
         where = f"; see {error.ctx.command_path} --help" if error.ctx else ""
-        raise ErrorLine(f"{said}{where}", exit_code=2) from None
+        raise OneLineError(f"{message}{where}", exit_code=2) from None
 
 
-def mend_streams() -> None:
-    """Let a closed standard stream swallow what is written, and one of another code page take every name."""
+def make_streams_safe() -> None:
+    """Redirect closed standard streams to the null device; escape characters that a stream's encoding lacks."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
@@ -51,8 +51,8 @@ def mend_streams() -> None:
 
 
 @contextmanager
-def noticing() -> Iterator[None]:
-    """What is warned of inside, such as a prompt that is cut short, is said in one line each on stderr afterwards."""
+def warnings_as_notices() -> Iterator[None]:
+    """On exit, print each warning that was raised inside, such as a truncated prompt, as one `notice:` line on stderr."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         yield
@@ -60,8 +60,8 @@ def noticing() -> Iterator[None]:
         click.echo(f"notice: {line}", err=True)
 
 
-def _say_version(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
-    if asked and not ctx.resilient_parsing:
+def _print_version(ctx: click.Context, _: click.Parameter, requested: bool) -> None:
+    if requested and not ctx.resilient_parsing:
         click.echo(f"tpx {__version__}")
         ctx.exit()
 
@@ -72,39 +72,39 @@ def _version() -> click.Option:
         is_flag=True,
         is_eager=True,
         expose_value=False,
-        callback=_say_version,
+        callback=_print_version,
         help="Show the version and exit.",
     )
 
 
 class TpxCommand(click.Command):
-    """A command whose errors, and Ctrl-C, end in one line on stderr and the error's exit code."""
+    """A command that reports errors and Ctrl-C as one line on stderr and exits with the error's code."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.params.append(_version())
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
-        with one_line():
+        with one_line_usage_errors():
             try:
                 return super().make_context(*args, **kwargs)
-            except TpxError as error:  # of an option that is read at once
-                raise ErrorLine(str(error), error.exit_code) from None
+            except TpxError as error:  # from the callback of an eager option
+                raise OneLineError(str(error), error.exit_code) from None
 
     def invoke(self, ctx: click.Context) -> Any:
-        mend_streams()
+        make_streams_safe()
         try:
-            with one_line(), as_ctrl_c():
+            with one_line_usage_errors(), termination_as_interrupt():
                 return super().invoke(ctx)
         except KeyboardInterrupt:
             error: TpxError = Cancelled("cancelled")
         except TpxError as caught:
             error = caught
-        raise ErrorLine(str(error), error.exit_code)
+        raise OneLineError(str(error), error.exit_code)
 
 
 class TpxGroup(click.Group):
-    """A group of such commands."""
+    """A group of `TpxCommand`s."""
 
     command_class = TpxCommand
 
@@ -113,9 +113,9 @@ class TpxGroup(click.Group):
         self.params.append(_version())
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
-        with one_line():
+        with one_line_usage_errors():
             return super().make_context(*args, **kwargs)
 
     def resolve_command(self, *args: Any, **kwargs: Any) -> Any:
-        with one_line():
+        with one_line_usage_errors():
             return super().resolve_command(*args, **kwargs)

@@ -1,7 +1,7 @@
-"""The transformer's conditioning: prompts through one or several text encoders, or classes by number.
+"""The transformer's conditioning: prompts through one or several text encoders, or class numbers.
 
-Each conditioner checks a user's input before any work is done, and turns it into the transformer's inputs. The outputs of
-several encoders are joined by SD3's rule (Esser et al., 2403.03206, section 3); a single encoder is its simplest case.
+A conditioner turns user input into the transformer's inputs; text can be checked before any work is done. The outputs of
+several encoders are combined as in SD3 (Esser et al., 2403.03206, section 3); a single encoder is the simplest case.
 """
 
 import warnings
@@ -16,29 +16,31 @@ from .graphs import Graphs
 from .manifest import EncoderSpec, ModelSpec
 from .memory import available_bytes
 from .sampling import Array
-from .tokenizer import Encoding, Tokenizer, load_tokenizer, refuse_unknown
+from .tokenizer import Encoding, Tokenizer, load_tokenizer, reject_unknown
 
-Said = tuple[Array, Array | None]  # of one encoder: context [B, tokens, width], pooled [B, width] or none
-_KEPT_PROMPTS = 32  # the latest ones, so that the next batch of a prompt does not encode it again
-
-
-class PromptCut(UserWarning):
-    """A prompt is longer than an encoder reads: no error, for the picture is one, but worth knowing."""
+EncoderOutput = tuple[
+    Array, Array | None
+]  # context [B, tokens, width]; pooled [B, width], or None if it does not pool
+_MAX_CACHED_PROMPTS = 32  # most recent ones, so that further batches of a prompt do not encode it again
 
 
-def combine(said: Sequence[Said], model: ModelSpec) -> Arrays:
-    """`context` [B, context_tokens, context_width] and `pooled` [B, pooled_width] of the outputs of all encoders.
+class PromptTruncated(UserWarning):
+    """Warning: a text encoder does not read the end of a long prompt."""
 
-    Contexts of encoders with pooled output lie side by side in the first rows, those of the others below them; the rest is
+
+def combine(outputs: Sequence[EncoderOutput], model: ModelSpec) -> Arrays:
+    """`context` [B, context_tokens, context_width] and `pooled` [B, pooled_width] from the outputs of all encoders.
+
+    Contexts of encoders with pooled output are placed side by side in the first rows, those of the others below; the rest is
     zero, such as T5's rows if it was left out. Pooled outputs are concatenated.
     """
-    pooling = [(context, pooled) for context, pooled in said if pooled is not None]
-    context = np.zeros((len(said[0][0]), model.context_tokens, model.context_width), np.float32)
+    pooling = [(context, pooled) for context, pooled in outputs if pooled is not None]
+    context = np.zeros((len(outputs[0][0]), model.context_tokens, model.context_width), np.float32)
     column, row = 0, pooling[0][0].shape[1]
     for part, _ in pooling:
         context[:, :row, column : column + part.shape[2]] = part
         column += part.shape[2]
-    for part, pooled in said:
+    for part, pooled in outputs:
         if pooled is None:
             context[:, row : row + part.shape[1]] = part
             row += part.shape[1]
@@ -46,10 +48,10 @@ def combine(said: Sequence[Said], model: ModelSpec) -> Arrays:
 
 
 class TextConditioner:
-    """Prompts -> `context` and `pooled`. `t5=False` skips encoders without pooled output (T5).
+    """Converts prompts to `context` and `pooled`. `t5=False` skips encoders without pooled output (T5).
 
-    An encoder is loaded when first used. If all of them would take more than half of the available memory, each is released
-    before the next is loaded, whatever `graphs` keeps.
+    An encoder is loaded on first use. If all of them would take more than half of the available memory, each is released
+    before the next is loaded, even if `graphs` keeps its sessions.
     """
 
     def __init__(self, bundle: Bundle, graphs: Graphs, t5: bool = True) -> None:
@@ -58,46 +60,48 @@ class TextConditioner:
         self.encoders = [encoder for encoder in every if t5 or encoder.pooled_width]
         self.left_out = [encoder.folder for encoder in every if encoder not in self.encoders]
         self.tokenizers = [self._tokenizer(encoder) for encoder in self.encoders]
-        size, have = sum(bundle.weight_bytes(encoder.folder) for encoder in self.encoders), available_bytes()
-        self._graphs = graphs if have is None or size < have / 2 else Graphs(graphs.engine, keep=False)
+        size = sum(bundle.weight_bytes(encoder.folder) for encoder in self.encoders)
+        available = available_bytes()
+        fits = available is None or size < available / 2
+        self._graphs = graphs if fits else Graphs(graphs.engine, keep=False)
         self._rows: dict[str | None, Arrays] = {}
 
-    def check(self, prompt: str, called: str = "prompt") -> None:
-        """Raise BadInput for a text that a tokenizer refuses; warn, with PromptCut, of one that it cuts short.
+    def check(self, prompt: str, name: str = "prompt") -> None:
+        """Raise BadInput if a tokenizer rejects the text; warn with PromptTruncated if it truncates it.
 
-        `called` is what messages call the text.
+        `name` is what messages call the text.
         """
         try:
             dropped = {e.folder: self._encode(t, prompt).dropped for e, t in self._pairs()}
         except BadInput as error:
-            raise BadInput(f"{called}: {error}" if called != "prompt" else str(error)) from None
-        short = [folder for folder, tokens in dropped.items() if tokens]
-        whole = [folder for folder, tokens in dropped.items() if not tokens]
-        if not short:
+            raise BadInput(f"{name}: {error}" if name != "prompt" else str(error)) from None
+        truncating = [folder for folder, tokens in dropped.items() if tokens]
+        complete = [folder for folder, tokens in dropped.items() if not tokens]
+        if not truncating:
             return
-        most, rest = max(dropped.values()), f"; {', '.join(whole)} reads it whole" if whole else ""
+        most, rest = max(dropped.values()), f"; {', '.join(complete)} reads all of it" if complete else ""
         warnings.warn(
-            f"the {called} {shorten(prompt)} is longer than {', '.join(short)} read{'s' if len(short) == 1 else ''}: "
-            f"{most} token{' is' if most == 1 else 's are'} left out there{rest}",
-            PromptCut,
+            f"the {name} {shorten(prompt)} is too long for {', '.join(truncating)}: "
+            f"the last {f'{most} tokens are' if most > 1 else 'token is'} not read there{rest}",
+            PromptTruncated,
             stacklevel=3,
         )
 
     def __call__(self, prompts: Sequence[str | None]) -> Arrays:
-        """The transformer's inputs for prompts; None is no prompt at all, guidance's unconditional branch."""
+        """The transformer's inputs for prompts; None stands for the unconditional branch of guidance."""
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._rows]
         if new:
-            joined = combine([self._run(e, t, new) for e, t in self._pairs()], self._model)
+            combined = combine([self._run(e, t, new) for e, t in self._pairs()], self._model)
             for i, prompt in enumerate(new):
-                self._rows[prompt] = {name: values[i].copy() for name, values in joined.items()}
+                self._rows[prompt] = {name: values[i].copy() for name, values in combined.items()}
         for prompt in prompts:
-            self._rows[prompt] = self._rows.pop(prompt)  # the latest last
-        made = {name: np.stack([self._rows[p][name] for p in prompts]) for name in ("context", "pooled")}
-        for old in list(self._rows)[:-_KEPT_PROMPTS]:
+            self._rows[prompt] = self._rows.pop(prompt)  # in order of last use
+        inputs = {name: np.stack([self._rows[p][name] for p in prompts]) for name in ("context", "pooled")}
+        for old in list(self._rows)[:-_MAX_CACHED_PROMPTS]:
             del self._rows[old]
-        return made
+        return inputs
 
-    def _run(self, encoder: EncoderSpec, tokenizer: Tokenizer, prompts: list[str | None]) -> Said:
+    def _run(self, encoder: EncoderSpec, tokenizer: Tokenizer, prompts: list[str | None]) -> EncoderOutput:
         session = self._graphs.open(self._bundle.text_encoder(encoder))
         ids = np.array([self._encode(tokenizer, prompt).ids for prompt in prompts], np.int64)
         outputs = session.run({"ids": ids})
@@ -110,7 +114,7 @@ class TextConditioner:
         if prompt is None:
             return tokenizer.encode_empty()
         encoding = tokenizer.encode(prompt)
-        refuse_unknown(encoding, tokenizer)
+        reject_unknown(encoding, tokenizer)
         return encoding
 
     def _pairs(self) -> list[tuple[EncoderSpec, Tokenizer]]:
@@ -128,11 +132,11 @@ class TextConditioner:
 
 
 class ClassConditioner:
-    """Classes 0 .. classes - 1 -> `class_id`; the number after the last means no class."""
+    """Converts classes in 0..classes - 1 to `class_id`; `classes` itself means no class."""
 
     def __init__(self, classes: int) -> None:
         self._classes = classes
 
     def __call__(self, class_ids: Sequence[int | None]) -> Arrays:
-        """The transformer's inputs; None is no class, guidance's unconditional branch."""
+        """The transformer's inputs; None stands for the unconditional branch of guidance."""
         return {"class_id": np.array([self._classes if c is None else c for c in class_ids], np.int64)}

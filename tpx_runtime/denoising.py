@@ -1,4 +1,4 @@
-"""The denoising loop of one batch: from noise, or from a picture with noise, to latents that the decoder takes."""
+"""The denoising loop of one batch: from noise, or from a noised image, to the decoder's latents."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from .editing import Edit, InpaintingPrediction, add_noise, last_steps
 from .engine import Arrays, Engine, LoopPlan, Session
 from .errors import BadInput, Cancelled, EngineFailed, shorten
 from .graphs import Graphs
-from .guidance import GuidedPrediction, is_guided, reused
+from .guidance import GuidedPrediction, is_guided, reused_timesteps
 from .loop_plan import plan_loop
 from .manifest import Manifest
 from .modulation import Conditions
@@ -26,37 +26,37 @@ Routes = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Sample:
-    """What the loop made: `latents` [B, C, H, W], and for each model call `routes` [B, S, N], if any."""
+    """The result of the loop: `latents` [B, C, H, W] and, if the model thinks, `routes` [B, S, N] of each model call."""
 
     latents: Array
     routes: list[Routes]
 
 
-# Of Settings.
-LOOP = ("sampler", "steps", "guidance", "guidance_interval", "guidance_every", "depth", "strength")
+# The fields of Settings that all jobs of a batch share.
+LOOP_SETTINGS = ("sampler", "steps", "guidance", "guidance_interval", "guidance_every", "depth", "strength")
 
 
-def one_loop(jobs: Sequence[Settings], edit: Edit | None, manifest: Manifest) -> Settings:
-    """The job that stands for all, of which there is one at least; they share what LOOP names.
+def shared_settings(jobs: Sequence[Settings], edit: Edit | None, manifest: Manifest) -> Settings:
+    """The first job, after a check that all jobs have the same LOOP_SETTINGS.
 
-    Raises BadInput where they do not, for jobs of another model, and for a strength without an `edit` and the reverse.
+    Raises BadInput if they differ, for jobs of another model, and for a strength without an `edit` or the reverse.
     """
     for job in jobs:
         job.check(manifest)
-    for name in LOOP:
+    for name in LOOP_SETTINGS:
         first, *others = dict.fromkeys(getattr(job, name) for job in jobs)
         if others:
             raise BadInput(
-                f"expected jobs of one {name}, found {shorten(first)} and {shorten(others[0])}; draw them in two calls"
+                f"expected jobs with the same {name}, found {shorten(first)} and {shorten(others[0])}; use one call for each"
             )
     if (jobs[0].strength is None) != (edit is None):
-        found = "no strength" if jobs[0].strength is None else "no picture"
-        raise BadInput(f"expected a picture to start from and a strength, or neither, found {found}")
+        found = "no strength" if jobs[0].strength is None else "no image"
+        raise BadInput(f"expected an input image and a strength, or neither, found {found}")
     return jobs[0]
 
 
 def require_finite(values: Array, what: str, bundle: Bundle, engine: Engine) -> None:
-    """Raises EngineFailed."""
+    """Raise EngineFailed if `values` contain NaN or infinity; `what` names them in the message."""
     if not np.isfinite(values).all():
         raise EngineFailed(
             f"expected finite numbers in the {what}, found NaN or infinity from engine {engine.name} at precision "
@@ -64,17 +64,17 @@ def require_finite(values: Array, what: str, bundle: Bundle, engine: Engine) -> 
         )
 
 
-def require_wanted(callback: Callback, step: int, total: int, latents: Array) -> None:
-    """Call `callback` with a view that it cannot change. Raises Cancelled if it returns False; other values continue."""
-    shown = latents.view()
-    shown.flags.writeable = False
-    answer = callback(step, total, shown)
-    if isinstance(answer, bool | np.bool_) and not answer:
+def invoke_callback(callback: Callback, step: int, total: int, latents: Array) -> None:
+    """Call `callback` with a read-only view of the latents. Raises Cancelled if it returns False."""
+    read_only = latents.view()
+    read_only.flags.writeable = False
+    result = callback(step, total, read_only)
+    if isinstance(result, bool | np.bool_) and not result:
         raise Cancelled(f"cancelled at step {step} of {total}")
 
 
 def require_guided(job: Settings, schedule: Schedule) -> None:
-    """Raises BadInput for guidance in an interval that holds no step: it, and a negative prompt, would do nothing."""
+    """Raise BadInput if no step is in the guidance interval: guidance and the negative prompt would have no effect."""
     if job.guidance == 1 or any(
         is_guided(at, job.guidance, job.guidance_interval) for at in schedule.timesteps
     ):
@@ -82,16 +82,16 @@ def require_guided(job: Settings, schedule: Schedule) -> None:
     levels = ", ".join(f"{at / TRAIN_TIMESTEPS:.3g}" for at in schedule.timesteps[:6])
     more = ", ..." if len(schedule.timesteps) > 6 else ""
     raise BadInput(
-        f"expected a guidance interval that holds one of the steps' noise levels ({levels}{more}), "
+        f"expected a guidance interval that contains one of the steps' noise levels ({levels}{more}), "
         f"found {shorten(job.guidance_interval)}; widen it"
     )
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Pictures of one loop: `job` stands for all, `conditioning` is that of both branches, as GuidedPrediction takes it.
+    """Images that are denoised together: `job` holds their common settings, `noise` [B, C, H, W] belongs to `seeds`.
 
-    `noise` [B, C, H, W] is that of `seeds`.
+    `conditioning` is that of both guidance branches, as in GuidedPrediction.
     """
 
     job: Settings
@@ -103,32 +103,32 @@ class Batch:
 
     @property
     def start(self) -> Array:
-        """The latents [B, C, H, W] that the loop starts from."""
+        """The initial latents [B, C, H, W]."""
         return add_noise(self.edit.latents, self.noise, self.schedule.sigmas[0]) if self.edit else self.noise
 
-    def walk(self, predict: Prediction, sampler: Sampler) -> Iterator[Array]:
-        """The latents after each step."""
-        if self.edit and self.edit.repaint is not None:
-            predict = InpaintingPrediction(predict, self.edit.latents, self.noise, self.edit.repaint)
+    def denoise(self, predict: Prediction, sampler: Sampler) -> Iterator[Array]:
+        """Yield the latents [B, C, H, W] after each step."""
+        if self.edit and self.edit.latent_mask is not None:
+            predict = InpaintingPrediction(predict, self.edit.latents, self.noise, self.edit.latent_mask)
         noise_at = partial(batch_noise, self.seeds, self.noise.shape[1:])
-        return sampler.walk(predict, self.start, self.schedule, noise_at)
+        return sampler.denoise(predict, self.start, self.schedule, noise_at)
 
 
 class Denoiser:
-    """Runs the loop on a bundle's transformer."""
+    """Runs the denoising loop on a bundle's transformer."""
 
     def __init__(self, bundle: Bundle, graphs: Graphs) -> None:
         self.bundle, self._graphs = bundle, graphs
         self._model = bundle.manifest.model
-        self._last: Conditions | None = None
-        self._looping = False  # on a device, now
+        self._conditions: Conditions | None = None  # of the previous batch
+        self._device_loop_running = False
 
-    def forget(self) -> None:
-        """Compute the conditions of the next call anew, even if they are those of the last."""
-        self._last = None
+    def clear_conditions(self) -> None:
+        """Discard the cached conditions of the previous batch."""
+        self._conditions = None
 
     def schedule(self, job: Settings) -> Schedule:
-        """The steps that `job` takes. Raises BadInput for guidance that would act at none of them."""
+        """The schedule of `job`. Raises BadInput if guidance would act at none of its steps."""
         schedule = self.sampler(job).schedule(job.steps, self.bundle.schedule_shift)
         if job.strength is not None:
             schedule = last_steps(schedule, job.strength)
@@ -136,6 +136,7 @@ class Denoiser:
         return schedule
 
     def sampler(self, job: Settings) -> Sampler:
+        """The sampler that `job` names."""
         return SAMPLERS_FOR[self._model.prediction][job.sampler]
 
     def __call__(
@@ -146,57 +147,58 @@ class Denoiser:
         callback: Callback | None,
         edit: Edit | None,
     ) -> Sample:
-        """One picture's latents for each seed; `conditioning` as GuidedPrediction takes it, the rest as `job` says.
+        """The latents of one image per seed, with the settings of `job`; `conditioning` as in GuidedPrediction.
 
-        Raises Cancelled when the callback returns False, EngineFailed for latents that are not finite.
+        Raises Cancelled if the callback returns False, EngineFailed if latents are not finite.
         """
-        if self._looping:
+        if self._device_loop_running:
             raise BadInput(
-                "expected a callback that draws nothing while a loop's latents are on the device, found one that does; "
-                "unset TPX_DEVICE_LOOP, or take another generator"
+                "expected a callback that generates no images during a loop on the device, found one that does; "
+                "unset TPX_DEVICE_LOOP, or use another generator"
             )
         schedule, noise = self.schedule(job), batch_noise(seeds, self._model.latent_shape)
         total, latents = len(schedule.timesteps), noise
         try:
-            path, routes = self.path(
+            trajectory, routes = self.trajectory(
                 Batch(job, seeds, conditioning, schedule, noise, edit), callback is not None
             )
-            with np.errstate(over="ignore", invalid="ignore"):  # require_finite says it better
-                for step, found in enumerate(path, start=1):
-                    if found is None:
+            with np.errstate(over="ignore", invalid="ignore"):  # require_finite has the better message
+                for step, current in enumerate(trajectory, start=1):
+                    if current is None:
                         continue
-                    latents = found
+                    latents = current
                     require_finite(latents, f"latents of step {step}", self.bundle, self._graphs.engine)
                     if callback:
-                        require_wanted(callback, step, total, latents)
+                        invoke_callback(callback, step, total, latents)
         finally:
-            self._looping = False
+            self._device_loop_running = False
         return Sample(latents, routes)
 
-    def path(self, batch: Batch, every_step: bool) -> tuple[Iterator[Array | None], list[Routes]]:
-        """The latents after each step, and a list that the routes of each call are added to.
+    def trajectory(self, batch: Batch, every_step: bool) -> tuple[Iterator[Array | None], list[Routes]]:
+        """An iterator over the latents after each step, and a list to which the routes of each model call are appended.
 
-        None stands for latents that are left on a device: those of any step but the last, unless `every_step`.
+        It yields None for latents that stay on a device: those of all steps but the last, unless `every_step`.
         """
         job, schedule, engine = batch.job, batch.schedule, self._graphs.engine
-        conditions = self._conditions_of(batch.conditioning, schedule.timesteps)
-        conditions.at(schedule.timesteps[0])  # before the transformer is opened, so that either may be let go
+        conditions = self._cached_conditions(batch.conditioning, schedule.timesteps)
+        # Computed before the transformer is opened, so that both graphs need not be in memory at once.
+        conditions.for_timestep(schedule.timesteps[0])
         plan = self._loop_plan(batch, conditions)
         transformer = self._graphs.open(self.bundle.transformer(job.depth, engine.variant))
         if plan:
             routes: list[Routes] = []
-            self._looping = True
+            self._device_loop_running = True
             return self._on_device(transformer, plan, routes, every_step), routes
         guidance = job.guidance, job.guidance_interval
-        left_out = reused(schedule.timesteps, *guidance, job.guidance_every)
+        reused = reused_timesteps(schedule.timesteps, *guidance, job.guidance_every)
         predict = GuidedPrediction(
-            transformer, self._model, batch.conditioning, conditions, *guidance, left_out
+            transformer, self._model, batch.conditioning, conditions, *guidance, reused
         )
-        return batch.walk(predict, self.sampler(job)), predict.routes
+        return batch.denoise(predict, self.sampler(job)), predict.routes
 
     def _loop_plan(self, batch: Batch, conditions: Conditions) -> LoopPlan | None:
-        """What a device is to do by itself; None where the engine has none, or the loop needs the host."""
-        masked = batch.edit is not None and batch.edit.repaint is not None
+        """The plan of a loop on the device; None if the engine has no device loop or the loop needs the host."""
+        masked = batch.edit is not None and batch.edit.latent_mask is not None
         if masked or not self.bundle.step or not self._graphs.engine.loops:
             return None
         job, sampler = batch.job, self.sampler(batch.job)
@@ -211,15 +213,15 @@ class Denoiser:
         loop = self._graphs.engine.start_loop(transformer, self._graphs.open(self.bundle.step), plan)
         for call in range(1, plan.ends[-1] + 1):
             loop.advance()
-            if (found := loop.routes()) is not None:
-                routes.append(found[-plan.pictures :])
+            if (call_routes := loop.routes()) is not None:
+                routes.append(call_routes[-plan.pictures :])
             if call in plan.ends:
-                wanted = every_step or call == plan.ends[-1]
-                yield loop.latents()[-plan.pictures :] if wanted else None
+                download = every_step or call == plan.ends[-1]
+                yield loop.latents()[-plan.pictures :] if download else None
 
-    def _conditions_of(self, conditioning: Arrays, timesteps: Sequence[float]) -> Conditions:
-        """Those of the loop before where they serve: other seeds of the same prompts, mostly."""
-        if not self._last or not self._last.serve(conditioning, timesteps):
+    def _cached_conditions(self, conditioning: Arrays, timesteps: Sequence[float]) -> Conditions:
+        """The conditions of the previous batch if they match, as for other seeds of the same prompts; else new ones."""
+        if not self._conditions or not self._conditions.matches(conditioning, timesteps):
             graph = partial(self._graphs.open, self.bundle.conditions)
-            self._last = Conditions(graph, self._model, conditioning, timesteps)
-        return self._last
+            self._conditions = Conditions(graph, self._model, conditioning, timesteps)
+        return self._conditions

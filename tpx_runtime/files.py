@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and whether there is a place for them."""
+"""Atomic file writes, and early checks that an output path can be written."""
 
 import errno
 import os
@@ -13,12 +13,12 @@ from .errors import BadInput
 
 
 @contextmanager
-def whole_file(path: Path, replace: bool = True) -> Iterator[Path]:
-    """Yields a file to write, which takes the place of `path` at the end, or vanishes if anything goes wrong.
+def atomic_file(path: Path, replace: bool = True) -> Iterator[Path]:
+    """Yield a temporary file to write; it is renamed to `path` on success and removed on any error.
 
-    Without `replace`, FileExistsError is raised if there is a file at `path` by then. The part lies beside `path`, for a
-    rename is whole only within a file system. Its name is short, as `path`'s may just fit, and no other process or thread
-    has it. Whoever writes it, its permissions are those of any new file. Raises OSError where it cannot be made or renamed.
+    Without `replace`, raises FileExistsError if `path` exists by then. The temporary file is in the same folder, because a
+    rename is atomic only within a file system. Its name is short, because a long `path` may leave no room for a suffix, and
+    unique to this call. The result has the permissions of any new file. Raises OSError if it cannot be created or renamed.
     """
     if not path.name:
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
@@ -36,7 +36,7 @@ def whole_file(path: Path, replace: bool = True) -> Iterator[Path]:
 
 
 def _linked(part: Path, path: Path) -> bool:
-    """Give `part` the name `path` too, unless a file has it. False where the file system has no links."""
+    """Hard-link `part` to `path`. Returns False if the file system has no links; raises FileExistsError if `path` exists."""
     try:
         os.link(part, path)
     except FileExistsError:
@@ -48,8 +48,8 @@ def _linked(part: Path, path: Path) -> bool:
     return True
 
 
-def check_place(path: Path) -> None:
-    """Raise BadInput unless a file can be made at `path`: find out before the long work, not after it."""
+def check_writable(path: Path) -> None:
+    """Raise BadInput unless a file can be created at `path`; call it before long work."""
     try:
         with suppress(FileNotFoundError):
             if stat.S_ISDIR(path.stat().st_mode):
@@ -64,7 +64,7 @@ def check_place(path: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make the folder of a run, where it is not there yet. Raises BadInput where it cannot be written into."""
+    """Create the folder of a run if it does not exist. Raises BadInput if it cannot be written into."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()

@@ -1,4 +1,4 @@
-"""Graphs on one engine: opened on first use, and kept or released after use."""
+"""Graphs of one engine, opened on first use and then cached or released."""
 
 from pathlib import Path
 
@@ -6,15 +6,15 @@ from .engine import Engine, Session
 
 
 class Graphs:
-    """With `keep=False` a session lives only as long as its caller holds it, and is opened again for the next."""
+    """Opens graphs. With `keep`, sessions are cached; without, a session lives only as long as its caller holds it."""
 
     def __init__(self, engine: Engine, keep: bool = True) -> None:
         self.engine, self._keep = engine, keep
-        self._kept: dict[Path, Session] = {}
+        self._cached: dict[Path, Session] = {}
 
     def open(self, path: Path) -> Session:
         """The graph at `path`. Raises EngineUnavailable or EngineFailed."""
-        session = self._kept.get(path) or self.engine.open(path)
+        session = self._cached.get(path) or self.engine.open(path)
         if self._keep:
-            self._kept[path] = session
+            self._cached[path] = session
         return session

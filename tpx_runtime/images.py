@@ -1,4 +1,4 @@
-"""Pictures: from the decoder's output to PIL, into a grid, and onto disk with the settings that made them."""
+"""Output images: conversion of the decoder's output to PIL, grids, and PNG files with metadata."""
 
 import json
 import math
@@ -9,22 +9,22 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 from .errors import BadInput
-from .files import check_place, whole_file
+from .files import atomic_file, check_writable
 from .sampling import Array
 
-METADATA_KEYS = ("parameters", "tpx")  # PNG text chunks: a line that a person reads, and JSON
+METADATA_KEYS = ("parameters", "tpx")  # PNG text chunks: human-readable text, and JSON
 
 
 def to_pil(pixels: Array) -> Image.Image:
-    """[3, height, width] in -1..1 to an RGB picture; values beyond are clipped."""
+    """Convert [3, height, width] in -1..1 to an RGB image; other values are clipped."""
     bytes_ = np.rint((np.clip(pixels, -1.0, 1.0) + 1.0) * 127.5).astype(np.uint8)
     return Image.fromarray(np.ascontiguousarray(bytes_.transpose(1, 2, 0)))
 
 
 def grid(images: Sequence[Image.Image]) -> Image.Image:
-    """Pictures of one size in rows, as square as their number allows; one is itself.
+    """Arrange images of one size in a grid, as square as possible; a single image is returned unchanged.
 
-    The metadata is the first one's and, in `tpx`, how many there are: their seeds rise by 1.
+    The metadata is that of the first image; `tpx` also gets `num_images`, whose seeds are consecutive.
     """
     if len(images) == 1:
         return images[0]
@@ -39,34 +39,34 @@ def grid(images: Sequence[Image.Image]) -> Image.Image:
     return sheet
 
 
-def check_writable(path: Path) -> None:
-    """Raise BadInput unless a PNG can be made at `path`."""
-    check_suffix(path)
-    check_place(path)
+def check_png_writable(path: Path) -> None:
+    """Raise BadInput unless a PNG can be written to `path`."""
+    check_png_suffix(path)
+    check_writable(path)
 
 
-def check_suffix(path: Path) -> None:
-    """Raise BadInput for a name that is no PNG's."""
+def check_png_suffix(path: Path) -> None:
+    """Raise BadInput for a name that does not end in .png."""
     if path.suffix.lower() != ".png":
         raise BadInput(f"expected an output name that ends in .png, found {path}")
 
 
 def save_png(image: Image.Image, path: str | Path, replace: bool = True) -> None:
-    """Write a PNG with its metadata; the file appears whole or not at all.
+    """Write a PNG with its metadata, atomically.
 
-    Raises BadInput, and FileExistsError for a file that is there already, unless it may `replace` it.
+    Raises BadInput, and FileExistsError if the file exists and `replace` is false.
     """
     path = Path(path)
-    check_suffix(path)
+    check_png_suffix(path)
     chunks = PngImagePlugin.PngInfo()
     for key in METADATA_KEYS:
         if key in image.info:
             chunks.add_text(key, str(image.info[key]))
     try:
-        with whole_file(path, replace) as part:
+        with atomic_file(path, replace) as part:
             image.save(part, format="PNG", pnginfo=chunks)
     except FileExistsError:
         raise
     except OSError as error:
-        reason = error.strerror or error  # Pillow's own errors have no strerror
+        reason = error.strerror or error  # errors raised by Pillow itself have no strerror
         raise BadInput(f"expected to write {path}, found: {reason}; choose another place") from error

@@ -1,4 +1,4 @@
-"""What tpx-info says: this machine, its engines, and a bundle. Text for a person, and for a report of a bug."""
+"""The text of tpx-info: this machine, its engines and a bundle, for users and bug reports."""
 
 import os
 import platform
@@ -10,74 +10,74 @@ from . import __version__
 from .bundle import Bundle
 from .engine import ENGINES, Engine
 from .engine.engine_file import default_folder
-from .manifest import EVERY_LEVEL, Defaults
+from .manifest import ALL_NOISE_LEVELS, Defaults
 from .memory import available_bytes
 
 _COLUMN = 18
 
 
 def machine() -> str:
-    """TPX, Python, the system and what it has."""
-    have = available_bytes()
-    memory = "" if have is None else f", {have / 1e9:.1f} GB of memory free"
+    """Versions of TPX and Python, the system, its cores and free memory."""
+    available = available_bytes()
+    memory = "" if available is None else f", {available / 1e9:.1f} GB of memory free"
     cores = f"{os.cpu_count()} cores{memory}"
     return f"tpx {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}, {cores}"
 
 
 def engines() -> Iterator[str]:
-    """A line for each: what runs it and which one `auto` means, or why it does not run here."""
+    """One line per engine: its package and whether `auto` selects it, or why it cannot run here."""
     installed, auto = packages_distributions(), True
     for engine in ENGINES.values():
         problem = engine.problem()
-        said = problem or _said_of(engine, installed.get(engine.package, []), auto)
+        details = problem or _details(engine, installed.get(engine.package, []), auto)
         auto = auto and problem is not None
-        yield f"{engine.name:<{_COLUMN}}{'no ' if problem else 'yes'}  {said}"
+        yield f"{engine.name:<{_COLUMN}}{'no ' if problem else 'yes'}  {details}"
 
 
-def _said_of(engine: Engine, distributions: list[str], auto: bool) -> str:
-    said = [f"{name} {version(name)}" for name in distributions[:1]]
-    said += [f"computes in {engine.precision}"] if engine.precision else []
-    said += ["runs what tpx-build made"] if engine.prebuilt == "required" else []
-    said += ["what --engine auto takes"] if auto else []
-    return ", ".join(said)
+def _details(engine: Engine, distributions: list[str], auto: bool) -> str:
+    details = [f"{name} {version(name)}" for name in distributions[:1]]
+    details += [f"computes in {engine.precision}"] if engine.precision else []
+    details += ["needs tpx-build"] if engine.prebuilt == "required" else []
+    details += ["selected by --engine auto"] if auto else []
+    return ", ".join(details)
 
 
-def facts(bundle: Bundle) -> Iterator[str]:
-    """A line for each thing worth knowing of a bundle."""
+def describe_bundle(bundle: Bundle) -> Iterator[str]:
+    """A description of a bundle, line by line."""
     manifest, model = bundle.manifest, bundle.manifest.model
     size = sum(entry.bytes for entry in manifest.files.values())
     height, width = model.image_size_px
-    told = (
+    inputs = (
         f"classes 0 to {model.classes - 1}" if model.classes else f"prompts of {model.context_tokens} tokens"
     )
     blocks = ", ".join(map(str, model.thinking_blocks))
-    begins = ", and a picture to start from" if bundle.starts_from_pictures else ""
+    image = ", image-to-image" if bundle.supports_image_to_image else ""
     lines = {
         "bundle": str(bundle.root),
         "model": f"{manifest.name}, {manifest.precision}, {_megabytes(size)}, licence {manifest.license}, "
         f"by {manifest.producer}",
         "identity": manifest.sha256,
-        "reads": told + begins,
-        "draws": f"{width}x{height} pixels, by {model.prediction}",
-        "thinks": f"in blocks {blocks}, {model.experts} experts, depth {', '.join(map(str, model.depths))}"
+        "inputs": inputs + image,
+        "outputs": f"{width}x{height} pixels, predicts {model.prediction}",
+        "thinking": f"in blocks {blocks}, {model.experts} experts, depth {', '.join(map(str, model.depths))}"
         if model.thinking_blocks
-        else "not",
+        else "none",
         "defaults": _defaults(manifest.defaults),
         "compiled": _compiled(default_folder(bundle.root)),
     }
-    return (f"{name:<{_COLUMN}}{said}" for name, said in lines.items())
+    return (f"{name:<{_COLUMN}}{text}" for name, text in lines.items())
 
 
 def _defaults(defaults: Defaults) -> str:
     low, high = defaults.guidance_interval
-    where = "" if (low, high) == EVERY_LEVEL else f" at noise levels {low:g} to {high:g}"
-    return f"{defaults.sampler}, {defaults.steps} steps, guidance {defaults.guidance:g}{where}, depth {defaults.depth}"
+    interval = "" if (low, high) == ALL_NOISE_LEVELS else f" at noise levels {low:g} to {high:g}"
+    return f"{defaults.sampler}, {defaults.steps} steps, guidance {defaults.guidance:g}{interval}, depth {defaults.depth}"
 
 
 def _compiled(folder: Path) -> str:
-    """What tpx-build and OpenVINO's first runs left; it can be deleted, and is made again."""
+    """The cache of tpx-build and of OpenVINO's first runs; it is recreated if deleted."""
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    return f"{folder}, {_megabytes(size)}, which may be deleted" if size else "nothing"
+    return f"{folder}, {_megabytes(size)} (safe to delete)" if size else "nothing"
 
 
 def _megabytes(size: int) -> str:

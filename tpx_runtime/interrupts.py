@@ -1,6 +1,6 @@
-"""Signals that ask a process to end: Ctrl-C, SIGTERM, and SIGHUP of a terminal that closes. All are heard alike.
+"""Signals that ask a process to end: Ctrl-C, SIGTERM, and SIGHUP when the terminal closes, all handled the same way.
 
-Only the main thread hears signals: in any other one, nothing here changes anything.
+Only the main thread can handle signals; in other threads the functions below do nothing.
 """
 
 import signal
@@ -12,7 +12,7 @@ from typing import Any
 
 
 def termination_signals() -> list[signal.Signals]:
-    """SIGTERM, and SIGHUP unless nohup has it ignored."""
+    """SIGTERM, and SIGHUP unless it is ignored (nohup)."""
     found = [signal.SIGTERM]
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         found.append(signal.SIGHUP)
@@ -20,27 +20,29 @@ def termination_signals() -> list[signal.Signals]:
 
 
 @contextmanager
-def as_ctrl_c() -> Iterator[None]:
-    """Raise KeyboardInterrupt for each of `termination_signals` too, so that whatever is half-written is cleaned up."""
+def termination_as_interrupt() -> Iterator[None]:
+    """Raise KeyboardInterrupt on each of `termination_signals` too, so that partial output is cleaned up."""
     with _handled(termination_signals(), signal.default_int_handler):
         yield
 
 
 @contextmanager
-def deferred(second: Callable[[], BaseException] = KeyboardInterrupt) -> Iterator[threading.Event]:
-    """Yields an event that the first signal sets, in the place of an exception between any two lines.
+def deferred_interrupts(
+    second: Callable[[], BaseException] = KeyboardInterrupt,
+) -> Iterator[threading.Event]:
+    """Yield an event that the first signal sets, instead of raising an exception at an arbitrary line.
 
-    The next one raises what `second` makes.
+    A second signal raises `second()`.
     """
-    heard = threading.Event()
+    received = threading.Event()
 
-    def hear(number: int, frame: FrameType | None) -> None:
-        if heard.is_set():
+    def handle(number: int, frame: FrameType | None) -> None:
+        if received.is_set():
             raise second()
-        heard.set()
+        received.set()
 
-    with _handled([signal.SIGINT, *termination_signals()], hear):
-        yield heard
+    with _handled([signal.SIGINT, *termination_signals()], handle):
+        yield received
 
 
 @contextmanager
@@ -52,5 +54,5 @@ def _handled(numbers: list[signal.Signals], handler: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        for number, earlier in before.items():
-            signal.signal(number, earlier)
+        for number, previous in before.items():
+            signal.signal(number, previous)

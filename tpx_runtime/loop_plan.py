@@ -1,16 +1,16 @@
-"""Plans a denoising loop in advance, for a device that its latents do not leave."""
+"""Plans a denoising loop in advance, for engines that keep the latents on the device."""
 
 import numpy as np
 
 from .engine import Arrays, LoopPlan
-from .guidance import is_guided, mixing, reused
+from .guidance import guidance_matrix, is_guided, reused_timesteps
 from .manifest import ModelSpec
 from .modulation import Conditions
 from .sampling import Array, Sampler, Schedule
 from .sampling.recurrence import recurrence
 from .settings import Settings
 
-MOST_BYTES = 1 << 30  # of what a device keeps for it
+MAX_BYTES = 1 << 30  # of device memory for the history and the conditions of a loop
 
 
 def plan_loop(
@@ -24,25 +24,25 @@ def plan_loop(
 ) -> LoopPlan | None:
     """The plan of a loop from `latents` [B, C, H, W]; None if the loop cannot run on the device.
 
-    It cannot with a stochastic sampler, with guidance that is not applied at every step, or if the device would have to hold
-    more than MOST_BYTES.
+    It cannot with a stochastic sampler, with guidance that is not computed at every step, or if it would take more than
+    MAX_BYTES of device memory.
     """
     guidance = job.guidance, job.guidance_interval
-    alike = job.guidance == 1 or all(is_guided(at, *guidance) for at in schedule.timesteps)
-    if not alike or reused(schedule.timesteps, *guidance, job.guidance_every):
+    uniform = job.guidance == 1 or all(is_guided(t, *guidance) for t in schedule.timesteps)
+    if not uniform or reused_timesteps(schedule.timesteps, *guidance, job.guidance_every):
         return None
     found = recurrence(sampler, schedule)
     if found is None:
         return None
     slots, rows = len(found.weights), len(latents) * (1 if job.guidance == 1 else 2)
-    if 4 * slots * (rows * latents[0].size + conditions.distinct * model.conditions_width) > MOST_BYTES:
+    if 4 * slots * (rows * latents[0].size + conditions.num_distinct * model.conditions_width) > MAX_BYTES:
         return None
-    last = found.timesteps[-1]  # again: nobody reads the conditions after the last call
+    last = found.timesteps[-1]  # repeated to fill the last row, which is never read
     table, row = conditions.table([*found.timesteps, last])
     tables: Arrays = {
         "places": np.arange(slots).reshape(-1, 1, 1, 1, 1),
         "weights": found.weights,
-        "mix": mixing(job.guidance, len(latents)),
+        "mix": guidance_matrix(job.guidance, len(latents)),
         "table": table,
         "told": row,
     }

@@ -1,7 +1,7 @@
-"""The manifest of a bundle: its facts as frozen dataclasses, read and written here and nowhere else.
+"""The manifest of a bundle as frozen dataclasses, with the only code that reads and writes it.
 
-The format is described in docs/bundle.md. `tpx_export` builds a `Manifest` and writes `to_json()`; the
-runtime and the engines read it with `from_json()`, which refuses whatever it does not understand.
+The format is described in docs/bundle.md. `tpx_export` builds a `Manifest` and writes `to_json()`; the runtime and the
+engines read it with `from_json()`, which rejects unknown and missing fields.
 """
 
 import hashlib
@@ -17,17 +17,17 @@ from .typed_json import parse
 
 FORMAT = "tpx-bundle"
 FORMAT_VERSION = 5
-EVERY_LEVEL = (0.0, 1.0)  # the guidance interval that leaves out no step
+ALL_NOISE_LEVELS = (0.0, 1.0)  # the guidance interval that contains every step
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What the transformer takes and gives. Sizes of two are (height, width).
+    """Inputs and outputs of the transformer. Sizes of two are (height, width).
 
-    A model is told a prompt (`context_tokens`, `context_width`, `pooled_width`) or one of `classes` (then those are 0).
-    `conditions_width` numbers of a row are what timestep and prompt or class alone decide.
-    It predicts a flow's velocity or a diffusion's epsilon, in `out_channels`, of which guidance acts on the first
-    `guided_channels`. `experts` is 0 without thinking blocks.
+    A model is conditioned on a prompt (`context_tokens`, `context_width`, `pooled_width`) or on one of `classes` (then those
+    are 0). `conditions_width` is the width of the precomputed input that depends only on the timestep and the prompt or
+    class. `prediction` is a flow's "velocity" or a diffusion's "epsilon", with `out_channels`, of which guidance acts on the
+    first `guided_channels`. `experts` is 0 without thinking blocks.
     """
 
     latent_channels: int
@@ -48,12 +48,12 @@ class ModelSpec:
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of one picture's latents."""
+        """(C, H, W) of the latents of one image."""
         return (self.latent_channels, *self.latent_size)
 
     @property
     def input_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of one row of each input that a graph of the transformer may have."""
+        """Shape, without the batch dimension, of every input that a transformer graph may have."""
         return {
             "timestep": (),
             "pooled": (self.pooled_width,),
@@ -65,12 +65,12 @@ class ModelSpec:
 
     @property
     def conditions_inputs(self) -> tuple[str, str]:
-        """Of the graph that makes `conditions`."""
+        """Input names of the graph that computes `conditions`."""
         return ("timestep", "class_id" if self.classes else "pooled")
 
     @property
     def transformer_inputs(self) -> tuple[str, ...]:
-        """Of the graphs that predict."""
+        """Input names of the transformer graphs."""
         return ("latents", "conditions") if self.classes else ("latents", "conditions", "context")
 
 
@@ -78,7 +78,7 @@ class ModelSpec:
 class EncoderSpec:
     """A text encoder: the folders of its graph and of its tokenizer, and its sizes.
 
-    `pooled_width` is 0 for one that says nothing pooled, such as T5.
+    `pooled_width` is 0 for an encoder without pooled output, such as T5.
     """
 
     folder: str
@@ -90,7 +90,7 @@ class EncoderSpec:
 
 @dataclass(frozen=True)
 class LatentSpec:
-    """The decoder is fed `latents / scale + shift`; what the encoder gives becomes `(z - shift) * scale`."""
+    """The decoder's input is `latents / scale + shift`; the encoder's output z becomes `(z - shift) * scale`."""
 
     scale: float
     shift: float
@@ -98,18 +98,18 @@ class LatentSpec:
 
 @dataclass(frozen=True)
 class Defaults:
-    """What a call that names no value uses. `guidance_interval` is that of `guidance.is_guided`."""
+    """Default settings of a call. `guidance_interval`: see `guidance.is_guided`."""
 
     sampler: str
     steps: int
     guidance: float
     depth: int
-    guidance_interval: tuple[float, float] = EVERY_LEVEL
+    guidance_interval: tuple[float, float] = ALL_NOISE_LEVELS
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """Greatest relative error of each graph against golden/; least share of equally routed tokens."""
+    """Largest relative error of each graph against golden/; smallest share of tokens routed to the same expert."""
 
     text_encoder: float
     conditions: float
@@ -128,7 +128,7 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything that manifest.json says. `files` maps a path inside the bundle to its size and hash."""
+    """The contents of manifest.json. `files` maps a path inside the bundle to its size and hash."""
 
     name: str
     license: str
@@ -142,17 +142,17 @@ class Manifest:
     files: dict[str, FileEntry]
 
     def __post_init__(self) -> None:
-        """Check what types alone cannot say. Raises BundleInvalid."""
+        """Check the values; their types are checked by `from_json`. Raises BundleInvalid."""
         model, defaults = self.model, self.defaults
         self._check_sizes()
         self._check_conditions()
         if not model.depths or model.depths[0] < 1 or list(model.depths) != sorted(set(model.depths)):
-            raise _invalid(f"expected model.depths to rise from at least 1, found {list(model.depths)}")
+            raise _invalid(f"expected model.depths to increase from at least 1, found {list(model.depths)}")
         if defaults.depth not in model.depths:
             raise _invalid(f"expected defaults.depth among {list(model.depths)}, found {defaults.depth}")
         if bool(model.experts) != bool(model.thinking_blocks) or model.experts < 0:
             raise _invalid(
-                f"expected model.experts of 0 without thinking blocks and more with them, "
+                f"expected model.experts to be 0 without thinking blocks and positive with them, "
                 f"found {model.experts} with {len(model.thinking_blocks)}"
             )
         if defaults.sampler not in (samplers := SAMPLERS_FOR[model.prediction]):
@@ -163,7 +163,9 @@ class Manifest:
             raise _invalid(f"expected defaults.steps in 1..{TRAIN_TIMESTEPS}, found {defaults.steps}")
         low, high = defaults.guidance_interval
         if not 0 <= low < high <= 1:
-            raise _invalid(f"expected defaults.guidance_interval to rise within 0..1, found {[low, high]}")
+            raise _invalid(
+                f"expected defaults.guidance_interval to increase within 0..1, found {[low, high]}"
+            )
         if self.latent.scale == 0:
             raise _invalid("expected latent.scale other than 0, found 0")
         for path, entry in self.files.items():
@@ -175,10 +177,10 @@ class Manifest:
 
     def _check_sizes(self) -> None:
         model = self.model
-        told = ["context_tokens", "context_width", "pooled_width"]
+        text_sizes = ["context_tokens", "context_width", "pooled_width"]
         sizes = ["latent_channels", "latent_size", "image_size_px", "guided_channels", "visual_tokens"]
         sizes += ["conditions_width"]
-        for key in sizes + (told if not model.classes else []):
+        for key in sizes + (text_sizes if not model.classes else []):
             value = getattr(model, key)
             if min(value if isinstance(value, tuple) else (value,)) < 1:
                 raise _invalid(f"expected model.{key} of at least 1, found {value}")
@@ -191,11 +193,11 @@ class Manifest:
             raise _invalid(
                 f"expected model.prediction of {', '.join(SAMPLERS_FOR)}, found {shorten(model.prediction)}"
             )
-        # Twice as many channels where a diffusion predicts the variance of each step too.
-        spoken = {"velocity": [1], "epsilon": [1, 2]}[model.prediction]
-        if model.out_channels not in (wanted := [times * model.latent_channels for times in spoken]):
+        # Twice as many channels if a diffusion model also predicts the variance of each step.
+        factors = {"velocity": [1], "epsilon": [1, 2]}[model.prediction]
+        if model.out_channels not in (allowed := [factor * model.latent_channels for factor in factors]):
             raise _invalid(
-                f"expected model.out_channels of {' or '.join(map(str, wanted))}, found {model.out_channels}"
+                f"expected model.out_channels of {' or '.join(map(str, allowed))}, found {model.out_channels}"
             )
         if model.guided_channels > model.latent_channels:
             raise _invalid(
@@ -206,11 +208,11 @@ class Manifest:
         model, encoders = self.model, self.text_encoders
         if model.classes < 0 or bool(model.classes) == bool(encoders):
             raise _invalid(
-                f"expected text_encoders or model.classes, found {len(encoders)} and {model.classes} of them"
+                f"expected either text_encoders or model.classes, found {len(encoders)} and {model.classes}"
             )
         if model.classes:
-            if told := model.context_tokens or model.context_width or model.pooled_width:
-                raise _invalid(f"expected a model of classes to be told 0 of a prompt, found {told}")
+            if size := model.context_tokens or model.context_width or model.pooled_width:
+                raise _invalid(f"expected text sizes of 0 in a class-conditional model, found {size}")
             return
         pooling = [encoder for encoder in encoders if encoder.pooled_width]
         others = [encoder for encoder in encoders if not encoder.pooled_width]
@@ -232,7 +234,7 @@ class Manifest:
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of every fact above, whatever the layout of the text: the identity of the bundle."""
+        """Hash of all fields, independent of the JSON layout: the identity of the bundle."""
         facts = {"format": FORMAT, "version": FORMAT_VERSION, **asdict(self)}
         return hashlib.sha256(json.dumps(facts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
@@ -247,7 +249,7 @@ class Manifest:
         try:
             facts = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise _invalid(f"expected JSON, found text that is not ({error})") from None
+            raise _invalid(f"expected JSON, found other text ({error})") from None
         if not isinstance(facts, dict) or facts.pop("format", None) != FORMAT:
             raise _invalid(f'expected "format": "{FORMAT}", found another file')
         version = facts.pop("version", None)
@@ -256,15 +258,15 @@ class Manifest:
                 f"expected format version {FORMAT_VERSION}, found {shorten(version)}; "
                 "export the bundle again with this tpx, or install the tpx that wrote it"
             )
-        promised = facts.pop("sha256", None)
+        stated = facts.pop("sha256", None)
         try:
             manifest: Manifest = parse(cls, facts, "", f"version {FORMAT_VERSION}")
         except ValueError as error:
             raise _invalid(str(error)) from None
-        if promised != manifest.sha256:
+        if stated != manifest.sha256:
             raise _invalid(
-                f"expected its facts to have SHA-256 {manifest.sha256[:12]}…, found {str(promised)[:12]}…; "
-                "it was changed after the export: restore it or export again"
+                f"expected sha256 {manifest.sha256[:12]}… for these fields, found {str(stated)[:12]}…; "
+                "the file was changed after the export: restore it or export again"
             )
         return manifest
 

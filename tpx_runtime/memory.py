@@ -1,11 +1,11 @@
-"""How much memory there is."""
+"""Available memory."""
 
 import re
 from pathlib import Path
 
 
 def available_bytes(root: Path = Path("/")) -> int | None:
-    """Memory that this process may still take: the system's, or less in a container. None if unknown."""
+    """Memory that this process can still allocate, within the limit of its container if any. None if unknown."""
     limits = []
     try:
         found = re.search(r"MemAvailable: *(\d+) kB", (root / "proc/meminfo").read_text())
@@ -14,6 +14,6 @@ def available_bytes(root: Path = Path("/")) -> int | None:
         used = int((group / "memory.current").read_text())
         spare = re.search(r"^inactive_file (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE)
         limits.append(int((group / "memory.max").read_text()) - used + (int(spare[1]) if spare else 0))
-    except (OSError, ValueError):  # not Linux, no such control group, or one whose limit is "max"
+    except (OSError, ValueError):  # not Linux, no cgroup, or a cgroup whose limit is "max"
         pass
     return min(limits, default=None)

@@ -1,4 +1,4 @@
-"""The settings that a picture of ours carries, read back, to draw it again."""
+"""Reads the settings stored in a generated PNG, to generate the image again."""
 
 import json
 from dataclasses import fields
@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from .errors import BadInput
-from .pictures import open_picture
+from .input_images import load_image
 from .settings import Settings
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """What `save_png` wrote into a PNG: its settings and the bundle's facts. Raises BadInput."""
-    found = open_picture(path).info.get("tpx")
+    """The metadata that `save_png` wrote into a PNG: settings and bundle. Raises BadInput."""
+    found = load_image(path).info.get("tpx")
     try:
         facts = json.loads(found) if isinstance(found, str) else None
     except (ValueError, RecursionError):
@@ -23,5 +23,5 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
 
 def settings_in(facts: dict[str, Any]) -> dict[str, Any]:
-    """Those of the metadata that are arguments of `Generator.plan`."""
+    """The part of the metadata that `Generator.plan` takes as arguments."""
     return {field.name: facts[field.name] for field in fields(Settings) if field.name in facts}

@@ -1,7 +1,7 @@
-"""The transformer's conditions: what depends on the timestep and on the prompt or class alone, computed ahead of the loop.
+"""The transformer's conditions: what depends only on the timestep and the prompt or class, computed ahead of the loop.
 
-adaLN's layers would read a third of the weights for a row or two at each step. All steps of a loop are known in advance, so
-their rows are computed together, in as few calls as memory allows.
+The adaLN layers hold a third of the weights and would read them at each step for one or two rows. All steps of a loop are
+known in advance, so their rows are computed together, in as few calls as memory allows.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,14 +13,14 @@ from .engine import Arrays, Session, output
 from .manifest import ModelSpec
 from .sampling import Array
 
-TABLE_BYTES = 64 << 20  # of the rows made at once: all steps of a small model, some of a large one's
+MAX_TABLE_BYTES = 64 << 20  # of the rows computed at once: all steps of a small model, several of a large one
 
 
 class Conditions:
-    """`at(timestep)`: the output of `graph()` for a batch of that conditioning.
+    """The output of the conditions graph for a batch with the given conditioning, at the timesteps of a loop.
 
-    Equal rows are computed once, and steps when first asked for; a timestep outside `timesteps`, which a sampler may ask for
-    too, is computed alone.
+    `graph` opens the graph. Equal rows are computed once, and steps on first use; a timestep that is not in `timesteps`,
+    which a sampler may request too, is computed separately.
     """
 
     def __init__(
@@ -31,50 +31,50 @@ class Conditions:
         timesteps: Sequence[float] = (),
     ) -> None:
         self._graph, self._width = graph, model.conditions_width
-        self._times, self._name = model.conditions_inputs
+        self._timestep_name, self._name = model.conditions_inputs
         self._distinct, self._row = np.unique(conditioning[self._name], axis=0, return_inverse=True)
         self._row = self._row.reshape(-1)
         self._timesteps = list(dict.fromkeys(timesteps))
-        self._made: dict[float, Array] = {}  # [distinct rows, K] by timestep
+        self._cached: dict[float, Array] = {}  # [distinct rows, K] by timestep
 
-    def serve(self, conditioning: Arrays, timesteps: Sequence[float]) -> bool:
-        """Whether they are the conditions of this batch at these steps, so that they can be used again."""
+    def matches(self, conditioning: Arrays, timesteps: Sequence[float]) -> bool:
+        """Whether these are the conditions of this batch at these timesteps, so that they can be reused."""
         steps = list(dict.fromkeys(timesteps))
         return steps == self._timesteps and np.array_equal(
             conditioning[self._name], self._distinct[self._row]
         )
 
     @property
-    def distinct(self) -> int:
-        """How many different rows the batch has."""
+    def num_distinct(self) -> int:
+        """The number of distinct rows in the batch."""
         return len(self._distinct)
 
-    def at(self, timestep: float) -> Array:
-        """The conditions [B, K] of every row. Raises EngineFailed."""
+    def for_timestep(self, timestep: float) -> Array:
+        """The conditions [B, K] of all rows. Raises EngineFailed."""
         return self._rows_at(timestep)[self._row]
 
     def _rows_at(self, timestep: float) -> Array:
-        """[distinct rows, K]."""
-        if timestep not in self._made:
+        """The conditions [distinct rows, K]."""
+        if timestep not in self._cached:
             if timestep not in self._timesteps:
-                return self._make([timestep])[0]
-            at_once = max(1, TABLE_BYTES // (4 * self._width * len(self._distinct)))
+                return self._compute([timestep])[0]
+            at_once = max(1, MAX_TABLE_BYTES // (4 * self._width * len(self._distinct)))
             first = self._timesteps.index(timestep)
-            some = self._timesteps[first : first + at_once]
-            self._made = {}  # the last ones first, so that two lots are never held
-            self._made = dict(zip(some, self._make(some), strict=True))
-        return self._made[timestep]
+            group = self._timesteps[first : first + at_once]
+            self._cached = {}  # released first, so that two tables are never in memory
+            self._cached = dict(zip(group, self._compute(group), strict=True))
+        return self._cached[timestep]
 
     def table(self, timesteps: Sequence[float]) -> tuple[Array, npt.NDArray[np.int64]]:
-        """Those of several steps, [steps, distinct rows, K], and which of them each row of the batch has, [B]."""
+        """The conditions of several steps, [steps, distinct rows, K], and the index [B] of each batch row in them."""
         return np.stack([self._rows_at(timestep) for timestep in timesteps]), self._row
 
-    def _make(self, timesteps: Sequence[float]) -> Array:
-        """[len(timesteps), distinct rows, K]."""
+    def _compute(self, timesteps: Sequence[float]) -> Array:
+        """The conditions [len(timesteps), distinct rows, K]."""
         steps, rows = len(timesteps), len(self._distinct)
         inputs = {
-            self._times: np.repeat(np.array(timesteps, np.float32), rows),
+            self._timestep_name: np.repeat(np.array(timesteps, np.float32), rows),
             self._name: np.concatenate([self._distinct] * steps),
         }
-        made: Array = output(self._graph().run(inputs), "conditions", (steps * rows, self._width))
-        return made.reshape(steps, rows, self._width)
+        conditions: Array = output(self._graph().run(inputs), "conditions", (steps * rows, self._width))
+        return conditions.reshape(steps, rows, self._width)

@@ -1,9 +1,9 @@
 """Seeded Gaussian noise that is the same on every engine and machine.
 
 The bits come from Philox4x64-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011), a
-counter-based generator: value k of stream t of seed s depends on nothing but s, t and k. numpy promises that the raw stream
-of a bit generator never changes, which it does not promise of `Generator.normal`; so the Box-Muller transform
-is written out here.
+counter-based generator: value k of stream t of seed s depends only on s, t and k. numpy guarantees that the raw stream of
+a bit generator never changes, but not the output of `Generator.normal`; so the Box-Muller transform is implemented
+here.
 """
 
 import math
@@ -15,13 +15,13 @@ MAX_SEED = 2**64 - 1
 
 
 def gaussian_noise(seed: int, shape: tuple[int, ...], stream: int = 0) -> npt.NDArray[np.float32]:
-    """Standard normal values of the given shape, filled in C order; `seed` and `stream` are in 0 .. MAX_SEED.
+    """Standard normal values of the given shape, filled in C order; `seed` and `stream` are in 0..MAX_SEED.
 
-    Streams of one seed are independent: 0 is where a picture starts from, k the noise that a sampler adds at step k.
+    Streams of one seed are independent: 0 is the initial noise of an image, k the noise that a sampler adds at step k.
     """
     size = math.prod(shape)
     pairs = -(-size // 2)
-    # The stream is the counter's highest word, so no two streams ever meet.
+    # The stream is the highest word of the counter, so streams never overlap.
     bits = np.random.Philox(key=seed, counter=stream << 192).random_raw(2 * pairs)
     bits >>= np.uint64(11)  # 53 bits fill a float64
     uniform = bits.astype(np.float64).reshape(pairs, 2) * 2.0**-53  # [0, 1)
@@ -32,5 +32,5 @@ def gaussian_noise(seed: int, shape: tuple[int, ...], stream: int = 0) -> npt.ND
 
 
 def batch_noise(seeds: list[int], shape: tuple[int, ...], stream: int = 0) -> npt.NDArray[np.float32]:
-    """[len(seeds), *shape]: each row is the noise of its own seed, so a batch equals separate runs."""
+    """[len(seeds), *shape]: row i is the noise of seeds[i], so a batch equals separate runs."""
     return np.stack([gaussian_noise(seed, shape, stream) for seed in seeds])

@@ -1,4 +1,4 @@
-"""The progress of a long task, on stderr: a bar on a terminal, elsewhere a line twice a minute."""
+"""Progress of a long task on stderr: a bar on a terminal, otherwise one line every 30 seconds."""
 
 import sys
 import time
@@ -7,48 +7,55 @@ from contextlib import contextmanager
 
 import click
 
-LINE_EVERY_S = 30.0
+LINE_INTERVAL_S = 30.0
 
-Advance = Callable[[int, str], None]  # (how many are done, what to say of it)
+Advance = Callable[[int, str], None]  # (number of items done, message)
 
 
 @contextmanager
 def progress(label: str, total: int) -> Iterator[Advance]:
-    """Yields a function to call with the count of what is done; the time left is estimated from this run's pace."""
-    began, first = time.monotonic(), None
+    """Yield a function to call with the number of items done; the remaining time is estimated from this run's speed."""
+    start, first = time.monotonic(), None
 
-    def left(done: int) -> str:
+    def remaining(done: int) -> str:
         nonlocal first
         first = done if first is None else first
-        taken = time.monotonic() - began
+        elapsed = time.monotonic() - start
         if done <= first or done >= total:
             return ""
-        return f"{_duration(taken / (done - first) * (total - done))} left"
+        return f"{_duration(elapsed / (done - first) * (total - done))} left"
 
     if sys.stderr.isatty():
         with click.progressbar(
-            length=total, label=label, file=sys.stderr, show_pos=True, show_eta=False, item_show_func=_shown
+            length=total,
+            label=label,
+            file=sys.stderr,
+            show_pos=True,
+            show_eta=False,
+            item_show_func=_identity,
         ) as bar:
 
-            def move(done: int, said: str) -> None:
-                bar.update(done - bar.pos, "  ".join(filter(None, (said, left(done)))))
+            def update_bar(done: int, message: str) -> None:
+                bar.update(done - bar.pos, "  ".join(filter(None, (message, remaining(done)))))
 
-            yield move
+            yield update_bar
         return
-    last = -LINE_EVERY_S
+    last = -LINE_INTERVAL_S
 
-    def mention(done: int, said: str) -> None:
+    def print_line(done: int, message: str) -> None:
         nonlocal last
-        remaining = left(done)
-        if done >= total or time.monotonic() - last >= LINE_EVERY_S:
+        time_left = remaining(done)
+        if done >= total or time.monotonic() - last >= LINE_INTERVAL_S:
             last = time.monotonic()
-            click.echo(f"{label} {done}/{total}{''.join(f'  {x}' for x in (said, remaining) if x)}", err=True)
+            click.echo(
+                f"{label} {done}/{total}{''.join(f'  {x}' for x in (message, time_left) if x)}", err=True
+            )
 
-    yield mention
+    yield print_line
 
 
-def _shown(said: str | None) -> str | None:
-    return said
+def _identity(message: str | None) -> str | None:
+    return message
 
 
 def _duration(seconds: float) -> str:

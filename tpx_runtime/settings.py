@@ -1,4 +1,4 @@
-"""The settings of a picture: checked once, carried through, and written into the file."""
+"""The settings of an image: validated once, passed through the pipeline, and written into the file."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -11,19 +11,19 @@ import numpy as np
 from . import __version__
 from .bundle import Manifest
 from .errors import BadInput, shorten
-from .manifest import EVERY_LEVEL
+from .manifest import ALL_NOISE_LEVELS
 from .noise import MAX_SEED
 from .sampling import SAMPLERS_FOR, TRAIN_TIMESTEPS
 
-MAX_GUIDANCE = 1000.0  # far beyond use, and far from float32's end
+MAX_GUIDANCE = 1000.0  # far above useful values, far below overflow in float32
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything besides the bundle, and a picture to start from, that decides one picture.
+    """Everything that determines an image, except the bundle and an input image.
 
-    `class_id` is None for models that read prompts; `strength`, the share of the steps that are taken, is None where
-    nothing is started from; `guidance_interval` is that of `guidance.is_guided`, `guidance_every` of `guidance.reused`.
+    `class_id` is None for text-to-image models. `strength`, the fraction of the steps to run, is None without an input
+    image. `guidance_interval`: see `guidance.is_guided`; `guidance_every`: see `guidance.reused_timesteps`.
     """
 
     prompt: str
@@ -35,18 +35,18 @@ class Settings:
     depth: int
     class_id: int | None = None
     strength: float | None = None
-    guidance_interval: tuple[float, float] = EVERY_LEVEL
+    guidance_interval: tuple[float, float] = ALL_NOISE_LEVELS
     guidance_every: int = 1
 
     def __post_init__(self) -> None:
-        """numpy's numbers and JSON's lists as Python's own, so that settings compare and can be written."""
+        """Convert numpy scalars and JSON lists to Python numbers and tuples, so that settings compare and serialise."""
         for field in fields(self):
-            object.__setattr__(self, field.name, _plain(getattr(self, field.name)))
+            object.__setattr__(self, field.name, _to_python(getattr(self, field.name)))
         if isinstance(self.guidance_interval, list | tuple):
-            object.__setattr__(self, "guidance_interval", tuple(map(_plain, self.guidance_interval)))
+            object.__setattr__(self, "guidance_interval", tuple(map(_to_python, self.guidance_interval)))
 
     def check(self, manifest: Manifest) -> "Settings":
-        """These settings, fit for the model of `manifest`. Raises BadInput."""
+        """Return these settings if they are valid for the model of `manifest`. Raises BadInput."""
         for name in ("prompt", "negative_prompt"):
             if not isinstance(getattr(self, name), str):
                 raise BadInput(f"expected {name} to be text, found {type(getattr(self, name)).__name__}")
@@ -67,7 +67,7 @@ class Settings:
         self._check_interval()
         if self.guidance == 1 and self.negative_prompt:
             raise BadInput(
-                "expected no negative prompt at guidance 1, which leaves it out, found one; use more guidance"
+                "expected no negative prompt at guidance 1, which ignores it, found one; raise the guidance"
             )
         if self.strength is not None and (
             type(self.strength) not in (int, float) or not 0 < self.strength <= 1
@@ -75,18 +75,18 @@ class Settings:
             raise BadInput(f"expected strength above 0 and at most 1, found {shorten(self.strength)}")
         if manifest.model.classes and (self.prompt or self.negative_prompt):
             raise BadInput(
-                "expected a class and no prompt (this bundle draws classes), found a prompt; leave it out and name a class "
-                "with --class or class_id"
+                "expected a class and no prompt (this bundle is class-conditional), found a prompt; leave it out and name "
+                "a class with --class or class_id"
             )
         last = manifest.model.classes - 1
         if manifest.model.classes and (type(self.class_id) is not int or not 0 <= self.class_id <= last):
             raise BadInput(
-                f"expected a class in 0..{last} (this bundle draws classes), found "
+                f"expected a class in 0..{last} (this bundle is class-conditional), found "
                 f"{'none' if self.class_id is None else shorten(self.class_id)}; name one with --class or class_id"
             )
         if not manifest.model.classes and self.class_id is not None:
             raise BadInput(
-                f"expected a prompt and no class (this bundle reads prompts), found class {shorten(self.class_id)}; "
+                f"expected a prompt and no class (this bundle takes prompts), found class {shorten(self.class_id)}; "
                 "leave it out"
             )
         return self
@@ -96,7 +96,7 @@ class Settings:
         fits = isinstance(interval, tuple) and [type(end) in (int, float) for end in interval] == [True, True]
         if not fits or not 0 <= interval[0] < interval[1] <= 1:
             raise BadInput(
-                f"expected guidance_interval to be two rising numbers in 0..1, found {shorten(interval)}"
+                f"expected guidance_interval to be two increasing numbers in 0..1, found {shorten(interval)}"
             )
 
     def metadata(
@@ -106,9 +106,9 @@ class Settings:
         left_out: Sequence[str] = (),
         sources: Mapping[str, str] | None = None,
     ) -> dict[str, str]:
-        """Text for the file: `tpx` is JSON, `parameters` the line that other programs write too.
+        """PNG metadata: `tpx` is JSON, `parameters` the text that other programs write too.
 
-        `left_out` are the text encoders that were not asked, `sources` what an edit started from.
+        `left_out` lists the text encoders that were left out, `sources` holds the hashes of an edit's inputs.
         """
         height, width = manifest.model.image_size_px
         facts = {
@@ -122,29 +122,29 @@ class Settings:
             "version": __version__,
         }
         negative = f"Negative prompt: {self.negative_prompt}\n" if self.negative_prompt else ""
-        also = f", Denoising strength: {self.strength}" if self.strength is not None else ""
-        if self.guidance_interval != EVERY_LEVEL:
-            also += ", CFG interval: {:g}-{:g}".format(*self.guidance_interval)
+        extra = f", Denoising strength: {self.strength}" if self.strength is not None else ""
+        if self.guidance_interval != ALL_NOISE_LEVELS:
+            extra += ", CFG interval: {:g}-{:g}".format(*self.guidance_interval)
         if self.guidance_every != 1:
-            also += f", CFG every: {self.guidance_every}"
-        said = self.prompt if self.class_id is None else f"class {self.class_id}"
+            extra += f", CFG every: {self.guidance_every}"
+        subject = self.prompt if self.class_id is None else f"class {self.class_id}"
         line = (
-            f"{said}\n{negative}Steps: {self.steps}, Sampler: {self.sampler}, "
+            f"{subject}\n{negative}Steps: {self.steps}, Sampler: {self.sampler}, "
             f"CFG scale: {self.guidance}, Seed: {self.seed}, Size: {width}x{height}, Model: {manifest.name}, "
-            f"Depth: {self.depth}{also}, Version: tpx {__version__}"
+            f"Depth: {self.depth}{extra}, Version: tpx {__version__}"
         )
         return {"tpx": json.dumps(facts), "parameters": line}
 
 
-def _plain(value: Any) -> Any:
+def _to_python(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
-def check_int(name: str, value: object, least: int, most: int | None = None) -> int:
-    """`value`, a whole number in least .. most, as Python's own, for numpy's overflow. Raises BadInput for another."""
+def check_int(name: str, value: object, minimum: int, maximum: int | None = None) -> int:
+    """`value` as a Python int, which unlike numpy's cannot overflow. Raises BadInput unless it is in minimum..maximum."""
     if isinstance(value, Integral) and not isinstance(value, bool):
         number = int(value)
-        if least <= number and (most is None or number <= most):
+        if minimum <= number and (maximum is None or number <= maximum):
             return number
-    limits = f"of at least {least}" if most is None else f"in {least}..{most}"
+    limits = f"of at least {minimum}" if maximum is None else f"in {minimum}..{maximum}"
     raise BadInput(f"expected {name} to be a whole number {limits}, found {shorten(value)}")

@@ -12,7 +12,7 @@ from tpx_runtime.bundle import Bundle
 from tpx_runtime.engine.gpu import Gpu
 from tpx_runtime.engine.tensorrt_flavours import FLAVOURS, Flavour, version
 from tpx_runtime.errors import Cancelled, EngineUnavailable
-from tpx_runtime.interrupts import deferred
+from tpx_runtime.interrupts import deferred_interrupts
 from tpx_runtime.memory import available_bytes
 
 from . import tensorrt
@@ -122,7 +122,7 @@ def build_all(
         cache.prepare()
     results: list[Result] = []
     left = f"stopped; what is finished is in {cache.folder}, the same command goes on from there"
-    with deferred(partial(Abandoned, left)) as stop:
+    with deferred_interrupts(partial(Abandoned, left)) as stop:
         for task in tasks:
             if stop.is_set():
                 break

@@ -15,7 +15,7 @@ from pathlib import Path
 from tpx_runtime.bundle import Bundle
 from tpx_runtime.engine.engine_file import MAGIC, PREFIX, VERSION, Key, Stale, default_folder, load
 from tpx_runtime.errors import BadInput
-from tpx_runtime.files import whole_file
+from tpx_runtime.files import atomic_file
 
 __all__ = ["EngineCache", "Key", "Stale"]
 
@@ -74,7 +74,7 @@ class EngineCache:
 
     def _write(self, name: str, *contents: bytes) -> Path:
         path = self.folder / name
-        with _writing(self.folder), whole_file(path) as part, part.open("wb") as file:
+        with _writing(self.folder), atomic_file(path) as part, part.open("wb") as file:
             for content in contents:
                 file.write(content)
             file.flush()

@@ -21,7 +21,7 @@ from tpx_export.checkpoint import CheckpointInvalid
 from tpx_export.model.thinking import Thinking, ThinkingSpec
 from tpx_export.precision import STORED, narrow
 from tpx_runtime.errors import BadInput, shorten
-from tpx_runtime.files import whole_file
+from tpx_runtime.files import atomic_file
 from tpx_runtime.typed_json import parse
 
 FORMAT, VERSION = "tpx-adapters", 1
@@ -104,7 +104,7 @@ def write_adapters(path: Path, thinking: ThinkingSpec, state: Mapping[str, Tenso
     spec = dataclasses.asdict(thinking)
     header = {"format": FORMAT, "version": VERSION, "spec": spec, **dataclasses.asdict(facts)}
     try:
-        with whole_file(path) as part:
+        with atomic_file(path) as part:
             save_file(tensors, part, metadata={"tpx": json.dumps(header)})
     except (OSError, SafetensorError) as error:
         raise BadInput(

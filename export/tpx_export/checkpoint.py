@@ -20,7 +20,7 @@ from torch import Tensor
 from tpx_export.model.class_to_image import ClassToImage, ClassToImageSpec
 from tpx_export.model.text_to_image import TextToImage, TextToImageSpec
 from tpx_runtime.errors import TpxError, shorten
-from tpx_runtime.files import whole_file
+from tpx_runtime.files import atomic_file
 from tpx_runtime.typed_json import parse
 
 FORMAT, VERSION = "tpx-model", 1
@@ -43,7 +43,7 @@ def save(model: Model, path: Path, dtype: torch.dtype = torch.float32) -> None:
     state = {name: value.detach().to("cpu", dtype).contiguous() for name, value in model.state_dict().items()}
     (kind,) = (name for name, (_, made) in MODELS.items() if isinstance(model, made))
     header = {"format": FORMAT, "version": VERSION, "model": kind, "spec": dataclasses.asdict(model.spec)}
-    with whole_file(path) as part:
+    with atomic_file(path) as part:
         if path.suffix == ".safetensors":
             save_file(state, part, metadata={"tpx": json.dumps(header)})
         elif path.suffix == ".pt":

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tpx_runtime.command import TpxCommand, noticing
+from tpx_runtime.command import TpxCommand, warnings_as_notices
 from tpx_runtime.errors import BadInput
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def main(
     chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     options = Int8Options(**chosen) if chosen else None
     check(out, depth, precision, force, options)  # before a model is read, which takes its time
-    with noticing():
+    with warnings_as_notices():
         pipeline = open_model(ckpt, base, components, adapters, image_size_px, no_t5)
     out = out or Path("bundles") / pipeline.name
     with click.progressbar(length=1, label="export", file=sys.stderr) as bar:

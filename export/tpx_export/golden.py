@@ -69,7 +69,7 @@ def transformer_golden(
     schedule = sampler.schedule(steps, shift or 1.0)
     noise = batch_noise([SEED, SEED + 1][rows], model.latent_shape)
     with in_float32(module):
-        path = [noise, *sampler.walk(predict, noise, schedule, lambda step: noise)]
+        path = [noise, *sampler.denoise(predict, noise, schedule, lambda step: noise)]
         half = steps // 2
         latents, times = path[half][-1:], schedule.timesteps[half : half + 1]
         if not large:

@@ -19,7 +19,7 @@ from tpx_export.model.mmdit import MMDiTSpec
 from tpx_export.model.text_encoder import TextEncoder
 from tpx_export.model.text_to_image import TextToImage
 from tpx_runtime.manifest import Defaults, EncoderSpec, LatentSpec, ModelSpec
-from tpx_runtime.tokenizer import tokenizer_of
+from tpx_runtime.tokenizer import make_tokenizer
 
 _SEED = 20260428
 _EXAMPLES = (
@@ -138,7 +138,7 @@ def _text_part(encoder: TextEncoder) -> TextPart:
 
 def example_ids(vocabulary: dict[str, object]) -> npt.NDArray[np.int64]:
     """Token ids [2, tokens] of two plain prompts. `vocabulary` is the content of a vocab.json."""
-    tokenizer = tokenizer_of(vocabulary, Path("vocab.json"))
+    tokenizer = make_tokenizer(vocabulary, Path("vocab.json"))
     return np.array([tokenizer.encode(text).ids for text in _EXAMPLES], np.int64)
 
 

@@ -37,8 +37,8 @@ from tpx_runtime.evaluation.compare import Report
 from tpx_runtime.evaluation.statistics import Estimate, bootstrap
 from tpx_runtime.files import make_folder
 from tpx_runtime.generator import Generator
-from tpx_runtime.manifest import EVERY_LEVEL
-from tpx_runtime.records import require_same, write_json
+from tpx_runtime.manifest import ALL_NOISE_LEVELS
+from tpx_runtime.records import require_same_settings, write_json
 
 LOSSES = "losses.npy"
 FRESH_SEED, FRESH_SHARDS = 2**20, 2  # scenes that no training with a seed below sees
@@ -63,7 +63,7 @@ DRAWN: dict[str, Any] = {
     "sampler": "dpmpp2m",
     "steps": 8,
     "guidance": 3.0,
-    "guidance_interval": EVERY_LEVEL,
+    "guidance_interval": ALL_NOISE_LEVELS,
 }
 WHOLE_RANK = 128  # M r of every row
 RELATED = ("position", SEEN, NEVER_SEEN)  # rows of ShapesEval whose prompts hold a relation
@@ -154,7 +154,7 @@ def run(work: Work, name: str, seed: int) -> dict[str, Any]:
     record = folder / "result.json"
     if record.exists():
         facts = dict(json.loads(record.read_text()))
-        require_same(facts.get("settings", {}), work.settings, folder)
+        require_same_settings(facts.get("settings", {}), work.settings, folder)
         return facts
     spec, began = ROWS[name], time.monotonic()
     transformer = adapted(work, folder, spec, seed) if spec else work.base

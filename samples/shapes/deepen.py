@@ -16,7 +16,7 @@ from tpx_export import checkpoint
 from tpx_export.model import TextToImage
 from tpx_runtime.command import TpxCommand
 from tpx_runtime.errors import BadInput
-from tpx_runtime.files import check_place
+from tpx_runtime.files import check_writable
 
 
 def deepened(model: TextToImage, depth: int) -> TextToImage:
@@ -43,7 +43,7 @@ def main(ckpt: Path, depth: int, out: Path) -> None:
     """Write the checkpoint whose bundle also has the graphs beyond the trained depth."""
     if out.suffix not in checkpoint.SUFFIXES:
         raise BadInput(f"expected --out ending in {' or '.join(checkpoint.SUFFIXES)}, found {out.name}")
-    check_place(out)
+    check_writable(out)
     model = checkpoint.load(ckpt)
     if not isinstance(model, TextToImage):
         raise BadInput(f"expected a text-to-image checkpoint, found {model.spec.name} of classes")

@@ -17,7 +17,7 @@ from tpx_runtime.bundle import hash_file
 from tpx_runtime.command import TpxCommand
 from tpx_runtime.errors import BadInput
 from tpx_runtime.evaluation.compare import Report
-from tpx_runtime.records import write_whole
+from tpx_runtime.records import write_atomic
 
 SHIPPED = Path(__file__).with_name("shapes.safetensors")
 RECORD = Path(__file__).with_name("shapes_eval.json")
@@ -45,7 +45,7 @@ def as_json(facts: dict[str, Any]) -> str:
 @click.argument("run", type=click.Path(path_type=Path))
 def main(run: Path) -> None:
     """Take the finished RUN of the shipped weights for the record."""
-    write_whole(RECORD, record(run).encode())
+    write_atomic(RECORD, record(run).encode())
     click.echo(RECORD)
 
 

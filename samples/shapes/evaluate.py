@@ -29,7 +29,7 @@ from tpx_runtime.evaluation.cli import shapes as main
 from tpx_runtime.evaluation.resumable import resumable
 from tpx_runtime.evaluation.statistics import bootstrap
 from tpx_runtime.images import save_png
-from tpx_runtime.records import differing, write_json, write_whole
+from tpx_runtime.records import differences, write_atomic, write_json
 
 if TYPE_CHECKING:
     from tpx_runtime.generator import Generator
@@ -166,7 +166,7 @@ class Verdicts:
                     break
                 self.right.append(right)
         # Written anew: a killed run may have left half a line.
-        write_whole(self.path, "".join(json.dumps(line) + "\n" for line in [facts, *self.right]).encode())
+        write_atomic(self.path, "".join(json.dumps(line) + "\n" for line in [facts, *self.right]).encode())
 
     def add(self, right: Sequence[bool]) -> None:
         self.right.append(list(right))
@@ -187,7 +187,7 @@ def _verdicts_in(line: str) -> list[bool] | None:
 def _another(line: str, facts: dict[str, Any], folder: Path) -> str:
     """Why the run that `line` speaks of is not that of `facts`."""
     try:
-        before, now = differing(dict(json.loads(line)), facts) or ("", "")
+        before, now = differences(dict(json.loads(line)), facts) or ("", "")
     except (ValueError, TypeError):
         before, now = "what is not JSON", "no such run"
     return (
@@ -266,7 +266,7 @@ def _judge_the_rest(
     with resumable(images * len(left)) as advance:
         for start in left[::together]:
             group = range(start, min(start + together, len(asked)))
-            drawn = iter(generator.draw([job for place in group for job in jobs[place]], batch_size))
+            drawn = iter(generator.generate([job for place in group for job in jobs[place]], batch_size))
             for place in group:
                 row = judge(parser, asked[place].prompt, [next(drawn) for _ in range(images)])
                 save_png(page([row]), out / picture_name(place))
@@ -285,7 +285,7 @@ def _write_report(
         for question, verdict in zip(asked, right, strict=True)
     ]
     write_json(out / "report.json", {**facts, "overall of": list(KINDS), "rows": result, "prompts": prompts})
-    write_whole(out / "index.html", as_page(asked, right, text).encode())
+    write_atomic(out / "index.html", as_page(asked, right, text).encode())
     return text
 
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from tpx_runtime.errors import BadInput
-from tpx_runtime.files import whole_file
-from tpx_runtime.interrupts import deferred
-from tpx_runtime.records import require_same
+from tpx_runtime.files import atomic_file
+from tpx_runtime.interrupts import deferred_interrupts
+from tpx_runtime.records import require_same_settings
 
 
 def seeded(seed: int, step: int) -> torch.Generator:
@@ -32,7 +32,7 @@ def warmup_cosine(step: int, steps: int, warmup: int = 100, floor: float = 0.02)
 def save_whole(value: object, path: Path) -> None:
     """torch.save that a kill cannot leave half-written."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as part:
+    with atomic_file(path) as part:
         torch.save(value, part)
 
 
@@ -121,7 +121,7 @@ class _Run:
 
     def _resume(self) -> None:
         saved = torch.load(self._state, weights_only=True, map_location="cpu")
-        require_same(saved.get("settings", {}), self._settings, self._state)
+        require_same_settings(saved.get("settings", {}), self._settings, self._state)
         self._module.load_state_dict(saved["module"])
         self.ema.load_state_dict(saved["ema"])
         for optimizer, values in zip(self._optimizers, saved["optimizers"], strict=True):
@@ -150,7 +150,7 @@ class _Run:
         torch.nn.utils.clip_grad_norm_([p for _, p in self._trainable], clip)
         # Short at first: the random start is soon forgotten.
         decay = min(ema_decay, (self.step + 1) / (self.step + 10))
-        with deferred() as interrupted:
+        with deferred_interrupts() as interrupted:
             for optimizer in self._optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)

@@ -20,8 +20,8 @@ from samples.shapes.evaluate import picture_name
 from tpx_runtime.command import TpxCommand, TpxGroup
 from tpx_runtime.errors import BadInput, EngineUnavailable
 from tpx_runtime.evaluation.compare import Report
-from tpx_runtime.images import check_writable, save_png
-from tpx_runtime.records import write_whole
+from tpx_runtime.images import check_png_writable, save_png
+from tpx_runtime.records import write_atomic
 
 _OUT = click.option("--out", type=click.Path(path_type=Path), required=True, help="PNG to write.")
 
@@ -94,7 +94,7 @@ def save_plot(figure: Any, out: Path) -> None:
     """Write the figure as a PNG, whole or not at all. Raises BadInput."""
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=110)
-    write_whole(out, content.getvalue())
+    write_atomic(out, content.getvalue())
 
 
 @click.group(cls=TpxGroup)
@@ -107,7 +107,7 @@ def main() -> None:
 @_OUT
 def curves(files: tuple[Path, ...], out: Path) -> None:
     """Training loss against step, a line for each of FILES, named by its folder and file."""
-    check_writable(out)
+    check_png_writable(out)
     figure, plot = axes()
     for path in files:
         curve = read_curve(path)
@@ -124,7 +124,7 @@ def curves(files: tuple[Path, ...], out: Path) -> None:
 @_OUT
 def sweep(file: Path, against: str, out: Path) -> None:
     """Score with its 95% interval, and seconds an image, of a sweep's cells; a line for each sampler."""
-    check_writable(out)
+    check_png_writable(out)
     cells = read_sweep(file, against)
     figure, (left, right) = axes(2)
     for sampler in dict.fromkeys(cell.sampler for cell in cells):
@@ -147,7 +147,7 @@ def sweep(file: Path, against: str, out: Path) -> None:
 @_OUT
 def pictures(runs: tuple[Path, ...], kind: str, first: int, out: Path) -> None:
     """The first picture of the first prompts of a kind, nothing selected: a line for each of RUNS of ShapesEval."""
-    check_writable(out)
+    check_png_writable(out)
     reports = [Report.load(run) for run in runs]
     asked = reports[0].prompts
     places = [place for place, (row, _) in enumerate(asked) if row == kind][:first]

@@ -120,10 +120,10 @@ def main(
 ) -> None:
     """Draw the fixed prompts with seeds 0, 1, ... and print how many pictures are right."""
     from tpx_runtime.generator import Generator
-    from tpx_runtime.images import check_writable, save_png
+    from tpx_runtime.images import check_png_writable, save_png
 
     if out:
-        check_writable(out)
+        check_png_writable(out)
     generator, parser = Generator.load(find_bundle(bundle), engine), Parser.load()
     prompts, rows = SINGLES + PAIRS, []
     with click.progressbar(prompts, label="drawing", file=sys.stderr) as bar:

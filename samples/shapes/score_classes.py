@@ -21,7 +21,7 @@ from samples.shapes.world import SHAPES
 from tpx_runtime.command import TpxCommand
 from tpx_runtime.errors import BadInput
 from tpx_runtime.evaluation.statistics import bootstrap
-from tpx_runtime.files import check_place
+from tpx_runtime.files import check_writable
 from tpx_runtime.records import write_json
 
 
@@ -68,12 +68,12 @@ def main(
 ) -> None:
     """Draw every class with seeds 0, 1, ... and print how many pictures are right."""
     from tpx_runtime.generator import Generator
-    from tpx_runtime.images import check_writable, save_png
+    from tpx_runtime.images import check_png_writable, save_png
 
     if out:
-        check_writable(out)
+        check_png_writable(out)
     if record:
-        check_place(record)
+        check_writable(record)
     judged = parser_line(prompt_of_class(0).kind)  # refuses now rather than at the end
     generator, parser, rows = Generator.load(bundle, engine), Parser.load(), []
     if generator.manifest.model.classes != len(CLASSES):

@@ -31,7 +31,7 @@ from tpx_export.model.thinking import Gate, Thinking, ThinkingSpec
 from tpx_export.precision import at_precision
 from tpx_export.routing import masked, permuted
 from tpx_runtime.errors import BadInput
-from tpx_runtime.guidance import guide
+from tpx_runtime.guidance import apply_guidance
 from tpx_runtime.noise import batch_noise
 from tpx_runtime.sampling import Array
 from tpx_runtime.sampling.diffusion import ddpm, respaced_schedule
@@ -342,7 +342,7 @@ def test_sampling_through_the_runtime_is_the_originals(tmp_path: Path) -> None:
     def prediction(x: Array, t: float) -> Array:
         latents, times = torch.from_numpy(x).repeat(2, 1, 1, 1), torch.full((4,), t)
         free, told = model(latents, times, torch.cat([null, given]), 1)[0].chunk(2)
-        return guide(free.numpy(), told.numpy(), guidance, 3)
+        return apply_guidance(free.numpy(), told.numpy(), guidance, 3)
 
     schedule = respaced_schedule(steps)
     path = ddpm(prediction, batch_noise(seeds, shape), schedule, lambda k: batch_noise(seeds, shape, k))

@@ -26,12 +26,12 @@ from reference_tokenizers import (
 from tpx_export.base.spiece import expand_charsmap
 from tpx_export.base.tokenizers import clip_tokenizer, t5_tokenizer
 from tpx_export.checkpoint import CheckpointInvalid
-from tpx_runtime.tokenizer import tokenizer_of
-from tpx_runtime.tokenizer.clip import END, byte_alphabet
+from tpx_runtime.tokenizer import make_tokenizer
+from tpx_runtime.tokenizer.clip import WORD_END, byte_alphabet
 
 MERGES = ["r e", "re d</w>"]
 BYTES = list(byte_alphabet().values())
-TOKENS = [*BYTES, *(character + END for character in BYTES), "re", "red</w>", BOS, EOS]
+TOKENS = [*BYTES, *(character + WORD_END for character in BYTES), "re", "red</w>", BOS, EOS]
 
 
 def small_clip(folder: Path, merges: list[str] = MERGES, tokens: list[str] = TOKENS, **files: object) -> Path:
@@ -104,7 +104,7 @@ def test_a_small_clip_is_the_same_from_a_folder_and_tokenizer_json(tmp_path: Pat
     file.write_text(json.dumps(tokenizer_json()))
     expected = facts | {"special": {EOS: 515}, "special_normalized": {BOS: 514}}
     assert clip_tokenizer(file, 9) == clip_tokenizer(tmp_path, 9) == expected
-    assert tokenizer_of(facts, file).encode("red").ids == [514, 513, 515, 515, 515, 515, 515, 515, 515]
+    assert make_tokenizer(facts, file).encode("red").ids == [514, 513, 515, 515, 515, 515, 515, 515, 515]
 
 
 def test_padding_with_a_token_makes_it_special(tmp_path: Path) -> None:
@@ -212,7 +212,7 @@ def test_a_small_spiece_model(tmp_path: Path) -> None:
     assert facts["scores"][:6] == [0.0, -0.5, -1.0, -1.5, -2.0, -2.5]
     assert facts["pieces"][6:] == [f"<extra_id_{i}>" for i in range(99, -1, -1)]
     assert facts["special"]["cube"] == 5  # a symbol of the user's is one that a prompt can spell out
-    assert tokenizer_of(facts, tmp_path).encode("red cube<extra_id_99>").ids == [4, 5, 6, 1, 0, 0, 0]
+    assert make_tokenizer(facts, tmp_path).encode("red cube<extra_id_99>").ids == [4, 5, 6, 1, 0, 0, 0]
 
 
 CLIP_FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {

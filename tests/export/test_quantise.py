@@ -49,7 +49,7 @@ from tpx_runtime.errors import EngineFailed
 from tpx_runtime.evaluation.statistics import Estimate
 from tpx_runtime.generator import Generator
 from tpx_runtime.noise import batch_noise
-from tpx_runtime.prompts import prompts_in
+from tpx_runtime.prompts import read_prompt_lines
 from tpx_runtime.sampling.flow import FLOW_SAMPLERS
 from tpx_runtime.verify import verify_bundle
 
@@ -581,14 +581,14 @@ def test_options_that_cannot_be_used(tiny_model: TextToImage, tmp_path: Path) ->
     checkpoint.save(make_tiny_classes(40), classes)
     good, bad, blank, latin = (tmp_path / name for name in ("good", "bad", "blank", "latin"))
     good.write_text("a red cube\n\na green cube\n", encoding="utf-8-sig")
-    assert prompts_in(good) == {1: "a red cube", 3: "a green cube"}
+    assert read_prompt_lines(good) == {1: "a red cube", 3: "a green cube"}
     bad.write_text("a red cube\n\na purple elephant\n")
     blank.write_text("\n \n")
     latin.write_bytes("a caf\xe9".encode("latin-1"))
     before = leftovers(tmp_path)
     for model, precision, option, reason in (
         (ckpt, "int8", ["--calibration", bad], r"bad, line 3: expected words .* found 'purple'"),
-        (ckpt, "int8", ["--calibration", blank], "expected prompts in .*, one a line, found none"),
+        (ckpt, "int8", ["--calibration", blank], "expected prompts in .*, one per line, found none"),
         (ckpt, "int8", ["--calibration", latin], "expected UTF-8 text"),
         (ckpt, "int8", ["--calibration", tmp_path / "none"], "expected a file of prompts, .*: No such file"),
         (classes, "int8", ["--calibration", good], "expected no prompts for a model of classes"),
@@ -623,7 +623,7 @@ def test_what_no_model_could_mend_is_refused_before_one_is_read(
         (("--precision", "int4"), "expected a precision of fp32"),
         (("--accept-loss",), "expected int8's options with int8 or int8-weights, found no --precision"),
         (("--precision", "int8", "--score-prompts", -1), "expected 0 to 92 prompts"),
-        (("--precision", "int8", "--calibration", prompts), "one a line, found none"),
+        (("--precision", "int8", "--calibration", prompts), "one per line, found none"),
         (("--precision", "int8", "--calibration", tmp_path / "none"), "No such file"),
         (("--precision", "int8-weights", "--calibration", prompts), "expected no prompts to calibrate with"),
         (("--out", there), "expected a new folder"),

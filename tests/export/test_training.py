@@ -43,7 +43,7 @@ from tpx_export.training.settings import Settings, thinking_spec, within_base
 from tpx_runtime.bundle import Bundle
 from tpx_runtime.errors import BadInput, TpxError
 from tpx_runtime.generator import Generator
-from tpx_runtime.tokenizer import tokenizer_of
+from tpx_runtime.tokenizer import make_tokenizer
 
 COLOURS, KINDS = ("red", "green", "blue", "yellow"), ("square", "disc")
 QUICK = ("--rank", "4", "--batch", "4", "--warmup", "0", "--precision", "fp32", "--device", "cpu")
@@ -665,7 +665,7 @@ def test_pictures_and_captions_are_encoded_as_diffusers_and_transformers_do(
     expected, whole = torch.zeros(2, 333, 48), torch.zeros(2, 40)
     place = 0
     for part, kind in zip(pipeline.text, (CLIPTextModelWithProjection,) * 2 + (T5EncoderModel,), strict=True):
-        tokenizer = tokenizer_of(part.vocabulary, Path())
+        tokenizer = make_tokenizer(part.vocabulary, Path())
         ids = torch.tensor([tokenizer.encode(text).ids for text in ("a blue disc", "")])
         with torch.no_grad():
             said = kind.from_pretrained(sd3 / part.spec.folder)(ids, output_hidden_states=True)
@@ -813,7 +813,7 @@ def test_pictures_in_hugging_faces_cache_are_links(captioned: Path, tmp_path: Pa
     assert read_folder(snapshot) == [Example(snapshot / "red-disc.png", "a red disc")]
     for name in ("../../blobs/5d41", str(blob)):
         (snapshot / "metadata.jsonl").write_text(json.dumps({"file_name": name, "text": ""}))
-        with pytest.raises(BadInput, match=r"expected a picture in .* found no .*; check its name"):
+        with pytest.raises(BadInput, match=r"expected an image in .* found no .*; check its name"):
             read_folder(snapshot)
 
 

@@ -1,6 +1,6 @@
-"""Bundles of paper, in which all but the graphs is real, and a numpy engine that stands in for those.
+"""Fake bundles, in which everything but the graphs is real, and a numpy engine that replaces the graphs.
 
-PAPER has one text encoder, THREE has three as Stable Diffusion 3 does, CLASSES draws classes by diffusion.
+FAKE has one text encoder, THREE_ENCODERS has three as in Stable Diffusion 3, CLASSES is a class-conditional diffusion model.
 """
 
 import json
@@ -30,7 +30,7 @@ Function = Callable[[Arrays], Arrays]
 
 WORDS = ["a", "an", "and", "blue", "cube", "on", "red", "sphere", "two", ",", "."]
 TOKENS = ["<pad>", "<bos>", "<eos>", "<unk>", *WORDS]
-MODEL = ModelSpec(  # no two sizes are alike, so that none can stand in for another
+MODEL = ModelSpec(  # all sizes differ, so that mixed-up sizes fail
     latent_channels=4,
     latent_size=(2, 3),
     image_size_px=(8, 12),
@@ -47,8 +47,8 @@ MODEL = ModelSpec(  # no two sizes are alike, so that none can stand in for anot
     experts=2,
     thinking_blocks=(0, 2),
 )
-PAPER = Manifest(
-    name="paper",
+FAKE = Manifest(
+    name="fake",
     license="Apache-2.0",
     producer="tests",
     precision="fp32",
@@ -61,8 +61,8 @@ PAPER = Manifest(
     ),
     files={},
 )
-THREE = replace(
-    PAPER,
+THREE_ENCODERS = replace(
+    FAKE,
     name="three",
     model=replace(MODEL, context_tokens=21, context_width=16, pooled_width=19),
     text_encoders=(
@@ -72,7 +72,7 @@ THREE = replace(
     ),
 )
 CLASSES = replace(
-    PAPER,
+    FAKE,
     name="classes",
     model=replace(
         MODEL,
@@ -93,7 +93,7 @@ CLASSES = replace(
 
 
 def encoder(spec: EncoderSpec) -> Function:
-    """A text encoder: waves of its ids, of another length in every encoder."""
+    """A text encoder: sines of its ids, with another frequency in every encoder."""
 
     def run(inputs: Arrays) -> Arrays:
         ids = inputs["ids"] + spec.context_width / 10
@@ -106,17 +106,17 @@ def encoder(spec: EncoderSpec) -> Function:
     return run
 
 
-text_encoder = encoder(PAPER.text_encoders[0])
+text_encoder = encoder(FAKE.text_encoders[0])
 
 
 def conditions(model: ModelSpec = MODEL) -> Function:
-    """Waves of the timestep and of what is told beside it; no two columns and no two rows are alike."""
+    """Linear in the timestep and the pooled text or class; all rows and columns differ."""
 
     def run(inputs: Arrays) -> Arrays:
-        told = inputs["class_id"] / model.classes if model.classes else inputs["pooled"].mean(1)
-        rows = told + inputs["timestep"] / 1000
-        said = rows[:, None] * np.linspace(0.5, 1.5, model.conditions_width)
-        return {"conditions": said.astype(np.float32)}
+        condition = inputs["class_id"] / model.classes if model.classes else inputs["pooled"].mean(1)
+        rows = condition + inputs["timestep"] / 1000
+        outputs = rows[:, None] * np.linspace(0.5, 1.5, model.conditions_width)
+        return {"conditions": outputs.astype(np.float32)}
 
     return run
 
@@ -124,14 +124,14 @@ def conditions(model: ModelSpec = MODEL) -> Function:
 def transformer(depth: int, model: ModelSpec = MODEL) -> Function:
     def run(inputs: Arrays) -> Arrays:
         x = inputs["latents"]
-        told = inputs["conditions"].mean(1)
+        condition = inputs["conditions"].mean(1)
         if not model.classes:
-            told = told + inputs["context"].mean((1, 2))
-        told = told[:, None, None, None]
-        said = 0.3 * depth * x + told
+            condition = condition + inputs["context"].mean((1, 2))
+        condition = condition[:, None, None, None]
+        prediction = 0.3 * depth * x + condition
         if model.out_channels > model.latent_channels:
-            said = np.concatenate([said, np.tanh(x - told)], axis=1)
-        outputs = {model.prediction: said.astype(np.float32)}
+            prediction = np.concatenate([prediction, np.tanh(x - condition)], axis=1)
+        outputs = {model.prediction: prediction.astype(np.float32)}
         if model.thinking_blocks:
             routes = np.zeros((len(x), len(model.thinking_blocks) * depth, model.visual_tokens), np.int64)
             routes[:, :, ::2] = x[:, 0, :1, :1] > 0
@@ -146,7 +146,7 @@ def vae_decoder(inputs: Arrays) -> Arrays:
 
 
 def vae_encoder(inputs: Arrays) -> Arrays:
-    """Turns the decoder back: the mean of 4 x 4 pixels; the fourth channel is the mean of the others."""
+    """Inverts the decoder: the mean of 4 x 4 pixels; the fourth channel is the mean of the others."""
     image = inputs["image"]
     means = image.reshape(len(image), 3, 2, 4, 3, 4).mean((3, 5)).clip(-0.99, 0.99)
     latents = np.arctanh(np.concatenate([means, means.mean(1, keepdims=True)], axis=1))
@@ -154,7 +154,7 @@ def vae_encoder(inputs: Arrays) -> Arrays:
 
 
 def functions(manifest: Manifest) -> dict[str, Function]:
-    """What each graph of a bundle of paper computes, by its path."""
+    """The functions that replace the graphs of a fake bundle, by path."""
     return {
         **{f"{spec.folder}/model.onnx": encoder(spec) for spec in manifest.text_encoders},
         CONDITIONS: conditions(manifest.model),
@@ -174,7 +174,7 @@ class FakeSession:
 
 
 class FakeEngine:
-    """`opened`, `calls` and `alive` say what was asked of it; `replaced` maps a graph's path to another function."""
+    """Records its use in `opened`, `calls` and `alive`; `replaced` maps the path of a graph to another function."""
 
     variant: GraphVariant = "operator"
     precision: str | None = None
@@ -185,7 +185,7 @@ class FakeEngine:
         replaced: dict[str, Function] | None = None,
         name: str = "fake",
         reason: str | None = None,
-        manifest: Manifest = PAPER,
+        manifest: Manifest = FAKE,
     ) -> None:
         self.name, self.reason = name, reason
         self.opened: list[str] = []
@@ -195,7 +195,7 @@ class FakeEngine:
 
     @property
     def alive(self) -> list[str]:
-        """The sessions that somebody still holds."""
+        """The names of sessions that are still referenced."""
         return sorted(session.name for session in self._sessions)
 
     def problem(self) -> str | None:
@@ -209,18 +209,18 @@ class FakeEngine:
         return session
 
 
-def golden(manifest: Manifest = PAPER) -> Arrays:
-    """What the fake engine computes, as an exporter would have written it."""
+def golden(manifest: Manifest = FAKE) -> Arrays:
+    """Golden tensors with the outputs of the fake engine."""
     rng, model = np.random.default_rng(0), manifest.model
     arrays: Arrays = {}
-    said = []
+    encoded = []
     for spec in manifest.text_encoders:
         ids = np.zeros((2, spec.tokens), np.int64)
         ids[0, :5], ids[1, :3] = [1, 4, 10, 8, 2], [1, 5, 2]
         outputs = {"ids": ids, **encoder(spec)({"ids": ids})}
         arrays |= {f"{spec.folder}.{name}": array for name, array in outputs.items()}
-        said.append((outputs["context"], outputs.get("pooled")))
-    inputs = combine(said, model) if said else {"class_id": np.array([3, 0], np.int64)}
+        encoded.append((outputs["context"], outputs.get("pooled")))
+    inputs = combine(encoded, model) if encoded else {"class_id": np.array([3, 0], np.int64)}
     inputs["latents"] = rng.standard_normal((2, *model.latent_shape)).astype(np.float32)
     inputs["timestep"] = np.array([1000, 400], np.float32)
     inputs |= conditions(model)(inputs)
@@ -232,21 +232,21 @@ def golden(manifest: Manifest = PAPER) -> Arrays:
     return {**arrays, "encoder_latents": vae_encoder({"image": arrays["image"]})["latents"]}
 
 
-def seal(root: Path, manifest: Manifest = PAPER) -> Bundle:
-    """Write the manifest of whatever now lies at `root`, as if it had been exported that way."""
+def seal(root: Path, manifest: Manifest = FAKE) -> Bundle:
+    """Write a manifest for the current files at `root`, as if they had been exported that way."""
     manifest = replace(manifest, files=describe_files(root))
     (root / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     return Bundle(root, manifest)
 
 
-def write_vocabulary(root: Path, spec: EncoderSpec = PAPER.text_encoders[0], **changes: object) -> None:
+def write_vocabulary(root: Path, spec: EncoderSpec = FAKE.text_encoders[0], **changes: object) -> None:
     facts = {"kind": "word", "tokens": TOKENS, "text_tokens": spec.tokens, **changes}
     (root / spec.tokenizer).mkdir(exist_ok=True)
     (root / spec.tokenizer / "vocab.json").write_text(json.dumps(facts), encoding="utf-8")
 
 
-def make_bundle(root: Path, manifest: Manifest = PAPER) -> Path:
-    """Write a bundle of paper at `root`; its graphs are bytes without meaning."""
+def make_bundle(root: Path, manifest: Manifest = FAKE) -> Path:
+    """Write a fake bundle to `root`; its graphs are meaningless bytes."""
     names = [*functions(manifest), "transformer/weights.data", GOLDEN, SCHEDULER]
     names += [transformer_name(depth, "plain") for depth in manifest.model.depths]
     for number, name in enumerate(names):
@@ -263,7 +263,7 @@ def make_bundle(root: Path, manifest: Manifest = PAPER) -> Path:
     return root
 
 
-def without_encoder(root: Path, manifest: Manifest = PAPER) -> Bundle:
-    """The bundle at `root` as one that has no vae_encoder."""
+def without_encoder(root: Path, manifest: Manifest = FAKE) -> Bundle:
+    """Remove the vae_encoder from the bundle at `root`."""
     (root / VAE_ENCODER).unlink()
     return seal(root, manifest)

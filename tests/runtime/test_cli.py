@@ -22,14 +22,14 @@ from tpx_runtime.bundle import GOLDEN, Bundle
 from tpx_runtime.engine import ENGINES, Arrays, Engine
 from tpx_runtime.errors import EngineFailed
 from tpx_runtime.evaluation.cli import main as evaluation
-from tpx_runtime.generator import Generator, PictureFitted
+from tpx_runtime.generator import Generator, ImageResized
 from tpx_runtime.images import save_png
-from tpx_runtime.outputs import choose_outputs
+from tpx_runtime.output_files import choose_output_files
 from tpx_runtime.sampling import SAMPLERS_FOR
 from tpx_runtime.tokenizer import Encoding
 from tpx_runtime.verify import PartReport, load_golden
 
-from .fakes import CLASSES, THREE, FakeEngine, seal, vae_decoder, vae_encoder, without_encoder
+from .fakes import CLASSES, THREE_ENCODERS, FakeEngine, seal, vae_decoder, vae_encoder, without_encoder
 
 PROMPT = "a red cube on a blue sphere"
 NAMED = "a-red-cube-on-a-blue-sphere-0.png"
@@ -107,7 +107,7 @@ def test_draws_what_the_generator_draws(bundled: Path) -> None:
     assert facts["negative_prompt"] == "green"
 
 
-def test_several_pictures_make_a_grid_of_the_next_seeds(bundled: Path) -> None:
+def test_several_images_make_a_grid_of_the_next_seeds(bundled: Path) -> None:
     assert run(PROMPT, "-n", 3, "--seed", 7, "--steps", 2, "--out", "a.png").exit_code == 0
     alone = Generator.load(bundled, "onnxruntime")(PROMPT, seed=8, steps=2)[0]
     with Image.open("a.png") as image:
@@ -119,11 +119,11 @@ def test_several_pictures_make_a_grid_of_the_next_seeds(bundled: Path) -> None:
 
 
 def test_batch_size_is_how_many_are_drawn_at_once(
-    paper: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+    fake_bundle: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = FakeEngine()
     fake(monkeypatch, engine)
-    command = ("red cube", "--bundle", paper, "-n", 3, "--out", "a.png")
+    command = ("red cube", "--bundle", fake_bundle, "-n", 3, "--out", "a.png")
     assert run(*command, "--batch-size", 2).exit_code == 0
     drawn = [len(inputs["latents"]) for name, inputs in engine.calls if name.startswith("vae_decoder")]
     assert drawn == [2, 1]
@@ -132,18 +132,20 @@ def test_batch_size_is_how_many_are_drawn_at_once(
 
 
 def test_one_batch_has_one_graph_in_memory_at_a_time(
-    paper: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+    fake_bundle: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     beside: list[list[str]] = []
     engine = FakeEngine(
         {"vae_decoder/model.onnx": lambda x: (beside.append(engine.alive), vae_decoder(x))[1]}
     )
     fake(monkeypatch, engine)
-    assert run("red cube", "--bundle", paper, "-n", 2, "--batch-size", 2, "--out", "a.png").exit_code == 0
+    assert (
+        run("red cube", "--bundle", fake_bundle, "-n", 2, "--batch-size", 2, "--out", "a.png").exit_code == 0
+    )
     assert beside == [["vae_decoder/model.onnx"]]
 
 
-def test_seed_in_the_name_is_a_file_for_each_picture(bundled: Path, elsewhere: Path) -> None:
+def test_seed_in_the_name_is_a_file_for_each_image(bundled: Path, elsewhere: Path) -> None:
     command = (PROMPT, "-n", 3, "--seed", 7, "--steps", 2, "--batch-size", 2, "--out", "a-{seed}.png")
     result = run(*command)
     assert result.stdout.split() == ["a-7.png", "a-8.png", "a-9.png"]
@@ -163,12 +165,12 @@ def test_seed_in_the_name_is_a_file_for_each_picture(bundled: Path, elsewhere: P
     ("prompt", "name"),
     [
         ("A  red, cube!", "a-red-cube-0.png"),
-        ("красный куб", "picture-0.png"),
+        ("красный куб", "image-0.png"),
         ("x" * 300, "x" * 60 + "-0.png"),
     ],
 )
 def test_names_made_of_prompts(prompt: str, name: str) -> None:
-    (output,) = choose_outputs(None, [prompt], [0], False)
+    (output,) = choose_output_files(None, [prompt], [0], False)
     assert output.path == Path(name)
 
 
@@ -192,9 +194,9 @@ def test_a_files_prompts_are_drawn_in_one_process(
     assert result.exit_code == 0, result.output
     assert result.stdout.split() == ["red-cube-3.png", "blue-sphere-3.png", "red-cube-3-2.png"]
     expected = Generator.load(bundled, "onnxruntime")(PROMPTS, steps=2, seed=3)
-    for name, prompt, picture in zip(result.stdout.split(), PROMPTS, expected, strict=True):
+    for name, prompt, input_image in zip(result.stdout.split(), PROMPTS, expected, strict=True):
         with Image.open(name) as image:
-            np.testing.assert_array_equal(np.asarray(image), np.asarray(picture))
+            np.testing.assert_array_equal(np.asarray(image), np.asarray(input_image))
             assert json.loads(image.info["tpx"])["prompt"] == prompt
 
 
@@ -211,7 +213,7 @@ def test_a_files_prompts_are_drawn_in_one_process(
     ],
 )
 def test_each_prompt_has_a_file_or_one_for_each_seed(
-    paper: Path,
+    fake_bundle: Path,
     elsewhere: Path,
     monkeypatch: pytest.MonkeyPatch,
     out: str | None,
@@ -221,7 +223,7 @@ def test_each_prompt_has_a_file_or_one_for_each_seed(
     fake(monkeypatch, FakeEngine())
     (elsewhere / "prompts.txt").write_text("red cube\nblue sphere\n")
     flags = [] if out is None else ["--out", out]
-    result = run("--prompts", "prompts.txt", "--bundle", paper, "-n", 2, "--steps", 1, *flags)
+    result = run("--prompts", "prompts.txt", "--bundle", fake_bundle, "-n", 2, "--steps", 1, *flags)
     assert result.exit_code == 0, result.output
     assert result.stdout.split() == [f"{name}.png" for name in names]
     found = []
@@ -236,9 +238,9 @@ def test_each_prompt_has_a_file_or_one_for_each_seed(
     [
         (
             ["--prompts", "none.txt"],
-            "expected a file of prompts, one a line, at none.txt, found: No such file",
+            "expected a file of prompts, one per line, at none.txt, found: No such file",
         ),
-        (["--prompts", "empty.txt"], "expected prompts in empty.txt, one a line, found none; write some"),
+        (["--prompts", "empty.txt"], "expected prompts in empty.txt, one per line, found none; write some"),
         (["--prompts", "prompts.txt", PROMPT], "expected PROMPT or --prompts, found both"),
         (
             ["--prompts", "wrong.txt"],
@@ -262,7 +264,7 @@ def test_prompts_that_have_no_place_are_refused(
     assert sorted(path.name for path in prompts_txt.parent.iterdir()) == before
 
 
-def test_a_picture_is_drawn_again_from_its_settings(bundled: Path) -> None:
+def test_an_image_is_drawn_again_from_its_settings(bundled: Path) -> None:
     flags = ["--seed", "5", "--steps", "3", "--guidance", "2.5", "--guidance-interval", "0.2", "0.9"]
     flags += ["--sampler", "heun", "--depth", "2", "--negative-prompt", "green", "--guidance-every", "2"]
     assert run(PROMPT, *flags, "--out", "a.png").exit_code == 0
@@ -280,29 +282,29 @@ def test_a_picture_is_drawn_again_from_its_settings(bundled: Path) -> None:
     assert "notice" not in again.stderr
 
 
-def test_a_picture_of_another_bundle_is_told(
-    paper: Path, bundled: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_image_of_another_bundle_is_told(
+    fake_bundle: Path, bundled: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert run(PROMPT, "--steps", 1, "--out", "a.png").exit_code == 0
     fake(monkeypatch, FakeEngine())
-    result = run("--like", "a.png", "--bundle", paper, "--depth", 1, "--out", "b.png", "red cube")
+    result = run("--like", "a.png", "--bundle", fake_bundle, "--depth", 1, "--out", "b.png", "red cube")
     assert result.exit_code == 0, result.output
-    assert "notice: the picture of --like was drawn by another bundle, 'tiny'\n" in result.stderr
+    assert "notice: the image of --like was generated with another bundle, 'tiny'\n" in result.stderr
 
 
 @pytest.mark.parametrize("metadata", [None, "{", "[1]"])
-def test_a_picture_without_settings_is_refused(bundled: Path, metadata: str | None) -> None:
-    picture = Image.new("RGB", (8, 8))
-    picture.info.update({"tpx": metadata} if metadata else {})
-    save_png(picture, "a.png")
+def test_an_image_without_settings_is_refused(bundled: Path, metadata: str | None) -> None:
+    input_image = Image.new("RGB", (8, 8))
+    input_image.info.update({"tpx": metadata} if metadata else {})
+    save_png(input_image, "a.png")
     message = "expected a PNG that tpx-run wrote, found a.png without its settings; name another"
     require_refusal(run("--like", "a.png"), 2, message)
-    require_refusal(run("--like", "none.png"), 2, "expected a picture in none.png, found: No such file")
+    require_refusal(run("--like", "none.png"), 2, "expected an image in none.png, found: No such file")
 
 
 @pytest.mark.parametrize("out", [None, "a.png"])
 def test_a_file_that_comes_while_it_draws_is_kept(
-    paper: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch, out: str | None
+    fake_bundle: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch, out: str | None
 ) -> None:
     engine = fake(monkeypatch, FakeEngine())
     decode, theirs = engine.functions["vae_decoder/model.onnx"], elsewhere / (out or "red-cube-0.png")
@@ -312,7 +314,7 @@ def test_a_file_that_comes_while_it_draws_is_kept(
         return decode(inputs)
 
     engine.functions["vae_decoder/model.onnx"] = meanwhile
-    result = run("red cube", "--bundle", paper, *(["--out", out] if out else []))
+    result = run("red cube", "--bundle", fake_bundle, *(["--out", out] if out else []))
     assert theirs.read_text() == "theirs"
     if out:
         assert result.exit_code == 2
@@ -328,7 +330,7 @@ def test_a_closed_stream_is_no_trouble(tiny_bundle: Path, elsewhere: Path, close
     result = subprocess.run(f"{command} {prompt} {closed}", shell=True, capture_output=True, text=True)
     if closed == "<&-":
         assert (result.returncode, result.stdout) == (2, "")
-        assert result.stderr == "error: expected prompts in -, one a line, found none; write some\n"
+        assert result.stderr == "error: expected prompts in -, one per line, found none; write some\n"
     else:
         assert (result.returncode, result.stdout) == (0, "red-cube-0.png\n")
 
@@ -378,7 +380,7 @@ def test_help_names_every_sampler_and_engine() -> None:
     assert all(name in " ".join(verify("--help").stdout.split()) for name in ENGINES)
 
 
-# tpx-run, from a picture
+# tpx-run, from an image
 
 
 @pytest.fixture
@@ -389,13 +391,15 @@ def start_png() -> Path:
 
 
 @pytest.mark.parametrize("strength", [None, 0.3, 1.0])
-def test_starts_from_a_picture_as_the_generator_does(
+def test_starts_from_an_image_as_the_generator_does(
     bundled: Path, start_png: Path, strength: float | None
 ) -> None:
     flags = [] if strength is None else ["--strength", strength]
     assert run(PROMPT, "--image", start_png, *flags, "--seed", 3, "--out", "a.png").exit_code == 0
-    with Image.open(start_png) as picture, pytest.warns(PictureFitted):
-        (expected,) = Generator.load(bundled, "onnxruntime")(PROMPT, image=picture, strength=strength, seed=3)
+    with Image.open(start_png) as input_image, pytest.warns(ImageResized):
+        (expected,) = Generator.load(bundled, "onnxruntime")(
+            PROMPT, image=input_image, strength=strength, seed=3
+        )
     with Image.open("a.png") as image:
         np.testing.assert_array_equal(np.asarray(image), np.asarray(expected))
         assert json.loads(image.text["tpx"])["strength"] == (strength or 0.6)
@@ -409,17 +413,18 @@ def test_paints_where_the_mask_is_white_and_nowhere_else(bundled: Path, start_pn
     result = run(PROMPT, "--image", start_png, "--mask", "mask.png", "--strength", 1, "--out", "a.png")
     assert result.exit_code == 0
     assert (
-        "notice: the picture of 120x90 pixels is scaled and cropped to the model's 64x64\n" in result.stderr
+        "notice: the input image of 120x90 pixels is resized and cropped to the model's 64x64\n"
+        in result.stderr
     )
-    with Image.open(start_png) as picture, pytest.warns(PictureFitted):
-        kept = np.asarray(Generator.load(bundled, "onnxruntime").edit(picture).picture)
+    with Image.open(start_png) as input_image, pytest.warns(ImageResized):
+        kept = np.asarray(Generator.load(bundled, "onnxruntime").edit(input_image).image)
     with Image.open("a.png") as image:
         np.testing.assert_array_equal(np.asarray(image)[:, 32:], kept[:, 32:])
         assert (np.asarray(image)[:, :32] != kept[:, :32]).mean() > 0.5
 
 
-def test_pictures_that_were_drawn_before_an_interrupt_are_kept_and_named(
-    paper: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+def test_images_that_were_drawn_before_an_interrupt_are_kept_and_named(
+    fake_bundle: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = fake(monkeypatch, FakeEngine())
     draw = engine.functions["vae_decoder/model.onnx"]
@@ -430,18 +435,18 @@ def test_pictures_that_were_drawn_before_an_interrupt_are_kept_and_named(
         return draw(inputs)
 
     engine.functions["vae_decoder/model.onnx"] = interrupted
-    result = run("red cube", "--bundle", paper, "-n", 6, "--batch-size", 2, "--out", "a-{seed}.png")
+    result = run("red cube", "--bundle", fake_bundle, "-n", 6, "--batch-size", 2, "--out", "a-{seed}.png")
     assert result.exit_code == 130
     assert result.stdout.split() == [f"a-{seed}.png" for seed in range(4)]
     assert result.stderr.splitlines()[-1] == "error: cancelled"
     assert sorted(path.name for path in elsewhere.iterdir()) == result.stdout.split()
 
 
-def test_a_random_seed_is_said_and_is_the_pictures(paper: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_random_seed_is_said_and_is_the_images(fake_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake(monkeypatch, FakeEngine())
     seeds = set()
     for _ in range(2):
-        result = run("red cube", "--bundle", paper, "--seed", "random")
+        result = run("red cube", "--bundle", fake_bundle, "--seed", "random")
         (said,) = [line for line in result.stderr.splitlines() if line.startswith("seed: ")]
         assert result.stdout == f"red-cube-{said.removeprefix('seed: ')}.png\n"
         with Image.open(result.stdout.strip()) as image:
@@ -460,7 +465,7 @@ def test_hashes_may_be_left_unread(tiny_bundle: Path, tmp_path: Path) -> None:
     require_refusal(run(PROMPT, "--bundle", copy, "--engine", "x"), 2, "expected an engine of auto")
 
 
-def test_a_picture_may_be_replaced_by_what_is_made_of_it(bundled: Path, start_png: Path) -> None:
+def test_an_image_may_be_replaced_by_what_is_made_of_it(bundled: Path, start_png: Path) -> None:
     before = start_png.read_bytes()
     assert run(PROMPT, "--image", start_png, "--out", start_png).exit_code == 2
     assert start_png.read_bytes() == before
@@ -499,24 +504,22 @@ class Bar:
     ],
 )
 def test_the_bar_counts_the_steps_that_are_taken(
-    paper: Path, start_png: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[object, ...], steps: int
+    fake_bundle: Path, start_png: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[object, ...], steps: int
 ) -> None:
     fake(monkeypatch, FakeEngine())
     monkeypatch.setattr(Bar, "bars", [])
     monkeypatch.setattr(cli.click, "progressbar", Bar)
-    assert run("red cube", "--bundle", paper, "--steps", 10, *flags).exit_code == 0
+    assert run("red cube", "--bundle", fake_bundle, "--steps", 10, *flags).exit_code == 0
     assert [(bar.length, bar.done) for bar in Bar.bars] == [(steps, steps)]
 
 
-def test_a_bundle_without_encoder_of_pictures_says_so(
-    paper: Path, start_png: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_bundle_without_encoder_of_images_says_so(
+    fake_bundle: Path, start_png: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake(monkeypatch, FakeEngine())
-    without_encoder(paper)
-    message = (
-        "expected a bundle with a vae_encoder to start from a picture, found paper without one; leave out"
-    )
-    require_refusal(run("red cube", "--bundle", paper, "--image", start_png), 2, message)
+    without_encoder(fake_bundle)
+    message = "expected a bundle with a vae_encoder to start from an image, found fake without one; leave out"
+    require_refusal(run("red cube", "--bundle", fake_bundle, "--image", start_png), 2, message)
 
 
 # tpx-run, of classes
@@ -540,23 +543,26 @@ def test_draws_a_class(classes: Path, elsewhere: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "expected a class in 0..12 (this bundle draws classes), found none; name one with --class"),
+        (
+            [],
+            "expected a class in 0..12 (this bundle is class-conditional), found none; name one with --class",
+        ),
         (
             ["--class", "13"],
-            "expected a class in 0..12 (this bundle draws classes), found 13; name one with -",
+            "expected a class in 0..12 (this bundle is class-conditional), found 13; name one with -",
         ),
-        (["--class", "-1"], "expected a class in 0..12 (this bundle draws classes), found -1"),
+        (["--class", "-1"], "expected a class in 0..12 (this bundle is class-conditional), found -1"),
         (
             [PROMPT],
-            "expected a class and no prompt (this bundle draws classes), found a prompt; leave it out",
+            "expected a class and no prompt (this bundle is class-conditional), found a prompt; leave it out",
         ),
         (
             [PROMPT, "--class", "3"],
-            "expected a class and no prompt (this bundle draws classes), found a promp",
+            "expected a class and no prompt (this bundle is class-conditional), found a promp",
         ),
         (
             ["--class", "3", "--negative-prompt", "red"],
-            "expected a class and no prompt (this bundle draws classes),",
+            "expected a class and no prompt (this bundle is class-conditional),",
         ),
         (["--class", "3", "--sampler", "euler"], "expected a sampler of ddpm, ddim, found 'euler'"),
         (
@@ -582,13 +588,13 @@ def test_refuses_what_does_not_fit_classes(
 # tpx-run, with several text encoders
 
 
-def test_t5_can_be_left_out(three: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = fake(monkeypatch, FakeEngine(manifest=THREE))
-    assert run("red cube", "--bundle", three, "--no-t5").exit_code == 0
+def test_t5_can_be_left_out(three_encoders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = fake(monkeypatch, FakeEngine(manifest=THREE_ENCODERS))
+    assert run("red cube", "--bundle", three_encoders, "--no-t5").exit_code == 0
     assert not any(name.startswith("text_encoder_3") for name in engine.opened)
     with Image.open("red-cube-0.png") as image:
         assert json.loads(image.text["tpx"])["left_out"] == ["text_encoder_3"]
-    assert run("red cube", "--bundle", three, "--out", "whole.png").exit_code == 0
+    assert run("red cube", "--bundle", three_encoders, "--out", "whole.png").exit_code == 0
     assert any(name.startswith("text_encoder_3") for name in engine.opened)
 
 
@@ -608,17 +614,17 @@ class Short:
 
 
 def test_a_prompt_that_is_cut_short_is_noticed_once_and_drawn(
-    three: Path, monkeypatch: pytest.MonkeyPatch
+    three_encoders: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = fake(monkeypatch, FakeEngine(manifest=THREE))
+    engine = fake(monkeypatch, FakeEngine(manifest=THREE_ENCODERS))
     monkeypatch.setattr("tpx_runtime.conditioning.load_tokenizer", lambda path: Short())
-    command = ("a red\ncube on two spheres", "--bundle", three, "--no-t5", "-n", 3)
+    command = ("a red\ncube on two spheres", "--bundle", three_encoders, "--no-t5", "-n", 3)
     for _ in range(2):  # Python itself would keep quiet the second time
         result = run(*command)
         assert result.exit_code == 0
         assert result.stderr.splitlines() == [
-            r"notice: the prompt 'a red\ncube on two spheres' is longer than text_encoder, text_encoder_2 read: "
-            "1 token is left out there",
+            r"notice: the prompt 'a red\ncube on two spheres' is too long for text_encoder, text_encoder_2: "
+            "the last token is not read there",
             f"engine: {engine.name} (chosen by auto)",
             "denoising",
         ]
@@ -626,13 +632,20 @@ def test_a_prompt_that_is_cut_short_is_noticed_once_and_drawn(
 
 
 def test_a_notice_of_a_prompt_that_is_refused_after_all_is_not_given(
-    three: Path, monkeypatch: pytest.MonkeyPatch
+    three_encoders: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fake(monkeypatch, FakeEngine(manifest=THREE))
+    fake(monkeypatch, FakeEngine(manifest=THREE_ENCODERS))
     monkeypatch.setattr("tpx_runtime.conditioning.load_tokenizer", lambda path: Short())
     Image.new("RGB", (8, 8)).save("black.png")
-    command = ("a red cube on two spheres", "--bundle", three, "--no-t5", "--image", "black.png")
-    require_refusal(run(*command, "--mask", "black.png"), 2, "expected a mask with white where to paint")
+    command = (
+        "a red cube on two spheres",
+        "--bundle",
+        three_encoders,
+        "--no-t5",
+        "--image",
+        "black.png",
+    )
+    require_refusal(run(*command, "--mask", "black.png"), 2, "expected a mask that is white where to repaint")
 
 
 # tpx-run, refused: one line, no traceback, nothing written
@@ -642,10 +655,10 @@ def test_a_notice_of_a_prompt_that_is_refused_after_all_is_not_given(
     ("arguments", "message"),
     [
         (["red zebra"], "found 'zebra'"),
-        (["red cubes"], "found 'cubes' (near: cube); use other words"),
+        (["red cubes"], "found 'cubes' (similar: cube); use other words"),
         ([""], "expected a prompt with words, found none in ''"),
         (["🙂"], "expected a prompt with words, found none in '🙂'"),
-        (["red " * 2500], "expected a prompt of at most 10 words and marks, found 2500"),
+        (["red " * 2500], "expected a prompt of at most 10 words and punctuation marks, found 2500"),
         ([PROMPT, "--depth", "0"], "expected a depth of 1, 2, 3 (this bundle's), found 0"),
         ([PROMPT, "--depth", "4"], "expected a depth of 1, 2, 3 (this bundle's), found 4"),
         ([PROMPT, "--steps", "0"], "expected steps to be a whole number in 1..1000, found 0"),
@@ -654,15 +667,15 @@ def test_a_notice_of_a_prompt_that_is_refused_after_all_is_not_given(
         ([PROMPT, "--guidance", "nan"], "expected guidance to be a number in -1000..1000, found nan"),
         (
             [PROMPT, "--guidance-interval", "0.6", "0.2"],
-            "expected guidance_interval to be two rising numbers in 0..1, found (0.6, 0.2)",
+            "expected guidance_interval to be two increasing numbers in 0..1, found (0.6, 0.2)",
         ),
         (
             [PROMPT, "--guidance", "1", "--guidance-interval", "0", "0.5"],
-            "expected guidance other than 1 with a guidance interval, found 1; leave out one of them",
+            "expected guidance other than 1 with guidance_interval, found 1; leave out one of them",
         ),
         (
             [PROMPT, "--guidance", "1", "--guidance-every", "2"],
-            "expected guidance other than 1 with guidance at every few steps, found 1; leave out one of them",
+            "expected guidance other than 1 with guidance_every, found 1; leave out one of them",
         ),
         (
             [PROMPT, "--guidance-every", "0"],
@@ -681,14 +694,14 @@ def test_a_notice_of_a_prompt_that_is_refused_after_all_is_not_given(
             [PROMPT, "--guidance", "1", "--negative-prompt", "blue"],
             "expected no negative prompt at guidance 1",
         ),
-        ([], "expected a prompt or a list of prompts, found none; say what to draw"),
+        ([], "expected a prompt or a list of prompts, found none; describe the image"),
         (
             [PROMPT, "--class", "3"],
-            "expected a prompt and no class (this bundle reads prompts), found class 3",
+            "expected a prompt and no class (this bundle takes prompts), found class 3",
         ),
         (
             ["--class", "3"],
-            "expected a prompt and no class (this bundle reads prompts), found class 3; leave",
+            "expected a prompt and no class (this bundle takes prompts), found class 3; leave",
         ),
         ([PROMPT, "--sampler", "ddpm"], "expected a sampler of euler, heun, dpmpp2m, unipc, found 'ddpm'"),
         (
@@ -707,20 +720,20 @@ def test_a_notice_of_a_prompt_that_is_refused_after_all_is_not_given(
         ([PROMPT, "--image", "start.png", "--strength", "nan"], "above 0 and at most 1, found nan"),
         (
             [PROMPT, "--image", "no.png"],
-            "expected a picture in no.png, found: No such file or directory; name a",
+            "expected an image in no.png, found: No such file or directory; name a",
         ),
-        ([PROMPT, "--image", "folder.png"], "expected a picture in folder.png, found: Is a directory"),
+        ([PROMPT, "--image", "folder.png"], "expected an image in folder.png, found: Is a directory"),
         (
             [PROMPT, "--image", "here.png"],
-            "expected a picture in here.png, found: none that can be read; name",
+            "expected an image in here.png, found: no readable image; name",
         ),
         (
             [PROMPT, "--image", "start.png", "--mask", "here.png"],
-            "a picture in here.png, found: none that can",
+            "an image in here.png, found: no readable",
         ),
         (
             [PROMPT, "--image", "start.png", "--mask", "start.png"],
-            "a mask with white where to paint, found",
+            "a mask that is white where to repaint, found",
         ),
         ([PROMPT, "--out", "a.jpg"], "expected an output name that ends in .png, found a.jpg"),
         (
@@ -807,21 +820,19 @@ def fake(monkeypatch: pytest.MonkeyPatch, engine: FakeEngine) -> FakeEngine:
     return engine
 
 
-def test_a_picture_that_is_not_finite_is_an_engine_failure(
-    paper: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_image_that_is_not_finite_is_an_engine_failure(
+    fake_bundle: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nothing = {"vae_decoder/model.onnx": lambda inputs: {"image": np.full((1, 3, 8, 12), np.nan, np.float32)}}
     fake(monkeypatch, FakeEngine(nothing))
-    result = run("red cube", "--bundle", paper)
+    result = run("red cube", "--bundle", fake_bundle)
     assert result.exit_code == 5
-    assert result.stderr.splitlines()[-1].startswith(
-        "error: expected finite numbers in the picture, found NaN"
-    )
+    assert result.stderr.splitlines()[-1].startswith("error: expected finite numbers in the image, found NaN")
     assert list(elsewhere.iterdir()) == []
 
 
 def test_a_full_disk_is_told_and_leaves_nothing(
-    paper: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+    fake_bundle: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(self: Image.Image, path: Path, **_: object) -> None:
         Path(path).write_bytes(b"half")
@@ -829,7 +840,7 @@ def test_a_full_disk_is_told_and_leaves_nothing(
 
     fake(monkeypatch, FakeEngine())
     monkeypatch.setattr(Image.Image, "save", full)
-    result = run("red cube", "--bundle", paper)
+    result = run("red cube", "--bundle", fake_bundle)
     assert result.exit_code == 2
     assert result.stderr.splitlines()[-1] == (
         "error: expected to write red-cube-0.png, found: No space left on device; choose another place"
@@ -838,10 +849,10 @@ def test_a_full_disk_is_told_and_leaves_nothing(
 
 
 def test_a_free_name_is_found_and_force_takes_the_first(
-    paper: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+    fake_bundle: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake(monkeypatch, FakeEngine())
-    command = ("A red cube.", "--bundle", paper)
+    command = ("A red cube.", "--bundle", fake_bundle)
     assert run(*command).stdout == "a-red-cube-0.png\n"
     assert run(*command).stdout == "a-red-cube-0-2.png\n"
     assert run(*command).stdout == "a-red-cube-0-3.png\n"
@@ -860,13 +871,13 @@ def test_a_free_name_is_found_and_force_takes_the_first(
     ],
 )
 def test_ctrl_c_in_any_graph_ends_in_one_line(
-    paper: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch, graph: str
+    fake_bundle: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch, graph: str
 ) -> None:
     def interrupt(inputs: object) -> dict[str, np.ndarray]:
         raise KeyboardInterrupt
 
     fake(monkeypatch, FakeEngine({graph: interrupt}))
-    result = run("red cube", "--bundle", paper)
+    result = run("red cube", "--bundle", fake_bundle)
     assert result.exit_code == 130
     assert result.stderr.splitlines()[-1] == "error: cancelled"
     assert "Traceback" not in result.output
@@ -874,7 +885,7 @@ def test_ctrl_c_in_any_graph_ends_in_one_line(
 
 
 def test_ctrl_c_while_writing_leaves_nothing(
-    paper: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+    fake_bundle: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(self: Image.Image, path: Path, **_: object) -> None:
         Path(path).write_bytes(b"half")
@@ -882,7 +893,7 @@ def test_ctrl_c_while_writing_leaves_nothing(
 
     fake(monkeypatch, FakeEngine())
     monkeypatch.setattr(Image.Image, "save", interrupt)
-    assert run("red cube", "--bundle", paper).exit_code == 130
+    assert run("red cube", "--bundle", fake_bundle).exit_code == 130
     assert list(elsewhere.iterdir()) == []
 
 
@@ -925,16 +936,18 @@ def test_a_name_that_is_no_text_is_written_and_printed_as_well_as_can_be(tiny_bu
     assert Path(name).is_file()
 
 
-def test_threads_are_those_asked_for(paper: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_are_those_asked_for(
+    fake_bundle: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fake(monkeypatch, FakeEngine())
     monkeypatch.setenv("TPX_THREADS", "7")
-    assert run(PROMPT, "--bundle", paper).exit_code == 0
+    assert run(PROMPT, "--bundle", fake_bundle).exit_code == 0
     assert os.environ["TPX_THREADS"] == "7"
-    assert run(PROMPT, "--bundle", paper, "--threads", 2).exit_code == 0
+    assert run(PROMPT, "--bundle", fake_bundle, "--threads", 2).exit_code == 0
     assert os.environ["TPX_THREADS"] == "2"
-    require_refusal(run(PROMPT, "--bundle", paper, "--threads", 0), 2, "Invalid value for '--threads'")
+    require_refusal(run(PROMPT, "--bundle", fake_bundle, "--threads", 0), 2, "Invalid value for '--threads'")
     monkeypatch.setenv("TPX_THREADS", "all")
-    require_refusal(run(PROMPT, "--bundle", paper), 2, "expected TPX_THREADS to be a whole number")
+    require_refusal(run(PROMPT, "--bundle", fake_bundle), 2, "expected TPX_THREADS to be a whole number")
 
 
 # tpx-verify
@@ -945,7 +958,7 @@ def test_verify_prints_a_table_and_exits_with_zero(tiny_bundle: Path) -> None:
     assert result.exit_code == 0
     assert result.stderr == "engine: onnxruntime (chosen by auto)\n"
     first, heading, *rows = result.stdout.splitlines()
-    assert first == "tiny (fp32): 18 files, each of its size and SHA-256"
+    assert first == "tiny (fp32): 18 files, sizes and SHA-256 as in the manifest"
     assert heading.split() == ["part", "error", "tolerance", "same", "routes", "at", "least", "ok"]
     assert [row.split()[0] for row in rows] == [
         "text_encoder",
@@ -999,7 +1012,7 @@ def test_verify_refuses_a_damaged_bundle_without_running_it(copy: Path) -> None:
 
 
 def test_verify_of_all_engines_goes_on_after_one_that_cannot_or_fails(
-    paper: Path, monkeypatch: pytest.MonkeyPatch
+    fake_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(inputs: object) -> dict[str, np.ndarray]:
         raise EngineFailed("depth-2.onnx: refused")
@@ -1014,13 +1027,13 @@ def test_verify_of_all_engines_goes_on_after_one_that_cannot_or_fails(
 
     def verify_on(*engines: FakeEngine) -> Result:
         monkeypatch.setattr("tpx_runtime.engine.ENGINES", {engine.name: engine for engine in engines})
-        return verify(paper, "--all-engines")
+        return verify(fake_bundle, "--all-engines")
 
     result = verify_on(unusable, refusing, wrong, good)
     assert result.exit_code == 5
     assert result.stderr == "error: depth-2.onnx: refused\n"
     head, *blocks = result.stdout.rstrip().split("\n\n")
-    assert head.startswith("paper (fp32): 14 files")
+    assert head.startswith("fake (fp32): 14 files")
     assert blocks[0] == "unusable\nnot usable: expected luck, found none"
     assert blocks[1] == "refusing\nfailed: depth-2.onnx: refused"
     assert blocks[2].startswith("wrong\npart ")
@@ -1034,34 +1047,34 @@ def test_verify_of_all_engines_goes_on_after_one_that_cannot_or_fails(
     assert result.stderr.startswith("error: expected one of the engines ")
 
 
-def test_verify_of_all_engines_names_none(paper: Path) -> None:
+def test_verify_of_all_engines_names_none(fake_bundle: Path) -> None:
     require_refusal(
-        verify(paper, "--all-engines", "--engine", "openvino"),
+        verify(fake_bundle, "--all-engines", "--engine", "openvino"),
         2,
         "expected --engine or --all-engines, found both",
     )
 
 
-def test_verify_knows_an_engine_that_is_none_before_it_reads_the_bundle(paper: Path) -> None:
-    (paper / "manifest.json").unlink()
-    require_refusal(verify(paper, "--engine", "luck"), 2, "expected an engine of auto, ")
+def test_verify_knows_an_engine_that_is_none_before_it_reads_the_bundle(fake_bundle: Path) -> None:
+    (fake_bundle / "manifest.json").unlink()
+    require_refusal(verify(fake_bundle, "--engine", "luck"), 2, "expected an engine of auto, ")
 
 
 def test_verify_of_all_engines_tries_every_engine_there_is(
-    paper: Path, monkeypatch: pytest.MonkeyPatch
+    fake_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Engine, "problem", lambda self: f"no {self.package}")
-    result = verify(paper, "--all-engines")
+    result = verify(fake_bundle, "--all-engines")
     assert [name for name in ENGINES if f"\n{name}\nnot usable: no " in result.stdout] == list(ENGINES)
     assert result.exit_code == 4
 
 
-def test_verify_can_be_interrupted(paper: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verify_can_be_interrupted(fake_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(inputs: object) -> dict[str, np.ndarray]:
         raise KeyboardInterrupt
 
     fake(monkeypatch, FakeEngine({"vae_decoder/model.onnx": interrupt}))
-    result = verify(paper)
+    result = verify(fake_bundle)
     assert result.exit_code == 130
     assert result.stderr.splitlines()[-1].startswith("error: cancelled")
 
@@ -1085,13 +1098,13 @@ def test_info_says_what_runs_here_what_auto_takes_and_what_the_bundle_is(
     lines = {line.split()[0]: line for line in result.stdout.splitlines() if line}
     assert lines["tpx"].startswith(f"tpx {tpx_runtime.__version__}, Python 3.")
     assert lines["away"].split(maxsplit=1)[1] == "no   expected a driver, found none"
-    assert "auto takes" in lines["first"] and "auto" not in lines["second"]
+    assert "selected by --engine auto" in lines["first"] and "auto" not in lines["second"]
     opened = Bundle.open(bundled)
     assert lines["identity"].split()[1] == opened.hash
-    assert lines["draws"].split(maxsplit=1)[1] == "64x64 pixels, by velocity"
-    assert lines["thinks"].endswith("depth 1, 2, 3")
+    assert lines["outputs"].split(maxsplit=1)[1] == "64x64 pixels, predicts velocity"
+    assert lines["thinking"].endswith("depth 1, 2, 3")
     assert lines["defaults"].split(maxsplit=1)[1].startswith("euler, 4 steps, guidance 2")
-    assert lines["reads"].endswith(", and a picture to start from")
+    assert lines["inputs"].endswith(", image-to-image")
 
 
 def test_info_needs_no_bundle_but_refuses_one_that_is_none(elsewhere: Path) -> None:
@@ -1104,8 +1117,8 @@ def test_info_needs_no_bundle_but_refuses_one_that_is_none(elsewhere: Path) -> N
     assert result.stderr.startswith("error: expected a bundle (a folder with manifest.json) at nothing-here")
 
 
-def test_info_offers_pictures_to_start_from_where_they_can_be_drawn(classes: Path) -> None:
-    (line,) = [line for line in info(classes).stdout.splitlines() if line.startswith("reads")]
+def test_info_offers_images_to_start_from_where_they_can_be_drawn(classes: Path) -> None:
+    (line,) = [line for line in info(classes).stdout.splitlines() if line.startswith("inputs")]
     assert line.endswith("classes 0 to 12")
 
 
@@ -1115,7 +1128,7 @@ def test_info_counts_what_was_compiled(tiny_bundle: Path, tmp_path: Path) -> Non
     assert f"compiled{'':<10}nothing" in info(copy).stdout
     (tmp_path / "copy.engines").mkdir()
     (tmp_path / "copy.engines" / "some.engine").write_bytes(bytes(2_500_000))
-    assert f"{tmp_path / 'copy.engines'}, 2.5 MB, which may be deleted" in info(copy).stdout
+    assert f"{tmp_path / 'copy.engines'}, 2.5 MB (safe to delete)" in info(copy).stdout
 
 
 def test_every_command_says_its_version() -> None:

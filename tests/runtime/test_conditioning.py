@@ -9,16 +9,16 @@ import pytest
 
 from tpx_runtime import conditioning
 from tpx_runtime.bundle import Bundle
-from tpx_runtime.conditioning import ClassConditioner, PromptCut, TextConditioner, combine
+from tpx_runtime.conditioning import ClassConditioner, PromptTruncated, TextConditioner, combine
 from tpx_runtime.engine import Arrays
 from tpx_runtime.errors import BundleInvalid, EngineFailed
 from tpx_runtime.generator import Generator
 from tpx_runtime.graphs import Graphs
 from tpx_runtime.tokenizer import Encoding
 
-from .fakes import THREE, TOKENS, FakeEngine, encoder, seal, write_vocabulary
+from .fakes import THREE_ENCODERS, TOKENS, FakeEngine, encoder, seal, write_vocabulary
 
-FIRST, SECOND, THIRD = THREE.text_encoders
+FIRST, SECOND, THIRD = THREE_ENCODERS.text_encoders
 rng = np.random.default_rng(5)
 
 
@@ -28,7 +28,7 @@ def normal(*shape: int) -> np.ndarray:
 
 @pytest.fixture
 def engine() -> FakeEngine:
-    return FakeEngine(manifest=THREE)
+    return FakeEngine(manifest=THREE_ENCODERS)
 
 
 def conditioner(root: Path, engine: FakeEngine, t5: bool = True) -> TextConditioner:
@@ -42,12 +42,14 @@ def ids_of(words: str, tokens: int) -> list[int]:
 
 def said(words: list[str]) -> Arrays:
     """Stable Diffusion 3's rule, step by step as its authors' pipeline has it."""
-    ids = {spec: np.array([ids_of(text, spec.tokens) for text in words]) for spec in THREE.text_encoders}
-    one, two, three = (encoder(spec)({"ids": ids[spec]}) for spec in THREE.text_encoders)
+    ids = {
+        spec: np.array([ids_of(text, spec.tokens) for text in words]) for spec in THREE_ENCODERS.text_encoders
+    }
+    one, two, three_encoders = (encoder(spec)({"ids": ids[spec]}) for spec in THREE_ENCODERS.text_encoders)
     clip = np.concatenate([one["context"], two["context"]], axis=-1)
-    clip = np.pad(clip, ((0, 0), (0, 0), (0, three["context"].shape[-1] - clip.shape[-1])))
+    clip = np.pad(clip, ((0, 0), (0, 0), (0, three_encoders["context"].shape[-1] - clip.shape[-1])))
     return {
-        "context": np.concatenate([clip, three["context"]], axis=-2),
+        "context": np.concatenate([clip, three_encoders["context"]], axis=-2),
         "pooled": np.concatenate([one["pooled"], two["pooled"]], axis=-1),
     }
 
@@ -56,33 +58,41 @@ def said(words: list[str]) -> Arrays:
 
 
 def test_contexts_that_pool_lie_side_by_side_and_the_other_below() -> None:
-    one, two, three = normal(2, 8, 5), normal(2, 8, 7), normal(2, 13, 16)
+    one, two, three_encoders = normal(2, 8, 5), normal(2, 8, 7), normal(2, 13, 16)
     pooled_one, pooled_two = normal(2, 9), normal(2, 10)
-    made = combine([(one, pooled_one), (two, pooled_two), (three, None)], THREE.model)
+    made = combine([(one, pooled_one), (two, pooled_two), (three_encoders, None)], THREE_ENCODERS.model)
     assert made["context"].shape == (2, 21, 16)
     assert made["context"].dtype == made["pooled"].dtype == np.float32
     np.testing.assert_array_equal(made["context"][:, :8, :5], one)
     np.testing.assert_array_equal(made["context"][:, :8, 5:12], two)
     assert not made["context"][:, :8, 12:].any()
-    np.testing.assert_array_equal(made["context"][:, 8:], three)
+    np.testing.assert_array_equal(made["context"][:, 8:], three_encoders)
     np.testing.assert_array_equal(made["pooled"][:, :9], pooled_one)
     np.testing.assert_array_equal(made["pooled"][:, 9:], pooled_two)
 
 
 def test_an_encoder_that_pools_nothing_may_be_named_first() -> None:
-    one, two, three = (normal(2, 8, 5), normal(2, 9)), (normal(2, 8, 7), normal(2, 10)), normal(2, 13, 16)
-    expected = combine([one, two, (three, None)], THREE.model)
-    made = combine([(three, None), one, two], THREE.model)
+    one, two, three_encoders = (
+        (normal(2, 8, 5), normal(2, 9)),
+        (normal(2, 8, 7), normal(2, 10)),
+        normal(2, 13, 16),
+    )
+    expected = combine([one, two, (three_encoders, None)], THREE_ENCODERS.model)
+    made = combine([(three_encoders, None), one, two], THREE_ENCODERS.model)
     np.testing.assert_array_equal(made["context"], expected["context"])
     np.testing.assert_array_equal(made["pooled"], expected["pooled"])
 
 
 def test_encoders_that_do_not_pool_lie_below_one_another() -> None:
-    width = THREE.model.context_width
-    model = replace(THREE.model, context_tokens=9)
-    one, three, four = (normal(2, 3, 4), normal(2, 3)), normal(2, 2, width), normal(2, 3, width)
-    context = combine([one, (three, None), (four, None)], model)["context"]
-    np.testing.assert_array_equal(context[:, 3:5], three)
+    width = THREE_ENCODERS.model.context_width
+    model = replace(THREE_ENCODERS.model, context_tokens=9)
+    one, three_encoders, four = (
+        (normal(2, 3, 4), normal(2, 3)),
+        normal(2, 2, width),
+        normal(2, 3, width),
+    )
+    context = combine([one, (three_encoders, None), (four, None)], model)["context"]
+    np.testing.assert_array_equal(context[:, 3:5], three_encoders)
     np.testing.assert_array_equal(context[:, 5:8], four)
     assert not context[:, 8:].any() and not context[:, :3, 4:].any()
 
@@ -94,21 +104,21 @@ def test_a_single_encoder_says_what_it_says(tiny_bundle: Path) -> None:
     np.testing.assert_array_equal(made["pooled"], pooled)
 
 
-def test_prompts_are_told_by_three_encoders(three: Path, engine: FakeEngine) -> None:
-    made = conditioner(three, engine)(["red cube", "a blue sphere", "red cube"])
+def test_prompts_are_told_by_three_encoders(three_encoders: Path, engine: FakeEngine) -> None:
+    made = conditioner(three_encoders, engine)(["red cube", "a blue sphere", "red cube"])
     expected = said(["red cube", "a blue sphere", "red cube"])
     np.testing.assert_array_equal(made["context"], expected["context"])
     np.testing.assert_array_equal(made["pooled"], expected["pooled"])
     assert [len(inputs["ids"]) for _, inputs in engine.calls] == [2, 2, 2]
 
 
-def test_no_prompt_is_an_empty_one(three: Path, engine: FakeEngine) -> None:
-    made = conditioner(three, engine)([None])
+def test_no_prompt_is_an_empty_one(three_encoders: Path, engine: FakeEngine) -> None:
+    made = conditioner(three_encoders, engine)([None])
     np.testing.assert_array_equal(made["context"], said([""])["context"])
 
 
-def test_t5_left_out_leaves_zeros(three: Path, engine: FakeEngine) -> None:
-    without = conditioner(three, engine, t5=False)
+def test_t5_left_out_leaves_zeros(three_encoders: Path, engine: FakeEngine) -> None:
+    without = conditioner(three_encoders, engine, t5=False)
     made, expected = without(["red cube"]), said(["red cube"])
     assert made["context"].shape == (1, 21, 16)
     np.testing.assert_array_equal(made["context"][:, :8], expected["context"][:, :8])
@@ -118,21 +128,21 @@ def test_t5_left_out_leaves_zeros(three: Path, engine: FakeEngine) -> None:
     assert without.left_out == ["text_encoder_3"]
 
 
-def test_the_picture_without_t5_is_another_and_says_so(three: Path, engine: FakeEngine) -> None:
-    bundle = Bundle.open(three)
+def test_the_image_without_t5_is_another_and_says_so(three_encoders: Path, engine: FakeEngine) -> None:
+    bundle = Bundle.open(three_encoders)
     whole, without = (Generator(bundle, engine, t5)("red cube")[0] for t5 in (True, False))  # type: ignore[arg-type]
     assert (np.asarray(whole) != np.asarray(without)).any()
     assert '"left_out": ["text_encoder_3"]' in without.info["tpx"]
     assert "left_out" not in whole.info["tpx"]
 
 
-def test_the_vocabulary_of_every_encoder_is_checked(three: Path, engine: FakeEngine) -> None:
-    write_vocabulary(three, SECOND, text_tokens=9)
-    seal(three, THREE)
+def test_the_vocabulary_of_every_encoder_is_checked(three_encoders: Path, engine: FakeEngine) -> None:
+    write_vocabulary(three_encoders, SECOND, text_tokens=9)
+    seal(three_encoders, THREE_ENCODERS)
     with pytest.raises(
         BundleInvalid, match=r"tokenizer_2/vocab\.json: expected text_tokens 8 as in the mani"
     ):
-        conditioner(three, engine)
+        conditioner(three_encoders, engine)
 
 
 @pytest.mark.parametrize(
@@ -144,21 +154,21 @@ def test_the_vocabulary_of_every_encoder_is_checked(three: Path, engine: FakeEng
     ],
 )
 def test_an_answer_of_another_shape_is_refused(
-    three: Path, engine: FakeEngine, path: str, key: str, shape: str
+    three_encoders: Path, engine: FakeEngine, path: str, key: str, shape: str
 ) -> None:
     function = engine.functions[f"{path}/model.onnx"]
     engine.functions[f"{path}/model.onnx"] = lambda inputs: {
         name: values[..., 1:] if name == key else values for name, values in function(inputs).items()
     }
     with pytest.raises(EngineFailed, match=f"expected an output {key} of shape {shape}, found"):
-        conditioner(three, engine)(["red cube"])
+        conditioner(three_encoders, engine)(["red cube"])
 
 
 # What is kept
 
 
-def test_a_prompt_is_encoded_once(three: Path, engine: FakeEngine) -> None:
-    tell = conditioner(three, engine)
+def test_a_prompt_is_encoded_once(three_encoders: Path, engine: FakeEngine) -> None:
+    tell = conditioner(three_encoders, engine)
     first = tell(["red cube", None])
     again = tell([None, "red cube", "a sphere"])
     assert [len(inputs["ids"]) for _, inputs in engine.calls] == [2, 2, 2, 1, 1, 1]
@@ -169,10 +179,10 @@ def test_a_prompt_is_encoded_once(three: Path, engine: FakeEngine) -> None:
 
 
 def test_only_the_latest_prompts_are_kept(
-    three: Path, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+    three_encoders: Path, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(conditioning, "_KEPT_PROMPTS", 2)
-    tell = conditioner(three, engine, t5=False)
+    monkeypatch.setattr(conditioning, "_MAX_CACHED_PROMPTS", 2)
+    tell = conditioner(three_encoders, engine, t5=False)
 
     def encoded(*prompts: str | None) -> bool:
         before = len(engine.calls)
@@ -188,8 +198,8 @@ def test_only_the_latest_prompts_are_kept(
     assert not encoded("cube")
 
 
-def test_encoders_are_opened_when_first_used_and_kept(three: Path, engine: FakeEngine) -> None:
-    tell = conditioner(three, engine)
+def test_encoders_are_opened_when_first_used_and_kept(three_encoders: Path, engine: FakeEngine) -> None:
+    tell = conditioner(three_encoders, engine)
     assert engine.opened == []
     tell(["red cube"])
     tell(["a sphere"])
@@ -199,23 +209,27 @@ def test_encoders_are_opened_when_first_used_and_kept(three: Path, engine: FakeE
 
 @pytest.mark.parametrize(("memory", "kept"), [(599, False), (600, False), (601, True), (None, True)])
 def test_encoders_of_over_half_of_the_memory_are_released_one_by_one(
-    three: Path, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch, memory: int | None, kept: bool
+    three_encoders: Path,
+    engine: FakeEngine,
+    monkeypatch: pytest.MonkeyPatch,
+    memory: int | None,
+    kept: bool,
 ) -> None:
-    """The three graphs of paper have 100 bytes each."""
+    """The three encoder graphs have 100 bytes each."""
     monkeypatch.setattr(conditioning, "available_bytes", lambda: memory)
     alive: list[int] = []
     open_graph = engine.open
     monkeypatch.setattr(engine, "open", lambda path: (alive.append(len(engine.alive)), open_graph(path))[1])
-    made = conditioner(three, engine)(["red cube"])
+    made = conditioner(three_encoders, engine)(["red cube"])
     assert alive == ([0, 1, 2] if kept else [0, 0, 0])
     np.testing.assert_array_equal(made["context"], said(["red cube"])["context"])
 
 
-def test_little_memory_changes_no_picture_and_loads_each_encoder_once(
-    three: Path, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+def test_little_memory_changes_no_image_and_loads_each_encoder_once(
+    three_encoders: Path, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bundle = Bundle.open(three)
-    (expected,) = Generator(bundle, FakeEngine(manifest=THREE))("red cube", negative_prompt="blue")  # type: ignore[arg-type]
+    bundle = Bundle.open(three_encoders)
+    (expected,) = Generator(bundle, FakeEngine(manifest=THREE_ENCODERS))("red cube", negative_prompt="blue")  # type: ignore[arg-type]
     monkeypatch.setattr(conditioning, "available_bytes", lambda: 0)
     generator = Generator(bundle, engine)  # type: ignore[arg-type]
     (image,) = generator("red cube", negative_prompt="blue")
@@ -228,10 +242,10 @@ def test_little_memory_changes_no_picture_and_loads_each_encoder_once(
 
 
 def test_memory_is_asked_without_the_encoder_that_is_left_out(
-    three: Path, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+    three_encoders: Path, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(conditioning, "available_bytes", lambda: 401)
-    tell = conditioner(three, engine, t5=False)
+    tell = conditioner(three_encoders, engine, t5=False)
     tell(["red cube"])
     assert len(engine.alive) == 2
 
@@ -255,11 +269,11 @@ class Short:
 
 
 @pytest.fixture
-def cutting(three: Path, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> Generator:
+def cutting(three_encoders: Path, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> Generator:
     """Of three encoders two read 8 words, the third 13."""
-    lengths = {spec.tokenizer: spec.tokens for spec in THREE.text_encoders}
+    lengths = {spec.tokenizer: spec.tokens for spec in THREE_ENCODERS.text_encoders}
     monkeypatch.setattr(conditioning, "load_tokenizer", lambda path: Short(lengths[path.parent.name]))
-    return Generator(Bundle.open(three), engine)  # type: ignore[arg-type]
+    return Generator(Bundle.open(three_encoders), engine)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -268,13 +282,13 @@ def cutting(three: Path, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) ->
         (8, None),
         (
             9,
-            "the prompt 'word word word word word word word word…' is longer than text_encoder, text_encoder_2 read: "
-            "1 token is left out there; text_encoder_3 reads it whole",
+            "the prompt 'word word word word word word word word…' is too long for text_encoder, text_encoder_2: "
+            "the last token is not read there; text_encoder_3 reads all of it",
         ),
         (
             14,
-            "the prompt 'word word word word word word word word…' is longer than text_encoder, text_encoder_2, "
-            "text_encoder_3 read: 6 tokens are left out there",
+            "the prompt 'word word word word word word word word…' is too long for text_encoder, text_encoder_2, "
+            "text_encoder_3: the last 6 tokens are not read there",
         ),
     ],
 )
@@ -287,20 +301,20 @@ def test_a_prompt_that_is_cut_short_is_worth_a_notice(
         jobs = cutting.plan([prompt, prompt], num_images=2)
     assert len(jobs) == 4
     assert [str(warning.message) for warning in caught] == ([notice] if notice else [])
-    assert all(warning.category is PromptCut for warning in caught)
+    assert all(warning.category is PromptTruncated for warning in caught)
     assert all(warning.filename == __file__ for warning in caught)  # where the caller is told to look
 
 
 def test_a_negative_prompt_is_noticed_once_for_all_prompts(cutting: Generator) -> None:
-    with pytest.warns(PromptCut) as caught:
+    with pytest.warns(PromptTruncated) as caught:
         cutting.plan(["red cube", "a sphere"], negative_prompt="no " * 9)
     assert len(caught) == 1
 
 
 def test_drawing_what_was_planned_says_nothing_more(cutting: Generator) -> None:
-    with pytest.warns(PromptCut):
+    with pytest.warns(PromptTruncated):
         jobs = cutting.plan("word " * 9)
-    assert len(cutting.draw(jobs)) == 1  # a warning would be an error here
+    assert len(cutting.generate(jobs)) == 1  # a warning would be an error here
 
 
 # Classes

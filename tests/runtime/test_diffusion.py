@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tpx_runtime.guidance import guide
+from tpx_runtime.guidance import apply_guidance
 from tpx_runtime.noise import MAX_SEED, batch_noise, gaussian_noise
 from tpx_runtime.sampling import Array
 from tpx_runtime.sampling.diffusion import (
@@ -123,7 +123,7 @@ def test_one_step_starts_where_the_noise_is() -> None:
     assert respaced(1) == [999]
     noise = gaussian_noise(0, (1, 2, 3, 3))
     for sampler in DIFFUSION_SAMPLERS.values():
-        [x] = sampler.walk(lambda x, t: x, noise, sampler.schedule(1, 1.0), noise_of([0], (2, 3, 3)))
+        [x] = sampler.denoise(lambda x, t: x, noise, sampler.schedule(1, 1.0), noise_of([0], (2, 3, 3)))
         assert np.isfinite(x).all()
         assert np.abs(x - noise).max() > 0.1
 
@@ -159,7 +159,7 @@ def test_shows_the_model_the_original_timesteps_once_each(name: str, steps: int)
         return batch_noise([3, 4], (1, 2, 2), step)
 
     sampler = DIFFUSION_SAMPLERS[name]
-    path = list(sampler.walk(prediction, noise, sampler.schedule(steps, 1.0), noise_at))
+    path = list(sampler.denoise(prediction, noise, sampler.schedule(steps, 1.0), noise_at))
     assert seen == [float(t) for t in reversed(respaced(steps))]
     assert asked == (list(range(1, steps)) if name == "ddpm" else [])  # none at the last step
     assert len(path) == steps
@@ -209,7 +209,7 @@ def test_250_steps_with_guidance_on_three_channels_are_the_originals() -> None:
 
     def prediction(x: Array, t: float) -> Array:
         given, free = (in_numpy(lambda x, t, c=c: branch(x, t, c))(x, t) for c in (True, False))
-        return guide(free, given, 4.0, 3)
+        return apply_guidance(free, given, 4.0, 3)
 
     *_, found = ddpm(prediction, start, respaced_schedule(250), noise_at)
     twice = torch.from_numpy(np.concatenate([start, start])).double()
@@ -390,11 +390,11 @@ def test_steps_and_seeds_share_no_noise() -> None:
 
 
 @pytest.mark.parametrize("name", list(DIFFUSION_SAMPLERS))
-def test_a_picture_is_the_same_in_any_batch(name: str) -> None:
+def test_an_image_is_the_same_in_any_batch(name: str) -> None:
     shape, sampler = (2, 3, 3), DIFFUSION_SAMPLERS[name]
 
     def draw(seeds: list[int]) -> Array:
-        *_, x = sampler.walk(
+        *_, x = sampler.denoise(
             lambda x, t: np.concatenate([np.sin(x), np.cos(x)], axis=1),
             batch_noise(seeds, shape),
             sampler.schedule(20, 1.0),

@@ -19,9 +19,9 @@ from tpx_runtime.editing import (
     InpaintingPrediction,
     add_noise,
     last_steps,
-    starting_strength,
+    resolve_strength,
+    to_latent_mask,
     to_pixels,
-    to_repaint,
 )
 from tpx_runtime.engine import Arrays
 from tpx_runtime.errors import BadInput, EngineFailed
@@ -43,8 +43,8 @@ def engine() -> FakeEngine:
 
 
 @pytest.fixture
-def generator(paper: Path, engine: FakeEngine) -> Generator:
-    return Generator(Bundle.open(paper), engine)  # type: ignore[arg-type]
+def generator(fake_bundle: Path, engine: FakeEngine) -> Generator:
+    return Generator(Bundle.open(fake_bundle), engine)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -99,20 +99,20 @@ def test_strength_one_is_every_step() -> None:
 
 
 def test_a_strength_needs_an_image() -> None:
-    assert starting_strength(None, None, None) is None
-    assert starting_strength("image", None, None) == DEFAULT_STRENGTH
-    assert starting_strength("image", "mask", 0.2) == 0.2
+    assert resolve_strength(None, None, None) is None
+    assert resolve_strength("image", None, None) == DEFAULT_STRENGTH
+    assert resolve_strength("image", "mask", 0.2) == 0.2
     with pytest.raises(BadInput, match="expected an image with a mask, found none; give the image to start"):
-        starting_strength(None, "mask", 0.5)
+        resolve_strength(None, "mask", 0.5)
     with pytest.raises(BadInput, match="expected an image with a strength, found none; give the image"):
-        starting_strength(None, None, 0.5)
+        resolve_strength(None, None, 0.5)
 
 
-def test_the_loop_starts_from_the_picture_with_noise(generator: Generator, engine: FakeEngine) -> None:
-    picture = photo()
-    generator("red cube", image=picture, strength=0.5, steps=4, seed=9, guidance=1)
+def test_the_loop_starts_from_the_image_with_noise(generator: Generator, engine: FakeEngine) -> None:
+    input_image = photo()
+    generator("red cube", image=input_image, strength=0.5, steps=4, seed=9, guidance=1)
     (encoded,) = [inputs for name, inputs in engine.calls if name.startswith("vae_encoder")]
-    np.testing.assert_array_equal(encoded["image"], to_pixels(picture))
+    np.testing.assert_array_equal(encoded["image"], to_pixels(input_image))
     assert encoded["image"].dtype == np.float32
     latents = (engine.functions["vae_encoder/model.onnx"](encoded)["latents"] - 0.25) * 2.0
     schedule = FLOW_SAMPLERS["euler"].schedule(4, 3.0)
@@ -132,27 +132,27 @@ def test_the_encoder_is_loaded_once(generator: Generator, engine: FakeEngine) ->
     assert engine.opened.count("vae_encoder/model.onnx") == 1
 
 
-def test_every_picture_of_a_batch_starts_from_its_own_noise(generator: Generator) -> None:
-    picture = photo()
-    batch = generator("red cube", image=picture, num_images=3, seed=4)
-    alone = [generator("red cube", image=picture, seed=seed)[0] for seed in (4, 5, 6)]
+def test_every_image_of_a_batch_starts_from_its_own_noise(generator: Generator) -> None:
+    input_image = photo()
+    batch = generator("red cube", image=input_image, num_images=3, seed=4)
+    alone = [generator("red cube", image=input_image, seed=seed)[0] for seed in (4, 5, 6)]
     for one, other in zip(batch, alone, strict=True):
         np.testing.assert_array_equal(levels(one), levels(other))
     assert (levels(batch[0]) != levels(batch[1])).any()
 
 
-def test_a_small_strength_stays_near_the_picture(generator: Generator) -> None:
-    picture = photo()
+def test_a_small_strength_stays_near_the_image(generator: Generator) -> None:
+    input_image = photo()
 
     def distance(strength: float) -> float:
-        (image,) = generator("red cube", image=picture, strength=strength, steps=100, guidance=1)
-        return float(np.abs(levels(image) - levels(picture)).mean())
+        (image,) = generator("red cube", image=input_image, strength=strength, steps=100, guidance=1)
+        return float(np.abs(levels(image) - levels(input_image)).mean())
 
     near, middle, far = (distance(strength) for strength in (0.01, 0.4, 1.0))
     assert near < 4 < middle < far
 
 
-def test_strength_one_without_a_mask_forgets_the_picture(generator: Generator) -> None:
+def test_strength_one_without_a_mask_forgets_the_image(generator: Generator) -> None:
     """Where the schedule begins with nothing but noise, as Euler's does."""
     (from_picture,) = generator("red cube", image=photo(), strength=1.0, seed=3)
     (from_nothing,) = generator("red cube", seed=3)
@@ -178,13 +178,13 @@ def test_the_file_says_the_strength(generator: Generator) -> None:
     assert "strength" not in json.loads(generator("red cube")[0].info["tpx"])
 
 
-def test_the_file_says_which_picture_and_mask_it_was_made_of(generator: Generator) -> None:
-    picture, mask = photo(), Image.fromarray(LEFT)
+def test_the_file_says_which_image_and_mask_it_was_made_of(generator: Generator) -> None:
+    input_image, mask = photo(), Image.fromarray(LEFT)
     whole, part, other = (
         json.loads(generator("red cube", image=one, mask=over)[0].info["tpx"])
-        for one, over in ((picture, None), (picture, mask), (photo(), mask))
+        for one, over in ((input_image, None), (input_image, mask), (photo(), mask))
     )
-    assert whole["image_sha256"] == part["image_sha256"] == hashlib.sha256(picture.tobytes()).hexdigest()
+    assert whole["image_sha256"] == part["image_sha256"] == hashlib.sha256(input_image.tobytes()).hexdigest()
     assert other["image_sha256"] != part["image_sha256"]
     assert (
         part["mask_sha256"]
@@ -195,25 +195,21 @@ def test_the_file_says_which_picture_and_mask_it_was_made_of(generator: Generato
     assert "image_sha256" not in json.loads(generator("red cube")[0].info["tpx"])
 
 
-def test_a_picture_and_a_strength_go_together(generator: Generator) -> None:
+def test_an_image_and_a_strength_go_together(generator: Generator) -> None:
     edit = generator.edit(photo())
-    with pytest.raises(
-        BadInput, match="a picture to start from and a strength, or neither, found no picture"
-    ):
-        generator.draw(generator.plan("red cube", strength=0.5))
-    with pytest.raises(
-        BadInput, match="a picture to start from and a strength, or neither, found no strengt"
-    ):
-        generator.draw(generator.plan("red cube"), edit=edit)
+    with pytest.raises(BadInput, match="an input image and a strength, or neither, found no image"):
+        generator.generate(generator.plan("red cube", strength=0.5))
+    with pytest.raises(BadInput, match="an input image and a strength, or neither, found no strengt"):
+        generator.generate(generator.plan("red cube"), edit=edit)
     with pytest.raises(BadInput, match="expected an image with a mask, found none"):
         generator("red cube", mask=photo())
 
 
-def test_a_bundle_without_encoder_draws_but_does_not_start_from_a_picture(
-    paper: Path, engine: FakeEngine
+def test_a_bundle_without_encoder_draws_but_does_not_start_from_an_image(
+    fake_bundle: Path, engine: FakeEngine
 ) -> None:
-    generator = Generator(without_encoder(paper), engine)  # type: ignore[arg-type]
-    message = "expected a bundle with a vae_encoder to start from a picture, found paper without one; leave"
+    generator = Generator(without_encoder(fake_bundle), engine)  # type: ignore[arg-type]
+    message = "expected a bundle with a vae_encoder to start from an image, found fake without one; leave"
     for refused in (
         lambda: generator("red cube", image=photo()),
         lambda: generator.plan("red cube", strength=0.5),
@@ -226,11 +222,11 @@ def test_a_bundle_without_encoder_draws_but_does_not_start_from_a_picture(
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_latents_that_are_no_numbers_are_an_error(paper: Path, value: float) -> None:
+def test_latents_that_are_no_numbers_are_an_error(fake_bundle: Path, value: float) -> None:
     broken = {"vae_encoder/model.onnx": lambda inputs: {"latents": np.full((1, 4, 2, 3), value, np.float32)}}
-    generator = Generator(Bundle.open(paper), FakeEngine(broken))  # type: ignore[arg-type]
+    generator = Generator(Bundle.open(fake_bundle), FakeEngine(broken))  # type: ignore[arg-type]
     with pytest.raises(
-        EngineFailed, match="expected finite numbers in the latents of the picture, found NaN"
+        EngineFailed, match="expected finite numbers in the latents of the input image, found NaN"
     ):
         generator("red cube", image=photo())
 
@@ -241,7 +237,7 @@ def test_latents_that_are_no_numbers_are_an_error(paper: Path, value: float) -> 
 def test_a_latent_is_painted_where_any_of_its_pixels_is() -> None:
     mask = np.zeros((8, 12), np.uint8)
     mask[0, 0] = mask[7, 8] = 255
-    repaint = to_repaint(Image.fromarray(mask), (2, 3))
+    repaint = to_latent_mask(Image.fromarray(mask), (2, 3))
     np.testing.assert_array_equal(repaint, [[[[True, False, False], [False, False, True]]]])
 
 
@@ -249,7 +245,7 @@ CORNERS = np.array([[[[True, False, False], [False, False, True]]]])
 
 
 def far_away(x: Array, timestep: float) -> Array:
-    """A velocity that depends on place and time, and leads nowhere near the picture."""
+    """A velocity that depends on place and time, and leads nowhere near the image."""
     return (3.0 * np.cos(x + timestep / 300) + 2.0).astype(np.float32)
 
 
@@ -260,7 +256,7 @@ def far_away(x: Array, timestep: float) -> Array:
 def test_what_is_kept_is_on_its_path_after_every_step(
     name: str, steps: int, strength: float, shift: float
 ) -> None:
-    """(1 - sigma) x0 + sigma noise, of each picture's own noise."""
+    """(1 - sigma) x0 + sigma noise, of each image's own noise."""
     x0, noise = (rng.standard_normal((2, 4, 2, 3)).astype(np.float32) for _ in range(2))
     schedule = last_steps(FLOW_SAMPLERS[name].schedule(steps, shift), strength)
     velocity = InpaintingPrediction(far_away, x0[:1], noise, CORNERS)
@@ -289,7 +285,7 @@ def test_what_is_painted_is_painted_as_without_a_mask(name: str) -> None:
 
 @pytest.mark.parametrize("strength", [0.3, 0.6, 1.0])
 def test_inpainting_with_euler_is_that_of_diffusers(strength: float) -> None:
-    """Theirs replaces what is kept after every step with the picture at the next sigma."""
+    """Theirs replaces what is kept after every step with the image at the next sigma."""
     import torch
     from diffusers import FlowMatchEulerDiscreteScheduler
 
@@ -316,25 +312,23 @@ def test_inpainting_with_euler_is_that_of_diffusers(strength: float) -> None:
 
 @pytest.mark.parametrize("sampler", list(FLOW_SAMPLERS))
 @pytest.mark.parametrize("strength", [0.3, 1.0])
-def test_pixels_outside_the_mask_are_the_pictures(
-    generator: Generator, sampler: str, strength: float
-) -> None:
-    picture = Image.fromarray(rng.integers(0, 256, (8, 12, 3), np.uint8))  # no decoder gives this back
+def test_pixels_outside_the_mask_are_the_images(generator: Generator, sampler: str, strength: float) -> None:
+    input_image = Image.fromarray(rng.integers(0, 256, (8, 12, 3), np.uint8))  # no decoder gives this back
     images = generator(
         "red cube",
-        image=picture,
+        image=input_image,
         mask=Image.fromarray(LEFT),
         strength=strength,
         sampler=sampler,
         num_images=2,
     )
     for image in images:
-        np.testing.assert_array_equal(levels(image)[:, 4:], levels(picture)[:, 4:])
-        assert (levels(image)[:, :4] != levels(picture)[:, :4]).mean() > 0.9
+        np.testing.assert_array_equal(levels(image)[:, 4:], levels(input_image)[:, 4:])
+        assert (levels(image)[:, :4] != levels(input_image)[:, :4]).mean() > 0.9
     assert (levels(images[0]) != levels(images[1])).any()
 
 
-def test_latents_under_the_mask_end_at_the_pictures(generator: Generator) -> None:
+def test_latents_under_the_mask_end_at_the_images(generator: Generator) -> None:
     edit = generator.edit(photo(), Image.fromarray(LEFT))
     for sampler in FLOW_SAMPLERS:
         jobs = generator.plan("red cube", strength=1.0, num_images=2, sampler=sampler)
@@ -345,22 +339,22 @@ def test_latents_under_the_mask_end_at_the_pictures(generator: Generator) -> Non
 
 
 def test_no_mask_pastes_nothing() -> None:
-    drawn, picture = photo(), photo()
-    assert Edit(picture, np.zeros(1, np.float32)).paste(drawn) is drawn
+    drawn, input_image = photo(), photo()
+    assert Edit(input_image, np.zeros(1, np.float32)).paste(drawn) is drawn
 
 
 # On a real bundle
 
 
-def test_a_real_bundle_starts_from_a_picture(real: Generator) -> None:
-    (picture,) = real("a red cube", seed=1)
+def test_a_real_bundle_starts_from_an_image(real: Generator) -> None:
+    (input_image,) = real("a red cube", seed=1)
     near, far = (
-        real("two blue sphere", image=picture, strength=strength, steps=10, seed=5)[0]
+        real("two blue sphere", image=input_image, strength=strength, steps=10, seed=5)[0]
         for strength in (0.1, 1.0)
     )
     assert near.size == (64, 64)
     # The autoencoder is random: it is what comes back from it that the near one is near to.
-    edit = real.edit(picture)
+    edit = real.edit(input_image)
     (back,) = real.decode(edit.latents)
     distances = [
         np.abs(to_pixels(image)[0] - back).mean() for image in (near, far, real("a red cube", seed=2)[0])
@@ -370,9 +364,9 @@ def test_a_real_bundle_starts_from_a_picture(real: Generator) -> None:
 
 
 def test_a_real_bundle_keeps_what_is_masked(real: Generator) -> None:
-    (picture,) = real("a red cube", seed=1)
+    (input_image,) = real("a red cube", seed=1)
     mask = Image.new("L", (64, 64))
     mask.paste(255, (0, 0, 32, 64))
-    (image,) = real("a blue sphere", image=picture, mask=mask, strength=1.0, sampler="unipc")
-    np.testing.assert_array_equal(levels(image)[:, 32:], levels(picture)[:, 32:])
-    assert (levels(image)[:, :32] != levels(picture)[:, :32]).mean() > 0.5
+    (image,) = real("a blue sphere", image=input_image, mask=mask, strength=1.0, sampler="unipc")
+    np.testing.assert_array_equal(levels(image)[:, 32:], levels(input_image)[:, 32:])
+    assert (levels(image)[:, :32] != levels(input_image)[:, :32]).mean() > 0.5

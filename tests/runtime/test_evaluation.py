@@ -21,12 +21,12 @@ from PIL import Image
 from tpx_runtime.bundle import Bundle
 from tpx_runtime.engine.cuda import OUT_OF_MEMORY, CudaFailed
 from tpx_runtime.errors import BadInput
-from tpx_runtime.evaluation import cli, drawing
+from tpx_runtime.evaluation import cli, generation
 from tpx_runtime.evaluation.benchmarks import DPG, GENEVAL, read_dpg, read_geneval
 from tpx_runtime.evaluation.compare import Report, compare
-from tpx_runtime.evaluation.drawing import is_whole
+from tpx_runtime.evaluation.generation import is_complete_png
 from tpx_runtime.evaluation.resumable import resumable
-from tpx_runtime.evaluation.statistics import FEWEST, bootstrap
+from tpx_runtime.evaluation.statistics import MIN_PROMPTS, bootstrap
 from tpx_runtime.generator import Generator
 from tpx_runtime.settings import Settings
 
@@ -38,7 +38,7 @@ GENEVAL_LINES = [
 ]
 DPG_LINES = [json.dumps({"item_id": f"item_{n}", "prompt": p}).encode() for n, p in enumerate(PROMPTS)]
 COMMANDS = ("geneval", "dpg")
-SIDES = (12, 8)  # width, height of the paper bundle's pictures
+SIDES = (12, 8)  # width, height of the fake bundle's images
 DATA = Path(os.environ.get("TPX_DATA") or Path(__file__).parents[3] / "shared" / "data")
 
 
@@ -65,10 +65,10 @@ Run = Callable[..., Result]
 
 
 @pytest.fixture
-def run(engine: FakeEngine, paper: Path, prompts: dict[str, Path]) -> Run:
+def run(engine: FakeEngine, fake_bundle: Path, prompts: dict[str, Path]) -> Run:
     def invoke(command: str, out: Path, *more: str, prompts_at: Path | None = None) -> Result:
         asked = prompts_at or prompts[command]
-        arguments = [command, "--prompts", str(asked), "--bundle", str(paper), "--out", str(out), *more]
+        arguments = [command, "--prompts", str(asked), "--bundle", str(fake_bundle), "--out", str(out), *more]
         return CliRunner().invoke(cli.main, arguments)
 
     return invoke
@@ -93,14 +93,14 @@ def error_of(result: Result, code: int) -> str:
 
 
 def as_geneval_reads(out: Path) -> dict[tuple[str, str], list[str]]:
-    """What GenEval's evaluator would score: of each folder's (name, prompt) the pictures."""
+    """What GenEval's evaluator would score: of each folder's (name, prompt) the images."""
     found = {}
     for folder in sorted(os.listdir(out)):
         if not os.path.isdir(out / folder) or not folder.isdigit():
             continue
         prompt = json.loads((out / folder / "metadata.jsonl").read_text())["prompt"]
-        pictures = os.listdir(out / folder / "samples")
-        found[folder, prompt] = sorted(p for p in pictures if re.match(r"\d+\.png", p))
+        images = os.listdir(out / folder / "samples")
+        found[folder, prompt] = sorted(p for p in images if re.match(r"\d+\.png", p))
     return found
 
 
@@ -108,8 +108,8 @@ def test_geneval_is_laid_out_as_its_evaluator_reads_it(run: Run, tmp_path: Path)
     out = tmp_path / "out"
     result = run("geneval", out, "--seed", "5")
     assert result.exit_code == 0, result.output
-    pictures = [f"000{i}.png" for i in range(4)]
-    assert as_geneval_reads(out) == {(f"0000{j}", prompt): pictures for j, prompt in enumerate(PROMPTS)}
+    images = [f"000{i}.png" for i in range(4)]
+    assert as_geneval_reads(out) == {(f"0000{j}", prompt): images for j, prompt in enumerate(PROMPTS)}
     for number, line in enumerate(GENEVAL_LINES):
         assert (out / f"0000{number}/metadata.jsonl").read_bytes() == line
     assert len(hashes(out)) == 4 * (4 + 1) + 1  # and tpx-eval.json, where no evaluator looks
@@ -117,12 +117,12 @@ def test_geneval_is_laid_out_as_its_evaluator_reads_it(run: Run, tmp_path: Path)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_picture_i_of_each_prompt_is_that_of_seed_plus_i(
-    run: Run, paper: Path, engine: FakeEngine, tmp_path: Path, command: str
+def test_image_i_of_each_prompt_is_that_of_seed_plus_i(
+    run: Run, fake_bundle: Path, engine: FakeEngine, tmp_path: Path, command: str
 ) -> None:
     out = tmp_path / "out"
     assert run(command, out, "--seed", "5", "--steps", "2", "--guidance", "2", "--depth", "4").exit_code == 0
-    generator = Generator(Bundle.open(paper), engine)
+    generator = Generator(Bundle.open(fake_bundle), engine)
     for number, prompt in enumerate(PROMPTS):
         for i in range(4):
             [wanted] = generator(prompt, seed=5 + i, steps=2, guidance=2.0, depth=4)
@@ -138,7 +138,7 @@ def test_picture_i_of_each_prompt_is_that_of_seed_plus_i(
                 assert sheet.crop((x, y, x + SIDES[0], y + SIDES[1])).tobytes() == wanted.tobytes()
 
 
-def test_dpg_puts_nothing_but_pictures_into_its_folder(run: Run, tmp_path: Path) -> None:
+def test_dpg_puts_nothing_but_images_into_its_folder(run: Run, tmp_path: Path) -> None:
     result = run("dpg", tmp_path / "out")
     assert result.exit_code == 0, result.output
     assert set(os.listdir(tmp_path / "out")) == {f"item_{n}.png" for n in range(4)}
@@ -177,34 +177,34 @@ def test_what_is_whole_is_kept_and_the_rest_drawn_the_same(
     out = tmp_path / "out"
     assert run(command, out).exit_code == 0
     before = hashes(out)
-    pictures = sorted(out.rglob("*.png"))
-    pictures[0].unlink()
-    pictures[1].write_bytes(pictures[1].read_bytes()[:-30])  # copied by halves
-    times = {path: path.stat().st_mtime_ns for path in pictures[2:]}
+    images = sorted(out.rglob("*.png"))
+    images[0].unlink()
+    images[1].write_bytes(images[1].read_bytes()[:-30])  # copied by halves
+    times = {path: path.stat().st_mtime_ns for path in images[2:]}
     engine.calls.clear()
-    result = run(command, out, "--batch-size", "1")  # which changes no picture
+    result = run(command, out, "--batch-size", "1")  # which changes no image
     assert result.exit_code == 0, result.output
-    assert f"{len(pictures) - 2} of {len(pictures)} files are there already" in result.stderr
+    assert f"{len(images) - 2} of {len(images)} files exist already" in result.stderr
     assert hashes(out) == before
-    assert times == {path: path.stat().st_mtime_ns for path in pictures[2:]}
+    assert times == {path: path.stat().st_mtime_ns for path in images[2:]}
     decoded = sum(len(inputs["latents"]) for name, inputs in engine.calls if name.startswith("vae"))
     assert decoded == 2 * (1 if command == "geneval" else 4)
 
 
-def test_a_picture_that_is_cut_or_changed_anywhere_is_not_whole(tmp_path: Path) -> None:
+def test_an_image_that_is_cut_or_changed_anywhere_is_not_whole(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     noise = np.random.default_rng(0).integers(0, 256, (12, 12, 3), np.uint8)
     Image.fromarray(noise).save(path)
     whole = path.read_bytes()
-    assert is_whole(path)
+    assert is_complete_png(path)
     for length in range(0, len(whole) - 12):  # the last 12 bytes are the end mark, which says nothing
         path.write_bytes(whole[:length])
-        assert not is_whole(path), length
+        assert not is_complete_png(path), length
     for place in range(0, len(whole) - 12, 7):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
-        assert not is_whole(path), place
-    assert not is_whole(tmp_path)
-    assert not is_whole(tmp_path / "none.png")
+        assert not is_complete_png(path), place
+    assert not is_complete_png(tmp_path)
+    assert not is_complete_png(tmp_path / "none.png")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -256,7 +256,7 @@ def test_a_limit_can_grow(run: Run, tmp_path: Path, command: str) -> None:
     shorter = run(command, tmp_path / "a", "--limit", "2")
     assert shorter.exit_code == 0
     assert (
-        f"{8 if command == 'geneval' else 2} more files lie there that the evaluator reads too"
+        f"{8 if command == 'geneval' else 2} unexpected files in the folder would be scored too"
         in shorter.stderr
     )
 
@@ -271,7 +271,7 @@ def test_an_error_with_arguments_of_its_own_says_how_many_are_left_too() -> None
         run()
     assert str(caught.value) == (
         "expected CUDA's cuMemAlloc to succeed, found CUDA_ERROR_OUT_OF_MEMORY; draw fewer pictures at a time, or close "
-        "other programs; 10 of 16 pictures are left, which the same command draws"
+        "other programs; 10 of 16 images are left; run the same command again to resume"
     )
     assert caught.value.code == OUT_OF_MEMORY
 
@@ -289,7 +289,7 @@ def test_ctrl_c_says_how_many_are_left_and_the_run_goes_on(
 
     engine.functions["vae_decoder/model.onnx"] = interrupted
     line = error_of(run(command, tmp_path / "a"), 130)
-    assert "8 of 16 pictures are left, which the same command draws" in line
+    assert "8 of 16 images are left; run the same command again to resume" in line
     assert not [name for name in hashes(tmp_path) if name.endswith(".part")]
     record = tmp_path / ("a/tpx-eval.json" if command == "geneval" else "a.tpx-eval.json")
     assert not json.loads(record.read_text())["complete"]
@@ -308,8 +308,8 @@ def test_an_engine_that_fails_half_way_says_what_is_left(
         "image": decoder(inputs)["image"] * (np.nan if next(batches) else 1)
     }
     line = error_of(run("geneval", tmp_path / "a"), 5)
-    assert "expected finite numbers in the picture" in line
-    assert "8 of 16 pictures are left" in line
+    assert "expected finite numbers in the image" in line
+    assert "8 of 16 images are left" in line
     assert len(list((tmp_path / "a").rglob("*.png"))) == 8
 
 
@@ -320,7 +320,7 @@ def test_a_bundle_of_classes_is_refused_for_what_it_is(
     asked = ["--prompts", str(prompts[command])] if command in prompts else []
     arguments = [command, *asked, "--bundle", str(classes), "--out", str(tmp_path / "out")]
     line = error_of(CliRunner().invoke(cli.main, arguments), 2)
-    assert re.search(r"expected a bundle that reads prompts, found \S+, which draws \d+ classes;", line)
+    assert re.search(r"expected a bundle that takes prompts, found \S+, which has \d+ classes;", line)
     assert "--class" not in line and not (tmp_path / "out").exists()
     assert not engine.calls
 
@@ -338,7 +338,7 @@ def test_unreadable_prompts_are_found_before_anything_is_drawn(
     run: Run, engine: FakeEngine, mixed: Path, tmp_path: Path
 ) -> None:
     line = error_of(run("geneval", tmp_path / "out", prompts_at=mixed), 2)
-    assert "found 2 of 4 that it cannot, the first 00001 'a zebra'" in line
+    assert "found 2 of 4 that it cannot, first 00001 'a zebra'" in line
     assert "--skip-unreadable" in line
     assert not (tmp_path / "out").exists()
     assert not engine.calls
@@ -350,7 +350,7 @@ def test_skipped_prompts_are_named_and_the_others_drawn(run: Run, mixed: Path, t
     assert result.exit_code == 0, result.output
     assert [folder for folder, _ in as_geneval_reads(out)] == ["00000", "00002"]  # numbers of the file
     assert "skipped 00001 'a zebra'" in result.stderr
-    assert "skipped 2 of 4 prompts; an evaluator does not miss them" in result.stderr
+    assert "skipped 2 of 4 prompts; the evaluator does not report this" in result.stderr
     record = json.loads((out / "tpx-eval.json").read_text())
     assert next((one["name"], one["prompt"]) for one in record["unreadable"]) == ("00001", "a zebra")
     assert record["prompts"] == {"in the file": 4, "asked": 4, "drawn": 2}
@@ -371,7 +371,9 @@ def test_what_the_model_says_of_a_prompt_is_told_and_kept(
     for _ in range(2):  # again, for Python would say the same warning but once
         result = run("geneval", tmp_path / "out")
         assert result.exit_code == 0, result.output
-        assert "notice on 1 prompts, the first: 'a blue sphere on a cube' is cut short" in result.stderr
+        assert (
+            "notice: 1 prompts with warnings, first: 'a blue sphere on a cube' is cut short" in result.stderr
+        )
     record = json.loads((tmp_path / "out/tpx-eval.json").read_text())
     assert [(one["name"], one["why"]) for one in record["noticed"]] == [
         ("00001", "'a blue sphere on a cube' is cut short")
@@ -407,21 +409,21 @@ def test_a_bad_setting_is_not_called_an_unreadable_prompt(
 
 
 @pytest.mark.parametrize(("command", "place"), [("geneval", "00001/samples/0002.png"), ("dpg", "item_1.png")])
-def test_a_missing_picture_is_named_and_the_run_fails(
+def test_a_missing_image_is_named_and_the_run_fails(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, place: str
 ) -> None:
-    save = drawing.save_png
+    save = generation.save_png
     monkeypatch.setattr(
-        drawing, "save_png", lambda image, path: None if str(path).endswith(place) else save(image, path)
+        generation, "save_png", lambda image, path: None if str(path).endswith(place) else save(image, path)
     )
     out = tmp_path / "out"
     count = 16 if command == "geneval" else 4
     line = error_of(run(command, out), 1)
-    assert f"expected {count} files in {out}, found {count - 1}, without {out / place};" in line
+    assert f"expected {count} files in {out}, found {count - 1} without {out / place};" in line
     monkeypatch.undo()
 
 
-def test_pictures_that_no_run_asked_for_are_told(run: Run, tmp_path: Path) -> None:
+def test_images_that_no_run_asked_for_are_told(run: Run, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert run("geneval", out).exit_code == 0
     shutil.copytree(out / "00000", out / "00099")
@@ -429,7 +431,7 @@ def test_pictures_that_no_run_asked_for_are_told(run: Run, tmp_path: Path) -> No
     (out / "00000/samples/grid.png").write_bytes(b"")  # neither is read
     again = run("geneval", out)
     assert again.exit_code == 0
-    assert "4 more files lie there that the evaluator reads too: " in again.stderr
+    assert "4 unexpected files in the folder would be scored too: " in again.stderr
     assert json.loads((out / "tpx-eval.json").read_text())["files"]["strange"] == 4
 
 
@@ -443,7 +445,7 @@ def test_a_folder_of_others_is_refused(run: Run, tmp_path: Path, command: str) -
     assert hashes(tmp_path) == before
 
 
-def test_a_record_without_its_pictures_binds_nobody(run: Run, tmp_path: Path) -> None:
+def test_a_record_without_its_images_binds_nobody(run: Run, tmp_path: Path) -> None:
     assert run("dpg", tmp_path / "out").exit_code == 0
     shutil.rmtree(tmp_path / "out")
     result = run("dpg", tmp_path / "out", "--steps", "2")
@@ -457,14 +459,14 @@ def test_a_damaged_record_is_refused(run: Run, tmp_path: Path) -> None:
     assert "expected the settings of a run" in error_of(run("geneval", tmp_path / "out"), 2)
 
 
-def test_the_record_says_what_was_drawn_with_what(run: Run, paper: Path, tmp_path: Path) -> None:
+def test_the_record_says_what_was_drawn_with_what(run: Run, fake_bundle: Path, tmp_path: Path) -> None:
     assert run("geneval", tmp_path / "out", "--steps", "2", "--seed", "7").exit_code == 0
     settings = json.loads((tmp_path / "out/tpx-eval.json").read_text())["settings"]
     assert len(settings.pop("prompts_sha256")) == 64
     assert settings == {
         "benchmark": "geneval",
-        "bundle": "paper",
-        "bundle_sha256": Bundle.open(paper).manifest.sha256,
+        "bundle": "fake",
+        "bundle_sha256": Bundle.open(fake_bundle).manifest.sha256,
         "engine": "fake",
         "sampler": "euler",
         "steps": 2,
@@ -530,7 +532,7 @@ def test_places_that_cannot_be_written_are_refused(run: Run, tmp_path: Path, com
 
 
 class ReadsAll:
-    """A generator that reads every prompt and draws one-coloured pictures, whose colour is the seed."""
+    """A generator that reads every prompt and draws one-coloured images, whose colour is the seed."""
 
     manifest = SimpleNamespace(name="all", sha256="a" * 64)
     engine = SimpleNamespace(name="fake")
@@ -538,7 +540,7 @@ class ReadsAll:
     def plan(self, prompt: str, *, seed: int, num_images: int, **settings: object) -> list[Settings]:
         return [Settings(prompt, "", seed + i, 1, 1.0, "euler", 1) for i in range(num_images)]
 
-    def draw(self, jobs: list[Settings], batch_size: int) -> Iterator[Image.Image]:
+    def generate(self, jobs: list[Settings], batch_size: int) -> Iterator[Image.Image]:
         return (Image.new("RGB", (4, 4), (job.seed, 0, 0)) for job in jobs)
 
 
@@ -550,7 +552,7 @@ def data(name: str) -> Path:
 
 def test_all_of_genevals_prompts_make_its_layout(tmp_path: Path) -> None:
     path = data("geneval/evaluation_metadata.jsonl")
-    drawing.run(GENEVAL, read_geneval(path), tmp_path / "out", ReadsAll())  # type: ignore[arg-type]
+    generation.run(GENEVAL, read_geneval(path), tmp_path / "out", ReadsAll())  # type: ignore[arg-type]
     lines = path.read_bytes().splitlines()
     read = as_geneval_reads(tmp_path / "out")
     assert len(read) == len(lines) == 553
@@ -564,7 +566,7 @@ def test_all_of_dpg_benchs_prompts_make_its_layout(tmp_path: Path) -> None:
     path = data("dpg/dpg_prompts.jsonl")
     items = read_dpg(path)
     assert any("\n" in item.prompt for item in items)
-    drawing.run(DPG, items, tmp_path / "out", ReadsAll())  # type: ignore[arg-type]
+    generation.run(DPG, items, tmp_path / "out", ReadsAll())  # type: ignore[arg-type]
     ids = {json.loads(line)["item_id"] for line in path.read_text(encoding="utf-8").splitlines()}
     assert {name.split(".")[0] for name in os.listdir(tmp_path / "out")} == ids
     assert len(ids) == 1065
@@ -597,7 +599,7 @@ def test_a_real_bundle_is_drawn_by_the_module_that_is_run(
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout == f"expected 2 files in {out}, found 2\n"
-    assert "pictures 8/8" in result.stderr
+    assert "images 8/8" in result.stderr
 
 
 def test_reading_the_arguments_needs_neither_numpy_nor_an_engine() -> None:
@@ -668,25 +670,28 @@ def test_compare_prints_each_row_and_what_differs(pair: tuple[Path, Path]) -> No
     assert lines[:2] == ["A: steps 20", "B: steps 5"]
     assert [line.split(" | ")[0] for line in lines[5:9]] == ["| one", "| two", "| **overall**", "| extra"]
     assert lines[8].endswith("| +0.0 | +0.0 to +0.0 |")  # alike there
-    assert "The overall difference is clear of chance" in lines[-1]
+    assert "The overall difference is significant" in lines[-1]
     same = CliRunner().invoke(cli.main, ["compare", str(pair[0]), str(pair[0])])
-    assert "is not clear of chance" in same.stdout
+    assert "is not significant" in same.stdout
 
 
-@pytest.mark.parametrize("few", [1, FEWEST - 1])
+@pytest.mark.parametrize("few", [1, MIN_PROMPTS - 1])
 def test_too_few_prompts_have_no_interval_and_no_verdict(tmp_path: Path, few: int) -> None:
     """The bootstrap of one prompt draws it again and again: an interval of no width leaves out 0."""
-    right = {"one": np.zeros((few, 4)), "two": np.zeros((FEWEST, 4))}
+    right = {"one": np.zeros((few, 4)), "two": np.zeros((MIN_PROMPTS, 4))}
     write_report(tmp_path / "a.json", right)
     right["one"] = np.repeat([[1, 1, 0, 0]], few, axis=0)
-    right["two"] = np.ones((FEWEST, 4))
+    right["two"] = np.ones((MIN_PROMPTS, 4))
     write_report(tmp_path / "b.json", right)
     result = CliRunner().invoke(cli.main, ["compare", str(tmp_path / "a.json"), str(tmp_path / "b.json")])
     assert result.exit_code == 0, result.output
     one, two, overall = result.stdout.splitlines()[5:8]
     assert one.endswith("| +50.0 | too few prompts |") and overall.endswith("| +75.0 | too few prompts |")
     assert two.endswith("| +100.0 | +100.0 to +100.0 |")
-    assert "clear of chance cannot be said: expected 20 or more prompts in each row" in result.stdout
+    assert (
+        "The significance of the overall difference is unknown: expected at least 20 prompts in each row"
+        in result.stdout
+    )
     assert f"found {few};" in result.stdout
 
 
@@ -694,8 +699,8 @@ def test_runs_that_do_not_pair_are_refused(pair: tuple[Path, Path], tmp_path: Pa
     first = Report.load(pair[0])
     few = {row: np.ones((3, 4)) for row in ROWS}
     for changes, said in (
-        ({"seed": 1}, "one seed, found 0 and 1"),
-        ({"images": 2}, "one images"),
+        ({"seed": 1}, "the same seed, found 0 and 1"),
+        ({"images": 2}, "the same images"),
         ({}, "of the same prompts, found 300 and 6"),
     ):
         other = Report.load(write_report(tmp_path / "other.json", few, **changes))

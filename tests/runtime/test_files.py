@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from tpx_runtime.files import whole_file
+from tpx_runtime.files import atomic_file
 
 
 def test_it_takes_the_place_of_what_was_there(tmp_path: Path) -> None:
     path = tmp_path / ("a" * 251 + ".png")  # as long as a name may be
     for content in (b"one", b"two"):
-        with whole_file(path) as part:
+        with atomic_file(path) as part:
             part.write_bytes(content)
             assert not path.exists() or path.read_bytes() == b"one"
         assert path.read_bytes() == content
@@ -25,7 +25,7 @@ def test_an_error_leaves_what_was_there(tmp_path: Path, error: type[BaseExceptio
     path.write_bytes(b"one")
 
     def write() -> None:
-        with whole_file(path) as part:
+        with atomic_file(path) as part:
             part.write_bytes(b"ha")
             raise error
 
@@ -37,20 +37,20 @@ def test_an_error_leaves_what_was_there(tmp_path: Path, error: type[BaseExceptio
 
 def test_it_has_the_permissions_of_a_new_file_whoever_writes_it(tmp_path: Path) -> None:
     (tmp_path / "new").touch()
-    with whole_file(tmp_path / "a") as part:
+    with atomic_file(tmp_path / "a") as part:
         part.unlink()
         part.touch(mode=0o600)
     assert (tmp_path / "a").stat().st_mode == (tmp_path / "new").stat().st_mode
 
 
 def test_a_place_without_a_name_is_an_error() -> None:
-    with pytest.raises(IsADirectoryError), whole_file(Path()):
+    with pytest.raises(IsADirectoryError), atomic_file(Path()):
         pass
 
 
 def test_two_at_once_do_not_meet(tmp_path: Path) -> None:
     path = tmp_path / "a"
-    with whole_file(path) as first, whole_file(path) as second:
+    with atomic_file(path) as first, atomic_file(path) as second:
         first.write_bytes(b"first")
         second.write_bytes(b"second")
     assert path.read_bytes() == b"first"  # which ended last
@@ -61,7 +61,7 @@ def test_a_place_that_is_a_folder_is_an_error_and_nothing_is_left(tmp_path: Path
     (tmp_path / "a").mkdir()
 
     def write() -> None:
-        with whole_file(tmp_path / "a") as part:
+        with atomic_file(tmp_path / "a") as part:
             part.touch()
 
     with pytest.raises(OSError, match="directory"):
@@ -81,7 +81,7 @@ def test_without_replace_what_came_meanwhile_stays(
     path = tmp_path / "a"
 
     def write(content: bytes, meanwhile: bytes | None = None) -> None:
-        with whole_file(path, replace=False) as part:
+        with atomic_file(path, replace=False) as part:
             part.write_bytes(content)
             if meanwhile:
                 path.write_bytes(meanwhile)

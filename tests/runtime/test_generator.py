@@ -27,8 +27,8 @@ from tpx_runtime.settings import Settings
 
 from .fakes import (
     CLASSES,
+    FAKE,
     MODEL,
-    PAPER,
     TOKENS,
     FakeEngine,
     Function,
@@ -48,7 +48,7 @@ def levels(image: Image.Image) -> np.ndarray:
 
 
 def same(ours: Sequence[Image.Image], others: Sequence[Image.Image], within: int = 0) -> bool:
-    """Whether pictures agree to `within` of 255 levels."""
+    """Whether images agree to `within` of 255 levels."""
     return len(ours) == len(others) and all(
         np.abs(levels(a) - levels(b)).max() <= within for a, b in zip(ours, others, strict=True)
     )
@@ -60,8 +60,8 @@ def engine() -> FakeEngine:
 
 
 @pytest.fixture
-def generator(paper: Path, engine: FakeEngine) -> Generator:
-    return Generator(Bundle.open(paper), engine)  # type: ignore[arg-type]
+def generator(fake_bundle: Path, engine: FakeEngine) -> Generator:
+    return Generator(Bundle.open(fake_bundle), engine)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def calls(engine: FakeEngine, name: str) -> list[Arrays]:
 # What it computes, against the same steps written out
 
 
-def test_a_picture_is_encoder_loop_and_decoder(generator: Generator, engine: FakeEngine) -> None:
+def test_an_image_is_encoder_loop_and_decoder(generator: Generator, engine: FakeEngine) -> None:
     (image,) = generator("red cube", seed=5)
     ids = np.array([[1, TOKENS.index("red"), TOKENS.index("cube"), 2, 0, 0, 0, 0, 0]])
     nothing = np.array([[1, 2, 0, 0, 0, 0, 0, 0, 0]])
@@ -115,9 +115,9 @@ def test_graphs_are_opened_when_first_used_and_once(generator: Generator, engine
 
 
 @pytest.mark.parametrize("keep", [True, False])
-def test_what_is_not_kept_is_let_go_before_the_next_is_opened(paper: Path, keep: bool) -> None:
+def test_what_is_not_kept_is_let_go_before_the_next_is_opened(fake_bundle: Path, keep: bool) -> None:
     engine = FakeEngine()
-    generator = Generator(Bundle.open(paper), engine, keep=keep)  # type: ignore[arg-type]
+    generator = Generator(Bundle.open(fake_bundle), engine, keep=keep)  # type: ignore[arg-type]
     beside: dict[str, list[str]] = {}  # each graph when it ran: those in memory
 
     def spied(name: str, function: Function) -> Function:
@@ -152,14 +152,14 @@ def test_what_is_not_kept_is_let_go_before_the_next_is_opened(paper: Path, keep:
     ],
 )
 def test_what_timestep_and_prompt_decide_is_made_again_only_for_others(
-    then: dict[str, object], made: int, paper: Path, generator: Generator, engine: FakeEngine
+    then: dict[str, object], made: int, fake_bundle: Path, generator: Generator, engine: FakeEngine
 ) -> None:
     asked = {"prompt": "red cube", "seed": 5, **then}
     generator("red cube", seed=5)
     engine.calls.clear()
     images = generator(**asked)  # type: ignore[arg-type]
     assert sum(len(inputs["timestep"]) for inputs in calls(engine, "transformer/conditions")) == made
-    fresh = Generator(Bundle.open(paper), FakeEngine())  # type: ignore[arg-type]
+    fresh = Generator(Bundle.open(fake_bundle), FakeEngine())  # type: ignore[arg-type]
     assert same(images, fresh(**asked))  # type: ignore[arg-type]
 
 
@@ -197,7 +197,7 @@ def test_guidance_is_kept_between_every_few_steps(generator: Generator, engine: 
 
 
 def test_an_interval_that_holds_no_step_is_refused(generator: Generator, engine: FakeEngine) -> None:
-    message = r"holds one of the steps' noise levels \(1, [0-9.]+, [0-9.]+\), found \(0.1, 0.2\); widen it"
+    message = r"contains one of the steps' noise levels \(1, [0-9.]+, [0-9.]+\), found \(0.1, 0.2\); widen it"
     with pytest.raises(BadInput, match=message):
         generator("red cube", guidance_interval=(0.1, 0.2))
     with pytest.raises(BadInput, match=message):
@@ -229,9 +229,7 @@ def test_the_negative_prompt_is_the_first_branch(generator: Generator, engine: F
     }
 
 
-def test_pictures_of_one_prompt_share_one_row_of_the_encoder(
-    generator: Generator, engine: FakeEngine
-) -> None:
+def test_images_of_one_prompt_share_one_row_of_the_encoder(generator: Generator, engine: FakeEngine) -> None:
     generator(["red cube", "a sphere"], num_images=3, guidance=1)
     (inputs,) = calls(engine, "text_encoder")
     assert len(inputs["ids"]) == 2
@@ -273,12 +271,12 @@ def test_jobs_have_one_loop_whatever_the_batches(
     generator: Generator, engine: FakeEngine, name: str, value: Any, found: str
 ) -> None:
     jobs = generator.plan("red cube") + generator.plan("red cube", **{name: value})
-    message = f"expected jobs of one {name}, found {found}; draw them in two calls"
+    message = f"expected jobs with the same {name}, found {found}; use one call for each"
     with pytest.raises(BadInput, match=message):
         generator.generate_latents(jobs)
     for batch_size in (1, 2):
         with pytest.raises(BadInput, match=message):
-            generator.draw(jobs, batch_size)
+            generator.generate(jobs, batch_size)
     assert engine.calls == []
 
 
@@ -286,7 +284,7 @@ def test_jobs_of_another_model_are_refused(
     generator: Generator, by_class: Generator, engine: FakeEngine
 ) -> None:
     with pytest.raises(BadInput, match="expected a sampler of euler, heun, dpmpp2m, unipc, found 'ddim'"):
-        generator.draw(by_class.plan(class_id=3))
+        generator.generate(by_class.plan(class_id=3))
     assert engine.calls == []
 
 
@@ -296,7 +294,7 @@ def test_numpy_s_numbers_are_python_s(generator: Generator, by_class: Generator)
     assert [job.seed for job in jobs] == [254, 255, 256]
     (job,) = by_class.plan(class_id=np.int64(3))  # type: ignore[arg-type]
     assert job.class_id == 3
-    assert len(generator.draw(jobs, batch_size=np.int64(2))) == 3  # type: ignore[arg-type]
+    assert len(generator.generate(jobs, batch_size=np.int64(2))) == 3  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("negative", [[], 0, False])
@@ -306,14 +304,14 @@ def test_a_negative_prompt_is_text_or_none(generator: Generator, negative: Any) 
     assert generator.plan("red cube", negative_prompt=None)[0].negative_prompt == ""
 
 
-def test_no_jobs_are_no_pictures(generator: Generator) -> None:
-    assert generator.draw([]) == []
+def test_no_jobs_are_no_images(generator: Generator) -> None:
+    assert generator.generate([]) == []
 
 
 def test_defaults_are_the_bundles(generator: Generator) -> None:
     assert generator.plan("red cube") == [Settings("red cube", "", 0, 3, 3.0, "euler", 2)]
-    limited = replace(PAPER.defaults, guidance_interval=(0.0, 0.5))
-    generator.manifest = replace(PAPER, defaults=limited)
+    limited = replace(FAKE.defaults, guidance_interval=(0.0, 0.5))
+    generator.manifest = replace(FAKE, defaults=limited)
     assert [job.guidance_interval for job in generator.plan("red cube")] == [(0.0, 0.5)]
     assert [job.guidance_interval for job in generator.plan("red cube", guidance_interval=(0, 1))] == [(0, 1)]
 
@@ -328,7 +326,7 @@ def test_plans_each_prompt_with_each_seed(generator: Generator) -> None:
     ]
 
 
-def test_pictures_carry_their_settings(generator: Generator) -> None:
+def test_images_carry_their_settings(generator: Generator) -> None:
     images = generator(["red cube", "a sphere"], seed=3, num_images=2)
     facts = [json.loads(image.info["tpx"]) for image in images]
     assert [(fact["prompt"], fact["seed"]) for fact in facts] == [
@@ -366,7 +364,7 @@ def test_a_class_is_a_diffusion_of_guided_epsilon(by_class: Generator, name: str
         return np.concatenate([away[:, :3] + 4.0 * (towards - away)[:, :3], towards[:, 3:]], axis=1)
 
     sampler = DIFFUSION_SAMPLERS[name]
-    *_, latents = sampler.walk(
+    *_, latents = sampler.denoise(
         epsilon,
         np.stack([gaussian_noise(seed, model.latent_shape) for seed in seeds]),
         sampler.schedule(6, 1.0),
@@ -374,23 +372,23 @@ def test_a_class_is_a_diffusion_of_guided_epsilon(by_class: Generator, name: str
     )
     jobs = by_class.plan(class_id=7, guidance=4.0, sampler=name, steps=6, seed=5, num_images=2)
     np.testing.assert_allclose(by_class.generate_latents(jobs).latents, latents, rtol=1e-4, atol=1e-4)
-    images = by_class.draw(jobs)
+    images = by_class.generate(jobs)
     assert same(
         images, [to_pil(vae_decoder({"latents": z[None] / 2.0 + 0.25})["image"][0]) for z in latents], 1
     )
 
 
 @pytest.mark.parametrize("name", list(DIFFUSION_SAMPLERS))
-def test_every_picture_has_its_own_noise_whatever_its_batch(by_class: Generator, name: str) -> None:
+def test_every_image_has_its_own_noise_whatever_its_batch(by_class: Generator, name: str) -> None:
     jobs = by_class.plan(class_id=7, sampler=name, steps=9, num_images=5)
     together = by_class.generate_latents(jobs).latents
     for row, job in enumerate(jobs):
         np.testing.assert_array_equal(by_class.generate_latents([job]).latents[0], together[row])
     assert len({row.tobytes() for row in together}) == 5
-    assert same(by_class.draw(jobs, batch_size=2), by_class.draw(jobs))
+    assert same(by_class.generate(jobs, batch_size=2), by_class.generate(jobs))
 
 
-def test_a_seed_is_the_same_picture_although_steps_add_noise(by_class: Generator) -> None:
+def test_a_seed_is_the_same_image_although_steps_add_noise(by_class: Generator) -> None:
     first, again, other = (by_class(class_id=7, sampler="ddpm", steps=9, seed=seed) for seed in (1, 1, 2))
     assert same(first, again)
     assert not same(first, other)
@@ -404,7 +402,7 @@ def test_without_guidance_no_null_class_is_asked(by_class: Generator, class_engi
     class_engine.calls.clear()
     by_class(class_id=7, num_images=2)
     (inputs,) = calls(class_engine, CONDITIONS)
-    assert inputs["class_id"].tolist() == [7, 13] * 3  # once for both pictures
+    assert inputs["class_id"].tolist() == [7, 13] * 3  # once for both images
     assert {len(inputs["conditions"]) for inputs in calls(class_engine, DENOISE)} == {4}
 
 
@@ -417,10 +415,16 @@ def test_a_class_needs_no_prompt_and_an_empty_one_is_none(by_class: Generator) -
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "expected a class in 0..12 (this bundle draws classes), found none; name one with --class or"),
-        ({"class_id": 13}, "expected a class in 0..12 (this bundle draws classes), found 13"),
+        (
+            {},
+            "expected a class in 0..12 (this bundle is class-conditional), found none; name one with --class or",
+        ),
+        ({"class_id": 13}, "expected a class in 0..12 (this bundle is class-conditional), found 13"),
         ({"class_id": "3"}, "found '3'"),
-        ({"class_id": 3, "prompt": "red cube"}, "expected a class and no prompt (this bundle draws classes)"),
+        (
+            {"class_id": 3, "prompt": "red cube"},
+            "expected a class and no prompt (this bundle is class-conditional)",
+        ),
         ({"class_id": 3, "prompt": []}, "expected at least one prompt, found none"),
         (
             {"class_id": 3, "image": Image.new("RGB", (8, 8))},
@@ -440,7 +444,7 @@ def test_refuses_arguments_of_a_class_before_any_work(
 def test_a_model_of_prompts_has_no_classes(generator: Generator, engine: FakeEngine) -> None:
     for arguments in ({"class_id": 3}, {"class_id": 3, "prompt": "red cube"}):
         with pytest.raises(
-            BadInput, match=r"a prompt and no class .this bundle reads prompts., found class 3; le"
+            BadInput, match=r"a prompt and no class .this bundle takes prompts., found class 3; le"
         ):
             generator(**arguments)
     assert engine.opened == []
@@ -455,11 +459,11 @@ def test_a_model_of_prompts_has_no_classes(generator: Generator, engine: FakeEng
         ("", "expected a prompt with words, found none in ''"),
         (" \n", "expected a prompt with words, found none in"),
         ("🙂🙃", "expected a prompt with words, found none in '🙂🙃'"),
-        ("red " * 2500, "expected a prompt of at most 7 words and marks, found 2500; shorten it"),
+        ("red " * 2500, "expected a prompt of at most 7 words and punctuation marks, found 2500; shorten it"),
         ("x" * 10_000, "expected words of this model's vocabulary, found 'xxx"),
-        ("red cubes", "found 'cubes' (near: cube); use other words"),
+        ("red cubes", "found 'cubes' (similar: cube); use other words"),
         ("red \ud800", "found '\\ud800'"),
-        (None, "expected a prompt or a list of prompts, found none; say what to draw"),
+        (None, "expected a prompt or a list of prompts, found none; describe the image"),
         (5, "expected a prompt or a list of prompts, found 5"),
         ([], "expected at least one prompt, found none"),
         (["red", None], "expected prompt to be text, found NoneType"),
@@ -507,10 +511,10 @@ def test_refuses_arguments_before_any_work(
     assert engine.opened == []
 
 
-def test_refuses_a_vocabulary_of_another_length(paper: Path, engine: FakeEngine) -> None:
-    write_vocabulary(paper, text_tokens=10)
+def test_refuses_a_vocabulary_of_another_length(fake_bundle: Path, engine: FakeEngine) -> None:
+    write_vocabulary(fake_bundle, text_tokens=10)
     with pytest.raises(BundleInvalid, match=r"expected text_tokens 9 as in the manifest, found 10; export"):
-        Generator(seal(paper), engine)  # type: ignore[arg-type]
+        Generator(seal(fake_bundle), engine)  # type: ignore[arg-type]
 
 
 def broken(key: str, value: object) -> dict[str, Callable[[Arrays], Arrays]]:
@@ -538,15 +542,15 @@ def broken(key: str, value: object) -> dict[str, Callable[[Arrays], Arrays]]:
     ("key", "what"),
     [
         ("velocity", "latents of step 1"),
-        ("image", "picture"),
+        ("image", "image"),
         ("context", "latents of step 1"),
         ("conditions", "latents of step 1"),
     ],
 )
-def test_numbers_that_are_no_picture_are_an_error_and_no_warning(
-    paper: Path, key: str, what: str, value: float
+def test_numbers_that_are_no_image_are_an_error_and_no_warning(
+    fake_bundle: Path, key: str, what: str, value: float
 ) -> None:
-    generator = Generator(Bundle.open(paper), FakeEngine(broken(key, value)))  # type: ignore[arg-type]
+    generator = Generator(Bundle.open(fake_bundle), FakeEngine(broken(key, value)))  # type: ignore[arg-type]
     with pytest.raises(EngineFailed) as caught:
         generator("red cube")
     assert str(caught.value) == (
@@ -555,15 +559,15 @@ def test_numbers_that_are_no_picture_are_an_error_and_no_warning(
     )
 
 
-def test_numbers_that_grow_out_of_float32_are_an_error_and_no_warning(paper: Path) -> None:
-    generator = Generator(Bundle.open(paper), FakeEngine(broken("velocity", 3e38)))  # type: ignore[arg-type]
+def test_numbers_that_grow_out_of_float32_are_an_error_and_no_warning(fake_bundle: Path) -> None:
+    generator = Generator(Bundle.open(fake_bundle), FakeEngine(broken("velocity", 3e38)))  # type: ignore[arg-type]
     with pytest.raises(EngineFailed, match="expected finite numbers in the latents of step 1, found NaN or"):
         generator("red cube", sampler="heun", guidance=1)
 
 
 @pytest.mark.parametrize("key", ["context", "conditions", "velocity", "image"])
-def test_an_output_that_is_not_there_is_an_error(paper: Path, key: str) -> None:
-    generator = Generator(Bundle.open(paper), FakeEngine(broken(key, None)))  # type: ignore[arg-type]
+def test_an_output_that_is_not_there_is_an_error(fake_bundle: Path, key: str) -> None:
+    generator = Generator(Bundle.open(fake_bundle), FakeEngine(broken(key, None)))  # type: ignore[arg-type]
     with pytest.raises(EngineFailed, match=f"expected an output {key} of shape .* found none; export"):
         generator("red cube")
 
@@ -598,7 +602,7 @@ def test_steps_of_a_cancelled_call_are_counted_as_the_callback_counts_them(gener
         generator("red cube", num_images=3, batch_size=1, callback=lambda step, *_: step < 5)
 
 
-def test_pictures_are_there_as_soon_as_their_batch_is(generator: Generator, engine: FakeEngine) -> None:
+def test_images_are_there_as_soon_as_their_batch_is(generator: Generator, engine: FakeEngine) -> None:
     drawn = generator.stream(generator.plan("red cube", num_images=3), batch_size=2)
     first = next(drawn)
     assert len(calls(engine, "vae_decoder")) == 1
@@ -606,7 +610,7 @@ def test_pictures_are_there_as_soon_as_their_batch_is(generator: Generator, engi
     assert [len(inputs["latents"]) for inputs in calls(engine, "vae_decoder")][:2] == [2, 1]
 
 
-def test_threads_take_turns_and_a_callback_may_decode(paper: Path) -> None:
+def test_threads_take_turns_and_a_callback_may_decode(fake_bundle: Path) -> None:
     """A graph that is asked by two at once answers neither, as OpenVINO does."""
     busy, answer = Lock(), transformer(2)
 
@@ -617,7 +621,7 @@ def test_threads_take_turns_and_a_callback_may_decode(paper: Path) -> None:
         return answer(inputs)
 
     engine = FakeEngine({"transformer/depth-2.onnx": exclusive})
-    shared = Generator(Bundle.open(paper), engine)  # type: ignore[arg-type]
+    shared = Generator(Bundle.open(fake_bundle), engine)  # type: ignore[arg-type]
     expected = [shared("red cube", seed=seed)[0] for seed in range(4)]
     with ThreadPoolExecutor(4) as pool:
         found = list(
@@ -653,7 +657,7 @@ def test_the_package_names_what_a_user_needs() -> None:
         _ = tpx_runtime.Nothing
 
 
-def test_the_same_seed_is_the_same_picture(real: Generator, tiny_bundle: Path) -> None:
+def test_the_same_seed_is_the_same_image(real: Generator, tiny_bundle: Path) -> None:
     first, again, other = (real("a red cube", seed=seed) for seed in (3, 3, 4))
     assert first[0].size == (64, 64)
     assert first[0].mode == "RGB"
@@ -662,8 +666,8 @@ def test_the_same_seed_is_the_same_picture(real: Generator, tiny_bundle: Path) -
     assert not same(first, other, within=16)
 
 
-def test_prompt_depth_sampler_and_guidance_each_change_the_picture(real: Generator) -> None:
-    pictures = [
+def test_prompt_depth_sampler_and_guidance_each_change_the_image(real: Generator) -> None:
+    images = [
         real("a red cube"),
         real("a blue sphere"),
         real("a red cube", depth=1),
@@ -673,12 +677,12 @@ def test_prompt_depth_sampler_and_guidance_each_change_the_picture(real: Generat
         real("a red cube", steps=5),
         real("a red cube", negative_prompt="blue"),
     ]
-    for i, one in enumerate(pictures):
-        assert not any(same(one, other) for other in pictures[:i])
+    for i, one in enumerate(images):
+        assert not any(same(one, other) for other in images[:i])
 
 
 @pytest.mark.parametrize("sampler", list(FLOW_SAMPLERS))
-def test_batch_size_changes_no_picture(real: Generator, sampler: str) -> None:
+def test_batch_size_changes_no_image(real: Generator, sampler: str) -> None:
     prompts = ["a red cube", "two blue cube"]
 
     def draw(batch_size: int) -> list[Image.Image]:
@@ -700,13 +704,13 @@ def test_latents_of_a_batch_are_those_of_separate_runs(real: Generator) -> None:
             np.testing.assert_array_equal(one[0], many[row])
 
 
-def test_two_engines_draw_the_same_picture(real: Generator, tiny_bundle: Path) -> None:
+def test_two_engines_draw_the_same_image(real: Generator, tiny_bundle: Path) -> None:
     other = Generator.load(tiny_bundle, "openvino")
     assert same(real("a red cube", num_images=2), other("a red cube", num_images=2), within=1)
     assert json.loads(other("a red cube")[0].info["tpx"])["engine"] == "openvino"
 
 
-def test_a_callback_cannot_change_the_picture(generator: Generator) -> None:
+def test_a_callback_cannot_change_the_image(generator: Generator) -> None:
     def normalise(step: int, total: int, latents: Array) -> None:
         latents -= latents.min()
 

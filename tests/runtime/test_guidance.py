@@ -5,7 +5,7 @@ import pytest
 
 from tpx_runtime.engine import Arrays
 from tpx_runtime.errors import EngineFailed
-from tpx_runtime.guidance import GuidedPrediction, guide, mixing, reused
+from tpx_runtime.guidance import GuidedPrediction, apply_guidance, guidance_matrix, reused_timesteps
 from tpx_runtime.manifest import ModelSpec
 from tpx_runtime.modulation import Conditions
 from tpx_runtime.sampling import Array
@@ -57,12 +57,12 @@ def test_both_branches_go_through_one_call_negative_first() -> None:
     assert velocity.dtype == np.float32
 
 
-def test_as_a_matrix_it_gives_each_row_its_picture_s_guided_sum() -> None:
+def test_as_a_matrix_it_gives_each_row_its_image_s_guided_sum() -> None:
     rows = rng.standard_normal((4, *MODEL.latent_shape)).astype(np.float32)
-    found = np.tensordot(mixing(3.5, 2), rows, 1)
-    expected = guide(rows[:2], rows[2:], 3.5, MODEL.guided_channels)
+    found = np.tensordot(guidance_matrix(3.5, 2), rows, 1)
+    expected = apply_guidance(rows[:2], rows[2:], 3.5, MODEL.guided_channels)
     np.testing.assert_allclose(found, np.concatenate([expected, expected]), rtol=1e-5, atol=1e-5)
-    np.testing.assert_array_equal(mixing(1.0, 3), np.eye(3, dtype=np.float32))
+    np.testing.assert_array_equal(guidance_matrix(1.0, 3), np.eye(3, dtype=np.float32))
 
 
 def test_without_a_negative_branch_the_batch_is_single() -> None:
@@ -90,7 +90,7 @@ def test_guidance_acts_on_the_first_channels_and_the_others_are_the_prompts() ->
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_guide_leaves_dtype_and_inputs_alone(channels: int) -> None:
     negative, prompt = LATENTS[:1].copy(), LATENTS[1:].copy()
-    guided = guide(negative, prompt, 2.5, channels)
+    guided = apply_guidance(negative, prompt, 2.5, channels)
     assert guided.dtype == np.float32
     np.testing.assert_array_equal(guided[:, channels:], prompt[:, channels:])
     np.testing.assert_array_equal(negative, LATENTS[:1])
@@ -123,16 +123,16 @@ def test_outside_the_interval_the_prompt_is_asked_alone(timestep: float, guided:
 )
 def test_after_two_fifths_of_the_steps_each_nth_has_both_branches(every: int, expected: set[float]) -> None:
     timesteps = [900.0, 800.0, 700.0, 600.0, 500.0, 400.0, 300.0, 200.0, 100.0]
-    assert reused(timesteps, 3.0, (0.0, 1.0), every) == expected
+    assert reused_timesteps(timesteps, 3.0, (0.0, 1.0), every) == expected
 
 
 def test_the_two_fifths_are_of_the_guided_steps_and_one_at_least() -> None:
     timesteps = [900.0, 700.0, 500.0, 300.0]
-    assert reused(timesteps, 3.0, (0.0, 0.8), 2) == {300.0}
-    assert reused(timesteps, 3.0, (0.0, 0.6), 2) == {300.0}
-    assert reused(timesteps[:1], 3.0, (0.0, 1.0), 2) == frozenset()
-    assert reused(timesteps, 3.0, (0.2, 0.4), 2) == frozenset()
-    assert reused(timesteps, 1.0, (0.0, 1.0), 2) == frozenset()
+    assert reused_timesteps(timesteps, 3.0, (0.0, 0.8), 2) == {300.0}
+    assert reused_timesteps(timesteps, 3.0, (0.0, 0.6), 2) == {300.0}
+    assert reused_timesteps(timesteps[:1], 3.0, (0.0, 1.0), 2) == frozenset()
+    assert reused_timesteps(timesteps, 3.0, (0.2, 0.4), 2) == frozenset()
+    assert reused_timesteps(timesteps, 1.0, (0.0, 1.0), 2) == frozenset()
 
 
 def test_a_step_that_reuses_asks_for_the_prompt_and_adds_the_last_difference() -> None:

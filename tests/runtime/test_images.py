@@ -1,4 +1,4 @@
-"""Pictures: numbers to colours, the grid, and a file that is whole, with its settings, or not there."""
+"""Images: numbers to colours, the grid, and a file that is whole, with its settings, or not there."""
 
 import stat
 from pathlib import Path
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tpx_runtime.errors import BadInput
-from tpx_runtime.images import check_writable, grid, save_png, to_pil
+from tpx_runtime.images import check_png_writable, grid, save_png, to_pil
 
 
 def plain(colour: str, size: tuple[int, int] = (3, 2)) -> Image.Image:
@@ -82,7 +82,7 @@ def test_saves_with_the_permissions_of_any_new_file(tmp_path: Path) -> None:
 
 def test_a_long_name_fits(tmp_path: Path) -> None:
     path = tmp_path / ("n" * 251 + ".png")
-    check_writable(path)
+    check_png_writable(path)
     save_png(plain("red"), path)
     assert path.is_file()
 
@@ -119,8 +119,8 @@ def test_an_error_of_pillow_itself_is_told(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_check_writable_leaves_nothing(tmp_path: Path) -> None:
-    check_writable(tmp_path / "a.png")
-    check_writable(tmp_path / "a.PNG")
+    check_png_writable(tmp_path / "a.png")
+    check_png_writable(tmp_path / "a.PNG")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -140,7 +140,7 @@ def test_refuses_a_place(tmp_path: Path, name: str, message: str) -> None:
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "file").touch()
     with pytest.raises(BadInput) as caught:
-        check_writable(tmp_path / name)
+        check_png_writable(tmp_path / name)
     assert message in str(caught.value)
 
 
@@ -150,4 +150,4 @@ def test_refuses_a_folder_without_the_right_to_write(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr("tempfile.TemporaryFile", refuse)  # root, who runs many tests, may write anywhere
     with pytest.raises(BadInput, match="found: Permission denied; choose another"):
-        check_writable(tmp_path / "a.png")
+        check_png_writable(tmp_path / "a.png")

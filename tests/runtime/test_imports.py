@@ -47,7 +47,7 @@ assert not verify([{bundle!r}, "--engine", {engine!r}], standalone_mode=False)
     [(RUN, "onnxruntime"), (GENERATE, "onnxruntime"), (VERIFY, "onnxruntime"), (RUN, "openvino")],
     ids=["tpx-run", "Generator", "tpx-verify", "tpx-run with OpenVINO"],
 )
-def test_a_picture_needs_one_engine_and_neither_torch_nor_onnx(
+def test_an_image_needs_one_engine_and_neither_torch_nor_onnx(
     tiny_bundle: Path, tmp_path: Path, code: str, engine: str
 ) -> None:
     loaded = loaded_after(code.format(bundle=str(tiny_bundle), engine=engine), tmp_path)

@@ -48,12 +48,12 @@ def test_a_guided_loop_has_both_branches_and_each_call_s_conditions() -> None:
     assert made.shape == (5, 2, MODEL.conditions_width)
     schedule = SAMPLERS_FOR["velocity"]["euler"].schedule(4, 3.0)
     for call, timestep in enumerate(schedule.timesteps):
-        np.testing.assert_array_equal(made[call][told], table.at(timestep))
+        np.testing.assert_array_equal(made[call][told], table.for_timestep(timestep))
     assert set(found.inputs) == {"latents", "conditions", "context"}
-    np.testing.assert_array_equal(found.inputs["conditions"], table.at(schedule.timesteps[0]))
+    np.testing.assert_array_equal(found.inputs["conditions"], table.for_timestep(schedule.timesteps[0]))
 
 
-def test_without_guidance_rows_are_pictures() -> None:
+def test_without_guidance_rows_are_images() -> None:
     found, _ = plan(replace(JOB, guidance=1.0))
     assert found is not None
     np.testing.assert_array_equal(found.latents, LATENTS)
@@ -74,8 +74,8 @@ def test_noise_on_the_way_is_the_host_s() -> None:
 def test_what_is_too_large_for_a_device_is_the_host_s(monkeypatch: pytest.MonkeyPatch) -> None:
     """Five slots of four rows of latents, and of two of conditions, in four bytes each."""
     size = 4 * 5 * (4 * LATENTS[0].size + 2 * MODEL.conditions_width)
-    monkeypatch.setattr(loop_plan, "MOST_BYTES", size)
+    monkeypatch.setattr(loop_plan, "MAX_BYTES", size)
     assert plan(JOB)[0] is not None
-    monkeypatch.setattr(loop_plan, "MOST_BYTES", size - 1)
+    monkeypatch.setattr(loop_plan, "MAX_BYTES", size - 1)
     found, table = plan(JOB)
-    assert found is None and not table._made  # nothing was worked out for it
+    assert found is None and not table._cached  # nothing was worked out for it

@@ -11,9 +11,9 @@ import pytest
 from tpx_runtime.errors import BundleInvalid
 from tpx_runtime.manifest import FileEntry, Manifest
 
-from .fakes import CLASSES, MODEL, PAPER, THREE
+from .fakes import CLASSES, FAKE, MODEL, THREE_ENCODERS
 
-GOOD = replace(PAPER, files={"tokenizer/vocab.json": FileEntry(3, "0" * 64)})
+GOOD = replace(FAKE, files={"tokenizer/vocab.json": FileEntry(3, "0" * 64)})
 Facts = dict[str, Any]
 
 
@@ -32,7 +32,7 @@ def put(value: object, *keys: str | int) -> Callable[[Facts], None]:
     return edit
 
 
-@pytest.mark.parametrize("manifest", [GOOD, THREE, CLASSES], ids=lambda manifest: manifest.name)
+@pytest.mark.parametrize("manifest", [GOOD, THREE_ENCODERS, CLASSES], ids=lambda manifest: manifest.name)
 def test_comes_back_as_it_was(manifest: Manifest) -> None:
     text = manifest.to_json()
     assert Manifest.from_json(text) == manifest
@@ -83,10 +83,10 @@ def test_a_model_that_does_not_think_is_fine() -> None:
         (put(True, "version"), "expected format version 5, found True"),
         (put(5.0, "version"), "expected format version 5, found 5.0"),
         (lambda facts: facts.pop("version"), "expected format version 5, found None"),
-        (put("0" * 64, "sha256"), "it was changed after the export"),
-        (lambda facts: facts.pop("sha256"), "found None…; it was changed after the export"),
-        (put("other", "name"), "it was changed after the export"),
-        (put(5, "files", "tokenizer/vocab.json", "bytes"), "it was changed after the export"),
+        (put("0" * 64, "sha256"), "the file was changed after the export"),
+        (lambda facts: facts.pop("sha256"), "found None…; the file was changed after the export"),
+        (put("other", "name"), "the file was changed after the export"),
+        (put(5, "files", "tokenizer/vocab.json", "bytes"), "the file was changed after the export"),
         (lambda facts: facts.pop("license"), "expected the fields of version 5, found 'license' missing"),
         (put(1, "model", "extra"), "found 'model.extra' unknown"),
         (put(1, "model", "new\nline"), "found 'model.new\\nline' unknown"),
@@ -101,24 +101,24 @@ def test_a_model_that_does_not_think_is_fine() -> None:
         (put([8, 0], "model", "latent_size"), "expected model.latent_size of at least 1, found (8, 0)"),
         (put([8, "8"], "model", "latent_size"), "expected 'model.latent_size.1' to be int, found '8'"),
         (put("ab", "model", "depths"), "expected 'model.depths' to be tuple[int, ...], found 'ab'"),
-        (put([], "model", "depths"), "expected model.depths to rise from at least 1, found []"),
-        (put([0, 1], "model", "depths"), "expected model.depths to rise from at least 1, found [0, 1]"),
-        (put([2, 1], "model", "depths"), "expected model.depths to rise"),
-        (put([1, 1], "model", "depths"), "expected model.depths to rise"),
+        (put([], "model", "depths"), "expected model.depths to increase from at least 1, found []"),
+        (put([0, 1], "model", "depths"), "expected model.depths to increase from at least 1, found [0, 1]"),
+        (put([2, 1], "model", "depths"), "expected model.depths to increase"),
+        (put([1, 1], "model", "depths"), "expected model.depths to increase"),
         (
             put(0, "model", "experts"),
-            "expected model.experts of 0 without thinking blocks and more with them",
+            "expected model.experts to be 0 without thinking blocks and positive with them",
         ),
-        (put(-1, "model", "experts"), "expected model.experts of 0 without"),
-        (put([], "model", "thinking_blocks"), "expected model.experts of 0 without"),
+        (put(-1, "model", "experts"), "expected model.experts to be 0 without"),
+        (put([], "model", "thinking_blocks"), "expected model.experts to be 0 without"),
         (put(3, "defaults", "depth"), "expected defaults.depth among [1, 2, 4], found 3"),
         (put(0, "defaults", "steps"), "expected defaults.steps in 1..1000, found 0"),
         (put(1001, "defaults", "steps"), "expected defaults.steps in 1..1000, found 1001"),
         (put([0.5], "defaults", "guidance_interval"), "to be tuple[float, float], found [0.5]"),
         (put([0, "1"], "defaults", "guidance_interval"), "'defaults.guidance_interval.1' to be float"),
-        (put([0.6, 0.6], "defaults", "guidance_interval"), "to rise within 0..1, found [0.6, 0.6]"),
-        (put([-0.1, 1], "defaults", "guidance_interval"), "to rise within 0..1, found [-0.1, 1.0]"),
-        (put([0, 1.5], "defaults", "guidance_interval"), "to rise within 0..1, found [0.0, 1.5]"),
+        (put([0.6, 0.6], "defaults", "guidance_interval"), "to increase within 0..1, found [0.6, 0.6]"),
+        (put([-0.1, 1], "defaults", "guidance_interval"), "to increase within 0..1, found [-0.1, 1.0]"),
+        (put([0, 1.5], "defaults", "guidance_interval"), "to increase within 0..1, found [0.0, 1.5]"),
         (put("ddim", "defaults", "sampler"), "expected defaults.sampler of euler, heun, dpmpp2m, unipc"),
         (put("ddpm", "defaults", "sampler"), "of euler, heun, dpmpp2m, unipc, found 'ddpm'"),
         (put([9, 12], "model", "image_size_px"), "to be a multiple of [2, 3], found [9, 12]"),
@@ -127,9 +127,9 @@ def test_a_model_that_does_not_think_is_fine() -> None:
         (put(8, "model", "out_channels"), "expected model.out_channels of 4, found 8"),
         (put(0, "model", "guided_channels"), "expected model.guided_channels of at least 1, found 0"),
         (put(5, "model", "guided_channels"), "expected model.guided_channels of at most 4, found 5"),
-        (put(10, "model", "classes"), "expected text_encoders or model.classes, found 1 and 10 of them"),
-        (put(-1, "model", "classes"), "expected text_encoders or model.classes, found 1 and -1 of them"),
-        (put([], "text_encoders"), "expected text_encoders or model.classes, found 0 and 0 of them"),
+        (put(10, "model", "classes"), "expected either text_encoders or model.classes, found 1 and 10"),
+        (put(-1, "model", "classes"), "expected either text_encoders or model.classes, found 1 and -1"),
+        (put([], "text_encoders"), "expected either text_encoders or model.classes, found 0 and 0"),
         (put({}, "text_encoders"), "expected 'text_encoders' to be tuple"),
         (put([5], "text_encoders"), "expected 'text_encoders.0' to be EncoderSpec, found 5"),
         (put("7", "text_encoders", 0, "pooled_width"), "expected 'text_encoders.0.pooled_width' to be int"),
@@ -175,26 +175,26 @@ def test_refuses(edit: Callable[[Facts], None], message: str) -> None:
     ],
 )
 def test_refuses_a_second_encoder_that_does_not_fit_the_first(changes: dict[str, Any]) -> None:
-    first, second, third = THREE.text_encoders
+    first, second, third = THREE_ENCODERS.text_encoders
     with pytest.raises(BundleInvalid, match="that fill 21 x 16 and 19 pooled, found 3 of other sizes"):
-        replace(THREE, text_encoders=(first, replace(second, **changes), third))
+        replace(THREE_ENCODERS, text_encoders=(first, replace(second, **changes), third))
 
 
 @pytest.mark.parametrize("changes", [{"tokens": 14}, {"context_width": 15}, {"context_width": 17}])
 def test_refuses_a_third_encoder_that_does_not_fit_below(changes: dict[str, Any]) -> None:
-    first, second, third = THREE.text_encoders
+    first, second, third = THREE_ENCODERS.text_encoders
     with pytest.raises(BundleInvalid, match="found 3 of other sizes"):
-        replace(THREE, text_encoders=(first, second, replace(third, **changes)))
+        replace(THREE_ENCODERS, text_encoders=(first, second, replace(third, **changes)))
 
 
 def test_refuses_encoders_of_which_none_pools() -> None:
     with pytest.raises(BundleInvalid, match="found 1 of other sizes"):
-        replace(THREE, text_encoders=THREE.text_encoders[2:])
+        replace(THREE_ENCODERS, text_encoders=THREE_ENCODERS.text_encoders[2:])
 
 
 @pytest.mark.parametrize("key", ["context_tokens", "context_width", "pooled_width"])
 def test_a_model_of_classes_is_told_nothing_else(key: str) -> None:
-    with pytest.raises(BundleInvalid, match="expected a model of classes to be told 0 of a prompt, found 3"):
+    with pytest.raises(BundleInvalid, match="expected text sizes of 0 in a class-conditional model, found 3"):
         replace(CLASSES, model=replace(CLASSES.model, **{key: 3}))
 
 
@@ -243,5 +243,5 @@ def test_the_documented_example_is_one() -> None:
     page = (Path(__file__).parents[2] / "docs/bundle.md").read_text(encoding="utf-8")
     facts = json.loads(page.split("```json\n")[1].split("```")[0])
     facts["files"] = {path: {**entry, "sha256": "0" * 64} for path, entry in facts["files"].items()}
-    with pytest.raises(BundleInvalid, match="it was changed after the export"):
+    with pytest.raises(BundleInvalid, match="the file was changed after the export"):
         Manifest.from_json(json.dumps(facts))  # nothing but the hash over its facts is missing

@@ -33,7 +33,7 @@ def test_all_steps_and_rows_are_made_in_one_call_when_first_asked_for() -> None:
     table = Conditions(lambda: graph, MODEL, {"pooled": POOLED}, TIMES)
     assert graph.calls == []
     for timestep in TIMES:
-        np.testing.assert_array_equal(table.at(timestep), expected({"pooled": POOLED}, timestep))
+        np.testing.assert_array_equal(table.for_timestep(timestep), expected({"pooled": POOLED}, timestep))
     ((_, inputs),) = graph.calls
     assert {name: (value.dtype, value.shape) for name, value in inputs.items()} == {
         "timestep": (np.float32, (16,)),
@@ -46,24 +46,24 @@ def test_rows_that_are_told_the_same_are_made_once_and_come_back_in_their_places
     told = {"pooled": POOLED[[2, 2, 0, 1, 0]]}
     table = Conditions(lambda: graph, MODEL, told, TIMES)
     for timestep in reversed(TIMES):
-        np.testing.assert_array_equal(table.at(timestep), expected(told, timestep))
+        np.testing.assert_array_equal(table.for_timestep(timestep), expected(told, timestep))
     assert sum(len(inputs["timestep"]) for _, inputs in graph.calls) == 3 * (4 + 3 + 2 + 1)
 
 
 def test_a_table_serves_a_loop_of_the_same_batch_and_steps() -> None:
     told = {"pooled": POOLED[[2, 0, 2]]}
     table = Conditions(session, MODEL, told, TIMES)
-    assert table.serve({"pooled": told["pooled"].copy()}, TIMES)
+    assert table.matches({"pooled": told["pooled"].copy()}, TIMES)
     for rows in ([2, 0, 1], [0, 2, 2], [2, 0], [2, 0, 2, 2]):
-        assert not table.serve({"pooled": POOLED[rows]}, TIMES)
+        assert not table.matches({"pooled": POOLED[rows]}, TIMES)
     for times in (TIMES[1:], TIMES[::-1], [*TIMES, 50.0]):
-        assert not table.serve(told, times)
+        assert not table.matches(told, times)
 
 
 def test_classes_are_told_as_numbers() -> None:
     graph, told = session(CLASSES.model), {"class_id": np.array([13, 13, 7, 2])}
     table = Conditions(lambda: graph, CLASSES.model, told, TIMES)
-    np.testing.assert_array_equal(table.at(400.0), expected(told, 400.0, CLASSES.model))
+    np.testing.assert_array_equal(table.for_timestep(400.0), expected(told, 400.0, CLASSES.model))
     assert graph.calls[0][1]["class_id"].dtype == np.int64
     assert len(graph.calls[0][1]["class_id"]) == 6
 
@@ -75,13 +75,15 @@ def test_a_table_beyond_the_bound_is_made_some_steps_at_a_time(
     monkeypatch: pytest.MonkeyPatch, steps_at_once: int, calls: list[int]
 ) -> None:
     row = 4 * MODEL.conditions_width * len(POOLED)
-    monkeypatch.setattr(modulation, "TABLE_BYTES", steps_at_once * row + row // 2)
+    monkeypatch.setattr(modulation, "MAX_TABLE_BYTES", steps_at_once * row + row // 2)
     graph = session()
     table = Conditions(lambda: graph, MODEL, {"pooled": POOLED}, TIMES)
     for timestep in TIMES:
         for _ in range(2):
-            np.testing.assert_array_equal(table.at(timestep), expected({"pooled": POOLED}, timestep))
-        assert sum(array.nbytes for array in table._made.values()) <= max(1, steps_at_once) * row
+            np.testing.assert_array_equal(
+                table.for_timestep(timestep), expected({"pooled": POOLED}, timestep)
+            )
+        assert sum(array.nbytes for array in table._cached.values()) <= max(1, steps_at_once) * row
     assert [len(inputs["timestep"]) for _, inputs in graph.calls] == calls
 
 
@@ -89,7 +91,7 @@ def test_a_timestep_that_nobody_announced_is_exact_and_disturbs_nothing() -> Non
     graph = session()
     table = Conditions(lambda: graph, MODEL, {"pooled": POOLED}, TIMES)
     for timestep in (1000.0, 850.25, 700.5, 850.25, 400.0):
-        np.testing.assert_array_equal(table.at(timestep), expected({"pooled": POOLED}, timestep))
+        np.testing.assert_array_equal(table.for_timestep(timestep), expected({"pooled": POOLED}, timestep))
     assert [len(inputs["timestep"]) for _, inputs in graph.calls] == [16, 4, 4]
 
 
@@ -99,18 +101,18 @@ def test_no_sampler_asks_for_a_timestep_outside_its_schedule(
     name: str, steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each table is made once, even where memory holds those of one step alone."""
-    monkeypatch.setattr(modulation, "TABLE_BYTES", 0)
+    monkeypatch.setattr(modulation, "MAX_TABLE_BYTES", 0)
     graph, told = session(), {"pooled": POOLED[:1]}
     sampler = {**SAMPLERS_FOR["velocity"], **SAMPLERS_FOR["epsilon"]}[name]
     schedule = sampler.schedule(steps, 3.0)
     table = Conditions(lambda: graph, MODEL, told, schedule.timesteps)
 
     def prediction(x: Array, timestep: float) -> Array:
-        np.testing.assert_array_equal(table.at(timestep), expected(told, timestep))
+        np.testing.assert_array_equal(table.for_timestep(timestep), expected(told, timestep))
         return np.zeros_like(x)
 
     noise = np.ones((1, *MODEL.latent_shape), np.float32)
-    assert len(list(sampler.walk(prediction, noise, schedule, lambda step: noise))) == steps
+    assert len(list(sampler.denoise(prediction, noise, schedule, lambda step: noise))) == steps
     asked = [float(inputs["timestep"][0]) for _, inputs in graph.calls]
     assert asked == [float(np.float32(timestep)) for timestep in dict.fromkeys(schedule.timesteps)]
 
@@ -120,4 +122,4 @@ def test_a_table_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
     graph = FakeSession("conditions", lambda inputs: {"conditions": np.zeros(shape, np.float32)}, [])
     table = Conditions(lambda: graph, MODEL, {"pooled": POOLED}, TIMES)
     with pytest.raises(EngineFailed, match=r"expected an output conditions of shape \(16, 11\), found \(1"):
-        table.at(TIMES[0])
+        table.for_timestep(TIMES[0])

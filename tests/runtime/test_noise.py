@@ -8,7 +8,7 @@ import pytest
 from tpx_runtime.noise import MAX_SEED, batch_noise, gaussian_noise
 
 MASK = 2**64 - 1
-# The first values of some seeds: these pictures must come out again in years, on any machine.
+# The first values of some seeds: these images must come out again in years, on any machine.
 FIRST = {
     0: [0.0080886958, 0.15219213, -0.44680974, -0.19140381, -0.20389847],
     1: [0.49438775, -0.6922074, 0.57159382, 0.11316118, 2.0333381],

@@ -25,7 +25,13 @@ from tpx_runtime.engine.openvino_graph import ExactGraph, Graph
 from tpx_runtime.engine.openvino_store import Store, mapped
 from tpx_runtime.errors import EngineFailed, EngineUnavailable
 from tpx_runtime.manifest import Tolerance
-from tpx_runtime.verify import LOSS, load_golden, require_ok, tolerated, verify_bundle
+from tpx_runtime.verify import (
+    PRECISION_TOLERANCE,
+    effective_tolerance,
+    load_golden,
+    require_ok,
+    verify_bundle,
+)
 
 BF16 = "openvino-bf16"
 HAS_BF16 = ENGINES[BF16].problem() is None
@@ -652,7 +658,7 @@ class TestBf16:
         require_ok(reports, BF16)
         strict = {"transformer conditions": bundle.manifest.tolerance.conditions}
         for report in reports:
-            assert report.tolerance == strict.get(report.part, LOSS["bf16"].transformer)
+            assert report.tolerance == strict.get(report.part, PRECISION_TOLERANCE["bf16"].transformer)
         assert any(report.error > bundle.manifest.tolerance.transformer for report in reports)
 
     @needs_bf16
@@ -681,10 +687,10 @@ class TestBf16:
 
     def test_the_wider_tolerance_counts(self) -> None:
         strict, loose = Tolerance(1e-4, 1e-4, 1e-4, 1e-4, 1.0), Tolerance(0.5, 1e-4, 1e-4, 0.5, 0.5)
-        bf16 = LOSS["bf16"]
-        assert tolerated(strict, None) is strict
-        assert tolerated(strict, "bf16") == replace(bf16, conditions=1e-4)
-        assert tolerated(loose, "bf16") == Tolerance(0.5, 1e-4, bf16.transformer, 0.5, 0.5)
+        bf16 = PRECISION_TOLERANCE["bf16"]
+        assert effective_tolerance(strict, None) is strict
+        assert effective_tolerance(strict, "bf16") == replace(bf16, conditions=1e-4)
+        assert effective_tolerance(loose, "bf16") == Tolerance(0.5, 1e-4, bf16.transformer, 0.5, 0.5)
 
 
 def test_the_arrays_of_a_bundle_built_ahead_are_those_of_the_golden(copy: Path) -> None:

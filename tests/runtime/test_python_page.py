@@ -9,7 +9,7 @@ from tpx_export import checkpoint
 from tpx_export.quantise import verdict
 from tpx_export.training import loop
 from tpx_runtime import errors
-from tpx_runtime.evaluation import drawing
+from tpx_runtime.evaluation import generation
 
 PAGE = (Path(__file__).parents[2] / "docs" / "python.md").read_text(encoding="utf-8")
 
@@ -30,7 +30,7 @@ def test_every_block_runs_from_top_to_bottom(
 
 def test_exit_codes_are_those_of_the_classes() -> None:
     rows = re.findall(r"^\| `(\w+)`.* \| (\d+) \|$", PAGE, re.MULTILINE)
-    modules = (errors, checkpoint, verdict, loop, drawing)
+    modules = (errors, checkpoint, verdict, loop, generation)
     known = {name: kind for module in modules for name, kind in vars(module).items()}
     assert [known[name].exit_code for name, _ in rows] == [int(code) for _, code in rows]
     listed = {name for name, _ in rows}

@@ -35,7 +35,7 @@ def test_weighted_sums_are_what_the_sampler_makes(name: str, steps: int) -> None
         asked.append(timestep)
         return said(latents, timestep)
 
-    expected = list(SAMPLERS[name].walk(watched, first, schedule, no_noise))
+    expected = list(SAMPLERS[name].denoise(watched, first, schedule, no_noise))
     found = recurrence(SAMPLERS[name], schedule)
     assert found is not None and found.timesteps == asked
     history = np.zeros((len(asked) + 1, *first.shape), np.float32)

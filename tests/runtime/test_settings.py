@@ -12,7 +12,7 @@ from tpx_runtime.errors import BadInput
 from tpx_runtime.noise import MAX_SEED
 from tpx_runtime.settings import Settings
 
-from .fakes import CLASSES, PAPER
+from .fakes import CLASSES, FAKE
 
 BY = f", Version: tpx {__version__}"
 OF_CLASSES = Settings("", "", seed=7, steps=20, guidance=4.0, sampler="ddim", depth=1, class_id=3)
@@ -41,7 +41,7 @@ GOOD = Settings("a red cube", "", seed=7, steps=20, guidance=4.0, sampler="heun"
 )
 def test_accepts(changes: dict[str, object]) -> None:
     settings = replace(GOOD, **changes)
-    assert settings.check(PAPER) is settings
+    assert settings.check(FAKE) is settings
 
 
 def test_numpys_numbers_and_what_json_makes_of_a_pair_are_pythons_own() -> None:
@@ -56,8 +56,8 @@ def test_numpys_numbers_and_what_json_makes_of_a_pair_are_pythons_own() -> None:
         guidance_interval=[np.float64(0), 1.0],  # type: ignore[arg-type]
         guidance_every=np.int64(1),  # type: ignore[arg-type]
     )
-    assert other.check(PAPER) == GOOD
-    assert other.metadata(PAPER, "x") == GOOD.metadata(PAPER, "x")
+    assert other.check(FAKE) == GOOD
+    assert other.metadata(FAKE, "x") == GOOD.metadata(FAKE, "x")
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_numpys_numbers_and_what_json_makes_of_a_pair_are_pythons_own() -> None:
         ({"guidance": 1e9}, "found 1000000000.0"),
         ({"guidance": "4"}, "found '4'"),
         ({"guidance": True}, "found True"),
-        ({"guidance_interval": (0.6, 0.6)}, "two rising numbers in 0..1, found (0.6, 0.6)"),
+        ({"guidance_interval": (0.6, 0.6)}, "two increasing numbers in 0..1, found (0.6, 0.6)"),
         ({"guidance_interval": (-0.1, 1)}, "found (-0.1, 1)"),
         ({"guidance_interval": (0, 1.1)}, "found (0, 1.1)"),
         ({"guidance_interval": (float("nan"), 1)}, "found (nan, 1)"),
@@ -96,7 +96,7 @@ def test_numpys_numbers_and_what_json_makes_of_a_pair_are_pythons_own() -> None:
         ({"guidance_interval": (False, True)}, "found (False, True)"),
         (
             {"guidance_interval": 0.5},
-            "expected guidance_interval to be two rising numbers in 0..1, found 0.5",
+            "expected guidance_interval to be two increasing numbers in 0..1, found 0.5",
         ),
         ({"guidance_every": 0}, "expected guidance_every to be a whole number of at least 1, found 0"),
         ({"guidance_every": 2.0}, "found 2.0"),
@@ -107,13 +107,13 @@ def test_numpys_numbers_and_what_json_makes_of_a_pair_are_pythons_own() -> None:
         ({"strength": float("nan")}, "found nan"),
         ({"strength": True}, "found True"),
         ({"strength": "0.5"}, "found '0.5'"),
-        ({"class_id": 3}, "expected a prompt and no class (this bundle reads prompts), found class 3"),
+        ({"class_id": 3}, "expected a prompt and no class (this bundle takes prompts), found class 3"),
         ({"sampler": "ddpm"}, "expected a sampler of euler, heun, dpmpp2m, unipc, found 'ddpm'"),
     ],
 )
 def test_refuses(changes: dict[str, object], message: str) -> None:
     with pytest.raises(BadInput) as caught:
-        replace(GOOD, **changes).check(PAPER)
+        replace(GOOD, **changes).check(FAKE)
     assert message in str(caught.value)
     assert str(caught.value).isprintable()
 
@@ -128,8 +128,14 @@ def test_accepts_a_class() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"prompt": "red"}, "expected a class and no prompt (this bundle draws classes), found a prompt"),
-        ({"negative_prompt": "red"}, "expected a class and no prompt (this bundle draws classes), found a"),
+        (
+            {"prompt": "red"},
+            "expected a class and no prompt (this bundle is class-conditional), found a prompt",
+        ),
+        (
+            {"negative_prompt": "red"},
+            "expected a class and no prompt (this bundle is class-conditional), found a",
+        ),
         ({"sampler": "euler"}, "expected a sampler of ddpm, ddim, found 'euler'"),
         ({"depth": 2}, "expected a depth of 1 (this bundle's), found 2"),
     ],
@@ -140,8 +146,8 @@ def test_refuses_with_a_class(changes: dict[str, object], message: str) -> None:
     assert message in str(caught.value)
 
 
-def test_metadata_says_everything_that_decides_the_picture() -> None:
-    metadata = replace(GOOD, negative_prompt="blue").metadata(PAPER, "onnxruntime")
+def test_metadata_says_everything_that_decides_the_image() -> None:
+    metadata = replace(GOOD, negative_prompt="blue").metadata(FAKE, "onnxruntime")
     assert json.loads(metadata["tpx"]) == {
         "prompt": "a red cube",
         "negative_prompt": "blue",
@@ -152,33 +158,33 @@ def test_metadata_says_everything_that_decides_the_picture() -> None:
         "guidance_every": 1,
         "sampler": "heun",
         "depth": 2,
-        "bundle": "paper",
-        "bundle_sha256": PAPER.sha256,
+        "bundle": "fake",
+        "bundle_sha256": FAKE.sha256,
         "precision": "fp32",
         "engine": "onnxruntime",
         "version": __version__,
     }
     assert metadata["parameters"] == (
         "a red cube\nNegative prompt: blue\n"
-        "Steps: 20, Sampler: heun, CFG scale: 4.0, Seed: 7, Size: 12x8, Model: paper, Depth: 2" + BY
+        "Steps: 20, Sampler: heun, CFG scale: 4.0, Seed: 7, Size: 12x8, Model: fake, Depth: 2" + BY
     )
 
 
 def test_metadata_without_a_negative_prompt_has_no_line_for_it() -> None:
-    assert GOOD.metadata(PAPER, "x")["parameters"].startswith("a red cube\nSteps: 20, ")
+    assert GOOD.metadata(FAKE, "x")["parameters"].startswith("a red cube\nSteps: 20, ")
 
 
 def test_metadata_says_where_guidance_acts() -> None:
-    metadata = replace(GOOD, guidance_interval=(0.2, 0.75)).metadata(PAPER, "x")
+    metadata = replace(GOOD, guidance_interval=(0.2, 0.75)).metadata(FAKE, "x")
     assert json.loads(metadata["tpx"])["guidance_interval"] == [0.2, 0.75]
     assert metadata["parameters"].endswith(f", Depth: 2, CFG interval: 0.2-0.75{BY}")
-    metadata = replace(GOOD, guidance_every=3).metadata(PAPER, "x")
+    metadata = replace(GOOD, guidance_every=3).metadata(FAKE, "x")
     assert json.loads(metadata["tpx"])["guidance_every"] == 3
     assert metadata["parameters"].endswith(f", Depth: 2, CFG every: 3{BY}")
 
 
 def test_metadata_says_the_strength_and_what_was_left_out() -> None:
-    metadata = replace(GOOD, strength=0.7).metadata(PAPER, "x", left_out=["text_encoder_3"])
+    metadata = replace(GOOD, strength=0.7).metadata(FAKE, "x", left_out=["text_encoder_3"])
     facts = json.loads(metadata["tpx"])
     assert facts["strength"] == 0.7
     assert facts["left_out"] == ["text_encoder_3"]
@@ -212,8 +218,6 @@ def test_accepts_classes_of_the_model(class_id: int) -> None:
 )
 def test_refuses_what_is_no_class(class_id: Any, found: str) -> None:
     last = CLASSES.model.classes - 1
-    message = (
-        rf"expected a class in 0\.\.{last} \(this bundle draws classes\), found {found}; name one with --c"
-    )
+    message = rf"expected a class in 0\.\.{last} \(this bundle is class-conditional\), found {found}; name one with --c"
     with pytest.raises(BadInput, match=message):
         replace(OF_CLASSES, class_id=class_id).check(CLASSES)

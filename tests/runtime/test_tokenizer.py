@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tpx_runtime.errors import BadInput, BundleInvalid
-from tpx_runtime.tokenizer import WordTokenizer, load_tokenizer, refuse_unknown
+from tpx_runtime.tokenizer import WordTokenizer, load_tokenizer, reject_unknown
 
 from .fakes import TOKENS, WORDS, write_vocabulary
 
@@ -50,32 +50,34 @@ def test_a_prompt_cannot_spell_a_special_token(name: str) -> None:
 
 @pytest.mark.parametrize("prompt", ["", "   ", "\n", "...", ", ,", "🙂🙃", "🟥 🧊", "\u200b", "<<<>>>", "-"])
 def test_refuses_a_prompt_without_words(prompt: str) -> None:
-    with pytest.raises(BadInput, match=r"^expected a prompt with words, found none in .*; say what to draw$"):
+    with pytest.raises(
+        BadInput, match=r"^expected a prompt with words, found none in .*; describe the image$"
+    ):
         TOKENIZER.encode(prompt)
 
 
 def test_takes_as_many_words_as_fit_and_no_more() -> None:
     assert TOKENIZER.encode("red " * (LENGTH - 2)).ids[-1] == EOS
     with pytest.raises(
-        BadInput, match=r"^expected a prompt of at most 7 words and marks, found 8; shorten it$"
+        BadInput, match=r"^expected a prompt of at most 7 words and punctuation marks, found 8; shorten it$"
     ):
         TOKENIZER.encode("red " * (LENGTH - 1))
-    with pytest.raises(BadInput, match="at most 7 words and marks, found 8"):
+    with pytest.raises(BadInput, match="at most 7 words and punctuation marks, found 8"):
         TOKENIZER.encode("red," * 4)
 
 
 @pytest.mark.parametrize("prompt", ["red " * 2500, "," * 9999 + "a", "a" * 10_000])
 def test_a_prompt_of_ten_thousand_characters_ends_in_one_short_line(prompt: str) -> None:
     with pytest.raises(BadInput) as caught:
-        refuse_unknown(TOKENIZER.encode(prompt), TOKENIZER)
+        reject_unknown(TOKENIZER.encode(prompt), TOKENIZER)
     assert len(str(caught.value)) < 200
 
 
 def test_unknown_words_are_named_with_their_nearest() -> None:
     with pytest.raises(BadInput) as caught:
-        refuse_unknown(TOKENIZER.encode("rde spheer quux"), TOKENIZER)
+        reject_unknown(TOKENIZER.encode("rde spheer quux"), TOKENIZER)
     assert str(caught.value) == (
-        "expected words of this model's vocabulary, found 'rde' (near: red), 'spheer' (near: sphere), "
+        "expected words of this model's vocabulary, found 'rde' (similar: red), 'spheer' (similar: sphere), "
         "'quux'; use other words"
     )
 
@@ -90,11 +92,11 @@ def test_a_word_of_megabytes_is_not_matched_at_its_length(monkeypatch: pytest.Mo
 def test_only_the_first_unknown_words_are_named() -> None:
     tokenizer = WordTokenizer(TOKENS, 20)
     with pytest.raises(BadInput, match=r"'x4' and 3 more; use other words$"):
-        refuse_unknown(tokenizer.encode(" ".join(f"x{i}" for i in range(8))), tokenizer)
+        reject_unknown(tokenizer.encode(" ".join(f"x{i}" for i in range(8))), tokenizer)
 
 
 def test_known_words_are_not_refused() -> None:
-    refuse_unknown(TOKENIZER.encode("red cube"), TOKENIZER)
+    reject_unknown(TOKENIZER.encode("red cube"), TOKENIZER)
 
 
 @quick
@@ -106,7 +108,7 @@ def test_known_words_are_not_refused() -> None:
 def test_any_text_gives_an_encoding_or_a_line(prompt: str) -> None:
     try:
         encoding = TOKENIZER.encode(prompt)
-        refuse_unknown(encoding, TOKENIZER)
+        reject_unknown(encoding, TOKENIZER)
     except BadInput as caught:
         line = str(caught)
     else:
@@ -138,8 +140,8 @@ def test_suggestions_are_words_of_the_vocabulary(word: str) -> None:
     assert set(TOKENIZER.suggest(word)) <= set(WORDS)
 
 
-def test_reads_the_vocabulary_of_a_bundle(paper: Path) -> None:
-    tokenizer = load_tokenizer(paper / "tokenizer/vocab.json")
+def test_reads_the_vocabulary_of_a_bundle(fake_bundle: Path) -> None:
+    tokenizer = load_tokenizer(fake_bundle / "tokenizer/vocab.json")
     assert tokenizer.text_tokens == LENGTH
     assert tokenizer.encode("red cube") == TOKENIZER.encode("red cube")
 
@@ -153,17 +155,17 @@ def test_reads_the_vocabulary_of_a_bundle(paper: Path) -> None:
         ({"tokens": [*TOKENS, 5]}, "expected tokens to be a list of words"),
         ({"tokens": TOKENS[1:]}, "expected the token <pad>, found none"),
         ({"tokens": TOKENS[:3] + WORDS}, "expected the token <unk>, found none"),
-        ({"tokens": [*TOKENS, "red"]}, "expected every token once, found one twice"),
+        ({"tokens": [*TOKENS, "red"]}, "expected unique tokens, found a duplicate"),
         ({"text_tokens": 2}, "expected text_tokens of at least 3, found 2"),
         ({"text_tokens": "9"}, "expected text_tokens of at least 3, found '9'"),
         ({"text_tokens": True}, "expected text_tokens of at least 3, found True"),
     ],
 )
-def test_refuses_a_vocabulary(paper: Path, changes: dict[str, object], message: str) -> None:
-    write_vocabulary(paper, **changes)
-    path = paper / "tokenizer/vocab.json"
+def test_refuses_a_vocabulary(fake_bundle: Path, changes: dict[str, object], message: str) -> None:
+    write_vocabulary(fake_bundle, **changes)
+    path = fake_bundle / "tokenizer/vocab.json"
     with pytest.raises(BundleInvalid) as caught:
-        WordTokenizer.from_facts(path, json.loads(path.read_text()))
+        WordTokenizer.from_vocab(path, json.loads(path.read_text()))
     assert message in str(caught.value)
 
 
@@ -175,6 +177,6 @@ def test_refuses_what_is_no_vocabulary(tmp_path: Path, text: str) -> None:
     path.write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(
         BundleInvalid,
-        match=r"expected JSON with (kind, tokens and text_tokens|a kind of vocab.*), found none",
+        match=r"expected JSON with (kind, tokens and text_tokens|a kind of vocab.*), found (none|one missing)",
     ):
         load_tokenizer(path)

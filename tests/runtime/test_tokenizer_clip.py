@@ -33,7 +33,7 @@ def byte(character: str, ends: bool = True) -> int:
 
 
 def make(**changes: object) -> ClipTokenizer:
-    return ClipTokenizer.from_facts(Path("vocab.json"), FACTS | changes)
+    return ClipTokenizer.from_vocab(Path("vocab.json"), FACTS | changes)
 
 
 TOKENIZER = make()
@@ -128,7 +128,7 @@ def test_a_word_of_thousands_of_characters_takes_a_few_look_ups_for_each() -> No
 def test_only_short_words_are_kept() -> None:
     tokenizer = make()
     tokenizer.encode("red " + "x" * 1000 + " red")
-    assert tokenizer._kept.cache_info().currsize == 1
+    assert tokenizer._cached_word.cache_info().currsize == 1
 
 
 @settings(max_examples=300, deadline=None, database=None)
@@ -167,8 +167,8 @@ def test_says_which_half_of_a_surrogate_pair_it_found() -> None:
         ({"pad": True}, "expected pad in 0..16777215, found True"),
         ({"pad": 2**70}, "expected pad in 0..16777215, found 118"),
         ({"text_tokens": 2}, "expected text_tokens in 3..16777215, found 2"),
-        ({"special": []}, "expected special, int by name, found []"),
-        ({"special": {"!": "0"}}, "expected special, int by name, found {'!': '0'}"),
+        ({"special": []}, "expected special, an object with int values, found []"),
+        ({"special": {"!": "0"}}, "expected special, an object with int values, found {'!': '0'}"),
         ({"special_normalized": {"x": -1}}, "expected an id in 0..16777215, found -1"),
     ],
 )
@@ -189,4 +189,4 @@ def test_merges_that_say_nothing_do_nothing(merge: str) -> None:
 @pytest.mark.parametrize("name", [name for name in FACTS if name != "kind"])
 def test_refuses_a_vocabulary_that_lacks_a_field(name: str) -> None:
     with pytest.raises(BundleInvalid, match=f"vocab.json: expected {name}"):
-        ClipTokenizer.from_facts(Path("vocab.json"), {k: v for k, v in FACTS.items() if k != name})
+        ClipTokenizer.from_vocab(Path("vocab.json"), {k: v for k, v in FACTS.items() if k != name})

@@ -42,7 +42,7 @@ FACTS: dict[str, Any] = {
 
 
 def make(**changes: object) -> T5Tokenizer:
-    return T5Tokenizer.from_facts(Path("vocab.json"), FACTS | changes)
+    return T5Tokenizer.from_vocab(Path("vocab.json"), FACTS | changes)
 
 
 TOKENIZER = make()
@@ -153,8 +153,8 @@ def test_any_text_gives_an_encoding_or_a_line(prompt: str) -> None:
         ({"scores": [1] * 11}, "expected scores, a list of float, found [1,"),
         ({"unknown": 11}, "expected unknown to be one of 11 pieces, found 11"),
         ({"eos": "1"}, "expected eos in 0..16777215, found '1'"),
-        ({"charmap": {"a": 1}}, "expected charmap, str by name, found {'a': 1}"),
-        ({"special": None}, "expected special, int by name, found None"),
+        ({"charmap": {"a": 1}}, "expected charmap, an object with str values, found {'a': 1}"),
+        ({"special": None}, "expected special, an object with int values, found None"),
         ({"text_tokens": 0}, "expected text_tokens in 3..16777215, found 0"),
         ({"kind": "bpe"}, 'expected a vocabulary of kind "word", "clip" or "t5", found \'bpe\''),
         ({"kind": ["t5"]}, 'expected a vocabulary of kind "word", "clip" or "t5", found [\'t5\']'),
@@ -176,10 +176,10 @@ def test_refuses_what_is_no_vocabulary(tmp_path: Path, text: str) -> None:
         load_tokenizer(path)
 
 
-def test_the_kind_says_which_tokenizer_it_is(tmp_path: Path, paper: Path) -> None:
+def test_the_kind_says_which_tokenizer_it_is(tmp_path: Path, fake_bundle: Path) -> None:
     path = tmp_path / "vocab.json"
-    write_vocabulary(paper)
-    assert isinstance(load_tokenizer(paper / "tokenizer/vocab.json"), WordTokenizer)
+    write_vocabulary(fake_bundle)
+    assert isinstance(load_tokenizer(fake_bundle / "tokenizer/vocab.json"), WordTokenizer)
     for facts, kind in ((CLIP_FACTS, ClipTokenizer), (FACTS, T5Tokenizer)):
         path.write_text(json.dumps(facts), encoding="utf-8")
         assert isinstance(load_tokenizer(path), kind)

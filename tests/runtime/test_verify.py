@@ -24,8 +24,8 @@ from tpx_runtime.verify import (
 
 from .fakes import (
     CLASSES,
-    PAPER,
-    THREE,
+    FAKE,
+    THREE_ENCODERS,
     FakeEngine,
     Function,
     conditions,
@@ -38,7 +38,7 @@ from .fakes import (
     without_encoder,
 )
 
-TRANSFORMERS = [f"transformer depth {depth}" for depth in PAPER.model.depths]
+TRANSFORMERS = [f"transformer depth {depth}" for depth in FAKE.model.depths]
 PARTS = ["text_encoder", "transformer conditions", *TRANSFORMERS, "vae_decoder", "vae_encoder"]
 
 
@@ -55,8 +55,8 @@ def wrong_parts(bundle: Bundle, engine: object = None) -> list[str]:
     return [report.part for report in reports if not report.ok]
 
 
-def test_the_engine_that_made_the_golden_arrays_agrees_with_them(paper: Path) -> None:
-    reports = verify_bundle(Bundle.open(paper), FakeEngine())  # type: ignore[arg-type]
+def test_the_engine_that_made_the_golden_arrays_agrees_with_them(fake_bundle: Path) -> None:
+    reports = verify_bundle(Bundle.open(fake_bundle), FakeEngine())  # type: ignore[arg-type]
     assert [(report.part, report.error, report.ok) for report in reports] == [
         (part, 0, True) for part in PARTS
     ]
@@ -83,40 +83,40 @@ def test_a_real_export_holds_on_a_real_engine(tiny_bundle: Path, name: str) -> N
         ("encoder_latents", "vae_encoder"),
     ],
 )
-def test_one_changed_golden_number_is_noticed(paper: Path, name: str, part: str) -> None:
+def test_one_changed_golden_number_is_noticed(fake_bundle: Path, name: str, part: str) -> None:
     array = golden()[name].copy()
     array.flat[-1] += 1e-3 * np.abs(array).max()
-    found = wrong_parts(tamper(paper, **{name: array}))
+    found = wrong_parts(tamper(fake_bundle, **{name: array}))
     assert part in found
     # The golden image is also what the encoder is given.
     assert set(found) - {part} <= ({"vae_encoder"} if name == "image" else set())
 
 
 @pytest.mark.parametrize("name", ["context", "latents", "conditions"])
-def test_a_changed_input_of_the_transformer_is_noticed_at_every_depth(paper: Path, name: str) -> None:
-    found = wrong_parts(tamper(paper, **{name: golden()[name] * np.float32(1.1)}))
+def test_a_changed_input_of_the_transformer_is_noticed_at_every_depth(fake_bundle: Path, name: str) -> None:
+    found = wrong_parts(tamper(fake_bundle, **{name: golden()[name] * np.float32(1.1)}))
     assert found == (["transformer conditions"] if name == "conditions" else []) + TRANSFORMERS
 
 
 @pytest.mark.parametrize("name", ["pooled", "timestep"])
-def test_a_changed_input_of_the_conditions_is_noticed_there(paper: Path, name: str) -> None:
+def test_a_changed_input_of_the_conditions_is_noticed_there(fake_bundle: Path, name: str) -> None:
     """Depths are fed the golden conditions, so that a fault is found in the graph that has it."""
-    assert wrong_parts(tamper(paper, **{name: golden()[name] * np.float32(1.1)})) == [
+    assert wrong_parts(tamper(fake_bundle, **{name: golden()[name] * np.float32(1.1)})) == [
         "transformer conditions"
     ]
 
 
-def test_a_change_within_tolerance_is_fine(paper: Path) -> None:
+def test_a_change_within_tolerance_is_fine(fake_bundle: Path) -> None:
     velocity = golden()["velocity_2"] * np.float32(1 + 5e-5)
-    assert wrong_parts(tamper(paper, velocity_2=velocity)) == []
+    assert wrong_parts(tamper(fake_bundle, velocity_2=velocity)) == []
 
 
-def test_too_many_tokens_at_another_expert_are_noticed(paper: Path) -> None:
+def test_too_many_tokens_at_another_expert_are_noticed(fake_bundle: Path) -> None:
     routes = golden()["routes_2"].copy()
     routes.flat[: routes.size // 20] ^= 1  # 5 % differ, 10 % may
-    assert wrong_parts(tamper(paper, routes_2=routes)) == []
+    assert wrong_parts(tamper(fake_bundle, routes_2=routes)) == []
     routes.flat[: routes.size // 5] ^= 1
-    assert wrong_parts(tamper(paper, routes_2=routes)) == ["transformer depth 2"]
+    assert wrong_parts(tamper(fake_bundle, routes_2=routes)) == ["transformer depth 2"]
 
 
 def test_a_tampered_real_bundle_fails(copy: Path) -> None:
@@ -170,27 +170,27 @@ def giving(function: Function, **changes: object) -> Function:
     ],
 )
 def test_wrong_outputs_are_not_ok_and_no_warning(
-    paper: Path, key: str, name: str, function: Callable, part: str, change: Callable | None
+    fake_bundle: Path, key: str, name: str, function: Callable, part: str, change: Callable | None
 ) -> None:
     engine = FakeEngine({name: giving(function, **{key: change})})
-    assert wrong_parts(Bundle.open(paper), engine) == [part]
+    assert wrong_parts(Bundle.open(fake_bundle), engine) == [part]
 
 
 @pytest.mark.parametrize("change", [None, lambda routes: routes[:, :1], lambda routes: 1 - routes])
-def test_wrong_routes_are_not_ok(paper: Path, change: Callable | None) -> None:
+def test_wrong_routes_are_not_ok(fake_bundle: Path, change: Callable | None) -> None:
     engine = FakeEngine({"transformer/depth-1.onnx": giving(transformer(1), routes=change)})
-    assert wrong_parts(Bundle.open(paper), engine) == ["transformer depth 1"]
+    assert wrong_parts(Bundle.open(fake_bundle), engine) == ["transformer depth 1"]
 
 
-def test_a_bundle_without_encoder_of_pictures_is_verified_without_it(paper: Path) -> None:
-    tamper(paper, encoder_latents=None)
-    reports = verify_bundle(without_encoder(paper), FakeEngine())  # type: ignore[arg-type]
+def test_a_bundle_without_encoder_of_images_is_verified_without_it(fake_bundle: Path) -> None:
+    tamper(fake_bundle, encoder_latents=None)
+    reports = verify_bundle(without_encoder(fake_bundle), FakeEngine())  # type: ignore[arg-type]
     assert [report.part for report in reports] == PARTS[:-1]
     assert all(report.ok for report in reports)
 
 
-def test_three_text_encoders_are_three_parts(three: Path) -> None:
-    reports = verify_bundle(Bundle.open(three), FakeEngine(manifest=THREE))  # type: ignore[arg-type]
+def test_three_text_encoders_are_three_parts(three_encoders: Path) -> None:
+    reports = verify_bundle(Bundle.open(three_encoders), FakeEngine(manifest=THREE_ENCODERS))  # type: ignore[arg-type]
     assert [report.part for report in reports] == [
         "text_encoder",
         "text_encoder_2",
@@ -198,17 +198,20 @@ def test_three_text_encoders_are_three_parts(three: Path) -> None:
         *PARTS[1:],
     ]
     assert all(report.ok for report in reports)
-    np.savez(three / GOLDEN, **{k: v for k, v in golden(THREE).items() if k != "text_encoder_3.context"})
+    np.savez(
+        three_encoders / GOLDEN,
+        **{k: v for k, v in golden(THREE_ENCODERS).items() if k != "text_encoder_3.context"},
+    )
     with pytest.raises(BundleInvalid, match=r"the array text_encoder_3\.context, found none"):
-        verify_bundle(seal(three, THREE), FakeEngine(manifest=THREE))  # type: ignore[arg-type]
+        verify_bundle(seal(three_encoders, THREE_ENCODERS), FakeEngine(manifest=THREE_ENCODERS))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("number", ["", "_2", "_3"])
-def test_a_wrong_encoder_is_found_by_its_name(three: Path, number: str) -> None:
+def test_a_wrong_encoder_is_found_by_its_name(three_encoders: Path, number: str) -> None:
     path = f"text_encoder{number}/model.onnx"
-    engine = FakeEngine(manifest=THREE)
+    engine = FakeEngine(manifest=THREE_ENCODERS)
     engine.functions[path] = giving(engine.functions[path], context=lambda array: array * 1.001)
-    reports = verify_bundle(Bundle.open(three), engine)  # type: ignore[arg-type]
+    reports = verify_bundle(Bundle.open(three_encoders), engine)  # type: ignore[arg-type]
     assert [report.part for report in reports if not report.ok] == [f"text_encoder{number}"]
 
 
@@ -229,10 +232,10 @@ def test_a_model_of_classes_is_held_to_its_epsilon(classes: Path) -> None:
     assert [report.part for report in reports(engine) if not report.ok] == ["transformer depth 1"]
 
 
-def test_a_model_that_does_not_think_needs_no_routes(paper: Path) -> None:
-    tamper(paper, routes_1=None, routes_2=None, routes_4=None)
-    plain = replace(PAPER.model, experts=0, thinking_blocks=())
-    bundle = seal(paper, replace(PAPER, model=plain))
+def test_a_model_that_does_not_think_needs_no_routes(fake_bundle: Path) -> None:
+    tamper(fake_bundle, routes_1=None, routes_2=None, routes_4=None)
+    plain = replace(FAKE.model, experts=0, thinking_blocks=())
+    bundle = seal(fake_bundle, replace(FAKE, model=plain))
     reports = verify_bundle(bundle, FakeEngine())  # type: ignore[arg-type]
     assert all(report.ok and report.routing_agreement is None for report in reports)
 
@@ -244,14 +247,14 @@ def test_a_model_that_does_not_think_needs_no_routes(paper: Path) -> None:
         *("timestep", "conditions", "velocity_4", "routes_2", "decoder_latents", "image", "encoder_latents"),
     ],
 )
-def test_a_missing_golden_array_is_named(paper: Path, name: str) -> None:
+def test_a_missing_golden_array_is_named(fake_bundle: Path, name: str) -> None:
     with pytest.raises(BundleInvalid, match=f"expected the array {name}, found none; export again"):
-        verify_bundle(tamper(paper, **{name: None}), FakeEngine())  # type: ignore[arg-type]
+        verify_bundle(tamper(fake_bundle, **{name: None}), FakeEngine())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("content", ["empty", "text", "array", "cut", "pickle"])
-def test_golden_that_is_no_archive_of_arrays_is_refused(paper: Path, content: str) -> None:
-    path, whole = paper / GOLDEN, (paper / GOLDEN).read_bytes()
+def test_golden_that_is_no_archive_of_arrays_is_refused(fake_bundle: Path, content: str) -> None:
+    path, whole = fake_bundle / GOLDEN, (fake_bundle / GOLDEN).read_bytes()
     if content == "array":
         with path.open("wb") as file:
             np.save(file, np.zeros(3))
@@ -261,7 +264,7 @@ def test_golden_that_is_no_archive_of_arrays_is_refused(paper: Path, content: st
     else:
         path.write_bytes({"empty": b"", "text": b"no archive", "cut": whole[: len(whole) // 2]}[content])
     with pytest.raises(BundleInvalid, match=r"golden\.npz: expected arrays by name, found none \("):
-        load_golden(seal(paper))
+        load_golden(seal(fake_bundle))
 
 
 def test_relative_error() -> None:
@@ -286,9 +289,9 @@ def test_routing_agreement() -> None:
 
 
 def test_the_limits_themselves_are_ok() -> None:
-    assert PartReport("a", error=1e-4, tolerance=1e-4, routing_agreement=0.9, least_agreement=0.9).ok
+    assert PartReport("a", error=1e-4, tolerance=1e-4, routing_agreement=0.9, min_agreement=0.9).ok
     assert not PartReport("a", error=1.1e-4, tolerance=1e-4).ok
-    assert not PartReport("a", error=0, tolerance=1e-4, routing_agreement=0.89, least_agreement=0.9).ok
+    assert not PartReport("a", error=0, tolerance=1e-4, routing_agreement=0.89, min_agreement=0.9).ok
 
 
 def test_the_error_names_the_first_wrong_part_and_counts_the_others() -> None:
@@ -340,5 +343,5 @@ def test_a_step_that_does_something_else_is_not_ok(
     assert not report.ok
 
 
-def test_a_bundle_without_a_step_has_none_to_verify(paper: Path) -> None:
-    assert verify_step(Bundle.open(paper), FakeEngine()) == []  # type: ignore[arg-type]
+def test_a_bundle_without_a_step_has_none_to_verify(fake_bundle: Path) -> None:
+    assert verify_step(Bundle.open(fake_bundle), FakeEngine()) == []  # type: ignore[arg-type]

@@ -58,10 +58,10 @@ def test_a_run_is_compared_with_the_record(tmp_path: Path) -> None:
     (tmp_path / "report.json").write_text(json.dumps({**run, "prompts": less}))
     result = CliRunner().invoke(tpx_eval, ["compare", str(RECORD), str(tmp_path)])
     assert result.exit_code == 0, result.output
-    assert "The overall difference is clear of chance" in result.stdout
+    assert "The overall difference is significant" in result.stdout
     (tmp_path / "report.json").write_text(json.dumps(run))
     result = CliRunner().invoke(tpx_eval, ["compare", str(RECORD), str(tmp_path)])
-    assert "The overall difference is not clear of chance" in result.stdout
+    assert "The overall difference is not significant" in result.stdout
     assert result.stdout.startswith("A: the same settings\nB: the same settings\n")
 
 

@@ -184,7 +184,7 @@ class Painter:
         limits = {"guidance_interval": guidance_interval or (0.0, 1.0), "guidance_every": guidance_every}
         return [Settings(prompt, "", seed + i, *chosen, **limits) for i in range(num_images)]
 
-    def draw(self, jobs: Sequence[Settings], batch_size: int) -> list[Image.Image]:
+    def generate(self, jobs: Sequence[Settings], batch_size: int) -> list[Image.Image]:
         assert len(jobs) <= batch_size
         if self.fails_at is not None and len(self.asked) >= self.fails_at:
             raise KeyboardInterrupt
@@ -299,7 +299,7 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(painter: Painter, tmp_path
     painter.fails_at = 8
     stopped = run(tmp_path / "b")
     assert stopped.exit_code == 130
-    assert "8 of 16 pictures are left, which the same command draws" in stopped.stderr
+    assert "8 of 16 pictures are left; run the same command again to resume" in stopped.stderr
     verdicts = tmp_path / "b/verdicts.jsonl"
     verdicts.write_text(verdicts.read_text() + "[tr")  # killed while writing
     (tmp_path / "b/0006.png").unlink()  # its verdict and those behind it are made anew

@@ -28,7 +28,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import openvino
 
-from ..files import whole_file
+from ..files import atomic_file
 from .engine_file import default_folder
 
 _CHECK_BYTES = 4
@@ -139,7 +139,7 @@ class Store:
 
         Others of any shapes, or for the same rows, may be those of other settings: they go once they are not used.
         """
-        with whole_file(file) as part, part.open("w+b") as content:
+        with atomic_file(file) as part, part.open("w+b") as content:
             into = _Into(content)
             try:
                 compiled.export_model(into)

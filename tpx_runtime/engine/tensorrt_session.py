@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import EngineFailed
-from ..files import whole_file
+from ..files import atomic_file
 from . import cuda
 from .session import Arrays
 from .tensorrt_flavours import Flavour, bindings, log
@@ -278,7 +278,7 @@ class _KernelsRtx:
         blob = self._cache.serialize()
         known = b"" if blob is None else bytes(blob)
         if known not in (b"", self._known):
-            with suppress(OSError), whole_file(self._path) as part:
+            with suppress(OSError), atomic_file(self._path) as part:
                 part.write_bytes(known)
 
 

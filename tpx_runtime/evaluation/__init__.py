@@ -1,5 +1,5 @@
-"""tpx-eval: pictures laid out for the evaluators of GenEval and DPG-Bench, ShapesEval, and paired comparison.
+"""tpx-eval: images in the layouts of GenEval and DPG-Bench, ShapesEval, and paired comparison of runs.
 
-Each module says which step it is: `benchmarks` reads prompts and names files, `drawing` draws what is missing and counts,
-`record` keeps the settings of a run, `statistics` and `compare` turn verdicts into figures, `cli` is the command.
+`benchmarks` reads prompts and names files, `generation` generates the missing images, `record` checks the settings of a
+run, `statistics` and `compare` compute scores and intervals, `cli` is the command.
 """

@@ -1,8 +1,8 @@
-"""The two benchmarks' own layouts: which prompts there are, and which file shows which pictures.
+"""The prompt formats and image layouts of the two benchmarks.
 
-GenEval (github.com/djghosh13/geneval, evaluation/evaluate_images.py) looks into every folder whose name is all digits, reads
-its metadata.jsonl and each picture of its `samples`. DPG-Bench (github.com/TencentQQGYLab/ELLA,
-dpg_bench/compute_dpg_bench.py) takes everything in one folder for a picture, and its name up to the first dot for the id.
+GenEval (github.com/djghosh13/geneval, evaluation/evaluate_images.py) reads metadata.jsonl and the images in `samples` of
+every folder whose name is all digits. DPG-Bench (github.com/TencentQQGYLab/ELLA, dpg_bench/compute_dpg_bench.py) treats
+every file in one folder as an image, and its name up to the first dot as the item id.
 """
 
 import json
@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BadInput, shorten
-from ..records import write_whole
+from ..records import write_atomic
 from ..settings import Settings
 
-_SAFE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,99}")  # no dot: DPG's evaluator cuts the id there
+_ITEM_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,99}")  # no dot, where DPG's evaluator truncates the id
 
 
 @dataclass(frozen=True)
 class Item:
-    """One prompt, the name of its folder or file, and the line that asked for it (GenEval alone)."""
+    """A prompt, the name of its folder or file, and its line in the prompt file (GenEval only)."""
 
     name: str
     prompt: str
@@ -32,7 +32,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Target:
-    """One PNG to write: a single picture, or a grid of several."""
+    """A PNG to write: a single image, or a grid of several."""
 
     path: Path
     jobs: tuple[Settings, ...]
@@ -40,18 +40,19 @@ class Target:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """How one benchmark wants its prompts read and its pictures laid out.
+    """How to read the prompts of a benchmark and lay out its images.
 
-    `read`: the prompts. `record`: where a run's settings go, out of the evaluator's way. `targets`: the PNGs of one item.
-    `prepare`: what lies beside its pictures. `seen`: every picture that the evaluator would score.
+    `read` reads the prompts, `record_path` returns the path of a run's record, which the evaluator must not read, `targets`
+    returns the PNGs of an item, `prepare` writes the files beside them, `scored_files` returns every file that the evaluator
+    would score.
     """
 
     name: str
     read: Callable[[Path], list[Item]]
-    record: Callable[[Path], Path]
+    record_path: Callable[[Path], Path]
     targets: Callable[[Path, Item, Sequence[Settings]], list[Target]]
     prepare: Callable[[Path, Item], None]
-    seen: Callable[[Path], set[Path]]
+    scored_files: Callable[[Path], set[Path]]
 
 
 def read_geneval(path: Path) -> list[Item]:
@@ -63,30 +64,30 @@ def read_geneval(path: Path) -> list[Item]:
 
 
 def read_dpg(path: Path) -> list[Item]:
-    """Items of dpg_prompts.jsonl, or of a folder of `<item_id>.txt`; prompts as they are. Raises BadInput."""
-    if os.path.isdir(path):  # for a name of any length, unlike Path.is_dir
+    """Items of dpg_prompts.jsonl or of a folder of `<item_id>.txt`, with unchanged prompts. Raises BadInput."""
+    if os.path.isdir(path):  # unlike Path.is_dir, does not raise for names that are too long
         files = sorted(path.glob("*.txt"))
         items = [Item(file.stem, _text(_content(file), str(file))) for file in files]
         if not items:
             raise BadInput(f"expected files <item_id>.txt in {path}, found none; name DPG-Bench's prompts")
     else:
-        found = _json_lines(path, "DPG-Bench prompts", ("item_id", "prompt"))
-        items = [Item(facts["item_id"], facts["prompt"]) for _, facts in found]
+        lines = _json_lines(path, "DPG-Bench prompts", ("item_id", "prompt"))
+        items = [Item(facts["item_id"], facts["prompt"]) for _, facts in lines]
     names: set[str] = set()
     for item in items:
-        if not _SAFE.fullmatch(item.name):
+        if not _ITEM_ID.fullmatch(item.name):
             raise BadInput(
-                f"expected item ids of letters, digits, _ and -, for they name files, found {shorten(item.name)} in "
-                f"{path}; rename it"
+                f"expected item ids of letters, digits, _ and -, because they become file names, found {shorten(item.name)} "
+                f"in {path}; rename it"
             )
-        if item.name.lower() in names:  # some file systems take Aa and aa for one
-            raise BadInput(f"expected every item id once, found {item.name} twice in {path}; rename one")
+        if item.name.lower() in names:  # some file systems ignore case
+            raise BadInput(f"expected unique item ids, found {item.name} twice in {path}; rename one")
         names.add(item.name.lower())
     return items
 
 
 def _json_lines(path: Path, what: str, keys: Sequence[str]) -> list[tuple[bytes, dict[str, Any]]]:
-    """Each line, without its end, and the object it holds, in which `keys` are text. Raises BadInput."""
+    """Each line without its line break, and its JSON object, in which `keys` are strings. Raises BadInput."""
     try:
         lines = [line for line in _content(path).splitlines() if line.strip()]
     except OSError as error:
@@ -99,17 +100,17 @@ def _json_lines(path: Path, what: str, keys: Sequence[str]) -> list[tuple[bytes,
             facts = None
         if not isinstance(facts, dict) or not all(isinstance(facts.get(key), str) for key in keys):
             raise BadInput(
-                f"expected {what} in {path}, a JSON object with {' and '.join(keys)} a line, found "
+                f"expected {what} in {path}, one JSON object with {' and '.join(keys)} per line, found "
                 f"{shorten(line.decode(errors='replace'))} as number {number}; name that file"
             )
         found.append((line, facts))
     if not found:
-        raise BadInput(f"expected {what} in {path}, found no line; name that file")
+        raise BadInput(f"expected {what} in {path}, found no lines; name that file")
     return found
 
 
 def _content(path: Path) -> bytes:
-    """Without the mark that some editors begin a file with. Raises OSError."""
+    """The bytes of a file without a byte-order mark. Raises OSError."""
     return path.read_bytes().removeprefix(BOM_UTF8)
 
 
@@ -129,32 +130,33 @@ def _geneval_prepare(out: Path, item: Item) -> None:
     (out / item.name / "samples").mkdir(parents=True, exist_ok=True)
     metadata = out / item.name / "metadata.jsonl"
     if not metadata.is_file() or metadata.read_bytes() != item.line:
-        write_whole(metadata, item.line)
+        write_atomic(metadata, item.line)
 
 
-def _geneval_seen(out: Path) -> set[Path]:
+def _geneval_scored_files(out: Path) -> set[Path]:
     found = out.glob("*/samples/*.png*")
     return {path for path in found if path.parts[-3].isdigit() and re.match(r"\d+\.png", path.name)}
 
 
-def _beside(out: Path) -> Path:
-    whole = out.resolve()  # of "." too
-    return whole.parent / f"{whole.name}.tpx-eval.json"  # not within, where every file is scored
+def _dpg_record_path(out: Path) -> Path:
+    resolved = out.resolve()  # "." has no name
+    # Not inside `out`, where every file is scored.
+    return resolved.parent / f"{resolved.name}.tpx-eval.json"
 
 
 GENEVAL = Benchmark(
     name="geneval",
     read=read_geneval,
-    record=lambda out: out / "tpx-eval.json",
+    record_path=lambda out: out / "tpx-eval.json",
     targets=_geneval_targets,
     prepare=_geneval_prepare,
-    seen=_geneval_seen,
+    scored_files=_geneval_scored_files,
 )
 DPG = Benchmark(
     name="dpg",
     read=read_dpg,
-    record=_beside,
+    record_path=_dpg_record_path,
     targets=lambda out, item, jobs: [Target(out / f"{item.name}.png", tuple(jobs))],
     prepare=lambda out, item: None,
-    seen=lambda out: set(out.iterdir()) if out.is_dir() else set(),
+    scored_files=lambda out: set(out.iterdir()) if out.is_dir() else set(),
 )

@@ -1,4 +1,4 @@
-"""Whether one run of ShapesEval is better than another: both draw the same prompts with the same seeds, so they pair."""
+"""Paired comparison of two ShapesEval runs, which generate the same prompts with the same seeds."""
 
 import json
 from dataclasses import dataclass
@@ -8,17 +8,17 @@ from typing import Any
 import numpy as np
 
 from ..errors import BadInput
-from ..records import differing
-from .statistics import FEWEST, Estimate, bootstrap
+from ..records import differences
+from .statistics import MIN_PROMPTS, Estimate, bootstrap
 
-IDENTITY = ("list", "images", "seed")  # what two runs must share; all else is what is compared
+REQUIRED_EQUAL = ("list", "images", "seed")  # in two runs that are compared
 
 
 @dataclass(frozen=True)
 class Report:
-    """What report.json says: `facts` of the run, and of each prompt its row, its words and the part of right pictures.
+    """The contents of report.json: `facts` about the run, `prompts` as (row, prompt), and their shares of correct images.
 
-    `overall` names the rows whose unweighted mean is the score.
+    `overall` names the rows whose unweighted mean is the overall score.
     """
 
     facts: dict[str, Any]
@@ -28,7 +28,7 @@ class Report:
 
     @classmethod
     def load(cls, path: Path) -> "Report":
-        """Read the file, or report.json in the folder, of a finished run. Raises BadInput."""
+        """Read the report.json of a finished run, given its path or its folder. Raises BadInput."""
         try:
             path = path / "report.json" if path.is_dir() else path
             facts = json.loads(path.read_text(encoding="utf-8"))
@@ -38,13 +38,13 @@ class Report:
             facts = None
         try:
             listed, overall = facts.pop("prompts"), tuple(facts.pop("overall of"))
-            prompts = tuple((str(one["row"]), str(one["prompt"])) for one in listed)
-            shares = tuple(sum(map(bool, one["right"])) / len(one["right"]) for one in listed)
+            prompts = tuple((str(entry["row"]), str(entry["prompt"])) for entry in listed)
+            shares = tuple(sum(map(bool, entry["right"])) / len(entry["right"]) for entry in listed)
             del facts["rows"]
-            whole = bool(overall) and set(overall) <= {row for row, _ in prompts}
+            valid = bool(overall) and set(overall) <= {row for row, _ in prompts}
         except (TypeError, KeyError, AttributeError, ZeroDivisionError):
-            whole = False
-        if not whole:
+            valid = False
+        if not valid:
             raise BadInput(
                 f"expected a report of `tpx-eval shapes` in {path}, found something else; run that again"
             )
@@ -53,7 +53,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Difference:
-    """One line of the comparison: the scores of both runs, and second minus first with its interval."""
+    """A row of the comparison: the scores of both runs, and second minus first with its interval."""
 
     name: str
     prompts: int
@@ -63,13 +63,13 @@ class Difference:
 
 
 def compare(first: Report, second: Report) -> list[Difference]:
-    """Each row, with "overall" behind the rows that it averages. Raises BadInput for runs that do not pair."""
-    for key in IDENTITY:
+    """The difference of each row, with "overall" after the rows that it averages. Raises BadInput unless the runs pair."""
+    for key in REQUIRED_EQUAL:
         if first.facts.get(key) != second.facts.get(key):
             found = f"{first.facts.get(key)} and {second.facts.get(key)}"
-            raise BadInput(f"expected runs of one {key}, found {found}; run one of them again")
+            raise BadInput(f"expected runs with the same {key}, found {found}; run one of them again")
     if first.prompts != second.prompts or first.overall != second.overall:
-        found = f"{len(first.prompts)} and {len(second.prompts)} that are not alike"
+        found = f"{len(first.prompts)} and {len(second.prompts)} that differ"
         raise BadInput(f"expected runs of the same prompts, found {found}; run both with one --limit")
     shares: dict[str, list[tuple[float, float]]] = {}
     for (row, _), *pair in zip(first.prompts, first.shares, second.shares, strict=True):
@@ -83,7 +83,7 @@ def compare(first: Report, second: Report) -> list[Difference]:
 
 
 def _difference(name: str, rows: list[Any]) -> Difference:
-    """`rows`: of each row [prompts, 2] shares, first and second."""
+    """`rows` holds for each row the shares [prompts, 2] of the first and the second run."""
     first, second = (float(np.mean([row[:, run].mean() for row in rows])) for run in (0, 1))
     return Difference(
         name, sum(map(len, rows)), first, second, bootstrap([row[:, 1] - row[:, 0] for row in rows])
@@ -91,17 +91,17 @@ def _difference(name: str, rows: list[Any]) -> Difference:
 
 
 def as_text(first: Report, second: Report, lines: list[Difference]) -> str:
-    """The comparison as a Markdown table in percent, under what distinguishes the runs."""
-    shared = first.facts.keys() & second.facts.keys()  # a record knows the weights' hash, a run the bundle's
+    """The comparison as a Markdown table in percent, below the settings in which the runs differ."""
+    shared = first.facts.keys() & second.facts.keys()  # a record has the weights' hash, a run the bundle's
     facts = ({key: one.facts[key] for key in one.facts if key in shared} for one in (first, second))
-    told = differing(*facts) or ("the same settings",) * 2
-    parts = [f"A: {told[0]}", f"B: {told[1]}"]
+    settings = differences(*facts) or ("the same settings",) * 2
+    parts = [f"A: {settings[0]}", f"B: {settings[1]}"]
     parts += ["", "| | prompts | A | B | B - A | 95% interval |", "|---|---|---|---|---|---|"]
     for line in lines:
-        shown = f"**{line.name}**" if line.name == "overall" else line.name
+        name = f"**{line.name}**" if line.name == "overall" else line.name
         change = line.change
         parts.append(
-            f"| {shown} | {line.prompts} | {100 * line.first:.1f} | {100 * line.second:.1f} | {100 * change.mean:+.1f} "
+            f"| {name} | {line.prompts} | {100 * line.first:.1f} | {100 * line.second:.1f} | {100 * change.mean:+.1f} "
             f"| {change.interval or 'too few prompts'} |"
         )
     overall = next(line.change for line in lines if line.name == "overall")
@@ -111,11 +111,11 @@ def as_text(first: Report, second: Report, lines: list[Difference]) -> str:
 def _verdict(overall: Estimate) -> str:
     if overall.interval is None:
         return (
-            f"Whether the overall difference is clear of chance cannot be said: expected {FEWEST} or more prompts in each "
-            f"row that it averages, found {overall.fewest}; run both with more."
+            f"The significance of the overall difference is unknown: expected at least {MIN_PROMPTS} prompts in each row "
+            f"that it averages, found {overall.smallest_row}; run both with more."
         )
-    clear = overall.low > 0 or overall.high < 0
+    significant = overall.low > 0 or overall.high < 0
     return (
-        f"The overall difference {'is' if clear else 'is not'} clear of chance: its interval "
-        f"{'leaves out' if clear else 'holds'} 0."
+        f"The overall difference is {'' if significant else 'not '}significant: its 95% interval "
+        f"{'excludes' if significant else 'includes'} 0."
     )

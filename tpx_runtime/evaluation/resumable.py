@@ -1,4 +1,4 @@
-"""A run of pictures that the same command goes on with."""
+"""A run that generates images and can be resumed with the same command."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,26 +9,25 @@ from ..progress import progress
 
 @contextmanager
 def resumable(total: int) -> Iterator[Callable[[int], None]]:
-    """Yields a function to call with the number of pictures saved since; it shows how far the run is.
+    """Yield a function that takes the number of newly saved images and updates the progress bar.
 
-    Whatever stops the run says how many are left, and how to go on: raises Cancelled for Ctrl-C, and any other TpxError with
-    that added.
+    Ctrl-C raises Cancelled; its message, and that of any other TpxError, says how many images are left and how to resume.
     """
     done = 0
 
-    def advance(pictures: int) -> None:
+    def advance(images: int) -> None:
         nonlocal done
-        done += pictures
-        move(done, "")
+        done += images
+        update(done, "")
 
-    def left() -> str:
-        return f"{total - done} of {total} pictures are left, which the same command draws"
+    def remaining() -> str:
+        return f"{total - done} of {total} images are left; run the same command again to resume"
 
     try:
-        with progress("pictures", total) as move:
+        with progress("images", total) as update:
             yield advance
     except KeyboardInterrupt:
-        raise Cancelled(f"cancelled; {left()}") from None
+        raise Cancelled(f"cancelled; {remaining()}") from None
     except TpxError as error:
-        error.args = (f"{error}; {left()}",)
+        error.args = (f"{error}; {remaining()}",)
         raise

@@ -1,4 +1,4 @@
-"""How alike two pictures are."""
+"""Similarity of two images."""
 
 import math
 
@@ -6,10 +6,10 @@ import numpy as np
 from PIL import Image
 
 
-def psnr_db(picture: Image.Image, reference: Image.Image) -> float:
-    """Peak signal-to-noise ratio of RGB pictures of 8 bits, in dB; infinity where all is equal, 0 where sizes differ."""
-    if picture.size != reference.size:
+def psnr_db(image: Image.Image, reference: Image.Image) -> float:
+    """Peak signal-to-noise ratio of 8-bit RGB images in dB; infinity if they are equal, 0 if their sizes differ."""
+    if image.size != reference.size:
         return 0.0
-    a, b = (np.asarray(image.convert("RGB"), np.float64) for image in (picture, reference))
+    a, b = (np.asarray(one.convert("RGB"), np.float64) for one in (image, reference))
     error = float(np.mean((a - b) ** 2))
     return math.inf if error == 0 else 10.0 * math.log10(255.0**2 / error)

@@ -1,4 +1,4 @@
-"""Scores and their 95% intervals: the bootstrap over prompts, plain and paired."""
+"""Scores and their 95% intervals: the bootstrap over prompts, unpaired and paired."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,32 +7,35 @@ import numpy as np
 import numpy.typing as npt
 
 RESAMPLES = 2000
-FEWEST = 20  # of a row's prompts: fewer are drawn anew too much alike, one always alike, and the interval is too narrow
+# Per row. The bootstrap interval of fewer prompts is too narrow, and that of one prompt has no width.
+MIN_PROMPTS = 20
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean and the ends of its 95% interval; the smallest row had `fewest` prompts."""
+    """A mean and the bounds of its 95% interval; `smallest_row` is the number of prompts in the smallest row."""
 
     mean: float
     low: float
     high: float
-    fewest: int
+    smallest_row: int
 
     @property
     def interval(self) -> str | None:
-        """In signed points of a hundred; None where prompts are too few for one."""
-        return f"{100 * self.low:+.1f} to {100 * self.high:+.1f}" if self.fewest >= FEWEST else None
+        """The interval as text in signed percentage points; None if a row has fewer than MIN_PROMPTS prompts."""
+        return (
+            f"{100 * self.low:+.1f} to {100 * self.high:+.1f}" if self.smallest_row >= MIN_PROMPTS else None
+        )
 
 
 def bootstrap(rows: Sequence[npt.NDArray[np.float64]]) -> Estimate:
-    """The unweighted mean of the rows' means, each row [prompts], with its percentile interval.
+    """The unweighted mean of the means of rows [prompts], with its percentile interval.
 
-    Prompts are drawn anew with replacement within each row (Efron 1979), always with the same random numbers. Fed with
-    differences of two runs on the same prompts, it is the paired bootstrap.
+    Prompts are resampled with replacement within each row (Efron 1979), with a fixed seed. Given the differences between
+    two runs on the same prompts, this is the paired bootstrap.
     """
     rng = np.random.default_rng(0)
-    drawn = [row[rng.integers(len(row), size=(RESAMPLES, len(row)))].mean(axis=1) for row in rows]
-    low, high = np.percentile(np.mean(drawn, axis=0), [2.5, 97.5])
+    resampled = [row[rng.integers(len(row), size=(RESAMPLES, len(row)))].mean(axis=1) for row in rows]
+    low, high = np.percentile(np.mean(resampled, axis=0), [2.5, 97.5])
     mean = float(np.mean([row.mean() for row in rows]))
     return Estimate(mean, float(low), float(high), min(map(len, rows)))

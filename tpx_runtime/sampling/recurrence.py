@@ -1,8 +1,8 @@
 """A sampler's whole loop as weighted sums, for a device that keeps the model's predictions.
 
-Samplers that add no noise are linear: the latents that they show the model at a call, and those that they end with, are a
-weighted sum of the first latents and of all earlier predictions. The weights depend on the schedule alone. They are found by
-running the sampler itself on unit vectors, so that flow.py and diffusion.py stay the one place that says how to sample.
+Deterministic samplers are linear: the model's input latents at each call, and the final latents, are a weighted sum of the
+initial latents and all earlier predictions. The weights depend only on the schedule. They are obtained by running the
+sampler on unit vectors, so that the sampling rules exist only in flow.py and diffusion.py.
 """
 
 from dataclasses import dataclass
@@ -14,9 +14,9 @@ from .schedule import Array, Sampler, Schedule
 
 @dataclass(frozen=True)
 class Recurrence:
-    """The loop of N model calls: their `timesteps`, and `weights` [N + 1, N + 1] of (first latents, predictions 1..N).
+    """A loop of N model calls: their `timesteps`, and `weights` [N + 1, N + 1] of (initial latents, predictions 1..N).
 
-    Row k gives the latents after k calls, which call k + 1 is shown; the last row gives the result. `ends` has the number of
+    Row k gives the latents after k calls, the input of call k + 1; the last row gives the result. `ends` holds the number of
     calls after each of the sampler's steps.
     """
 
@@ -26,22 +26,24 @@ class Recurrence:
 
 
 def recurrence(sampler: Sampler, schedule: Schedule) -> Recurrence | None:
-    """None for a sampler that adds noise at its steps."""
+    """The recurrence of a sampler on a schedule; None for a stochastic sampler."""
     if sampler.stochastic:
         return None
-    most = 2 * len(schedule.timesteps)  # calls of any sampler, and at least one
-    units = np.eye(most + 1)[:, :, None, None, None]  # each a batch of rows, which samplers keep apart
+    max_calls = 2 * len(schedule.timesteps)  # of any sampler
+    units = np.eye(max_calls + 1)[
+        :, :, None, None, None
+    ]  # samplers treat the entries of a unit vector as a batch
     timesteps: list[float] = []
-    shown: list[Array] = []
+    inputs: list[Array] = []
     ends: list[int] = []
 
     def predict(latents: Array, timestep: float) -> Array:
         timesteps.append(timestep)
-        shown.append(latents)
-        return units[len(shown)]
+        inputs.append(latents)
+        return units[len(inputs)]
 
     for latents in sampler.sample(predict, units[0], schedule):
         result = latents
-        ends.append(len(shown))
-    weights = np.stack([*shown, result])[:, : len(shown) + 1, 0, 0, 0]
+        ends.append(len(inputs))
+    weights = np.stack([*inputs, result])[:, : len(inputs) + 1, 0, 0, 0]
     return Recurrence(timesteps, weights.astype(np.float32), ends)

@@ -1,4 +1,4 @@
-"""What all samplers share: latents, schedules, and the functions that they call."""
+"""Types common to all samplers: latents, schedules, and the functions that samplers call."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ import numpy.typing as npt
 Array = npt.NDArray[np.float32]
 # (latents [B, C, H, W], timestep in 0..1000) -> velocity [B, C, H, W], or epsilon [B, C or 2C, H, W]
 Prediction = Callable[[Array, float], Array]
-# step, counted from 1 -> standard normal values [B, C, H, W]
+# step (from 1) -> standard normal values [B, C, H, W]
 NoiseAt = Callable[[int], Array]
 
 TRAIN_TIMESTEPS = 1000
@@ -18,7 +18,7 @@ TRAIN_TIMESTEPS = 1000
 
 @dataclass(frozen=True)
 class Schedule:
-    """`sigmas` has N + 1 falling values that end in 0; `timesteps` has the N that the model is shown."""
+    """`sigmas`: N + 1 decreasing values that end in 0; `timesteps`: the N inputs of the model."""
 
     sigmas: list[float]
     timesteps: list[float]
@@ -26,19 +26,19 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Sampler:
-    """A `schedule`, called with (steps, shift), and the function that walks it, `sample`.
+    """A sampling method: `schedule(steps, shift)` makes a schedule, `sample` yields the latents after each of its steps.
 
-    It is called with the prediction, the first latents [B, C, H, W] and a schedule, and if it is `stochastic` with the noise
-    of each step.
+    `sample` is called with the prediction, the initial latents [B, C, H, W], a schedule and, if `stochastic`, the noise
+    function.
     """
 
     schedule: Callable[[int, float], Schedule]
     sample: Callable[..., Iterator[Array]]
     stochastic: bool = False
 
-    def walk(
+    def denoise(
         self, prediction: Prediction, x: Array, schedule: Schedule, noise_at: NoiseAt
     ) -> Iterator[Array]:
-        """The latents [B, C, H, W] after each step."""
+        """Yield the latents [B, C, H, W] after each step."""
         noise: tuple[Any, ...] = (noise_at,) if self.stochastic else ()
         return self.sample(prediction, x, schedule, *noise)

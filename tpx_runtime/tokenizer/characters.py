@@ -1,10 +1,11 @@
-"""What the pipelines of Hugging Face's tokenizers 0.23 take characters for.
+"""Unicode character classes as in the pipelines of Hugging Face's tokenizers 0.23.
 
-Python's own tables are those of Unicode 14 (3.11) to 16 (3.14). The library mixes versions: letters and numbers of Unicode
-16, lower case and graphemes of 17, composition of 9. What differs is listed here, so that ids do not depend on Python's.
+Python's tables are those of Unicode 14 (3.11) to 16 (3.14). The library mixes versions: letters and numbers of Unicode 16,
+lower case and graphemes of 17, composition of 9. The differences are listed here, so that ids do not depend on Python's
+version.
 
-One rule of graphemes is left out, that of Indic conjuncts (GB9c of UAX #29): it would show only where such a conjunct ends
-in a letter like U+0958 that bears a combining mark of another script.
+One grapheme rule is not implemented, that of Indic conjuncts (GB9c of UAX #29): it matters only if such a conjunct ends in a
+letter like U+0958 followed by a combining mark of another script.
 """
 
 import re
@@ -13,12 +14,14 @@ from collections.abc import Callable
 
 
 def _any_of(ranges: str) -> re.Pattern[str]:
-    """Matches a character of "41-5A 61 ..."."""
+    """A pattern for one character of the hexadecimal ranges "41-5A 61 ..."."""
     parts = ("-".join(chr(int(end, 16)) for end in part.split("-")) for part in ranges.split())
     return re.compile(f"[{''.join(parts)}]")
 
 
-WHITE_SPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # to stand in brackets
+WHITE_SPACE = (
+    "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # for use inside a regex character set
+)
 _WHITE_SPACE = re.compile(f"[{WHITE_SPACE}]")
 _LETTERS_SINCE_14 = _any_of(
     "1C89-1C8A A7CB-A7CD A7DA-A7DC 105C0-105F3 10D4A-10D65 10D6F-10D85 10EC2-10EC4 1123F-11240 11380-11389 1138B 1138E "
@@ -28,7 +31,7 @@ _LETTERS_SINCE_14 = _any_of(
 _NUMBERS_SINCE_14 = _any_of(
     "10D40-10D49 116D0-116E3 11BF0-11BF9 11F50-11F59 16130-16139 16D70-16D79 1CCF0-1CCF9 1D2C0-1D2D3 1E4F0-1E4F9 1E5F1-1E5FA"
 )
-_LOWER = {  # no word ends in another sigma; then capitals since Unicode 14
+_LOWER = {  # sigma without a final form; capitals added since Unicode 14
     0x3A3: 0x3C3,
     0x1C89: 0x1C8A,
     0xA7CB: 0x264,
@@ -37,7 +40,7 @@ _LOWER = {  # no word ends in another sigma; then capitals since Unicode 14
     **{capital: capital + 0x20 for capital in range(0x10D50, 0x10D66)},
     **{capital: capital + 0x1B for capital in range(0x16EA0, 0x16EB9)},
 }
-_COMPOSING_SINCE_9 = _any_of(  # marks and what they compose with
+_COMPOSING_SINCE_9 = _any_of(  # combining marks and the characters that they compose with
     "5C8-5C9 7FD 897-89F 8CA-8D3 9FE C3C D3B-D3C EBA 1715 1ABF-1AF0 1DF6-1DFA A82C 105D2 105DA 10D24-10D27 10D69-10D6D "
     "10EAB-10EAC 10ECB-10ECF 10EF0-10EFB 10EFD-10EFF 10F46-10F50 10F82-10F85 11070 1133B 11382 11384 1138B 11390 113B8 "
     "113BB 113C2 113C9 113CE-113D0 1145E 11839-1183A 11930 11935 1193D-1193E 11943 119E0 11A34 11A47 11A99 11D42 "
@@ -46,9 +49,9 @@ _COMPOSING_SINCE_9 = _any_of(  # marks and what they compose with
     "1E6F5"
 )
 _BETWEEN_COMPOSED = re.compile(f"({_COMPOSING_SINCE_9.pattern})")
-# Grapheme_Cluster_Break: Extend and SpacingMark are the marks but for a few, and some others; Prepend is a list; Control is
-# Cc, Cf, Zl and Zp but for those.
-_NO_JOINING_MARKS = _any_of(
+# Grapheme_Cluster_Break: Extend and SpacingMark are all marks except _NON_JOINING_MARKS, plus _JOINING; Prepend is
+# _PREPENDED; Control is Cc, Cf, Zl and Zp except those.
+_NON_JOINING_MARKS = _any_of(
     "102B-102C 1038 1062-1064 1067-106D 1083 1087-108C 108F 109A-109C 1A61 1A63-1A64 AA7B AA7D 11720-11721"
 )
 _JOINING = _any_of(
@@ -61,21 +64,21 @@ _PREPENDED = _any_of(
 )
 
 
-class StandIns(dict[int, str]):
-    """For str.translate: every character to one that says what it is, so that a short expression can match."""
+class CharacterClasses(dict[int, str]):
+    """A table for str.translate that replaces every character with a symbol of its class, to keep regexes short."""
 
-    def __init__(self, stand_in: Callable[[str], str], ascii_itself: bool = False) -> None:
-        """`ascii_itself`: ASCII characters stand for themselves."""
+    def __init__(self, classify: Callable[[str], str], keep_ascii: bool = False) -> None:
+        """`classify` returns the symbol of a character; with `keep_ascii`, ASCII characters are not replaced."""
         ascii_characters = map(chr, range(128))
-        super().__init__({ord(c): c if ascii_itself else stand_in(c) for c in ascii_characters})
-        self._stand_in = stand_in
+        super().__init__({ord(c): c if keep_ascii else classify(c) for c in ascii_characters})
+        self._classify = classify
 
     def __missing__(self, code: int) -> str:
-        return self._stand_in(chr(code))
+        return self._classify(chr(code))
 
 
-def word_stand_in(character: str) -> str:
-    """é for a letter, ² for a number, a space, or ¶ for anything else."""
+def word_class(character: str) -> str:
+    """é for a letter, ² for a number, a space for white space, ¶ for anything else."""
     category = unicodedata.category(character)
     if category[0] == "L" or (category == "Cn" and _LETTERS_SINCE_14.match(character)):
         return "é"
@@ -84,8 +87,8 @@ def word_stand_in(character: str) -> str:
     return " " if _WHITE_SPACE.match(character) else "¶"
 
 
-def grapheme_stand_in(character: str) -> str:
-    """j for one that joins the character before it, p for one that joins the one after, c for a control, or x."""
+def grapheme_class(character: str) -> str:
+    """j if it joins the character before it, p if it joins the one after it, c for a control character, else x."""
     if _JOINING.match(character):
         return "j"
     if _PREPENDED.match(character):
@@ -93,11 +96,11 @@ def grapheme_stand_in(character: str) -> str:
     category = unicodedata.category(character)
     if category in ("Cc", "Cf", "Zl", "Zp"):
         return "c"
-    return "j" if category[0] == "M" and not _NO_JOINING_MARKS.match(character) else "x"
+    return "j" if category[0] == "M" and not _NON_JOINING_MARKS.match(character) else "x"
 
 
 def compose(text: str) -> str:
-    """NFC."""
+    """NFC normalisation."""
     return "".join(unicodedata.normalize("NFC", part) for part in _BETWEEN_COMPOSED.split(text))
 
 

@@ -1,4 +1,4 @@
-"""Tokens that a prompt can spell out, such as <|endoftext|> or <extra_id_0>: they are cut out before the rest is read."""
+"""Special tokens that a prompt may contain, such as <|endoftext|> or <extra_id_0>: they are matched before other text."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -9,10 +9,10 @@ from .encoding import checked_ids
 
 
 class SpecialTokens:
-    """Cuts special tokens out of a prompt, in the two passes of Hugging Face's tokenizers.
+    """Splits a prompt at special tokens, in the two passes of Hugging Face's tokenizers.
 
-    `special` are looked for in the prompt as it was written; `special_normalized` in what is left of it, after it was
-    normalised. At one place the longest wins.
+    `special` tokens are matched in the original prompt, `special_normalized` ones in the rest of it after normalisation. The
+    longest match at a position wins.
     """
 
     def __init__(
@@ -21,28 +21,28 @@ class SpecialTokens:
         self._normalise = normalise
         normalised = {normalise(token): number for token, number in special_normalized.items()}
         self._ids = normalised | special
-        self._first, self._second = _any_of(special), _any_of(normalised)
+        self._pattern, self._normalised_pattern = _any_of(special), _any_of(normalised)
 
     @classmethod
-    def from_facts(
-        cls, path: Path, facts: Mapping[str, Any], normalise: Callable[[str], str]
+    def from_vocab(
+        cls, path: Path, vocabulary: Mapping[str, Any], normalise: Callable[[str], str]
     ) -> "SpecialTokens":
-        """Of the vocab.json at `path`. Raises BundleInvalid."""
+        """The special tokens of the vocab.json at `path`. Raises BundleInvalid."""
         return cls(
-            checked_ids(path, facts, "special"),
-            checked_ids(path, facts, "special_normalized"),
+            checked_ids(path, vocabulary, "special"),
+            checked_ids(path, vocabulary, "special_normalized"),
             normalise,
         )
 
-    def spell(self, prompt: str, read: Callable[[str], Iterable[int]]) -> list[int]:
-        """Ids of a prompt; `read` gives those of normalised text between special tokens."""
+    def encode(self, prompt: str, encode_text: Callable[[str], Iterable[int]]) -> list[int]:
+        """The ids of a prompt; `encode_text` returns those of the normalised text between special tokens."""
         ids: list[int] = []
-        for is_token, text in _cut(self._first, prompt):
+        for is_token, text in _split(self._pattern, prompt):
             if is_token:
                 ids.append(self._ids[text])
                 continue
-            for is_normalised_token, part in _cut(self._second, self._normalise(text)):
-                ids.extend((self._ids[part],) if is_normalised_token else read(part))
+            for is_normalised_token, part in _split(self._normalised_pattern, self._normalise(text)):
+                ids.extend((self._ids[part],) if is_normalised_token else encode_text(part))
         return ids
 
 
@@ -51,8 +51,8 @@ def _any_of(tokens: Iterable[str]) -> re.Pattern[str] | None:
     return re.compile(f"({'|'.join(map(re.escape, longest_first))})") if longest_first else None
 
 
-def _cut(pattern: re.Pattern[str] | None, text: str) -> Iterable[tuple[bool, str]]:
-    """(False, text) and (True, token) by turns."""
+def _split(pattern: re.Pattern[str] | None, text: str) -> Iterable[tuple[bool, str]]:
+    """Alternately (False, text) and (True, token)."""
     if pattern is None:
         return ((False, text),)
     return ((i % 2 == 1, part) for i, part in enumerate(pattern.split(text)))

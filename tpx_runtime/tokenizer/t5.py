@@ -1,9 +1,9 @@
-"""T5's tokenizer: the most probable split of every word into pieces (Kudo, 1804.10959, unigram language model).
+"""T5's tokenizer: the most probable split of every word into pieces (unigram language model, Kudo, 1804.10959).
 
-It gives the ids of the `tokenizers` pipeline that transformers builds for T5TokenizerFast, which is what diffusers loads:
-cut out special tokens, normalise, split at white space, put ▁ before every word, split words into pieces. SentencePiece
-itself differs from it in special tokens, which it spells out in pieces, in U+0085, which is no space to it, and in some
-characters with combining marks.
+It produces the same ids as the `tokenizers` pipeline that transformers builds for T5TokenizerFast, which diffusers loads:
+match special tokens, normalise, split at white space, prefix every word with ▁, split words into pieces. SentencePiece
+itself differs: it splits special tokens into pieces, does not treat U+0085 as a space, and treats some characters with
+combining marks differently.
 """
 
 import re
@@ -14,23 +14,23 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BundleInvalid
-from .characters import WHITE_SPACE, StandIns, grapheme_stand_in
-from .encoding import Encoding, checked_dict, checked_int, checked_list, refuse_surrogates
+from .characters import WHITE_SPACE, CharacterClasses, grapheme_class
+from .encoding import Encoding, checked_dict, checked_int, checked_list, reject_surrogates
 from .special import SpecialTokens
 
-START = "▁"  # of a word; part of its first piece
+WORD_START = "▁"  # prefix of the first piece of a word
 _WORD = re.compile(f"[^{WHITE_SPACE}]+")
-_GRAPHEMES = StandIns(grapheme_stand_in)
-_JOINED = re.compile("p*[^c]j+|p+[^c]")  # a grapheme of several characters, in stand-ins
-_UNKNOWN_PENALTY = 10.0  # an unknown character is this much less probable than the least probable piece
-_KEPT_WORDS, _KEPT_LENGTH = 1 << 14, 64
+_GRAPHEME_CLASSES = CharacterClasses(grapheme_class)
+_JOINED = re.compile("p*[^c]j+|p+[^c]")  # a grapheme of several characters, as character classes
+_UNKNOWN_PENALTY = 10.0  # log-probability of an unknown character relative to the least probable piece
+_MAX_CACHED_WORDS, _MAX_CACHED_LENGTH = 1 << 14, 64
 
 
 class Charmap:
-    """SentencePiece's normalisation by table, in the way of the `tokenizers` library.
+    """SentencePiece's normalisation table, applied as in the `tokenizers` library.
 
-    Its keys are characters and short sequences. A grapheme of less than 6 bytes is replaced as a whole where the table has
-    it or a beginning of it; what lies after that beginning is lost. Everything else is replaced character by character.
+    The keys are characters and short sequences. A grapheme of less than 6 bytes is replaced as a whole if the table has it
+    or a prefix of it; the rest of the grapheme is then lost. All other text is replaced character by character.
     """
 
     def __init__(self, table: dict[str, str]) -> None:
@@ -40,12 +40,12 @@ class Charmap:
     def __call__(self, text: str) -> str:
         if text.isascii():
             return text.translate(self._characters)
-        done, parts = 0, []
-        for match in _JOINED.finditer(text.translate(_GRAPHEMES)):
-            parts.append(text[done : match.start()].translate(self._characters))
+        position, parts = 0, []
+        for match in _JOINED.finditer(text.translate(_GRAPHEME_CLASSES)):
+            parts.append(text[position : match.start()].translate(self._characters))
             parts.append(self._grapheme(text[match.start() : match.end()]))
-            done = match.end()
-        parts.append(text[done:].translate(self._characters))
+            position = match.end()
+        parts.append(text[position:].translate(self._characters))
         return "".join(parts)
 
     def _grapheme(self, text: str) -> str:
@@ -57,7 +57,7 @@ class Charmap:
 
 
 class T5Tokenizer:
-    """`pieces <eos> <pad> ...`, text_tokens long; what does not fit is dropped, `<eos>` stays."""
+    """Produces `pieces <eos> <pad> ...` of text_tokens ids; pieces that do not fit are dropped."""
 
     def __init__(
         self,
@@ -75,61 +75,62 @@ class T5Tokenizer:
         self._scores = dict(zip(pieces, scores, strict=True))
         self._unknown_score = min(scores) - _UNKNOWN_PENALTY
         self._longest = max(map(len, pieces))
-        self._kept = lru_cache(_KEPT_WORDS)(self._word)
+        self._cached_word = lru_cache(_MAX_CACHED_WORDS)(self._encode_word)
 
     @classmethod
-    def from_facts(cls, path: Path, facts: Mapping[str, Any]) -> "T5Tokenizer":
-        """The fields of the vocab.json at `path`. Raises BundleInvalid."""
-        pieces = checked_list(path, facts, "pieces", str)
-        scores = checked_list(path, facts, "scores", float)
+    def from_vocab(cls, path: Path, vocabulary: Mapping[str, Any]) -> "T5Tokenizer":
+        """The tokenizer of the vocab.json at `path`. Raises BundleInvalid."""
+        pieces = checked_list(path, vocabulary, "pieces", str)
+        scores = checked_list(path, vocabulary, "scores", float)
         if not pieces or len(scores) != len(pieces):
             raise BundleInvalid(
                 f"{path}: expected a score for every piece, found {len(pieces)} pieces and {len(scores)} scores"
             )
-        unknown = checked_int(path, facts, "unknown")
+        unknown = checked_int(path, vocabulary, "unknown")
         if unknown >= len(pieces):
             raise BundleInvalid(
                 f"{path}: expected unknown to be one of {len(pieces)} pieces, found {unknown}"
             )
-        charmap = Charmap(checked_dict(path, facts, "charmap", str))
+        charmap = Charmap(checked_dict(path, vocabulary, "charmap", str))
         return cls(
             pieces=pieces,
             scores=scores,
-            special=SpecialTokens.from_facts(path, facts, charmap),
+            special=SpecialTokens.from_vocab(path, vocabulary, charmap),
             unknown=unknown,
-            eos=checked_int(path, facts, "eos"),
-            pad=checked_int(path, facts, "pad"),
-            text_tokens=checked_int(path, facts, "text_tokens", 3),
+            eos=checked_int(path, vocabulary, "eos"),
+            pad=checked_int(path, vocabulary, "pad"),
+            text_tokens=checked_int(path, vocabulary, "text_tokens", 3),
         )
 
     def encode(self, prompt: str) -> Encoding:
-        """Ids of a prompt. Raises BadInput for one that is not Unicode."""
-        refuse_surrogates(prompt)
-        ids = self._special.spell(prompt, self._read)
-        room = self.text_tokens - 1
-        padding = [self._pad] * (room - len(ids))
-        return Encoding([*ids[:room], self._eos, *padding], [], max(0, len(ids) - room))
+        """Tokenize a prompt. Raises BadInput if it is not valid Unicode."""
+        reject_surrogates(prompt)
+        ids = self._special.encode(prompt, self._encode_text)
+        max_tokens = self.text_tokens - 1
+        padding = [self._pad] * (max_tokens - len(ids))
+        return Encoding([*ids[:max_tokens], self._eos, *padding], [], max(0, len(ids) - max_tokens))
 
     def encode_empty(self) -> Encoding:
-        """Ids of no prompt at all: the unconditional branch of guidance."""
+        """The ids of the unconditional branch of guidance."""
         return self.encode("")
 
-    def _read(self, text: str) -> Iterator[int]:
+    def _encode_text(self, text: str) -> Iterator[int]:
         words: list[str] = _WORD.findall(text)
         return chain.from_iterable(
-            self._kept(word) if len(word) <= _KEPT_LENGTH else self._word(word) for word in words
+            self._cached_word(word) if len(word) <= _MAX_CACHED_LENGTH else self._encode_word(word)
+            for word in words
         )
 
-    def _word(self, word: str) -> tuple[int, ...]:
-        word = word if word.startswith(START) else START + word
-        if START not in word[1:]:
+    def _encode_word(self, word: str) -> tuple[int, ...]:
+        word = word if word.startswith(WORD_START) else WORD_START + word
+        if WORD_START not in word[1:]:
             return self._split(word)
-        return tuple(chain.from_iterable(map(self._split, re.findall(f"{START}[^{START}]*", word))))
+        return tuple(chain.from_iterable(map(self._split, re.findall(f"{WORD_START}[^{WORD_START}]*", word))))
 
     def _split(self, word: str) -> tuple[int, ...]:
-        """Viterbi: the pieces of the path whose scores, logarithms of probabilities, have the greatest sum.
+        """Viterbi search for the pieces with the highest sum of scores (log-probabilities).
 
-        A character that is no piece is a piece of its own, unknown. Unknown neighbours count as one.
+        A character that is not a piece becomes an unknown piece; adjacent unknown pieces are merged into one.
         """
         best = [0.0] + [float("-inf")] * len(word)
         start_of = [-1] * (len(word) + 1)  # of the last piece on the best path to each position

@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from tpx_runtime.errors import BadInput
-from tpx_runtime.images import check_writable
+from tpx_runtime.images import check_png_writable
 
 from .summary import rows
 
 
 def check(path: Path) -> None:
     """Find out before the long work. Raises BadInput where no PNG can be written at `path`, or without matplotlib."""
-    check_writable(path)
+    check_png_writable(path)
     _matplotlib()
 
 

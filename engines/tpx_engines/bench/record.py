@@ -15,7 +15,7 @@ from typing import Any
 from PIL import Image
 
 from tpx_runtime.errors import BadInput
-from tpx_runtime.records import require_same, write_json
+from tpx_runtime.records import require_same_settings, write_json
 
 from .configurations import Configuration
 
@@ -56,7 +56,7 @@ class Record:
             return record
         if path.exists():
             found = _read(path)
-            require_same(found["settings"], settings, path, "--json")
+            require_same_settings(found["settings"], settings, path, "--json")
             record.facts = found
         record.save()
         return record

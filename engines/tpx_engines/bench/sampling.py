@@ -12,7 +12,7 @@ from tpx_runtime.denoising import Batch, Denoiser, Routes
 from tpx_runtime.engine import Arrays, Engine, GraphVariant
 from tpx_runtime.generator import Generator
 from tpx_runtime.graphs import Graphs
-from tpx_runtime.guidance import guide
+from tpx_runtime.guidance import apply_guidance
 from tpx_runtime.sampling import Array
 
 # Arrays in the order of a graph's inputs -> its outputs in order.
@@ -50,7 +50,7 @@ class BaselineDenoiser(Denoiser):
         super().__init__(bundle, graphs)
         self._network = network
 
-    def path(self, batch: Batch, every_step: bool) -> tuple[Iterator[Array | None], list[Routes]]:
+    def trajectory(self, batch: Batch, every_step: bool) -> tuple[Iterator[Array | None], list[Routes]]:
         guided = batch.job.guidance != 1
 
         def predict(x: Array, timestep: float) -> Array:
@@ -60,9 +60,9 @@ class BaselineDenoiser(Denoiser):
             if not guided:
                 return prediction
             negative, prompt = np.split(prediction, 2)
-            return guide(negative, prompt, batch.job.guidance, self._model.guided_channels)
+            return apply_guidance(negative, prompt, batch.job.guidance, self._model.guided_channels)
 
-        return batch.walk(predict, self.sampler(batch.job)), []
+        return batch.denoise(predict, self.sampler(batch.job)), []
 
 
 class BaselineGenerator(Generator):

@@ -8,7 +8,7 @@ from typing import Any
 from PIL import Image
 
 from tpx_runtime.generator import Generator
-from tpx_runtime.manifest import EVERY_LEVEL
+from tpx_runtime.manifest import ALL_NOISE_LEVELS
 from tpx_runtime.sampling import Array
 
 
@@ -67,14 +67,14 @@ class Subject:
             seed=work.seed,
             steps=steps or work.steps,
             guidance=work.guidance,
-            guidance_interval=EVERY_LEVEL,
+            guidance_interval=ALL_NOISE_LEVELS,
             sampler=work.sampler,
             depth=work.depth,
             num_images=images,
         )
-        self.generator.forget()
+        self.generator.clear_conditions()
         began = time.perf_counter()
-        pictures = self.generator.draw(jobs, batch_size=images, callback=stamp)
+        pictures = self.generator.generate(jobs, batch_size=images, callback=stamp)
         ended = time.perf_counter()
         return pictures, Timing(ended - began, (stamps[-1] - began) / len(stamps))
 

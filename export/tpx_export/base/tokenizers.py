@@ -17,7 +17,7 @@ from tpx_export.base.special_tokens import SpecialTokens, special_tokens
 from tpx_export.base.spiece import CONTROL, UNKNOWN, USER_DEFINED, expand_charsmap, read_spiece
 from tpx_export.checkpoint import CheckpointInvalid
 from tpx_runtime.errors import shorten
-from tpx_runtime.tokenizer.clip import END, byte_alphabet
+from tpx_runtime.tokenizer.clip import WORD_END, byte_alphabet
 
 _CLIP_NAMED = {"bos_token": "<|startoftext|>"} | dict.fromkeys(
     ("eos_token", "unk_token", "pad_token"), "<|endoftext|>"
@@ -133,7 +133,7 @@ def _merges(path: Path, found: Any) -> list[str]:
 
 def _clip_tokens(merges: Iterable[str]) -> list[str]:
     characters = list(byte_alphabet().values())
-    return [*characters, *(c + END for c in characters), *(merge.replace(" ", "") for merge in merges)]
+    return [*characters, *(c + WORD_END for c in characters), *(merge.replace(" ", "") for merge in merges)]
 
 
 def _check_order(

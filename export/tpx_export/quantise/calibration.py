@@ -20,11 +20,11 @@ from tpx_export.precision import in_float32
 from tpx_export.quantise.grid import Magnitudes
 from tpx_export.quantise.layers import Layers
 from tpx_export.quantise.prompts import drawn_together
-from tpx_runtime.conditioning import Said, combine
-from tpx_runtime.guidance import guide, is_guided
+from tpx_runtime.conditioning import EncoderOutput, combine
+from tpx_runtime.guidance import apply_guidance, is_guided
 from tpx_runtime.noise import batch_noise
 from tpx_runtime.sampling import SAMPLERS_FOR, Array
-from tpx_runtime.tokenizer import tokenizer_of
+from tpx_runtime.tokenizer import make_tokenizer
 
 SEED = 20260501  # of the first trajectory; pictures shown afterwards have other seeds
 
@@ -37,12 +37,12 @@ class Told:
     """
 
     subjects: Sequence[str | int]
-    said: list[Said] = field(default_factory=list)
+    said: list[EncoderOutput] = field(default_factory=list)
 
     @torch.no_grad()
     def hear(self, part: TextPart, encoder: nn.Module) -> None:
         """Add a text encoder's outputs for every prompt."""
-        tokenizer = tokenizer_of(part.vocabulary, Path("vocab.json"))
+        tokenizer = make_tokenizer(part.vocabulary, Path("vocab.json"))
         every = [tokenizer.encode_empty(), *(tokenizer.encode(str(prompt)) for prompt in self.subjects)]
         with in_float32(encoder):
             rows = [encoder(torch.tensor([one.ids])) for one in every]
@@ -83,7 +83,7 @@ def activations(
             some = range(first, min(first + at_once, rows + 1))
             noise_at = partial(batch_noise, [SEED + row for row in some], model.latent_shape)
             predict = _guided(transformer, pipeline, told, some, depth)
-            for _ in sampler.walk(predict, noise_at(), schedule, noise_at):
+            for _ in sampler.denoise(predict, noise_at(), schedule, noise_at):
                 pass
 
 
@@ -115,7 +115,9 @@ def _guided(
         prediction: Array = transformer(latents, times, *given, depth)[0].numpy()
         negative, prompt = prediction[: len(x)], prediction[-len(x) :]
         return (
-            guide(negative, prompt, guidance, channels) if is_guided(timestep, guidance, interval) else prompt
+            apply_guidance(negative, prompt, guidance, channels)
+            if is_guided(timestep, guidance, interval)
+            else prompt
         )
 
     return predict

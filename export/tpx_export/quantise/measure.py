@@ -95,4 +95,4 @@ def pictures(generator: Generator, subjects: Sequence[str | int], **settings: An
     for number, subject in enumerate(subjects):
         what = {"prompt": subject} if isinstance(subject, str) else {"class_id": subject}
         jobs += generator.plan(seed=SEED + number, **what, **settings)
-    return generator.draw(jobs, drawn_together(generator.manifest.model))
+    return generator.generate(jobs, drawn_together(generator.manifest.model))

@@ -16,8 +16,8 @@ import numpy as np
 from tpx_export.pipeline import Pipeline, TextPart
 from tpx_runtime.errors import BadInput, shorten
 from tpx_runtime.manifest import ModelSpec
-from tpx_runtime.prompts import prompts_in
-from tpx_runtime.tokenizer import Tokenizer, WordTokenizer, refuse_unknown, tokenizer_of
+from tpx_runtime.prompts import read_prompt_lines
+from tpx_runtime.tokenizer import Tokenizer, WordTokenizer, make_tokenizer, reject_unknown
 
 EACH = 8  # prompts to calibrate with, and as many others to show
 EACH_LARGE = 1
@@ -77,7 +77,7 @@ def read_prompts(file: Path, pipeline: Pipeline) -> tuple[str, ...]:
         raise BadInput(
             f"expected no prompts for a model of classes, found {file}; leave it out, its classes are used"
         )
-    prompts, tokenizers = prompts_in(file), [_tokenizer(part) for part in pipeline.text]
+    prompts, tokenizers = read_prompt_lines(file), [_tokenizer(part) for part in pipeline.text]
     for number, prompt in prompts.items():
         try:
             _require_readable(prompt, tokenizers)
@@ -128,8 +128,8 @@ def _require_readable(text: str, tokenizers: Sequence[Tokenizer]) -> None:
     if not text.isprintable():
         raise BadInput(f"expected text, found {shorten(text)} with characters that cannot be printed")
     for tokenizer in tokenizers:
-        refuse_unknown(tokenizer.encode(text), tokenizer)
+        reject_unknown(tokenizer.encode(text), tokenizer)
 
 
 def _tokenizer(part: TextPart) -> Tokenizer:
-    return tokenizer_of(part.vocabulary, Path(part.spec.tokenizer) / "vocab.json")
+    return make_tokenizer(part.vocabulary, Path(part.spec.tokenizer) / "vocab.json")

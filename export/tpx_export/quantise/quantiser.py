@@ -25,7 +25,7 @@ from tpx_export.quantise.speed import engines_at_hand, speed
 from tpx_runtime.bundle import Bundle
 from tpx_runtime.engine import resolve
 from tpx_runtime.errors import BadInput
-from tpx_runtime.prompts import prompts_in
+from tpx_runtime.prompts import read_prompt_lines
 
 Tasks = Callable[[str], AbstractContextManager[None]]
 ALL_PROMPTS = 92  # of each kind of ShapesEval
@@ -62,7 +62,7 @@ class Int8Options:
                 "weights alone need none"
             )
         if self.calibration:
-            prompts_in(self.calibration)
+            read_prompt_lines(self.calibration)
 
 
 class Quantiser:

@@ -119,7 +119,7 @@ def _right(generator: Generator, asked: Sequence[Question]) -> list[bool]:
     from samples.shapes.score import judge
 
     jobs = [generator.plan(**question.told)[0] for question in asked]
-    parser, drawn = Parser.load(), generator.draw(jobs, TOGETHER)
+    parser, drawn = Parser.load(), generator.generate(jobs, TOGETHER)
     return [
         judge(parser, question.prompt, [picture]).right[0]
         for question, picture in zip(asked, drawn, strict=True)

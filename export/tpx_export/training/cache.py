@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tpx_runtime.errors import BadInput
-from tpx_runtime.files import whole_file
+from tpx_runtime.files import atomic_file
 
 _VERSION = 1  # of what is stored and how it is made
 
@@ -46,7 +46,7 @@ class Cache:
         path = self._path(name)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with whole_file(path) as partial:
+            with atomic_file(path) as partial:
                 save_file({part: _narrow(value) for part, value in tensors.items()}, partial)
         except (OSError, SafetensorError) as error:
             raise BadInput(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tpx_export.training.cache import Cache, key
-from tpx_runtime.conditioning import Said, combine
+from tpx_runtime.conditioning import EncoderOutput, combine
 from tpx_runtime.manifest import ModelSpec
 
 Told = tuple[Tensor, ...]  # context [B, L, W] and pooled [B, P], or class_id [B]
@@ -57,7 +57,7 @@ class Data:
         joined = combine([self._said(part, texts) for part in range(len(self.captions[""]))], self.model)
         return clean.to(device), tuple(torch.from_numpy(joined[n]).to(device) for n in ("context", "pooled"))
 
-    def _said(self, part: int, texts: Sequence[str]) -> Said:
+    def _said(self, part: int, texts: Sequence[str]) -> EncoderOutput:
         """The output of text encoder number `part` for `texts`, from the cache."""
         entries = [self.cache.get(self.captions[text][part]) for text in texts]
         context = torch.stack([entry["context"] for entry in entries]).numpy()

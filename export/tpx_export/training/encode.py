@@ -14,9 +14,9 @@ from tpx_export.training.fingerprint import of_file
 from tpx_export.training.images import Example
 from tpx_runtime.editing import to_pixels
 from tpx_runtime.errors import BadInput
-from tpx_runtime.pictures import fit, flat, open_picture
+from tpx_runtime.input_images import flatten_to_rgb, load_image, resize_and_crop
 from tpx_runtime.progress import progress
-from tpx_runtime.tokenizer import Encoding, refuse_unknown, tokenizer_of
+from tpx_runtime.tokenizer import Encoding, make_tokenizer, reject_unknown
 
 _PICTURES, _CAPTIONS = 2, 8  # of one batch
 
@@ -86,10 +86,10 @@ def encode_captions(
 
 
 def _tokens(part: TextPart, texts: list[str]) -> list[Encoding]:
-    tokenizer = tokenizer_of(part.vocabulary, Path(part.spec.tokenizer))
+    tokenizer = make_tokenizer(part.vocabulary, Path(part.spec.tokenizer))
     encodings = [tokenizer.encode(text) if text else tokenizer.encode_empty() for text in texts]
     for encoding in encodings:
-        refuse_unknown(encoding, tokenizer)
+        reject_unknown(encoding, tokenizer)
     if cut := sum(encoding.dropped > 0 for encoding in encodings):
         click.echo(
             f"{part.spec.folder} leaves out the end of {cut} of {len(texts)} captions: they have more than its "
@@ -136,7 +136,7 @@ def _encode_group(
 
 def _pixels(path: Path, size_px: tuple[int, int]) -> Tensor:
     """[3, height, width] in -1..1, upright, scaled and cropped about the middle."""
-    return torch.from_numpy(to_pixels(fit(flat(open_picture(path), "white"), size_px))[0])
+    return torch.from_numpy(to_pixels(resize_and_crop(flatten_to_rgb(load_image(path), "white"), size_px))[0])
 
 
 def _require_finite(values: Iterable[Tensor], part: str) -> None:

@@ -15,7 +15,7 @@ from tpx_export.training.data import Data, Told, seeded
 from tpx_export.training.frozen import adapters_of
 from tpx_export.training.settings import Settings
 from tpx_runtime.errors import BadInput, Cancelled, TpxError
-from tpx_runtime.interrupts import deferred
+from tpx_runtime.interrupts import deferred_interrupts
 from tpx_runtime.progress import progress
 
 SAVE_EVERY_S = 120.0
@@ -90,7 +90,7 @@ def fit(job: Job, steps: int, saved: Path, identity: dict[str, Any]) -> Outcome:
 def _steps(job: Job, run: state.Run, steps: int, save: Callable[[], None], saved: Path) -> None:
     losses: list[float] = []
     last_save, first = time.monotonic(), run.step
-    with deferred() as interrupted, progress("training", steps) as advance:
+    with deferred_interrupts() as interrupted, progress("training", steps) as advance:
         while run.step < steps:
             losses = [*losses[1 - _SHOWN :], one_step(job, run)]
             advance(run.step, f"loss {sum(losses) / len(losses):.4f}")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tpx_runtime.errors import BadInput, shorten
-from tpx_runtime.files import whole_file
+from tpx_runtime.files import atomic_file
 
 _FORMAT = "tpx-training 1"
 _EMA = 0.999
@@ -57,7 +57,7 @@ def save(run: Run, identity: dict[str, Any], path: Path) -> None:
     }
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as part:
+        with atomic_file(path) as part:
             torch.save(facts, part)
     except (OSError, RuntimeError) as error:  # torch's own for a full disk
         said = shorten(" ".join(str(error).split()), 100)

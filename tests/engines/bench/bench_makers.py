@@ -28,7 +28,7 @@ class _Painter:
     def plan(self, prompt: str, *, seed: int, steps: int, num_images: int, **rest: Any) -> list[Any]:
         return [SimpleNamespace(seed=seed + i, steps=steps) for i in range(num_images)]
 
-    def forget(self) -> None:
+    def clear_conditions(self) -> None:
         pass
 
     def draw(self, jobs: list[Any], batch_size: int, callback: Callable[..., None]) -> list[Image.Image]:

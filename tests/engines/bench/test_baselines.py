@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from runtime.fakes import PAPER
+from runtime.fakes import FAKE
 from tiny import make_tiny, make_tiny_classes
 
 from tpx_engines.bench import compiled, naive
@@ -39,7 +39,7 @@ def test_a_checkpoint_fits_the_bundle_of_its_model(tiny_model: TextToImage, tmp_
     made = Pipeline.of(tiny_model)
     parts, defaults = (made.text[0].spec,), replace(made.defaults, depth=1)
     manifest = replace(
-        PAPER, name="tiny", model=made.model, text_encoders=parts, latent=made.latent, defaults=defaults
+        FAKE, name="tiny", model=made.model, text_encoders=parts, latent=made.latent, defaults=defaults
     )
     require_fits(ckpt, manifest)
     require_fits(ckpt, replace(manifest, model=replace(made.model, depths=(1, 2))))

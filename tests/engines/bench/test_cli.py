@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
-from runtime.fakes import CLASSES, PAPER, make_bundle
+from runtime.fakes import CLASSES, FAKE, make_bundle
 
 from tpx_engines.bench.cli import main
 from tpx_engines.bench.configurations import Configuration
@@ -67,9 +67,9 @@ def test_prints_a_table_and_draws_it(bench: Callable[..., Result], tmp_path: Pat
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     result = bench("--plot", str(tmp_path / "bench.png"))
     assert result.exit_code == 0, result.output
-    assert result.stdout.startswith("# paper (fp32), 12x8 pixels\n")
+    assert result.stdout.startswith("# fake (fp32), 12x8 pixels\n")
     (row,) = [line for line in result.stdout.splitlines() if line.startswith("| right | ")]
-    assert "| same picture | - |" in row  # a bundle of paper has no graph to count
+    assert "| same picture | - |" in row  # a fake bundle has no graph to count
     with Image.open(tmp_path / "bench.png") as image:
         assert image.width > 500
 
@@ -131,7 +131,7 @@ def test_a_checkpoint_of_another_model_is_refused_before_the_work(
     result = bench("--ckpt", str(tmp_path / "tiny.safetensors"))
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr == (
-        f"error: expected in --ckpt the checkpoint of bundle paper (name 'paper'), found {tmp_path / 'tiny.safetensors'} "
+        f"error: expected in --ckpt the checkpoint of bundle paper (name 'fake'), found {tmp_path / 'tiny.safetensors'} "
         "with name 'tiny'; name the one that it was exported from\n"
     )
     assert started() == []
@@ -195,7 +195,7 @@ def test_another_precision_is_measured_beside(
         return [configuration("wrong" if also else "right")]
 
     monkeypatch.setattr("tpx_engines.bench.configurations.engines", engines)
-    half = make_bundle(tmp_path / "half", replace(PAPER, precision="fp16"))
+    half = make_bundle(tmp_path / "half", replace(FAKE, precision="fp16"))
     arguments = [str(bundle), "--rounds", "1", "--batch", "1", "--prompt", "a cube"]
     result = CliRunner().invoke(main, [*arguments, "--also", str(half)])
     assert result.exit_code == 0, result.output
@@ -207,7 +207,7 @@ def test_another_precision_is_measured_beside(
     assert "expected --also of different precisions, found fp16 twice; measure one of them" in result.stderr
     result = CliRunner().invoke(main, [*arguments, "--also", str(bundle)])
     assert result.exit_code == 2
-    assert "in another precision than fp32 with depth 2, found paper in fp32" in result.stderr
+    assert "in another precision than fp32 with depth 2, found fake in fp32" in result.stderr
 
 
 def test_ctrl_c_leaves_no_process_and_no_file_behind(

@@ -1,4 +1,4 @@
-"""Pictures that users bring: of any size, mode and orientation, damaged, or none at all."""
+"""Images that users bring: of any size, mode and orientation, damaged, or none at all."""
 
 import io
 import warnings
@@ -13,20 +13,20 @@ from PIL import Image
 from tpx_runtime.bundle import Bundle
 from tpx_runtime.editing import to_pixels
 from tpx_runtime.errors import BadInput
-from tpx_runtime.generator import Generator, PictureFitted
+from tpx_runtime.generator import Generator, ImageResized
 from tpx_runtime.images import save_png
-from tpx_runtime.pictures import fit, fit_mask, flat, open_picture
+from tpx_runtime.input_images import flatten_to_rgb, load_image, resize_and_crop, resize_and_crop_mask
 
 from .fakes import FakeEngine
 
-SIZE = (8, 12)  # height, width of the bundle of paper
+SIZE = (8, 12)  # height, width of the fake bundle's images
 ORIENTATION = 0x0112  # the EXIF tag
 RED, WHITE, BLACK = (255, 0, 0), (255, 255, 255), (0, 0, 0)
 
 
 @pytest.fixture
-def generator(paper: Path) -> Generator:
-    return Generator(Bundle.open(paper), FakeEngine())  # type: ignore[arg-type]
+def generator(fake_bundle: Path) -> Generator:
+    return Generator(Bundle.open(fake_bundle), FakeEngine())  # type: ignore[arg-type]
 
 
 def ramp() -> Image.Image:
@@ -42,24 +42,24 @@ def saved(image: Image.Image, format: str = "PNG", **options: Any) -> io.BytesIO
     return file
 
 
-# Any picture that Pillow reads
+# Any image that Pillow reads
 
 
-def test_a_picture_of_the_models_size_is_taken_as_it_is(generator: Generator) -> None:
-    np.testing.assert_array_equal(np.asarray(generator.edit(ramp()).picture), np.asarray(ramp()))
+def test_an_image_of_the_models_size_is_taken_as_it_is(generator: Generator) -> None:
+    np.testing.assert_array_equal(np.asarray(generator.edit(ramp()).image), np.asarray(ramp()))
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV"])
 def test_every_mode_becomes_rgb(generator: Generator, mode: str) -> None:
     source = ramp().convert("L").convert("RGBA").convert("P").convert("PA") if mode == "PA" else ramp()
     edit = generator.edit(source.convert(mode))
-    assert (edit.picture.mode, edit.picture.size) == ("RGB", (12, 8))
+    assert (edit.image.mode, edit.image.size) == ("RGB", (12, 8))
     assert edit.latents.shape == (1, 4, 2, 3)
 
 
 def test_greys_keep_their_levels(generator: Generator) -> None:
     grey = ramp().convert("L")
-    found = np.asarray(generator.edit(grey).picture)
+    found = np.asarray(generator.edit(grey).image)
     for channel in range(3):
         np.testing.assert_array_equal(found[..., channel], np.asarray(grey))
 
@@ -68,14 +68,16 @@ def test_greys_keep_their_levels(generator: Generator) -> None:
 def test_sixteen_bits_become_eight_and_are_not_clipped(kind: type) -> None:
     deep = Image.fromarray((np.arange(0, 256).reshape(16, 16) * 257).astype(kind))
     assert deep.mode.startswith("I")
-    np.testing.assert_array_equal(np.asarray(flat(deep, "white"))[..., 0], np.arange(256).reshape(16, 16))
+    np.testing.assert_array_equal(
+        np.asarray(flatten_to_rgb(deep, "white"))[..., 0], np.arange(256).reshape(16, 16)
+    )
     if kind is np.uint16:  # which PNG files have
-        assert flat(Image.open(saved(deep)), "white").getpixel((15, 15)) == WHITE
+        assert flatten_to_rgb(Image.open(saved(deep)), "white").getpixel((15, 15)) == WHITE
 
 
 def test_eight_bits_that_stand_in_thirty_two_are_eight() -> None:
     levels = np.arange(0, 256).reshape(16, 16)
-    made = flat(Image.fromarray(levels.astype(np.int32)), "white")
+    made = flatten_to_rgb(Image.fromarray(levels.astype(np.int32)), "white")
     np.testing.assert_array_equal(np.asarray(made)[..., 0], levels)
 
 
@@ -83,10 +85,10 @@ def test_what_is_transparent_takes_the_background() -> None:
     image = Image.new("RGBA", (2, 1), (*RED, 255))
     image.putpixel((1, 0), (*RED, 0))
     for background, colour in (("white", WHITE), ("black", BLACK)):
-        made = flat(image, background)
+        made = flatten_to_rgb(image, background)
         assert (made.getpixel((0, 0)), made.getpixel((1, 0))) == (RED, colour)
     palette = Image.open(saved(image.convert("P"), transparency=b"\x00" * 256))
-    assert flat(palette, "white").getpixel((0, 0)) == WHITE
+    assert flatten_to_rgb(palette, "white").getpixel((0, 0)) == WHITE
 
 
 @pytest.mark.parametrize(
@@ -102,27 +104,27 @@ def test_what_is_transparent_takes_the_background() -> None:
         (8, lambda pixels: np.rot90(pixels)),
     ],
 )
-def test_a_picture_is_turned_as_its_camera_was_held(orientation: int, turn: Any) -> None:
+def test_an_image_is_turned_as_its_camera_was_held(orientation: int, turn: Any) -> None:
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
     photo = Image.open(saved(ramp(), exif=exif))
     assert photo.getexif()[ORIENTATION] == orientation
-    np.testing.assert_array_equal(np.asarray(flat(photo, "white")), turn(np.asarray(ramp())))
+    np.testing.assert_array_equal(np.asarray(flatten_to_rgb(photo, "white")), turn(np.asarray(ramp())))
 
 
 @pytest.mark.parametrize(("width", "height"), [(1, 1), (12, 80), (120, 8), (5, 7), (1200, 800)])
 def test_every_size_is_scaled_and_cropped_about_the_middle(
     generator: Generator, width: int, height: int
 ) -> None:
-    picture = Image.new("RGB", (width, height), RED)
+    input_image = Image.new("RGB", (width, height), RED)
     if width * 8 > height * 12:  # too wide: what is outside the middle 3 to 2 is cut off
         kept = height * 12 / 8
         for x in range(width):
             if abs(x + 0.5 - width / 2) > kept / 2 + 0.5:
-                picture.paste(BLACK, (x, 0, x + 1, height))
-    said = f"the picture of {width}x{height} pixels is scaled and cropped to the model's 12x8"
-    with pytest.warns(PictureFitted, match=said):
-        found = np.asarray(generator.edit(picture).picture)
+                input_image.paste(BLACK, (x, 0, x + 1, height))
+    said = f"the input image of {width}x{height} pixels is resized and cropped to the model's 12x8"
+    with pytest.warns(ImageResized, match=said):
+        found = np.asarray(generator.edit(input_image).image)
     assert found.shape == (8, 12, 3)
     np.testing.assert_array_equal(found[1:-1, 2:-2], np.broadcast_to(RED, (6, 8, 3)))
 
@@ -130,7 +132,7 @@ def test_every_size_is_scaled_and_cropped_about_the_middle(
 def test_the_middle_is_the_middle() -> None:
     stripes = np.zeros((8, 36, 3), np.uint8)
     stripes[:, 12:24] = RED
-    found = np.asarray(fit(Image.fromarray(stripes), SIZE))
+    found = np.asarray(resize_and_crop(Image.fromarray(stripes), SIZE))
     np.testing.assert_array_equal(found, np.broadcast_to(RED, (8, 12, 3)))
 
 
@@ -161,7 +163,7 @@ def test_nothing_of_the_source_but_pixels_is_in_the_result(generator: Generator,
 
 def test_a_mask_is_black_or_white() -> None:
     mask = Image.fromarray(np.array([[0, 127, 128, 255]], np.uint8))
-    np.testing.assert_array_equal(np.asarray(fit_mask(mask, (1, 4))), [[0, 0, 255, 255]])
+    np.testing.assert_array_equal(np.asarray(resize_and_crop_mask(mask, (1, 4))), [[0, 0, 255, 255]])
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "RGB", "RGBA", "P", "LA"])
@@ -171,8 +173,8 @@ def test_a_mask_may_have_any_mode(generator: Generator, mode: str) -> None:
     edit = generator.edit(ramp(), mask.convert(mode))
     assert edit.mask is not None
     np.testing.assert_array_equal(np.asarray(edit.mask), np.asarray(mask))
-    assert edit.repaint is not None
-    np.testing.assert_array_equal(edit.repaint, [[[[True, True, False]] * 2]])
+    assert edit.latent_mask is not None
+    np.testing.assert_array_equal(edit.latent_mask, [[[[True, True, False]] * 2]])
 
 
 def test_a_mask_that_is_transparent_paints_nothing_there(generator: Generator) -> None:
@@ -184,28 +186,28 @@ def test_a_mask_that_is_transparent_paints_nothing_there(generator: Generator) -
 
 
 @pytest.mark.parametrize("size", [(12, 8), (48, 16), (6, 2), (480, 480)])
-def test_a_mask_lies_over_the_whole_picture_whatever_its_size(
+def test_a_mask_lies_over_the_whole_image_whatever_its_size(
     generator: Generator, size: tuple[int, int]
 ) -> None:
-    """The picture is 48 x 16, of which the middle half is drawn; the left third of the mask is white."""
-    picture, mask = Image.new("RGB", (48, 16), RED), Image.new("L", size)
+    """The image is 48 x 16, of which the middle half is drawn; the left third of the mask is white."""
+    input_image, mask = Image.new("RGB", (48, 16), RED), Image.new("L", size)
     mask.paste(255, (0, 0, size[0] // 3, size[1]))
-    with pytest.warns(PictureFitted):
-        edit = generator.edit(picture, mask)
+    with pytest.warns(ImageResized):
+        edit = generator.edit(input_image, mask)
     assert edit.mask is not None
     columns = np.asarray(edit.mask).mean(0)
     assert columns[0] == 255
     assert columns[3:].tolist() == [0] * 9
 
 
-def test_a_mask_follows_a_picture_that_is_turned(generator: Generator) -> None:
-    """Seen upright the picture is 8 x 12, and the mask is painted over what is seen."""
+def test_a_mask_follows_an_image_that_is_turned(generator: Generator) -> None:
+    """Seen upright the image is 8 x 12, and the mask is painted over what is seen."""
     exif = Image.Exif()
     exif[ORIENTATION] = 6
     photo = Image.open(saved(Image.new("RGB", (12, 8), RED), exif=exif))
     mask = Image.new("L", (8, 12))
     mask.paste(255, (0, 0, 4, 12))
-    with pytest.warns(PictureFitted, match="the picture of 8x12 pixels"):
+    with pytest.warns(ImageResized, match="the input image of 8x12 pixels"):
         edit = generator.edit(photo, mask)
     assert edit.mask is not None
     assert np.asarray(edit.mask).mean(0).tolist() == [255] * 6 + [0] * 6
@@ -214,13 +216,13 @@ def test_a_mask_follows_a_picture_that_is_turned(generator: Generator) -> None:
 def test_a_black_mask_is_refused_before_any_work(generator: Generator) -> None:
     for mask in (Image.new("L", (12, 8), 0), Image.new("L", (12, 8), 127), Image.new("RGBA", (12, 8))):
         with pytest.raises(
-            BadInput, match="a mask with white where to paint, found none of it at least half"
+            BadInput, match="a mask that is white where to repaint, found no pixel that is at least half"
         ):
             generator.edit(ramp(), mask)
     assert generator.engine.opened == []  # type: ignore[attr-defined]
 
 
-# What is no picture
+# What is no image
 
 
 @pytest.mark.parametrize(
@@ -228,26 +230,26 @@ def test_a_black_mask_is_refused_before_any_work(generator: Generator) -> None:
     [
         ("photo.png", "expected a PIL image, found str; open a file with PIL.Image.open"),
         (np.zeros((8, 8, 3), np.uint8), "expected a PIL image, found ndarray"),
-        (Image.new("RGB", (0, 5)), "expected a picture, found one of 0x5 pixels"),
-        (Image.new("RGB", (5, 0)), "expected a picture, found one of 5x0 pixels"),
+        (Image.new("RGB", (0, 5)), "expected an image, found one of 0x5 pixels"),
+        (Image.new("RGB", (5, 0)), "expected an image, found one of 5x0 pixels"),
     ],
 )
-def test_refuses_what_is_no_picture(generator: Generator, image: Any, message: str) -> None:
+def test_refuses_what_is_no_image(generator: Generator, image: Any, message: str) -> None:
     for arguments in ((image,), (ramp(), image)):
         with pytest.raises(BadInput) as caught:
             generator.edit(*arguments)
         assert message in str(caught.value)
 
 
-def test_a_picture_that_was_opened_and_breaks_when_it_is_read_is_refused(generator: Generator) -> None:
+def test_an_image_that_was_opened_and_breaks_when_it_is_read_is_refused(generator: Generator) -> None:
     data = saved(ramp().resize((300, 200))).getvalue()
-    with pytest.raises(BadInput, match="expected a picture that converts to RGB"):
+    with pytest.raises(BadInput, match="expected an image that converts to RGB"):
         generator.edit(Image.open(io.BytesIO(data[: len(data) // 2])))
 
 
 def test_opens_a_file(tmp_path: Path) -> None:
     ramp().save(tmp_path / "a.webp", lossless=True)
-    opened = open_picture(tmp_path / "a.webp")
+    opened = load_image(tmp_path / "a.webp")
     (tmp_path / "a.webp").unlink()  # it was read, not only opened
     np.testing.assert_array_equal(np.asarray(opened), np.asarray(ramp()))
 
@@ -257,17 +259,17 @@ def test_opens_a_file(tmp_path: Path) -> None:
     [
         ("missing.png", "No such file or directory"),
         ("folder.png", "Is a directory"),
-        ("text.png", "none that can be read"),
-        ("empty.png", "none that can be read"),
-        ("half.png", "none that can be read"),
-        ("half.jpg", "none that can be read"),
-        ("half.webp", "none that can be read"),
-        ("bomb.png", "none that can be read"),
+        ("text.png", "no readable image"),
+        ("empty.png", "no readable image"),
+        ("half.png", "no readable image"),
+        ("half.jpg", "no readable image"),
+        ("half.webp", "no readable image"),
+        ("bomb.png", "no readable image"),
     ],
 )
-def test_a_file_that_is_no_picture_is_one_line(tmp_path: Path, name: str, reason: str) -> None:
+def test_a_file_that_is_no_image_is_one_line(tmp_path: Path, name: str, reason: str) -> None:
     (tmp_path / "folder.png").mkdir()
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("no image")
     (tmp_path / "empty.png").touch()
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
     for format in ("png", "jpeg", "webp"):
@@ -277,13 +279,13 @@ def test_a_file_that_is_no_picture_is_one_line(tmp_path: Path, name: str, reason
     huge = (100_000).to_bytes(4, "big")
     (tmp_path / "bomb.png").write_bytes(head[:16] + huge * 2 + head[24:])  # says that it has 10^10 pixels
     with pytest.raises(BadInput) as caught:
-        open_picture(tmp_path / name)
-    expected = f"expected a picture in {tmp_path / name}, found: {reason}; name a PNG, JPEG or WebP file"
+        load_image(tmp_path / name)
+    expected = f"expected an image in {tmp_path / name}, found: {reason}; name a PNG, JPEG or WebP file"
     assert str(caught.value) == expected
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_a_damaged_file_is_a_picture_or_one_line(generator: Generator, tmp_path: Path, seed: int) -> None:
+def test_a_damaged_file_is_an_image_or_one_line(generator: Generator, tmp_path: Path, seed: int) -> None:
     rng, exif = np.random.default_rng(seed), Image.Exif()
     exif[ORIENTATION] = 6
     format = ("PNG", "JPEG", "GIF", "TIFF", "BMP", "WEBP", "TGA", "PPM")[seed % 8]
@@ -296,25 +298,26 @@ def test_a_damaged_file_is_a_picture_or_one_line(generator: Generator, tmp_path:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow may warn of what it could still read
         with suppress(BadInput):
-            assert generator.edit(open_picture(tmp_path / "file")).picture.size == (12, 8)
+            assert generator.edit(load_image(tmp_path / "file")).image.size == (12, 8)
 
 
 def test_a_large_photograph_is_no_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 60)  # Pillow warns above it, and refuses twice as much
     ramp().save(tmp_path / "a.png")
-    assert open_picture(tmp_path / "a.png").size == (12, 8)
+    assert load_image(tmp_path / "a.png").size == (12, 8)
 
 
 @pytest.mark.parametrize(
-    "picture",
+    "image",
     [
         Image.fromarray(np.linspace(0, 1, 96, dtype=np.float32).reshape(8, 12)),
         Image.fromarray(np.full((8, 12), 1 << 30, np.int32)),
     ],
     ids=["of floats", "of 32 bits"],
 )
-def test_levels_of_an_unknown_range_are_refused(picture: Image.Image) -> None:
+def test_levels_of_an_unknown_range_are_refused(image: Image.Image) -> None:
     with pytest.raises(
-        BadInput, match=f"expected a picture of 8 or 16 bits, found one of mode {picture.mode} whose"
+        BadInput,
+        match=f"expected an image of 8 or 16 bits, found one of mode {image.mode} with unknown range",
     ):
-        flat(picture, "white")
+        flatten_to_rgb(image, "white")

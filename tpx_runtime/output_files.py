@@ -1,4 +1,4 @@
-"""Where tpx-run writes: which files, with which images, and never over another without --force."""
+"""Chooses the files that tpx-run writes and the images in each; never replaces a file without --force."""
 
 import os
 import re
@@ -9,24 +9,24 @@ from pathlib import Path
 from PIL import Image
 
 from .errors import BadInput
-from .images import check_writable, save_png
+from .images import check_png_writable, save_png
 
-# In the name of --out: the seed, which makes a file for each; the prompt in letters and digits; its number from 1.
+# Placeholders in the name of --out: the seed (one file per seed), the prompt as a slug, and the number of the prompt from 1.
 SEED, PROMPT, NUMBER = "{seed}", "{prompt}", "{number}"
 
 
 @dataclass(frozen=True)
-class Output:
-    """A PNG to write, and the number of images in it; `named` says whether the user chose the name."""
+class OutputFile:
+    """A PNG to write and the number of images in it; `named`: the user chose the name."""
 
     path: Path
     images: int
     named: bool
 
     def save(self, image: Image.Image, force: bool) -> Path:
-        """Write it, and say where: where another process took a name that was free, a name of ours gets a number.
+        """Write the PNG and return its path. Raises BadInput.
 
-        Raises BadInput.
+        If another process has created the file in the meantime, a generated name gets a number.
         """
         path, number = self.path, 1
         while True:
@@ -35,24 +35,26 @@ class Output:
                 return path
             except FileExistsError:
                 if self.named:
-                    raise _taken(path) from None
+                    raise _exists(path) from None
                 number += 1
                 path = self.path.with_name(f"{self.path.stem}-{number}.png")
 
 
-def choose_outputs(
+def choose_output_files(
     given: Path | None, prompts: Sequence[str], seeds: Sequence[int], force: bool
-) -> list[Output]:
-    """The files for `seeds` of each prompt: one for each seed where `given` says {seed}, else one grid. Raises BadInput.
+) -> list[OutputFile]:
+    """The output files of each prompt: one per seed if `given` contains {seed}, else one grid. Raises BadInput.
 
-    Without `given` they are named after prompt and first seed, as no file is called yet.
+    Without `given`, unused names are generated from the prompt and the first seed.
     """
     if given is None:
         taken: set[Path] = set()
-        return [Output(_free(prompt, seeds[0], force, taken), len(seeds), False) for prompt in prompts]
+        return [
+            OutputFile(_unused_name(prompt, seeds[0], force, taken), len(seeds), False) for prompt in prompts
+        ]
     each = seeds if SEED in given.name else seeds[:1]
     outputs = [
-        Output(given.with_name(_filled(given.name, prompt, number, seed)), len(seeds) // len(each), True)
+        OutputFile(given.with_name(_fill(given.name, prompt, number, seed)), len(seeds) // len(each), True)
         for number, prompt in enumerate(prompts, start=1)
         for seed in each
     ]
@@ -66,17 +68,17 @@ def choose_outputs(
     return outputs
 
 
-def _filled(name: str, prompt: str, number: int, seed: int) -> str:
+def _fill(name: str, prompt: str, number: int, seed: int) -> str:
     parts = {SEED: str(seed), NUMBER: str(number), PROMPT: _slug(prompt)}
     return re.sub("|".join(map(re.escape, parts)), lambda found: parts[found[0]], name)
 
 
 def _slug(prompt: str) -> str:
-    return re.sub("[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "picture"
+    return re.sub("[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "image"
 
 
-def _free(prompt: str, seed: int, force: bool, taken: set[Path]) -> Path:
-    """A name that no file has yet, nor one in `taken`, which it is added to."""
+def _unused_name(prompt: str, seed: int, force: bool, taken: set[Path]) -> Path:
+    """A name that neither exists as a file nor is in `taken`, to which it is added."""
     stem, number = f"{_slug(prompt)}-{seed}", 1
     path = Path(f"{stem}.png")
     while path in taken or (path.exists() and not force):
@@ -88,10 +90,10 @@ def _free(prompt: str, seed: int, force: bool, taken: set[Path]) -> Path:
 
 
 def _check_new(path: Path, force: bool) -> None:
-    check_writable(path)
+    check_png_writable(path)
     if os.path.lexists(path) and not force:
-        raise _taken(path)
+        raise _exists(path)
 
 
-def _taken(path: Path) -> BadInput:
+def _exists(path: Path) -> BadInput:
     return BadInput(f"expected a new file, found {path} there already; add --force to replace it")
