@@ -197,7 +197,7 @@ class Denoiser:
     def _loop_plan(self, batch: Batch, conditions: Conditions) -> LoopPlan | None:
         """What a device is to do by itself; None where the engine has none, or the loop needs the host."""
         masked = batch.edit is not None and batch.edit.repaint is not None
-        if masked or not self.bundle.step or not self._graphs.engine.loops:
+        if masked or not self.bundle.step or not self._graphs.engine.uses_device_loop:
             return None
         job, sampler = batch.job, self.sampler(batch.job)
         return plan_loop(
@@ -212,10 +212,10 @@ class Denoiser:
         for call in range(1, plan.ends[-1] + 1):
             loop.advance()
             if (found := loop.routes()) is not None:
-                routes.append(found[-plan.pictures :])
+                routes.append(found[-plan.num_images :])
             if call in plan.ends:
                 wanted = every_step or call == plan.ends[-1]
-                yield loop.latents()[-plan.pictures :] if wanted else None
+                yield loop.latents()[-plan.num_images :] if wanted else None
 
     def _conditions_of(self, conditioning: Arrays, timesteps: Sequence[float]) -> Conditions:
         """Those of the loop before where they serve: other seeds of the same prompts, mostly."""

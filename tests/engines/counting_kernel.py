@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tpx_engines.routed_lora_kernel import CHUNK, _counts, _ids
+from tpx_engines.routed_lora_kernel import CHUNK, _count_experts, _load_ids
 
 
 @triton.jit
@@ -18,7 +18,7 @@ def counting_kernel(  # type: ignore[no-untyped-def]
     CHUNK: tl.constexpr,
 ):
     names = tl.arange(0, PADDED)
-    tl.store(out + names, _counts(_ids(expert, 0, tokens, CHUNKS, CHUNK), names, EXPERTS))
+    tl.store(out + names, _count_experts(_load_ids(expert, 0, tokens, CHUNKS, CHUNK), names, EXPERTS))
 
 
 def counts(ids: torch.Tensor, experts: int) -> list[int]:

@@ -171,4 +171,4 @@ def install(patch: Any, driver: FakeDriver | None) -> None:
     from tpx_runtime.engine import cuda
 
     found = {cuda.DRIVER: driver, "libnvidia-ml.so.1": FakeManagement() if driver else None}
-    patch.setattr(cuda, "library", found.get)
+    patch.setattr(cuda, "load_library", found.get)

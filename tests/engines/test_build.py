@@ -21,7 +21,7 @@ from tpx_engines.cli import main
 from tpx_engines.progress import Progress
 from tpx_engines.routed_lora_graph import adapter_rank
 from tpx_engines.target import choose_gpu, parse_batch
-from tpx_engines.tensorrt import Shapes, Timings
+from tpx_engines.tensorrt import Shapes, TimingCache
 from tpx_runtime.bundle import Bundle
 from tpx_runtime.engine import tensorrt_flavours
 from tpx_runtime.engine.gpu import Gpu
@@ -34,7 +34,7 @@ GRAPHS = ["text_encoder", "transformer conditions", *TRANSFORMERS, "vae_decoder"
 
 @pytest.fixture(autouse=True)
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(target, "gpu_here", lambda: None)
+    monkeypatch.setattr(target, "local_gpu", lambda: None)
 
 
 class FakeBuilder:
@@ -55,7 +55,7 @@ class FakeBuilder:
         batch: tuple[int, int],
         capability: int,
         progress: Progress,
-        timings: Timings,
+        timings: TimingCache,
         plugin: bool,
     ) -> bytes:
         if len(self.built) == self.at:
@@ -170,9 +170,7 @@ def test_ctrl_c_stops_the_builder_and_the_next_run_goes_on(
     builder.at, builder.then = 2, partial(press, how=how)
     result = tpx_build()
     assert (result.exit_code, result.stdout) == (130, "")
-    left = (
-        f"error: cancelled; 2 of 7 engines are in {tmp_path / 'cache'}, the same command goes on from there\n"
-    )
+    left = f"error: cancelled; 2 of 7 engines are in {tmp_path / 'cache'}, run the same command to continue\n"
     assert result.stderr.endswith(left)
     names = sorted(path.name for path in (tmp_path / "cache").iterdir())
     assert [name.split(".")[0] for name in names] == ["text-encoder", "transformer-conditions"]
@@ -212,7 +210,7 @@ def test_a_second_ctrl_c_does_not_wait(
     builder.at, builder.then = 1, busy
     result = tpx_build()
     assert left == [130]
-    assert "error: stopped; what is finished is in " in result.stderr
+    assert "error: stopped; finished engines are in " in result.stderr
     assert origins(tpx_build())[:2] == ["cache", "build"]
 
 
@@ -237,27 +235,25 @@ def test_reads_a_batch(text: str, batch: tuple[int, int]) -> None:
     ["", "0", "0,1", "4,1", "1,", ",1", "1,2,3", "1-4", "1, 4", "-1,2", "a", "1.5", "1,10000", "１,４"],
 )
 def test_refuses_a_batch(text: str) -> None:
-    with pytest.raises(
-        BadInput, match="expected --batch LEAST,MOST with 1 <= LEAST <= MOST <= 9999, such as"
-    ):
+    with pytest.raises(BadInput, match="expected --batch MIN,MAX with 1 <= MIN <= MAX <= 9999, such as"):
         parse_batch(text)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--batch", "4,1"], "expected --batch LEAST,MOST"),
+        (["--batch", "4,1"], "expected --batch MIN,MAX"),
         (["--gpu", "sm90"], "expected --gpu of sm75, sm80, sm86, sm89, sm120, sm121, found 'sm90'"),
         (["--gpu", "89"], "expected --gpu of sm75"),
         (
             ["--engine", "onnxruntime"],
-            "built ahead (tensorrt-rtx, tensorrt, openvino, openvino-bf16), found onnxruntime, which reads the bundle",
+            "built ahead of time (tensorrt-rtx, tensorrt, openvino, openvino-bf16), found onnxruntime, which needs no build",
         ),
         (["--engine", "auto"], "openvino, openvino-bf16), found auto"),
         (["--engine", "tensorflow"], "expected --engine of tensorrt-rtx, tensorrt, openvino"),
         (
             ["--engine", "openvino", "--gpu", "sm89"],
-            "expected --gpu with tensorrt-rtx or tensorrt alone, found it",
+            "expected --gpu only with tensorrt-rtx or tensorrt, found it",
         ),
     ],
 )
@@ -276,9 +272,7 @@ def test_openvino_takes_no_folder(tiny_bundle: Path, tmp_path: Path) -> None:
         main, [str(tiny_bundle), "--engine", "openvino-bf16", "--cache", str(tmp_path / "cache")]
     )
     assert result.exit_code == 2
-    assert (
-        "expected --cache with tensorrt-rtx or tensorrt alone, found it with openvino-bf16" in result.stderr
-    )
+    assert "expected --cache only with tensorrt-rtx or tensorrt, found it with openvino-bf16" in result.stderr
 
 
 def test_openvino_is_built_once_and_then_from_its_cache(tiny_bundle: Path, tmp_path: Path) -> None:
@@ -297,19 +291,21 @@ def test_asks_for_a_gpu_where_there_is_none(builder: FakeBuilder, tiny_bundle: P
     result = CliRunner().invoke(main, [str(tiny_bundle)])
     assert result.exit_code == 2
     assert result.stderr == (
-        "error: expected an NVIDIA GPU to build for, found none here; "
-        "name one with --gpu: sm75, sm80, sm86, sm89, sm120, sm121\n"
+        "error: expected an NVIDIA GPU to build for, found none in this machine; "
+        "choose one with --gpu: sm75, sm80, sm86, sm89, sm120, sm121\n"
     )
 
 
 def test_takes_the_gpu_that_is_here(monkeypatch: pytest.MonkeyPatch) -> None:
     here = Gpu(89, "NVIDIA L4", "580.65.06")
-    monkeypatch.setattr(target, "gpu_here", lambda: here)
+    monkeypatch.setattr(target, "local_gpu", lambda: here)
     assert choose_gpu(RTX, None) == choose_gpu(RTX, "sm89") == here
     assert choose_gpu(RTX, "sm86") == Gpu(86)
-    monkeypatch.setattr(target, "gpu_here", lambda: Gpu(90, "NVIDIA H100", None))
+    monkeypatch.setattr(target, "local_gpu", lambda: Gpu(90, "NVIDIA H100", None))
     assert choose_gpu(RTX, "sm89") == Gpu(89)
-    with pytest.raises(BadInput, match=r"expected a GPU of sm75.*, found NVIDIA H100 \(sm90\); name another"):
+    with pytest.raises(
+        BadInput, match=r"expected a GPU of sm75.*, found NVIDIA H100 \(sm90\); choose another"
+    ):
         choose_gpu(RTX, None)
 
 
@@ -321,7 +317,7 @@ class TestFull:
 
     @pytest.fixture(autouse=True)
     def here(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(target, "gpu_here", lambda: L4)
+        monkeypatch.setattr(target, "local_gpu", lambda: L4)
 
     @pytest.fixture
     def tpx_build(self, tiny_bundle: Path, tmp_path: Path, builder: FakeBuilder) -> Callable[..., Result]:
@@ -386,7 +382,7 @@ class TestFull:
         monkeypatch.setattr(routed_lora_choice, "find_spec", lambda name: None if name == "triton" else name)
         result = tpx_build()
         assert result.stderr.startswith(
-            "notice: routing without its plugin: expected the package triton, found none; install it with "
+            "notice: building without the routing plugin: expected the package triton, found none; install it with "
         )
         assert not any(builder.plugins)
 
@@ -402,7 +398,7 @@ class TestFull:
         monkeypatch.setattr(kernel, "MAX_RANK", 3)  # the tiny bundle's is 4
         result = tpx_build()
         assert origins(result) == ["build"] * len(GRAPHS)
-        notice = "notice: routing without its plugin: expected adapters of rank 1 to 3, found 4\n"
+        notice = "notice: building without the routing plugin: expected adapters of rank 1 to 3, found 4\n"
         assert result.stderr.startswith(notice)
         assert not any(builder.plugins)
 
@@ -413,18 +409,18 @@ class TestFull:
         result = tpx_build(*arguments)
         assert (result.exit_code, builder.built) == (2, [])
         assert result.stderr == (
-            f"error: expected a GPU of '{arguments[1]}' in this machine, where alone engine tensorrt is built, "
+            f"error: expected a GPU of '{arguments[1]}' in this machine, because engine tensorrt builds only for it, "
             "found NVIDIA L4 (sm89); build on the machine that will run it\n"
         )
 
     def test_needs_a_gpu(
         self, builder: FakeBuilder, tpx_build: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(target, "gpu_here", lambda: None)
+        monkeypatch.setattr(target, "local_gpu", lambda: None)
         result = tpx_build()
         assert (result.exit_code, result.stderr) == (
             2,
-            "error: expected an NVIDIA GPU in this machine, where alone engine tensorrt is built, found none; "
+            "error: expected an NVIDIA GPU in this machine, because engine tensorrt builds only for it, found none; "
             "build on the machine that will run it\n",
         )
 
@@ -440,7 +436,7 @@ def test_the_plugin_goes_where_it_can(tiny_bundle: Path, monkeypatch: pytest.Mon
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "onnx", None)
         assert (routed_lora_choice.plugin_problem(FULL, 89, bundle) or "").startswith(
-            "expected the package onnx, "
+            "expected the package onnx "
         )
     monkeypatch.setattr(routed_lora_choice, "find_spec", lambda name: None)
     assert (
@@ -494,7 +490,8 @@ def test_counts_the_weights_of_a_graph_once(builder: FakeBuilder, tiny_bundle: P
 
 def test_shapes_are_those_of_the_bundle(tiny_bundle: Path) -> None:
     found = {
-        name: inputs for name, (_, inputs) in module.graphs(Bundle.open(tiny_bundle, verify=False)).items()
+        name: inputs
+        for name, (_, inputs) in module.graphs_to_build(Bundle.open(tiny_bundle, verify=False)).items()
     }
     row = 64 * (12 * 3 - 2) + 2 * 64  # modulations of three blocks and the output, and two gates
     denoise = {"latents": (None, 4, 8, 8), "conditions": (None, row), "context": (None, 12, 32)}
@@ -509,7 +506,7 @@ def test_shapes_are_those_of_the_bundle(tiny_bundle: Path) -> None:
 
 def test_every_text_encoder_is_built(tmp_path: Path) -> None:
     root = make_bundle(tmp_path / "three", THREE)
-    found = module.graphs(Bundle.open(root))
+    found = module.graphs_to_build(Bundle.open(root))
     assert [found[f"text_encoder{number}"] for number in ("", "_2", "_3")] == [
         (root / "text_encoder/model.onnx", {"ids": (None, 8)}),
         (root / "text_encoder_2/model.onnx", {"ids": (None, 8)}),
@@ -520,7 +517,7 @@ def test_every_text_encoder_is_built(tmp_path: Path) -> None:
 
 
 def test_a_model_of_classes_is_told_a_class(tmp_path: Path) -> None:
-    found = module.graphs(Bundle.open(make_bundle(tmp_path / "classes", CLASSES)))
+    found = module.graphs_to_build(Bundle.open(make_bundle(tmp_path / "classes", CLASSES)))
     transformers = ["transformer conditions", "transformer depth 1"]
     assert list(found) == [*transformers, "vae_decoder", "vae_encoder"]
     conditions, denoise = (found[name][1] for name in transformers)
@@ -530,8 +527,8 @@ def test_a_model_of_classes_is_told_a_class(tmp_path: Path) -> None:
 
 def test_an_encoder_of_pictures_that_is_not_there_is_not_built(tmp_path: Path) -> None:
     bundle = without_encoder(make_bundle(tmp_path / "paper"))
-    assert "vae_encoder" not in module.graphs(bundle)
-    assert "vae_decoder" in module.graphs(bundle)
+    assert "vae_encoder" not in module.graphs_to_build(bundle)
+    assert "vae_decoder" in module.graphs_to_build(bundle)
 
 
 def test_needs_the_libraries(monkeypatch: pytest.MonkeyPatch, tpx_build: Callable[..., Result]) -> None:
@@ -597,9 +594,9 @@ def test_cuda_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPatch) -
         raise TypeError("pybind11::init(): factory function returned nullptr")
 
     trt = SimpleNamespace(Builder=refuse, IProgressMonitor=object)
-    logger = SimpleNamespace(take=lambda: "CUDA initialization failure with error: 35")
+    logger = SimpleNamespace(take_message=lambda: "CUDA initialization failure with error: 35")
     monkeypatch.setattr(tensorrt, "bindings", lambda flavour: trt)
-    monkeypatch.setattr(tensorrt, "log", lambda flavour: logger)
+    monkeypatch.setattr(tensorrt, "get_logger", lambda flavour: logger)
     with pytest.raises(
         EngineFailed, match=r"^TensorRT cannot start its builder: CUDA initialization failure"
     ):
@@ -645,7 +642,7 @@ def test_ctrl_c_cancels_a_real_build(
 
 @pytest.mark.usefixtures("real")
 def test_the_monitor_sees_a_whole_build_or_stops_it(tiny_bundle: Path) -> None:
-    path, inputs = module.graphs(Bundle.open(tiny_bundle, verify=False))["text_encoder"]
+    path, inputs = module.graphs_to_build(Bundle.open(tiny_bundle, verify=False))["text_encoder"]
     progress = Progress()
     assert tensorrt.build(RTX, path, inputs, progress=progress)
     assert progress.fraction > 0.5

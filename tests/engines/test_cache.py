@@ -112,7 +112,7 @@ def test_whoever_runs_an_engine_does_not_ask_for_its_plugin(cache: EngineCache) 
 
 def test_a_new_engine_forgets_the_kernels_of_the_one_before(cache: EngineCache) -> None:
     cache.store(KEY, ENGINE)
-    kernels = cache.folder / KEY.kernels_name
+    kernels = cache.folder / KEY.runtime_cache_name
     kernels.write_bytes(b"of the engine before")
     cache.store(KEY, ENGINE + b"2")
     assert not kernels.exists()
@@ -173,7 +173,9 @@ def test_refuses_what_it_cannot_read(cache: EngineCache) -> None:
     cache.path(KEY).mkdir()
     with pytest.raises(Stale, match="expected a file to read, found: Is a directory"):
         cache.load(KEY)
-    with pytest.raises(BadInput, match=r"expected a folder for engines at .*, found: Is a directory"):
+    with pytest.raises(
+        BadInput, match=r"expected a writable folder for engines at .*, found: Is a directory"
+    ):
         cache.store(KEY, ENGINE)
     assert list(cache.folder.iterdir()) == [cache.path(KEY)]
 
@@ -195,11 +197,11 @@ def test_what_is_not_whole_does_not_appear(
 
 
 def test_keeps_timings_by_version_and_capability(cache: EngineCache) -> None:
-    assert cache.read_timings(KEY) == b""
-    cache.store_timings(KEY, b"times")
-    assert cache.read_timings(replace(KEY, graph="vae_decoder", batch=(1, 8))) == b"times"
+    assert cache.read_timing_cache(KEY) == b""
+    cache.store_timing_cache(KEY, b"times")
+    assert cache.read_timing_cache(replace(KEY, graph="vae_decoder", batch=(1, 8))) == b"times"
     for field in ("version", "capability", "engine", "plugin"):
-        assert cache.read_timings(replace(KEY, **{field: OTHER[field]})) == b""
+        assert cache.read_timing_cache(replace(KEY, **{field: OTHER[field]})) == b""
     assert [entry.name for entry in cache.folder.iterdir()] == [
         "tensorrt-rtx.1.7.1.116.sm89.0123456789ab.timings"
     ]
@@ -207,7 +209,9 @@ def test_keeps_timings_by_version_and_capability(cache: EngineCache) -> None:
 
 def test_refuses_a_folder_that_cannot_be(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(BadInput, match=r"expected a folder for engines at .*file, found: File exists; give"):
+    with pytest.raises(
+        BadInput, match=r"expected a writable folder for engines at .*file, found: File exists; choose"
+    ):
         EngineCache(tmp_path / "file").prepare()
 
 
@@ -215,14 +219,16 @@ def test_lies_next_to_the_bundle_and_never_inside(
     tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = Bundle.open(tiny_bundle, verify=False)
-    assert EngineCache.beside(bundle).folder == tiny_bundle.parent / "tiny.engines"
-    assert EngineCache.beside(bundle, tmp_path).folder == tmp_path
+    assert EngineCache.for_bundle(bundle).folder == tiny_bundle.parent / "tiny.engines"
+    assert EngineCache.for_bundle(bundle, tmp_path).folder == tmp_path
     (tmp_path / "link").symlink_to(tiny_bundle)
     for inside in (tiny_bundle, tiny_bundle / "engines", tmp_path / "link" / "x"):
         with pytest.raises(BadInput, match="expected a --cache outside the bundle"):
-            EngineCache.beside(bundle, inside)
+            EngineCache.for_bundle(bundle, inside)
     monkeypatch.chdir(tiny_bundle)
-    assert EngineCache.beside(Bundle.open(".", verify=False)).folder == tiny_bundle.parent / "tiny.engines"
+    assert (
+        EngineCache.for_bundle(Bundle.open(".", verify=False)).folder == tiny_bundle.parent / "tiny.engines"
+    )
 
 
 def test_the_header_can_be_read_by_anyone(cache: EngineCache) -> None:

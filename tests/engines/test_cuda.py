@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tpx_runtime.engine.cuda import NON_BLOCKING, OUT_OF_MEMORY, SIGNATURES, Buffer, CudaFailed, Driver, Graph
-from tpx_runtime.engine.gpu import find_gpu, gpu_here
+from tpx_runtime.engine.gpu import find_gpu, local_gpu
 
 VALUES = {"int": c_int, "unsigned int": c_uint, "size_t": c_size_t, "unsigned long long": c_uint64}
 VALUES |= {"CUdeviceptr": c_uint64, "CUdevice": c_int, "CUresult": c_int}
@@ -74,7 +74,7 @@ NO_GPU = "expected an NVIDIA GPU, found none"
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(gpu_here() is None, reason=NO_GPU)
+@pytest.mark.skipif(local_gpu() is None, reason=NO_GPU)
 class TestOnAGpu:
     @pytest.fixture
     def driver(self) -> Iterator[Driver]:
@@ -129,7 +129,7 @@ class TestOnAGpu:
         buffer.free()
 
     def test_too_much_memory_is_one_line(self, driver: Driver) -> None:
-        with pytest.raises(CudaFailed, match="found CUDA_ERROR_OUT_OF_MEMORY; draw fewer pictures"):
+        with pytest.raises(CudaFailed, match="found CUDA_ERROR_OUT_OF_MEMORY; generate fewer images"):
             Buffer(driver, 1 << 50)
 
 

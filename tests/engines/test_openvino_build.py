@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tpx_engines.cli import table
+from tpx_engines.cli import format_table
 from tpx_engines.openvino_build import build_ahead
 from tpx_runtime.bundle import Bundle
 from tpx_runtime.engine import ENGINES, openvino, resolve
@@ -55,7 +55,7 @@ def test_every_graph_is_there_and_the_next_process_compiles_none(
         len(ROWS),
         len(ROWS),
     )
-    assert "transformer depth 3 x2" in table(results)
+    assert "transformer depth 3 x2" in format_table(results)
 
     there = files(bundle)
     assert len(there) == len(ROWS)
@@ -118,7 +118,7 @@ def test_ctrl_c_leaves_what_is_finished_and_the_next_goes_on(bundle: Bundle) -> 
         if done == 3:
             raise KeyboardInterrupt
 
-    with pytest.raises(Cancelled, match=f"cancelled; 3 of {len(ROWS)} compiled graphs are there"):
+    with pytest.raises(Cancelled, match=f"cancelled; 3 of {len(ROWS)} compiled graphs are in the cache"):
         build_ahead(bundle, "openvino", [2], press)
     results = build_ahead(bundle, "openvino", [2])
     assert [result.cached for result in results] == [True] * 3 + [False] * (len(ROWS) - 3)

@@ -169,7 +169,7 @@ def test_builds_as_tensorrt_does(tensorrt: ProcessPoolExecutor, dtype: str, rows
 
 def test_refuses_open_weights(tensorrt: ProcessPoolExecutor) -> None:
     shapes = (("batch", "tokens", 48), ("batch", "tokens"), ("batch", 48, 20), ("batch", 20, 72))
-    with pytest.raises(BadInput, match=r"expected weights of fixed shape, found a \(-1, 48, 20\)"):
+    with pytest.raises(BadInput, match=r"expected weights of static shape, found a \(-1, 48, 20\)"):
         tensorrt.submit(_build, "fp16", 1, shapes).result()
 
 

@@ -191,7 +191,7 @@ def test_another_call_is_noticed(surfaces: dict[str, Path], folder: Path) -> Non
         "execute_async_v3": "execute_async_v2",
         "trt.Runtime(": "trt.RunTime(",
         "set_tensor_address(name, ": "set_tensor_address(",
-        "least, most, most)": "least, most)",
+        "min_shape, max_shape, max_shape)": "min_shape, max_shape)",
     }
     said = "\n".join(check(surfaces["10.16"], "10.16", folder, instead=instead))
     assert '"IExecutionContext" has no attribute "execute_async_v2"' in said

@@ -17,7 +17,7 @@ from onnx import TensorProto, helper
 from PIL import Image
 from runtime.fakes import FakeEngine, functions, make_bundle
 
-from tpx_engines.build import graphs
+from tpx_engines.build import graphs_to_build
 from tpx_engines.cache import EngineCache, Key
 from tpx_engines.tensorrt import build
 from tpx_runtime.bundle import Bundle
@@ -26,7 +26,7 @@ from tpx_runtime.engine import ENGINES, cuda, resolve, tensorrt_flavours
 from tpx_runtime.engine import tensorrt as module
 from tpx_runtime.engine import tensorrt_session as session_module
 from tpx_runtime.engine.engine_file import graph_name
-from tpx_runtime.engine.gpu import Gpu, gpu_here
+from tpx_runtime.engine.gpu import Gpu, local_gpu
 from tpx_runtime.engine.tensorrt_flavours import FLAVOURS, FULL, RTX, bindings
 from tpx_runtime.errors import EngineFailed, EngineUnavailable
 from tpx_runtime.generator import Generator
@@ -59,7 +59,7 @@ def trt(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTen
     ids = {"ids": ("INT64", (-1, 9))}
     text = Made(lambda ids: {"y": ids * 2}, ids, {"y": ("INT64", (-1, 9))})
     fake = FakeTensorRt(driver, VERSION, text=text)
-    tensorrt_flavours.log.cache_clear()
+    tensorrt_flavours.get_logger.cache_clear()
     for where in (module, session_module, tensorrt_flavours):
         monkeypatch.setattr(where, "bindings", lambda flavour: fake)
     modules, find_spec = {flavour.module for flavour in FLAVOURS.values()}, importlib.util.find_spec
@@ -67,7 +67,7 @@ def trt(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTen
         importlib.util, "find_spec", lambda name, *of: name in modules or find_spec(name, *of)
     )
     yield fake
-    tensorrt_flavours.log.cache_clear()
+    tensorrt_flavours.get_logger.cache_clear()
 
 
 def key(bundle: Bundle, graph: str = "text_encoder", engine: str = "tensorrt-rtx") -> Key:
@@ -86,7 +86,7 @@ def key(bundle: Bundle, graph: str = "text_encoder", engine: str = "tensorrt-rtx
 
 
 def store(bundle: Bundle, made: Key, engine: str = "text", folder: Path | None = None) -> Path:
-    cache = EngineCache.beside(bundle, folder)
+    cache = EngineCache.for_bundle(bundle, folder)
     cache.prepare()
     return cache.store(made, json.dumps(engine).encode())
 
@@ -304,26 +304,26 @@ def test_cuda_graphs_are_a_switch(
 
 
 def test_names_graphs_as_tpx_build_does(bundle: Bundle) -> None:
-    assert {graph_name(path): path for path, _ in graphs(bundle).values()} == {
-        graph: path for graph, (path, _) in graphs(bundle).items()
+    assert {graph_name(path): path for path, _ in graphs_to_build(bundle).values()} == {
+        graph: path for graph, (path, _) in graphs_to_build(bundle).items()
     }
 
 
 def test_the_gpu_that_is_here(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert gpu_here() == HERE
-    monkeypatch.setattr(cuda, "library", {cuda.DRIVER: driver}.get)
-    assert gpu_here() == replace(HERE, driver=None)
+    assert local_gpu() == HERE
+    monkeypatch.setattr(cuda, "load_library", {cuda.DRIVER: driver}.get)
+    assert local_gpu() == replace(HERE, driver=None)
     driver.fail["cuInit"] = 100
-    assert gpu_here() is None
+    assert local_gpu() is None
     install(monkeypatch, None)
-    assert gpu_here() is None
+    assert local_gpu() is None
 
 
 def fill(trt: FakeTensorRt, bundle: Bundle, engine: str) -> None:
     """Build, in the fake's way, every graph of a bundle of paper."""
     said = functions(bundle.manifest)
     kinds = {np.dtype(np.int64): "INT64", np.dtype(np.float32): "FLOAT"}
-    for graph, (path, shapes) in graphs(bundle).items():
+    for graph, (path, shapes) in graphs_to_build(bundle).items():
         function = said[path.relative_to(bundle.root).as_posix()]
         dtypes = {name: np.int64 if name == "ids" else np.float32 for name in shapes}
         given = {name: np.ones([size or 1 for size in shape], dtypes[name]) for name, shape in shapes.items()}
@@ -380,7 +380,7 @@ def rtx() -> None:
 
 @pytest.fixture
 def no_driver() -> None:
-    if cuda.library(cuda.DRIVER):
+    if cuda.load_library(cuda.DRIVER):
         pytest.skip("expected a machine without an NVIDIA driver, found one")
 
 

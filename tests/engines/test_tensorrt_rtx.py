@@ -10,7 +10,7 @@ import pytest
 
 from tpx_engines import tensorrt
 from tpx_engines.build import graphs
-from tpx_engines.tensorrt import Timings
+from tpx_engines.tensorrt import TimingCache
 from tpx_export import checkpoint
 from tpx_export.exporter import export_bundle
 from tpx_export.pipeline import Pipeline
@@ -148,5 +148,5 @@ def test_the_way_of_older_parsers_finds_the_weights(tiny_bundle: Path) -> None:
 def test_timings_of_any_kind_are_taken_or_dropped(data: bytes) -> None:
     """RTX has the calls of a timing cache, though they do nothing there."""
     config = bindings(RTX).Builder(log(RTX)).create_builder_config()
-    tensorrt._recall_full(config, Timings(data))
+    tensorrt._set_timing_cache_full(config, TimingCache(data))
     assert config.get_timing_cache() is not None

@@ -40,11 +40,11 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
 @pytest.fixture
 def trt(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTensorRt]:
     fake = FakeTensorRt(driver, wide=WIDE, odd=ODD)
-    tensorrt_flavours.log.cache_clear()
+    tensorrt_flavours.get_logger.cache_clear()
     for where in (module, tensorrt_flavours):
         monkeypatch.setattr(where, "bindings", lambda flavour: fake)
     yield fake
-    tensorrt_flavours.log.cache_clear()
+    tensorrt_flavours.get_logger.cache_clear()
 
 
 Open = Callable[..., TensorRtSession]
@@ -189,8 +189,8 @@ def test_arrays_of_any_layout_are_taken(open_session: Open) -> None:
         ({"x": np.zeros((2, 5))}, "expected x of float32 [-1, 5], found float64 [2, 5]"),
         ({"x": np.zeros((2, 6), np.float32)}, "expected x of float32 [-1, 5], found float32 [2, 6]"),
         ({"ids": np.zeros((2, 1), np.int64)}, "expected ids of int64 [-1], found int64 [2, 1]"),
-        ({"ids": np.zeros(3, np.int64)}, "expected as many rows in every input, found [2, 3]"),
-        (inputs(0), "expected as many rows in every input, found [0]"),
+        ({"ids": np.zeros(3, np.int64)}, "expected the same number of rows in every input, found [2, 3]"),
+        (inputs(0), "expected the same number of rows in every input, found [0]"),
         ({"more": np.zeros(2)}, "expected the inputs context, ids, x, found context, ids, more, x"),
     ],
 )
@@ -207,7 +207,7 @@ def test_inputs_that_do_not_fit_are_one_line(
 
 @pytest.mark.parametrize(
     ("what", "message"),
-    [("shape", "take x of shape (2, 5)"), ("address", "take memory for x"), ("execute", "run it")],
+    [("shape", "accept x of shape (2, 5)"), ("address", "use the memory for x"), ("execute", "run it")],
 )
 def test_a_refusal_of_tensorrt_is_one_line(
     open_session: Open, trt: FakeTensorRt, what: str, message: str
@@ -220,7 +220,7 @@ def test_a_refusal_of_tensorrt_is_one_line(
 
 
 @pytest.mark.parametrize(
-    ("what", "message"), [("deserialize", "load its engine"), ("context", "make room to run it")]
+    ("what", "message"), [("deserialize", "load its engine"), ("context", "create an execution context")]
 )
 def test_an_engine_that_does_not_open_leaves_nothing(
     open_session: Open, trt: FakeTensorRt, what: str, message: str
@@ -267,7 +267,7 @@ def test_a_type_that_no_bundle_has_is_refused(open_session: Open) -> None:
         (
             "cuMemAlloc_v2",
             2,
-            "expected CUDA's cuMemAlloc_v2 to succeed, found CUDA_ERROR_OUT_OF_MEMORY; draw fewer",
+            "expected CUDA's cuMemAlloc_v2 to succeed, found CUDA_ERROR_OUT_OF_MEMORY; generate fewer",
         ),
         ("cuMemAllocHost_v2", 2, "cuMemAllocHost_v2 to succeed, found CUDA_ERROR_OUT_OF_MEMORY"),
         ("cuMemcpyHtoDAsync_v2", 700, "cuMemcpyHtoDAsync_v2 to succeed, found CUDA_ERROR_ILLEGAL_ADDRESS"),
