@@ -1,4 +1,4 @@
-"""tpx-build: what is built and what comes from the cache, refusals, progress, and a build that is cancelled."""
+"""tpx-build: builds and cache hits, bad arguments, progress, and cancelled builds."""
 
 import os
 import shutil
@@ -38,7 +38,7 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class FakeBuilder:
-    """Stands in for TensorRT: notes what it was asked for, and at graph number `at` does `then`."""
+    """A fake TensorRT builder: records its arguments, and calls `then` at graph number `at`."""
 
     def __init__(self) -> None:
         self.built: list[str] = []
@@ -71,7 +71,7 @@ class FakeBuilder:
 
 
 def press(progress: Progress, how: signal.Signals = signal.SIGINT) -> None:
-    """Press Ctrl-C, and go on when the main thread has heard it."""
+    """Press Ctrl-C, and wait until the main thread has received it."""
     signal.pthread_kill(threading.main_thread().ident or 0, how)
     assert progress._stop.wait(60)
 
@@ -86,7 +86,7 @@ def builder(monkeypatch: pytest.MonkeyPatch) -> FakeBuilder:
 
 @pytest.fixture
 def tpx_build(tiny_bundle: Path, tmp_path: Path) -> Callable[..., Result]:
-    """tpx-build of the tiny bundle for sm89 into an empty cache, with more arguments."""
+    """Runs tpx-build of the tiny bundle for sm89 with an empty cache and more arguments."""
 
     def run(*arguments: str) -> Result:
         gpu = [] if "--gpu" in arguments else ["--gpu", "sm89"]
@@ -98,7 +98,7 @@ def tpx_build(tiny_bundle: Path, tmp_path: Path) -> Callable[..., Result]:
 
 
 def origins(result: Result) -> list[str]:
-    """The last column of the table, graph by graph."""
+    """The last column of the table, by graph."""
     assert result.exit_code == 0, result.output
     lines = result.stderr.splitlines()[-len(GRAPHS) :]
     assert [line[:22].strip() for line in lines] == GRAPHS
@@ -122,7 +122,7 @@ def test_builds_once(builder: FakeBuilder, tpx_build: Callable[..., Result], tmp
 
 
 @pytest.mark.parametrize("arguments", [["--batch", "1,4"], ["--gpu", "sm120"]])
-def test_another_batch_or_gpu_is_built_too_and_replaces_nothing(
+def test_another_batch_or_gpu_is_built_and_replaces_nothing(
     builder: FakeBuilder, tpx_build: Callable[..., Result], arguments: list[str]
 ) -> None:
     tpx_build()
@@ -140,7 +140,7 @@ def test_another_version_is_built_again_and_says_why(
     assert result.stderr.count("expected version '1.7.2.3', found '1.7.1.116'") == len(GRAPHS)
 
 
-def test_a_damaged_engine_alone_is_built_again(
+def test_only_a_damaged_engine_is_built_again(
     builder: FakeBuilder, tpx_build: Callable[..., Result], tmp_path: Path
 ) -> None:
     tpx_build()
@@ -164,7 +164,7 @@ def test_a_failed_build_keeps_what_was_built(
     assert origins(tpx_build()) == ["cache"] * 2 + ["build"] * 5
 
 
-def test_ctrl_c_stops_the_builder_and_the_next_run_goes_on(
+def test_ctrl_c_stops_the_builder_and_the_next_run_continues(
     builder: FakeBuilder, tpx_build: Callable[..., Result], tmp_path: Path, how: signal.Signals
 ) -> None:
     builder.at, builder.then = 2, partial(press, how=how)
@@ -177,7 +177,7 @@ def test_ctrl_c_stops_the_builder_and_the_next_run_goes_on(
     assert origins(tpx_build()) == ["cache"] * 2 + ["build"] * 5
 
 
-def test_an_engine_that_was_finished_in_spite_of_ctrl_c_is_kept(
+def test_an_engine_finished_after_ctrl_c_is_stored(
     builder: FakeBuilder, tpx_build: Callable[..., Result]
 ) -> None:
     def too_late(progress: Progress) -> None:
@@ -214,9 +214,7 @@ def test_a_second_ctrl_c_does_not_wait(
     assert origins(tpx_build())[:2] == ["cache", "build"]
 
 
-def test_ctrl_c_is_the_callers_own_again_afterwards(
-    builder: FakeBuilder, tpx_build: Callable[..., Result]
-) -> None:
+def test_the_signal_handler_is_restored(builder: FakeBuilder, tpx_build: Callable[..., Result]) -> None:
     before = signal.getsignal(signal.SIGINT)
     builder.at, builder.then = 0, press
     assert tpx_build().exit_code == 130
@@ -267,7 +265,7 @@ def test_refuses_arguments(
     assert result.stderr.count("\n") == 1
 
 
-def test_openvino_takes_no_folder(tiny_bundle: Path, tmp_path: Path) -> None:
+def test_openvino_refuses_the_cache_option(tiny_bundle: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(
         main, [str(tiny_bundle), "--engine", "openvino-bf16", "--cache", str(tmp_path / "cache")]
     )
@@ -275,7 +273,7 @@ def test_openvino_takes_no_folder(tiny_bundle: Path, tmp_path: Path) -> None:
     assert "expected --cache only with tensorrt-rtx or tensorrt, found it with openvino-bf16" in result.stderr
 
 
-def test_openvino_is_built_once_and_then_from_its_cache(tiny_bundle: Path, tmp_path: Path) -> None:
+def test_openvino_is_built_once_and_then_cached(tiny_bundle: Path, tmp_path: Path) -> None:
     bundle = shutil.copytree(tiny_bundle, tmp_path / "tiny")
     first, again = (
         CliRunner().invoke(main, [str(bundle), "--engine", "openvino", "--batch", "2"]) for _ in range(2)
@@ -287,7 +285,7 @@ def test_openvino_is_built_once_and_then_from_its_cache(tiny_bundle: Path, tmp_p
     assert again.exit_code == 0 and "build" not in again.stderr.split("from")[-1]
 
 
-def test_asks_for_a_gpu_where_there_is_none(builder: FakeBuilder, tiny_bundle: Path) -> None:
+def test_requires_the_gpu_option_without_a_gpu(builder: FakeBuilder, tiny_bundle: Path) -> None:
     result = CliRunner().invoke(main, [str(tiny_bundle)])
     assert result.exit_code == 2
     assert result.stderr == (
@@ -296,7 +294,7 @@ def test_asks_for_a_gpu_where_there_is_none(builder: FakeBuilder, tiny_bundle: P
     )
 
 
-def test_takes_the_gpu_that_is_here(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_uses_the_local_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     here = Gpu(89, "NVIDIA L4", "580.65.06")
     monkeypatch.setattr(target, "local_gpu", lambda: here)
     assert choose_gpu(RTX, None) == choose_gpu(RTX, "sm89") == here
@@ -313,7 +311,7 @@ L4 = Gpu(89, "NVIDIA L4", "580.65.06")
 
 
 class TestFull:
-    """--engine tensorrt: for the GPU that is here, with its timing cache and the plugin."""
+    """--engine tensorrt: for the GPU in the machine, with a timing cache and the plugin."""
 
     @pytest.fixture(autouse=True)
     def here(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -327,7 +325,7 @@ class TestFull:
 
     @pytest.fixture
     def plugin(self, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-        """A TensorRT that takes the plugin; holds the capabilities that it was registered for."""
+        """Makes TensorRT accept the plugin; the capabilities that it was registered for."""
         registered: list[int] = []
         for where in (module, cli):
             monkeypatch.setattr(
@@ -337,20 +335,20 @@ class TestFull:
         monkeypatch.setattr(module, "register_once", registered.append)
         return registered
 
-    def test_keeps_its_timings_and_goes_on_from_them(
+    def test_reuses_its_timing_cache(
         self, builder: FakeBuilder, tpx_build: Callable[..., Result], plugin: list[int], tmp_path: Path
     ) -> None:
         assert origins(tpx_build()) == ["build"] * len(GRAPHS)
         routed = [path.startswith("transformer/depth") for path in builder.built]
         before = [routed[:number].count(routed[number]) for number in range(len(GRAPHS))]
-        # Builds with the plugin keep their timings, those without keep others.
+        # Builds with and without the plugin have different timing caches.
         assert builder.timings == [b"+" * number for number in before]
         plugins = ("", f".{routed_lora_choice.plugin_hash()[:12]}")
         kept = [tmp_path / f"cache/tensorrt.11.4.0.106.sm89{of}.timings" for of in plugins]
         assert [len(path.read_bytes()) for path in kept] == [routed.count(False), routed.count(True)]
         assert origins(tpx_build()) == ["cache"] * len(GRAPHS)
 
-    def test_puts_the_plugin_into_the_transformers_alone(
+    def test_only_transformers_contain_the_plugin(
         self, builder: FakeBuilder, tpx_build: Callable[..., Result], plugin: list[int]
     ) -> None:
         tpx_build()
@@ -386,7 +384,7 @@ class TestFull:
         )
         assert not any(builder.plugins)
 
-    def test_adapters_of_too_high_a_rank_are_built_without_the_plugin(
+    def test_a_high_rank_is_built_without_the_plugin(
         self,
         builder: FakeBuilder,
         tpx_build: Callable[..., Result],
@@ -403,7 +401,7 @@ class TestFull:
         assert not any(builder.plugins)
 
     @pytest.mark.parametrize("arguments", [["--gpu", "sm86"], ["--gpu", "x"]])
-    def test_builds_for_no_gpu_but_this_one(
+    def test_builds_only_for_the_local_gpu(
         self, builder: FakeBuilder, tpx_build: Callable[..., Result], arguments: list[str]
     ) -> None:
         result = tpx_build(*arguments)
@@ -425,7 +423,7 @@ class TestFull:
         )
 
 
-def test_the_plugin_goes_where_it_can(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reasons_against_the_plugin(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton", reason="expected the package triton, found none")
     bundle = Bundle.open(tiny_bundle)
     assert routed_lora_choice.plugin_problem(RTX, 89, bundle) == "TensorRT for RTX takes no plugins"
@@ -445,7 +443,7 @@ def test_the_plugin_goes_where_it_can(tiny_bundle: Path, monkeypatch: pytest.Mon
     )
 
 
-def test_the_plugins_hash_is_of_its_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_plugin_hash_depends_on_its_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton", reason="expected the package triton, found none")
     first = routed_lora_choice.plugin_hash()
     assert first == routed_lora_choice.plugin_hash()
@@ -456,7 +454,7 @@ def test_the_plugins_hash_is_of_its_sources(tmp_path: Path, monkeypatch: pytest.
     assert routed_lora_choice.plugin_hash() != first
 
 
-def test_the_rank_is_that_of_the_nodes(tiny_bundle: Path, tmp_path: Path) -> None:
+def test_the_rank_is_read_from_the_nodes(tiny_bundle: Path, tmp_path: Path) -> None:
     bundle = Bundle.open(tiny_bundle)
     assert [adapter_rank(bundle.transformer(depth)) for depth in bundle.manifest.model.depths] == [4, 4, 4]
     assert adapter_rank(bundle.vae_decoder) == 0
@@ -465,7 +463,7 @@ def test_the_rank_is_that_of_the_nodes(tiny_bundle: Path, tmp_path: Path) -> Non
         adapter_rank(tmp_path / "model.onnx")
 
 
-def test_refuses_to_build_without_memory(
+def test_refuses_to_build_without_enough_memory(
     builder: FakeBuilder, tpx_build: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(module, "available_bytes", lambda: 200 << 20)
@@ -488,7 +486,7 @@ def test_counts_the_weights_of_a_graph_once(builder: FakeBuilder, tiny_bundle: P
     assert tasks[3].weight_bytes == sizes["depth-2.onnx"] + sizes["weights.data"]
 
 
-def test_shapes_are_those_of_the_bundle(tiny_bundle: Path) -> None:
+def test_input_shapes_come_from_the_bundle(tiny_bundle: Path) -> None:
     found = {
         name: inputs
         for name, (_, inputs) in module.graphs_to_build(Bundle.open(tiny_bundle, verify=False)).items()
@@ -516,7 +514,7 @@ def test_every_text_encoder_is_built(tmp_path: Path) -> None:
     assert found["transformer conditions"][1]["pooled"] == (None, 19)
 
 
-def test_a_model_of_classes_is_told_a_class(tmp_path: Path) -> None:
+def test_a_class_conditional_model_has_a_class_input(tmp_path: Path) -> None:
     found = module.graphs_to_build(Bundle.open(make_bundle(tmp_path / "classes", CLASSES)))
     transformers = ["transformer conditions", "transformer depth 1"]
     assert list(found) == [*transformers, "vae_decoder", "vae_encoder"]
@@ -525,7 +523,7 @@ def test_a_model_of_classes_is_told_a_class(tmp_path: Path) -> None:
     assert denoise == {"latents": (None, 4, 2, 3), "conditions": (None, 11)}
 
 
-def test_an_encoder_of_pictures_that_is_not_there_is_not_built(tmp_path: Path) -> None:
+def test_a_bundle_without_image_encoder(tmp_path: Path) -> None:
     bundle = without_encoder(make_bundle(tmp_path / "paper"))
     assert "vae_encoder" not in module.graphs_to_build(bundle)
     assert "vae_decoder" in module.graphs_to_build(bundle)
@@ -540,7 +538,7 @@ def test_needs_the_libraries(monkeypatch: pytest.MonkeyPatch, tpx_build: Callabl
     assert "found none; install it with `pip install 'tpx[tensorrt-rtx]'`" in result.stderr
 
 
-def test_progress_never_falls() -> None:
+def test_progress_never_decreases() -> None:
     progress, seen = Progress(), [0.0]
 
     def step(name: str) -> None:
@@ -554,7 +552,7 @@ def test_progress_never_falls() -> None:
         step("part")
     progress.finish("part")
     assert progress.phase == "all"
-    for _ in range(3):  # one more than was announced
+    for _ in range(3):  # one more than announced
         step("all")
     step("unknown")
     assert seen == [0, 0.125, 0.25, 0.375, 0.5, 0.5, 1, 1, 1]
@@ -562,7 +560,7 @@ def test_progress_never_falls() -> None:
     assert not progress.step("all")
 
 
-def test_progress_of_several_threads_at_once() -> None:
+def test_progress_from_several_threads() -> None:
     progress, failed = Progress(), []
 
     def report(thread: int) -> None:
@@ -641,7 +639,7 @@ def test_ctrl_c_cancels_a_real_build(
 
 
 @pytest.mark.usefixtures("real")
-def test_the_monitor_sees_a_whole_build_or_stops_it(tiny_bundle: Path) -> None:
+def test_the_monitor_reports_and_stops_a_build(tiny_bundle: Path) -> None:
     path, inputs = module.graphs_to_build(Bundle.open(tiny_bundle, verify=False))["text_encoder"]
     progress = Progress()
     assert tensorrt.build(RTX, path, inputs, progress=progress)

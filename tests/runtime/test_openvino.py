@@ -194,7 +194,7 @@ class TestCache:
     def test_a_bundle_of_links_has_its_cache_next_to_it(
         self, copy: Path, tmp_path: Path, compiled: list[object]
     ) -> None:
-        """As in Hugging Face's cache. OpenVINO refuses replace_by_links weights, but a compiled graph does not need them."""
+        """As in Hugging Face's cache. OpenVINO refuses linked weights, but a compiled graph does not need them."""
         replace_by_links(copy, tmp_path / "blobs", weights=False)
         for _ in range(2):
             same(resolve("openvino").open(copy / GRAPH), 2, copy)

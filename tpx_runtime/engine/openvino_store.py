@@ -32,7 +32,7 @@ from ..files import whole_file
 from .engine_file import default_folder
 
 _CHECK_BYTES = 4
-_CRC32_RESIDUE = zlib.crc32(bytes(_CHECK_BYTES))  # CRC-32 of any data followed by its own CRC-32
+_CRC32_RESIDUE = zlib.crc32(bytes(_CHECK_BYTES))  # CRC-32 of any data followed by its CRC-32 (little-endian)
 _CHUNK_BYTES = 1 << 20
 UNUSED_SECONDS = 7 * 24 * 3600
 Shapes = tuple[tuple[str, tuple[int, ...]], ...]  # (name, shape) of a graph's inputs, sorted by name

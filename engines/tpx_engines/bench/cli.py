@@ -84,10 +84,10 @@ def main(
     if plot:
         plotting.check(plot)
     opened = Bundle.open(find_bundle(bundle))
-    asked = Request(
+    request = Request(
         opened, ckpt, also, engines, baselines, depths, sizes, prompt, steps, rounds, json=json_path
     )
-    planned, record = asked.prepare()
+    planned, record = request.prepare()
     total = planned.units(record)
     try:
         with click.progressbar(length=max(total, 1), label="bench", file=sys.stderr) as bar:

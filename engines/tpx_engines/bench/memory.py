@@ -13,13 +13,13 @@ def peak_bytes(proc: Path = _PROC) -> int:
     Children that have ended (such as a compiler) are not counted. Linux resets VmHWM when a program starts; `ru_maxrss`,
     used without /proc, may be inherited from the parent.
     """
-    own = _kilobytes(proc / "self/status", "VmHWM")
-    if own is None:
+    high_water = _kilobytes(proc / "self/status", "VmHWM")
+    if high_water is None:
         return _usage_bytes()
     proportional = [
         _kilobytes(proc / name / "smaps_rollup", "Pss") or 0 for name in ("self", *_children(proc))
     ]
-    return max(own, sum(proportional)) << 10
+    return max(high_water, sum(proportional)) << 10
 
 
 def _children(proc: Path) -> list[str]:
@@ -28,11 +28,11 @@ def _children(proc: Path) -> list[str]:
     while queue:
         try:
             below = (proc / queue[0] / "task").glob("*/children")
-            own = [pid for listed in below for pid in listed.read_text().split()]
+            children = [pid for listed in below for pid in listed.read_text().split()]
         except OSError:  # the process has ended
-            own = []
-        found += own
-        queue = queue[1:] + own
+            children = []
+        found += children
+        queue = queue[1:] + children
     return found
 
 

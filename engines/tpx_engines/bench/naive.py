@@ -77,10 +77,10 @@ def _write(module: Any, example: Sequence[Any], path: Path) -> None:
             verbose=False,
         )
     assert program is not None
-    made = program.model_proto
-    made.functions.append(masked())
+    model = program.model_proto
+    model.functions.append(masked())
     onnx.save(
-        onnx.inliner.inline_local_functions(made),
+        onnx.inliner.inline_local_functions(model),
         str(path),
         save_as_external_data=True,
         location=f"{path.name}.data",

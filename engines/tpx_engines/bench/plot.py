@@ -23,14 +23,18 @@ def draw(data: dict[str, Any], path: Path) -> None:
     depths = sorted({row.depth for row in measured})
     if not depths:
         raise BadInput("expected at least one measurement to plot, found none; the table has the reasons")
-    most = max(sum(row.depth == depth for row in measured) for depth in depths)
-    size = (8.0, len(depths) * (0.9 + 0.32 * most))
+    max_rows = max(sum(row.depth == depth for row in measured) for depth in depths)
+    size = (8.0, len(depths) * (0.9 + 0.32 * max_rows))
     figure = figures.Figure(figsize=size, dpi=150, layout="constrained")
     for axes, depth in zip(figure.subplots(len(depths), squeeze=False)[:, 0], depths, strict=True):
-        own = sorted((row for row in measured if row.depth == depth), key=lambda row: -(row.image_s or 0))
-        seconds = [row.image_s or 0.0 for row in own]
-        errors = [0.5 * (row.spread or 0.0) * (row.image_s or 0.0) for row in own]
-        bars = axes.barh([row.name for row in own], seconds, xerr=errors, color="#4c78a8", ecolor="#333333")
+        at_depth = sorted(
+            (row for row in measured if row.depth == depth), key=lambda row: -(row.image_s or 0)
+        )
+        seconds = [row.image_s or 0.0 for row in at_depth]
+        errors = [0.5 * (row.spread or 0.0) * (row.image_s or 0.0) for row in at_depth]
+        bars = axes.barh(
+            [row.name for row in at_depth], seconds, xerr=errors, color="#4c78a8", ecolor="#333333"
+        )
         axes.bar_label(bars, fmt="%.3f", padding=4)
         axes.set_xlim(0, 1.15 * max(s + e for s, e in zip(seconds, errors, strict=True)))
         axes.set_xlabel("seconds per image")

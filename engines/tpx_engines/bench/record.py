@@ -95,7 +95,7 @@ class Record:
         samples = self.entry(configuration)["samples"]
         wanted = {COLD: min(rounds, 1) if configuration.compiles else rounds}
         wanted |= {batch_unit(images): rounds for images in batches}
-        return {unit: max(0, many - len(samples.get(unit, []))) for unit, many in wanted.items()}
+        return {unit: max(0, needed - len(samples.get(unit, []))) for unit, needed in wanted.items()}
 
     def finished(self, configuration: Configuration, rounds: int, batches: tuple[int, ...]) -> bool:
         return not any(self.missing(configuration, rounds, batches).values())

@@ -13,8 +13,8 @@ def as_text(data: Json) -> str:
     every, sizes = rows(data), batches(data)
     parts = [_heading(data)]
     for depth in sorted({row.depth for row in every}):
-        own = [row for row in every if row.depth == depth]
-        measured = [row for row in own if row.image_s is not None]
+        at_depth = [row for row in every if row.depth == depth]
+        measured = [row for row in at_depth if row.image_s is not None]
         parts.append(f"## Depth {depth}{_flops(data, depth)}")
         reference = data["references"].get(str(depth), {}).get("by")
         if measured:
@@ -22,7 +22,7 @@ def as_text(data: Json) -> str:
         parts += _remarks(measured, reference)
         if notes := [_compiled(row) for row in measured if "setting" in row.notes]:
             parts.append("\n".join(notes))
-        if failed := [row for row in own if row.problem]:
+        if failed := [row for row in at_depth if row.problem]:
             parts.append("Not measured:\n\n" + "\n".join(f"- {row.name}: {row.problem}" for row in failed))
     return "\n\n".join(parts)
 
@@ -86,16 +86,16 @@ def _table(measured: list[Row], sizes: list[int], reference: str | None) -> str:
 def _remarks(measured: list[Row], reference: str | None) -> list[str]:
     """Warnings about figures that cannot be compared."""
     remarks = []
-    if others := [row.name for row in measured if row.differs]:
+    if differing := [row.name for row in measured if row.differs]:
         remarks.append(
-            f"Different image than {reference} (PSNR below {SAME_IMAGE_DB:g} dB): {'; '.join(others)}. These figures are "
+            f"Different image than {reference} (PSNR below {SAME_IMAGE_DB:g} dB): {'; '.join(differing)}. These figures are "
             "not of the same model: check that the bundle was exported from the checkpoint --ckpt, then run tpx-verify."
         )
     compared = any(row.name == reference for row in measured)
-    if alone := [row.name for row in measured if compared and row.speed_up is None]:
+    if without_speed_up := [row.name for row in measured if compared and row.speed_up is None]:
         remarks.append(
-            f"No speed-up for {'; '.join(alone)}: measured in another run than {reference}, when the machine may have been "
-            "slower or faster; measure all with a new --json to compare them."
+            f"No speed-up for {'; '.join(without_speed_up)}: measured in another run than {reference}, when the machine may "
+            "have been slower or faster; measure all with a new --json to compare them."
         )
     return remarks
 

@@ -101,12 +101,12 @@ def _reference(data: Json, depth: int) -> list[Json]:
     return samples
 
 
-def _speed_up(own: Sequence[Json], reference: Sequence[Json]) -> float | None:
-    theirs = {_run_and_round(sample): sample["seconds"] for sample in reference}
+def _speed_up(samples: Sequence[Json], reference: Sequence[Json]) -> float | None:
+    reference_seconds = {_run_and_round(sample): sample["seconds"] for sample in reference}
     ratios = [
-        theirs[_run_and_round(sample)] / sample["seconds"]
-        for sample in own
-        if _run_and_round(sample) in theirs
+        reference_seconds[_run_and_round(sample)] / sample["seconds"]
+        for sample in samples
+        if _run_and_round(sample) in reference_seconds
     ]
     return median(ratios) if ratios else None
 
