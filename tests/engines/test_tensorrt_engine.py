@@ -184,7 +184,7 @@ class TestBindings:
         monkeypatch.syspath_prepend(str(tmp_path))
         found = "to load, found: " if text else f"in {package}, found none; install it again with "
         with pytest.raises(EngineUnavailable, match=f"expected libtensorrt_rtx.so {found}"):
-            bindings(replace(RTX, libraries="hollow"))
+            bindings(replace(RTX, library_package="hollow"))
 
     def test_a_module_that_does_not_import_is_one_line(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

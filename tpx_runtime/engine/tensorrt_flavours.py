@@ -25,7 +25,7 @@ class Flavour:
     title: str
     module: str
     # Package whose folder holds the libraries, if the module cannot find them by itself.
-    libraries: str | None
+    library_package: str | None
     # Libraries to load from it, in this order: the second needs the first.
     preload: tuple[str, ...]
     # Supported compute capabilities times ten; None: the builder decides.
@@ -39,7 +39,7 @@ RTX = Flavour(
     name="tensorrt-rtx",
     title="TensorRT for RTX",
     module="tensorrt_rtx_bindings",
-    libraries="onnxruntime_ep_nv_tensorrt_rtx",
+    library_package="onnxruntime_ep_nv_tensorrt_rtx",
     preload=("libtensorrt_rtx.so", "libtensorrt_onnxparser_rtx.so"),
     capabilities=(75, 80, 86, 89, 120, 121),
     ahead_of_time=True,
@@ -48,7 +48,7 @@ FULL = Flavour(
     name="tensorrt",
     title="TensorRT",
     module="tensorrt",
-    libraries=None,
+    library_package=None,
     preload=(),
     capabilities=None,
     ahead_of_time=False,
@@ -60,8 +60,8 @@ MIN_VERSION = (10, 14)  # of full TensorRT: the first with ahead-of-time compile
 @cache
 def bindings(flavour: Flavour) -> Any:
     """Import the Python module of a TensorRT, with its libraries. Raises EngineUnavailable."""
-    if flavour.libraries:
-        _preload(flavour, flavour.libraries)
+    if flavour.library_package:
+        _preload(flavour, flavour.library_package)
     if find_spec(flavour.module) is None:
         raise EngineUnavailable(_missing_package(flavour, flavour.module))
     try:

@@ -33,7 +33,7 @@ _CALLS = 7
 
 
 def compiled_runner(workload: Workload, options: dict[str, Any]) -> Runner:
-    """Compile in options["precision"], with every setting unless workload.tuned names the fastest one.
+    """Compile in options["precision"], with every setting unless workload.compile_setting names the fastest one.
 
     Inductor's cache is an empty folder, so that compile times are those of a first start. `notes` has the fastest `setting`,
     `compile_s` of its transformer and decoder at batch 1, and in `tried` the ms per call of each setting.
@@ -60,7 +60,7 @@ def compiled_runner(workload: Workload, options: dict[str, Any]) -> Runner:
     inputs = [latents, np.full(rows, 500.0, np.float32), *conditioning]
     with tempfile.TemporaryDirectory(prefix="tpx-bench-") as cache:
         tried: dict[str, tuple[float, Network, float]] = {}
-        for setting in [workload.tuned] if workload.tuned else SETTINGS:
+        for setting in [workload.compile_setting] if workload.compile_setting else SETTINGS:
             torch._dynamo.reset()  # not before the decoder, because it would discard the compiled denoiser
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(cache) / setting.replace(" ", ""))
             denoiser = _compiled(Denoiser(pipeline.transformer(), workload.depth), setting, precision)

@@ -122,7 +122,7 @@ class _Run:
         """Start the worker for all rounds, compare its first image, and warm up every batch size."""
         workload = replace(self._plan.workload, depth=configuration.depth)
         if configuration.exported:
-            workload = replace(workload, prepared=self._folder / "naive")
+            workload = replace(workload, export_folder=self._folder / "naive")
         worker = self._stack.enter_context(WorkerProcess(self._folder))
         self._workers[configuration.key] = worker
         answer = _send_start(worker, configuration, workload)
@@ -131,7 +131,9 @@ class _Run:
             worker.ask("warm", images=images)
         entry = self._record.entry(configuration)
         entry["notes"] = answer["notes"]
-        self._workloads[configuration.key] = replace(workload, tuned=answer["notes"].get("setting", ""))
+        self._workloads[configuration.key] = replace(
+            workload, compile_setting=answer["notes"].get("setting", "")
+        )
         self._update_peak_memory(configuration, answer)
         self._record.save()
 

@@ -124,8 +124,8 @@ class _OpenVino:
 
 def naive_runner(workload: Workload, options: dict[str, Any]) -> Runner:
     """Run the exported files with options["framework"] in options["precision"]."""
-    assert workload.prepared is not None
-    folder, bundle = workload.prepared, Bundle.open(workload.bundle)
+    assert workload.export_folder is not None
+    folder, bundle = workload.export_folder, Bundle.open(workload.bundle)
 
     def load(name: str) -> Any:
         path = folder / name

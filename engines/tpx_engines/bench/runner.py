@@ -17,8 +17,8 @@ class Workload:
     """The images that every configuration generates. All steps cost the same: the sampler calls the model once per step,
     and guidance applies to all steps or none.
 
-    `class_id` replaces the prompt in class-conditional bundles. `prepared` is the folder of the naive export, `tuned` the
-    torch.compile setting chosen in an earlier process; both are empty for other configurations.
+    `class_id` replaces the prompt in class-conditional bundles. `export_folder` holds the naive export,
+    `compile_setting` is the torch.compile setting chosen in an earlier process; both are empty for other configurations.
     """
 
     bundle: Path
@@ -30,19 +30,19 @@ class Workload:
     guidance: float
     sampler: str
     ckpt: Path | None = None
-    prepared: Path | None = None
-    tuned: str = ""
+    export_folder: Path | None = None
+    compile_setting: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """As JSON, with paths as strings."""
-        paths = ("bundle", "ckpt", "prepared")
+        paths = ("bundle", "ckpt", "export_folder")
         return {
             name: str(value) if name in paths and value else value for name, value in asdict(self).items()
         }
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "Workload":
-        paths = {name: Path(data[name]) for name in ("bundle", "ckpt", "prepared") if data[name]}
+        paths = {name: Path(data[name]) for name in ("bundle", "ckpt", "export_folder") if data[name]}
         return cls(**{**data, **paths})
 
 

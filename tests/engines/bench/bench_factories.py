@@ -63,7 +63,7 @@ def slow(workload: Workload, options: dict[str, Any]) -> Runner:
 def compiled(workload: Workload, options: dict[str, Any]) -> Runner:
     _log(options)
     notes = {
-        "setting": workload.tuned or "freezing",
+        "setting": workload.compile_setting or "freezing",
         "compile_s": 12.0,
         "tried": {"default": 5.0, "freezing": 4.0},
     }

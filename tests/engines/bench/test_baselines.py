@@ -93,11 +93,11 @@ def test_without_guidance_there_is_one_branch(workload: Workload, guidance: floa
 
 def test_the_naive_export_draws_the_bundles_picture(workload: Workload, tmp_path: Path) -> None:
     naive.export(str(workload.ckpt), [3], str(tmp_path))
-    prepared = replace(workload, prepared=tmp_path)
+    exported = replace(workload, export_folder=tmp_path)
     bundle = engine_runner(workload, {"engine": "onnxruntime"})
     for framework in ("onnxruntime", "openvino"):
         options = {"name": "naive", "framework": framework, "precision": "fp32"}
-        assert similarity(bundle, naive.naive_runner(prepared, options)) > 55
+        assert similarity(bundle, naive.naive_runner(exported, options)) > 55
     assert graph_flops(tmp_path / "transformer-depth-3.onnx", 2) > 0
 
 
@@ -125,7 +125,9 @@ def test_compiling_takes_the_fastest_setting(workload: Workload, monkeypatch: py
     assert runner.notes["compile_s"] == 2.0  # the first calls of the transformer and of the decoder
     assert similarity(runner, eager_runner(workload, {"name": "eager", "precision": "fp32"}), 1) == np.inf
     tried.clear()
-    compiled.compiled_runner(replace(workload, tuned="default"), {"name": "compiled", "precision": "fp32"})
+    compiled.compiled_runner(
+        replace(workload, compile_setting="default"), {"name": "compiled", "precision": "fp32"}
+    )
     assert tried == ["default", "default"]
 
 
