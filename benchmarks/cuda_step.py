@@ -18,8 +18,8 @@ import onnx
 
 from benchmarks.turns import in_turns, seconds
 from tpx_runtime.engine import ENGINES, Arrays
-from tpx_runtime.engine.environment import GRAPHS_VARIABLE
-from tpx_runtime.engine.gpu import gpu_here
+from tpx_runtime.engine.environment import CUDA_GRAPHS_VARIABLE
+from tpx_runtime.engine.gpu import local_gpu
 from tpx_runtime.engine.onnxruntime_bound import BoundSession
 
 
@@ -37,7 +37,7 @@ def random_inputs(path: Path, batch: int) -> Arrays:
 
 
 def opened(path: Path, graphs: bool) -> BoundSession:
-    os.environ[GRAPHS_VARIABLE] = str(int(graphs))
+    os.environ[CUDA_GRAPHS_VARIABLE] = str(int(graphs))
     session = ENGINES["onnxruntime-cuda"].open(path)
     assert isinstance(session, BoundSession)
     return session
@@ -70,7 +70,7 @@ def main(graph: Path, batch: int, rounds: int) -> None:
         raise click.ClickException(problem)
     if not graph.is_file():
         raise click.ClickException(f"expected a graph at {graph}, found none; take a transformer of a bundle")
-    inputs, gpu = random_inputs(graph, batch), gpu_here()
+    inputs, gpu = random_inputs(graph, batch), local_gpu()
     found = {
         f"{what}{', CUDA graph' if graphs else ', kernel by kernel'}": one
         for graphs in (True, False)

@@ -16,8 +16,8 @@ import numpy as np
 from benchmarks.turns import in_turns
 from tpx_runtime.bundle import Bundle
 from tpx_runtime.engine import ENGINES
-from tpx_runtime.engine.environment import LOOP_VARIABLE
-from tpx_runtime.engine.gpu import gpu_here
+from tpx_runtime.engine.environment import DEVICE_LOOP_VARIABLE
+from tpx_runtime.engine.gpu import local_gpu
 from tpx_runtime.errors import TpxError
 from tpx_runtime.generator import Generator
 from tpx_runtime.sampling import Array
@@ -39,7 +39,7 @@ def measure(generator: Generator, prompt: str | None, batch: int, steps: int, ro
     latents: dict[str, Array] = {}
 
     def draw(loop: str) -> float:
-        os.environ[LOOP_VARIABLE] = loop
+        os.environ[DEVICE_LOOP_VARIABLE] = loop
         began = time.perf_counter()
         latents[loop] = generator.generate_latents(jobs).latents
         return time.perf_counter() - began
@@ -84,7 +84,7 @@ def table(rows: list[Row]) -> str:
 @click.option("--rounds", type=click.IntRange(1), default=20, show_default=True)
 def main(bundle: str, prompt: str, batches: tuple[int, ...], steps: int, rounds: int) -> None:
     """Print the table for BUNDLE."""
-    engine, gpu = ENGINES["onnxruntime-cuda"], gpu_here()
+    engine, gpu = ENGINES["onnxruntime-cuda"], local_gpu()
     if problem := engine.problem():
         raise click.ClickException(problem)
     try:

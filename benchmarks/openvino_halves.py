@@ -15,8 +15,8 @@ from benchmarks.turns import settled_seconds, turns
 from tpx_runtime.bundle import Bundle
 from tpx_runtime.command import TpxCommand
 from tpx_runtime.engine import openvino
-from tpx_runtime.engine.openvino_exact import compile_exactly, shapes_at
-from tpx_runtime.engine.openvino_graph import ExactGraph
+from tpx_runtime.engine.openvino_graph import StaticGraph
+from tpx_runtime.engine.openvino_static import compile_static, model_shapes
 
 
 @click.command(cls=TpxCommand)
@@ -30,9 +30,9 @@ from tpx_runtime.engine.openvino_graph import ExactGraph
 @click.option("--calls", default=50, show_default=True, help="Of each kind in a turn.")
 def main(bundle: Path, engine: str, depth: int, rows: int, many: int, calls: int) -> None:
     path, core = Bundle.open(bundle).transformer(depth, "plain"), openvino.core()
-    shapes, config = shapes_at(core, path, rows), openvino.settings(engine, path)
+    shapes, config = model_shapes(core, path, rows), openvino.compile_config(engine, path)
     graphs = {
-        parts: ExactGraph(compile_exactly(core, path, config, shapes, parts), parts) for parts in (1, 2)
+        parts: StaticGraph(compile_static(core, path, config, shapes, parts), parts) for parts in (1, 2)
     }
     rng = np.random.default_rng(0)
     inputs = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes}

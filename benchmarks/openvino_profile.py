@@ -15,7 +15,7 @@ import openvino
 from tpx_runtime.bundle import Bundle
 from tpx_runtime.command import TpxCommand
 from tpx_runtime.engine.openvino import core
-from tpx_runtime.engine.openvino_exact import compile_exactly, shapes_at
+from tpx_runtime.engine.openvino_static import compile_static, model_shapes
 
 
 @click.command(cls=TpxCommand)
@@ -26,9 +26,9 @@ from tpx_runtime.engine.openvino_exact import compile_exactly, shapes_at
 @click.option("--runs", default=60, show_default=True)
 def main(bundle: Path, precision: str, depth: int, rows: int, runs: int) -> None:
     path = Bundle.open(bundle).transformer(depth, "plain")
-    shapes = shapes_at(core(), path, rows)
+    shapes = model_shapes(core(), path, rows)
     counting = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY", "PERF_COUNT": "YES"}
-    request = compile_exactly(core(), path, counting, shapes, parts=1).create_infer_request()
+    request = compile_static(core(), path, counting, shapes, parts=1).create_infer_request()
     rng = np.random.default_rng(0)
     inputs = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes}
     spent: dict[str, float] = defaultdict(float)

@@ -208,7 +208,7 @@ def run(
     from .bundle import Bundle
     from .editing import resolve_strength
     from .engine import resolve
-    from .engine.environment import THREADS_VARIABLE, threads_wanted
+    from .engine.environment import THREADS_VARIABLE, requested_threads
     from .generator import MAX_IMAGES, Generator
     from .images import grid
     from .input_images import load_image
@@ -219,7 +219,7 @@ def run(
         raise BadInput("expected PROMPT or --prompts, found both; leave out one of them")
     if threads:
         os.environ[THREADS_VARIABLE] = str(threads)
-    threads_wanted()
+    requested_threads()
     lines = read_prompt_lines(prompts_file) if prompts_file else {}
     subjects = list(lines.values()) or [prompt or ("" if class_id is None else f"class {class_id}")]
     seeds = range(seed, seed + min(max(num_images, 1), MAX_IMAGES))  # `plan` rejects other values
@@ -263,7 +263,7 @@ def verify(bundle: str | None, engine: str, all_engines: bool) -> None:
     BUNDLE defaults to $TPX_BUNDLE, else bundles/shapes.
     """
     from .bundle import Bundle
-    from .engine import AUTO, ENGINES, NONE_RUNS, resolve
+    from .engine import AUTO, ENGINES, NO_USABLE_ENGINE, resolve
 
     if all_engines and engine != AUTO:
         raise BadInput(
@@ -295,7 +295,7 @@ def verify(bundle: str | None, engine: str, all_engines: bool) -> None:
     if failed:
         raise failed[0]
     if len(unusable) == len(ENGINES):
-        raise EngineUnavailable(NONE_RUNS)
+        raise EngineUnavailable(NO_USABLE_ENGINE)
 
 
 @click.command(cls=TpxCommand)

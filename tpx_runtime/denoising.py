@@ -199,7 +199,7 @@ class Denoiser:
     def _loop_plan(self, batch: Batch, conditions: Conditions) -> LoopPlan | None:
         """The plan of a loop on the device; None if the engine has no device loop or the loop needs the host."""
         masked = batch.edit is not None and batch.edit.latent_mask is not None
-        if masked or not self.bundle.step or not self._graphs.engine.loops:
+        if masked or not self.bundle.step or not self._graphs.engine.uses_device_loop:
             return None
         job, sampler = batch.job, self.sampler(batch.job)
         return plan_loop(
@@ -214,10 +214,10 @@ class Denoiser:
         for call in range(1, plan.ends[-1] + 1):
             loop.advance()
             if (call_routes := loop.routes()) is not None:
-                routes.append(call_routes[-plan.pictures :])
+                routes.append(call_routes[-plan.num_images :])
             if call in plan.ends:
                 download = every_step or call == plan.ends[-1]
-                yield loop.latents()[-plan.pictures :] if download else None
+                yield loop.latents()[-plan.num_images :] if download else None
 
     def _cached_conditions(self, conditioning: Arrays, timesteps: Sequence[float]) -> Conditions:
         """The conditions of the previous batch if they match, as for other seeds of the same prompts; else new ones."""

@@ -133,7 +133,7 @@ def verify_bundle(bundle: Bundle, engine: Engine) -> list[PartReport]:
         outputs = engine.open(bundle.vae_encoder).run({"image": golden["image"]})
         error = relative_error(outputs.get("latents"), golden["encoder_latents"])
         reports.append(PartReport("vae_encoder", error, tolerance.vae))
-    return reports + (verify_step(bundle, engine) if engine.has_loop else [])
+    return reports + (verify_step(bundle, engine) if engine.has_device_loop else [])
 
 
 def verify_step(bundle: Bundle, engine: Engine) -> list[PartReport]:

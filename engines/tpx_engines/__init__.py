@@ -1,1 +1,1 @@
-"""From a bundle to engines for one kind of GPU: the command `tpx-build` and what it stands on."""
+"""Builds engines from a bundle for one kind of GPU: the command `tpx-build` and its modules."""

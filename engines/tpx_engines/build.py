@@ -1,4 +1,4 @@
-"""A bundle to its engines: which graphs, for which GPU, whether memory suffices, and what the cache still lacks."""
+"""Build the TensorRT engines of a bundle: plan the graphs, check the free memory, build what the cache lacks."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -19,22 +19,23 @@ from . import tensorrt
 from .cache import EngineCache, Key, Stale
 from .progress import Progress
 from .routed_lora_choice import plugin_hash, plugin_problem, register_once
-from .tensorrt import Shapes, Timings
+from .tensorrt import Shapes, TimingCache
 
-# A build of a tiny graph was seen to peak at 0.44 GB, large ones at 3.1 to 3.6 times their weights (docs/engines.md).
+# Measured peaks: 0.44 GB for a tiny graph, 3.1 to 3.6 times the weights for large ones (docs/engines.md).
 BASE_BYTES, BYTES_PER_WEIGHT_BYTE = 512 << 20, 4
 POLL_S = 0.1
-ROUTED = "transformer depth "  # how the names of the graphs begin in which tpx::RoutedLora may be
+ROUTED_PREFIX = "transformer depth "  # of the names of graphs that may contain tpx::RoutedLora
 
-Watch = Callable[[str, float, int, str], None]  # (graph, graphs done, graphs in all, what the builder does)
-
-
-class Abandoned(Cancelled):
-    """Ctrl-C was pressed again: the builder still runs in its thread, and only the end of the process stops it."""
+# (graph, number of graphs done, total number of graphs, phase of the build)
+ProgressCallback = Callable[[str, float, int, str], None]
 
 
-def graphs(bundle: Bundle) -> dict[str, tuple[Path, Shapes]]:
-    """Every graph that TensorRT builds, with the shapes of its inputs."""
+class ForcedExit(Cancelled):
+    """Ctrl-C was pressed a second time: the builder thread is still running, and only ending the process stops it."""
+
+
+def graphs_to_build(bundle: Bundle) -> dict[str, tuple[Path, Shapes]]:
+    """All graphs that TensorRT builds, with the shapes of their inputs."""
     return {
         graph.name: (graph.path, {name: (None, *row) for name, row in graph.inputs.items()})
         for graph in bundle.graphs()
@@ -42,20 +43,20 @@ def graphs(bundle: Bundle) -> dict[str, tuple[Path, Shapes]]:
 
 
 @dataclass(frozen=True)
-class Task:
-    """One graph, its key, and what the cache says: the engine's size, or None and perhaps why it is stale."""
+class BuildTask:
+    """A graph, its key, and its state in the cache: the size of the engine, or None and perhaps why it is stale."""
 
     key: Key
     path: Path
     inputs: Shapes
     weight_bytes: int
     cached_bytes: int | None
-    stale: str | None
+    stale_reason: str | None
 
 
 @dataclass(frozen=True)
-class Result:
-    """A row of the table: an engine, and the seconds its build took (0 where it came from the cache)."""
+class BuildResult:
+    """A row of the table: an engine and its build time in seconds (0 if it came from the cache)."""
 
     graph: str
     engine_bytes: int
@@ -65,28 +66,28 @@ class Result:
 
 def plan(
     bundle: Bundle, cache: EngineCache, batch: tuple[int, int], gpu: Gpu, flavour: Flavour
-) -> list[Task]:
-    """What is to be done for each graph of the bundle. Raises EngineUnavailable without the flavour's package."""
+) -> list[BuildTask]:
+    """One task per graph of the bundle. Raises EngineUnavailable without the flavour's package."""
     full_version, tasks = version(flavour), []
-    routes = (
+    use_plugin = (
         bool(bundle.manifest.model.thinking_blocks)
         and plugin_problem(flavour, gpu.capability, bundle) is None
     )
-    for graph, (path, inputs) in graphs(bundle).items():
-        plugin = plugin_hash() if routes and graph.startswith(ROUTED) else ""
+    for graph, (path, inputs) in graphs_to_build(bundle).items():
+        plugin = plugin_hash() if use_plugin and graph.startswith(ROUTED_PREFIX) else ""
         key = Key.of(bundle, path, flavour.name, full_version, gpu, batch, plugin)
-        engine, stale = None, None
+        engine, stale_reason = None, None
         try:
             engine = cache.load(key)
         except Stale as reason:
-            stale = str(reason)
+            stale_reason = str(reason)
         size = None if engine is None else len(engine)
-        tasks.append(Task(key, path, inputs, _weight_bytes(bundle, path), size, stale))
+        tasks.append(BuildTask(key, path, inputs, _weight_bytes(bundle, path), size, stale_reason))
     return tasks
 
 
 def _weight_bytes(bundle: Bundle, path: Path) -> int:
-    """Bytes of a graph and of the weights in its folder, which all graphs of the folder share."""
+    """Size of a graph plus the weights in its folder, which all graphs of the folder share."""
     return sum(
         entry.bytes
         for name, entry in bundle.manifest.files.items()
@@ -95,8 +96,8 @@ def _weight_bytes(bundle: Bundle, path: Path) -> int:
     )
 
 
-def check_memory(tasks: Sequence[Task]) -> None:
-    """Refuse before the system kills the build. Raises EngineUnavailable, which names the graph."""
+def check_memory(tasks: Sequence[BuildTask]) -> None:
+    """Raise EngineUnavailable, naming the graph, if there is too little memory: the system would kill the build."""
     task = max(tasks, key=lambda task: task.weight_bytes)
     need, have = BASE_BYTES + BYTES_PER_WEIGHT_BYTE * task.weight_bytes, available_bytes()
     if have is not None and have < need:
@@ -108,21 +109,20 @@ def check_memory(tasks: Sequence[Task]) -> None:
 
 
 def build_all(
-    tasks: Sequence[Task], cache: EngineCache, gpu: Gpu, watch: Watch = lambda *_: None
-) -> list[Result]:
-    """Build and store what `tasks` lack, and say what there is then.
+    tasks: Sequence[BuildTask], cache: EngineCache, gpu: Gpu, on_progress: ProgressCallback = lambda *_: None
+) -> list[BuildResult]:
+    """Build and store the engines that are not cached, and return all results.
 
-    Ctrl-C is passed on to the builder and ends in Cancelled, a second one in Abandoned; engines that were finished stay in
-    the cache. Raises EngineUnavailable for too little memory, BadInput for a folder that cannot be written, and
-    EngineFailed.
+    Ctrl-C stops the builder and raises Cancelled, a second Ctrl-C raises ForcedExit; finished engines stay in the cache.
+    Raises EngineUnavailable for too little memory, BadInput for a folder that is not writable, and EngineFailed.
     """
     missing = [task for task in tasks if task.cached_bytes is None]
     if missing:
         check_memory(missing)
         cache.prepare()
-    results: list[Result] = []
-    left = f"stopped; what is finished is in {cache.folder}, the same command goes on from there"
-    with deferred_interrupts(partial(Abandoned, left)) as stop:
+    results: list[BuildResult] = []
+    message = f"stopped; finished engines are in {cache.folder}, run the same command to continue"
+    with deferred_interrupts(partial(ForcedExit, message)) as stop:
         for task in tasks:
             if stop.is_set():
                 break
@@ -131,34 +131,38 @@ def build_all(
                 began = time.monotonic()
 
                 def advance(share: float, phase: str, graph: str = task.key.graph) -> None:
-                    watch(graph, len(results) + share, len(tasks), phase)
+                    on_progress(graph, len(results) + share, len(tasks), phase)
 
-                timings = Timings(cache.read_timings(task.key))
-                engine = _build(task, gpu, Progress(stop), timings, advance)
+                timing_cache = TimingCache(cache.read_timing_cache(task.key))
+                engine = _build(task, gpu, Progress(stop), timing_cache, advance)
                 seconds = time.monotonic() - began
                 if engine is None:
                     break
                 cache.store(task.key, engine)
-                if not FLAVOURS[task.key.engine].ahead:
-                    cache.store_timings(task.key, timings.data)
+                if not FLAVOURS[task.key.engine].ahead_of_time:
+                    cache.store_timing_cache(task.key, timing_cache.data)
                 size = len(engine)
-            results.append(Result(task.key.graph, size, seconds, task.cached_bytes is not None))
-            watch(task.key.graph, len(results), len(tasks), "")
+            results.append(BuildResult(task.key.graph, size, seconds, task.cached_bytes is not None))
+            on_progress(task.key.graph, len(results), len(tasks), "")
     if len(results) < len(tasks):
         have = len(results) + sum(task.cached_bytes is not None for task in tasks[len(results) :])
         raise Cancelled(
-            f"cancelled; {have} of {len(tasks)} engines are in {cache.folder}, the same command goes on from there"
+            f"cancelled; {have} of {len(tasks)} engines are in {cache.folder}, run the same command to continue"
         )
     return results
 
 
 def _build(
-    task: Task, gpu: Gpu, progress: Progress, timings: Timings, watch: Callable[[float, str], None]
+    task: BuildTask,
+    gpu: Gpu,
+    progress: Progress,
+    timing_cache: TimingCache,
+    on_progress: Callable[[float, str], None],
 ) -> bytes | None:
-    """The engine of `task`, or None if it was cancelled.
+    """Build the engine of `task`; None if it was cancelled.
 
-    The builder holds on to the thread it is called in for long steps, so it gets one of its own: this one draws, and hears
-    Ctrl-C.
+    The builder blocks its thread during long steps, so it runs in a separate one; this thread shows the progress and
+    receives Ctrl-C.
     """
     future: Future[bytes] = Future()
 
@@ -175,7 +179,7 @@ def _build(
                     key.batch,
                     gpu.capability,
                     progress,
-                    timings,
+                    timing_cache,
                     bool(key.plugin),
                 )
             )
@@ -185,7 +189,7 @@ def _build(
     Thread(target=work, name="builder", daemon=True).start()
     while not future.done():
         wait([future], POLL_S)
-        watch(progress.fraction, "stopping at its next step" if progress.cancelled else progress.phase)
+        on_progress(progress.fraction, "stopping at its next step" if progress.cancelled else progress.phase)
     try:
         return future.result()
     except Cancelled:

@@ -1,6 +1,6 @@
-"""Built engines on disk: a folder beside the bundle in which a file is whole, and of the key asked for, or rebuilt.
+"""The cache of built engines: a folder next to the bundle, written atomically.
 
-What a file looks like, and how it is read, is the runtime's: tpx_runtime/engine/engine_file.py. This is how one is written.
+tpx_runtime/engine/engine_file.py defines the file format and reads it; this module writes it.
 """
 
 import hashlib
@@ -27,8 +27,8 @@ class EngineCache:
     folder: Path
 
     @classmethod
-    def beside(cls, bundle: Bundle, folder: Path | None = None) -> "EngineCache":
-        """The cache at `folder`, or at the default one. Raises BadInput for a folder inside the bundle."""
+    def for_bundle(cls, bundle: Bundle, folder: Path | None = None) -> "EngineCache":
+        """The cache at `folder`, or at the default folder. Raises BadInput for a folder inside the bundle."""
         folder = folder or default_folder(bundle.root)
         if folder.resolve().is_relative_to(bundle.root.resolve()):
             raise BadInput(
@@ -38,43 +38,43 @@ class EngineCache:
         return cls(folder)
 
     def path(self, key: Key) -> Path:
-        """Where the engine of `key` lies, or would."""
+        """Path of the engine of `key`, which need not exist."""
         return self.folder / key.file_name
 
     def load(self, key: Key) -> bytes | None:
-        """The engine of `key`, every byte checked; None if there is none. Raises Stale."""
+        """The engine of `key`, with its SHA-256 verified; None if there is none. Raises Stale."""
         return load(self.path(key), key)
 
     def prepare(self) -> None:
-        """Make the folder and see that it can be written. Raises BadInput, before a build takes its minutes."""
-        with _writing(self.folder):
+        """Create the folder and check that it is writable, before a long build. Raises BadInput."""
+        with _os_errors_as_bad_input(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=self.folder).close()
 
     def store(self, key: Key, engine: bytes) -> Path:
-        """Write the engine of `key` in place of what was there. Raises BadInput, and then nothing is changed."""
+        """Write the engine of `key`, replacing an older one. Raises BadInput, without changing the old file."""
         header = json.dumps(
             {"key": key.to_json(), "bytes": len(engine), "sha256": hashlib.sha256(engine).hexdigest()},
             separators=(",", ":"),
         ).encode()
-        with _writing(self.folder):
-            (self.folder / key.kernels_name).unlink(missing_ok=True)  # of the engine before
+        with _os_errors_as_bad_input(self.folder):
+            (self.folder / key.runtime_cache_name).unlink(missing_ok=True)  # kernels of the replaced engine
         return self._write(key.file_name, PREFIX.pack(MAGIC, VERSION, len(header)) + header, engine)
 
-    def read_timings(self, key: Key) -> bytes:
-        """What full TensorRT timed on this GPU before, for whatever graph; nothing if there is none."""
+    def read_timing_cache(self, key: Key) -> bytes:
+        """Full TensorRT's timing cache for this version and GPU capability, shared by all graphs; empty if there is none."""
         try:
-            return (self.folder / _timings_name(key)).read_bytes()
+            return (self.folder / _timing_cache_name(key)).read_bytes()
         except OSError:
             return b""
 
-    def store_timings(self, key: Key, data: bytes) -> None:
-        """Keep what it timed. Raises BadInput, and then nothing is changed."""
-        self._write(_timings_name(key), data)
+    def store_timing_cache(self, key: Key, data: bytes) -> None:
+        """Write the timing cache. Raises BadInput, without changing the old file."""
+        self._write(_timing_cache_name(key), data)
 
     def _write(self, name: str, *contents: bytes) -> Path:
         path = self.folder / name
-        with _writing(self.folder), atomic_file(path) as part, part.open("wb") as file:
+        with _os_errors_as_bad_input(self.folder), atomic_file(path) as part, part.open("wb") as file:
             for content in contents:
                 file.write(content)
             file.flush()
@@ -82,16 +82,16 @@ class EngineCache:
         return path
 
 
-def _timings_name(key: Key) -> str:
-    plugin = f".{key.plugin[:12]}" if key.plugin else ""  # whose kernels are timed with the rest
+def _timing_cache_name(key: Key) -> str:
+    plugin = f".{key.plugin[:12]}" if key.plugin else ""  # its kernels are timed too
     return f"{key.engine}.{key.version}.{key.capability}{plugin}.timings"
 
 
 @contextmanager
-def _writing(folder: Path) -> Iterator[None]:
+def _os_errors_as_bad_input(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         raise BadInput(
-            f"expected a folder for engines at {folder}, found: {error.strerror}; give another with --cache"
+            f"expected a writable folder for engines at {folder}, found: {error.strerror}; choose another with --cache"
         ) from None

@@ -15,7 +15,7 @@ from tpx_runtime.engine import AUTO, ENGINES
 from tpx_runtime.errors import BadInput, shorten
 
 if TYPE_CHECKING:
-    from tpx_engines.build import Result, Watch
+    from tpx_engines.build import BuildResult, ProgressCallback
     from tpx_runtime.bundle import Bundle
 
 TENSORRT = [engine.name for engine in ENGINES.values() if engine.prebuilt == "required"]
@@ -31,7 +31,7 @@ _BAR_STEPS = 1000
     "--batch",
     default="1,2",
     show_default=True,
-    help="Least and most rows, two for a guided picture. TensorRT takes all between; OpenVINO is compiled for these two.",
+    help="Minimum and maximum rows (2 per guided image). TensorRT accepts this range, OpenVINO is compiled for both ends.",
 )
 @click.option(
     "--gpu", help="For tensorrt-rtx: sm75, sm80, sm86, sm89, sm120 or sm121.  [default: this machine's]"
@@ -40,12 +40,13 @@ _BAR_STEPS = 1000
     "--cache", "folder", type=click.Path(path_type=Path), help="Folder of engines.  [default: BUNDLE.engines]"
 )
 def main(bundle: str | None, engine: str, batch: str, gpu: str | None, folder: Path | None) -> None:
-    """Build the engines of BUNDLE that its cache lacks, and print the cache's folder.
+    """Build the engines of BUNDLE that are not in its cache yet, and print the folder of the cache.
 
-    TensorRT for RTX builds for any GPU and needs none here; TensorRT builds for the GPU that is here. OpenVINO would
-    compile in the first process that draws; built ahead, its transformer is also there for exact batches, which is faster.
+    TensorRT for RTX builds for any of its GPUs, without one in this machine; TensorRT builds for the GPU in this machine.
+    OpenVINO otherwise compiles in the first process; built ahead of time, its transformer also gets exact batches, which
+    run faster.
 
-    The precision is the bundle's. Without BUNDLE it takes $TPX_BUNDLE, else bundles/shapes.
+    The precision is that of the bundle. BUNDLE defaults to $TPX_BUNDLE, else bundles/shapes.
     """
     check_engine(engine)
     from tpx_runtime.bundle import Bundle
@@ -54,94 +55,94 @@ def main(bundle: str | None, engine: str, batch: str, gpu: str | None, folder: P
 
     rows, opened = parse_batch(batch), Bundle.open(find_bundle(bundle))
     if engine in OPENVINO:
-        refuse(engine, {"--gpu": gpu, "--cache": folder})
-        compile_ahead(opened, engine, rows)
+        reject_options(engine, {"--gpu": gpu, "--cache": folder})
+        build_openvino(opened, engine, rows)
     else:
         build_tensorrt(opened, engine, rows, gpu, folder)
 
 
-def compile_ahead(opened: "Bundle", engine: str, rows: tuple[int, int]) -> None:
-    """OpenVINO: every graph, and the transformer's for exactly the least and the most rows."""
+def build_openvino(opened: "Bundle", engine: str, rows: tuple[int, int]) -> None:
+    """OpenVINO: all graphs with dynamic shapes, and the transformer also for exactly these two numbers of rows."""
     from tpx_runtime.engine.engine_file import default_folder
 
     from .openvino_build import build_ahead
 
-    with progress_bar() as watch:
-        results = build_ahead(opened, engine, rows, watch)
-    click.echo(table(results), err=True)
+    with progress_bar() as on_progress:
+        results = build_ahead(opened, engine, rows, on_progress)
+    click.echo(format_table(results), err=True)
     click.echo(default_folder(opened.root) / "openvino")
 
 
 def build_tensorrt(
     opened: "Bundle", engine: str, rows: tuple[int, int], gpu: str | None, folder: Path | None
 ) -> None:
-    """TensorRT: every graph for batches from the least to the most rows."""
+    """TensorRT: all graphs, for batches from the first to the second number of rows."""
     from tpx_runtime.engine.tensorrt_flavours import FLAVOURS
 
-    from .build import Abandoned, build_all, plan
+    from .build import ForcedExit, build_all, plan
     from .cache import EngineCache
     from .routed_lora_choice import plugin_problem
     from .target import choose_gpu
 
     flavour = FLAVOURS[engine]
     target = choose_gpu(flavour, gpu)
-    cache = EngineCache.beside(opened, folder)
+    cache = EngineCache.for_bundle(opened, folder)
     tasks = plan(opened, cache, rows, target, flavour)
-    routes = not flavour.ahead and opened.manifest.model.thinking_blocks
-    if routes and (reason := plugin_problem(flavour, target.capability, opened)):
-        click.echo(f"notice: routing without its plugin: {reason}", err=True)
+    use_plugin = not flavour.ahead_of_time and opened.manifest.model.thinking_blocks
+    if use_plugin and (reason := plugin_problem(flavour, target.capability, opened)):
+        click.echo(f"notice: building without the routing plugin: {reason}", err=True)
     for task in tasks:
-        if task.stale:
-            click.echo(f"building again: {task.stale}", err=True)
+        if task.stale_reason:
+            click.echo(f"building again: {task.stale_reason}", err=True)
     try:
-        with progress_bar() as watch:
-            results = build_all(tasks, cache, target, watch)
-    except Abandoned as error:
+        with progress_bar() as on_progress:
+            results = build_all(tasks, cache, target, on_progress)
+    except ForcedExit as error:
         click.echo(f"error: {error}", err=True)
         sys.stderr.flush()
-        os._exit(error.exit_code)  # a builder that is still at work would hold up any gentler way out
-    click.echo(table(results), err=True)
+        os._exit(error.exit_code)  # a normal exit would wait for the builder thread
+    click.echo(format_table(results), err=True)
     click.echo(cache.folder)
 
 
 @contextmanager
-def progress_bar() -> "Iterator[Watch]":
-    """A bar on stderr, and what moves it."""
+def progress_bar() -> "Iterator[ProgressCallback]":
+    """A progress bar on stderr; yields the callback that updates it."""
     with click.progressbar(
         length=1, file=sys.stderr, show_eta=False, item_show_func=lambda phase: phase
     ) as bar:
 
-        def watch(graph: str, done: float, total: int, phase: str) -> None:
+        def on_progress(graph: str, done: float, total: int, phase: str) -> None:
             bar.length, bar.label = total * _BAR_STEPS, f"{graph:<22}"
             bar.update(round(done * _BAR_STEPS) - bar.pos, phase)
-            bar.render_progress()  # a new phase shows, though the bar stands still
+            bar.render_progress()  # show a new phase even if the bar did not move
 
-        yield watch
+        yield on_progress
 
 
 def check_engine(name: str) -> None:
-    """Raises BadInput for an engine that is not built ahead, or is none."""
+    """Raise BadInput for an unknown engine, or one that is not built ahead of time."""
     if name in BUILT_AHEAD:
         return
     if name in (*ENGINES, AUTO):
         raise BadInput(
-            f"expected an engine that is built ahead ({', '.join(BUILT_AHEAD)}), found {name}, "
-            "which reads the bundle as it is: nothing to build"
+            f"expected an engine that is built ahead of time ({', '.join(BUILT_AHEAD)}), found {name}, "
+            "which needs no build; run the bundle as it is"
         )
     raise BadInput(f"expected --engine of {', '.join(BUILT_AHEAD)}, found {shorten(name)}")
 
 
-def refuse(engine: str, given: dict[str, object]) -> None:
-    """Raises BadInput for the first option that was given, which the engine has no use for."""
+def reject_options(engine: str, given: dict[str, object]) -> None:
+    """Raise BadInput for the first option that was given, because the engine does not support it."""
     for option, value in given.items():
         if value is not None:
             raise BadInput(
-                f"expected {option} with {' or '.join(TENSORRT)} alone, found it with {engine}; leave it out"
+                f"expected {option} only with {' or '.join(TENSORRT)}, found it with {engine}; leave it out"
             )
 
 
-def table(results: "Sequence[Result]") -> str:
-    """The results as a person reads them."""
+def format_table(results: "Sequence[BuildResult]") -> str:
+    """The results as a text table."""
     lines = [f"{'graph':<22}{'size':>12}{'seconds':>9}  from"]
     for result in results:
         seconds, origin = ("-", "cache") if result.cached else (f"{result.seconds:.1f}", "build")

@@ -1,7 +1,7 @@
-"""A bundle's graphs compiled ahead for OpenVINO, which would otherwise do so in the first process that draws.
+"""Compile a bundle's graphs for OpenVINO ahead of time, instead of in the first process that runs them.
 
-Every graph is compiled for any shapes, and the transformer, which runs at each step, for the exact ones of some batches too
-(tpx_runtime/engine/openvino_exact.py says what that is worth).
+Every graph is compiled with dynamic shapes, and the transformer, which runs at each step, also with the static shapes of
+some batches (tpx_runtime/engine/openvino_static.py).
 """
 
 import time
@@ -11,22 +11,22 @@ from pathlib import Path
 from typing import Any
 
 from tpx_runtime.bundle import Bundle
-from tpx_runtime.engine import GraphVariant, failing, one_line, resolve
+from tpx_runtime.engine import GraphVariant, engine_errors, one_line, resolve
 from tpx_runtime.errors import BadInput, Cancelled, EngineFailed
 
-from .build import Result, Watch
+from .build import BuildResult, ProgressCallback
 
 
 def build_ahead(
-    bundle: Bundle, engine_name: str, rows: Sequence[int], watch: Watch = lambda *_: None
-) -> list[Result]:
-    """Compile what the cache beside `bundle` lacks for OpenVINO, and say what there is then.
+    bundle: Bundle, engine_name: str, rows: Sequence[int], on_progress: ProgressCallback = lambda *_: None
+) -> list[BuildResult]:
+    """Compile the graphs that the OpenVINO cache of `bundle` lacks, and return all results.
 
-    `rows` are the batches to compile the transformer for exactly, two rows for each picture with guidance; none is
-    fine too. Ctrl-C ends in Cancelled once the graph at hand is done; what was finished stays. Raises BadInput for rows
-    below 1 and a folder that cannot be written, EngineUnavailable and EngineFailed.
+    `rows` are the batches to compile the transformer for with static shapes (two rows per guided image); it may be empty.
+    Ctrl-C raises Cancelled when the current graph is done; finished graphs stay. Raises BadInput for rows below 1 and a
+    folder that is not writable, EngineUnavailable and EngineFailed.
     """
-    engine, results = resolve(engine_name), []  # before openvino is imported: it may not be there
+    engine, results = resolve(engine_name), []  # before importing openvino, which may be missing
     if engine.prebuilt != "optional":
         raise BadInput(f"expected an engine that compiles graphs itself, found {engine.name}")
     if wrong := [n for n in rows if n < 1]:
@@ -34,21 +34,21 @@ def build_ahead(
     tasks = list(_tasks(bundle, engine.name, engine.variant, list(dict.fromkeys(rows))))
     try:
         for number, task in enumerate(tasks):
-            watch(task.name, number, len(tasks), "compiling")
+            on_progress(task.name, number, len(tasks), "compiling")
             began = time.monotonic()
             size, cached = task.run()
-            results.append(Result(task.name, size, 0.0 if cached else time.monotonic() - began, cached))
-            watch(task.name, number + 1, len(tasks), "")
+            results.append(BuildResult(task.name, size, 0.0 if cached else time.monotonic() - began, cached))
+            on_progress(task.name, number + 1, len(tasks), "")
     except KeyboardInterrupt:
         raise Cancelled(
-            f"cancelled; {len(results)} of {len(tasks)} compiled graphs are there, the same command goes on from there"
+            f"cancelled; {len(results)} of {len(tasks)} compiled graphs are in the cache, run the same command to continue"
         ) from None
     return results
 
 
 @dataclass(frozen=True)
 class _Task:
-    """A row of the table; `run` sees to it that it is there: its bytes, and whether it was before."""
+    """A row of the table; `run` compiles the graph unless it is cached, and returns its size in bytes and whether it was."""
 
     name: str
     run: Callable[[], tuple[int, bool]]
@@ -56,39 +56,39 @@ class _Task:
 
 def _tasks(bundle: Bundle, engine_name: str, variant: GraphVariant, rows: Sequence[int]) -> Iterator[_Task]:
     for graph in bundle.graphs(variant):
-        yield _any(graph.name, engine_name, graph.path)
+        yield _dynamic_task(graph.name, engine_name, graph.path)
         for batch in rows if graph.depth else ():
-            yield _exact(f"{graph.name} x{batch}", engine_name, graph.path, batch)
+            yield _static_task(f"{graph.name} x{batch}", engine_name, graph.path, batch)
 
 
-def _any(name: str, engine_name: str, path: Path) -> _Task:
+def _dynamic_task(name: str, engine_name: str, path: Path) -> _Task:
     def run() -> tuple[int, bool]:
         from tpx_runtime.engine import openvino
 
-        store, config = openvino.store_of(engine_name, path), openvino.settings(engine_name, path)
+        store, config = openvino.open_store(engine_name, path), openvino.compile_config(engine_name, path)
         _require_writable(store)
-        cached = openvino.load_any(config, store) is not None
+        cached = openvino.load_dynamic(config, store) is not None
         if not cached:
-            _write(store, store.any_shapes, openvino.compile_any(path, config))
-        return store.any_shapes.stat().st_size, cached
+            _write(store, store.dynamic_file, openvino.compile_dynamic(path, config))
+        return store.dynamic_file.stat().st_size, cached
 
     return _Task(name, run)
 
 
-def _exact(name: str, engine_name: str, path: Path, batch: int) -> _Task:
+def _static_task(name: str, engine_name: str, path: Path, batch: int) -> _Task:
     def run() -> tuple[int, bool]:
-        from tpx_runtime.engine import openvino, openvino_exact
+        from tpx_runtime.engine import openvino, openvino_static
 
-        store, config = openvino.store_of(engine_name, path), openvino.settings(engine_name, path)
+        store, config = openvino.open_store(engine_name, path), openvino.compile_config(engine_name, path)
         core = openvino.core()
         _require_writable(store)
         try:
-            shapes = openvino_exact.shapes_at(core, path, batch)
-            parts = openvino_exact.parts_of(core, shapes, store)
-            file = store.exact(shapes, parts)
-            if openvino_exact.load_exactly(core, file, config, parts):
+            shapes = openvino_static.model_shapes(core, path, batch)
+            parts = openvino_static.num_parts(core, shapes, store)
+            file = store.static_file(shapes, parts)
+            if openvino_static.load_static(core, file, config, parts):
                 return file.stat().st_size, True
-            compiled = openvino_exact.compile_exactly(core, path, config, shapes, parts)
+            compiled = openvino_static.compile_static(core, path, config, shapes, parts)
         except Exception as error:
             raise EngineFailed(f"{path}: openvino could not compile it: {one_line(error)}") from error
         _write(store, file, compiled)
@@ -99,7 +99,7 @@ def _exact(name: str, engine_name: str, path: Path, batch: int) -> _Task:
 
 def _write(store: Any, file: Path, compiled: Any) -> None:
     try:
-        with failing(store.path, "openvino", "export"):
+        with engine_errors(store.path, "openvino", "export"):
             store.write(file, compiled)
     except OSError as error:
         raise BadInput(f"expected to write {file}, found: {error.strerror}; make room there") from None

@@ -1,4 +1,4 @@
-"""How far a build is, and the switch that stops it."""
+"""Progress and cancellation of a build."""
 
 import threading
 from dataclasses import dataclass
@@ -12,10 +12,10 @@ class _Phase:
 
 
 class Progress:
-    """How far a build is, and the switch that stops it. The builder reports, from several threads at once; others look on.
+    """Progress and cancellation of a build. The builder reports to it, from several threads concurrently.
 
-    `fraction` (0..1) never falls; `phase` is what the builder calls its innermost work. Once `stop` is set, the builder
-    stops at its next step, which may be a while: one of its steps takes nearly all of the time.
+    `fraction` (0..1) never decreases; `phase` is the builder's name for its innermost phase. Once `stop` is set, the builder
+    stops at its next step, which can take a while because one of its steps takes nearly all of the time.
     """
 
     def __init__(self, stop: threading.Event | None = None) -> None:
@@ -33,11 +33,11 @@ class Progress:
             self._phases[name], self.phase = _Phase(parent, max(steps, 1)), name
 
     def step(self, name: str) -> bool:
-        """A step of `name` is done. False asks the builder to stop."""
+        """Count a finished step of phase `name`. Returning False tells the builder to stop."""
         with self._lock:
             if name in self._phases:
                 self._phases[name].done += 1
-                shares = [self._share(phase) for phase in self._phases if self._root(phase)]
+                shares = [self._fraction(phase) for phase in self._phases if self._is_root(phase)]
                 self.fraction = max([self.fraction, *shares])
         return not self.cancelled
 
@@ -47,10 +47,10 @@ class Progress:
             if ended and ended.parent:
                 self.phase = ended.parent
 
-    def _root(self, name: str) -> bool:
+    def _is_root(self, name: str) -> bool:
         return self._phases[name].parent is None
 
-    def _share(self, name: str) -> float:
+    def _fraction(self, name: str) -> float:
         phase = self._phases[name]
-        below = sum(self._share(child) for child, p in self._phases.items() if p.parent == name)
+        below = sum(self._fraction(child) for child, p in self._phases.items() if p.parent == name)
         return min((phase.done + below) / phase.steps, 1.0)

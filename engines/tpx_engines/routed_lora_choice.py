@@ -1,4 +1,4 @@
-"""Whether the plugin of `tpx::RoutedLora` goes into an engine, and which one: its hash is part of the engine's key."""
+"""Whether an engine contains the plugin of `tpx::RoutedLora`, and the plugin's hash for the engine's key."""
 
 import hashlib
 from functools import cache
@@ -16,11 +16,11 @@ SOURCES = ("routed_lora_kernel.py", "routed_lora_ptx.py", "routed_lora_plugin.py
 
 
 def plugin_problem(flavour: Flavour, capability: int, bundle: Bundle) -> str | None:
-    """Why the bundle's engines of this flavour and capability get the function of standard operators; None if they do not.
+    """Why engines of this flavour and capability cannot use the plugin (they use standard operators); None if they can.
 
-    Raises EngineFailed for a transformer that is no graph.
+    Raises EngineFailed if the transformer is not a valid graph.
     """
-    if flavour.ahead:
+    if flavour.ahead_of_time:
         return f"{flavour.title} takes no plugins"
     bindings(flavour)
     if find_spec(f"{flavour.module}.plugin") is None:
@@ -33,7 +33,7 @@ def plugin_problem(flavour: Flavour, capability: int, bundle: Bundle) -> str | N
     if capability not in TARGETS:
         return f"expected a GPU of {', '.join(f'sm{one}' for one in TARGETS)}, found sm{capability}"
     try:
-        rank = adapter_rank(bundle.transformer(bundle.manifest.model.depths[0]))  # that of all depths
+        rank = adapter_rank(bundle.transformer(bundle.manifest.model.depths[0]))  # the same at all depths
     except EngineUnavailable as missing:
         return str(missing)
     if rank > MAX_RANK:
@@ -42,7 +42,7 @@ def plugin_problem(flavour: Flavour, capability: int, bundle: Bundle) -> str | N
 
 
 def plugin_hash() -> str:
-    """Of all that the plugin's machine code comes from: its sources here, and Triton's version."""
+    """Hash of everything that determines the plugin's machine code: its source files and Triton's version."""
     digest = hashlib.sha256(metadata.version("triton").encode())
     for name in SOURCES:
         digest.update(Path(__file__).with_name(name).read_bytes())
@@ -51,7 +51,7 @@ def plugin_hash() -> str:
 
 @cache
 def register_once(capability: int) -> None:
-    """Register the plugin, which TensorRT allows once in a process."""
+    """Register the plugin, which TensorRT allows only once per process."""
     from .routed_lora_plugin import register
 
     register(capability)

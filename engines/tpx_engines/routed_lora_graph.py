@@ -1,4 +1,4 @@
-"""What a graph says of `tpx::RoutedLora`, read with the package onnx: its rank, and the graph without its function."""
+"""Reads a graph's `tpx::RoutedLora` nodes with the package onnx: adapter rank, and the graph without the function."""
 
 from pathlib import Path
 from typing import Any
@@ -9,16 +9,16 @@ DOMAIN, NAME = "tpx", "RoutedLora"
 
 
 def adapter_rank(path: Path) -> int:
-    """The largest r of the nodes' a [M, D, r]; 0 where nothing is routed. Raises EngineUnavailable, EngineFailed."""
+    """The largest r of the nodes' a [M, D, r]; 0 without such nodes. Raises EngineUnavailable, EngineFailed."""
     graph = _load(path).graph
     routed = {node.input[2] for node in graph.node if (node.domain, node.op_type) == (DOMAIN, NAME)}
     return max((tensor.dims[2] for tensor in graph.initializer if tensor.name in routed), default=0)
 
 
 def without_function(path: Path) -> bytes:
-    """The graph at `path`, its weights still beside it, without that function; its nodes stay.
+    """The graph at `path` (weights stay external) without the function of tpx::RoutedLora; its nodes stay.
 
-    It is what parsers before TensorRT 10.15 need to take the plugin instead. Raises EngineUnavailable, EngineFailed.
+    Parsers before TensorRT 10.15 need this to use the plugin instead. Raises EngineUnavailable, EngineFailed.
     """
     model = _load(path)
     kept = [f for f in model.functions if (f.domain, f.name) != (DOMAIN, NAME)]
@@ -28,16 +28,16 @@ def without_function(path: Path) -> bytes:
 
 
 def _load(path: Path) -> Any:
-    """The graph's ModelProto, its weights left on the disk."""
+    """The ModelProto, without loading external weights."""
     try:
         import onnx
     except ImportError:
         raise EngineUnavailable(
-            "expected the package onnx, by which the graph is read for the plugin, found none; `pip install onnx`"
+            "expected the package onnx to read the graph for the plugin, found none; install it with `pip install onnx`"
         ) from None
     try:
         return onnx.load(str(path), load_external_data=False)
-    except Exception as error:  # protobuf's own types
+    except Exception as error:  # including protobuf's own exception types
         raise EngineFailed(
             f"{path}: expected an ONNX graph, found: {' '.join(str(error).split())[:120]}"
         ) from None

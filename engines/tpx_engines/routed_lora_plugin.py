@@ -1,10 +1,10 @@
-"""`tpx::RoutedLora` as a TensorRT plugin whose PTX goes into the engine: building needs this file, running needs no Python.
+"""`tpx::RoutedLora` as a TensorRT plugin whose PTX is stored in the engine: only building needs this file.
 
     register(89)                                            # once, before the parser sees the graph
     trtp.op.tpx.RoutedLora(x, expert, a, b, aot=True)       # or a node with plugin_namespace = "tpx" and aot = 1
 
-TensorRT 10.16 and 11.4 alike: no attributes (sizes come from the tensors' shapes), and annotations that are types and not
-strings, which is why this file must never import `annotations` from `__future__`.
+For TensorRT 10.16 and 11.4. The plugin has no attributes (sizes come from the tensors' shapes). TensorRT needs annotations
+that are types, not strings, so this file must never import `annotations` from `__future__`.
 """
 
 from tpx_engines.routed_lora_kernel import Sizes
@@ -12,14 +12,14 @@ from tpx_engines.routed_lora_ptx import TARGETS, compile_ptx
 from tpx_runtime.errors import BadInput, EngineUnavailable
 
 PLUGIN = "tpx::RoutedLora"
-SPLITS = (1, 2, 3, 6)  # the tactics: TensorRT times each and keeps the fastest
+SPLITS = (1, 2, 3, 6)  # the tactics: TensorRT times each and selects the fastest
 
 
 def register(capability: int) -> None:
-    """Register the plugin for engines of this compute capability (times ten), once in a process.
+    """Register the plugin for engines of this compute capability (times ten), once per process.
 
-    Raises EngineUnavailable without TensorRT's Python package, BadInput for a capability that the kernel is not compiled
-    for, and TensorRT's own ValueError where the plugin is registered already.
+    Raises EngineUnavailable without TensorRT's Python package, BadInput for a capability that the kernel does not support,
+    and TensorRT's own ValueError if the plugin is already registered.
     """
     if capability not in TARGETS:
         raise BadInput(f"expected a compute capability of {', '.join(map(str, TARGETS))}, found {capability}")
@@ -46,7 +46,7 @@ def register(capability: int) -> None:
         b: trtp.TensorDesc,
         outputs: tuple[trtp.TensorDesc],
     ) -> list[trtp.AutoTuneCombination]:
-        """One floating type throughout, ids of int64, plain layout."""
+        """The supported types: one floating type for all but the int64 ids, in linear layout."""
         value = "FP32|FP16"
         return [trtp.AutoTuneCombination(f"{value}, INT64, {value}, {value}, {value}", "LINEAR", SPLITS)]
 
@@ -59,12 +59,12 @@ def register(capability: int) -> None:
         outputs: tuple[trtp.TensorDesc],
         tactic: int,
     ) -> tuple[str, str, trtp.KernelLaunchParams, trtp.SymIntExprs]:
-        """The kernel for the shapes of a and b, which must be known; B and N may stay open. `tactic` is `splits`."""
+        """The kernel for the shapes of a and b, which must be static; B and N may be dynamic. `tactic` is `splits`."""
         experts, width, rank = a.shape
         out = b.shape[2]
         if min(experts, width, rank, out) < 1:
             raise BadInput(
-                f"expected weights of fixed shape, found a {tuple(a.shape)} and b {tuple(b.shape)}; "
+                f"expected weights of static shape, found a {tuple(a.shape)} and b {tuple(b.shape)}; "
                 "export them as constants of the graph"
             )
         dtypes = {trt.DataType.HALF: "fp16", trt.DataType.FLOAT: "fp32"}

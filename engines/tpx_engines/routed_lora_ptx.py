@@ -1,7 +1,7 @@
 """The kernel of `tpx::RoutedLora` compiled to PTX ahead of time, on any machine: no GPU, no driver, no torch.
 
-Triton ends every parameter list with two pointers to scratch memory. This kernel needs none, so they are shown to be unused
-and taken out: what is left are x, expert, a, b, the int32 count of tokens, and out, in TensorRT's order.
+Triton appends two pointers to scratch memory to every parameter list. This kernel does not use them; they are checked to be
+unused and removed. The remaining parameters are x, expert, a, b, the int32 number of tokens, and out, in TensorRT's order.
 """
 
 import re
@@ -14,36 +14,36 @@ from triton.compiler import ASTSource
 from tpx_engines.routed_lora_kernel import SMALL, Sizes, routed_lora_kernel
 from tpx_runtime.errors import BadInput, EngineFailed
 
-# Compute capability times ten -> PTX version. Triton's default is too new for the assemblers in use.
+# Compute capability times ten -> PTX version. Triton's default version is too new for common assemblers.
 TARGETS = {80: 87, 86: 87, 89: 87, 90: 87, 100: 90, 120: 90}
-MAX_SHARED = 48 * 1024  # what a kernel may use without opting in
+MAX_SHARED = 48 * 1024  # bytes that a kernel may use without opting in
 
 _SCRATCH = 2
 _ENTRY = re.compile(r"(\.visible \.entry (\w+)\(\n)(.*?)(\n\))", re.DOTALL)
 
 
 @dataclass(frozen=True)
-class Compiled:
+class CompiledKernel:
     """A kernel and how to launch it: a grid of (ceil(tokens / rows) + experts - 1, splits) blocks of `threads` threads."""
 
     name: str
     ptx: str
     threads: int
-    shared: int  # bytes for a block
+    shared: int  # bytes of shared memory per block
     rows: int
 
 
-def compile_ptx(sizes: Sizes, capability: int) -> Compiled:
-    """The kernel for these sizes and this compute capability (times ten); x, a, b, expert and out aligned to 16 bytes.
+def compile_ptx(sizes: Sizes, capability: int) -> CompiledKernel:
+    """Compile the kernel for these sizes and this compute capability (times ten); all pointers must be 16-byte aligned.
 
-    PTX for 9.0 and above runs on that architecture alone. Raises BadInput for a capability that is not in TARGETS,
-    EngineFailed where the compiler's result would not launch as described.
+    PTX for 9.0 and above runs only on that architecture. Raises BadInput for a capability that is not in TARGETS,
+    EngineFailed if the compiled kernel could not be launched as described.
     """
     if capability not in TARGETS:
         raise BadInput(f"expected a compute capability of {', '.join(map(str, TARGETS))}, found {capability}")
     blocks = SMALL[sizes.dtype]
     if capability == 100 and sizes.dtype == "fp16":
-        # Its left operand is in shared memory too: else 53 KB.
+        # The left operand is in shared memory too, so the default blocks would need 53 KB.
         blocks = replace(blocks, depth=32, column_stages=2)
     constants = sizes.constants | blocks.constants
     value = f"*{sizes.dtype}"
@@ -55,7 +55,7 @@ def compile_ptx(sizes: Sizes, capability: int) -> Compiled:
         {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(arguments.values()) if kind[0] == "*"},
     )
     with triton.knobs.compilation.scope():
-        triton.knobs.compilation.disable_line_info = True  # it would carry this machine's paths into engines
+        triton.knobs.compilation.disable_line_info = True  # it would put this machine's paths into engines
         compiled = triton.compile(
             source,
             target=GPUTarget("cuda", capability, 32),
@@ -68,11 +68,11 @@ def compile_ptx(sizes: Sizes, capability: int) -> Compiled:
             f"{meta.global_scratch_size} and {meta.profile_scratch_size}; choose smaller blocks in routed_lora_kernel.py"
         )
     ptx = without_scratch(compiled.asm["ptx"], len(arguments))
-    return Compiled(meta.name, ptx, meta.num_warps * 32, meta.shared, blocks.rows)
+    return CompiledKernel(meta.name, ptx, meta.num_warps * 32, meta.shared, blocks.rows)
 
 
 def without_scratch(ptx: str, arguments: int) -> str:
-    """`ptx` with the scratch pointers taken from its one entry's parameters. Raises EngineFailed where they are used."""
+    """`ptx` without the scratch pointers in the parameters of its only entry. Raises EngineFailed if they are used."""
     entries = _ENTRY.findall(ptx)
     if len(entries) != 1:
         raise EngineFailed(

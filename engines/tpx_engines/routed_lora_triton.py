@@ -1,9 +1,9 @@
-"""`tpx::RoutedLora` on CUDA tensors with one Triton kernel. Importing this module is what switches it on:
+"""`tpx::RoutedLora` on CUDA tensors with one Triton kernel. Importing this module enables it:
 
     import tpx_engines.routed_lora_triton      # from here on torch.ops.tpx.RoutedLora uses it for CUDA tensors
 
-Nothing else imports it, so the operator's plain PyTorch form stays the default. It needs the package `triton`. With
-TRITON_INTERPRET=1 set before the import, `routed_lora_triton` takes CPU tensors and needs no GPU (slow: for tests).
+No other module imports it, so the operator's plain PyTorch implementation stays the default. It needs the package `triton`.
+With TRITON_INTERPRET=1 set before the import, `routed_lora_triton` accepts CPU tensors and needs no GPU (slow; for tests).
 """
 
 from functools import cache
@@ -31,10 +31,10 @@ _DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 def routed_lora_triton(x: Tensor, expert: Tensor, a: Tensor, b: Tensor, splits: int | None = None) -> Tensor:
     """x [B, N, D], expert int64 [B, N] in 0..M-1, a [M, D, r], b [M, r, O] -> [B, N, O].
 
-    All of one floating type, float16, bfloat16 or float32; sums are float32. `splits` programs share the columns of one
-    tile; None takes as many as run at once, a program on each multiprocessor. Ids are not checked, which would wait for the
-    device: those outside 0..M-1 leave their rows undefined. Raises BadInput for shapes or types that do not fit, and for a
-    rank above the kernel's.
+    x, a and b have one floating type: float16, bfloat16 or float32; sums are float32. `splits` programs share the columns of
+    one tile; None selects as many as run concurrently, one program per multiprocessor. Ids are not checked, because that
+    would wait for the device; the rows of ids outside 0..M-1 are undefined. Raises BadInput for mismatched shapes or types,
+    and for a rank above MAX_RANK.
     """
     if not (x.is_cuda or triton.knobs.runtime.interpret):
         raise BadInput(
@@ -56,7 +56,7 @@ def routed_lora_triton(x: Tensor, expert: Tensor, a: Tensor, b: Tensor, splits: 
         )
     (experts, width, rank), out_width = a.shape, b.shape[2]
     sizes = Sizes(experts, width, rank, out_width, _DTYPES.get(x.dtype, str(x.dtype)))
-    choice, multiprocessors = _machine(x.device)
+    choice, multiprocessors = _device_blocks(x.device)
     blocks = choice[sizes.dtype]
     tokens = expert.numel()
     programs = programs_for(tokens, experts, blocks.rows)
@@ -73,12 +73,13 @@ def routed_lora_triton(x: Tensor, expert: Tensor, a: Tensor, b: Tensor, splits: 
 
 
 @cache
-def _machine(device: torch.device) -> tuple[dict[str, Blocks], int]:
-    """The blocks for a device, and its multiprocessors; the interpreter's CPU counts as a small one."""
+def _device_blocks(device: torch.device) -> tuple[dict[str, Blocks], int]:
+    """The block sizes for a device, and its number of multiprocessors; (SMALL, 1) for the CPU of the interpreter."""
     if device.type != "cuda":
         return SMALL, 1
-    facts = triton.runtime.driver.active.utils.get_device_properties(device.index)
-    return LARGE if facts["max_shared_mem"] >= LARGE_SHARED else SMALL, facts["multiprocessor_count"]
+    properties = triton.runtime.driver.active.utils.get_device_properties(device.index)
+    blocks = LARGE if properties["max_shared_mem"] >= LARGE_SHARED else SMALL
+    return blocks, properties["multiprocessor_count"]
 
 
 routed_lora.register_kernel("cuda")(routed_lora_triton)

@@ -1,52 +1,51 @@
-"""What engines are built for: a GPU and a range of batches, as the command line says them."""
+"""Parses the build target from the command line: a GPU and a range of batches."""
 
 import re
 
-from tpx_runtime.engine.gpu import Gpu, gpu_here
+from tpx_runtime.engine.gpu import Gpu, local_gpu
 from tpx_runtime.engine.tensorrt_flavours import Flavour
 from tpx_runtime.errors import BadInput, shorten
 
-LARGEST_BATCH = 9999
+MAX_BATCH = 9999
 
 
-def choose_gpu(flavour: Flavour, asked: str | None) -> Gpu:
-    """The GPU of `--gpu`, such as sm89, or else the one in this machine. Raises BadInput.
+def choose_gpu(flavour: Flavour, requested: str | None) -> Gpu:
+    """The GPU of `--gpu` (such as sm89), or else the one in this machine. Raises BadInput.
 
-    A flavour that does not build ahead takes the GPU that is here, and no other.
+    Full TensorRT can only build for the GPU in this machine.
     """
-    here, known = gpu_here(), [f"sm{capability}" for capability in flavour.capabilities or ()]
-    if not flavour.ahead:
-        found = f"{here.name} (sm{here.capability})" if here else "none"
-        if here is None or asked not in (None, f"sm{here.capability}"):
+    local, known = local_gpu(), [f"sm{capability}" for capability in flavour.capabilities or ()]
+    if not flavour.ahead_of_time:
+        found = f"{local.name} (sm{local.capability})" if local else "none"
+        if local is None or requested not in (None, f"sm{local.capability}"):
             raise BadInput(
-                f"expected {f'a GPU of {shorten(asked)}' if asked else 'an NVIDIA GPU'} in this machine, where alone "
-                f"engine {flavour.name} is built, found {found}; build on the machine that will run it"
+                f"expected {f'a GPU of {shorten(requested)}' if requested else 'an NVIDIA GPU'} in this machine, because "
+                f"engine {flavour.name} builds only for it, found {found}; build on the machine that will run it"
             )
-        return here
-    if asked is None:
-        if here is None:
+        return local
+    if requested is None:
+        if local is None:
             raise BadInput(
-                f"expected an NVIDIA GPU to build for, found none here; name one with --gpu: {', '.join(known)}"
+                f"expected an NVIDIA GPU to build for, found none in this machine; choose one with --gpu: {', '.join(known)}"
             )
-        if f"sm{here.capability}" not in known:
+        if f"sm{local.capability}" not in known:
             raise BadInput(
-                f"expected a GPU of {', '.join(known)} for engine {flavour.name}, found {here.name} "
-                f"(sm{here.capability}); name another with --gpu"
+                f"expected a GPU of {', '.join(known)} for engine {flavour.name}, found {local.name} "
+                f"(sm{local.capability}); choose another with --gpu"
             )
-        return here
-    if asked not in known:
-        raise BadInput(f"expected --gpu of {', '.join(known)}, found {shorten(asked)}")
-    capability = int(asked.removeprefix("sm"))
-    return here if here and here.capability == capability else Gpu(capability)
+        return local
+    if requested not in known:
+        raise BadInput(f"expected --gpu of {', '.join(known)}, found {shorten(requested)}")
+    capability = int(requested.removeprefix("sm"))
+    return local if local and local.capability == capability else Gpu(capability)
 
 
 def parse_batch(text: str) -> tuple[int, int]:
     """`1,4` to (1, 4), and `2` to (2, 2). Raises BadInput."""
     if found := re.fullmatch(r"([0-9]{1,4})(?:,([0-9]{1,4}))?", text):
-        least, most = int(found[1]), int(found[2] or found[1])
-        if 1 <= least <= most:
-            return least, most
+        min_rows, max_rows = int(found[1]), int(found[2] or found[1])
+        if 1 <= min_rows <= max_rows:
+            return min_rows, max_rows
     raise BadInput(
-        f"expected --batch LEAST,MOST with 1 <= LEAST <= MOST <= {LARGEST_BATCH}, such as 1,4, "
-        f"found {shorten(text)}"
+        f"expected --batch MIN,MAX with 1 <= MIN <= MAX <= {MAX_BATCH}, such as 1,4, found {shorten(text)}"
     )

@@ -1,10 +1,10 @@
-"""The counting of `tpx::RoutedLora`'s kernel by itself: a wrong count writes past the result, which no result shows."""
+"""The counting part of the `tpx::RoutedLora` kernel: results do not show a wrong count, which writes past the output."""
 
 import torch
 import triton
 import triton.language as tl
 
-from tpx_engines.routed_lora_kernel import CHUNK, _counts, _ids
+from tpx_engines.routed_lora_kernel import CHUNK, _count_experts, _load_ids
 
 
 @triton.jit
@@ -17,12 +17,12 @@ def counting_kernel(  # type: ignore[no-untyped-def]
     CHUNKS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    names = tl.arange(0, PADDED)
-    tl.store(out + names, _counts(_ids(expert, 0, tokens, CHUNKS, CHUNK), names, EXPERTS))
+    indices = tl.arange(0, PADDED)
+    tl.store(out + indices, _count_experts(_load_ids(expert, 0, tokens, CHUNKS, CHUNK), indices, EXPERTS))
 
 
 def counts(ids: torch.Tensor, experts: int) -> list[int]:
-    """Of the first 512 `ids`, by expert, and of the names behind them up to a power of two."""
+    """Counts of the first 512 `ids` by expert, padded to a power of two."""
     padded = triton.next_power_of_2(experts)
     out = torch.full((padded,), -1, dtype=torch.int32)
     counting_kernel[(1,)](ids, len(ids), out, experts, padded, 4, CHUNK)

@@ -1,7 +1,7 @@
-"""A CUDA driver without a GPU: its device memory is the host's, and a stream runs nothing before it is synchronised.
+"""A fake CUDA driver: device memory is host memory, and a stream runs nothing until it is synchronised.
 
-So whoever reads an answer too early, or changes pinned memory that is still to be copied, gets the wrong numbers. Every
-entry is a real C callback with cuda.h's types: pointers are cut, and arguments mixed up, as they would be.
+So reading a result too early, or changing pinned memory before it is copied, gives wrong numbers. Every entry is a real C
+callback with the types of cuda.h, so truncated pointers and swapped arguments have the same effect as in the real driver.
 """
 
 import ctypes
@@ -17,14 +17,14 @@ Work = Callable[[], None]
 
 
 class FakeDriver:
-    """`calls` counts the entries called; `fail[name]` is the code that the next call of that entry returns."""
+    """`calls` counts calls by entry; `fail[name]` is the error code that the next call of that entry returns."""
 
     def __init__(self, capability: tuple[int, int] = (8, 9), name: bytes = b"NVIDIA L4") -> None:
         self.capability, self.name = capability, name
         self.calls: Counter[str] = Counter()
         self.order: list[str] = []
         self.fail: dict[str, int] = {}
-        self.device: dict[int, Any] = {}  # what is allocated, by address
+        self.device: dict[int, Any] = {}  # allocations by address
         self.host: dict[int, Any] = {}
         self.streams: dict[int, list[Work]] = {}
         self.graphs: dict[int, list[Work]] = {}
@@ -56,12 +56,12 @@ class FakeDriver:
         self._make("cuGraphDestroy", lambda graph: self._drop(self.graphs, graph), c_void_p)
 
     def enqueue(self, stream: int, work: Work) -> None:
-        """Put work into a stream, or into what is being captured from it."""
+        """Add work to a stream, or to the graph that is being captured from it."""
         (self.captured if self.capturing else self.streams[stream]).append(work)
 
     @property
     def held(self) -> dict[str, int]:
-        """What somebody has not given back."""
+        """Number of resources of each kind that have not been freed."""
         kinds = ("device", "host", "streams", "graphs", "launchable")
         return {name: len(kept) for name in kinds if (kept := getattr(self, name))}
 
@@ -153,7 +153,7 @@ class FakeDriver:
 
 
 class FakeManagement:
-    """NVML, which says the driver's version."""
+    """A fake NVML, which returns the driver's version."""
 
     def nvmlInit_v2(self) -> int:
         return 0
@@ -167,8 +167,8 @@ class FakeManagement:
 
 
 def install(patch: Any, driver: FakeDriver | None) -> None:
-    """Let tpx_runtime find `driver` in the place of NVIDIA's, or none."""
+    """Make tpx_runtime load `driver` instead of NVIDIA's, or no driver."""
     from tpx_runtime.engine import cuda
 
     found = {cuda.DRIVER: driver, "libnvidia-ml.so.1": FakeManagement() if driver else None}
-    patch.setattr(cuda, "library", found.get)
+    patch.setattr(cuda, "load_library", found.get)

@@ -1,6 +1,6 @@
-"""A TensorRT without a GPU: an engine is the name of a numpy function, run on what lies at the addresses it was given.
+"""A fake TensorRT: an engine is the name of a numpy function, which runs on the memory at the given addresses.
 
-Its names are TensorRT's; a test holds them against the real bindings.
+A test checks that the real bindings have all its names.
 """
 
 import ctypes
@@ -20,8 +20,8 @@ Ports = dict[str, tuple[str, tuple[int, ...]]]  # name -> (kind, shape); -1 is t
 
 
 @dataclass
-class Made:
-    """A function that an engine stands for; the outputs' shapes are those of its ports, with the inputs' batch."""
+class FakeEngineFunction:
+    """The function of an engine; the shapes of the outputs are those of its ports with the batch of the inputs."""
 
     function: Callable[..., dict[str, Any]]
     inputs: Ports
@@ -31,10 +31,10 @@ class Made:
 class FakeTensorRt(SimpleNamespace):
     """The module. `refuse` names what fails next: "runtime", "deserialize", "context", "shape", "address", "execute".
 
-    `compiled` is what the runtime cache of the next session holds when it ends.
+    `compiled` is the content of the runtime cache when the next session closes.
     """
 
-    def __init__(self, driver: FakeDriver, version: str = "11.4.0.106", **made: Made) -> None:
+    def __init__(self, driver: FakeDriver, version: str = "11.4.0.106", **made: FakeEngineFunction) -> None:
         self.driver, self.made, self.__version__ = driver, made, version
         self.refuse: set[str] = set()
         self.alive: list[str] = []
@@ -74,11 +74,11 @@ class FakeTensorRt(SimpleNamespace):
                 return ICudaEngine(fake.made[json.loads(serialized_engine)], self.log)
 
             def __del__(self) -> None:
-                with suppress(ValueError):  # one that did not start
+                with suppress(ValueError):  # the runtime did not start
                     fake.alive.remove("runtime")
 
         class ICudaEngine:
-            def __init__(self, made: Made, log: Any) -> None:
+            def __init__(self, made: FakeEngineFunction, log: Any) -> None:
                 self.ports = {**made.inputs, **made.outputs}
                 self._made, self._log = made, log
                 self.num_io_tensors = len(self.ports)
@@ -145,7 +145,7 @@ class FakeTensorRt(SimpleNamespace):
                 fake.alive.remove("cache")
 
         class IExecutionContext:
-            def __init__(self, made: Made, log: Any) -> None:
+            def __init__(self, made: FakeEngineFunction, log: Any) -> None:
                 self._made, self._log = made, log
                 self._shapes: dict[str, tuple[int, ...]] = {}
                 self._addresses: dict[str, int] = {}
@@ -201,7 +201,7 @@ class FakeTensorRt(SimpleNamespace):
         return True
 
     def _at(self, address: int, kind: str, shape: tuple[int, ...]) -> Any:
-        """An array over device memory, which must be there and large enough."""
+        """An array over device memory, which must exist and be large enough."""
         buffer, dtype = self.driver.device[address], np.dtype(DTYPES[kind])
         count = int(np.prod(shape))
         assert len(buffer) >= count * dtype.itemsize
@@ -210,7 +210,7 @@ class FakeTensorRt(SimpleNamespace):
 
 
 class Dims:
-    """Sizes by index alone, as TensorRT has them."""
+    """Sizes that support only indexing, like TensorRT's Dims."""
 
     def __init__(self, shape: Any) -> None:
         self._sizes = tuple(shape)

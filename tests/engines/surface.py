@@ -1,4 +1,4 @@
-"""What a TensorRT's Python module offers, as a stub file that mypy reads: made from the module itself, without a GPU.
+"""Writes the interface of a TensorRT Python module as a stub file for mypy, from the module itself and without a GPU.
 
     python surface.py tensorrt_bindings OUT [FOLDER]     # FOLDER: where the wheel was unpacked, if it is not installed
 
@@ -44,7 +44,7 @@ _LEFT_OUT = re.compile(r"I\w+Layer|I?Plugin(?!Registry)\w*|I\w+Plugin\w*")
 
 
 def load_beside_stubs(folder: Path, major: str | None = None) -> ModuleType:
-    """tensorrt_bindings, over stub libraries that are compiled in `folder`."""
+    """Load tensorrt_bindings with stub libraries that are compiled in `folder`."""
     major = major or metadata.version("tensorrt-cu13-bindings").split(".")[0]
     for library, symbols in SYMBOLS.items():
         name = f"lib{library}.so.{major}"
@@ -57,13 +57,13 @@ def load_beside_stubs(folder: Path, major: str | None = None) -> ModuleType:
 
 
 def write_stub(module: ModuleType, out: Path) -> None:
-    """The surface of a loaded module, without its layers and plugins, of which nothing here is made by hand."""
+    """The stub of a loaded module, without its layers and plugins, which TPX does not use directly."""
     from mypy.stubgenc import generate_stub_for_c_module
 
     [inner] = [name for name in sys.modules if name.startswith(f"{module.__name__}.tensorrt")][:1]
     generate_stub_for_c_module(inner, str(out), known_modules=[inner])
     lines = [line for line in out.read_text().splitlines() if not _DULL.match(line)]
-    while True:  # stubgen writes defaults before what has none, which no parser takes
+    while True:  # stubgen writes defaults before parameters without, which is a syntax error
         try:
             tree = ast.parse("\n".join(lines))
             break
@@ -78,9 +78,9 @@ def write_stub(module: ModuleType, out: Path) -> None:
             node.body += ast.parse("def __buffer__(self, flags: int) -> memoryview: ...").body
     text = f'__version__ = "{module.__version__}"\n{ast.unparse(tree)}\n'
     text = re.sub(r"\n\n+", "\n", text.replace("collections.abc.", "").replace(":\n        ...", ": ..."))
-    for cpp, python in _IN_CPP.items():  # whose docstrings have names in C++, which stubgen cannot read
+    for cpp, python in _IN_CPP.items():  # stubgen cannot read the C++ names in docstrings
         text = text.replace(f"def {cpp}(self, *args, **kwargs)", f"def {cpp}(self{python}")
-    text = text.replace("typing.SupportsInt", "int")  # which would forbid callbacks that take an int
+    text = text.replace("typing.SupportsInt", "int")  # it would forbid callbacks that accept an int
     out.write_text(f"# mypy: ignore-errors\nfrom collections.abc import Sequence\n{text}")
 
 

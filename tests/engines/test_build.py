@@ -1,4 +1,4 @@
-"""tpx-build: what is built and what comes from the cache, refusals, progress, and a build that is cancelled."""
+"""tpx-build: builds and cache hits, bad arguments, progress, and cancelled builds."""
 
 import os
 import shutil
@@ -21,7 +21,7 @@ from tpx_engines.cli import main
 from tpx_engines.progress import Progress
 from tpx_engines.routed_lora_graph import adapter_rank
 from tpx_engines.target import choose_gpu, parse_batch
-from tpx_engines.tensorrt import Shapes, Timings
+from tpx_engines.tensorrt import Shapes, TimingCache
 from tpx_runtime.bundle import Bundle
 from tpx_runtime.engine import tensorrt_flavours
 from tpx_runtime.engine.gpu import Gpu
@@ -34,11 +34,11 @@ GRAPHS = ["text_encoder", "transformer conditions", *TRANSFORMERS, "vae_decoder"
 
 @pytest.fixture(autouse=True)
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(target, "gpu_here", lambda: None)
+    monkeypatch.setattr(target, "local_gpu", lambda: None)
 
 
 class FakeBuilder:
-    """Stands in for TensorRT: notes what it was asked for, and at graph number `at` does `then`."""
+    """A fake TensorRT builder: records its arguments, and calls `then` at graph number `at`."""
 
     def __init__(self) -> None:
         self.built: list[str] = []
@@ -55,7 +55,7 @@ class FakeBuilder:
         batch: tuple[int, int],
         capability: int,
         progress: Progress,
-        timings: Timings,
+        timings: TimingCache,
         plugin: bool,
     ) -> bytes:
         if len(self.built) == self.at:
@@ -71,7 +71,7 @@ class FakeBuilder:
 
 
 def press(progress: Progress, how: signal.Signals = signal.SIGINT) -> None:
-    """Press Ctrl-C, and go on when the main thread has heard it."""
+    """Press Ctrl-C, and wait until the main thread has received it."""
     signal.pthread_kill(threading.main_thread().ident or 0, how)
     assert progress._stop.wait(60)
 
@@ -86,7 +86,7 @@ def builder(monkeypatch: pytest.MonkeyPatch) -> FakeBuilder:
 
 @pytest.fixture
 def tpx_build(tiny_bundle: Path, tmp_path: Path) -> Callable[..., Result]:
-    """tpx-build of the tiny bundle for sm89 into an empty cache, with more arguments."""
+    """Runs tpx-build of the tiny bundle for sm89 with an empty cache and more arguments."""
 
     def run(*arguments: str) -> Result:
         gpu = [] if "--gpu" in arguments else ["--gpu", "sm89"]
@@ -98,7 +98,7 @@ def tpx_build(tiny_bundle: Path, tmp_path: Path) -> Callable[..., Result]:
 
 
 def origins(result: Result) -> list[str]:
-    """The last column of the table, graph by graph."""
+    """The last column of the table, by graph."""
     assert result.exit_code == 0, result.output
     lines = result.stderr.splitlines()[-len(GRAPHS) :]
     assert [line[:22].strip() for line in lines] == GRAPHS
@@ -122,7 +122,7 @@ def test_builds_once(builder: FakeBuilder, tpx_build: Callable[..., Result], tmp
 
 
 @pytest.mark.parametrize("arguments", [["--batch", "1,4"], ["--gpu", "sm120"]])
-def test_another_batch_or_gpu_is_built_too_and_replaces_nothing(
+def test_another_batch_or_gpu_is_built_and_replaces_nothing(
     builder: FakeBuilder, tpx_build: Callable[..., Result], arguments: list[str]
 ) -> None:
     tpx_build()
@@ -140,7 +140,7 @@ def test_another_version_is_built_again_and_says_why(
     assert result.stderr.count("expected version '1.7.2.3', found '1.7.1.116'") == len(GRAPHS)
 
 
-def test_a_damaged_engine_alone_is_built_again(
+def test_only_a_damaged_engine_is_built_again(
     builder: FakeBuilder, tpx_build: Callable[..., Result], tmp_path: Path
 ) -> None:
     tpx_build()
@@ -164,22 +164,20 @@ def test_a_failed_build_keeps_what_was_built(
     assert origins(tpx_build()) == ["cache"] * 2 + ["build"] * 5
 
 
-def test_ctrl_c_stops_the_builder_and_the_next_run_goes_on(
+def test_ctrl_c_stops_the_builder_and_the_next_run_continues(
     builder: FakeBuilder, tpx_build: Callable[..., Result], tmp_path: Path, how: signal.Signals
 ) -> None:
     builder.at, builder.then = 2, partial(press, how=how)
     result = tpx_build()
     assert (result.exit_code, result.stdout) == (130, "")
-    left = (
-        f"error: cancelled; 2 of 7 engines are in {tmp_path / 'cache'}, the same command goes on from there\n"
-    )
+    left = f"error: cancelled; 2 of 7 engines are in {tmp_path / 'cache'}, run the same command to continue\n"
     assert result.stderr.endswith(left)
     names = sorted(path.name for path in (tmp_path / "cache").iterdir())
     assert [name.split(".")[0] for name in names] == ["text-encoder", "transformer-conditions"]
     assert origins(tpx_build()) == ["cache"] * 2 + ["build"] * 5
 
 
-def test_an_engine_that_was_finished_in_spite_of_ctrl_c_is_kept(
+def test_an_engine_finished_after_ctrl_c_is_stored(
     builder: FakeBuilder, tpx_build: Callable[..., Result]
 ) -> None:
     def too_late(progress: Progress) -> None:
@@ -212,13 +210,11 @@ def test_a_second_ctrl_c_does_not_wait(
     builder.at, builder.then = 1, busy
     result = tpx_build()
     assert left == [130]
-    assert "error: stopped; what is finished is in " in result.stderr
+    assert "error: stopped; finished engines are in " in result.stderr
     assert origins(tpx_build())[:2] == ["cache", "build"]
 
 
-def test_ctrl_c_is_the_callers_own_again_afterwards(
-    builder: FakeBuilder, tpx_build: Callable[..., Result]
-) -> None:
+def test_the_signal_handler_is_restored(builder: FakeBuilder, tpx_build: Callable[..., Result]) -> None:
     before = signal.getsignal(signal.SIGINT)
     builder.at, builder.then = 0, press
     assert tpx_build().exit_code == 130
@@ -237,27 +233,25 @@ def test_reads_a_batch(text: str, batch: tuple[int, int]) -> None:
     ["", "0", "0,1", "4,1", "1,", ",1", "1,2,3", "1-4", "1, 4", "-1,2", "a", "1.5", "1,10000", "１,４"],
 )
 def test_refuses_a_batch(text: str) -> None:
-    with pytest.raises(
-        BadInput, match="expected --batch LEAST,MOST with 1 <= LEAST <= MOST <= 9999, such as"
-    ):
+    with pytest.raises(BadInput, match="expected --batch MIN,MAX with 1 <= MIN <= MAX <= 9999, such as"):
         parse_batch(text)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--batch", "4,1"], "expected --batch LEAST,MOST"),
+        (["--batch", "4,1"], "expected --batch MIN,MAX"),
         (["--gpu", "sm90"], "expected --gpu of sm75, sm80, sm86, sm89, sm120, sm121, found 'sm90'"),
         (["--gpu", "89"], "expected --gpu of sm75"),
         (
             ["--engine", "onnxruntime"],
-            "built ahead (tensorrt-rtx, tensorrt, openvino, openvino-bf16), found onnxruntime, which reads the bundle",
+            "built ahead of time (tensorrt-rtx, tensorrt, openvino, openvino-bf16), found onnxruntime, which needs no build",
         ),
         (["--engine", "auto"], "openvino, openvino-bf16), found auto"),
         (["--engine", "tensorflow"], "expected --engine of tensorrt-rtx, tensorrt, openvino"),
         (
             ["--engine", "openvino", "--gpu", "sm89"],
-            "expected --gpu with tensorrt-rtx or tensorrt alone, found it",
+            "expected --gpu only with tensorrt-rtx or tensorrt, found it",
         ),
     ],
 )
@@ -271,17 +265,15 @@ def test_refuses_arguments(
     assert result.stderr.count("\n") == 1
 
 
-def test_openvino_takes_no_folder(tiny_bundle: Path, tmp_path: Path) -> None:
+def test_openvino_refuses_the_cache_option(tiny_bundle: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(
         main, [str(tiny_bundle), "--engine", "openvino-bf16", "--cache", str(tmp_path / "cache")]
     )
     assert result.exit_code == 2
-    assert (
-        "expected --cache with tensorrt-rtx or tensorrt alone, found it with openvino-bf16" in result.stderr
-    )
+    assert "expected --cache only with tensorrt-rtx or tensorrt, found it with openvino-bf16" in result.stderr
 
 
-def test_openvino_is_built_once_and_then_from_its_cache(tiny_bundle: Path, tmp_path: Path) -> None:
+def test_openvino_is_built_once_and_then_cached(tiny_bundle: Path, tmp_path: Path) -> None:
     bundle = shutil.copytree(tiny_bundle, tmp_path / "tiny")
     first, again = (
         CliRunner().invoke(main, [str(bundle), "--engine", "openvino", "--batch", "2"]) for _ in range(2)
@@ -293,23 +285,25 @@ def test_openvino_is_built_once_and_then_from_its_cache(tiny_bundle: Path, tmp_p
     assert again.exit_code == 0 and "build" not in again.stderr.split("from")[-1]
 
 
-def test_asks_for_a_gpu_where_there_is_none(builder: FakeBuilder, tiny_bundle: Path) -> None:
+def test_requires_the_gpu_option_without_a_gpu(builder: FakeBuilder, tiny_bundle: Path) -> None:
     result = CliRunner().invoke(main, [str(tiny_bundle)])
     assert result.exit_code == 2
     assert result.stderr == (
-        "error: expected an NVIDIA GPU to build for, found none here; "
-        "name one with --gpu: sm75, sm80, sm86, sm89, sm120, sm121\n"
+        "error: expected an NVIDIA GPU to build for, found none in this machine; "
+        "choose one with --gpu: sm75, sm80, sm86, sm89, sm120, sm121\n"
     )
 
 
-def test_takes_the_gpu_that_is_here(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_uses_the_local_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     here = Gpu(89, "NVIDIA L4", "580.65.06")
-    monkeypatch.setattr(target, "gpu_here", lambda: here)
+    monkeypatch.setattr(target, "local_gpu", lambda: here)
     assert choose_gpu(RTX, None) == choose_gpu(RTX, "sm89") == here
     assert choose_gpu(RTX, "sm86") == Gpu(86)
-    monkeypatch.setattr(target, "gpu_here", lambda: Gpu(90, "NVIDIA H100", None))
+    monkeypatch.setattr(target, "local_gpu", lambda: Gpu(90, "NVIDIA H100", None))
     assert choose_gpu(RTX, "sm89") == Gpu(89)
-    with pytest.raises(BadInput, match=r"expected a GPU of sm75.*, found NVIDIA H100 \(sm90\); name another"):
+    with pytest.raises(
+        BadInput, match=r"expected a GPU of sm75.*, found NVIDIA H100 \(sm90\); choose another"
+    ):
         choose_gpu(RTX, None)
 
 
@@ -317,11 +311,11 @@ L4 = Gpu(89, "NVIDIA L4", "580.65.06")
 
 
 class TestFull:
-    """--engine tensorrt: for the GPU that is here, with its timing cache and the plugin."""
+    """--engine tensorrt: for the GPU in the machine, with a timing cache and the plugin."""
 
     @pytest.fixture(autouse=True)
     def here(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(target, "gpu_here", lambda: L4)
+        monkeypatch.setattr(target, "local_gpu", lambda: L4)
 
     @pytest.fixture
     def tpx_build(self, tiny_bundle: Path, tmp_path: Path, builder: FakeBuilder) -> Callable[..., Result]:
@@ -331,7 +325,7 @@ class TestFull:
 
     @pytest.fixture
     def plugin(self, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-        """A TensorRT that takes the plugin; holds the capabilities that it was registered for."""
+        """Makes TensorRT accept the plugin; the capabilities that it was registered for."""
         registered: list[int] = []
         for where in (module, cli):
             monkeypatch.setattr(
@@ -341,20 +335,20 @@ class TestFull:
         monkeypatch.setattr(module, "register_once", registered.append)
         return registered
 
-    def test_keeps_its_timings_and_goes_on_from_them(
+    def test_reuses_its_timing_cache(
         self, builder: FakeBuilder, tpx_build: Callable[..., Result], plugin: list[int], tmp_path: Path
     ) -> None:
         assert origins(tpx_build()) == ["build"] * len(GRAPHS)
         routed = [path.startswith("transformer/depth") for path in builder.built]
         before = [routed[:number].count(routed[number]) for number in range(len(GRAPHS))]
-        # Builds with the plugin keep their timings, those without keep others.
+        # Builds with and without the plugin have different timing caches.
         assert builder.timings == [b"+" * number for number in before]
         plugins = ("", f".{routed_lora_choice.plugin_hash()[:12]}")
         kept = [tmp_path / f"cache/tensorrt.11.4.0.106.sm89{of}.timings" for of in plugins]
         assert [len(path.read_bytes()) for path in kept] == [routed.count(False), routed.count(True)]
         assert origins(tpx_build()) == ["cache"] * len(GRAPHS)
 
-    def test_puts_the_plugin_into_the_transformers_alone(
+    def test_only_transformers_contain_the_plugin(
         self, builder: FakeBuilder, tpx_build: Callable[..., Result], plugin: list[int]
     ) -> None:
         tpx_build()
@@ -386,11 +380,11 @@ class TestFull:
         monkeypatch.setattr(routed_lora_choice, "find_spec", lambda name: None if name == "triton" else name)
         result = tpx_build()
         assert result.stderr.startswith(
-            "notice: routing without its plugin: expected the package triton, found none; install it with "
+            "notice: building without the routing plugin: expected the package triton, found none; install it with "
         )
         assert not any(builder.plugins)
 
-    def test_adapters_of_too_high_a_rank_are_built_without_the_plugin(
+    def test_a_high_rank_is_built_without_the_plugin(
         self,
         builder: FakeBuilder,
         tpx_build: Callable[..., Result],
@@ -402,34 +396,34 @@ class TestFull:
         monkeypatch.setattr(kernel, "MAX_RANK", 3)  # the tiny bundle's is 4
         result = tpx_build()
         assert origins(result) == ["build"] * len(GRAPHS)
-        notice = "notice: routing without its plugin: expected adapters of rank 1 to 3, found 4\n"
+        notice = "notice: building without the routing plugin: expected adapters of rank 1 to 3, found 4\n"
         assert result.stderr.startswith(notice)
         assert not any(builder.plugins)
 
     @pytest.mark.parametrize("arguments", [["--gpu", "sm86"], ["--gpu", "x"]])
-    def test_builds_for_no_gpu_but_this_one(
+    def test_builds_only_for_the_local_gpu(
         self, builder: FakeBuilder, tpx_build: Callable[..., Result], arguments: list[str]
     ) -> None:
         result = tpx_build(*arguments)
         assert (result.exit_code, builder.built) == (2, [])
         assert result.stderr == (
-            f"error: expected a GPU of '{arguments[1]}' in this machine, where alone engine tensorrt is built, "
+            f"error: expected a GPU of '{arguments[1]}' in this machine, because engine tensorrt builds only for it, "
             "found NVIDIA L4 (sm89); build on the machine that will run it\n"
         )
 
     def test_needs_a_gpu(
         self, builder: FakeBuilder, tpx_build: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(target, "gpu_here", lambda: None)
+        monkeypatch.setattr(target, "local_gpu", lambda: None)
         result = tpx_build()
         assert (result.exit_code, result.stderr) == (
             2,
-            "error: expected an NVIDIA GPU in this machine, where alone engine tensorrt is built, found none; "
+            "error: expected an NVIDIA GPU in this machine, because engine tensorrt builds only for it, found none; "
             "build on the machine that will run it\n",
         )
 
 
-def test_the_plugin_goes_where_it_can(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reasons_against_the_plugin(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton", reason="expected the package triton, found none")
     bundle = Bundle.open(tiny_bundle)
     assert routed_lora_choice.plugin_problem(RTX, 89, bundle) == "TensorRT for RTX takes no plugins"
@@ -440,7 +434,7 @@ def test_the_plugin_goes_where_it_can(tiny_bundle: Path, monkeypatch: pytest.Mon
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "onnx", None)
         assert (routed_lora_choice.plugin_problem(FULL, 89, bundle) or "").startswith(
-            "expected the package onnx, "
+            "expected the package onnx "
         )
     monkeypatch.setattr(routed_lora_choice, "find_spec", lambda name: None)
     assert (
@@ -449,7 +443,7 @@ def test_the_plugin_goes_where_it_can(tiny_bundle: Path, monkeypatch: pytest.Mon
     )
 
 
-def test_the_plugins_hash_is_of_its_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_plugin_hash_depends_on_its_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton", reason="expected the package triton, found none")
     first = routed_lora_choice.plugin_hash()
     assert first == routed_lora_choice.plugin_hash()
@@ -460,7 +454,7 @@ def test_the_plugins_hash_is_of_its_sources(tmp_path: Path, monkeypatch: pytest.
     assert routed_lora_choice.plugin_hash() != first
 
 
-def test_the_rank_is_that_of_the_nodes(tiny_bundle: Path, tmp_path: Path) -> None:
+def test_the_rank_is_read_from_the_nodes(tiny_bundle: Path, tmp_path: Path) -> None:
     bundle = Bundle.open(tiny_bundle)
     assert [adapter_rank(bundle.transformer(depth)) for depth in bundle.manifest.model.depths] == [4, 4, 4]
     assert adapter_rank(bundle.vae_decoder) == 0
@@ -469,7 +463,7 @@ def test_the_rank_is_that_of_the_nodes(tiny_bundle: Path, tmp_path: Path) -> Non
         adapter_rank(tmp_path / "model.onnx")
 
 
-def test_refuses_to_build_without_memory(
+def test_refuses_to_build_without_enough_memory(
     builder: FakeBuilder, tpx_build: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(module, "available_bytes", lambda: 200 << 20)
@@ -492,9 +486,10 @@ def test_counts_the_weights_of_a_graph_once(builder: FakeBuilder, tiny_bundle: P
     assert tasks[3].weight_bytes == sizes["depth-2.onnx"] + sizes["weights.data"]
 
 
-def test_shapes_are_those_of_the_bundle(tiny_bundle: Path) -> None:
+def test_input_shapes_come_from_the_bundle(tiny_bundle: Path) -> None:
     found = {
-        name: inputs for name, (_, inputs) in module.graphs(Bundle.open(tiny_bundle, verify=False)).items()
+        name: inputs
+        for name, (_, inputs) in module.graphs_to_build(Bundle.open(tiny_bundle, verify=False)).items()
     }
     row = 64 * (12 * 3 - 2) + 2 * 64  # modulations of three blocks and the output, and two gates
     denoise = {"latents": (None, 4, 8, 8), "conditions": (None, row), "context": (None, 12, 32)}
@@ -509,7 +504,7 @@ def test_shapes_are_those_of_the_bundle(tiny_bundle: Path) -> None:
 
 def test_every_text_encoder_is_built(tmp_path: Path) -> None:
     root = make_bundle(tmp_path / "three", THREE)
-    found = module.graphs(Bundle.open(root))
+    found = module.graphs_to_build(Bundle.open(root))
     assert [found[f"text_encoder{number}"] for number in ("", "_2", "_3")] == [
         (root / "text_encoder/model.onnx", {"ids": (None, 8)}),
         (root / "text_encoder_2/model.onnx", {"ids": (None, 8)}),
@@ -519,8 +514,8 @@ def test_every_text_encoder_is_built(tmp_path: Path) -> None:
     assert found["transformer conditions"][1]["pooled"] == (None, 19)
 
 
-def test_a_model_of_classes_is_told_a_class(tmp_path: Path) -> None:
-    found = module.graphs(Bundle.open(make_bundle(tmp_path / "classes", CLASSES)))
+def test_a_class_conditional_model_has_a_class_input(tmp_path: Path) -> None:
+    found = module.graphs_to_build(Bundle.open(make_bundle(tmp_path / "classes", CLASSES)))
     transformers = ["transformer conditions", "transformer depth 1"]
     assert list(found) == [*transformers, "vae_decoder", "vae_encoder"]
     conditions, denoise = (found[name][1] for name in transformers)
@@ -528,10 +523,10 @@ def test_a_model_of_classes_is_told_a_class(tmp_path: Path) -> None:
     assert denoise == {"latents": (None, 4, 2, 3), "conditions": (None, 11)}
 
 
-def test_an_encoder_of_pictures_that_is_not_there_is_not_built(tmp_path: Path) -> None:
+def test_a_bundle_without_image_encoder(tmp_path: Path) -> None:
     bundle = without_encoder(make_bundle(tmp_path / "paper"))
-    assert "vae_encoder" not in module.graphs(bundle)
-    assert "vae_decoder" in module.graphs(bundle)
+    assert "vae_encoder" not in module.graphs_to_build(bundle)
+    assert "vae_decoder" in module.graphs_to_build(bundle)
 
 
 def test_needs_the_libraries(monkeypatch: pytest.MonkeyPatch, tpx_build: Callable[..., Result]) -> None:
@@ -543,7 +538,7 @@ def test_needs_the_libraries(monkeypatch: pytest.MonkeyPatch, tpx_build: Callabl
     assert "found none; install it with `pip install 'tpx[tensorrt-rtx]'`" in result.stderr
 
 
-def test_progress_never_falls() -> None:
+def test_progress_never_decreases() -> None:
     progress, seen = Progress(), [0.0]
 
     def step(name: str) -> None:
@@ -557,7 +552,7 @@ def test_progress_never_falls() -> None:
         step("part")
     progress.finish("part")
     assert progress.phase == "all"
-    for _ in range(3):  # one more than was announced
+    for _ in range(3):  # one more than announced
         step("all")
     step("unknown")
     assert seen == [0, 0.125, 0.25, 0.375, 0.5, 0.5, 1, 1, 1]
@@ -565,7 +560,7 @@ def test_progress_never_falls() -> None:
     assert not progress.step("all")
 
 
-def test_progress_of_several_threads_at_once() -> None:
+def test_progress_from_several_threads() -> None:
     progress, failed = Progress(), []
 
     def report(thread: int) -> None:
@@ -597,9 +592,9 @@ def test_cuda_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPatch) -
         raise TypeError("pybind11::init(): factory function returned nullptr")
 
     trt = SimpleNamespace(Builder=refuse, IProgressMonitor=object)
-    logger = SimpleNamespace(take=lambda: "CUDA initialization failure with error: 35")
+    logger = SimpleNamespace(take_message=lambda: "CUDA initialization failure with error: 35")
     monkeypatch.setattr(tensorrt, "bindings", lambda flavour: trt)
-    monkeypatch.setattr(tensorrt, "log", lambda flavour: logger)
+    monkeypatch.setattr(tensorrt, "get_logger", lambda flavour: logger)
     with pytest.raises(
         EngineFailed, match=r"^TensorRT cannot start its builder: CUDA initialization failure"
     ):
@@ -644,8 +639,8 @@ def test_ctrl_c_cancels_a_real_build(
 
 
 @pytest.mark.usefixtures("real")
-def test_the_monitor_sees_a_whole_build_or_stops_it(tiny_bundle: Path) -> None:
-    path, inputs = module.graphs(Bundle.open(tiny_bundle, verify=False))["text_encoder"]
+def test_the_monitor_reports_and_stops_a_build(tiny_bundle: Path) -> None:
+    path, inputs = module.graphs_to_build(Bundle.open(tiny_bundle, verify=False))["text_encoder"]
     progress = Progress()
     assert tensorrt.build(RTX, path, inputs, progress=progress)
     assert progress.fraction > 0.5

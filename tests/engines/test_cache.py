@@ -1,4 +1,4 @@
-"""The engine cache: what is loaded is whole and of the key asked for, and everything else says why not."""
+"""The engine cache: it loads only undamaged engines of the requested key, and reports why others do not match."""
 
 import errno
 import json
@@ -52,7 +52,7 @@ def test_every_field_has_another_value() -> None:
     assert OTHER.keys() == {field.name for field in fields(Key)}
 
 
-def test_keeps_what_it_is_given(cache: EngineCache) -> None:
+def test_stores_and_loads_an_engine(cache: EngineCache) -> None:
     assert cache.load(KEY) is None
     path = cache.store(KEY, ENGINE)
     assert path.name == "transformer-depth-2.fp16.b1-4.tensorrt-rtx.sm89.engine"
@@ -81,14 +81,14 @@ def test_names_all_fields_that_differ(cache: EngineCache) -> None:
 
 
 @pytest.mark.parametrize("field", ["bundle", "version", "gpu", "driver", "plugin"])
-def test_a_new_bundle_version_or_gpu_takes_the_old_place(cache: EngineCache, field: str) -> None:
+def test_another_bundle_version_or_gpu_replaces_the_file(cache: EngineCache, field: str) -> None:
     other = replace(KEY, **{field: OTHER[field]})
     assert cache.store(KEY, ENGINE) == cache.store(other, ENGINE)
     assert cache.load(other) == ENGINE
 
 
 @pytest.mark.parametrize("field", ["graph", "precision", "batch", "engine", "capability"])
-def test_others_live_side_by_side(cache: EngineCache, field: str) -> None:
+def test_other_keys_have_their_own_file(cache: EngineCache, field: str) -> None:
     other = replace(KEY, **{field: OTHER[field]})
     cache.store(KEY, ENGINE)
     cache.store(other, b"other")
@@ -103,16 +103,16 @@ def test_an_engine_built_without_a_gpu_serves_any_of_its_capability(cache: Engin
     assert cache.load(ahead) == ENGINE
 
 
-def test_whoever_runs_an_engine_does_not_ask_for_its_plugin(cache: EngineCache) -> None:
+def test_the_plugin_is_not_compared_when_running(cache: EngineCache) -> None:
     cache.store(KEY, ENGINE)
     assert cache.load(replace(KEY, plugin=None)) == ENGINE
     with pytest.raises(Stale, match="expected plugin '', found '0123456789abcdef'"):
         cache.load(replace(KEY, plugin=""))
 
 
-def test_a_new_engine_forgets_the_kernels_of_the_one_before(cache: EngineCache) -> None:
+def test_a_new_engine_removes_the_old_kernels(cache: EngineCache) -> None:
     cache.store(KEY, ENGINE)
-    kernels = cache.folder / KEY.kernels_name
+    kernels = cache.folder / KEY.runtime_cache_name
     kernels.write_bytes(b"of the engine before")
     cache.store(KEY, ENGINE + b"2")
     assert not kernels.exists()
@@ -130,7 +130,7 @@ def test_notices_every_flipped_byte(cache: EngineCache, flip: int) -> None:
             cache.load(KEY)
 
 
-def test_notices_every_length(cache: EngineCache) -> None:
+def test_notices_every_wrong_length(cache: EngineCache) -> None:
     path = cache.store(KEY, ENGINE[:64])
     whole = path.read_bytes()
     for length in range(len(whole)):
@@ -169,17 +169,19 @@ def test_refuses_other_files(cache: EngineCache, contents: bytes, message: str) 
         cache.load(KEY)
 
 
-def test_refuses_what_it_cannot_read(cache: EngineCache) -> None:
+def test_refuses_an_unreadable_file(cache: EngineCache) -> None:
     cache.path(KEY).mkdir()
     with pytest.raises(Stale, match="expected a file to read, found: Is a directory"):
         cache.load(KEY)
-    with pytest.raises(BadInput, match=r"expected a folder for engines at .*, found: Is a directory"):
+    with pytest.raises(
+        BadInput, match=r"expected a writable folder for engines at .*, found: Is a directory"
+    ):
         cache.store(KEY, ENGINE)
     assert list(cache.folder.iterdir()) == [cache.path(KEY)]
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
-def test_what_is_not_whole_does_not_appear(
+def test_incomplete_files_do_not_appear(
     cache: EngineCache, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
     cache.store(KEY, ENGINE)
@@ -194,38 +196,42 @@ def test_what_is_not_whole_does_not_appear(
     assert list(cache.folder.iterdir()) == [cache.path(KEY)]
 
 
-def test_keeps_timings_by_version_and_capability(cache: EngineCache) -> None:
-    assert cache.read_timings(KEY) == b""
-    cache.store_timings(KEY, b"times")
-    assert cache.read_timings(replace(KEY, graph="vae_decoder", batch=(1, 8))) == b"times"
+def test_timing_caches_are_by_version_and_capability(cache: EngineCache) -> None:
+    assert cache.read_timing_cache(KEY) == b""
+    cache.store_timing_cache(KEY, b"times")
+    assert cache.read_timing_cache(replace(KEY, graph="vae_decoder", batch=(1, 8))) == b"times"
     for field in ("version", "capability", "engine", "plugin"):
-        assert cache.read_timings(replace(KEY, **{field: OTHER[field]})) == b""
+        assert cache.read_timing_cache(replace(KEY, **{field: OTHER[field]})) == b""
     assert [entry.name for entry in cache.folder.iterdir()] == [
         "tensorrt-rtx.1.7.1.116.sm89.0123456789ab.timings"
     ]
 
 
-def test_refuses_a_folder_that_cannot_be(tmp_path: Path) -> None:
+def test_refuses_an_impossible_folder(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(BadInput, match=r"expected a folder for engines at .*file, found: File exists; give"):
+    with pytest.raises(
+        BadInput, match=r"expected a writable folder for engines at .*file, found: File exists; choose"
+    ):
         EngineCache(tmp_path / "file").prepare()
 
 
-def test_lies_next_to_the_bundle_and_never_inside(
+def test_is_next_to_the_bundle_and_never_inside(
     tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = Bundle.open(tiny_bundle, verify=False)
-    assert EngineCache.beside(bundle).folder == tiny_bundle.parent / "tiny.engines"
-    assert EngineCache.beside(bundle, tmp_path).folder == tmp_path
+    assert EngineCache.for_bundle(bundle).folder == tiny_bundle.parent / "tiny.engines"
+    assert EngineCache.for_bundle(bundle, tmp_path).folder == tmp_path
     (tmp_path / "link").symlink_to(tiny_bundle)
     for inside in (tiny_bundle, tiny_bundle / "engines", tmp_path / "link" / "x"):
         with pytest.raises(BadInput, match="expected a --cache outside the bundle"):
-            EngineCache.beside(bundle, inside)
+            EngineCache.for_bundle(bundle, inside)
     monkeypatch.chdir(tiny_bundle)
-    assert EngineCache.beside(Bundle.open(".", verify=False)).folder == tiny_bundle.parent / "tiny.engines"
+    assert (
+        EngineCache.for_bundle(Bundle.open(".", verify=False)).folder == tiny_bundle.parent / "tiny.engines"
+    )
 
 
-def test_the_header_can_be_read_by_anyone(cache: EngineCache) -> None:
+def test_the_header_is_plain_json(cache: EngineCache) -> None:
     contents = cache.store(KEY, ENGINE).read_bytes()
     header = json.loads(contents[16 : 16 + int.from_bytes(contents[12:16], "little")])
     assert header["key"] == {**asdict(KEY), "batch": [1, 4]}

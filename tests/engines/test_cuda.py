@@ -1,4 +1,4 @@
-"""The types that the driver's entries are called with, against NVIDIA's own cuda.h, which comes with Triton."""
+"""The argument types of the driver functions, compared with NVIDIA's cuda.h, which comes with Triton."""
 
 import pickle
 import re
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tpx_runtime.engine.cuda import NON_BLOCKING, OUT_OF_MEMORY, SIGNATURES, Buffer, CudaFailed, Driver, Graph
-from tpx_runtime.engine.gpu import find_gpu, gpu_here
+from tpx_runtime.engine.gpu import find_gpu, local_gpu
 
 VALUES = {"int": c_int, "unsigned int": c_uint, "size_t": c_size_t, "unsigned long long": c_uint64}
 VALUES |= {"CUdeviceptr": c_uint64, "CUdevice": c_int, "CUresult": c_int}
@@ -29,11 +29,11 @@ def header() -> str:
 
 
 def ctype(declared: str) -> Any:
-    """What ctypes calls a parameter of the header."""
+    """The ctypes type of a parameter in the header."""
     words = declared.replace("const ", "").replace("*", " * ").split()
     stars = words.count("*")
     if words[-1] != "*" and len(words) > 1:
-        words = words[:-1]  # its name
+        words = words[:-1]  # the parameter's name
     kind = " ".join(word for word in words if word != "*")
     if kind == "char" and stars:
         return c_char_p if stars == 1 else POINTER(c_char_p)
@@ -44,7 +44,7 @@ def ctype(declared: str) -> Any:
 
 
 @pytest.mark.parametrize("name", SIGNATURES)
-def test_is_called_as_it_is_declared(header: str, name: str) -> None:
+def test_signatures_match_the_header(header: str, name: str) -> None:
     plain = re.sub(r"_v\d$|WithFlags$", "", name)
     if name != plain:
         assert re.search(rf"#define {plain}\s+(__CUDA_API_PTSZ\()?{name}\b", header)
@@ -64,7 +64,7 @@ def test_is_called_as_it_is_declared(header: str, name: str) -> None:
         ("CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR", 76),
     ],
 )
-def test_a_number_is_the_headers(header: str, name: str, value: int) -> None:
+def test_a_constant_equals_the_headers(header: str, name: str, value: int) -> None:
     found = re.search(rf"\b{name}\s*=\s*(\w+)", header)
     assert found
     assert int(found[1], 0) == value
@@ -74,7 +74,7 @@ NO_GPU = "expected an NVIDIA GPU, found none"
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(gpu_here() is None, reason=NO_GPU)
+@pytest.mark.skipif(local_gpu() is None, reason=NO_GPU)
 class TestOnAGpu:
     @pytest.fixture
     def driver(self) -> Iterator[Driver]:
@@ -90,13 +90,13 @@ class TestOnAGpu:
         yield stream
         driver.call("cuStreamDestroy_v2", stream)
 
-    def test_finds_it(self, driver: Driver) -> None:
+    def test_finds_the_gpu(self, driver: Driver) -> None:
         gpu = find_gpu(driver)
         assert gpu.capability >= 50
         assert gpu.name
         assert re.fullmatch(r"[\d.]+", gpu.driver or "")
 
-    def test_numbers_go_there_and_back(self, driver: Driver, stream: int) -> None:
+    def test_upload_and_download(self, driver: Driver, stream: int) -> None:
         numbers = np.random.default_rng(0).standard_normal((1000, 33), np.float32)
         buffer = Buffer(driver, numbers.nbytes)
         buffer.upload(numbers, stream)
@@ -108,9 +108,7 @@ class TestOnAGpu:
         assert np.array_equal(view, numbers)
         buffer.free()
 
-    def test_a_graph_does_its_work_at_each_launch_and_not_when_captured(
-        self, driver: Driver, stream: int
-    ) -> None:
+    def test_a_graph_runs_at_each_launch_and_not_during_capture(self, driver: Driver, stream: int) -> None:
         buffer = Buffer(driver, 4)
         view = buffer.view((1,), np.int32)
         buffer.upload(np.array([7], np.int32), stream)
@@ -128,12 +126,12 @@ class TestOnAGpu:
         driver.call("cuStreamSynchronize", stream)
         buffer.free()
 
-    def test_too_much_memory_is_one_line(self, driver: Driver) -> None:
-        with pytest.raises(CudaFailed, match="found CUDA_ERROR_OUT_OF_MEMORY; draw fewer pictures"):
+    def test_out_of_memory_is_one_line(self, driver: Driver) -> None:
+        with pytest.raises(CudaFailed, match="found CUDA_ERROR_OUT_OF_MEMORY; generate fewer images"):
             Buffer(driver, 1 << 50)
 
 
-def test_its_error_comes_back_from_another_process() -> None:
+def test_its_error_can_be_pickled() -> None:
     error = pickle.loads(pickle.dumps(CudaFailed("cuMemAlloc", OUT_OF_MEMORY, "CUDA_ERROR_OUT_OF_MEMORY")))
     assert (error.code, error.name) == (OUT_OF_MEMORY, "CUDA_ERROR_OUT_OF_MEMORY")
     assert "expected CUDA's cuMemAlloc to succeed" in str(error)

@@ -1,4 +1,4 @@
-"""Which int8 graphs TensorRT for RTX takes: QuantizeLinear and DequantizeLinear around the MatMuls of an MMDiT block.
+"""Which int8 graphs TensorRT for RTX accepts: QuantizeLinear and DequantizeLinear around the MatMuls of an MMDiT block.
 
 It reads and builds them without a GPU. Whether an engine then multiplies in int8, and how well, only a GPU can say.
 """
@@ -27,13 +27,13 @@ SHAPES: tensorrt.Shapes = {"x": (None, TOKENS, WIDTH), "context": (None, TEXT, W
 
 @dataclass
 class Style:
-    """How a linear layer is quantised. The first values are what TensorRT takes."""
+    """How a linear layer is quantised. TensorRT accepts the defaults."""
 
     activation: Any = np.int8
     activation_zero: int = 0
     weight: Any = np.int8
     per_channel: bool = True
-    transposed: bool = False  # the weight lies as [out, in], as PyTorch has it, and is turned in the graph
+    transposed: bool = False  # the weight is [out, in], as in PyTorch, and transposed in the graph
     scale: Any = np.float16
     weight_from_float: bool = (
         False  # a float weight with Quantize and Dequantize, instead of Dequantize alone
@@ -42,7 +42,7 @@ class Style:
 
 @dataclass
 class Graph:
-    """Builds a graph, line by line."""
+    """Builds a graph node by node."""
 
     style: Style
     nodes: list[Any] = field(default_factory=list)
@@ -152,8 +152,8 @@ def test_refuses_zero_points_and_uint8(tmp_path: Path, style: Style, reason: str
         build(style, tmp_path)
 
 
-def test_the_smaller_type_is_what_is_stored(tmp_path: Path) -> None:
-    """A weight in int8 is not widened when the engine is built: 1024 x 1024 of it take far less than in fp16."""
+def test_int8_weights_are_stored_as_int8(tmp_path: Path) -> None:
+    """An int8 weight stays int8 in the engine: 1024 x 1024 values take far less than in fp16."""
     sizes = {}
     for kind in ("int8", "fp16"):
         graph = Graph(Style())
@@ -178,7 +178,7 @@ def test_the_smaller_type_is_what_is_stored(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("symmetric", "accepted"), [(True, True), (False, False)])
-def test_what_onnx_runtime_quantises_fits_if_it_is_symmetric(
+def test_models_quantised_by_onnx_runtime_build_if_symmetric(
     tmp_path: Path, symmetric: bool, accepted: bool
 ) -> None:
     """onnxruntime.quantization of a float model: QInt8 with ActivationSymmetric, or the parser refuses it."""

@@ -1,4 +1,4 @@
-"""Compiling ahead for OpenVINO: what is there afterwards, what is not done twice, and what is said of bad wishes."""
+"""Compiling ahead of time for OpenVINO: results, cache hits, and bad arguments."""
 
 import io
 import os
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tpx_engines.cli import table
+from tpx_engines.cli import format_table
 from tpx_engines.openvino_build import build_ahead
 from tpx_runtime.bundle import Bundle
 from tpx_runtime.engine import ENGINES, openvino, resolve
@@ -25,7 +25,7 @@ ROWS += ["vae_decoder", "vae_encoder"]
 
 @pytest.fixture
 def bundle(tiny_bundle: Path, tmp_path: Path) -> Bundle:
-    """The real bundle at a place of its own, so that nobody else has a cache beside it."""
+    """A copy of the bundle, with its own cache next to it."""
     root = tmp_path / "copy"
     root.mkdir()
     for file in tiny_bundle.rglob("*"):
@@ -36,14 +36,12 @@ def bundle(tiny_bundle: Path, tmp_path: Path) -> Bundle:
 
 
 def files(bundle: Bundle) -> dict[str, int]:
-    """The number tells a file from one that took its place; loading one changes its time."""
+    """File names with inode numbers, which show replaced files; modification times change on loading."""
     folder = bundle.root.with_name(f"{bundle.root.name}.engines")
     return {str(path): path.stat().st_ino for path in folder.rglob("*") if path.is_file()}
 
 
-def test_every_graph_is_there_and_the_next_process_compiles_none(
-    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_all_graphs_are_compiled_once(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     watched: list[tuple[str, float, int]] = []
     results = build_ahead(
         bundle, "openvino", [2, 2], lambda graph, done, total, _: watched.append((graph, done, total))
@@ -55,7 +53,7 @@ def test_every_graph_is_there_and_the_next_process_compiles_none(
         len(ROWS),
         len(ROWS),
     )
-    assert "transformer depth 3 x2" in table(results)
+    assert "transformer depth 3 x2" in format_table(results)
 
     there = files(bundle)
     assert len(there) == len(ROWS)
@@ -76,15 +74,15 @@ def test_every_graph_is_there_and_the_next_process_compiles_none(
     assert files(bundle) == there
 
 
-def test_no_rows_is_the_graphs_for_any_shapes_alone(bundle: Bundle) -> None:
+def test_without_rows_only_dynamic_graphs_are_compiled(bundle: Bundle) -> None:
     assert [r.graph for r in build_ahead(bundle, "openvino", [])] == [row for row in ROWS if "x2" not in row]
 
 
-def test_what_is_damaged_is_built_again_and_what_nobody_uses_goes(bundle: Bundle) -> None:
+def test_damaged_files_are_rebuilt_and_unused_files_removed(bundle: Bundle) -> None:
     build_ahead(bundle, "openvino", [2])
     folder = bundle.root.with_name("copy.engines") / "openvino/transformer.depth-3.plain.f32"
-    [exact], [blob] = folder.glob("*.exact"), folder.glob("any.*")
-    exact.write_bytes(b"damaged")
+    [static], [blob] = folder.glob("*.exact"), folder.glob("any.*")
+    static.write_bytes(b"damaged")
     blob.unlink()
     old = time.time() - UNUSED_SECONDS - 1
     (folder / "any.123").mkdir()
@@ -99,12 +97,12 @@ def test_what_is_damaged_is_built_again_and_what_nobody_uses_goes(bundle: Bundle
         "transformer depth 3",
         "transformer depth 3 x2",
     ]
-    assert {path.name for path in folder.iterdir()} == {exact.name, blob.name, *fresh, *other}
-    assert exact.stat().st_size > 1000
+    assert {path.name for path in folder.iterdir()} == {static.name, blob.name, *fresh, *other}
+    assert static.stat().st_size > 1000
 
 
-def test_what_is_used_is_not_old(bundle: Bundle) -> None:
-    """Else what other settings compile would throw away what was built ahead for these long ago."""
+def test_files_in_use_do_not_expire(bundle: Bundle) -> None:
+    """Otherwise compiling for other settings would remove graphs that were built long ago but are in use."""
     build_ahead(bundle, "openvino", [2])
     folder, old = bundle.root.with_name("copy.engines") / "openvino", time.time() - UNUSED_SECONDS - 1
     for name in files(bundle):
@@ -113,12 +111,12 @@ def test_what_is_used_is_not_old(bundle: Bundle) -> None:
     assert all(file.stat().st_mtime > old + 60 for file in folder.glob("*/*"))
 
 
-def test_ctrl_c_leaves_what_is_finished_and_the_next_goes_on(bundle: Bundle) -> None:
+def test_ctrl_c_keeps_finished_graphs_and_the_next_run_continues(bundle: Bundle) -> None:
     def press(graph: str, done: float, total: int, what: str) -> None:
         if done == 3:
             raise KeyboardInterrupt
 
-    with pytest.raises(Cancelled, match=f"cancelled; 3 of {len(ROWS)} compiled graphs are there"):
+    with pytest.raises(Cancelled, match=f"cancelled; 3 of {len(ROWS)} compiled graphs are in the cache"):
         build_ahead(bundle, "openvino", [2], press)
     results = build_ahead(bundle, "openvino", [2])
     assert [result.cached for result in results] == [True] * 3 + [False] * (len(ROWS) - 3)
@@ -126,10 +124,10 @@ def test_ctrl_c_leaves_what_is_finished_and_the_next_goes_on(bundle: Bundle) -> 
 
 
 @pytest.mark.parametrize("kind", ["blob", "exact"])
-def test_a_full_disk_leaves_nothing_half_written(
+def test_a_full_disk_leaves_no_partial_file(
     kind: str, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whichever kind comes first: what was made before stays."""
+    """Whichever kind comes first, earlier files stay."""
     opened = Path.open
 
     class Full(io.BytesIO):
@@ -175,10 +173,10 @@ def test_a_broken_graph_is_one_line(bundle: Bundle) -> None:
 
 
 def test_the_engines_built_ahead_are_those_of_openvino() -> None:
-    ahead = [name for name, engine in ENGINES.items() if engine.prebuilt == "optional"]
-    assert ahead == [name for name, engine in ENGINES.items() if engine.package == "openvino"]
-    assert ahead == list(openvino.PRECISIONS)
+    optional = [name for name, engine in ENGINES.items() if engine.prebuilt == "optional"]
+    assert optional == [name for name, engine in ENGINES.items() if engine.package == "openvino"]
+    assert optional == list(openvino.PRECISIONS)
 
 
-def test_the_engines_that_run_nothing_else_are_the_tensorrts() -> None:
+def test_the_engines_that_require_a_build_are_the_tensorrts() -> None:
     assert {name for name, engine in ENGINES.items() if engine.prebuilt == "required"} == set(FLAVOURS)

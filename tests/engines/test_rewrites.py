@@ -1,4 +1,4 @@
-"""Work that the graphs avoid, counted: docs/performance.md says how many nodes and calls that is for the sample model."""
+"""Counts the nodes of graphs after rewriting; docs/performance.md has the numbers for the sample model."""
 
 from collections import Counter
 from pathlib import Path
@@ -30,7 +30,7 @@ def test_each_latent_step_adds_the_same_few_nodes(nodes: tuple[int, list[onnx.No
     assert kinds["RoutedLora"] == kinds["ArgMax"] == THINKING * depth
     assert kinds["Gelu"] == 2 * BLOCKS - 1  # the last block's text has none
     assert kinds["Softmax"] == BLOCKS + THINKING * (depth - 1)
-    # Each block's text's and visual's, and two of conditions.
+    # One for text and one for visual tokens of each block, and two of the conditions.
     assert kinds["Split"] - kinds["RoutedLora"] == 2 * BLOCKS + 2 - THINKING
 
 

@@ -1,7 +1,7 @@
-"""The plugin against TensorRT's own Python code, which needs no TensorRT: its bindings load beside stubs of 9 C symbols.
+"""The plugin with TensorRT's own Python code, without TensorRT: its bindings are loaded with stubs of 9 C symbols.
 
-What the stubs cannot give (the registry, dimensions, the expression builder) is a small stand-in here; all of
-`tensorrt.plugin` that checks, calls and reads the plugin is NVIDIA's. Nothing is launched.
+The registry, dimensions and the expression builder, which the stubs lack, are small fakes; all code of `tensorrt.plugin`
+that checks and calls the plugin is NVIDIA's. Nothing is launched.
 """
 
 import shutil
@@ -23,12 +23,12 @@ if find_spec("triton") is None:
     pytest.skip("expected the package triton, found none; pip install triton", allow_module_level=True)
 
 DISTRIBUTION = "tensorrt-cu13-bindings"
-TOKENS = {"batch": 2, "tokens": 77}  # values of the dimensions that stay open while building
+TOKENS = {"batch": 2, "tokens": 77}  # values of the dynamic dimensions
 SHAPES: tuple[tuple[Any, ...], ...] = (("batch", "tokens", 48), ("batch", "tokens"), (3, 48, 20), (3, 20, 72))
 
 
 class Dimension:
-    """A dimension or an expression of some: its value for TOKENS, and whether it is known while building."""
+    """A dimension, or an expression of dimensions: its value for TOKENS, and whether it is static."""
 
     def __init__(self, value: int, known: bool) -> None:
         self.value, self.known = value, known
@@ -41,7 +41,7 @@ class Dimension:
 
 
 class Expressions:
-    """The expression builder: the operations that trt.DimensionOperation names, computed at once."""
+    """The expression builder: computes the operations of trt.DimensionOperation immediately."""
 
     def constant(self, value: int) -> Dimension:
         return Dimension(value, True)
@@ -57,7 +57,7 @@ def _dimension(size: int | str) -> Dimension:
 
 
 def _load(folder: Path) -> Any:
-    """The bindings as the module `tensorrt`, over stub libraries; dimensions and the registry replaced."""
+    """Load the bindings as the module `tensorrt`, with stub libraries and fake dimensions and registry."""
     trt: Any = load_beside_stubs(folder)
     sys.modules["tensorrt"] = trt
     creators: dict[tuple[str, str], Any] = {}
@@ -81,7 +81,7 @@ def _start(folder: Path) -> None:
 
 
 def _build(dtype: str, tactic: int, shapes: tuple[tuple[Any, ...], ...] = SHAPES) -> dict[str, Any]:
-    """What TensorRT does with the plugin while building an engine, in its order; what it would launch, as plain values."""
+    """Call the plugin as TensorRT does when it builds an engine; returns the launch as plain values."""
     trt: Any = globals()["trt"]
     real = trt.DataType.HALF if dtype == "fp16" else trt.DataType.FLOAT
     types = [real, trt.DataType.INT64, real, real]
@@ -127,7 +127,7 @@ def _build(dtype: str, tactic: int, shapes: tuple[tuple[Any, ...], ...] = SHAPES
 
 @pytest.fixture(scope="module")
 def tensorrt(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProcessPoolExecutor]:
-    """A process of its own: the stubs and stand-ins must not meet another TensorRT."""
+    """A separate process, so that the stubs and fakes do not conflict with another TensorRT."""
     if find_spec("tensorrt_bindings") is None:
         pytest.skip(f"expected the package {DISTRIBUTION}, found none; pip install --no-deps {DISTRIBUTION}")
     if shutil.which("gcc") is None:
@@ -169,7 +169,7 @@ def test_builds_as_tensorrt_does(tensorrt: ProcessPoolExecutor, dtype: str, rows
 
 def test_refuses_open_weights(tensorrt: ProcessPoolExecutor) -> None:
     shapes = (("batch", "tokens", 48), ("batch", "tokens"), ("batch", 48, 20), ("batch", 20, 72))
-    with pytest.raises(BadInput, match=r"expected weights of fixed shape, found a \(-1, 48, 20\)"):
+    with pytest.raises(BadInput, match=r"expected weights of static shape, found a \(-1, 48, 20\)"):
         tensorrt.submit(_build, "fp16", 1, shapes).result()
 
 

@@ -1,4 +1,4 @@
-"""The Triton kernel against the plain operator, in Triton's interpreter, which runs it on the CPU; and its PTX.
+"""The Triton kernel compared with the plain operator, in Triton's interpreter on the CPU; and its PTX.
 
 The interpreter must be chosen before `triton` is first imported, so the kernel runs in a process of its own.
 """
@@ -24,7 +24,7 @@ from tpx_runtime.errors import BadInput, EngineFailed
 if find_spec("triton") is None:
     pytest.skip("expected the package triton, found none; pip install triton", allow_module_level=True)
 
-REGISTERED: list[bool] = []  # in the other process: before and after the module's import
+REGISTERED: list[bool] = []  # in the interpreter process: before and after the import of the module
 
 
 def _cuda_kernel() -> bool:
@@ -52,11 +52,11 @@ def _error(
     dtype: torch.dtype,
     splits: int | None,
 ) -> float:
-    """The largest difference from the plain operator over its largest value; tokens go to the experts in `used`."""
+    """The maximum difference from the plain operator, relative to its maximum; tokens go to the experts in `used`."""
     from tpx_engines.routed_lora_triton import routed_lora_triton
 
     torch.manual_seed(0)
-    # Not contiguous, as a slice of a model may be.
+    # Not contiguous, like a slice of a model's tensor.
     x = torch.randn(lead[1], lead[0], width, dtype=dtype).transpose(0, 1)
     expert = torch.tensor(used)[torch.randint(0, len(used), lead)]
     a = torch.randn(experts, width, rank, dtype=dtype) * width**-0.5
@@ -82,7 +82,7 @@ def interpreter() -> Iterator[ProcessPoolExecutor]:
     with ProcessPoolExecutor(1, get_context("spawn"), _start) as pool:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("TRITON_INTERPRET", "1")
-            # The process starts here, and this one goes on without the variable.
+            # Starts the process now, because the variable is removed afterwards.
             pool.submit(_registered).result()
         yield pool
 
@@ -114,7 +114,7 @@ def test_agrees_with_the_operator(
 
 
 def _miscounted(experts: int, used: tuple[int, ...]) -> list[tuple[int, int]]:
-    """Expected and found for each name, where they differ."""
+    """Expected and found counts of each case that differs."""
     from counting_kernel import counts
 
     torch.manual_seed(0)

@@ -1,9 +1,9 @@
-"""Every attribute and call that the code makes on TensorRT exists there: mypy checks our sources against the real modules.
+"""Every attribute and call that the code uses exists in TensorRT: mypy checks our sources against the real modules.
 
 The surface of TensorRT for RTX and of TensorRT 11 is read from the installed bindings, that of 10.16 was recorded by
-surface.py. Sources are found by what they say: whoever takes `trt = bindings(...)` is checked, in every line. In a copy for
-mypy that statement becomes `import tensorrt as trt`, `ICudaEngine = Any` becomes an import of the real class, and functions
-that end in `_rtx` or `_full`, and classes in `Rtx` or `Full`, are emptied for the other flavour.
+surface.py. Every source file that contains `trt = bindings(...)` is checked. In a copy for mypy this statement becomes
+`import tensorrt as trt`, `ICudaEngine = Any` becomes an import of the real class, and functions that end in `_rtx` or
+`_full`, and classes that end in `Rtx` or `Full`, are emptied for the other flavour.
 """
 
 import ast
@@ -66,7 +66,7 @@ def surfaces(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def names(surface: Path) -> dict[str, set[str]]:
-    """The classes of a surface with the names of their members."""
+    """The classes of a surface, with the names of their members."""
     tree = ast.parse((surface / "tensorrt/__init__.pyi").read_text(encoding="utf-8"))
     found = {}
     for node in tree.body:
@@ -79,9 +79,9 @@ def names(surface: Path) -> dict[str, set[str]]:
 
 
 class ForMypy(ast.NodeTransformer):
-    """A source as it would be if TensorRT were there to import.
+    """Rewrites a source as if TensorRT could be imported.
 
-    With `reveal`, mypy is asked of what type each thing is whose attribute has a name that TensorRT has too.
+    With `reveal`, mypy reports the type of every object whose attribute has the name of a TensorRT member.
     """
 
     def __init__(self, classes: dict[str, set[str]], emptied: str, reveal: bool = False) -> None:
@@ -126,7 +126,7 @@ class ForMypy(ast.NodeTransformer):
         return node
 
     def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
-        """`x.run` becomes `(reveal_type(x), x.run)[1]`, but for modules, which mypy knows."""
+        """`x.run` becomes `(reveal_type(x), x.run)[1]`, except for modules, which mypy knows."""
         self.generic_visit(node)
         known = ast.unparse(node.value) in MODULES or node.attr.startswith("__")
         if not self.reveal or known or node.attr not in self.members or not isinstance(node.ctx, ast.Load):
@@ -142,9 +142,9 @@ class ForMypy(ast.NodeTransformer):
 def check(
     surface: Path, flavour: str, folder: Path, reveal: bool = False, instead: dict[str, str] | None = None
 ) -> list[str]:
-    """What mypy says of all sources, with some words in the place of others.
+    """The output of mypy for all sources, after the replacements of `instead`.
 
-    With `reveal`, of those alone that no other test runs against the real thing.
+    With `reveal`, only for sources that no other test runs with the real TensorRT.
     """
     shadows, modules = [], []
     for path in SOURCES:
@@ -175,39 +175,39 @@ def check(
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where mypy works, and keeps what it knows of numpy."""
+    """The working folder of mypy, which also caches its analysis of numpy."""
     return tmp_path_factory.mktemp("mypy")
 
 
 @pytest.mark.parametrize("name", SURFACES)
-def test_every_call_is_one_that_tensorrt_has(surfaces: dict[str, Path], name: str, folder: Path) -> None:
+def test_every_call_exists_in_tensorrt(surfaces: dict[str, Path], name: str, folder: Path) -> None:
     if name not in surfaces:
         pytest.skip(f"expected the package {INSTALLED[name]} and gcc, found not both")
     assert check(surfaces[name], name, folder) == []
 
 
-def test_another_call_is_noticed(surfaces: dict[str, Path], folder: Path) -> None:
+def test_wrong_calls_are_detected(surfaces: dict[str, Path], folder: Path) -> None:
     instead = {
         "execute_async_v3": "execute_async_v2",
         "trt.Runtime(": "trt.RunTime(",
         "set_tensor_address(name, ": "set_tensor_address(",
-        "least, most, most)": "least, most)",
+        "min_shape, max_shape, max_shape)": "min_shape, max_shape)",
     }
-    said = "\n".join(check(surfaces["10.16"], "10.16", folder, instead=instead))
-    assert '"IExecutionContext" has no attribute "execute_async_v2"' in said
-    assert 'Module has no attribute "RunTime"' in said
+    output = "\n".join(check(surfaces["10.16"], "10.16", folder, instead=instead))
+    assert '"IExecutionContext" has no attribute "execute_async_v2"' in output
+    assert 'Module has no attribute "RunTime"' in output
     for call in ("set_tensor_address", "set_shape"):
-        assert re.search(f'Missing positional argument.* in call to "{call}"', said)
+        assert re.search(f'Missing positional argument.* in call to "{call}"', output)
 
 
 @pytest.mark.parametrize("name", ["10.16", "rtx"])
 def test_nothing_hides_from_the_check(surfaces: dict[str, Path], name: str, folder: Path) -> None:
-    """Whatever has an attribute of TensorRT's is known to mypy: of no type, it would not be checked."""
+    """Every object with an attribute of TensorRT has a known type; objects of type Any would not be checked."""
     if name not in surfaces:
         pytest.skip(f"expected the package {INSTALLED[name]} and gcc, found not both")
-    said = check(surfaces[name], name, folder, reveal=True)
-    assert len([line for line in said if 'Revealed type is "tensorrt.' in line]) > 20
-    assert [line for line in said if 'Revealed type is "Any"' in line] == []
+    output = check(surfaces[name], name, folder, reveal=True)
+    assert len([line for line in output if 'Revealed type is "tensorrt.' in line]) > 20
+    assert [line for line in output if 'Revealed type is "Any"' in line] == []
 
 
 def test_finds_the_sources_that_use_tensorrt() -> None:
@@ -216,7 +216,7 @@ def test_finds_the_sources_that_use_tensorrt() -> None:
 
 
 @pytest.mark.parametrize("name", SURFACES)
-def test_the_fake_has_no_names_of_its_own(surfaces: dict[str, Path], name: str) -> None:
+def test_the_fake_only_has_real_names(surfaces: dict[str, Path], name: str) -> None:
     if name not in surfaces:
         pytest.skip(f"expected the package {INSTALLED[name]} and gcc, found not both")
     real, fake = names(surfaces[name]), FakeTensorRt(FakeDriver())

@@ -12,12 +12,12 @@ import onnx
 import pytest
 from click.testing import CliRunner, Result
 from fake_cuda import FakeDriver, install
-from fake_tensorrt import FakeTensorRt, Made
+from fake_tensorrt import FakeEngineFunction, FakeTensorRt
 from onnx import TensorProto, helper
 from PIL import Image
 from runtime.fakes import FakeEngine, functions, make_bundle
 
-from tpx_engines.build import graphs
+from tpx_engines.build import graphs_to_build
 from tpx_engines.cache import EngineCache, Key
 from tpx_engines.tensorrt import build
 from tpx_runtime.bundle import Bundle
@@ -26,7 +26,7 @@ from tpx_runtime.engine import ENGINES, cuda, resolve, tensorrt_flavours
 from tpx_runtime.engine import tensorrt as module
 from tpx_runtime.engine import tensorrt_session as session_module
 from tpx_runtime.engine.engine_file import graph_name
-from tpx_runtime.engine.gpu import Gpu, gpu_here
+from tpx_runtime.engine.gpu import Gpu, local_gpu
 from tpx_runtime.engine.tensorrt_flavours import FLAVOURS, FULL, RTX, bindings
 from tpx_runtime.errors import EngineFailed, EngineUnavailable
 from tpx_runtime.generator import Generator
@@ -57,9 +57,9 @@ def paper(tmp_path: Path) -> Path:
 def trt(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTensorRt]:
     """TensorRT with an engine `text` that doubles its ids."""
     ids = {"ids": ("INT64", (-1, 9))}
-    text = Made(lambda ids: {"y": ids * 2}, ids, {"y": ("INT64", (-1, 9))})
+    text = FakeEngineFunction(lambda ids: {"y": ids * 2}, ids, {"y": ("INT64", (-1, 9))})
     fake = FakeTensorRt(driver, VERSION, text=text)
-    tensorrt_flavours.log.cache_clear()
+    tensorrt_flavours.get_logger.cache_clear()
     for where in (module, session_module, tensorrt_flavours):
         monkeypatch.setattr(where, "bindings", lambda flavour: fake)
     modules, find_spec = {flavour.module for flavour in FLAVOURS.values()}, importlib.util.find_spec
@@ -67,7 +67,7 @@ def trt(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTen
         importlib.util, "find_spec", lambda name, *of: name in modules or find_spec(name, *of)
     )
     yield fake
-    tensorrt_flavours.log.cache_clear()
+    tensorrt_flavours.get_logger.cache_clear()
 
 
 def key(bundle: Bundle, graph: str = "text_encoder", engine: str = "tensorrt-rtx") -> Key:
@@ -86,7 +86,7 @@ def key(bundle: Bundle, graph: str = "text_encoder", engine: str = "tensorrt-rtx
 
 
 def store(bundle: Bundle, made: Key, engine: str = "text", folder: Path | None = None) -> Path:
-    cache = EngineCache.beside(bundle, folder)
+    cache = EngineCache.for_bundle(bundle, folder)
     cache.prepare()
     return cache.store(made, json.dumps(engine).encode())
 
@@ -120,11 +120,11 @@ class TestProblem:
         assert "expected an NVIDIA driver that starts, found error 803" in str(module.problem("tensorrt"))
 
     @pytest.mark.parametrize("entry", ["cuDeviceGet", "cuDeviceGetName", "cuDeviceGetAttribute"])
-    def test_a_gpu_that_says_nothing(self, driver: FakeDriver, entry: str) -> None:
+    def test_a_gpu_whose_properties_cannot_be_read(self, driver: FakeDriver, entry: str) -> None:
         driver.fail[entry] = 2
         assert f"expected CUDA's {entry} to succeed, found CUDA_ERROR" in str(module.problem("tensorrt"))
 
-    def test_a_gpu_that_rtx_does_not_know(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_gpu_that_rtx_does_not_support(self, monkeypatch: pytest.MonkeyPatch) -> None:
         install(monkeypatch, FakeDriver((9, 0), b"NVIDIA H100"))
         assert module.problem("tensorrt-rtx") == (
             "expected a GPU of sm75, sm80, sm86, sm89, sm120, sm121 for engine tensorrt-rtx, found NVIDIA H100 (sm90); "
@@ -142,15 +142,15 @@ class TestProblem:
         )
 
     @pytest.mark.parametrize("name", NAMES)
-    def test_here(self, name: str) -> None:
-        """Whatever this machine is, it is one line."""
-        said = ENGINES[name].problem()
-        if said is not None:
-            assert said.startswith("expected ")
-            assert said.isprintable()
+    def test_on_this_machine(self, name: str) -> None:
+        """On any machine the problem is one line."""
+        problem = ENGINES[name].problem()
+        if problem is not None:
+            assert problem.startswith("expected ")
+            assert problem.isprintable()
             with pytest.raises(EngineUnavailable) as caught:
                 resolve(name)
-            assert str(caught.value) == said
+            assert str(caught.value) == problem
 
 
 class TestBindings:
@@ -184,7 +184,7 @@ class TestBindings:
         monkeypatch.syspath_prepend(str(tmp_path))
         found = "to load, found: " if text else f"in {package}, found none; install it again with "
         with pytest.raises(EngineUnavailable, match=f"expected libtensorrt_rtx.so {found}"):
-            bindings(replace(RTX, libraries="hollow"))
+            bindings(replace(RTX, library_package="hollow"))
 
     def test_a_module_that_does_not_import_is_one_line(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -207,7 +207,7 @@ class TestBindings:
 
 
 def open_text(bundle: Bundle, name: str = "tensorrt-rtx") -> np.ndarray:
-    """What the text encoder's engine says of two rows."""
+    """The output of the text encoder's engine for two rows."""
     session = ENGINES[name].open(bundle.root / "text_encoder/model.onnx")
     return session.run({"ids": np.arange(18).reshape(2, 9)})["y"]
 
@@ -224,7 +224,9 @@ def test_uses_an_engine_that_was_built_without_a_gpu(trt: FakeTensorRt, bundle: 
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_says_what_to_build_where_there_is_nothing(trt: FakeTensorRt, bundle: Bundle, name: str) -> None:
+def test_a_missing_engine_is_reported_with_the_build_command(
+    trt: FakeTensorRt, bundle: Bundle, name: str
+) -> None:
     with pytest.raises(EngineUnavailable) as caught:
         open_text(bundle, name)
     assert str(caught.value) == (
@@ -237,7 +239,7 @@ def test_says_what_to_build_where_there_is_nothing(trt: FakeTensorRt, bundle: Bu
     ("field", "value"),
     [("bundle", "cd" * 32), ("version", "1.7.1.117"), ("gpu", "NVIDIA L40"), ("driver", "590.10")],
 )
-def test_names_what_differs_and_what_mends_it(
+def test_names_the_difference_and_the_command_that_fixes_it(
     trt: FakeTensorRt, bundle: Bundle, field: str, value: str
 ) -> None:
     right = key(bundle)
@@ -274,13 +276,13 @@ def test_takes_the_widest_range_of_batches_from_the_fewest_rows(trt: FakeTensorR
     assert [shapes["ids"][0] for shapes in trt.executed] == [4, 1]
 
 
-def test_one_that_fits_is_found_beside_one_that_does_not(trt: FakeTensorRt, bundle: Bundle) -> None:
+def test_a_matching_engine_is_found_next_to_others(trt: FakeTensorRt, bundle: Bundle) -> None:
     store(bundle, replace(key(bundle), batch=(1, 8), version="1.7.0.1"))
     store(bundle, key(bundle))
     assert open_text(bundle).shape == (2, 9)
 
 
-def test_looks_where_the_variable_says(
+def test_the_folder_can_be_set_by_a_variable(
     trt: FakeTensorRt, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "else where"
@@ -304,32 +306,34 @@ def test_cuda_graphs_are_a_switch(
 
 
 def test_names_graphs_as_tpx_build_does(bundle: Bundle) -> None:
-    assert {graph_name(path): path for path, _ in graphs(bundle).values()} == {
-        graph: path for graph, (path, _) in graphs(bundle).items()
+    assert {graph_name(path): path for path, _ in graphs_to_build(bundle).values()} == {
+        graph: path for graph, (path, _) in graphs_to_build(bundle).items()
     }
 
 
-def test_the_gpu_that_is_here(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert gpu_here() == HERE
-    monkeypatch.setattr(cuda, "library", {cuda.DRIVER: driver}.get)
-    assert gpu_here() == replace(HERE, driver=None)
+def test_local_gpu(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert local_gpu() == HERE
+    monkeypatch.setattr(cuda, "load_library", {cuda.DRIVER: driver}.get)
+    assert local_gpu() == replace(HERE, driver=None)
     driver.fail["cuInit"] = 100
-    assert gpu_here() is None
+    assert local_gpu() is None
     install(monkeypatch, None)
-    assert gpu_here() is None
+    assert local_gpu() is None
 
 
 def fill(trt: FakeTensorRt, bundle: Bundle, engine: str) -> None:
-    """Build, in the fake's way, every graph of a bundle of paper."""
-    said = functions(bundle.manifest)
+    """Store a fake engine for every graph of a fake bundle."""
+    graph_functions = functions(bundle.manifest)
     kinds = {np.dtype(np.int64): "INT64", np.dtype(np.float32): "FLOAT"}
-    for graph, (path, shapes) in graphs(bundle).items():
-        function = said[path.relative_to(bundle.root).as_posix()]
+    for graph, (path, shapes) in graphs_to_build(bundle).items():
+        function = graph_functions[path.relative_to(bundle.root).as_posix()]
         dtypes = {name: np.int64 if name == "ids" else np.float32 for name in shapes}
         given = {name: np.ones([size or 1 for size in shape], dtypes[name]) for name, shape in shapes.items()}
         inputs = {name: (kinds[one.dtype], (-1, *one.shape[1:])) for name, one in given.items()}
         outputs = {name: (kinds[one.dtype], (-1, *one.shape[1:])) for name, one in function(given).items()}
-        trt.made[graph] = Made(lambda function=function, **arrays: function(arrays), inputs, outputs)
+        trt.made[graph] = FakeEngineFunction(
+            lambda function=function, **arrays: function(arrays), inputs, outputs
+        )
         store(bundle, key(bundle, graph, engine), graph)
 
 
@@ -340,7 +344,7 @@ def tpx_run(paper: Path, tmp_path: Path) -> Callable[..., Result]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_draws_the_picture_that_another_engine_draws(
+def test_generates_the_same_image_as_another_engine(
     trt: FakeTensorRt,
     driver: FakeDriver,
     bundle: Bundle,
@@ -380,7 +384,7 @@ def rtx() -> None:
 
 @pytest.fixture
 def no_driver() -> None:
-    if cuda.library(cuda.DRIVER):
+    if cuda.load_library(cuda.DRIVER):
         pytest.skip("expected a machine without an NVIDIA driver, found one")
 
 
@@ -389,7 +393,7 @@ def no_driver() -> None:
 def test_real_libraries_without_a_driver_refuse_in_one_line(
     no_driver: None, driver: FakeDriver, tmp_path: Path, whole: bool
 ) -> None:
-    """A real engine, in NVIDIA's own deserializer: what it says is passed on, and nothing is left behind."""
+    """A real engine in NVIDIA's own deserializer: its error is reported, and nothing is left behind."""
     ports = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["b", 4]) for name in "xy"]
     graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "relu", ports[:1], ports[1:])
     path = tmp_path / "relu.onnx"

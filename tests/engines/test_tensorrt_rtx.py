@@ -10,7 +10,7 @@ import pytest
 
 from tpx_engines import tensorrt
 from tpx_engines.build import graphs
-from tpx_engines.tensorrt import Timings
+from tpx_engines.tensorrt import TimingCache
 from tpx_export import checkpoint
 from tpx_export.exporter import export_bundle
 from tpx_export.pipeline import Pipeline
@@ -56,7 +56,7 @@ def sample_in_fp16(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 @pytest.mark.slow
 def test_builds_every_graph_of_the_sample_in_fp16(sample_in_fp16: Bundle) -> None:
-    """Its sizes, unlike the tiny bundle's, are such that the builder chooses among its kernels."""
+    """Unlike the tiny bundle, it is large enough that the builder chooses between kernels."""
     made = graphs(sample_in_fp16)
     transformers = [f"transformer depth {depth}" for depth in (1, 2, 3)]
     assert list(made) == [
@@ -78,13 +78,13 @@ def test_builds_every_graph_of_the_sample_in_fp16(sample_in_fp16: Bundle) -> Non
 
 
 def test_multiplies_float32_in_float32(tiny_bundle: Path) -> None:
-    """TF32, TensorRT's default, would cut float32 to ten bits: the engine says of itself that it may not."""
+    """TF32, TensorRT's default, would reduce float32 mantissas to ten bits; the engine's metadata excludes it."""
     path, inputs = graphs(Bundle.open(tiny_bundle))["text_encoder"]
     assert re.findall(rb"tf32=\d", tensorrt.build(RTX, path, inputs)) == [b"tf32=0"]
 
 
-def test_its_libraries_stay_out_of_the_way_of_full_tensorrt() -> None:
-    """Both flavours' libraries export one set of names, and what is loaded globally answers for everybody."""
+def test_its_libraries_are_not_loaded_globally() -> None:
+    """Both flavours' libraries export the same names, so none may be loaded globally."""
     code = """
 import ctypes
 from tpx_runtime.engine.tensorrt_flavours import RTX, bindings
@@ -134,19 +134,19 @@ def test_refuses_unknown_capability(tiny_bundle: Path) -> None:
         tensorrt.build(RTX, tiny_bundle / "x.onnx", {}, capability=90)
 
 
-def test_the_way_of_older_parsers_finds_the_weights(tiny_bundle: Path) -> None:
-    """Before TensorRT 10.15 the graph is handed over as bytes without its function, its weights beside the path."""
+def test_a_graph_passed_as_bytes_finds_its_weights(tiny_bundle: Path) -> None:
+    """Before TensorRT 10.15 the graph is passed as bytes without its function, and the path locates the weights."""
     made = graphs(Bundle.open(tiny_bundle))
     path, inputs = made["text_encoder"]
     assert len(tensorrt.build(RTX, path, inputs, plugin=True)) > 10_000
     path, inputs = made["transformer depth 1"]
-    with pytest.raises(EngineFailed, match="Plugin not found"):  # which RTX cannot have
+    with pytest.raises(EngineFailed, match="Plugin not found"):  # RTX has no plugins
         tensorrt.build(RTX, path, inputs, plugin=True)
 
 
 @pytest.mark.parametrize("data", [b"", b"damaged" * 100])
-def test_timings_of_any_kind_are_taken_or_dropped(data: bytes) -> None:
-    """RTX has the calls of a timing cache, though they do nothing there."""
+def test_any_timing_cache_is_used_or_discarded(data: bytes) -> None:
+    """RTX has the functions of a timing cache, although they have no effect."""
     config = bindings(RTX).Builder(log(RTX)).create_builder_config()
-    tensorrt._recall_full(config, Timings(data))
+    tensorrt._set_timing_cache_full(config, TimingCache(data))
     assert config.get_timing_cache() is not None

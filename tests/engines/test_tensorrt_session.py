@@ -1,4 +1,4 @@
-"""The runner of built engines without a GPU: a fake driver and a fake TensorRT compute in what is really host memory."""
+"""Running built engines without a GPU: a fake driver and a fake TensorRT compute in host memory."""
 
 import gc
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fake_cuda import FakeDriver, install
-from fake_tensorrt import FakeTensorRt, Made
+from fake_tensorrt import FakeEngineFunction, FakeTensorRt
 
 from tpx_runtime.engine import cuda, tensorrt_flavours
 from tpx_runtime.engine import tensorrt_session as module
@@ -19,7 +19,7 @@ from tpx_runtime.engine.tensorrt_session import TensorRtSession
 from tpx_runtime.errors import EngineFailed, EngineUnavailable
 
 PATH = Path("bundle/transformer/depth-2.onnx")
-WIDE = Made(
+WIDE = FakeEngineFunction(
     lambda x, context, ids: {
         "y": x * 2 + context.sum((1, 2))[:, None] + ids[:, None],
         "routes": ids[:, None] * np.array([[1, 10]]),
@@ -27,7 +27,9 @@ WIDE = Made(
     inputs={"x": ("FLOAT", (-1, 5)), "context": ("FLOAT", (-1, 3, 4)), "ids": ("INT64", (-1,))},
     outputs={"y": ("FLOAT", (-1, 5)), "routes": ("INT64", (-1, 2))},
 )
-ODD = Made(lambda x: {"y": x}, inputs={"x": ("INT8", (-1, 2))}, outputs={"y": ("INT8", (-1, 2))})
+ODD = FakeEngineFunction(
+    lambda x: {"y": x}, inputs={"x": ("INT8", (-1, 2))}, outputs={"y": ("INT8", (-1, 2))}
+)
 
 
 @pytest.fixture
@@ -40,11 +42,11 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
 @pytest.fixture
 def trt(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTensorRt]:
     fake = FakeTensorRt(driver, wide=WIDE, odd=ODD)
-    tensorrt_flavours.log.cache_clear()
+    tensorrt_flavours.get_logger.cache_clear()
     for where in (module, tensorrt_flavours):
         monkeypatch.setattr(where, "bindings", lambda flavour: fake)
     yield fake
-    tensorrt_flavours.log.cache_clear()
+    tensorrt_flavours.get_logger.cache_clear()
 
 
 Open = Callable[..., TensorRtSession]
@@ -52,13 +54,13 @@ Open = Callable[..., TensorRtSession]
 
 @pytest.fixture
 def kernels(tmp_path: Path) -> Path:
-    """Where TensorRT for RTX keeps what it compiles."""
+    """The file of kernels that TensorRT for RTX compiles."""
     return tmp_path / "text.kernels"
 
 
 @pytest.fixture
 def open_session(trt: FakeTensorRt, driver: FakeDriver, kernels: Path) -> Iterator[Open]:
-    """Opens a session, and shows at the end that nothing stays behind."""
+    """Opens sessions, and checks at the end that everything was freed."""
 
     def make(
         name: str = "wide",
@@ -69,7 +71,7 @@ def open_session(trt: FakeTensorRt, driver: FakeDriver, kernels: Path) -> Iterat
         engine = json.dumps(name).encode()
         return TensorRtSession(flavour, cuda.Driver(), engine, batch, PATH, kernels, graphs)
 
-    gc.freeze()  # the collection below is of what the test made alone
+    gc.freeze()  # collect only objects created by the test
     yield make
     gc.collect()
     gc.unfreeze()
@@ -86,7 +88,7 @@ def inputs(rows: int, seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def check(session: TensorRtSession, given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Run, and hold against numpy."""
+    """Run, and compare with numpy."""
     outputs = session.run(given)
     expected = WIDE.function(**given)
     assert outputs.keys() == {"y", "routes"}
@@ -103,10 +105,10 @@ def test_computes_what_the_engine_computes(open_session: Open) -> None:
     check(session, inputs(3, seed=1))
     check(session, inputs(1, seed=2))
     for name, array in first.items():
-        np.testing.assert_array_equal(array, kept[name])  # an answer is the caller's
+        np.testing.assert_array_equal(array, kept[name])  # outputs are not overwritten
 
 
-def test_buffers_and_shapes_are_kept(open_session: Open, driver: FakeDriver) -> None:
+def test_buffers_and_shapes_are_reused(open_session: Open, driver: FakeDriver) -> None:
     session = open_session()
     for seed in range(4):
         check(session, inputs(4, seed))
@@ -123,7 +125,7 @@ def test_a_buffer_that_is_too_small_is_replaced(open_session: Open, driver: Fake
     assert (driver.calls["cuMemAlloc_v2"], driver.calls["cuMemFree_v2"], len(driver.device)) == (10, 5, 5)
 
 
-def test_what_did_not_change_is_not_uploaded_again(open_session: Open, driver: FakeDriver) -> None:
+def test_unchanged_inputs_are_not_uploaded_again(open_session: Open, driver: FakeDriver) -> None:
     session, given = open_session(), inputs(2)
     check(session, given)
     assert driver.calls["cuMemcpyHtoDAsync_v2"] == 3
@@ -133,7 +135,7 @@ def test_what_did_not_change_is_not_uploaded_again(open_session: Open, driver: F
     assert driver.calls["cuMemcpyHtoDAsync_v2"] == 7
 
 
-def test_what_was_changed_in_place_is_uploaded(open_session: Open, driver: FakeDriver) -> None:
+def test_inputs_changed_in_place_are_uploaded(open_session: Open, driver: FakeDriver) -> None:
     session, given = open_session(), inputs(2)
     check(session, given)
     given["context"][1, 2, 3] += 1
@@ -141,7 +143,7 @@ def test_what_was_changed_in_place_is_uploaded(open_session: Open, driver: FakeD
     assert driver.calls["cuMemcpyHtoDAsync_v2"] == 4
 
 
-def test_another_shape_between_does_not_confuse_it(open_session: Open) -> None:
+def test_alternating_shapes(open_session: Open) -> None:
     session, given = open_session(), inputs(2)
     check(session, given)
     check(session, inputs(1, seed=3))
@@ -175,7 +177,7 @@ def test_any_number_of_rows_runs_in_slices(
     assert [shapes["x"][0] for shapes in trt.executed] == ran
 
 
-def test_arrays_of_any_layout_are_taken(open_session: Open) -> None:
+def test_arrays_need_not_be_contiguous(open_session: Open) -> None:
     given = inputs(2)
     given["x"] = np.asfortranarray(given["x"])
     given["context"] = given["context"].transpose(0, 2, 1).copy().transpose(0, 2, 1)
@@ -189,12 +191,12 @@ def test_arrays_of_any_layout_are_taken(open_session: Open) -> None:
         ({"x": np.zeros((2, 5))}, "expected x of float32 [-1, 5], found float64 [2, 5]"),
         ({"x": np.zeros((2, 6), np.float32)}, "expected x of float32 [-1, 5], found float32 [2, 6]"),
         ({"ids": np.zeros((2, 1), np.int64)}, "expected ids of int64 [-1], found int64 [2, 1]"),
-        ({"ids": np.zeros(3, np.int64)}, "expected as many rows in every input, found [2, 3]"),
-        (inputs(0), "expected as many rows in every input, found [0]"),
+        ({"ids": np.zeros(3, np.int64)}, "expected the same number of rows in every input, found [2, 3]"),
+        (inputs(0), "expected the same number of rows in every input, found [0]"),
         ({"more": np.zeros(2)}, "expected the inputs context, ids, x, found context, ids, more, x"),
     ],
 )
-def test_inputs_that_do_not_fit_are_one_line(
+def test_wrong_inputs_are_one_line(
     open_session: Open, driver: FakeDriver, change: dict[str, np.ndarray], message: str
 ) -> None:
     session = open_session()
@@ -207,9 +209,9 @@ def test_inputs_that_do_not_fit_are_one_line(
 
 @pytest.mark.parametrize(
     ("what", "message"),
-    [("shape", "take x of shape (2, 5)"), ("address", "take memory for x"), ("execute", "run it")],
+    [("shape", "accept x of shape (2, 5)"), ("address", "use the memory for x"), ("execute", "run it")],
 )
-def test_a_refusal_of_tensorrt_is_one_line(
+def test_an_error_of_tensorrt_is_one_line(
     open_session: Open, trt: FakeTensorRt, what: str, message: str
 ) -> None:
     session = open_session()
@@ -220,7 +222,7 @@ def test_a_refusal_of_tensorrt_is_one_line(
 
 
 @pytest.mark.parametrize(
-    ("what", "message"), [("deserialize", "load its engine"), ("context", "make room to run it")]
+    ("what", "message"), [("deserialize", "load its engine"), ("context", "create an execution context")]
 )
 def test_an_engine_that_does_not_open_leaves_nothing(
     open_session: Open, trt: FakeTensorRt, what: str, message: str
@@ -256,7 +258,7 @@ def test_ctrl_c_in_a_call_waits_for_the_device(
     check(session, given)
 
 
-def test_a_type_that_no_bundle_has_is_refused(open_session: Open) -> None:
+def test_an_unsupported_dtype_is_refused(open_session: Open) -> None:
     with pytest.raises(EngineFailed, match="expected x of FLOAT, HALF, INT64, INT32, BOOL, found INT8"):
         open_session("odd")
 
@@ -267,7 +269,7 @@ def test_a_type_that_no_bundle_has_is_refused(open_session: Open) -> None:
         (
             "cuMemAlloc_v2",
             2,
-            "expected CUDA's cuMemAlloc_v2 to succeed, found CUDA_ERROR_OUT_OF_MEMORY; draw fewer",
+            "expected CUDA's cuMemAlloc_v2 to succeed, found CUDA_ERROR_OUT_OF_MEMORY; generate fewer",
         ),
         ("cuMemAllocHost_v2", 2, "cuMemAllocHost_v2 to succeed, found CUDA_ERROR_OUT_OF_MEMORY"),
         ("cuMemcpyHtoDAsync_v2", 700, "cuMemcpyHtoDAsync_v2 to succeed, found CUDA_ERROR_ILLEGAL_ADDRESS"),
@@ -276,7 +278,7 @@ def test_a_type_that_no_bundle_has_is_refused(open_session: Open) -> None:
         ("cuCtxSetCurrent", 700, "cuCtxSetCurrent to succeed, found CUDA_ERROR_ILLEGAL_ADDRESS"),
     ],
 )
-def test_a_call_of_cuda_that_fails_is_one_line_with_its_name(
+def test_an_error_of_cuda_is_one_line_with_its_name(
     open_session: Open, driver: FakeDriver, entry: str, code: int, message: str
 ) -> None:
     session = open_session()
@@ -288,9 +290,7 @@ def test_a_call_of_cuda_that_fails_is_one_line_with_its_name(
 
 
 @pytest.mark.parametrize("entry", ["cuDevicePrimaryCtxRetain", "cuCtxSetCurrent", "cuStreamCreate"])
-def test_a_device_that_gives_no_stream_leaves_nothing(
-    open_session: Open, driver: FakeDriver, entry: str
-) -> None:
+def test_a_device_without_a_stream_leaves_nothing(open_session: Open, driver: FakeDriver, entry: str) -> None:
     driver.fail[entry] = 2
     with pytest.raises(EngineFailed, match=f"expected CUDA's {entry} to succeed"):
         open_session()
@@ -302,7 +302,7 @@ def test_an_older_driver_is_named(driver: FakeDriver) -> None:
         cuda.Driver().handle("cuStreamCreate", 1)
 
 
-def test_is_freed_in_order_when_nobody_holds_it(
+def test_is_freed_in_order_by_garbage_collection(
     open_session: Open, driver: FakeDriver, trt: FakeTensorRt
 ) -> None:
     session = open_session()
@@ -321,7 +321,7 @@ def test_is_freed_in_order_when_nobody_holds_it(
     assert trt.alive == []
 
 
-def test_closing_twice_is_once_and_a_closed_session_says_so(open_session: Open, driver: FakeDriver) -> None:
+def test_closing_twice_is_allowed_and_a_closed_session_raises(open_session: Open, driver: FakeDriver) -> None:
     session = open_session()
     check(session, inputs(2))
     session.close()
@@ -331,7 +331,7 @@ def test_closing_twice_is_once_and_a_closed_session_says_so(open_session: Open, 
         session.run(inputs(2))
 
 
-def test_what_cannot_be_freed_does_not_keep_the_rest(open_session: Open, driver: FakeDriver) -> None:
+def test_a_failed_free_does_not_prevent_the_others(open_session: Open, driver: FakeDriver) -> None:
     session = open_session()
     check(session, inputs(2))
     driver.fail |= dict.fromkeys(["cuCtxSetCurrent", "cuMemFree_v2", "cuStreamDestroy_v2"], 700)
@@ -351,7 +351,7 @@ def test_two_sessions_do_not_share(open_session: Open, driver: FakeDriver) -> No
 
 
 class TestGraphs:
-    """CUDA graphs: captured once the same shapes come a second time, launched from then on."""
+    """CUDA graphs: captured at the second call of the same shapes, then launched."""
 
     def test_computes_the_same(self, open_session: Open, driver: FakeDriver, trt: FakeTensorRt) -> None:
         session = open_session(graphs=True)
@@ -388,7 +388,7 @@ class TestGraphs:
         assert driver.graphs == {}
         check(session, inputs(2, 1))
 
-    def test_is_off_unless_asked_for(self, open_session: Open, driver: FakeDriver) -> None:
+    def test_is_off_by_default(self, open_session: Open, driver: FakeDriver) -> None:
         session = open_session()
         for seed in range(3):
             check(session, inputs(2, seed))
@@ -403,14 +403,14 @@ class TestGraphs:
 
 
 class TestKernelsOfRtx:
-    """What TensorRT for RTX compiles when it runs: before the numbers, and once for all processes."""
+    """Kernels of TensorRT for RTX are compiled before a shape runs, and cached for other processes."""
 
     def test_are_compiled_before_a_shape_runs(self, open_session: Open, trt: FakeTensorRt) -> None:
         check(open_session(flavour=RTX), inputs(2))
         eager = trt.DynamicShapesKernelSpecializationStrategy.EAGER
         assert trt.strategies == [(trt.CudaGraphStrategy.DISABLED, eager)]
 
-    def test_are_kept_for_the_next_session(
+    def test_are_cached_for_the_next_session(
         self, open_session: Open, trt: FakeTensorRt, kernels: Path
     ) -> None:
         session = open_session(flavour=RTX)
@@ -431,7 +431,7 @@ class TestKernelsOfRtx:
         open_session(flavour=RTX).close()
         assert kernels.read_bytes() == b"kernels"
 
-    def test_that_cannot_be_kept_are_compiled_again(self, open_session: Open, kernels: Path) -> None:
+    def test_that_cannot_be_stored_are_compiled_again(self, open_session: Open, kernels: Path) -> None:
         kernels.mkdir()
         session = open_session(flavour=RTX)
         check(session, inputs(2))

@@ -12,7 +12,7 @@ from tpx_export.model.attention import RMSNorm
 from tpx_export.model.text_to_image import TextToImage
 from tpx_runtime.bundle import Bundle
 from tpx_runtime.engine.openvino import core
-from tpx_runtime.engine.openvino_exact import compile_exactly, shapes_at
+from tpx_runtime.engine.openvino_static import compile_static, model_shapes
 
 DEPTH = 3
 
@@ -55,8 +55,8 @@ def test_onnx_runtime_fuses_every_norm(tiny_model: TextToImage, graph: Path, tmp
 
 
 def test_openvino_fuses_attention_and_every_norm(tiny_model: TextToImage, graph: Path) -> None:
-    shapes = shapes_at(core(), graph, rows=2)
-    compiled = compile_exactly(core(), graph, {"INFERENCE_PRECISION_HINT": "f32"}, shapes, parts=1)
+    shapes = model_shapes(core(), graph, rows=2)
+    compiled = compile_static(core(), graph, {"INFERENCE_PRECISION_HINT": "f32"}, shapes, parts=1)
     kinds = Counter(
         node.get_rt_info()["layerType"].astype(str) for node in compiled.get_runtime_model().get_ops()
     )

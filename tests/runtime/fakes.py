@@ -178,7 +178,7 @@ class FakeEngine:
 
     variant: GraphVariant = "operator"
     precision: str | None = None
-    has_loop = loops = False
+    has_device_loop = uses_device_loop = False
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Choosing an engine: the one asked for or a reason, and what real engines say of a broken graph."""
+"""Choosing an engine, or the reason why it cannot be used; errors of real engines for a broken graph."""
 
 import importlib
 import importlib.util
@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from tpx_runtime.engine import AUTO, ENGINES, Engine, cuda, failing, one_line, output, resolve
+from tpx_runtime.engine import AUTO, ENGINES, Engine, cuda, engine_errors, one_line, output, resolve
 from tpx_runtime.errors import BadInput, EngineFailed, EngineUnavailable
 
 REAL = ["onnxruntime", "openvino"]
@@ -22,7 +22,7 @@ NAMES = ", ".join(ENGINES)
 
 
 def hide(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
-    """Let find_spec miss these packages, as where they are not installed."""
+    """Make find_spec report these packages as not installed."""
     find_spec = importlib.util.find_spec
 
     def without(name: str, package: str | None = None) -> ModuleSpec | None:
@@ -90,7 +90,7 @@ def test_every_extra_exists_and_installs_the_package() -> None:
     facts = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))
     extras = facts["project"]["optional-dependencies"]
     for engine in ENGINES.values():
-        # A package may go by another name than what installs it, which only an installed one tells.
+        # A package may have another name than its distribution, known only if it is installed.
         distributions = packages_distributions().get(engine.package, [engine.package])
         wanted = [requirement.replace("-", "_") for requirement in extras[engine.extra]]
         names = [found.replace("-", "_").removesuffix("_bindings") for found in distributions]
@@ -124,57 +124,57 @@ def test_a_package_that_does_not_import_is_a_problem(
 
 
 class TestThreads:
-    """Of engines on the CPU: every core, unless TPX_THREADS says how many."""
+    """CPU engines use every core unless TPX_THREADS limits them."""
 
-    @pytest.mark.parametrize(("said", "threads"), [(None, 0), ("", 0), (" 3 ", 3)])
-    def test_onnxruntime_is_told(
-        self, said: str | None, threads: int, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+    @pytest.mark.parametrize(("value", "threads"), [(None, 0), ("", 0), (" 3 ", 3)])
+    def test_onnxruntime_uses_that_many(
+        self, value: str | None, threads: int, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         import onnxruntime
 
-        told: list[int] = []
+        threads_seen: list[int] = []
         load = onnxruntime.InferenceSession
 
         def watched(path: str, options: onnxruntime.SessionOptions, providers: object) -> object:
-            told.append(options.intra_op_num_threads)
+            threads_seen.append(options.intra_op_num_threads)
             return load(path, options, providers=providers)
 
         monkeypatch.setattr(onnxruntime, "InferenceSession", watched)
         monkeypatch.delenv("TPX_THREADS", raising=False)
-        if said is not None:
-            monkeypatch.setenv("TPX_THREADS", said)
+        if value is not None:
+            monkeypatch.setenv("TPX_THREADS", value)
         ENGINES["onnxruntime"].open(tiny_bundle / "text_encoder/model.onnx")
-        assert told == [threads]
+        assert threads_seen == [threads]
 
-    def test_openvino_is_told_and_runs_one_as_a_whole(
+    def test_openvino_uses_that_many_and_does_not_split_for_one(
         self, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from tpx_runtime.engine import openvino, openvino_exact
+        from tpx_runtime.engine import openvino, openvino_static
 
         path = tiny_bundle / "text_encoder/model.onnx"
-        store, shapes = openvino.store_of("openvino", path), (("ids", (2, 12)),)
-        assert "INFERENCE_NUM_THREADS" not in openvino.settings("openvino", path)
+        store, shapes = openvino.open_store("openvino", path), (("ids", (2, 12)),)
+        assert "INFERENCE_NUM_THREADS" not in openvino.compile_config("openvino", path)
         monkeypatch.setenv("TPX_ENGINES", str(tmp_path))
         for threads, parts in (("1", 1), ("2", 2)):
             monkeypatch.setenv("TPX_THREADS", threads)
-            other = openvino.store_of("openvino", path)
-            compiled = openvino.compile_any(path, openvino.settings("openvino", path))
+            other = openvino.open_store("openvino", path)
+            compiled = openvino.compile_dynamic(path, openvino.compile_config("openvino", path))
             assert compiled.get_property("INFERENCE_NUM_THREADS") == int(threads)
-            assert openvino_exact.parts_of(openvino.core(), shapes, other) == parts
-            assert other.any_shapes.name != store.any_shapes.name  # compiled by itself
+            assert openvino_static.num_parts(openvino.core(), shapes, other) == parts
+            assert other.dynamic_file.name != store.dynamic_file.name  # compiled separately
 
-    @pytest.mark.parametrize("said", ["0", "-1", "two", "1.5", "1025"])
+    @pytest.mark.parametrize("value", ["0", "-1", "two", "1.5", "1025"])
     @pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
-    def test_what_is_no_number_is_one_line(
-        self, name: str, said: str, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+    def test_an_invalid_number_is_one_line(
+        self, name: str, value: str, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setenv("TPX_THREADS", said)
+        monkeypatch.setenv("TPX_THREADS", value)
         with pytest.raises(BadInput, match=r"expected TPX_THREADS to be a whole number in 1\.\.1024, found "):
             ENGINES[name].open(tiny_bundle / "text_encoder/model.onnx")
 
 
 class TestCuda:
-    """onnxruntime-cuda where the machine or the package cannot: never another provider in silence."""
+    """onnxruntime-cuda on a machine or with a package that cannot run it: never a silent fallback."""
 
     def test_a_package_without_cuda_is_a_problem(self, monkeypatch: pytest.MonkeyPatch) -> None:
         import onnxruntime
@@ -187,7 +187,7 @@ class TestCuda:
         import onnxruntime
 
         monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
-        monkeypatch.setattr(cuda, "library", lambda name: None)
+        monkeypatch.setattr(cuda, "load_library", lambda name: None)
         with pytest.raises(EngineUnavailable) as caught:
             resolve("onnxruntime-cuda")
         assert str(caught.value) == (
@@ -203,7 +203,7 @@ class TestCuda:
         driver = SimpleNamespace(cuInit=lambda flags: cuda.NO_DEVICE, cuGetErrorName=lambda code, text: 1)
         providers = ["CUDAExecutionProvider", "CPUExecutionProvider"]
         monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: providers)
-        monkeypatch.setattr(cuda, "library", lambda name: driver)
+        monkeypatch.setattr(cuda, "load_library", lambda name: driver)
         with pytest.raises(
             EngineUnavailable, match="expected an NVIDIA GPU, found a driver without one; eng"
         ):
@@ -244,9 +244,7 @@ def test_a_graph_that_does_not_load_is_one_line(name: str, content: bytes | None
         {"other": np.zeros((1, 12), np.int64)},
     ],
 )
-def test_inputs_that_do_not_fit_are_one_line(
-    name: str, inputs: dict[str, np.ndarray], tiny_bundle: Path
-) -> None:
+def test_wrong_inputs_are_one_line(name: str, inputs: dict[str, np.ndarray], tiny_bundle: Path) -> None:
     session = ENGINES[name].open(tiny_bundle / "text_encoder/model.onnx")
     with pytest.raises(EngineFailed, match=f"{name} could not run it: ") as caught:
         session.run(inputs)
@@ -254,31 +252,31 @@ def test_inputs_that_do_not_fit_are_one_line(
 
 
 class TimeLimit(Exception):
-    """Of an application, raised in a signal handler while the engine works."""
+    """Raised by an application in a signal handler during an engine call."""
 
 
 class Foreign(Exception):
-    """Of an engine's own module."""
+    """An exception type of an engine's own module."""
 
 
 Foreign.__module__ = "engine.inner"
 
 
-def test_what_is_not_the_engines_error_goes_on() -> None:
-    with pytest.raises(TimeLimit), failing(Path("a.onnx"), "engine", "run"):
+def test_errors_of_others_propagate() -> None:
+    with pytest.raises(TimeLimit), engine_errors(Path("a.onnx"), "engine", "run"):
         raise TimeLimit
     for error in (RuntimeError("bad\nshape"), Foreign("bad\nshape"), ValueError("bad\nshape")):
         with (
             pytest.raises(EngineFailed, match=r"^a\.onnx: engine could not run it: bad shape$"),
-            failing(Path("a.onnx"), "engine", "run"),
+            engine_errors(Path("a.onnx"), "engine", "run"),
         ):
             raise error
 
 
-def test_too_little_memory_is_said_with_what_helps() -> None:
+def test_too_little_memory_is_reported_with_advice() -> None:
     with (
-        pytest.raises(EngineFailed, match=r"Failed to allocate memory; where memory is short, draw fewer"),
-        failing(Path("a.onnx"), "engine", "run"),
+        pytest.raises(EngineFailed, match=r"Failed to allocate memory; if memory is short, generate"),
+        engine_errors(Path("a.onnx"), "engine", "run"),
     ):
         raise RuntimeError("Failed to allocate memory")
 
@@ -311,7 +309,7 @@ def test_one_line_of_a_long_error() -> None:
     assert len(one_line(RuntimeError("x" * 10_000))) == 300
 
 
-def test_asking_one_engine_imports_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_using_one_engine_imports_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     for package in ("onnxruntime", "openvino"):
         monkeypatch.delitem(sys.modules, f"tpx_runtime.engine.{package}", raising=False)
     resolve("onnxruntime")
@@ -331,8 +329,8 @@ signal.raise_signal(signal.SIGINT)
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_ctrl_c_is_heard_after_graphs_were_released_in_any_order(name: str, tiny_bundle: Path) -> None:
-    """OpenVINO gives the thread a stack for signals; one that is gone makes the next signal a crash."""
+def test_ctrl_c_works_after_graphs_were_released_in_any_order(name: str, tiny_bundle: Path) -> None:
+    """OpenVINO sets a signal stack for the thread; if that has been freed, the next signal crashes."""
     code = RELEASE_AND_INTERRUPT.format(name=name, bundle=str(tiny_bundle))
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == -signal.SIGINT

@@ -270,7 +270,7 @@ def test_an_error_with_arguments_of_its_own_says_how_many_are_left_too() -> None
     with pytest.raises(CudaFailed) as caught:
         run()
     assert str(caught.value) == (
-        "expected CUDA's cuMemAlloc to succeed, found CUDA_ERROR_OUT_OF_MEMORY; draw fewer pictures at a time, or close "
+        "expected CUDA's cuMemAlloc to succeed, found CUDA_ERROR_OUT_OF_MEMORY; generate fewer images at once, or close "
         "other programs; 10 of 16 images are left; run the same command again to resume"
     )
     assert caught.value.code == OUT_OF_MEMORY

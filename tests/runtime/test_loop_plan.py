@@ -42,7 +42,7 @@ def test_a_guided_loop_has_both_branches_and_each_call_s_conditions() -> None:
     found, table = plan(JOB)
     assert found is not None
     np.testing.assert_array_equal(found.latents, np.concatenate([LATENTS, LATENTS]))
-    assert (found.pictures, found.ends, found.prediction) == (2, [1, 2, 3, 4], "velocity")
+    assert (found.num_images, found.ends, found.prediction) == (2, [1, 2, 3, 4], "velocity")
     assert set(found.context) == {"context"}
     made, told = found.tables["table"], found.tables["told"]
     assert made.shape == (5, 2, MODEL.conditions_width)

@@ -1,4 +1,4 @@
-"""ONNX Runtime with bound buffers, run on the CPU's memory in the place of a GPU's, and CUDA graphs with a stand-in."""
+"""ONNX Runtime with bound buffers, in CPU memory instead of GPU memory, and CUDA graphs with a fake session."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from onnx import parser
 from tpx_runtime.bundle import Bundle
 from tpx_runtime.engine import ENGINES
 from tpx_runtime.engine import onnxruntime as engine_module
-from tpx_runtime.engine.onnxruntime_bound import MOST_KEPT, BoundSession
+from tpx_runtime.engine.onnxruntime_bound import MAX_BUFFER_SETS, BoundSession
 from tpx_runtime.errors import EngineFailed
 from tpx_runtime.generator import Generator
 from tpx_runtime.verify import verify_bundle
@@ -34,7 +34,7 @@ def bound() -> BoundSession:
 
 @pytest.fixture
 def uploads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """The shapes of what is written to buffers."""
+    """The shapes of the arrays uploaded to buffers."""
     seen: list[tuple[int, ...]] = []
     update = ort.OrtValue.update_inplace
 
@@ -46,7 +46,7 @@ def uploads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     return seen
 
 
-def test_outputs_are_the_callers_own(bound: BoundSession) -> None:
+def test_outputs_are_not_shared_with_the_session(bound: BoundSession) -> None:
     x, y = np.ones((3, 2), np.float32), np.ones(2, np.float32)
     first = bound.run({"x": x, "y": y})["sum"]
     second = bound.run({"x": 2 * x, "y": y})["sum"]
@@ -62,12 +62,12 @@ def test_only_what_changed_is_uploaded_again(bound: BoundSession, uploads: list[
     assert uploads == []
     assert (bound.run({"x": x + 1, "y": y})["sum"] == 3).all()
     assert uploads == [(3, 2)]
-    y[:] = 5  # the same array, but no longer what it was
+    y[:] = 5  # the same array with other values
     assert (bound.run({"x": x, "y": y})["sum"] == 6).all()
     assert uploads == [(3, 2), (3, 2), (2,)]
 
 
-def test_arrays_with_gaps_are_read_as_they_are(bound: BoundSession) -> None:
+def test_arrays_need_not_be_contiguous(bound: BoundSession) -> None:
     x = np.arange(12, dtype=np.float32).reshape(3, 4)[:, ::2]
     assert np.array_equal(bound.run({"x": x, "y": np.zeros(2, np.float32)})["sum"], x)
 
@@ -86,11 +86,11 @@ def test_each_set_of_shapes_keeps_buffers_up_to_a_limit(
         run(rows)
         return set(uploads)
 
-    for rows in range(1, MOST_KEPT + 1):
+    for rows in range(1, MAX_BUFFER_SETS + 1):
         assert written(rows) == {(rows, 2), (2,)}
     assert written(1) == {(1, 2)}
-    # It takes the place of 2 rows, which have waited longest.
-    assert written(MOST_KEPT + 1) == {(MOST_KEPT + 1, 2), (2,)}
+    # It evicts 2 rows, the least recently used.
+    assert written(MAX_BUFFER_SETS + 1) == {(MAX_BUFFER_SETS + 1, 2), (2,)}
     assert written(2) == {(2, 2), (2,)}
     assert written(1) == {(1, 2)}
 
@@ -99,7 +99,7 @@ def test_each_set_of_shapes_keeps_buffers_up_to_a_limit(
     "inputs",
     [{}, {"x": np.ones((1, 2), np.float32)}, {"x": np.ones((1, 2)), "y": np.ones(2, np.float32)}],
 )
-def test_inputs_that_do_not_fit_are_one_line_and_the_next_call_is_right(
+def test_wrong_inputs_are_one_line_and_the_next_call_works(
     bound: BoundSession, inputs: dict[str, np.ndarray]
 ) -> None:
     good = {"x": np.ones((1, 2), np.float32), "y": np.ones(2, np.float32)}
@@ -110,8 +110,8 @@ def test_inputs_that_do_not_fit_are_one_line_and_the_next_call_is_right(
     assert (bound.run(good)["sum"] == 2).all()
 
 
-class Watched:
-    """A session that tells what it is asked to run and to release."""
+class RecordingSession:
+    """A session that records the graph ids it is asked to run and to release."""
 
     def __init__(self) -> None:
         self._session = session()
@@ -130,41 +130,43 @@ class Watched:
 
 
 @pytest.mark.parametrize("graphs", [True, False])
-def test_each_set_of_shapes_is_a_graph_once_its_outputs_have_their_place(graphs: bool) -> None:
-    watched, y = Watched(), np.ones(2, np.float32)
-    bound = BoundSession(watched, Path("add.onnx"), "cpu", graphs)
+def test_each_set_of_shapes_is_captured_once_its_outputs_are_bound(graphs: bool) -> None:
+    session_spy, y = RecordingSession(), np.ones(2, np.float32)
+    bound = BoundSession(session_spy, Path("add.onnx"), "cpu", graphs)
     for rows in (1, 1, 1, 2, 2, 1):
         out = bound.run({"x": np.full((rows, 2), rows, np.float32), "y": y})["sum"]
         assert np.array_equal(out, np.full((rows, 2), rows + 1, np.float32))
-    assert watched.asked == (["-1", "0", "0", "-1", "1", "0"] if graphs else [None] * 6)
-    for rows in range(3, 2 + MOST_KEPT):
+    assert session_spy.asked == (["-1", "0", "0", "-1", "1", "0"] if graphs else [None] * 6)
+    for rows in range(3, 2 + MAX_BUFFER_SETS):
         bound.run({"x": np.ones((rows, 2), np.float32), "y": y})
-    assert watched.released == ([1] if graphs else [])
-    watched.released.clear()
+    assert session_spy.released == ([1] if graphs else [])
+    session_spy.released.clear()
     with pytest.raises(EngineFailed):
         bound.run({"x": np.ones((1, 2), np.float32)})
-    assert len(watched.released) == (MOST_KEPT + 1 if graphs else 0)  # all, with those of what failed
+    assert len(session_spy.released) == (
+        MAX_BUFFER_SETS + 1 if graphs else 0
+    )  # all, including those of the failed call
 
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What a stand-in of InferenceSession is told of its provider at each call; it cannot capture large.onnx."""
-    told: list[Any] = []
-    made = Watched()
+    """The providers passed to a fake InferenceSession, which cannot capture large.onnx."""
+    providers_seen: list[Any] = []
+    made = RecordingSession()
     made.get_providers = lambda: ["CUDAExecutionProvider"]  # type: ignore[method-assign]
 
     def load(model: str, options: object, providers: list[Any]) -> Any:
-        told.extend(providers)
+        providers_seen.extend(providers)
         if "enable_cuda_graph" in providers[0][1] and "large" in model:
             raise RuntimeError("This session cannot use the graph capture feature")
         return made
 
     monkeypatch.setattr(ort, "InferenceSession", load)
-    return told
+    return providers_seen
 
 
 @pytest.mark.parametrize(("wanted", "graphs"), [("1", True), ("0", False), (None, True), ("", True)])
-def test_the_gpu_engine_binds_and_captures_graphs_unless_told_not_to(
+def test_the_gpu_engine_binds_and_captures_graphs_by_default(
     wanted: str | None, graphs: bool, asked: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("TPX_CUDA_GRAPHS", raising=False)
@@ -177,26 +179,26 @@ def test_the_gpu_engine_binds_and_captures_graphs_unless_told_not_to(
     assert (opened._device, opened._graphs) == ("cuda", graphs)
 
 
-def test_the_libraries_of_packages_are_found_once_and_in_silence(
+def test_libraries_are_preloaded_once_without_output(
     asked: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found: list[int] = []
     monkeypatch.setattr(ort, "preload_dlls", lambda: (found.append(1), print("libcublas: none")))
-    engine_module._find_libraries.cache_clear()
+    engine_module._preload_libraries.cache_clear()
     for _ in range(2):
         engine_module.open_session("onnxruntime-cuda", Path("small.onnx"))
-    engine_module._find_libraries.cache_clear()
+    engine_module._preload_libraries.cache_clear()
     assert (found, capsys.readouterr().out) == ([1], "")
 
 
-def test_what_cannot_be_captured_is_launched_kernel_by_kernel_unless_told_to(
+def test_without_capture_kernels_are_launched_one_by_one(
     asked: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("TPX_CUDA_GRAPHS", raising=False)
     opened = engine_module.open_session("onnxruntime-cuda", Path("large.onnx"))
     assert isinstance(opened, BoundSession)
     assert not opened._graphs
-    assert ["enable_cuda_graph" in told for _, told in asked] == [True, False]
+    assert ["enable_cuda_graph" in provider_options for _, provider_options in asked] == [True, False]
     monkeypatch.setenv("TPX_CUDA_GRAPHS", "1")
     with pytest.raises(
         EngineFailed, match=r"large\.onnx: onnxruntime could not load it: This session cannot use"
@@ -204,9 +206,7 @@ def test_what_cannot_be_captured_is_launched_kernel_by_kernel_unless_told_to(
         engine_module.open_session("onnxruntime-cuda", Path("large.onnx"))
 
 
-def test_a_picture_through_bound_buffers_is_the_same(
-    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bound_buffers_give_the_same_image(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = Generator.load(tiny_bundle, "onnxruntime")("a red cube", steps=3, num_images=3, batch_size=2)
 
     def opened(engine_name: str, path: Path) -> BoundSession:

@@ -1,4 +1,4 @@
-"""Loops whose latents stay on the device, run on the CPU's memory in the place of a GPU's."""
+"""Loops whose latents stay on the device, in CPU memory instead of GPU memory."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +14,7 @@ from benchmarks import device_loop
 from tpx_runtime.bundle import STEP, Bundle
 from tpx_runtime.engine import ENGINES
 from tpx_runtime.engine import onnxruntime as engine_module
-from tpx_runtime.engine.onnxruntime_bound import MOST_KEPT, BoundSession
+from tpx_runtime.engine.onnxruntime_bound import MAX_BUFFER_SETS, BoundSession
 from tpx_runtime.errors import BadInput, Cancelled, EngineFailed
 from tpx_runtime.generator import Generator
 from tpx_runtime.sampling import Array
@@ -22,8 +22,8 @@ from tpx_runtime.sampling import Array
 PROMPT = "a red cube"
 
 
-class Released(ort.InferenceSession):
-    """Without CUDA there is no graph to release."""
+class WithoutGraphs(ort.InferenceSession):
+    """A session without CUDA graphs to release."""
 
     def release_captured_graph(self, graph: int) -> None:
         pass
@@ -32,14 +32,16 @@ class Released(ort.InferenceSession):
 @pytest.fixture(autouse=True)
 def on_bound_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     def opened(engine_name: str, path: Path) -> BoundSession:
-        return BoundSession(Released(str(path), providers=["CPUExecutionProvider"]), path, "cpu", graphs=True)
+        return BoundSession(
+            WithoutGraphs(str(path), providers=["CPUExecutionProvider"]), path, "cpu", graphs=True
+        )
 
     monkeypatch.setattr(engine_module, "open_session", opened)
 
 
 @pytest.fixture
 def loops(monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """The plans of loops that were started."""
+    """The plans of the loops started so far."""
     started: list[object] = []
     start = engine_module.start_loop
 
@@ -53,11 +55,11 @@ def loops(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 
 
 def generator(bundle: Path, keep: bool = True) -> Generator:
-    return Generator(Bundle.open(bundle), replace(ENGINES["onnxruntime"], has_loop=True), keep=keep)
+    return Generator(Bundle.open(bundle), replace(ENGINES["onnxruntime"], has_device_loop=True), keep=keep)
 
 
 def same(found: Generator, expected: Generator, prompt: str = PROMPT, **settings: Any) -> None:
-    """Both draw the same latents up to rounding, by the same routes."""
+    """Check that both give the same latents up to rounding, and the same routes."""
     jobs = found.plan(prompt, **settings)
     one, other = found.generate_latents(jobs), expected.generate_latents(jobs)
     np.testing.assert_allclose(one.latents, other.latents, rtol=1e-4, atol=1e-4)
@@ -67,9 +69,7 @@ def same(found: Generator, expected: Generator, prompt: str = PROMPT, **settings
 
 
 @pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp2m", "unipc"])
-def test_latents_and_routes_are_those_of_the_host_s_loop(
-    tiny_bundle: Path, loops: list[object], sampler: str
-) -> None:
+def test_latents_and_routes_equal_the_host_loop(tiny_bundle: Path, loops: list[object], sampler: str) -> None:
     looping, host = generator(tiny_bundle), Generator.load(tiny_bundle, "onnxruntime")
     for number, settings in enumerate(
         ({"steps": 1}, {"steps": 4}, {"guidance": 1.0, "steps": 3}, {"num_images": 3, "depth": 1}), start=1
@@ -78,7 +78,7 @@ def test_latents_and_routes_are_those_of_the_host_s_loop(
         assert len(loops) == number
 
 
-def test_nothing_but_the_number_of_the_call_goes_up_on_the_way(
+def test_each_step_uploads_only_the_index_of_the_call(
     tiny_bundle: Path, loops: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     uploads: list[tuple[int, ...]] = []
@@ -104,18 +104,18 @@ def test_nothing_but_the_number_of_the_call_goes_up_on_the_way(
     assert uploads.count(()) == 6 and uploads[-5:] == [()] * 5
     assert uploads.count(latents) == 1
     routes = [2, *sample.routes[0].shape[1:]]
-    assert downloads == [routes] * 5 + [list(latents)]  # the latents once, at the end
+    assert downloads == [routes] * 5 + [list(latents)]  # the latents only once, at the end
 
 
-def test_a_callback_is_shown_the_latents_of_each_step_and_may_stop(
+def test_a_callback_gets_the_latents_of_each_step_and_can_stop(
     tiny_bundle: Path, loops: list[object]
 ) -> None:
     looping, host = generator(tiny_bundle), Generator.load(tiny_bundle, "onnxruntime")
     seen: list[tuple[int, int, Array]] = []
     expected: list[tuple[int, int, Array]] = []
-    for drawing, told in ((looping, seen), (host, expected)):
+    for drawing, shown in ((looping, seen), (host, expected)):
         drawing.generate_latents(
-            drawing.plan(PROMPT, sampler="heun", steps=3), lambda *args, told=told: told.append(args)
+            drawing.plan(PROMPT, sampler="heun", steps=3), lambda *args, shown=shown: shown.append(args)
         )
     assert len(loops) == 1 and [one[:2] for one in seen] == [(1, 3), (2, 3), (3, 3)]
     for one, other in zip(seen, expected, strict=True):
@@ -125,15 +125,21 @@ def test_a_callback_is_shown_the_latents_of_each_step_and_may_stop(
     same(looping, host, steps=3)
 
 
-def test_sizes_and_steps_take_turns(tiny_bundle: Path, loops: list[object]) -> None:
-    """More of them than there are buffers kept, and the first ones again."""
+def test_sizes_and_steps_alternate(tiny_bundle: Path, loops: list[object]) -> None:
+    """More sets of shapes than there are buffers, and the first ones again."""
     looping, host = generator(tiny_bundle), Generator.load(tiny_bundle, "onnxruntime")
-    for steps, images in [(2, 1), (3, 1), (2, 2), *((2, 3 + more) for more in range(MOST_KEPT)), (2, 1)]:
+    for steps, images in [
+        (2, 1),
+        (3, 1),
+        (2, 2),
+        *((2, 3 + more) for more in range(MAX_BUFFER_SETS)),
+        (2, 1),
+    ]:
         same(looping, host, steps=steps, num_images=images)
     same(looping, host, steps=2, guidance_every=2)  # on the host, in the buffers of the loop
 
 
-def test_what_is_not_finite_is_an_error_and_leaves_nothing_behind(
+def test_non_finite_latents_are_an_error_and_leave_nothing_behind(
     tiny_bundle: Path, loops: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looping, host = generator(tiny_bundle), Generator.load(tiny_bundle, "onnxruntime")
@@ -148,9 +154,7 @@ def test_what_is_not_finite_is_an_error_and_leaves_nothing_behind(
     same(looping, host, steps=3)
 
 
-def test_other_prompts_guidance_and_seeds_take_turns_in_the_same_buffers(
-    tiny_bundle: Path, loops: list[object]
-) -> None:
+def test_prompts_guidance_and_seeds_share_buffers(tiny_bundle: Path, loops: list[object]) -> None:
     looping, host = generator(tiny_bundle), Generator.load(tiny_bundle, "onnxruntime")
     for prompt, settings in (
         (PROMPT, {}),
@@ -165,43 +169,41 @@ def test_other_prompts_guidance_and_seeds_take_turns_in_the_same_buffers(
     assert len(loops) == 7
 
 
-def test_graphs_are_let_go_where_nothing_is_to_be_kept(tiny_bundle: Path, loops: list[object]) -> None:
+def test_graphs_are_released_without_keep(tiny_bundle: Path, loops: list[object]) -> None:
     same(generator(tiny_bundle, keep=False), Generator.load(tiny_bundle, "onnxruntime"), steps=2)
     assert len(loops) == 1
 
 
-def test_a_mask_takes_the_loop_to_the_host_and_a_picture_does_not(
-    tiny_bundle: Path, loops: list[object]
-) -> None:
+def test_a_mask_needs_the_host_loop_and_an_image_does_not(tiny_bundle: Path, loops: list[object]) -> None:
     drawing, host = generator(tiny_bundle), Generator.load(tiny_bundle, "onnxruntime")
     height, width = drawing.manifest.model.image_size_px
-    picture = Image.effect_noise((width, height), 60).convert("RGB")
-    mask = Image.new("L", picture.size, "black")
+    image = Image.effect_noise((width, height), 60).convert("RGB")
+    mask = Image.new("L", image.size, "black")
     mask.paste("white", (0, 0, width // 2, height))
-    drawing(PROMPT, image=picture, mask=mask, steps=4)
+    drawing(PROMPT, image=image, mask=mask, steps=4)
     assert loops == []
     jobs = drawing.plan(PROMPT, steps=4, strength=0.5)
-    found = drawing.generate_latents(jobs, edit=drawing.edit(picture)).latents
-    expected = host.generate_latents(jobs, edit=host.edit(picture)).latents
+    found = drawing.generate_latents(jobs, edit=drawing.edit(image)).latents
+    expected = host.generate_latents(jobs, edit=host.edit(image)).latents
     assert len(loops) == 1
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_it_is_asked_for_and_needs_a_bundle_that_has_the_step(
+def test_it_must_be_enabled_and_needs_a_bundle_with_the_step_graph(
     tiny_bundle: Path, loops: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert ENGINES["onnxruntime-cuda"].loops and not ENGINES["onnxruntime"].loops
+    assert ENGINES["onnxruntime-cuda"].uses_device_loop and not ENGINES["onnxruntime"].uses_device_loop
     older = generator(tiny_bundle)
     monkeypatch.setattr(type(older.bundle), "step", None)
     older(PROMPT, steps=2)
     for said in ("0", ""):
         monkeypatch.setenv("TPX_DEVICE_LOOP", said)
-        assert not ENGINES["onnxruntime-cuda"].loops
+        assert not ENGINES["onnxruntime-cuda"].uses_device_loop
         generator(tiny_bundle)(PROMPT, steps=2)
     assert loops == []
 
 
-def test_a_transformer_that_says_something_else_is_one_line(tiny_bundle: Path, loops: list[object]) -> None:
+def test_a_missing_output_is_one_line(tiny_bundle: Path, loops: list[object]) -> None:
     drawing = generator(tiny_bundle)
     drawing.generate_latents(drawing.plan(PROMPT, steps=2))
     (plan,) = loops
@@ -215,8 +217,8 @@ def test_a_transformer_that_says_something_else_is_one_line(tiny_bundle: Path, l
         engine_module.start_loop(*sessions, wrong)  # type: ignore[arg-type]
 
 
-def test_a_call_after_a_loop_is_given_its_own_inputs(tiny_bundle: Path, loops: list[Any]) -> None:
-    """Which lie in the buffers that the loop wrote to, and are the arrays of the call before it."""
+def test_a_call_after_a_loop_uploads_its_inputs_again(tiny_bundle: Path, loops: list[Any]) -> None:
+    """They are the arrays of the last call before the loop, which has overwritten their buffers since."""
     drawing = generator(tiny_bundle)
     drawing.generate_latents(drawing.plan(PROMPT, steps=2))
     (plan,) = loops
@@ -233,8 +235,8 @@ def test_a_call_after_a_loop_is_given_its_own_inputs(tiny_bundle: Path, loops: l
         np.testing.assert_array_equal(after[name], array)
 
 
-def test_the_graph_of_a_step_has_no_shape_that_a_cuda_graph_cannot_hold(tiny_bundle: Path) -> None:
-    """All that its nodes read is on the device, but for shapes that are constants."""
+def test_the_step_graph_has_no_dynamic_shapes_computed_on_the_host(tiny_bundle: Path) -> None:
+    """Everything that its nodes read is on the device, except constant shapes."""
     graph = onnx.load(tiny_bundle / STEP).graph
     assert {node.op_type for node in graph.node} == {
         "GreaterOrEqual",
@@ -247,7 +249,7 @@ def test_the_graph_of_a_step_has_no_shape_that_a_cuda_graph_cannot_hold(tiny_bun
     assert all(node.input[1] in constants for node in graph.node if node.op_type == "Reshape")
 
 
-def test_the_benchmark_draws_the_same_both_ways(tiny_bundle: Path, loops: list[object]) -> None:
+def test_the_benchmark_compares_both_loops(tiny_bundle: Path, loops: list[object]) -> None:
     row = device_loop.measure(generator(tiny_bundle), PROMPT, batch=2, steps=3, rounds=2)
     assert len(loops) == 4 and row.batch == 2
     assert 0 < row.difference < 1e-4 and row.host_ms > 0 and row.device_ms > 0

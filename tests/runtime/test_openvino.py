@@ -1,4 +1,4 @@
-"""OpenVINO: its caches, graphs for exact shapes, and bf16 with a tolerance of its own."""
+"""OpenVINO: its cache, graphs with static shapes, and bf16 with its own tolerance."""
 
 import gc
 import io
@@ -20,9 +20,9 @@ import openvino as ov
 import pytest
 
 from tpx_runtime.bundle import CONDITIONS, Bundle, hash_file, transformer_name
-from tpx_runtime.engine import ENGINES, Arrays, Session, openvino, openvino_exact, resolve
-from tpx_runtime.engine.openvino_graph import ExactGraph, Graph
-from tpx_runtime.engine.openvino_store import Store, mapped
+from tpx_runtime.engine import ENGINES, Arrays, Session, openvino, openvino_static, resolve
+from tpx_runtime.engine.openvino_graph import Graph, StaticGraph
+from tpx_runtime.engine.openvino_store import Store, map_graph
 from tpx_runtime.errors import EngineFailed, EngineUnavailable
 from tpx_runtime.manifest import Tolerance
 from tpx_runtime.verify import (
@@ -48,59 +48,59 @@ def folder(bundle: Path, part: str = "text_encoder.model.f32") -> Path:
 
 
 def build(bundle: Path, rows: int, engine: str = "openvino", graph: str = GRAPH) -> Path:
-    """What tpx-build does for a graph, and the file that it leaves."""
+    """Compile a graph as tpx-build does, and return the file."""
     path, core = bundle / graph, openvino.core()
-    config = openvino.settings(engine, path)
-    store, shapes = openvino.store_of(engine, path), openvino_exact.shapes_at(core, path, rows)
+    config = openvino.compile_config(engine, path)
+    store, shapes = openvino.open_store(engine, path), openvino_static.model_shapes(core, path, rows)
     assert store.prepare()
-    parts = openvino_exact.parts_of(core, shapes, store)
-    compiled = openvino_exact.compile_exactly(core, path, config, shapes, parts)
-    store.write(store.exact(shapes, parts), compiled)
-    return store.exact(shapes, parts)
+    parts = openvino_static.num_parts(core, shapes, store)
+    compiled = openvino_static.compile_static(core, path, config, shapes, parts)
+    store.write(store.static_file(shapes, parts), compiled)
+    return store.static_file(shapes, parts)
 
 
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """The row counts of calls for which graphs were compiled exactly; "any" for those of any shapes. Not what was loaded."""
+    """The graphs compiled (not loaded) so far: the batch of those with static shapes, "any" for dynamic shapes."""
     made: list[object] = []
-    exactly, any_shapes = openvino_exact.compile_exactly, openvino.compile_any
+    compile_static, compile_dynamic = openvino_static.compile_static, openvino.compile_dynamic
 
-    def spy_exactly(
-        core: ov.Core, path: Path, config: dict[str, str], shapes: openvino_exact.Shapes, parts: int
+    def spy_static(
+        core: ov.Core, path: Path, config: dict[str, str], shapes: openvino_static.Shapes, parts: int
     ) -> object:
         made.append(shapes[0][1][0])
-        model = exactly(core, path, config, shapes, parts)
+        model = compile_static(core, path, config, shapes, parts)
         cores = core.get_property("CPU", "RANGE_FOR_STREAMS")[1]
         assert parts == 1 or model.get_property("NUM_STREAMS") == min(parts, cores)
         return model
 
     def spy_any(*args: object) -> object:
         made.append("any")
-        return any_shapes(*args)  # type: ignore[arg-type]
+        return compile_dynamic(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(openvino_exact, "compile_exactly", spy_exactly)
-    monkeypatch.setattr(openvino, "compile_any", spy_any)
-    monkeypatch.setattr(openvino_exact, "EARNED_CALLS", 3)
+    monkeypatch.setattr(openvino_static, "compile_static", spy_static)
+    monkeypatch.setattr(openvino, "compile_dynamic", spy_any)
+    monkeypatch.setattr(openvino_static, "CALLS_BEFORE_COMPILING", 3)
     return made
 
 
 def same(session: Session, rows: int, copy: Path) -> None:
-    """Run it, and hold the answer to ONNX Runtime's."""
+    """Run `session` and compare the outputs with ONNX Runtime's."""
     found, expected = session.run(ids(rows)), ENGINES["onnxruntime"].open(copy / GRAPH).run(ids(rows))
     for name, array in expected.items():
         np.testing.assert_allclose(found[name], array, rtol=1e-4, atol=1e-5)
 
 
 def flipped(file: Path) -> bytes:
-    """What is in it, with some of the weights changed."""
+    """The content of a file with some of the weights changed."""
     content = bytearray(file.read_bytes())
     middle = len(content) // 2
     content[middle : middle + 4000 : 4] = bytes(0x3E for _ in range(1000))
     return bytes(content)
 
 
-def linked(bundle: Path, blobs: Path, weights: bool) -> None:
-    """Leave links where files of `bundle` were, as Hugging Face's cache does; of the weights too, or of all but them."""
+def replace_by_links(bundle: Path, blobs: Path, weights: bool) -> None:
+    """Replace the files of `bundle` by links, as in Hugging Face's cache; the weights only if `weights`."""
     blobs.mkdir()
     for number, file in enumerate([path for path in bundle.rglob("*") if path.is_file()]):
         if weights or file.suffix != ".data":
@@ -109,12 +109,12 @@ def linked(bundle: Path, blobs: Path, weights: bool) -> None:
 
 
 class TestCache:
-    """Of the graph for any shapes."""
+    """The cache of graphs with dynamic shapes."""
 
     @pytest.mark.parametrize(
         "damage", ["empty", "text", "cut", "flipped", "no checksum", "only that", "no graph"]
     )
-    def test_a_damaged_file_is_made_anew(self, damage: str, copy: Path, compiled: list[object]) -> None:
+    def test_a_damaged_file_is_compiled_again(self, damage: str, copy: Path, compiled: list[object]) -> None:
         resolve("openvino").open(copy / GRAPH)
         [blob] = folder(copy).iterdir()
         content = blob.read_bytes()
@@ -130,21 +130,21 @@ class TestCache:
         same(resolve("openvino").open(copy / GRAPH), 2, copy)
         assert compiled == ["any", "any"]
         same(resolve("openvino").open(copy / GRAPH), 2, copy)
-        assert compiled == ["any", "any"]  # it is known again
+        assert compiled == ["any", "any"]  # loaded from the new file
 
-    def test_it_lies_where_the_variable_says(
+    def test_the_folder_can_be_set_by_a_variable(
         self, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """As beside a bundle in a folder that cannot be written into."""
+        """For example for a bundle in a read-only folder."""
         monkeypatch.setenv("TPX_ENGINES", str(tmp_path / "else where"))
         resolve("openvino").open(copy / GRAPH)
         assert len(list((tmp_path / "else where/openvino").glob("*/any.*.blob"))) == 1
         assert not folder(copy).exists()
 
-    def test_the_next_process_has_the_graph_while_another_takes_its_place(
+    def test_a_loaded_graph_survives_the_replacement_of_its_file(
         self, copy: Path, compiled: list[object]
     ) -> None:
-        """Who runs it reads the weights where they are mapped: the file is replaced, not written over."""
+        """A running graph reads its weights from the mapped file, which is replaced and not overwritten."""
         resolve("openvino").open(copy / GRAPH)
         session = resolve("openvino").open(copy / GRAPH)
         [blob] = folder(copy).iterdir()
@@ -153,13 +153,13 @@ class TestCache:
             def export_model(self, into: io.BytesIO) -> None:
                 into.write(b"of another process")
 
-        openvino.store_of("openvino", copy / GRAPH).write(blob, Other())  # type: ignore[arg-type]
+        openvino.open_store("openvino", copy / GRAPH).write(blob, Other())  # type: ignore[arg-type]
         gc.collect()
         same(session, 2, copy)
         assert compiled == ["any"]
 
-    def test_processes_that_start_together_do_not_disturb_each_other(self, copy: Path) -> None:
-        """Each has compiled the graph by itself; whose file is the last does not matter."""
+    def test_concurrent_processes_do_not_interfere(self, copy: Path) -> None:
+        """Each process compiles the graph; it does not matter which one writes the file last."""
         code = "import sys; from pathlib import Path; from tpx_runtime.engine import openvino, resolve; "
         code += "sys.stdin.read(); kept = [resolve('openvino').open(Path(name)) for name in sys.argv[1:]]"
         graphs = [str(path) for path in sorted(copy.glob("*/model.onnx"))] + [
@@ -168,15 +168,15 @@ class TestCache:
         command = [sys.executable, "-c", code, *graphs]
         for _ in range(2):
             together = [subprocess.Popen(command, stdin=subprocess.PIPE) for _ in range(4)]
-            for process in together:  # they have imported what they need, or nearly
+            for process in together:  # by now they have imported most modules
                 assert process.stdin
                 process.stdin.close()
             assert [process.wait() for process in together] == [0] * 4
             files = [file for part in folder(copy, "").iterdir() for file in part.iterdir()]
-            assert len(files) == len(graphs) and all(mapped(file) for file in files)
+            assert len(files) == len(graphs) and all(map_graph(file) for file in files)
             shutil.rmtree(folder(copy, ""))
 
-    def test_other_numbers_of_threads_have_their_own(
+    def test_each_number_of_threads_has_its_own_file(
         self, copy: Path, compiled: list[object], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         for _ in range(2):
@@ -185,7 +185,7 @@ class TestCache:
                 same(resolve("openvino").open(copy / GRAPH), 2, copy)
         assert compiled == ["any", "any"]
 
-    def test_two_bundles_in_one_folder_have_their_own(
+    def test_two_bundles_in_one_folder_have_their_own_files(
         self, copy: Path, tmp_path: Path, compiled: list[object], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("TPX_ENGINES", str(tmp_path / "engines"))
@@ -197,25 +197,25 @@ class TestCache:
                 same(resolve("openvino").open(bundle / GRAPH), 2, bundle)
         assert compiled == ["any", "any"]
 
-    def test_of_a_bundle_whose_files_are_links_lies_beside_the_bundle(
+    def test_a_bundle_of_links_has_its_cache_next_to_it(
         self, copy: Path, tmp_path: Path, compiled: list[object]
     ) -> None:
-        """As in Hugging Face's cache. OpenVINO refuses linked weights, which what is compiled does without."""
-        linked(copy, tmp_path / "blobs", weights=False)
+        """As in Hugging Face's cache. OpenVINO refuses linked weights, but a compiled graph does not need them."""
+        replace_by_links(copy, tmp_path / "blobs", weights=False)
         for _ in range(2):
             same(resolve("openvino").open(copy / GRAPH), 2, copy)
         assert compiled == ["any"]
         assert len(list(folder(copy).iterdir())) == 1
 
-    def test_a_folder_that_is_a_link_is_the_folder(self, copy: Path, compiled: list[object]) -> None:
+    def test_a_link_to_a_bundle_shares_its_cache(self, copy: Path, compiled: list[object]) -> None:
         link = copy.with_name("link")
         link.symlink_to(copy)
         for bundle in (copy, link):
             resolve("openvino").open(bundle / GRAPH)
         assert compiled == ["any"]
 
-    def test_linked_weights_are_one_line_that_says_what_helps(self, copy: Path, tmp_path: Path) -> None:
-        linked(copy, tmp_path / "blobs", weights=True)
+    def test_linked_weights_are_one_line_with_advice(self, copy: Path, tmp_path: Path) -> None:
+        replace_by_links(copy, tmp_path / "blobs", weights=True)
         with pytest.raises(EngineFailed) as caught:
             resolve("openvino").open(copy / GRAPH)
         assert str(caught.value) == (
@@ -223,18 +223,18 @@ class TestCache:
             "follow; copy the bundle with its links resolved (cp -rL), or download it with local_dir"
         )
 
-    @pytest.mark.parametrize("ahead", [True, False])
+    @pytest.mark.parametrize("prebuilt", [True, False])
     @pytest.mark.parametrize("times", ["new", "the same"])
-    def test_other_weights_under_a_graph_that_is_the_same_are_another_graph(
-        self, copy: Path, ahead: bool, times: str
+    def test_other_weights_of_the_same_graph_are_compiled_again(
+        self, copy: Path, prebuilt: bool, times: str
     ) -> None:
         weights, manifest = copy / "text_encoder/weights.data", copy / "manifest.json"
         before = weights.stat()
-        if ahead:
+        if prebuilt:
             build(copy, 2)
         old = resolve("openvino").open(copy / GRAPH).run(ids(2))["context"]
         (np.fromfile(weights, np.float32) * np.float32(0.5)).tofile(weights)
-        if times == "the same":  # as an archive or a checksum's copy may leave them
+        if times == "the same":  # as unpacking an archive can leave it
             os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
             stated = json.loads(manifest.read_text())
             stated["files"]["text_encoder/weights.data"]["sha256"] = hash_file(weights)
@@ -243,12 +243,12 @@ class TestCache:
         same(session, 2, copy)
         assert np.abs(session.run(ids(2))["context"] - old).max() > 0.1
 
-    def test_without_a_place_for_it_graphs_run(self, copy: Path) -> None:
+    def test_graphs_run_without_a_cache(self, copy: Path) -> None:
         copy.with_name(f"{copy.name}.engines").write_text("a file where the folder should be")
         same(resolve("openvino").open(copy / GRAPH), 2, copy)
 
     @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), MemoryError()])
-    def test_one_that_cannot_be_kept_runs(
+    def test_a_graph_that_cannot_be_stored_runs(
         self, error: Exception, copy: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         def write(*_: object) -> None:
@@ -259,15 +259,15 @@ class TestCache:
 
     @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
     @pytest.mark.parametrize("at", ["write", "seek"])
-    def test_one_that_is_not_written_to_its_end_leaves_the_one_before(
+    def test_an_incomplete_write_leaves_the_old_file(
         self, at: str, error: BaseException, copy: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """OpenVINO drops what a stream raises, and goes on."""
-        store = openvino.store_of("openvino", copy / GRAPH)
-        model = openvino.compile_any(copy / GRAPH, openvino.settings("openvino", copy / GRAPH))
+        """OpenVINO ignores exceptions of the stream."""
+        store = openvino.open_store("openvino", copy / GRAPH)
+        model = openvino.compile_dynamic(copy / GRAPH, openvino.compile_config("openvino", copy / GRAPH))
         assert store.prepare()
-        store.write(store.any_shapes, model)
-        before, calls, opened = store.any_shapes.read_bytes(), list[object](), Path.open
+        store.write(store.dynamic_file, model)
+        before, calls, opened = store.dynamic_file.read_bytes(), list[object](), Path.open
 
         def failing(call: Callable[..., int]) -> Callable[..., int]:
             def once(*arguments: object) -> int:
@@ -286,64 +286,64 @@ class TestCache:
 
         monkeypatch.setattr(Path, "open", lambda *a: nullcontext(open_failing(*a)))
         with pytest.raises(type(error)):
-            store.write(store.any_shapes, model)
+            store.write(store.dynamic_file, model)
         monkeypatch.undo()
         assert [file.read_bytes() for file in store.folder.iterdir()] == [before]
 
     def test_weights_are_written_without_a_copy_in_memory(self, copy: Path) -> None:
-        """Of a large bundle that could be more memory than there is."""
+        """For a large bundle a copy might not fit in memory."""
 
         class Watched:
             def export_model(self, into: io.BytesIO) -> None:
                 model.export_model(into)
                 assert not io.BytesIO.getbuffer(into)
 
-        model = openvino.compile_any(copy / GRAPH, openvino.settings("openvino", copy / GRAPH))
-        store = openvino.store_of("openvino", copy / GRAPH)
+        model = openvino.compile_dynamic(copy / GRAPH, openvino.compile_config("openvino", copy / GRAPH))
+        store = openvino.open_store("openvino", copy / GRAPH)
         assert store.prepare()
-        store.write(store.any_shapes, Watched())  # type: ignore[arg-type]
-        assert store.any_shapes.stat().st_size > (copy / "text_encoder/weights.data").stat().st_size // 2
+        store.write(store.dynamic_file, Watched())  # type: ignore[arg-type]
+        assert store.dynamic_file.stat().st_size > (copy / "text_encoder/weights.data").stat().st_size // 2
 
     @needs_bf16
-    def test_each_precision_has_its_own(self, copy: Path) -> None:
+    def test_each_precision_has_its_own_folder(self, copy: Path) -> None:
         for name in ("openvino", BF16):
             resolve(name).open(copy / GRAPH)
         assert len(list(folder(copy).iterdir())) == 1
         assert len(list(folder(copy, "text_encoder.model.bf16").iterdir())) == 1
 
 
-class TestExactShapes:
-    def test_a_shape_that_is_run_often_earns_a_graph(self, copy: Path, compiled: list[object]) -> None:
+class TestStaticShapes:
+    def test_a_frequent_shape_gets_a_static_graph(self, copy: Path, compiled: list[object]) -> None:
         session = resolve("openvino").open(copy / GRAPH)
         for rows in (2, 1, 2, 2, 2, 2):
             same(session, rows, copy)
         assert compiled == ["any", 2]
 
-    def test_only_so_many_are_kept_and_an_older_one_makes_room(
+    def test_the_least_recently_used_graph_is_evicted(
         self, copy: Path, compiled: list[object], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(openvino_exact, "MOST_KEPT", 2)
+        monkeypatch.setattr(openvino_static, "MAX_STATIC_GRAPHS", 2)
         session = resolve("openvino").open(copy / GRAPH)
-        for rows in (1, 1, 1, 2, 2, 2, 1, 3, 3, 3):  # 2 has waited longest when 3 has earned it
+        for rows in (1, 1, 1, 2, 2, 2, 1, 3, 3, 3):  # 2 is the least recently used when 3 is compiled
             session.run(ids(rows))
         assert compiled == ["any", 1, 2, 3]
-        for rows in (1, 3, 2, 2):  # 2 has to earn it again
+        for rows in (1, 3, 2, 2):  # the calls of 2 are counted from zero again
             same(session, rows, copy)
         assert compiled == ["any", 1, 2, 3]
         same(session, 2, copy)
         assert compiled == ["any", 1, 2, 3, 2]
 
-    def test_large_graphs_earn_none(
+    def test_large_graphs_get_no_static_graph(
         self, copy: Path, compiled: list[object], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         weights = (copy / "text_encoder/weights.data").stat().st_size
-        monkeypatch.setattr(openvino_exact, "MOST_WEIGHT_BYTES", weights - 1)
+        monkeypatch.setattr(openvino_static, "MAX_WEIGHT_BYTES", weights - 1)
         session = resolve("openvino").open(copy / GRAPH)
         for _ in range(5):
             session.run(ids(2))
         assert compiled == ["any"]
 
-    def test_one_that_was_built_is_used_at_once_and_alone(self, copy: Path, compiled: list[object]) -> None:
+    def test_a_prebuilt_graph_is_used_from_the_first_call(self, copy: Path, compiled: list[object]) -> None:
         build(copy, 2)
         compiled.clear()
         session = resolve("openvino").open(copy / GRAPH)
@@ -353,7 +353,7 @@ class TestExactShapes:
         assert compiled == ["any"]
 
     @pytest.mark.parametrize("damage", ["empty", "text", "cut", "flipped", "unknown"])
-    def test_a_damaged_file_is_passed_over(self, damage: str, copy: Path, compiled: list[object]) -> None:
+    def test_a_damaged_file_is_ignored(self, damage: str, copy: Path, compiled: list[object]) -> None:
         file = build(copy, 2)
         compiled.clear()
         if damage == "unknown":
@@ -364,10 +364,10 @@ class TestExactShapes:
         same(resolve("openvino").open(copy / GRAPH), 2, copy)
         assert compiled == ["any"]
 
-    def test_one_of_other_weights_is_passed_over(self, copy: Path, compiled: list[object]) -> None:
+    def test_a_graph_of_other_weights_is_ignored(self, copy: Path, compiled: list[object]) -> None:
         stale = build(copy, 2)
         shutil.copyfile(copy / GRAPH, copy / "again")
-        (copy / "again").replace(copy / GRAPH)  # the same bytes of another time
+        (copy / "again").replace(copy / GRAPH)  # the same content with another modification time
         compiled.clear()
         same(resolve("openvino").open(copy / GRAPH), 2, copy)
         assert compiled == ["any"]
@@ -377,7 +377,7 @@ class TestExactShapes:
         same(resolve("openvino").open(copy / GRAPH), 2, copy)
         assert compiled == []
 
-    def test_a_built_one_does_not_hide_wrong_inputs(self, copy: Path) -> None:
+    def test_a_prebuilt_graph_does_not_hide_wrong_inputs(self, copy: Path) -> None:
         build(copy, 2)
         session = resolve("openvino").open(copy / GRAPH)
         with pytest.raises(EngineFailed, match="expected the inputs ids, found other"):
@@ -385,7 +385,7 @@ class TestExactShapes:
         with pytest.raises(EngineFailed, match="openvino could not run it"):
             session.run({"ids": np.zeros((2, 3), np.int64)})
 
-    def test_a_shape_that_does_not_fit_earns_none(self, copy: Path, compiled: list[object]) -> None:
+    def test_an_invalid_shape_gets_no_static_graph(self, copy: Path, compiled: list[object]) -> None:
         session = resolve("openvino").open(copy / GRAPH)
         for _ in range(5):
             with pytest.raises(EngineFailed, match="openvino could not run it"):
@@ -404,7 +404,7 @@ class TestExactShapes:
         ("context latents other", "found context, latents, other"),
     ],
 )
-def test_an_input_may_have_two_names_and_each_is_wanted_once(given: str, problem: str | None) -> None:
+def test_an_input_may_have_two_names_and_is_required_once(given: str, problem: str | None) -> None:
     class Compiled:
         inputs = (Port("context", "converted"), Port("latents"))
         outputs: tuple[object, ...] = ()
@@ -417,55 +417,57 @@ def test_an_input_may_have_two_names_and_each_is_wanted_once(given: str, problem
 
 
 class TestHalves:
-    """Even batches, run as two halves side by side."""
+    """Even batches, run as two halves in parallel."""
 
     @pytest.mark.parametrize(("rows", "parts"), [(1, 1), (2, 2), (3, 1), (4, 2), (16, 2)])
-    def test_an_even_batch_has_two(self, rows: int, parts: int, copy: Path) -> None:
-        store = openvino.store_of("openvino", copy / GRAPH)
-        assert openvino_exact.parts_of(Cores(2), (("ids", (rows, 12)),), store) == parts  # type: ignore[arg-type]
+    def test_an_even_batch_has_two_parts(self, rows: int, parts: int, copy: Path) -> None:
+        store = openvino.open_store("openvino", copy / GRAPH)
+        assert openvino_static.num_parts(Cores(2), (("ids", (rows, 12)),), store) == parts  # type: ignore[arg-type]
 
-    def test_one_core_large_weights_and_inputs_without_common_rows_have_one(
+    def test_one_core_large_weights_or_different_rows_have_one_part(
         self, copy: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        store, two = openvino.store_of("openvino", copy / GRAPH), (("ids", (2, 12)),)
-        assert openvino_exact.parts_of(Cores(1), two, store) == 1  # type: ignore[arg-type]
+        store, two = openvino.open_store("openvino", copy / GRAPH), (("ids", (2, 12)),)
+        assert openvino_static.num_parts(Cores(1), two, store) == 1  # type: ignore[arg-type]
         for other in ((), (1, 3), (4, 2)):
-            assert openvino_exact.parts_of(Cores(2), (*two, ("other", other)), store) == 1  # type: ignore[arg-type]
-        monkeypatch.setattr(openvino_exact, "MOST_WEIGHT_BYTES", store.weight_bytes)
-        assert openvino_exact.parts_of(Cores(2), two, store) == 2  # type: ignore[arg-type]
-        monkeypatch.setattr(openvino_exact, "MOST_WEIGHT_BYTES", store.weight_bytes - 1)
-        assert openvino_exact.parts_of(Cores(2), two, store) == 1  # type: ignore[arg-type]
+            assert openvino_static.num_parts(Cores(2), (*two, ("other", other)), store) == 1  # type: ignore[arg-type]
+        monkeypatch.setattr(openvino_static, "MAX_WEIGHT_BYTES", store.weight_bytes)
+        assert openvino_static.num_parts(Cores(2), two, store) == 2  # type: ignore[arg-type]
+        monkeypatch.setattr(openvino_static, "MAX_WEIGHT_BYTES", store.weight_bytes - 1)
+        assert openvino_static.num_parts(Cores(2), two, store) == 1  # type: ignore[arg-type]
 
     @pytest.mark.parametrize("cores", [1, 2])
-    @pytest.mark.parametrize("ahead", [True, False])
-    def test_rows_come_back_in_their_order(
-        self, cores: int, ahead: bool, copy: Path, compiled: list[object], monkeypatch: pytest.MonkeyPatch
+    @pytest.mark.parametrize("prebuilt", [True, False])
+    def test_rows_keep_their_order(
+        self, cores: int, prebuilt: bool, copy: Path, compiled: list[object], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Built ahead or earned, as halves or whole."""
-        exact, asked = openvino_exact.parts_of, []
+        """Prebuilt or compiled at run time, as halves or whole."""
+        original, asked = openvino_static.num_parts, []
         monkeypatch.setattr(
-            openvino_exact, "parts_of", lambda _, *rest: asked.append(exact(Cores(cores), *rest)) or asked[-1]
+            openvino_static,
+            "num_parts",
+            lambda _, *rest: asked.append(original(Cores(cores), *rest)) or asked[-1],
         )
-        if ahead:
+        if prebuilt:
             build(copy, 4)
         session = resolve("openvino").open(copy / GRAPH)
         for _ in range(4):
             same(session, 4, copy)
         assert set(asked) == {cores}
-        assert compiled == [4] if ahead else ["any", 4]
+        assert compiled == [4] if prebuilt else ["any", 4]
 
-    def test_a_file_for_halves_is_not_that_for_whole_batches(self, copy: Path) -> None:
-        store, shapes = openvino.store_of("openvino", copy / GRAPH), (("ids", (2, 12)),)
-        assert store.exact(shapes, 2) != store.exact(shapes, 1)
+    def test_halves_and_whole_batches_have_different_files(self, copy: Path) -> None:
+        store, shapes = openvino.open_store("openvino", copy / GRAPH), (("ids", (2, 12)),)
+        assert store.static_file(shapes, 2) != store.static_file(shapes, 1)
 
     @pytest.mark.parametrize("wrong", [np.nan, 1.0])
-    def test_two_that_do_not_agree_are_loaded_again(
+    def test_parts_that_disagree_are_loaded_again(
         self, wrong: float, copy: Path, compiled: list[object], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """As OpenVINO sometimes makes them: one of the two that work side by side says something else."""
+        """OpenVINO sometimes creates parts of which one computes wrong values."""
         two, taken, bad = 2, list[int](), [True, True, False]
 
-        class Sometimes(ExactGraph):
+        class SometimesWrong(StaticGraph):
             def __init__(self, model: ov.CompiledModel, parts: int) -> None:
                 super().__init__(model, parts)
                 self._bad = bad[len(taken)]
@@ -477,29 +479,29 @@ class TestHalves:
                     made["context"][len(made["context"]) // 2 :] += wrong
                 return made
 
-        monkeypatch.setattr(openvino_exact, "ExactGraph", Sometimes)
-        monkeypatch.setattr(openvino_exact, "parts_of", lambda *_: two)
+        monkeypatch.setattr(openvino_static, "StaticGraph", SometimesWrong)
+        monkeypatch.setattr(openvino_static, "num_parts", lambda *_: two)
         build(copy, 2)
         same(resolve("openvino").open(copy / GRAPH), 2, copy)
-        assert taken == [two] * 3  # refused, refused, taken
+        assert taken == [two] * 3  # rejected twice, then accepted
         assert compiled == [2]
         taken.clear()
         bad[2] = True
         same(resolve("openvino").open(copy / GRAPH), 2, copy)
-        assert taken == [two] * openvino_exact.ATTEMPTS
+        assert taken == [two] * openvino_static.MAX_LOAD_ATTEMPTS
         assert compiled == [2, "any"]
 
-    def test_an_earned_one_whose_parts_do_not_agree_is_not_used(
+    def test_a_compiled_graph_whose_parts_disagree_is_not_used(
         self, copy: Path, compiled: list[object], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(ExactGraph, "agrees", lambda self: False)
-        monkeypatch.setattr(ExactGraph, "run", lambda self, inputs: pytest.fail("it was used"))
+        monkeypatch.setattr(StaticGraph, "parts_agree", lambda self: False)
+        monkeypatch.setattr(StaticGraph, "run", lambda self, inputs: pytest.fail("it was used"))
         session = resolve("openvino").open(copy / GRAPH)
         for _ in range(4):
             same(session, 2, copy)
         assert compiled == ["any", 2]
 
-    def test_an_error_in_one_half_leaves_the_other_not_at_work(self) -> None:
+    def test_an_error_in_one_half_waits_for_the_other(self) -> None:
         class Request:
             waited = False
 
@@ -529,37 +531,37 @@ class TestHalves:
                 self.requests.append(Request())
                 return self.requests[-1]
 
-        graph = ExactGraph(Compiled(), 2)
+        graph = StaticGraph(Compiled(), 2)
         with pytest.raises(RuntimeError, match="this half failed"):
             graph.run(ids(4))
         assert [request.waited for request in Compiled.requests] == [True, False]
 
 
-@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("static", [True, False])
 class TestArrays:
-    """Of a graph for exact shapes, whose memory is written and read, and of one for any."""
+    """Inputs and outputs of graphs with static shapes (copied to and from the requests) and with dynamic shapes."""
 
     @pytest.fixture
-    def session(self, exact: bool, copy: Path) -> Session:
-        if exact:
+    def session(self, static: bool, copy: Path) -> Session:
+        if static:
             build(copy, 2)
         return resolve("openvino").open(copy / GRAPH)
 
-    def test_outputs_stay_when_the_graph_runs_again(self, session: Session) -> None:
+    def test_outputs_are_not_overwritten_by_the_next_call(self, session: Session) -> None:
         first = session.run(ids(2))
         kept = {name: array.copy() for name, array in first.items()}
         session.run({"ids": ids(2)["ids"][::-1].copy()})
         for name, array in kept.items():
             np.testing.assert_array_equal(first[name], array)
 
-    def test_those_that_are_not_contiguous_are_read_as_they_are(self, session: Session, copy: Path) -> None:
+    def test_arrays_need_not_be_contiguous(self, session: Session, copy: Path) -> None:
         turned = {"ids": ids(2)["ids"][::-1, ::-1]}
         straight = {"ids": np.ascontiguousarray(turned["ids"])}
         for name, array in session.run(straight).items():
             np.testing.assert_array_equal(session.run(turned)[name], array)
 
 
-def test_an_exact_graph_refuses_numbers_of_another_kind(copy: Path) -> None:
+def test_a_static_graph_refuses_another_dtype(copy: Path) -> None:
     build(copy, 2)
     with pytest.raises(EngineFailed, match=r"openvino could not run it: .*float64"):
         resolve("openvino").open(copy / GRAPH).run({"ids": np.full((2, 12), 1.5)})
@@ -577,8 +579,8 @@ def test_gelu_is_by_erf_in_bf16_and_as_the_graph_has_it_in_f32(
             return model
 
     path = tiny_bundle / transformer_name(3, "plain")
-    shapes = openvino_exact.shapes_at(openvino.core(), path, 2)
-    model = openvino_exact.compile_exactly(Core(), path, {"INFERENCE_PRECISION_HINT": precision}, shapes, 1)  # type: ignore[arg-type]
+    shapes = openvino_static.model_shapes(openvino.core(), path, 2)
+    model = openvino_static.compile_static(Core(), path, {"INFERENCE_PRECISION_HINT": precision}, shapes, 1)  # type: ignore[arg-type]
     gelus = [node for node in model.get_ops() if node.get_type_name() == "Gelu"]
     assert {node.get_attributes()["approximation_mode"] for node in gelus} == {form}
 
@@ -591,7 +593,7 @@ class Port:
 
 
 class Cores:
-    """What OpenVINO says of a machine with so many."""
+    """A stand-in for openvino.Core on a machine with `count` cores."""
 
     def __init__(self, count: int) -> None:
         self._count = count
@@ -610,7 +612,7 @@ class Cores:
         ("2027.0.0", True),
     ],
 )
-def test_one_that_does_not_know_attention_as_a_node_is_refused(
+def test_a_version_without_the_attention_operator_is_refused(
     version: str, known: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ov, "__version__", version)
@@ -632,7 +634,7 @@ class TestBf16:
         with pytest.raises(EngineUnavailable) as caught:
             resolve(BF16)
         assert str(caught.value) == (
-            "expected a CPU with instructions for BF16 for engine openvino-bf16, found one with FP32, INT8; "
+            "expected a CPU with BF16 instructions for engine openvino-bf16, found one with FP32, INT8; "
             "use the engine openvino"
         )
         assert ENGINES["openvino"].problem() is None
@@ -648,11 +650,11 @@ class TestBf16:
         assert 1e-4 < errors[BF16] < 5e-2
 
     def test_the_conditions_stay_in_f32(self, tiny_bundle: Path) -> None:
-        assert openvino.settings(BF16, tiny_bundle / CONDITIONS)["INFERENCE_PRECISION_HINT"] == "f32"
-        assert openvino.settings(BF16, tiny_bundle / GRAPH)["INFERENCE_PRECISION_HINT"] == "bf16"
+        assert openvino.compile_config(BF16, tiny_bundle / CONDITIONS)["INFERENCE_PRECISION_HINT"] == "f32"
+        assert openvino.compile_config(BF16, tiny_bundle / GRAPH)["INFERENCE_PRECISION_HINT"] == "bf16"
 
     @needs_bf16
-    def test_it_is_held_to_its_own_tolerance_and_openvino_to_the_bundles(self, tiny_bundle: Path) -> None:
+    def test_bf16_has_its_own_tolerance_and_openvino_the_bundles(self, tiny_bundle: Path) -> None:
         bundle = Bundle.open(tiny_bundle)
         reports = verify_bundle(bundle, resolve(BF16))
         require_ok(reports, BF16)
@@ -662,14 +664,14 @@ class TestBf16:
         assert any(report.error > bundle.manifest.tolerance.transformer for report in reports)
 
     @needs_bf16
-    def test_a_wrong_graph_is_out_of_its_tolerance(self, copy: Path) -> None:
+    def test_a_wrong_graph_exceeds_the_tolerance(self, copy: Path) -> None:
         bundle = Bundle.open(copy)
         shutil.copyfile(copy / transformer_name(1, "plain"), copy / transformer_name(3, "plain"))
         reports = verify_bundle(bundle, resolve(BF16))
         assert [report.part for report in reports if not report.ok] == ["transformer depth 3"]
 
     @needs_bf16
-    def test_wrong_weights_are_out_of_its_tolerance(self, copy: Path) -> None:
+    def test_wrong_weights_exceed_the_tolerance(self, copy: Path) -> None:
         path = copy / "transformer/weights.data"
         weights = np.fromfile(path, np.float32)
         weights *= 1.2
@@ -678,14 +680,14 @@ class TestBf16:
         assert {"transformer depth 1", "transformer depth 2", "transformer depth 3"} <= set(wrong)
 
     @needs_bf16
-    def test_conditions_in_bf16_are_out_of_tolerance(
+    def test_conditions_in_bf16_exceed_the_tolerance(
         self, copy: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(openvino, "precision_of", lambda *_: "bf16")
         wrong = [report.part for report in verify_bundle(Bundle.open(copy), resolve(BF16)) if not report.ok]
         assert wrong == ["transformer conditions"]
 
-    def test_the_wider_tolerance_counts(self) -> None:
+    def test_the_wider_tolerance_applies(self) -> None:
         strict, loose = Tolerance(1e-4, 1e-4, 1e-4, 1e-4, 1.0), Tolerance(0.5, 1e-4, 1e-4, 0.5, 0.5)
         bf16 = PRECISION_TOLERANCE["bf16"]
         assert effective_tolerance(strict, None) is strict
@@ -693,12 +695,12 @@ class TestBf16:
         assert effective_tolerance(loose, "bf16") == Tolerance(0.5, 1e-4, bf16.transformer, 0.5, 0.5)
 
 
-def test_the_arrays_of_a_bundle_built_ahead_are_those_of_the_golden(copy: Path) -> None:
-    """A transformer whose weights are mapped from the file, not only an encoder."""
+def test_a_prebuilt_bundle_reproduces_the_golden_tensors(copy: Path) -> None:
+    """A transformer, whose weights are mapped from the file."""
     path, bundle = copy / transformer_name(3, "plain"), Bundle.open(copy)
     golden = load_golden(bundle)
     inputs = {name: golden[name] for name in bundle.manifest.model.transformer_inputs}
-    assert openvino_exact.shapes_of(inputs) == openvino_exact.shapes_at(openvino.core(), path, 2)
+    assert openvino_static.input_shapes(inputs) == openvino_static.model_shapes(openvino.core(), path, 2)
     build(copy, 2, graph=transformer_name(3, "plain"))
     session = resolve("openvino").open(path)
     for _ in range(2):
@@ -707,8 +709,8 @@ def test_the_arrays_of_a_bundle_built_ahead_are_those_of_the_golden(copy: Path) 
         np.testing.assert_allclose(outputs["velocity"], golden["velocity_3"], atol=1e-4)
 
 
-def test_a_process_makes_one_core() -> None:
-    """A second one that goes first leaves the thread's signals a stack that is no memory: the next Ctrl-C is a crash."""
+def test_there_is_one_core_per_process() -> None:
+    """If an older Core is released first, the thread's signal stack is freed memory and the next Ctrl-C crashes."""
     root = Path(__file__).parents[2]
     folders = (root / "tpx_runtime", root / "engines", root / "export")
     made = [path.name for folder in folders for path in folder.rglob("*.py") if "Core()" in path.read_text()]

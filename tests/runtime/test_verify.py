@@ -312,7 +312,7 @@ def test_the_error_names_the_first_wrong_part_and_counts_the_others() -> None:
 def test_the_step_between_two_calls_is_verified_where_an_engine_loops(tiny_bundle: Path) -> None:
     bundle, engine = Bundle.open(tiny_bundle), resolve("onnxruntime")
     assert "scheduler step" not in [report.part for report in verify_bundle(bundle, engine)]
-    report = verify_bundle(bundle, replace(engine, has_loop=True))[-1]
+    report = verify_bundle(bundle, replace(engine, has_device_loop=True))[-1]
     assert report.part == "scheduler step" and report.ok
 
 

@@ -1,28 +1,28 @@
-"""Engines: whatever can run a bundle's graphs on this machine.
+"""Engines: the libraries that can run a bundle's graphs on this machine.
 
-    registry     which there are, and what each needs
-    session      what each gives: a graph that runs
+    registry     the available engines and their requirements
+    session      a loaded graph, ready to run
     loop         a denoising loop that runs on a device
-    environment  the variables that they heed
+    environment  the environment variables that the engines read
 
-One module for each (onnxruntime, openvino, tensorrt) is imported when its engine is first asked.
+Each engine's module (onnxruntime, openvino, tensorrt) is imported when the engine is first used.
 """
 
 from .loop import Loop, LoopPlan
-from .registry import AUTO, ENGINES, NONE_RUNS, Engine, GraphVariant, resolve
-from .session import Arrays, Session, failing, one_line, output, require_output
+from .registry import AUTO, ENGINES, NO_USABLE_ENGINE, Engine, GraphVariant, resolve
+from .session import Arrays, Session, engine_errors, one_line, output, require_output
 
 __all__ = [
     "AUTO",
     "ENGINES",
-    "NONE_RUNS",
+    "NO_USABLE_ENGINE",
     "Arrays",
     "Engine",
     "GraphVariant",
     "Loop",
     "LoopPlan",
     "Session",
-    "failing",
+    "engine_errors",
     "one_line",
     "output",
     "require_output",

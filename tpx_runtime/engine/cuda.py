@@ -1,4 +1,4 @@
-"""NVIDIA's driver API, by ctypes: memory, one stream, and errors by their names. Neither CUDA's toolkit nor a package."""
+"""NVIDIA's driver API through ctypes: memory, streams, CUDA graphs and named errors, without the CUDA toolkit."""
 
 import ctypes
 import sys
@@ -14,10 +14,10 @@ from ..errors import EngineFailed, EngineUnavailable
 
 DRIVER = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 NO_DEVICE, OUT_OF_MEMORY = 100, 2  # CUresult
-NON_BLOCKING = 1  # CUstream_flags: never waits for the stream that others use by default
-_THREAD_LOCAL = 1  # CUstreamCaptureMode: other threads may allocate meanwhile
+NON_BLOCKING = 1  # CUstream_flags: does not synchronise with the default stream
+_THREAD_LOCAL = 1  # CUstreamCaptureMode: other threads may allocate during the capture
 
-# What is called, and its arguments: without them ctypes would cut a pointer to 32 bits.
+# Argument types of the functions used; without them ctypes would truncate pointers to 32 bits.
 SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cuInit": (c_uint,),
     "cuDeviceGet": (POINTER(c_int), c_int),
@@ -45,19 +45,19 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
 
 
 class CudaFailed(EngineFailed):
-    """A call of the driver returned an error; `code` is its CUresult."""
+    """A driver call returned an error; `code` is its CUresult."""
 
     def __init__(self, call: str, code: int, name: str) -> None:
-        mend = "; draw fewer pictures at a time, or close other programs" if code == OUT_OF_MEMORY else ""
-        super().__init__(f"expected CUDA's {call} to succeed, found {name}{mend}")
+        hint = "; generate fewer images at once, or close other programs" if code == OUT_OF_MEMORY else ""
+        super().__init__(f"expected CUDA's {call} to succeed, found {name}{hint}")
         self.call, self.code, self.name = call, code, name
 
     def __reduce__(self) -> tuple[type["CudaFailed"], tuple[str, int, str]]:
         return type(self), (self.call, self.code, self.name)
 
 
-def library(name: str) -> Any:
-    """The shared library of that name, or None."""
+def load_library(name: str) -> Any:
+    """The shared library of that name, or None if it cannot be loaded."""
     try:
         return ctypes.CDLL(name)
     except OSError:
@@ -65,10 +65,10 @@ def library(name: str) -> Any:
 
 
 class Driver:
-    """The driver, initialised. Raises EngineUnavailable where there is none, or no GPU."""
+    """The initialised driver. Raises EngineUnavailable without a driver or a GPU."""
 
     def __init__(self) -> None:
-        self._library = library(DRIVER)
+        self._library = load_library(DRIVER)
         if self._library is None:
             raise EngineUnavailable(f"expected an NVIDIA driver ({DRIVER}), found none")
         try:
@@ -79,7 +79,7 @@ class Driver:
             raise EngineUnavailable(f"expected an NVIDIA driver that starts, found {error.name}") from None
 
     def call(self, name: str, *arguments: Any) -> None:
-        """Raises CudaFailed for every answer but success."""
+        """Call a driver function. Raises CudaFailed unless it returns success."""
         function = getattr(self._library, name, None)
         if function is None:
             raise EngineUnavailable(f"expected an NVIDIA driver with {name}, found an older one; update it")
@@ -95,14 +95,14 @@ class Driver:
         return text.value.decode() if known and text.value else f"error {code}"
 
     def handle(self, name: str, *arguments: Any, kind: Callable[[], Any] = c_void_p) -> int:
-        """The handle or number that call `name` writes to its first argument."""
-        made = kind()
-        self.call(name, byref(made), *arguments)
-        return made.value or 0
+        """The handle or number that the driver function `name` writes to its first argument."""
+        result = kind()
+        self.call(name, byref(result), *arguments)
+        return result.value or 0
 
 
 class Buffer:
-    """`size` bytes on the device and as many in pinned memory of the host, between which a stream copies."""
+    """`size` bytes of device memory and as many of pinned host memory, with copies between them on a stream."""
 
     def __init__(self, driver: Driver, size: int) -> None:
         self._driver, self.size = driver, size
@@ -114,17 +114,17 @@ class Buffer:
             raise
 
     def view(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-        """The pinned memory as an array, which is good until `free`."""
+        """The pinned memory as an array, valid until `free`."""
         raw = (ctypes.c_uint8 * self.size).from_address(self._host)
         return np.frombuffer(memoryview(raw), dtype, int(np.prod(shape))).reshape(shape)
 
     def upload(self, array: npt.NDArray[Any], stream: int) -> None:
-        """Copy `array` to the device, in the stream's turn."""
+        """Copy `array` to the device, asynchronously on `stream`."""
         self.view(array.shape, array.dtype)[...] = array
         self._driver.call("cuMemcpyHtoDAsync_v2", self.device, self._host, array.nbytes, stream)
 
     def download(self, size: int, stream: int) -> None:
-        """Copy the first `size` bytes to the pinned memory, in the stream's turn."""
+        """Copy the first `size` bytes to the pinned memory, asynchronously on `stream`."""
         self._driver.call("cuMemcpyDtoHAsync_v2", self._host, self.device, size, stream)
 
     def free(self) -> None:
@@ -135,15 +135,15 @@ class Buffer:
 
 
 class Graph:
-    """Work that was captured from a stream once and is launched as one from then on."""
+    """A CUDA graph: work captured from a stream once, then launched as a unit."""
 
     def __init__(self, driver: Driver, stream: int, work: Callable[[], None]) -> None:
-        """Capture what `work` puts into the stream, which does not run now."""
+        """Capture what `work` enqueues on the stream, without running it."""
         self._driver = driver
         driver.call("cuStreamBeginCapture_v2", stream, _THREAD_LOCAL)
         try:
             work()
-        except EngineFailed:  # which says more than that the capture is broken
+        except EngineFailed:  # more informative than the error of the broken capture
             with suppress(EngineFailed):
                 self._destroy(self._captured(stream))
             raise

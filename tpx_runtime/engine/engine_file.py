@@ -1,4 +1,4 @@
-"""Engines that were built ahead: what one depends on, how its file is laid out, and finding the one that fits.
+"""Files of engines built ahead of time: their keys, their layout, and the search for a matching one.
 
 An engine file is
 
@@ -6,9 +6,9 @@ An engine file is
     uint32    version of this layout and of how engines are built, little-endian
     uint32    length of the header
     header    JSON: {"key": {...}, "bytes": length of the engine, "sha256": of the engine}
-    engine    what the builder returned
+    engine    the bytes that the builder returned
 
-so that everything an engine depends on is compared before a byte of it reaches a deserializer. tpx-build writes them.
+Everything that an engine depends on is compared before any of it reaches a deserializer. tpx-build writes these files.
 """
 
 import hashlib
@@ -26,31 +26,31 @@ from .environment import engines_folder
 from .gpu import Gpu
 
 MAGIC = b"TPXENGIN"
-VERSION = 3  # raised too where engines are built otherwise than before: 3 is without TF32
+VERSION = 3  # also raised when engines are built differently: 3 is without TF32
 PREFIX = struct.Struct("<8sII")
-_LONGEST_HEADER_BYTES = 65536
-_WHERE_KNOWN = ("gpu", "driver", "plugin")
+_MAX_HEADER_BYTES = 65536
+_COMPARED_IF_KNOWN = ("gpu", "driver", "plugin")
 _BATCH = re.compile(r"\.b([0-9]+)-([0-9]+)\.")
 
 
 class Stale(Exception):
-    """There is a file, but it is damaged or of another key; the message says what was expected and found."""
+    """A file exists but is damaged or has another key; the message says what was expected and found."""
 
 
 @dataclass(frozen=True)
 class Key:
-    """Everything that an engine depends on. `gpu` and `driver` are None where it was built without a GPU."""
+    """Everything that an engine depends on. `gpu` and `driver` are None for an engine built without a GPU."""
 
     bundle: str  # Bundle.hash
     graph: str
     precision: str
     batch: tuple[int, int]
     engine: str
-    version: str  # all of it: engines do not outlive a build number
+    version: str  # in full: an engine is bound to a build number
     capability: str  # sm89
     gpu: str | None
     driver: str | None
-    plugin: str | None  # hash of the plugin inside, "" for none; None for whoever runs it and does not care
+    plugin: str | None  # hash of the plugin inside, "" for none; None: not compared (when running an engine)
 
     @classmethod
     def of(
@@ -63,7 +63,7 @@ class Key:
         batch: tuple[int, int] = (0, 0),
         plugin: str | None = None,
     ) -> "Key":
-        """The key of the graph at `path`; without a batch it is one to `find` an engine by."""
+        """The key of the graph at `path`; without a batch it is a key for `find`."""
         return cls(
             bundle=bundle.hash,
             graph=graph_name(path),
@@ -79,17 +79,17 @@ class Key:
 
     @property
     def file_name(self) -> str:
-        """Name of this engine's file. What is not in it (bundle, version, GPU) replaces the file, not adds one."""
+        """Name of the engine's file. Engines that differ only in bundle, version, GPU, driver or plugin share one name."""
         return self._file_name("{}-{}".format(*self.batch))
 
     @property
     def pattern(self) -> str:
-        """Of the names of this engine's files for whatever batch."""
+        """Glob pattern of the engine's file names for any batch range."""
         return self._file_name("*")
 
     @property
-    def kernels_name(self) -> str:
-        """Of the file of what TensorRT for RTX compiled of this engine when it ran."""
+    def runtime_cache_name(self) -> str:
+        """Name of the file with the kernels that TensorRT for RTX compiled when it ran this engine."""
         return self.file_name.removesuffix(".engine") + ".kernels"
 
     def _file_name(self, batch: str) -> str:
@@ -100,10 +100,10 @@ class Key:
         return {**asdict(self), "batch": list(self.batch)}
 
     def differences(self, found: object) -> list[str]:
-        """How the key in a header (as JSON gives it) differs from this one, field by field.
+        """How a key `found` in a header (parsed JSON) differs from this one, one entry per field.
 
-        GPU, driver and plugin count only where both sides know them: an engine that was built ahead serves every GPU of
-        its compute capability.
+        GPU, driver and plugin are compared only if both sides know them: an engine built without a GPU serves every GPU
+        of its compute capability.
         """
         expected = self.to_json()
         if not isinstance(found, dict) or found.keys() != expected.keys():
@@ -111,26 +111,26 @@ class Key:
         return [
             f"expected {name} {shorten(value)}, found {shorten(found[name])}"
             for name, value in expected.items()
-            if found[name] != value and not (name in _WHERE_KNOWN and None in (value, found[name]))
+            if found[name] != value and not (name in _COMPARED_IF_KNOWN and None in (value, found[name]))
         ]
 
 
 def graph_name(path: Path) -> str:
-    """How a key names the graph at `path` in a bundle: `transformer depth 2`, `vae_decoder`."""
+    """The name in keys of the graph at `path` in a bundle: `transformer depth 2`, `vae_decoder`."""
     folder = path.parent.name
     return folder if path.stem == "model" else f"{folder} {path.stem.replace('-', ' ')}"
 
 
 def default_folder(bundle: Path) -> Path:
-    """Of all that is compiled of a bundle: $TPX_ENGINES, else `<bundle>.engines`, next to it."""
-    if named := engines_folder():
-        return named
+    """The folder of everything compiled for a bundle: $TPX_ENGINES, else `<bundle>.engines`, next to it."""
+    if configured := engines_folder():
+        return configured
     root = bundle.resolve()
     return root.with_name(f"{root.name}.engines")
 
 
 def load(path: Path, key: Key) -> bytes | None:
-    """The engine of `key` at `path`, every byte checked; None if there is no file. Raises Stale."""
+    """The engine of `key` at `path`, with its SHA-256 verified; None if there is no file. Raises Stale."""
     try:
         with path.open("rb") as file:
             return _read(file, key)
@@ -143,20 +143,21 @@ def load(path: Path, key: Key) -> bytes | None:
 
 
 def find(folder: Path, key: Key) -> tuple[Key, bytes] | None:
-    """The engine in `folder` that is of `key` but for its batch, and its own key: the widest range from the fewest rows.
+    """An engine in `folder` that matches `key` for any batch range, with its key.
 
-    None if there is no file of that name. Raises Stale where there are some and none fits.
+    Of several ranges it prefers the one with the fewest minimum rows, and of these the widest. None if there is no file
+    for the graph; raises Stale if there are some but none matches.
     """
     ranges = []
     for path in folder.glob(key.pattern) if folder.is_dir() else ():
         if batch := _BATCH.search(path.name):
             ranges.append((int(batch[1]), int(batch[2])))
     reason: Stale | None = None
-    for least, most in sorted(ranges, key=lambda batch: (batch[0], -batch[1])):
-        wanted = replace(key, batch=(least, most))
+    for min_rows, max_rows in sorted(ranges, key=lambda batch: (batch[0], -batch[1])):
+        candidate = replace(key, batch=(min_rows, max_rows))
         try:
-            if engine := load(folder / wanted.file_name, wanted):
-                return wanted, engine
+            if engine := load(folder / candidate.file_name, candidate):
+                return candidate, engine
         except Stale as found:
             reason = reason or found
     if reason:
@@ -171,8 +172,8 @@ def _read(file: BinaryIO, key: Key) -> bytes:
     _, version, header_bytes = PREFIX.unpack(prefix)
     if version != VERSION:
         raise Stale(f"expected an engine file of version {VERSION}, found {version}")
-    if header_bytes > _LONGEST_HEADER_BYTES:
-        raise Stale(f"expected a header of at most {_LONGEST_HEADER_BYTES} bytes, found {header_bytes}")
+    if header_bytes > _MAX_HEADER_BYTES:
+        raise Stale(f"expected a header of at most {_MAX_HEADER_BYTES} bytes, found {header_bytes}")
     try:
         header = json.loads(file.read(header_bytes))
         found, length, digest = header["key"], header["bytes"], header["sha256"]

@@ -1,4 +1,4 @@
-"""The environment variables that engines heed."""
+"""The environment variables that the engines read."""
 
 import os
 from pathlib import Path
@@ -6,36 +6,36 @@ from pathlib import Path
 from ..errors import BadInput, shorten
 
 ENGINES_VARIABLE = "TPX_ENGINES"
-GRAPHS_VARIABLE = "TPX_CUDA_GRAPHS"
-LOOP_VARIABLE = "TPX_DEVICE_LOOP"
+CUDA_GRAPHS_VARIABLE = "TPX_CUDA_GRAPHS"
+DEVICE_LOOP_VARIABLE = "TPX_DEVICE_LOOP"
 THREADS_VARIABLE = "TPX_THREADS"
-MOST_THREADS = 1024
+MAX_THREADS = 1024
 
 
 def engines_folder() -> Path | None:
-    """Where TPX_ENGINES says that compiled engines lie; None where it says nothing."""
-    named = os.environ.get(ENGINES_VARIABLE)
-    return Path(named) if named else None
+    """The folder of compiled engines that TPX_ENGINES names, or None if it is not set."""
+    value = os.environ.get(ENGINES_VARIABLE)
+    return Path(value) if value else None
 
 
-def graphs_wanted() -> bool | None:
-    """Whether each graph is to be launched as one CUDA graph, by TPX_CUDA_GRAPHS=1 or 0; None where that says nothing."""
-    said = os.environ.get(GRAPHS_VARIABLE, "")
-    return said != "0" if said else None
+def cuda_graphs_requested() -> bool | None:
+    """Whether TPX_CUDA_GRAPHS (1 or 0) asks to launch each graph as one CUDA graph; None if it is not set."""
+    value = os.environ.get(CUDA_GRAPHS_VARIABLE, "")
+    return value != "0" if value else None
 
 
-def loop_wanted() -> bool:
-    """Whether latents are to stay on the device for a whole loop, by TPX_DEVICE_LOOP=1."""
-    return os.environ.get(LOOP_VARIABLE, "") not in ("", "0")
+def device_loop_requested() -> bool:
+    """Whether TPX_DEVICE_LOOP=1 asks to keep the latents on the device for the whole loop."""
+    return os.environ.get(DEVICE_LOOP_VARIABLE, "") not in ("", "0")
 
 
-def threads_wanted() -> int | None:
-    """What TPX_THREADS says; None where that is nothing, and engines take every core. Raises BadInput."""
-    said = os.environ.get(THREADS_VARIABLE, "").strip()
-    if not said:
+def requested_threads() -> int | None:
+    """The number of threads in TPX_THREADS, or None (use every core) if it is not set. Raises BadInput."""
+    value = os.environ.get(THREADS_VARIABLE, "").strip()
+    if not value:
         return None
-    if not said.isascii() or not said.isdigit() or not 1 <= int(said) <= MOST_THREADS:
+    if not value.isascii() or not value.isdigit() or not 1 <= int(value) <= MAX_THREADS:
         raise BadInput(
-            f"expected {THREADS_VARIABLE} to be a whole number in 1..{MOST_THREADS}, found {shorten(said)}"
+            f"expected {THREADS_VARIABLE} to be a whole number in 1..{MAX_THREADS}, found {shorten(value)}"
         )
-    return int(said)
+    return int(value)

@@ -1,4 +1,4 @@
-"""Which GPU is in this machine, as far as an engine depends on it."""
+"""The GPU in this machine: the properties that engines depend on."""
 
 import ctypes
 import sys
@@ -14,9 +14,9 @@ _MANAGEMENT = "nvml.dll" if sys.platform == "win32" else "libnvidia-ml.so.1"
 
 @dataclass(frozen=True)
 class Gpu:
-    """What an engine is built for; `name` and `driver` are None for a GPU that is not in this machine."""
+    """The GPU that an engine is built for; `name` and `driver` are None if it is not in this machine."""
 
-    capability: int  # times ten
+    capability: int  # compute capability times ten
     name: str | None = None
     driver: str | None = None
 
@@ -31,8 +31,8 @@ def find_gpu(driver: cuda.Driver) -> Gpu:
     return Gpu(major * 10 + minor, name.value.decode(errors="replace"), _driver_version())
 
 
-def gpu_here() -> Gpu | None:
-    """The same; None without a driver or a GPU."""
+def local_gpu() -> Gpu | None:
+    """The first GPU that CUDA sees, or None without a driver or a GPU."""
     try:
         return find_gpu(cuda.Driver())
     except TpxError:
@@ -40,7 +40,7 @@ def gpu_here() -> Gpu | None:
 
 
 def _driver_version() -> str | None:
-    management, version = cuda.library(_MANAGEMENT), ctypes.create_string_buffer(96)
+    management, version = cuda.load_library(_MANAGEMENT), ctypes.create_string_buffer(96)
     if management is None or management.nvmlInit_v2():
         return None
     failed = management.nvmlSystemGetDriverVersion(version, len(version))

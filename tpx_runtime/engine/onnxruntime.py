@@ -9,17 +9,17 @@ import onnxruntime as ort
 
 from ..errors import EngineUnavailable
 from .cuda import Driver
-from .environment import graphs_wanted, threads_wanted
+from .environment import cuda_graphs_requested, requested_threads
 from .loop import LoopPlan
 from .onnxruntime_bound import FATAL_ONLY, BoundSession
 from .onnxruntime_loop import DeviceLoop
-from .session import Arrays, Session, failing
+from .session import Arrays, Session, engine_errors
 
 PROVIDERS = {"onnxruntime": "CPUExecutionProvider", "onnxruntime-cuda": "CUDAExecutionProvider"}
 
 
 def problem(engine_name: str) -> str | None:
-    """Why this machine cannot use the engine, or None."""
+    """Why this machine cannot use the engine, or None if it can."""
     if PROVIDERS[engine_name] not in ort.get_available_providers():
         return (
             f"expected an onnxruntime with {PROVIDERS[engine_name]} for engine {engine_name}, found one "
@@ -41,51 +41,52 @@ class OrtSession:
         self._names = [output.name for output in session.get_outputs()]
 
     def run(self, inputs: Arrays) -> Arrays:
-        with failing(self._path, "onnxruntime", "run"):
+        with engine_errors(self._path, "onnxruntime", "run"):
             return dict(zip(self._names, self._session.run(self._names, inputs), strict=True))
 
 
 def open_session(engine_name: str, path: Path) -> Session:
-    """Load the graph at `path`. The provider asked for is the provider used."""
+    """Load the graph at `path` with the engine's provider, never with a fallback."""
     if engine_name == "onnxruntime-cuda":
         return _open_on_gpu(path)
-    with failing(path, "onnxruntime", "load"):
+    with engine_errors(path, "onnxruntime", "load"):
         return OrtSession(_load(path, PROVIDERS[engine_name], {}), path)
 
 
 def start_loop(transformer: Session, step: Session, plan: LoopPlan) -> DeviceLoop:
-    """The loop of two sessions of onnxruntime-cuda, at its start. Raises EngineFailed."""
+    """A device loop over two sessions of onnxruntime-cuda. Raises EngineFailed."""
     assert isinstance(transformer, BoundSession) and isinstance(step, BoundSession)
     return DeviceLoop(transformer, step, plan)
 
 
-def _load(path: Path, provider: str, told: dict[str, str]) -> ort.InferenceSession:
+def _load(path: Path, provider: str, provider_options: dict[str, str]) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.log_severity_level = FATAL_ONLY
-    options.intra_op_num_threads = threads_wanted() or 0  # 0 is every core
-    # A picture takes turns between three sessions: threads that go on spinning in one slow down the next.
+    options.intra_op_num_threads = requested_threads() or 0  # 0 means every core
+    # Generating an image alternates between three sessions: spinning threads of one would slow down the next.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    return ort.InferenceSession(str(path), options, providers=[(provider, told)])
+    return ort.InferenceSession(str(path), options, providers=[(provider, provider_options)])
 
 
 def _open_on_gpu(path: Path) -> BoundSession:
-    """Inputs and outputs stay bound to memory on the GPU, and each set of shapes is launched as one CUDA graph.
+    """Load the graph with inputs and outputs bound to GPU memory; each set of shapes is launched as one CUDA graph.
 
-    TPX_CUDA_GRAPHS=0 launches kernels one by one, and so does a graph that ONNX Runtime cannot capture, unless it is 1.
+    Kernels are launched one by one with TPX_CUDA_GRAPHS=0, and if ONNX Runtime cannot capture the graph. In the latter
+    case TPX_CUDA_GRAPHS=1 raises EngineFailed instead.
     """
-    _find_libraries()
-    provider, wanted = PROVIDERS["onnxruntime-cuda"], graphs_wanted()
-    # float32 means float32: TF32, its products' default, has the error of float16. Who wants speed takes an fp16 bundle.
-    told = {"use_tf32": "0"}
-    with failing(path, "onnxruntime", "load"):
+    _preload_libraries()
+    provider, requested = PROVIDERS["onnxruntime-cuda"], cuda_graphs_requested()
+    # TF32, the default for float32 products, has the error of float16. For speed there are fp16 bundles.
+    provider_options = {"use_tf32": "0"}
+    with engine_errors(path, "onnxruntime", "load"):
         try:
-            graphs = wanted is not False
-            session = _load(path, provider, told | ({"enable_cuda_graph": "1"} if graphs else {}))
+            graphs = requested is not False
+            session = _load(path, provider, provider_options | ({"enable_cuda_graph": "1"} if graphs else {}))
         except Exception:
-            # It has no type for "cannot be captured"; what else is wrong is wrong without graphs too.
-            if wanted is not None:
+            # ONNX Runtime has no exception type for "cannot be captured"; any other error occurs again without graphs.
+            if requested is not None:
                 raise
-            graphs, session = False, _load(path, provider, told)
+            graphs, session = False, _load(path, provider, provider_options)
     if provider not in session.get_providers():
         raise EngineUnavailable(
             f"expected {provider} for engine onnxruntime-cuda, found that onnxruntime fell back to "
@@ -95,7 +96,7 @@ def _open_on_gpu(path: Path) -> BoundSession:
 
 
 @cache
-def _find_libraries() -> None:
-    """CUDA and cuDNN from the packages that `tpx[gpu]` installs, where they are; else the loader looks for the system's."""
-    with redirect_stdout(StringIO()):  # it prints what it does not find
+def _preload_libraries() -> None:
+    """Load CUDA and cuDNN from the packages that `tpx[gpu]` installs, if present; else the system's are used."""
+    with redirect_stdout(StringIO()):  # preload_dlls prints the libraries that it does not find
         ort.preload_dlls()

@@ -1,10 +1,10 @@
-"""A graph in ONNX Runtime on a device with memory of its own: inputs and outputs are bound to buffers there.
+"""A graph in ONNX Runtime whose inputs and outputs are bound to buffers in device memory.
 
 array -> the input's buffer -> run_with_iobinding -> the output's buffer -> array
 
-Each set of shapes has buffers of its own, which keep their addresses from call to call: so what did not change need not be
-uploaded again, and with `graphs` ONNX Runtime captures all launches of such a call in one CUDA graph and replays it
-(its CUDA provider's `enable_cuda_graph`, with a `gpu_graph_id` for each set of shapes).
+Each set of shapes has its own buffers, whose addresses stay the same between calls. So unchanged inputs are not uploaded
+again, and with `graphs` ONNX Runtime captures all launches of such a call in one CUDA graph and replays it
+(`enable_cuda_graph` of its CUDA provider, with one `gpu_graph_id` per set of shapes).
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,26 +16,26 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from .session import Arrays, failing
+from .session import Arrays, engine_errors
 
-MOST_KEPT = 4  # sets of shapes; the one that has waited longest goes first
-FATAL_ONLY = 4  # of what is logged: an error is raised, and said in one line
+MAX_BUFFER_SETS = 4  # one per set of shapes; the least recently used is evicted first
+FATAL_ONLY = 4  # log severity; errors are raised as exceptions anyway
 _GRAPH, _NO_GRAPH = "gpu_graph_id", "-1"
 
-Values = Mapping[str, ort.OrtValue]  # memory on the device, by the name of an input or an output
-Kinds = tuple[tuple[object, ...], ...]  # name, shape and type of each input, and which memory is another's
+DeviceValues = Mapping[str, ort.OrtValue]  # device memory by input or output name
+ShapesKey = tuple[tuple[object, ...], ...]  # name, shape and type of each input; name and id of shared memory
 
 
 class BoundSession:
-    """A graph whose buffers stay on `device`, such as "cuda", between calls."""
+    """A graph whose buffers stay on `device` (such as "cuda") between calls."""
 
     def __init__(self, session: ort.InferenceSession, path: Path, device: str, graphs: bool = False) -> None:
         self._session, self._path, self._device, self._graphs = session, path, device, graphs
-        self._bound: dict[Kinds, Buffers] = {}  # the latest last
-        self._made = 0
+        self._bound: dict[ShapesKey, Buffers] = {}  # least recently used first
+        self._num_graphs = 0
 
     def run(self, inputs: Arrays) -> Arrays:
-        """Every output of the graph by name. Raises EngineFailed."""
+        """All outputs of the graph by name. Raises EngineFailed."""
         with self.running():
             buffers = self.buffers(inputs)
             buffers.upload(inputs)
@@ -44,88 +44,92 @@ class BoundSession:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Raises EngineFailed, after which no buffers are kept: nothing is known of what they hold."""
-        with failing(self._path, "onnxruntime", "run"):
+        """Convert errors to EngineFailed. After any exception all buffers are released, as their contents are unknown."""
+        with engine_errors(self._path, "onnxruntime", "run"):
             try:
                 yield
             except BaseException:
                 self._release(len(self._bound))
                 raise
 
-    def buffers(self, inputs: Arrays, shared: Values | None = None) -> "Buffers":
-        """The buffers for inputs of such shapes; those that `shared` names, outputs too, are the memory given there."""
+    def buffers(self, inputs: Arrays, shared: DeviceValues | None = None) -> "Buffers":
+        """The buffers for inputs of these shapes. Inputs and outputs named in `shared` use the memory given there."""
         shared = shared or {}
-        kinds: Kinds = tuple(sorted((name, array.shape, array.dtype.name) for name, array in inputs.items()))
-        kinds += tuple((name, id(value)) for name, value in shared.items())  # which the buffers keep alive
-        buffers = self._bound.pop(kinds, None)
+        key: ShapesKey = tuple(
+            sorted((name, array.shape, array.dtype.name) for name, array in inputs.items())
+        )
+        key += tuple((name, id(value)) for name, value in shared.items())  # the buffers keep it alive
+        buffers = self._bound.pop(key, None)
         if buffers is None:
-            self._release(len(self._bound) + 1 - MOST_KEPT)
-            graph = str(self._made) if self._graphs else None
+            self._release(len(self._bound) + 1 - MAX_BUFFER_SETS)
+            graph = str(self._num_graphs) if self._graphs else None
             buffers = Buffers(self._session, self._device, graph, shared)
-            self._made += 1
-        self._bound[kinds] = buffers
+            self._num_graphs += 1
+        self._bound[key] = buffers
         return buffers
 
-    def _release(self, many: int) -> None:
-        """Give back the buffers that have waited longest, and the CUDA graphs that run in them."""
-        for kinds in list(self._bound)[: max(0, many)]:
-            graph = self._bound.pop(kinds).graph
+    def _release(self, count: int) -> None:
+        """Release the `count` least recently used sets of buffers, and their CUDA graphs."""
+        for key in list(self._bound)[: max(0, count)]:
+            graph = self._bound.pop(key).graph
             if graph is not None:
                 self._session.release_captured_graph(int(graph))
 
 
 class Buffers:
-    """Memory on the device for inputs and outputs of one set of shapes; `graph` names the CUDA graph that runs in it.
+    """Device memory for the inputs and outputs of one set of shapes; `graph` is the id of the CUDA graph that uses it.
 
-    `inputs` has what was uploaded so far, and `outputs` what the first launch made; `shared` is bound to another's memory.
+    `inputs` fills with uploads, `outputs` with the first launch. Names in `shared` are bound to memory owned elsewhere.
     """
 
-    def __init__(self, session: ort.InferenceSession, device: str, graph: str | None, shared: Values) -> None:
+    def __init__(
+        self, session: ort.InferenceSession, device: str, graph: str | None, shared: DeviceValues
+    ) -> None:
         self.binding, self.graph = session.io_binding(), graph
         self.inputs: dict[str, ort.OrtValue] = {}
         self.outputs: dict[str, ort.OrtValue] = {}
         self._session, self._device, self._shared = session, device, shared
         self._options = _options(None if graph is None else _NO_GRAPH)
-        # By input the array that was given, and its numbers then.
-        self._held: dict[str, tuple[object, npt.NDArray[Any]]] = {}
+        # For each input: the array object uploaded last, and a copy of its values at that time.
+        self._uploaded: dict[str, tuple[object, npt.NDArray[Any]]] = {}
         self._names = [output.name for output in session.get_outputs()]
         for name in self._names:
             if name in shared:
                 self.binding.bind_ortvalue_output(name, shared[name])
             else:
-                self.binding.bind_output(name, device)  # the first launch finds out how large it is
-        for given in session.get_inputs():
-            if given.name in shared:
-                self.binding.bind_ortvalue_input(given.name, shared[given.name])
+                self.binding.bind_output(name, device)  # allocated by the first launch
+        for argument in session.get_inputs():
+            if argument.name in shared:
+                self.binding.bind_ortvalue_input(argument.name, shared[argument.name])
 
     def upload(self, inputs: Arrays) -> None:
-        """Write the inputs that are not there yet: another array, or the same with other numbers."""
+        """Upload the inputs that changed: another array object, or other values in the same one."""
         for name, given in inputs.items():
             array = np.asarray(given, order="C")
-            held = self._held.get(name)
-            if held and held[0] is given and np.array_equal(held[1], array):
+            uploaded = self._uploaded.get(name)
+            if uploaded and uploaded[0] is given and np.array_equal(uploaded[1], array):
                 continue
             self.forget(name)
             if name not in self.inputs:
-                # Not made from the array: on the CPU that would be the caller's own memory.
+                # Not created from the array: on the CPU it would share the caller's memory.
                 self.inputs[name] = ort.OrtValue.ortvalue_from_shape_and_type(
                     array.shape, array.dtype, self._device
                 )
                 self.binding.bind_ortvalue_input(name, self.inputs[name])
             self.inputs[name].update_inplace(array)
-            self._held[name] = (given, array.copy())
+            self._uploaded[name] = (given, array.copy())
 
     def forget(self, *names: str) -> None:
-        """Something else writes to these inputs: they are to be uploaded whenever they are given."""
+        """Always upload these inputs the next time they are given, because something else writes to them."""
         for name in names:
-            self._held.pop(name, None)
+            self._uploaded.pop(name, None)
 
     def overwrite(self, name: str, with_output: str) -> None:
-        """Let an output be written over the input `name`, which has been uploaded and is its equal in shape."""
+        """Bind an output to the memory of the input `name`, which must have been uploaded and have the same shape."""
         self.binding.bind_ortvalue_output(with_output, self.inputs[name])
 
     def launch(self) -> None:
-        """Run the graph. Outputs are written to where the first launch left them."""
+        """Run the graph. Outputs are written to the memory that the first launch allocated."""
         self._session.run_with_iobinding(self.binding, self._options)
         if not self.outputs:
             self.outputs = dict(zip(self._names, self.binding.get_outputs(), strict=True))

@@ -1,9 +1,9 @@
-"""A denoising loop in ONNX Runtime whose latents stay on the device: nothing goes up but the number of each call.
+"""A denoising loop in ONNX Runtime whose latents stay on the device: each call uploads only its index.
 
 first latents -> step -> latents, conditions -> transformer -> prediction -> step -> latents, conditions -> ...
 
-Both graphs work in the same buffers: what one writes the other reads. `step` (export/tpx_export/step.py) sums up what the
-transformer has said since the start, as the sampler wants it, and picks the next call's conditions from their table.
+Both graphs share their buffers: each reads what the other writes. `step` (export/tpx_export/step.py) combines all
+predictions so far by the sampler's weights, and selects the next call's conditions from a table.
 """
 
 import numpy as np
@@ -15,54 +15,57 @@ from .session import Arrays, require_output
 
 
 class DeviceLoop:
-    """`transformer` and `step` on their way along a plan; latents are those of its first call at the start."""
+    """Runs `transformer` and `step` along a plan, starting from the latents of its first call."""
 
     def __init__(self, transformer: BoundSession, step: BoundSession, plan: LoopPlan) -> None:
         self._transformer, self._step = transformer, step
         with transformer.running():
-            self._says = transformer.buffers(plan.inputs)
-            if self._says.outputs:
-                self._says.upload(plan.context)
-            else:  # the first of such shapes, which is to find out where its outputs are
-                self._says.upload(plan.inputs)
-                self._says.launch()
-            self._says.forget("latents", "conditions")
-            made = {name: tuple(value.shape()) for name, value in self._says.outputs.items()}
-            require_output(plan.prediction, plan.latents.shape, made.get(plan.prediction))
-            said = self._says.outputs[plan.prediction]
-            said.update_inplace(plan.latents)
-        shared = {name: self._says.inputs[name] for name in ("latents", "conditions")} | {"prediction": said}
+            self._transformer_buffers = buffers = transformer.buffers(plan.inputs)
+            if buffers.outputs:
+                buffers.upload(plan.context)
+            else:  # the first call of these shapes allocates the outputs
+                buffers.upload(plan.inputs)
+                buffers.launch()
+            buffers.forget("latents", "conditions")
+            output_shapes = {name: tuple(value.shape()) for name, value in buffers.outputs.items()}
+            require_output(plan.prediction, plan.latents.shape, output_shapes.get(plan.prediction))
+            prediction = buffers.outputs[plan.prediction]
+            prediction.update_inplace(plan.latents)
+        shared = {name: buffers.inputs[name] for name in ("latents", "conditions")} | {
+            "prediction": prediction
+        }
         history = {"history": np.zeros((len(plan.tables["weights"]), *plan.latents.shape), np.float32)}
         with step.running():
-            self._sums = step.buffers(plan.tables | history | _call(0), shared)
-            if "history" not in self._sums.inputs:
-                self._sums.upload(history)
-                self._sums.overwrite("history", with_output="kept")
-                self._sums.forget("history")
-            self._sums.upload(plan.tables)
+            self._step_buffers = buffers = step.buffers(plan.tables | history | _call_index(0), shared)
+            if "history" not in buffers.inputs:
+                buffers.upload(history)
+                buffers.overwrite("history", with_output="kept")
+                buffers.forget("history")
+            buffers.upload(plan.tables)
         self._calls = 0
-        self._sum_up()
+        self._run_step()
 
     def advance(self) -> None:
-        """One call of the transformer, and the latents of the next. Raises EngineFailed."""
+        """Call the transformer once and compute the next latents. Raises EngineFailed."""
         with self._transformer.running():
-            self._says.launch()
+            self._transformer_buffers.launch()
         self._calls += 1
-        self._sum_up()
+        self._run_step()
 
     def latents(self) -> npt.NDArray[np.float32]:
-        """As the next call is shown them, [rows, C, H, W], fetched."""
-        return np.array(self._says.inputs["latents"].numpy())
+        """Download the latents [rows, C, H, W] that the next call reads."""
+        return np.array(self._transformer_buffers.inputs["latents"].numpy())
 
     def routes(self) -> npt.NDArray[np.int64] | None:
-        """Of the latest call, [rows, S, N], fetched; None where the model does not think."""
-        return np.array(self._says.outputs["routes"].numpy()) if "routes" in self._says.outputs else None
+        """Download the routes [rows, S, N] of the latest call; None if the model has no thinking blocks."""
+        outputs = self._transformer_buffers.outputs
+        return np.array(outputs["routes"].numpy()) if "routes" in outputs else None
 
-    def _sum_up(self) -> None:
+    def _run_step(self) -> None:
         with self._step.running():
-            self._sums.upload(_call(self._calls))
-            self._sums.launch()
+            self._step_buffers.upload(_call_index(self._calls))
+            self._step_buffers.launch()
 
 
-def _call(number: int) -> Arrays:
+def _call_index(number: int) -> Arrays:
     return {"slot": np.array(number, np.int64)}

@@ -1,9 +1,9 @@
-"""OpenVINO on the CPU: in float32 (`openvino`), or in bfloat16 where the CPU has it (`openvino-bf16`).
+"""OpenVINO on the CPU: in float32 (`openvino`), or in bfloat16 if the CPU supports it (`openvino-bf16`).
 
-It refuses model-local functions, so it is given the transformer's plain variant. Every graph is compiled for any shapes;
-for exact ones, where a call of a small model takes a fifth less time, it is where tpx-build did that ahead or one shape is
-run often (openvino_exact.py). What is compiled is kept beside the bundle, where that can be written (openvino_store.py): the
-next process starts in half the time.
+OpenVINO does not support model-local functions, so it loads the plain variant of the transformer. Every graph is compiled
+with dynamic shapes. Static shapes, where a call of a small model takes a fifth less time, are used if tpx-build compiled
+them ahead of time or if one shape runs often (openvino_static.py). Compiled graphs are cached next to the bundle if that is
+writable (openvino_store.py), so that the next process starts in half the time.
 """
 
 from contextlib import suppress
@@ -15,24 +15,24 @@ import openvino
 from .. import __version__
 from ..bundle import CONDITIONS
 from ..errors import EngineFailed
-from .environment import threads_wanted
-from .openvino_exact import ExactGraphs, shapes_of
+from .environment import requested_threads
 from .openvino_graph import Graph
-from .openvino_store import Store, mapped
-from .session import Arrays, failing
+from .openvino_static import StaticGraphs, input_shapes
+from .openvino_store import Store, map_graph
+from .session import Arrays, engine_errors
 
-# Left alone it computes in bf16 where the CPU can, which sends tokens to other experts: that has to be asked for.
+# By default OpenVINO computes in bf16 if the CPU can, which changes the routes of some tokens; so it must be requested.
 PRECISIONS = {"openvino": "f32", "openvino-bf16": "bf16"}
-# The first to know com.microsoft::MultiHeadAttention, which large models have for ONNX Runtime's sake.
-LEAST = (2026, 3)
+# The first with com.microsoft::MultiHeadAttention, which large models contain for ONNX Runtime.
+MIN_VERSION = (2026, 3)
 
 
 def problem(engine_name: str) -> str | None:
-    """Why this machine cannot use the engine, or None."""
+    """Why this machine cannot use the engine, or None if it can."""
     version = openvino.__version__.split("-")[0]
-    if tuple(map(int, version.split(".")[:2])) < LEAST:
+    if tuple(map(int, version.split(".")[:2])) < MIN_VERSION:
         return (
-            f"expected OpenVINO {'.'.join(map(str, LEAST))} or later for engine {engine_name}, found {version}; "
+            f"expected OpenVINO {'.'.join(map(str, MIN_VERSION))} or later for engine {engine_name}, found {version}; "
             "install it with `pip install --upgrade 'tpx[openvino]'`"
         )
     if PRECISIONS[engine_name] == "f32":
@@ -41,7 +41,7 @@ def problem(engine_name: str) -> str | None:
     if "BF16" in found:
         return None
     return (
-        f"expected a CPU with instructions for BF16 for engine {engine_name}, found one with "
+        f"expected a CPU with BF16 instructions for engine {engine_name}, found one with "
         f"{', '.join(found)}; use the engine openvino"
     )
 
@@ -51,49 +51,49 @@ class OpenVinoSession:
 
     def __init__(self, path: Path, config: dict[str, str], store: Store) -> None:
         self._path, self._config, self._store = path, config, store
-        self._exact = ExactGraphs(core(), path, config, store)
-        self._any_shapes: Graph | None = None
-        # What that reads its weights from, if it came from a file.
-        self._mapped: openvino.Tensor | None = None
-        if not store.built():  # else the first call may want no more than one of those
+        self._static = StaticGraphs(core(), path, config, store)
+        self._dynamic: Graph | None = None
+        # Memory that `_dynamic` reads its weights from, if it was loaded from a file.
+        self._mapped_file: openvino.Tensor | None = None
+        if not store.has_static_graphs():  # otherwise the first call may need only a static graph
             self._load()
 
     def run(self, inputs: Arrays) -> Arrays:
-        graph = self._exact.take(shapes_of(inputs)) or self._any_shapes or self._load()
-        # For an input that is left out, openvino would take whatever lies in its memory.
+        graph = self._static.get(input_shapes(inputs)) or self._dynamic or self._load()
+        # OpenVINO would read uninitialised memory for a missing input.
         if problem := graph.problem(inputs):
             raise EngineFailed(f"{self._path}: openvino could not run it: {problem}")
-        with failing(self._path, "openvino", "run"):
+        with engine_errors(self._path, "openvino", "run"):
             return graph.run(inputs)
 
     def _load(self) -> Graph:
-        loaded = load_any(self._config, self._store)
+        loaded = load_dynamic(self._config, self._store)
         if loaded is None:
-            compiled = compile_any(self._path, self._config)
-            with suppress(OSError, RuntimeError, MemoryError):  # one that cannot be kept runs nevertheless
+            compiled = compile_dynamic(self._path, self._config)
+            with suppress(OSError, RuntimeError, MemoryError):  # the graph runs even if it cannot be cached
                 if self._store.prepare():
-                    self._store.write(self._store.any_shapes, compiled)
+                    self._store.write(self._store.dynamic_file, compiled)
             loaded = Graph(compiled), None
-        self._any_shapes, self._mapped = loaded
-        return self._any_shapes
+        self._dynamic, self._mapped_file = loaded
+        return self._dynamic
 
 
 def open_session(engine_name: str, path: Path) -> OpenVinoSession:
-    """Load the graph at `path`, to be run in the engine's precision."""
-    return OpenVinoSession(path, settings(engine_name, path), store_of(engine_name, path))
+    """Load the graph at `path` in the engine's precision."""
+    return OpenVinoSession(path, compile_config(engine_name, path), open_store(engine_name, path))
 
 
 def precision_of(engine_name: str, path: Path) -> str:
-    """What the graph at `path` is computed in: the engine's precision, but the conditions, made once a picture, in f32.
+    """The precision to compute the graph at `path` in: f32 for the conditions, else the engine's precision.
 
-    They begin with sines of a timestep of up to 1000, of which bf16 knows one in four.
+    The conditions are computed once per image, from sines of timesteps of up to 1000, of which bf16 represents one in four.
     """
     return "f32" if path.as_posix().endswith(CONDITIONS) else PRECISIONS[engine_name]
 
 
-def settings(engine_name: str, path: Path) -> dict[str, str]:
-    """What OpenVINO is told of the graph at `path`. Nothing of pinning or streams: what was tried was no faster."""
-    threads = threads_wanted()
+def compile_config(engine_name: str, path: Path) -> dict[str, str]:
+    """OpenVINO's properties for compiling the graph at `path`. Those tried for pinning and streams were not faster."""
+    threads = requested_threads()
     return {
         "INFERENCE_PRECISION_HINT": precision_of(engine_name, path),
         "PERFORMANCE_HINT": "LATENCY",
@@ -101,15 +101,17 @@ def settings(engine_name: str, path: Path) -> dict[str, str]:
     }
 
 
-def store_of(engine_name: str, path: Path) -> Store:
-    """Where what is compiled of the graph at `path` is kept."""
+def open_store(engine_name: str, path: Path) -> Store:
+    """The cache of compiled graphs of the graph at `path`."""
     version = f"{__version__} {openvino.__version__} {core().get_property('CPU', 'FULL_DEVICE_NAME')}"
-    return Store.beside(path, precision_of(engine_name, path), f"{version} {settings(engine_name, path)}")
+    return Store.for_graph(
+        path, precision_of(engine_name, path), f"{version} {compile_config(engine_name, path)}"
+    )
 
 
-def load_any(config: dict[str, str], store: Store) -> tuple[Graph, openvino.Tensor] | None:
-    """The graph for any shapes that is kept, and the memory that has to outlive it; None where that is to be compiled."""
-    blob = mapped(store.any_shapes)
+def load_dynamic(config: dict[str, str], store: Store) -> tuple[Graph, openvino.Tensor] | None:
+    """The cached graph with dynamic shapes, and the memory that must outlive it; None if it has to be compiled."""
+    blob = map_graph(store.dynamic_file)
     if blob is None:
         return None
     try:
@@ -118,9 +120,9 @@ def load_any(config: dict[str, str], store: Store) -> tuple[Graph, openvino.Tens
         return None
 
 
-def compile_any(path: Path, config: dict[str, str]) -> openvino.CompiledModel:
-    """The graph at `path` for any shapes. Raises EngineFailed."""
-    with failing(path, "openvino", "load"):
+def compile_dynamic(path: Path, config: dict[str, str]) -> openvino.CompiledModel:
+    """Compile the graph at `path` with dynamic shapes. Raises EngineFailed."""
+    with engine_errors(path, "openvino", "load"):
         try:
             return core().compile_model(str(path), "CPU", config)
         except RuntimeError as error:
@@ -134,9 +136,9 @@ def compile_any(path: Path, config: dict[str, str]) -> openvino.CompiledModel:
 
 @cache
 def core() -> openvino.Core:
-    """One for all graphs, for as long as the process lives.
+    """The one Core of the process, for all graphs.
 
-    Every Core gives the thread a stack for signals and takes it back when its last graph goes. Where an older one goes first
-    the stack that is left is no memory, and the next Ctrl-C a crash.
+    Every Core installs an alternate signal stack for the thread, and restores the previous one when its last graph is
+    released. If an older Core is released first, the restored stack is freed memory and the next Ctrl-C crashes.
     """
     return openvino.Core()

@@ -1,8 +1,8 @@
-"""A compiled graph: for any shapes, or for exact ones, run whole or as two halves side by side.
+"""A compiled graph: with dynamic shapes, or with static shapes and run whole or as two halves in parallel.
 
-A call's rows do not depend on one another: they are guidance's branches, or pictures of a batch. Run as one, all threads
-wait for each other after every one of some 200 kernels; as halves each is left to its own cores and they meet once. How
-much that is depends on how near the cores are to one another: docs/performance.md.
+The rows of a batch (guidance branches, images) are independent. Run whole, all threads synchronise after each of some 200
+kernels; as halves, each half has its own cores and they synchronise once. The gain depends on the distance between the
+cores: docs/performance.md.
 """
 
 import numpy as np
@@ -12,7 +12,7 @@ from .session import Arrays
 
 
 class Graph:
-    """A graph for any shapes."""
+    """A graph with dynamic shapes."""
 
     def __init__(self, model: openvino.CompiledModel) -> None:
         self._request = model.create_infer_request()
@@ -20,9 +20,9 @@ class Graph:
         self._inputs = [port.names for port in model.inputs]
 
     def problem(self, inputs: Arrays) -> str | None:
-        """What the graph's inputs are and what is there instead, or None.
+        """An "expected ..., found ..." message if the names of `inputs` are not the graph's, else None.
 
-        An input has several names where OpenVINO drops a conversion: of what was converted, and of what was made of it.
+        An input has several names if OpenVINO removed a conversion: those before and after the conversion.
         """
         given = [names & inputs.keys() for names in self._inputs]
         if len(inputs) == len(given) and all(given):
@@ -31,60 +31,61 @@ class Graph:
         return f"expected the inputs {wanted}, found {', '.join(sorted(inputs)) or 'none'}"
 
     def run(self, inputs: Arrays) -> Arrays:
-        """Outputs. Raises what OpenVINO raises."""
+        """All outputs by name. Raises OpenVINO's exceptions."""
         self._request.infer(inputs, share_inputs=True, share_outputs=True)
-        made: Arrays = {}
+        outputs: Arrays = {}
         for names in self._outputs:
-            made |= dict.fromkeys(names, self._request.get_tensor(next(iter(names))).data.copy())
-        return made
+            outputs |= dict.fromkeys(names, self._request.get_tensor(next(iter(names))).data.copy())
+        return outputs
 
 
-class ExactGraph(Graph):
-    """A graph for exact shapes as `parts` requests: each takes an equal share of a call's rows.
+class StaticGraph(Graph):
+    """A graph with static shapes as `parts` infer requests, each for an equal share of the rows.
 
-    Arrays go through the requests' own memory, found once: handed over at each call they cost the sample's transformer 4%.
+    Arrays are copied to and from the requests' own memory, looked up once. Passing them at each call took 4% longer for the
+    transformer of the sample model.
     """
 
     def __init__(self, model: openvino.CompiledModel, parts: int) -> None:
         super().__init__(model)
         self._requests = [self._request, *(model.create_infer_request() for _ in range(parts - 1))]
-        self._read = [self._memory(names) for names in self._inputs]
-        self._written = [self._memory(names) for names in self._outputs]
+        self._input_memory = [self._memory(names) for names in self._inputs]
+        self._output_memory = [self._memory(names) for names in self._outputs]
 
     def run(self, inputs: Arrays) -> Arrays:
-        """Outputs, each with the rows of `inputs` in their order. Raises what OpenVINO raises."""
+        """All outputs by name, with rows in the order of `inputs`. Raises OpenVINO's exceptions."""
         given = [next(inputs[name] for name in names if name in inputs) for names in self._inputs]
         *others, last = range(len(self._requests))
         try:
             for part in others:
-                self._fill(part, given)
+                self._copy_inputs(part, given)
                 self._requests[part].start_async()
-            self._fill(last, given)
+            self._copy_inputs(last, given)
             self._requests[last].infer(share_outputs=True)
-        finally:  # whatever happened, none is left at work; to wait for what does not run is no error
+        finally:  # leave no request running; waiting for one that was not started is no error
             for part in others:
                 self._requests[part].wait()
-        made: Arrays = {}
-        for names, rows in zip(self._outputs, self._written, strict=True):
-            made |= dict.fromkeys(names, np.concatenate(rows))
-        return made
+        outputs: Arrays = {}
+        for names, rows in zip(self._outputs, self._output_memory, strict=True):
+            outputs |= dict.fromkeys(names, np.concatenate(rows))
+        return outputs
 
-    def agrees(self) -> bool:
-        """Whether all parts, at work side by side, say the same of the same rows, and nothing but numbers."""
+    def parts_agree(self) -> bool:
+        """Whether all parts, run in parallel on the same rows, give equal and finite outputs."""
         parts, rng, inputs = len(self._requests), np.random.default_rng(0), {}
         if parts == 1:
             return True
-        for names, (own, *_) in zip(self._inputs, self._read, strict=True):
-            share = np.abs(rng.standard_normal(own.shape)).astype(own.dtype)
-            inputs[next(iter(names))] = np.concatenate([share] * parts)
-        shares = [said.reshape(parts, -1) for said in self.run(inputs).values()]
-        return all(np.isfinite(each).all() and (each == each[0]).all() for each in shares)
+        for names, (memory, *_) in zip(self._inputs, self._input_memory, strict=True):
+            rows = np.abs(rng.standard_normal(memory.shape)).astype(memory.dtype)
+            inputs[next(iter(names))] = np.concatenate([rows] * parts)
+        outputs = [array.reshape(parts, -1) for array in self.run(inputs).values()]
+        return all(np.isfinite(array).all() and (array == array[0]).all() for array in outputs)
 
     def _memory(self, names: set[str]) -> list[np.ndarray]:
-        """Of one input or output, for each request."""
+        """The memory of one input or output in each request."""
         return [request.get_tensor(next(iter(names))).data for request in self._requests]
 
-    def _fill(self, part: int, given: list[np.ndarray]) -> None:
-        for rows, memory in zip(given, self._read, strict=True):
-            own = memory[part]
-            np.copyto(own, rows[part * len(own) : (part + 1) * len(own)])
+    def _copy_inputs(self, part: int, given: list[np.ndarray]) -> None:
+        for rows, memory in zip(given, self._input_memory, strict=True):
+            target = memory[part]
+            np.copyto(target, rows[part * len(target) : (part + 1) * len(target)])

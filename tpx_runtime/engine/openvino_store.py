@@ -1,15 +1,15 @@
-"""Where compiled OpenVINO graphs lie: `openvino` in the folder of a bundle's engines, a folder for each graph and precision.
+"""The cache of compiled OpenVINO graphs: `openvino` in a bundle's folder of engines, one folder per graph and precision.
 
-In such a folder are the graph for any shapes (`any.KEY.blob`), and what tpx-build made for exact ones
-(`rows-ROWS.KEY.exact`). The key is over all that these depend on: the bundle's manifest, which knows every file's hash, the
-graph and its weights by size and time, TPX's and OpenVINO's versions, the CPU and the settings, for exact ones shapes and
-parts too. So processes with other settings, and bundles that share a folder, have files of their own.
+Such a folder holds the graph with dynamic shapes (`any.KEY.blob`), and those that tpx-build compiled with static shapes
+(`rows-ROWS.KEY.exact`). The key covers all that a compiled graph depends on: the bundle's manifest with every file's hash,
+the size and modification time of the graph and its weights, the versions of TPX and OpenVINO, the CPU and the settings, and
+for static shapes also these and the number of parts. So other settings, and bundles that share a folder, have other files.
 
-OpenVINO does not check what it loads, and a damaged graph draws another picture. So each file ends in the CRC-32 of all
-before; one that does not is compiled again. It is not in a file of its own, for two processes may compile the same graph to
-different bytes, and one's checksum could come to lie beside the other's graph.
+OpenVINO does not validate what it loads, and a damaged graph generates a different image. So each file ends in the CRC-32 of
+its contents, and is compiled again if that is wrong. The checksum is not in a separate file, because two processes may
+compile the same graph to different bytes, and the checksum of one could end up next to the graph of the other.
 
-OpenVINO's own CACHE_DIR writes in place: a process that maps a file which is not yet whole dies of SIGBUS.
+OpenVINO's own CACHE_DIR is not used: it writes in place, and a process that maps an incomplete file is killed by SIGBUS.
 """
 
 import hashlib
@@ -32,42 +32,42 @@ from ..files import atomic_file
 from .engine_file import default_folder
 
 _CHECK_BYTES = 4
-_SOUND = zlib.crc32(bytes(_CHECK_BYTES))  # the CRC-32 of whatever ends in its own, little-endian
+_CRC32_RESIDUE = zlib.crc32(bytes(_CHECK_BYTES))  # CRC-32 of any data followed by its CRC-32 (little-endian)
 _CHUNK_BYTES = 1 << 20
 UNUSED_SECONDS = 7 * 24 * 3600
-Shapes = tuple[tuple[str, tuple[int, ...]], ...]  # of a graph's inputs, in the order of their names
+Shapes = tuple[tuple[str, tuple[int, ...]], ...]  # (name, shape) of a graph's inputs, sorted by name
 
 
-def mapped(file: Path) -> openvino.Tensor | None:
-    """The compiled graph in `file`, which has to outlive what is made of it; None where that is damaged or not there.
+def map_graph(file: Path) -> openvino.Tensor | None:
+    """Memory-map the compiled graph in `file`; None if it is damaged or missing. The result must outlive its imported graph.
 
-    Mapped, weights are not read twice. OpenVINO wants memory that could be written to, and never writes. Opened once, what
-    was checked is what is mapped, even where another process puts its own file in the place.
+    Mapping avoids a second copy of the weights. OpenVINO requires writable memory but does not write. The file is opened
+    only once, so that the mapped data is the checked data even if another process replaces the file.
     """
     try:
         with file.open("rb") as content:
-            if _crc32(content) != _SOUND:
+            if _crc32(content) != _CRC32_RESIDUE:
                 return None
             graph = np.memmap(content, np.uint8, "c")[:-_CHECK_BYTES]
     except OSError:
         return None
     with suppress(OSError):
-        os.utime(file)  # it is in use, which Store.write heeds
+        os.utime(file)  # mark it as used, for the clean-up in Store.write
     return openvino.Tensor(graph, shared_memory=True)
 
 
 def _crc32(content: BinaryIO) -> int:
-    """Of what there is from here on; read and not mapped, which would count as this process's memory."""
+    """CRC-32 of the rest of a file. It is read, not mapped, because mapped pages count as memory of the process."""
     found = 0
     while chunk := content.read(_CHUNK_BYTES):
         found = zlib.crc32(chunk, found)
     return found
 
 
-class _Into(io.BytesIO):
-    """A file for OpenVINO to export into. It takes a BytesIO alone, which would hold a second copy of all weights.
+class _ExportStream(io.BytesIO):
+    """A file as the stream that OpenVINO exports to. It accepts only BytesIO, which would hold a second copy of the weights.
 
-    It drops what is raised here, or makes it an error of its own, so the first is kept: what is written then is no graph.
+    OpenVINO ignores or replaces exceptions raised here, so the first is stored in `error`; the file is then incomplete.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -76,12 +76,12 @@ class _Into(io.BytesIO):
         self.error: BaseException | None = None
 
     def write(self, content: Any, /) -> int:
-        return self._keeping_errors(self._file.write, content)
+        return self._record_errors(self._file.write, content)
 
     def seek(self, *where: int) -> int:
-        return self._keeping_errors(self._file.seek, *where)
+        return self._record_errors(self._file.seek, *where)
 
-    def _keeping_errors(self, call: Callable[..., int], *arguments: Any) -> int:
+    def _record_errors(self, call: Callable[..., int], *arguments: Any) -> int:
         try:
             return call(*arguments)
         except BaseException as error:  # Ctrl-C too
@@ -91,28 +91,28 @@ class _Into(io.BytesIO):
 
 @dataclass(frozen=True)
 class Store:
-    """What is kept of the graph at `path`; `context` is what else a compiled graph depends on."""
+    """The compiled graphs of the graph at `path`; `context` is whatever else they depend on."""
 
     folder: Path
     path: Path
     context: str
 
     @classmethod
-    def beside(cls, path: Path, precision: str, context: str) -> "Store":
-        """The store of the graph at BUNDLE/FOLDER/STEM.onnx."""
-        # The graph itself may be a link to elsewhere, as in Hugging Face's cache.
+    def for_graph(cls, path: Path, precision: str, context: str) -> "Store":
+        """The store for the graph at BUNDLE/FOLDER/STEM.onnx."""
+        # Only the folder is resolved: the graph may be a link to elsewhere, as in Hugging Face's cache.
         part = path.parent.resolve()
         return cls(
             default_folder(part.parent) / "openvino" / f"{part.name}.{path.stem}.{precision}", path, context
         )
 
     @property
-    def any_shapes(self) -> Path:
-        """The file of the graph for any shapes, whether there is one or not."""
+    def dynamic_file(self) -> Path:
+        """Path of the graph with dynamic shapes, which need not exist."""
         return self.folder / f"any.{self._key()}.blob"
 
     def prepare(self) -> bool:
-        """Make the folder, and say whether there can be written."""
+        """Create the folder and return whether it is writable."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError:
@@ -121,35 +121,36 @@ class Store:
 
     @property
     def weight_bytes(self) -> int:
-        """Of the weights in the graph's folder, which all its graphs share."""
-        return sum(size for name, size, _ in self._sources if not name.endswith(".onnx"))
+        """Size of the weights in the graph's folder, which all its graphs share."""
+        return sum(size for name, size, _ in self._source_files if not name.endswith(".onnx"))
 
-    def exact(self, shapes: Shapes, parts: int) -> Path:
-        """The file of the graph that runs these shapes in so many parts, whether there is one or not."""
+    def static_file(self, shapes: Shapes, parts: int) -> Path:
+        """Path of the graph for these static shapes run in `parts` parts, which need not exist."""
         rows = "-".join(str(n) for n in sorted({shape[0] for _, shape in shapes if shape}))
         return self.folder / f"rows-{rows}.{self._key(shapes, parts)}.exact"
 
-    def built(self) -> bool:
-        """Whether there are graphs for exact shapes, of whatever key."""
+    def has_static_graphs(self) -> bool:
+        """Whether there are graphs with static shapes, of any key."""
         return any(self.folder.glob("*.exact"))
 
     def write(self, file: Path, compiled: openvino.CompiledModel) -> None:
-        """Write a compiled graph whole, in the place of another, which stays with those who map it. Raises OSError
-        and what OpenVINO raises, and leaves what was there.
+        """Write a compiled graph atomically; processes that map the replaced file keep it. Raises OSError and OpenVINO's
+        exceptions, and then leaves the old file.
 
-        Others of any shapes, or for the same rows, may be those of other settings: they go once they are not used.
+        Other files of the same kind (dynamic, or the same rows) may belong to other settings. They are removed once they
+        have not been used for UNUSED_SECONDS.
         """
         with atomic_file(file) as part, part.open("w+b") as content:
-            into = _Into(content)
+            stream = _ExportStream(content)
             try:
-                compiled.export_model(into)
+                compiled.export_model(stream)
             finally:
-                if into.error:
-                    raise into.error
+                if stream.error:
+                    raise stream.error
             content.seek(0)
             content.write(_crc32(content).to_bytes(_CHECK_BYTES, "little"))
         oldest = time.time() - UNUSED_SECONDS
-        # Parts are those of processes that were killed.
+        # .part files were left by processes that were killed.
         for pattern in (f"{file.name.split('.')[0]}.*", ".tpx-*.part"):
             for old in self.folder.glob(pattern):
                 with suppress(OSError):
@@ -157,25 +158,25 @@ class Store:
                         shutil.rmtree(old) if old.is_dir() else old.unlink()
 
     def _key(self, *also: object) -> str:
-        facts = repr((self.context, self._manifest, self._sources, *also))
+        facts = repr((self.context, self._manifest, self._source_files, *also))
         return hashlib.sha256(facts.encode()).hexdigest()[:16]
 
     @cached_property
     def _manifest(self) -> bytes:
-        """What the bundle says of itself; nothing of a graph that lies in none."""
+        """The bundle's manifest, or nothing for a graph outside a bundle."""
         try:
             return (self.path.parent.parent / "manifest.json").read_bytes()
         except OSError:
             return b""
 
     @cached_property
-    def _sources(self) -> list[tuple[str, int, int]]:
-        """Name, size and time of the graph and of all in its folder that is no graph."""
+    def _source_files(self) -> list[tuple[str, int, int]]:
+        """Name, size and modification time of the graph and of all other files in its folder that are not graphs."""
         try:
             files = [
                 file for file in self.path.parent.iterdir() if file == self.path or file.suffix != ".onnx"
             ]
             found = [(file.name, file.stat()) for file in files]
-        except OSError:  # opening the graph says it better
+        except OSError:  # opening the graph gives a better message
             return []
         return sorted((name, facts.st_size, facts.st_mtime_ns) for name, facts in found)

@@ -1,4 +1,4 @@
-"""The engines by name: what runs a graph, what to install for it, and which one `auto` means here."""
+"""The engines by name: what each needs, what it can do, and which one `auto` selects."""
 
 import importlib
 import importlib.util
@@ -7,36 +7,35 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import BadInput, EngineUnavailable, shorten
-from .environment import loop_wanted
+from .environment import device_loop_requested
 from .loop import Loop, LoopPlan
 from .session import Session, one_line
 
-# Of a transformer: tpx::RoutedLora as one node, attention in float16 as one node too, or standard operators alone.
+# Variants of a transformer graph: tpx::RoutedLora as one node; float16 attention as one node too; standard operators only.
 GraphVariant = Literal["operator", "fused", "plain"]
 
 
 @dataclass(frozen=True)
 class Engine:
-    """One way to run a graph; `package` is what it imports, `extra` is what pip installs for it.
+    """One way to run a graph. `package` is the Python package it imports, `extra` the pip extra that installs it.
 
-    `module`, beside this file, has `problem(engine_name) -> str | None`, why this machine cannot use the
-    engine and how to mend it, and `open_session(engine_name, path) -> Session`. It is imported when first
-    asked.
+    `module`, next to this file, defines `problem(engine_name) -> str | None` (why this machine cannot use the engine, and
+    how to fix it) and `open_session(engine_name, path) -> Session`. It is imported on first use.
     """
 
     name: str
     package: str
     extra: str
     module: str
-    variant: GraphVariant  # of the transformer, that it reads
-    precision: str | None = None  # that it computes in; None where that is the graph's own
+    variant: GraphVariant  # of the transformer graph that the engine loads
+    precision: str | None = None  # that the engine computes in; None: the precision of the graph
     device: Literal["cpu", "gpu"] = "cpu"
-    # Whether tpx-build has work for it: to spare processes that draw the compiling, or to make the only thing that it runs.
+    # Whether tpx-build compiles graphs for it: "optional" saves compile time later, "required" engines run nothing else.
     prebuilt: Literal["never", "optional", "required"] = "never"
-    has_loop: bool = False  # whether `module` has `start_loop(transformer, step, plan) -> Loop`
+    has_device_loop: bool = False  # whether `module` has `start_loop(transformer, step, plan) -> Loop`
 
     def problem(self) -> str | None:
-        """Why this engine cannot run here, on one line; None if it can."""
+        """Why this engine cannot run here, on one line, or None if it can."""
         if importlib.util.find_spec(self.package) is None:
             return (
                 f"expected the package {self.package} for engine {self.name}, found none; "
@@ -44,7 +43,7 @@ class Engine:
             )
         try:
             reason: str | None = self._module().problem(self.name)
-        except Exception as error:  # a broken install raises whatever it stumbles on
+        except Exception as error:  # a broken installation can raise anything
             return (
                 f"expected {self.package} to import for engine {self.name}, found: {one_line(error)}; "
                 f"install it again with `pip install --force-reinstall 'tpx[{self.extra}]'`"
@@ -57,12 +56,12 @@ class Engine:
         return session
 
     @property
-    def loops(self) -> bool:
-        """Whether it is to keep a loop's latents on the device, where it can."""
-        return self.has_loop and loop_wanted()
+    def uses_device_loop(self) -> bool:
+        """Whether this engine keeps the latents of a loop on the device, where possible."""
+        return self.has_device_loop and device_loop_requested()
 
     def start_loop(self, transformer: Session, step: Session, plan: LoopPlan) -> Loop:
-        """The loop of two sessions of this engine. Raises EngineFailed."""
+        """A device loop over two sessions of this engine. Raises EngineFailed."""
         loop: Loop = self._module().start_loop(transformer, step, plan)
         return loop
 
@@ -70,7 +69,7 @@ class Engine:
         return importlib.import_module(f".{self.module}", __package__)
 
 
-# In the order in which `auto` tries them.
+# In the order that `auto` tries them.
 ENGINES = {
     engine.name: engine
     for engine in (
@@ -81,7 +80,7 @@ ENGINES = {
             module="onnxruntime",
             variant="fused",
             device="gpu",
-            has_loop=True,
+            has_device_loop=True,
         ),
         Engine("onnxruntime", package="onnxruntime", extra="cpu", module="onnxruntime", variant="plain"),
         Engine(
@@ -101,7 +100,7 @@ ENGINES = {
             precision="bf16",
             prebuilt="optional",
         ),
-        # auto takes these only where nothing else is installed: they may have nothing to run.
+        # Last for `auto`: they cannot run a bundle before tpx-build.
         Engine(
             "tensorrt-rtx",
             package="tensorrt_rtx_bindings",
@@ -123,22 +122,22 @@ ENGINES = {
     )
 }
 AUTO = "auto"
-NONE_RUNS = (
+NO_USABLE_ENGINE = (
     f"expected one of the engines {', '.join(ENGINES)}, found none that runs here; "
     "install one with `pip install 'tpx[cpu]'`"
 )
 
 
 def resolve(name: str = AUTO) -> Engine:
-    """The engine of that name, or the first of ENGINES that this machine can use.
+    """The engine of that name, or for `auto` the first of ENGINES that this machine can use.
 
-    Raises BadInput for a name that is none, EngineUnavailable for an engine that cannot be used.
+    Raises BadInput for an unknown name, EngineUnavailable for an engine that cannot be used.
     """
     if name == AUTO:
         for engine in ENGINES.values():
             if engine.problem() is None:
                 return engine
-        raise EngineUnavailable(NONE_RUNS)
+        raise EngineUnavailable(NO_USABLE_ENGINE)
     if not isinstance(name, str) or name not in ENGINES:
         raise BadInput(f"expected an engine of {AUTO}, {', '.join(ENGINES)}, found {shorten(name)}")
     if problem := ENGINES[name].problem():

@@ -1,4 +1,4 @@
-"""What an engine gives: a session of a graph, whose answers are checked and whose errors are one line."""
+"""Sessions: loaded graphs whose outputs are checked and whose errors are one line."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,20 +13,20 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 
 class Session(Protocol):
-    """A graph that is loaded and ready."""
+    """A loaded graph, ready to run."""
 
     def run(self, inputs: Arrays) -> Arrays:
-        """Every output of the graph by name. Raises EngineFailed."""
+        """All outputs of the graph by name. Raises EngineFailed."""
 
 
 def output(outputs: Arrays, name: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
-    """The output `name` of a session, whose shape must be `shape`. Raises EngineFailed."""
+    """The output `name`, checked to have `shape`. Raises EngineFailed."""
     require_output(name, shape, outputs[name].shape if name in outputs else None)
     return outputs[name]
 
 
 def require_output(name: str, shape: tuple[int, ...], found: tuple[int, ...] | None) -> None:
-    """Raises EngineFailed for an output that is not there (None) or of another shape."""
+    """Raise EngineFailed if an output is missing (`found` is None) or has another shape."""
     if found != shape:
         raise EngineFailed(
             f"expected an output {name} of shape {shape}, found {found or 'none'}; export the bundle again"
@@ -34,22 +34,23 @@ def require_output(name: str, shape: tuple[int, ...], found: tuple[int, ...] | N
 
 
 def one_line(error: BaseException) -> str:
-    """What an engine's own error says, fit for an error message."""
+    """The message of an engine's error, on one line and of at most 300 characters."""
     return " ".join(str(error).split())[:300]
 
 
 @contextmanager
-def failing(path: Path, package: str, doing: str) -> Iterator[None]:
-    """Turn what `package` raises inside into EngineFailed, such as "could not run it" of the graph at `path`.
+def engine_errors(path: Path, package: str, action: str) -> Iterator[None]:
+    """Convert the errors of `package` to EngineFailed: "PATH: PACKAGE could not `action` it: ...".
 
-    What an application raises in a signal handler while the engine works, a time limit perhaps, is not its and goes on.
+    Other exceptions propagate, such as a time limit that an application raises in a signal handler during the call.
     """
     try:
         yield
     except Exception as error:
-        its_own = type(error).__module__.split(".")[0] == package  # onnxruntime exports none of these by name
-        if not its_own and not isinstance(error, RuntimeError | ValueError | TypeError | MemoryError):
+        # By module name, because onnxruntime does not export its exception types.
+        from_package = type(error).__module__.split(".")[0] == package
+        if not from_package and not isinstance(error, RuntimeError | ValueError | TypeError | MemoryError):
             raise
-        said = one_line(error)
-        mend = "; where memory is short, draw fewer pictures at once" if "alloc" in said.lower() else ""
-        raise EngineFailed(f"{path}: {package} could not {doing} it: {said}{mend}") from error
+        message = one_line(error)
+        hint = "; if memory is short, generate fewer images at once" if "alloc" in message.lower() else ""
+        raise EngineFailed(f"{path}: {package} could not {action} it: {message}{hint}") from error

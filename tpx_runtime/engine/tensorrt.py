@@ -1,6 +1,6 @@
-"""TensorRT and TensorRT for RTX, on an NVIDIA GPU. They run what `tpx-build` made of the graphs, and build nothing.
+"""TensorRT and TensorRT for RTX, on an NVIDIA GPU. They run engines that `tpx-build` built, and build none themselves.
 
-An engine is looked for in the folder that tpx-build fills: $TPX_ENGINES, else BUNDLE.engines next to the bundle.
+Engines are read from the folder that tpx-build fills: $TPX_ENGINES, else BUNDLE.engines next to the bundle.
 """
 
 import shlex
@@ -9,17 +9,17 @@ from pathlib import Path
 from ..bundle import Bundle
 from ..errors import EngineUnavailable, TpxError
 from . import cuda, engine_file
-from .environment import engines_folder, graphs_wanted
+from .environment import cuda_graphs_requested, engines_folder
 from .gpu import Gpu, find_gpu
 from .tensorrt_flavours import FLAVOURS, FULL, Flavour, bindings, version
 from .tensorrt_session import TensorRtSession
 
 
 def problem(engine_name: str) -> str | None:
-    """Why this machine cannot use the engine, or None. The GPU is asked for first: libraries take long to load."""
+    """Why this machine cannot use the engine, or None. The GPU is checked first, because libraries load slowly."""
     flavour = FLAVOURS[engine_name]
     try:
-        _require_known(flavour, find_gpu(cuda.Driver()))
+        _require_supported(flavour, find_gpu(cuda.Driver()))
         bindings(flavour)
     except TpxError as error:
         reason = str(error)
@@ -27,7 +27,7 @@ def problem(engine_name: str) -> str | None:
     return None
 
 
-def _require_known(flavour: Flavour, gpu: Gpu) -> None:
+def _require_supported(flavour: Flavour, gpu: Gpu) -> None:
     if flavour.capabilities and gpu.capability not in flavour.capabilities:
         known = ", ".join(f"sm{capability}" for capability in flavour.capabilities)
         raise EngineUnavailable(
@@ -37,9 +37,9 @@ def _require_known(flavour: Flavour, gpu: Gpu) -> None:
 
 
 def open_session(engine_name: str, path: Path) -> TensorRtSession:
-    """The engine that was built of the graph at `path`. Raises EngineUnavailable where there is none that fits.
+    """Load the engine built for the graph at `path`. Raises EngineUnavailable if none matches.
 
-    Set TPX_CUDA_GRAPHS=1 to launch each graph as one CUDA graph after its first call.
+    With TPX_CUDA_GRAPHS=1 each graph is launched as one CUDA graph after its first call.
     """
     flavour, driver = FLAVOURS[engine_name], cuda.Driver()
     gpu, bundle = find_gpu(driver), Bundle.open(path.parent.parent, verify=False)
@@ -57,5 +57,7 @@ def open_session(engine_name: str, path: Path) -> TensorRtSession:
             f"expected an engine of {key.graph} in {folder} ({key.pattern}), found none; build it with `{command}`"
         )
     key, engine = found
-    kernels = folder / key.kernels_name
-    return TensorRtSession(flavour, driver, engine, key.batch, path, kernels, bool(graphs_wanted()))
+    runtime_cache = folder / key.runtime_cache_name
+    return TensorRtSession(
+        flavour, driver, engine, key.batch, path, runtime_cache, bool(cuda_graphs_requested())
+    )

@@ -1,7 +1,7 @@
-"""The two TensorRTs, as data: what they are called, where their modules and libraries lie, and what each can do.
+"""TensorRT and TensorRT for RTX as data: names, modules, libraries and capabilities.
 
-TensorRT for RTX comes in two wheels, and its libraries carry no links under the names that the bindings ask the loader
-for, so they are loaded by path first. Everything else that TPX does with either is one code, here and in tpx_engines.
+TensorRT for RTX comes in two wheels, and its libraries lack the symbolic links that the bindings ask the loader for, so
+they are loaded by path first. All other code for the two is shared, here and in tpx_engines.
 """
 
 import ctypes
@@ -19,51 +19,51 @@ from .session import one_line
 
 @dataclass(frozen=True)
 class Flavour:
-    """One TensorRT. `name` is the engine's, and that of the extra that installs it."""
+    """One of the two TensorRTs. `name` is the engine's name, and the pip extra that installs it."""
 
     name: str
     title: str
     module: str
-    # The package in whose folder the libraries lie, where the module does not find them,
-    libraries: str | None
-    # and which, in this order: the second needs the first.
+    # Package whose folder holds the libraries, if the module cannot find them by itself.
+    library_package: str | None
+    # Libraries to load from it, in this order: the second needs the first.
     preload: tuple[str, ...]
-    # GPUs that it knows, times ten; None where the builder may say.
+    # Supported compute capabilities times ten; None: the builder decides.
     capabilities: tuple[int, ...] | None
-    # Builds for GPUs that are not there, and compiles kernels for the one that is when an engine runs: its contexts cache
-    # these, and capture CUDA graphs themselves. The other times its kernels while it builds, on the GPU that is there.
-    ahead: bool
+    # True: builds without a GPU, compiles kernels when an engine runs (its contexts cache them), and captures CUDA graphs
+    # by itself. False: times kernels during the build, on the GPU in the machine.
+    ahead_of_time: bool
 
 
 RTX = Flavour(
     name="tensorrt-rtx",
     title="TensorRT for RTX",
     module="tensorrt_rtx_bindings",
-    libraries="onnxruntime_ep_nv_tensorrt_rtx",
+    library_package="onnxruntime_ep_nv_tensorrt_rtx",
     preload=("libtensorrt_rtx.so", "libtensorrt_onnxparser_rtx.so"),
     capabilities=(75, 80, 86, 89, 120, 121),
-    ahead=True,
+    ahead_of_time=True,
 )
 FULL = Flavour(
     name="tensorrt",
     title="TensorRT",
     module="tensorrt",
-    libraries=None,
+    library_package=None,
     preload=(),
     capabilities=None,
-    ahead=False,
+    ahead_of_time=False,
 )
 FLAVOURS = {flavour.name: flavour for flavour in (RTX, FULL)}
-OLDEST = (10, 14)  # of full TensorRT: the first with plugins whose code goes into the engine
+MIN_VERSION = (10, 14)  # of full TensorRT: the first with ahead-of-time compiled plugins
 
 
 @cache
 def bindings(flavour: Flavour) -> Any:
-    """The Python module of a TensorRT, with its libraries. Raises EngineUnavailable."""
-    if flavour.libraries:
-        _preload(flavour, flavour.libraries)
+    """Import the Python module of a TensorRT, with its libraries. Raises EngineUnavailable."""
+    if flavour.library_package:
+        _preload(flavour, flavour.library_package)
     if find_spec(flavour.module) is None:
-        raise EngineUnavailable(_missing(flavour, flavour.module))
+        raise EngineUnavailable(_missing_package(flavour, flavour.module))
     try:
         trt = importlib.import_module(flavour.module)
     except (ImportError, OSError, RuntimeError) as error:
@@ -71,9 +71,9 @@ def bindings(flavour: Flavour) -> Any:
             f"expected {flavour.module} to import for engine {flavour.name}, found: {one_line(error)}; "
             f"install it again with `pip install --force-reinstall 'tpx[{flavour.name}]'`"
         ) from None
-    if flavour is FULL and _numbers(trt.__version__)[:2] < OLDEST:
+    if flavour is FULL and _parse_version(trt.__version__)[:2] < MIN_VERSION:
         raise EngineUnavailable(
-            f"expected {flavour.title} {'.'.join(map(str, OLDEST))} or later, found {trt.__version__}; "
+            f"expected {flavour.title} {'.'.join(map(str, MIN_VERSION))} or later, found {trt.__version__}; "
             f"install it with `pip install 'tpx[{flavour.name}]'`"
         )
     return trt
@@ -82,7 +82,7 @@ def bindings(flavour: Flavour) -> Any:
 def _preload(flavour: Flavour, package: str) -> None:
     found = find_spec(package)
     if found is None or found.origin is None:
-        raise EngineUnavailable(_missing(flavour, package))
+        raise EngineUnavailable(_missing_package(flavour, package))
     folder = Path(found.origin).parent
     for name in flavour.preload:
         versions = sorted(folder.glob(f"{name}.*"))
@@ -92,14 +92,15 @@ def _preload(flavour: Flavour, package: str) -> None:
                 f"install it again with `pip install --force-reinstall 'tpx[{flavour.name}]'`"
             )
         try:
-            ctypes.CDLL(str(versions[-1]))  # locally: both flavours' libraries export the same names
+            # RTLD_LOCAL by default; needed because both flavours' libraries export the same names.
+            ctypes.CDLL(str(versions[-1]))
         except OSError as error:
             raise EngineUnavailable(
                 f"expected {name} to load, found: {error}; it is for Linux on x86_64"
             ) from None
 
 
-def _missing(flavour: Flavour, package: str) -> str:
+def _missing_package(flavour: Flavour, package: str) -> str:
     return (
         f"expected the package {package} for engine {flavour.name}, found none; "
         f"install it with `pip install 'tpx[{flavour.name}]'`"
@@ -107,24 +108,24 @@ def _missing(flavour: Flavour, package: str) -> str:
 
 
 def version(flavour: Flavour) -> str:
-    """The full version, build number included. Raises EngineUnavailable."""
+    """The full version, including the build number. Raises EngineUnavailable."""
     return str(bindings(flavour).__version__)
 
 
 def version_numbers(flavour: Flavour) -> tuple[int, ...]:
-    """The same to compare with. Raises EngineUnavailable."""
-    return _numbers(version(flavour))
+    """The version as comparable numbers. Raises EngineUnavailable."""
+    return _parse_version(version(flavour))
 
 
-def _numbers(text: str) -> tuple[int, ...]:
+def _parse_version(text: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", text))
 
 
 @cache
-def log(flavour: Flavour) -> Any:
-    """A logger that keeps the last error, or warning, which is all that a refusal says of its reason.
+def get_logger(flavour: Flavour) -> Any:
+    """A logger that stores the last error and warning, because TensorRT reports the reason of a failure only there.
 
-    One for each TensorRT, for as long as the process lives: the libraries keep a pointer to the first that they meet.
+    There is one per flavour for the lifetime of the process, because the libraries keep a pointer to the first one.
     """
     trt: Any = bindings(flavour)
 
@@ -140,8 +141,8 @@ def log(flavour: Flavour) -> Any:
             elif severity == trt.ILogger.Severity.WARNING:
                 self.last_warning = line
 
-        def take(self) -> str:
-            """The last error since this was asked last, or the last warning where there was none."""
+        def take_message(self) -> str:
+            """Return and clear the last error, or the last warning if there was no error."""
             reason = self.last_error or self.last_warning or "no reason given"
             self.last_error, self.last_warning = "", ""
             return reason

@@ -1,11 +1,11 @@
-"""How fast a bundle is on this machine, and what else its user could run: the command `tpx-bench`.
+"""Measures the speed of a bundle and its alternatives on this machine: the command `tpx-bench`.
 
-    cli  ▶  request, configurations  ▶  measure  ──JSON lines──▶  worker ▶ subject (a Generator)    a process for each
-                                          │                                engines: the runtime's own
-                                          ▼                                baselines: PyTorch, the naive export
+    cli  ▶  request, configurations  ▶  measure  ──JSON lines──▶  worker ▶ runner (a Generator)    one process each
+                                          │                                engines of the runtime
+                                          ▼                                baselines: PyTorch, naive export
                                        record (JSON)  ▶  report, plot
 
-Only `baselines`, `compiled` and `naive` need torch, only `flops` and `naive` onnx, only `plot` matplotlib.
+Only `baselines`, `compiled` and `naive` need torch; only `flops` and `naive` need onnx; only `plot` needs matplotlib.
 """
 
-PROMPT = "a red cube on a blue sphere"  # unless --prompt says another
+PROMPT = "a red cube on a blue sphere"  # default of --prompt

@@ -1,4 +1,4 @@
-"""The command tpx-bench. Heavy imports wait until an argument has been read."""
+"""The command tpx-bench. Heavy modules are imported only when the command runs."""
 
 import sys
 from pathlib import Path
@@ -22,31 +22,39 @@ _PATH = click.Path(path_type=Path)
 
 @click.command(cls=TpxCommand)
 @click.argument("bundle", required=False)
-@click.option(
-    "--ckpt", type=_PATH, help="The bundle's checkpoint: its baselines in PyTorch are measured too."
-)
+@click.option("--ckpt", type=_PATH, help="The bundle's checkpoint, to measure PyTorch baselines too.")
 @click.option(
     "--also",
     type=_PATH,
     multiple=True,
-    help="Bundle of the same model in another precision; may be repeated.",
+    help="Bundle of the same model in another precision, to measure too; may be repeated.",
 )
-@click.option("--engine", "engines", multiple=True, help="Only this engine; may be repeated.  [default: all]")
+@click.option(
+    "--engine", "engines", multiple=True, help="Measure only this engine; may be repeated.  [default: all]"
+)
 @click.option(
     "--baseline",
     "baselines",
     multiple=True,
-    help='Only this one of CKPT, such as "PyTorch eager fp32"; may be repeated.',
+    help='Measure only this baseline of --ckpt, such as "PyTorch eager fp32"; may be repeated.',
 )
-@click.option("--depth", "depths", type=int, multiple=True, help="May be repeated.  [default: the bundle's]")
-@click.option("--batch", default="1,4", show_default=True, help="Pictures at once; 1 is always measured.")
-@click.option("--prompt", help=f"What to draw.  [default: {PROMPT}; class 0]")
-@click.option("--steps", type=int, default=20, show_default=True, help="Denoising steps of a picture.")
 @click.option(
-    "--rounds", type=click.IntRange(1), default=7, show_default=True, help="Samples of each figure."
+    "--depth",
+    "depths",
+    type=int,
+    multiple=True,
+    help="Depth to measure; may be repeated.  [default: the bundle's]",
 )
-@click.option("--json", "json_path", type=_PATH, help="File of results; a stopped run goes on from it.")
-@click.option("--plot", type=_PATH, help="PNG to draw of them; needs matplotlib.")
+@click.option("--batch", default="1,4", show_default=True, help="Batch sizes; 1 is always measured.")
+@click.option("--prompt", help=f"Prompt of the images.  [default: {PROMPT}; class 0]")
+@click.option("--steps", type=int, default=20, show_default=True, help="Denoising steps per image.")
+@click.option(
+    "--rounds", type=click.IntRange(1), default=7, show_default=True, help="Samples per measurement."
+)
+@click.option(
+    "--json", "json_path", type=_PATH, help="File of results; an interrupted run continues from it."
+)
+@click.option("--plot", type=_PATH, help="PNG file for a plot of the results; needs matplotlib.")
 def main(
     bundle: str | None,
     ckpt: Path | None,
@@ -61,9 +69,9 @@ def main(
     json_path: Path | None,
     plot: Path | None,
 ) -> None:
-    """Measure how fast BUNDLE is on this machine with every engine, and print a table.
+    """Measure the speed of BUNDLE on this machine with every engine, and print a table.
 
-    Without BUNDLE it takes $TPX_BUNDLE, else bundles/shapes.
+    BUNDLE defaults to $TPX_BUNDLE, else bundles/shapes.
     """
     from tpx_runtime.bundle import Bundle
 
@@ -76,10 +84,10 @@ def main(
     if plot:
         plotting.check(plot)
     opened = Bundle.open(find_bundle(bundle))
-    asked = Request(
+    request = Request(
         opened, ckpt, also, engines, baselines, depths, sizes, prompt, steps, rounds, json=json_path
     )
-    planned, record = asked.prepare()
+    planned, record = request.prepare()
     total = planned.units(record)
     try:
         with click.progressbar(length=max(total, 1), label="bench", file=sys.stderr) as bar:
@@ -92,27 +100,31 @@ def main(
             run(planned, record, advance)
             bar.update(max(total, 1) - bar.pos)
     except KeyboardInterrupt:
-        kept = f"the same command goes on from {json_path}" if json_path else "add --json to keep results"
-        raise Cancelled(f"cancelled; {kept}") from None
-    click.echo(as_text(record.facts))
+        hint = (
+            f"run the same command to continue from {json_path}"
+            if json_path
+            else "add --json to keep results"
+        )
+        raise Cancelled(f"cancelled; {hint}") from None
+    click.echo(as_text(record.data))
     if plot:
-        plotting.draw(record.facts, plot)
+        plotting.draw(record.data, plot)
     require_measured(planned, record)
 
 
 def parse_batches(text: str) -> tuple[int, ...]:
-    """ "1,4" -> (1, 4), always with 1. Raises BadInput."""
+    """ "1,4" -> (1, 4); always includes 1. Raises BadInput."""
     try:
         sizes = {int(part) for part in text.split(",")}
     except ValueError:
         sizes = {0}
     if min(sizes) < 1 or max(sizes) > 256:
-        raise BadInput(f"expected --batch to be whole numbers in 1..256 with commas between, found {text!r}")
+        raise BadInput(f"expected --batch to be whole numbers in 1..256 separated by commas, found {text!r}")
     return tuple(sorted({1, *sizes}))
 
 
 def require_measured(plan: "Plan", record: "Record") -> None:
-    """Raise EngineUnavailable where nothing at all could be measured."""
+    """Raise EngineUnavailable if nothing could be measured."""
     failed: list[Configuration] = [c for c in plan.configurations if record.entry(c)["problem"]]
     if len(failed) == len(plan.configurations):
         raise EngineUnavailable(

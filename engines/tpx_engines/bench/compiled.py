@@ -1,7 +1,7 @@
-"""torch.compile of the checkpoint's transformer and decoder, at the fastest of inductor's settings that were tried.
+"""The torch.compile baseline: the checkpoint's transformer and decoder, with the fastest of several inductor settings.
 
-Needs torch and a C++ compiler. The text encoder stays eager: a prompt is encoded once, and compiling it would only add to
-the seconds that compiling takes.
+Needs torch and a C++ compiler. The text encoder stays eager: a prompt is encoded only once, so compiling it would only add
+compile time.
 """
 
 import os
@@ -20,9 +20,9 @@ import torch._dynamo
 from tpx_runtime.bundle import Bundle
 
 from .baselines import Decoder, Denoiser, network, open_pipeline, text_encoders
-from .process import Unmeasured
+from .process import MeasurementFailed
+from .runner import Runner, Workload
 from .sampling import BaselineGenerator, Network
-from .subject import Subject, Work
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -32,32 +32,38 @@ SETTINGS: dict[str, dict[str, Any]] = {
 _CALLS = 7
 
 
-def of_compiled(work: Work, options: dict[str, Any]) -> Subject:
-    """options["precision"]; tries every setting unless the work says which one was the fastest.
+def compiled_runner(workload: Workload, options: dict[str, Any]) -> Runner:
+    """Compile in options["precision"], with every setting unless workload.compile_setting names the fastest one.
 
-    The cache of inductor is a fresh folder, so that seconds of compiling are those of a first start. `notes`: `setting`,
-    `compile_s` of its transformer and decoder at batch 1, and for each that was tried `tried`, its ms a call.
-    Raises Unmeasured without a C++ compiler.
+    Inductor's cache is an empty folder, so that compile times are those of a first start. `notes` has the fastest `setting`,
+    `compile_s` of its transformer and decoder at batch 1, and in `tried` the ms per call of each setting.
+    Raises MeasurementFailed without a C++ compiler.
     """
-    assert work.ckpt is not None
+    assert workload.ckpt is not None
     if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++", "cl")):
-        raise Unmeasured("expected a C++ compiler for torch.compile, found none; install g++ or set CXX")
-    precision, pipeline, bundle = options["precision"], open_pipeline(work.ckpt), Bundle.open(work.bundle)
+        raise MeasurementFailed(
+            "expected a C++ compiler for torch.compile, found none; install g++ or set CXX"
+        )
+    precision, pipeline, bundle = (
+        options["precision"],
+        open_pipeline(workload.ckpt),
+        Bundle.open(workload.bundle),
+    )
     model = bundle.manifest.model
-    rows = 1 if work.guidance == 1 else 2
+    rows = 1 if workload.guidance == 1 else 2
     latents = np.zeros((rows, *model.latent_shape), np.float32)
-    told = (
+    conditioning = (
         [np.zeros(rows, np.int64)]
         if model.classes
         else [np.zeros((rows, *model.input_shapes[name]), np.float32) for name in ("context", "pooled")]
     )
-    inputs = [latents, np.full(rows, 500.0, np.float32), *told]
+    inputs = [latents, np.full(rows, 500.0, np.float32), *conditioning]
     with tempfile.TemporaryDirectory(prefix="tpx-bench-") as cache:
         tried: dict[str, tuple[float, Network, float]] = {}
-        for setting in [work.tuned] if work.tuned else SETTINGS:
-            torch._dynamo.reset()  # here and not for the decoder, which would throw away what is compiled
+        for setting in [workload.compile_setting] if workload.compile_setting else SETTINGS:
+            torch._dynamo.reset()  # not before the decoder, because it would discard the compiled denoiser
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(cache) / setting.replace(" ", ""))
-            denoiser = _compiled(Denoiser(pipeline.transformer(), work.depth), setting, precision)
+            denoiser = _compiled(Denoiser(pipeline.transformer(), workload.depth), setting, precision)
             seconds = _seconds(denoiser, inputs)
             tried[setting] = (median(_seconds(denoiser, inputs) for _ in range(_CALLS)), denoiser, seconds)
         setting = min(tried, key=lambda name: tried[name][0])
@@ -70,11 +76,11 @@ def of_compiled(work: Work, options: dict[str, Any]) -> Subject:
         "compile_s": compile_s,
         "tried": {name: 1e3 * one[0] for name, one in tried.items()},
     }
-    return Subject(BaselineGenerator(bundle, options["name"], denoiser, others), work, notes)
+    return Runner(BaselineGenerator(bundle, options["name"], denoiser, others), workload, notes)
 
 
 def _compiled(module: torch.nn.Module, setting: str, precision: str) -> Network:
-    """One batch size, one program: what is slower for many sizes is the fastest for one."""
+    """Compile for static shapes, which is fastest for a single batch size."""
     frozen = module.eval().requires_grad_(False)
     return network(torch.compile(frozen, dynamic=False, options=SETTINGS[setting]), precision)
 

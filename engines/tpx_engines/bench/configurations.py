@@ -1,4 +1,4 @@
-"""What is measured beside what: every engine of the runtime, and the baselines of a checkpoint."""
+"""The configurations to measure: the engines of the runtime, and the baselines of a checkpoint."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,22 +10,21 @@ from tpx_runtime.engine import ENGINES
 from tpx_runtime.errors import BadInput, shorten
 
 _BENCH = "tpx_engines.bench"
-_DISTRIBUTIONS = {"onnxruntime-cuda": ("onnxruntime-gpu",)}  # where its name is not the package's
+_DISTRIBUTIONS = {"onnxruntime-cuda": ("onnxruntime-gpu",)}  # if its name differs from the package's
 
 
 @dataclass(frozen=True)
 class Configuration:
-    """One row of the table. `maker` is the function, `module:name`, that a worker calls with a Work and `options`.
+    """One row of the table. `factory` is the function (`module:name`) that a worker calls with a Workload and `options`.
 
-    `precision` and `device` say which peak it is held against, if any: what is measured is the CPU's. `packages` are
-    distributions whose versions are recorded.
-    `problem`: why it cannot run here, known beforehand. `compiles`: starting it takes minutes, so that it is started cold
-    once alone. `exported`: needs the naive export.
+    `precision` and `device` determine the peak that it is compared with; only the CPU's is measured. `packages` are
+    distributions whose versions are recorded. `problem`: why it cannot run here, if already known. `compiles`: starting it
+    takes minutes, so only one cold start is measured. `exported`: needs the naive export.
     """
 
     name: str
     depth: int
-    maker: str
+    factory: str
     options: dict[str, Any] = field(default_factory=dict)
     precision: str = "fp32"
     device: str = "cpu"
@@ -40,7 +39,7 @@ class Configuration:
 
     @property
     def versions(self) -> dict[str, str]:
-        """Of its packages, as far as they are installed under that name."""
+        """Versions of `packages`, if installed under that name."""
         found = {}
         for package in self.packages:
             try:
@@ -53,9 +52,10 @@ class Configuration:
 def engines(
     names: Sequence[str], depths: Sequence[int], bundle_precision: str, also: Path | None = None
 ) -> list[Configuration]:
-    """Every engine of the runtime, or those named, at each depth; what cannot run here with its reason. Raises BadInput.
+    """Configurations of all engines of the runtime, or of those in `names`, at each depth. Raises BadInput.
 
-    `also` is another bundle than the work's, whose precision is then part of the names.
+    Engines that cannot run here have a `problem`. `also` is a bundle to use instead of the workload's; its precision is then
+    part of the names.
     """
     for name in names:
         if name not in ENGINES:
@@ -66,7 +66,7 @@ def engines(
         Configuration(
             name=f"TPX {bundle_precision}, {engine.name}" if also else f"TPX, {engine.name}",
             depth=depth,
-            maker=f"{_BENCH}.subject:of_engine",
+            factory=f"{_BENCH}.runner:engine_runner",
             options={"engine": engine.name} | ({"bundle": str(also)} if also else {}),
             precision=engine.precision or bundle_precision,
             device=engine.device,
@@ -80,13 +80,17 @@ def engines(
 
 _TORCH = ("tpx", "torch")
 _BASELINES = (
-    Configuration("PyTorch eager fp32", 0, f"{_BENCH}.baselines:of_eager", packages=_TORCH),
-    Configuration("PyTorch eager bf16", 0, f"{_BENCH}.baselines:of_eager", precision="bf16", packages=_TORCH),
-    Configuration("torch.compile fp32", 0, f"{_BENCH}.compiled:of_compiled", packages=_TORCH, compiles=True),
+    Configuration("PyTorch eager fp32", 0, f"{_BENCH}.baselines:eager_runner", packages=_TORCH),
+    Configuration(
+        "PyTorch eager bf16", 0, f"{_BENCH}.baselines:eager_runner", precision="bf16", packages=_TORCH
+    ),
+    Configuration(
+        "torch.compile fp32", 0, f"{_BENCH}.compiled:compiled_runner", packages=_TORCH, compiles=True
+    ),
     Configuration(
         "torch.compile bf16",
         0,
-        f"{_BENCH}.compiled:of_compiled",
+        f"{_BENCH}.compiled:compiled_runner",
         precision="bf16",
         packages=_TORCH,
         compiles=True,
@@ -94,7 +98,7 @@ _BASELINES = (
     Configuration(
         "naive export, ONNX Runtime",
         0,
-        f"{_BENCH}.naive:of_naive",
+        f"{_BENCH}.naive:naive_runner",
         options={"framework": "onnxruntime"},
         packages=(*_TORCH, "onnxruntime"),
         exported=True,
@@ -102,7 +106,7 @@ _BASELINES = (
     Configuration(
         "naive export, OpenVINO f32",
         0,
-        f"{_BENCH}.naive:of_naive",
+        f"{_BENCH}.naive:naive_runner",
         options={"framework": "openvino"},
         packages=(*_TORCH, "openvino"),
         exported=True,
@@ -110,7 +114,7 @@ _BASELINES = (
     Configuration(
         "naive export, OpenVINO bf16",
         0,
-        f"{_BENCH}.naive:of_naive",
+        f"{_BENCH}.naive:naive_runner",
         options={"framework": "openvino"},
         precision="bf16",
         packages=(*_TORCH, "openvino"),
@@ -122,7 +126,7 @@ REFERENCE = BASELINES[0]
 
 
 def baselines(names: Sequence[str], depths: Sequence[int]) -> list[Configuration]:
-    """All of them, or those named, at each depth. Raises BadInput."""
+    """Configurations of all baselines, or of those in `names`, at each depth. Raises BadInput."""
     for name in names:
         if name not in BASELINES:
             raise BadInput(f"expected a baseline of {'; '.join(BASELINES)}, found {shorten(name)}")

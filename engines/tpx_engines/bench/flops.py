@@ -1,7 +1,7 @@
-"""Floating-point operations of a graph: those of its matrix products, a multiplication and an addition each counted.
+"""Floating-point operations of a graph: those of its matrix products, counting multiplications and additions separately.
 
-tpx::RoutedLora counts as what it means, each token through the one expert that it was sent to: 2 r (D + O) a token. Whatever
-an engine computes beyond that (masked experts, for one) is no useful work, so that one count holds for every engine.
+tpx::RoutedLora counts each token through its one expert: 2 r (D + O) operations per token. Anything else that an engine
+computes (such as masked experts) is not useful work, so the count is the same for every engine.
 """
 
 import math
@@ -15,7 +15,7 @@ from tpx_runtime.errors import EngineUnavailable, TpxError
 
 Shape = tuple[int, ...]
 
-# Of every token one expert is multiplied with: a stand-in of static shapes, for counting alone.
+# A stand-in with static shapes that multiplies every token with one expert; only for counting.
 _ONE_EXPERT = """<domain: "tpx", opset_import: ["" : {opset}]> RoutedLora (x, expert, a, b) => (out) {{
     zero = Constant <value_int = 0> ()
     own_a = Gather <axis = 0> (a, zero)
@@ -26,13 +26,13 @@ _ONE_EXPERT = """<domain: "tpx", opset_import: ["" : {opset}]> RoutedLora (x, ex
 
 
 class NotCountable(TpxError):
-    """A graph whose matrix products have shapes that nobody knows beforehand."""
+    """The shapes of a graph's matrix products cannot be inferred."""
 
 
 def transformer_flops(bundle: Bundle, depth: int, rows: int) -> int:
-    """Of one denoiser call on `rows` rows, guidance's two branches being two: all transformer graphs that it runs.
+    """Operations of one denoiser call on `rows` rows (two per image with guidance), over all its transformer graphs.
 
-    Those are depth-N.onnx and whatever else the bundle lists there that is no depth's. Raises NotCountable,
+    These are depth-N.onnx and all graphs in its folder that do not belong to a depth. Raises NotCountable,
     EngineUnavailable.
     """
     shared = [
@@ -44,7 +44,7 @@ def transformer_flops(bundle: Bundle, depth: int, rows: int) -> int:
 
 
 def graph_flops(path: Path, rows: int) -> int:
-    """Of the graph at `path`, every input's first dimension being `rows`. Raises NotCountable, EngineUnavailable."""
+    """Operations of the graph at `path` at a batch of `rows`. Raises NotCountable, EngineUnavailable."""
     try:
         import onnx
         import onnx.inliner
@@ -53,19 +53,20 @@ def graph_flops(path: Path, rows: int) -> int:
             "expected onnx to count a graph's operations, found none; pip install 'tpx[bench]'"
         ) from None
     try:
-        inferred = _inferred(onnx, path, rows)
-    except Exception as error:  # onnx's own types, and protobuf's
-        said = " ".join(str(error).split())[:200]
-        raise NotCountable(f"{path.name}: onnx could not infer its shapes: {said}") from None
+        inferred = _infer_shapes(onnx, path, rows)
+    except Exception as error:  # including onnx's and protobuf's own exception types
+        reason = " ".join(str(error).split())[:200]
+        raise NotCountable(f"{path.name}: onnx could not infer its shapes: {reason}") from None
     shapes = {
-        value.name: _shape(value) for value in (*inferred.value_info, *inferred.input, *inferred.output)
+        value.name: _static_shape(value)
+        for value in (*inferred.value_info, *inferred.input, *inferred.output)
     }
     shapes |= {tensor.name: tuple(tensor.dims) for tensor in inferred.initializer}
-    return sum(_node(node, shapes, path) for node in inferred.node if node.op_type in _COUNTS)
+    return sum(_node_flops(node, shapes, path) for node in inferred.node if node.op_type in _COUNTERS)
 
 
-def _inferred(onnx: Any, path: Path, rows: int) -> Any:
-    """The graph at `path` without functions, each value's shape written into it where onnx can tell."""
+def _infer_shapes(onnx: Any, path: Path, rows: int) -> Any:
+    """The graph at `path` with functions inlined and all shapes that onnx can infer."""
     model = onnx.load(str(path), load_external_data=False)
     (opset,) = (entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
     for function in model.functions:
@@ -80,21 +81,21 @@ def _inferred(onnx: Any, path: Path, rows: int) -> Any:
     return onnx.shape_inference.infer_shapes(model, data_prop=True).graph
 
 
-def _node(node: Any, shapes: dict[str, Shape | None], path: Path) -> int:
-    """Of one node. Raises NotCountable where a shape is not known."""
+def _node_flops(node: Any, shapes: dict[str, Shape | None], path: Path) -> int:
+    """Operations of one node. Raises NotCountable if a shape is unknown."""
     inputs = [shapes.get(name) for name in node.input if name]
     output = shapes.get(node.output[0])
-    needed = inputs[: _NEEDED.get(node.op_type, 2)]
-    if output is None or None in needed:
+    required = inputs[: _NUM_REQUIRED_INPUTS.get(node.op_type, 2)]
+    if output is None or None in required:
         raise NotCountable(
             f"{path.name}: expected known shapes at the {node.op_type} {node.name}, found none"
         )
     attributes = {attribute.name: attribute.i for attribute in node.attribute}
-    return _COUNTS[node.op_type]([shape for shape in needed if shape is not None], output, attributes)
+    return _COUNTERS[node.op_type]([shape for shape in required if shape is not None], output, attributes)
 
 
-def _shape(value: Any) -> Shape | None:
-    """None unless every dimension is a number."""
+def _static_shape(value: Any) -> Shape | None:
+    """The shape of a value, or None unless all dimensions are numbers."""
     tensor = value.type.tensor_type
     if not tensor.HasField("shape"):
         return None
@@ -102,35 +103,35 @@ def _shape(value: Any) -> Shape | None:
     return tuple(d.dim_value for d in dims) if all(d.HasField("dim_value") for d in dims) else None
 
 
-def _product(inputs: Sequence[Shape], output: Shape, attributes: dict[str, int]) -> int:
-    """[..., n, k] x [..., k, m] -> [..., n, m]: 2 k for each value."""
+def _matmul_flops(inputs: Sequence[Shape], output: Shape, attributes: dict[str, int]) -> int:
+    """[..., n, k] x [..., k, m] -> [..., n, m]: 2 k per output value."""
     return 2 * inputs[0][-1] * math.prod(output)
 
 
-def _gemm(inputs: Sequence[Shape], output: Shape, attributes: dict[str, int]) -> int:
+def _gemm_flops(inputs: Sequence[Shape], output: Shape, attributes: dict[str, int]) -> int:
     return 2 * inputs[0][0 if attributes.get("transA") else 1] * math.prod(output)
 
 
-def _conv(inputs: Sequence[Shape], output: Shape, attributes: dict[str, int]) -> int:
-    """Weight [out, in / groups, kernel...]: 2 in / groups x kernel for each value."""
+def _conv_flops(inputs: Sequence[Shape], output: Shape, attributes: dict[str, int]) -> int:
+    """Weight [out, in / groups, kernel...]: 2 in / groups x kernel per output value."""
     return 2 * math.prod(inputs[1][1:]) * math.prod(output)
 
 
-def _attention(inputs: Sequence[Shape], output: Shape, attributes: dict[str, int]) -> int:
-    """q [B, H, n, d] or [B, n, H d], m tokens in k and v -> 2 B n m (H d) for the scores, and as much for the values."""
+def _attention_flops(inputs: Sequence[Shape], output: Shape, attributes: dict[str, int]) -> int:
+    """q [B, H, n, d] or [B, n, H d], m tokens in k and v: 2 B n m (H d) for the scores and the same for the values."""
     q, k = inputs[:2]
     heads = q[1] if len(q) == 4 else 1
     return 2 * q[0] * heads * q[-2] * k[-2] * q[-1] + 2 * math.prod(output) * k[-2]
 
 
-_COUNTS: dict[str, Callable[[Sequence[Shape], Shape, dict[str, int]], int]] = {
-    "MatMul": _product,
-    "MatMulInteger": _product,
-    "QLinearMatMul": _product,
-    "FusedMatMul": _product,
-    "Gemm": _gemm,
-    "Conv": _conv,
-    "Attention": _attention,
-    "MultiHeadAttention": _attention,
+_COUNTERS: dict[str, Callable[[Sequence[Shape], Shape, dict[str, int]], int]] = {
+    "MatMul": _matmul_flops,
+    "MatMulInteger": _matmul_flops,
+    "QLinearMatMul": _matmul_flops,
+    "FusedMatMul": _matmul_flops,
+    "Gemm": _gemm_flops,
+    "Conv": _conv_flops,
+    "Attention": _attention_flops,
+    "MultiHeadAttention": _attention_flops,
 }
-_NEEDED = {"Attention": 3, "MultiHeadAttention": 3, "Gemm": 1, "QLinearMatMul": 1}
+_NUM_REQUIRED_INPUTS = {"Attention": 3, "MultiHeadAttention": 3, "Gemm": 1, "QLinearMatMul": 1}

@@ -1,4 +1,4 @@
-"""What the figures hold for: processor, cores and memory."""
+"""Describes the machine that measurements apply to: processor, cores and memory."""
 
 import os
 import platform
@@ -6,23 +6,23 @@ import re
 from pathlib import Path
 from typing import Any
 
-# Variables that tell libraries how many threads to take, which would not slow all that is compared alike.
-LIMITS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+# Variables that limit the threads of some libraries, which would make the comparison unfair.
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 def describe() -> dict[str, Any]:
-    """Facts that a record must share with the machine which goes on with it; no name of it, nor of its user."""
+    """The description that a record stores; only the same machine can continue it. Contains no host or user name."""
     return {
         "processor": _processor(),
-        "cores": cores(),
+        "cores": available_cores(),
         "memory_gib": _memory_gib(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
     }
 
 
-def cores() -> int:
-    """That this process may use."""
+def available_cores() -> int:
+    """Number of cores that this process may use."""
     try:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # not Linux

@@ -1,4 +1,4 @@
-"""How much memory a process took: its own high-water mark, and what it and its children hold now."""
+"""The peak memory of a process: its own high-water mark, or the current memory of it and its children."""
 
 import re
 import sys
@@ -8,31 +8,31 @@ _PROC = Path("/proc")
 
 
 def peak_bytes(proc: Path = _PROC) -> int:
-    """Of this process and its living children: the larger of its high-water mark and of the proportional set sizes' sum.
+    """The larger of this process's high-water mark and the sum of the proportional set sizes of it and its live children.
 
-    A child of it that ended (a compiler, say) is not counted. Linux's VmHWM begins anew with a program; `ru_maxrss`, used
-    where there is no /proc, may be that of the parent, from which it was inherited.
+    Children that have ended (such as a compiler) are not counted. Linux resets VmHWM when a program starts; `ru_maxrss`,
+    used without /proc, may be inherited from the parent.
     """
-    own = _kilobytes(proc / "self/status", "VmHWM")
-    if own is None:
+    high_water = _kilobytes(proc / "self/status", "VmHWM")
+    if high_water is None:
         return _usage_bytes()
     proportional = [
         _kilobytes(proc / name / "smaps_rollup", "Pss") or 0 for name in ("self", *_children(proc))
     ]
-    return max(own, sum(proportional)) << 10
+    return max(high_water, sum(proportional)) << 10
 
 
 def _children(proc: Path) -> list[str]:
     """Process ids of all descendants."""
-    found, ahead = [], ["self"]
-    while ahead:
+    found, queue = [], ["self"]
+    while queue:
         try:
-            below = (proc / ahead[0] / "task").glob("*/children")
-            own = [pid for listed in below for pid in listed.read_text().split()]
-        except OSError:  # ended meanwhile
-            own = []
-        found += own
-        ahead = ahead[1:] + own
+            below = (proc / queue[0] / "task").glob("*/children")
+            children = [pid for listed in below for pid in listed.read_text().split()]
+        except OSError:  # the process has ended
+            children = []
+        found += children
+        queue = queue[1:] + children
     return found
 
 

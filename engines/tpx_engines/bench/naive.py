@@ -1,7 +1,7 @@
-"""What `torch.onnx.export` makes of the same model without this project's rewrites, and plain sessions of it.
+"""The naive baseline: `torch.onnx.export` of the model without this project's rewrites, in sessions with default options.
 
-`export` needs torch and onnx and runs in a process of its own; the sessions need their engine alone. The operator
-tpx::RoutedLora, which no engine knows, is spelled in masked standard operators.
+`export` needs torch and onnx and runs in a separate process; the sessions need only their engine. The operator
+tpx::RoutedLora, which no engine implements, is replaced by masked standard operators.
 """
 
 from collections.abc import Sequence
@@ -12,38 +12,42 @@ import numpy.typing as npt
 
 from tpx_runtime.bundle import Bundle
 
-from .process import Unmeasured
+from .process import MeasurementFailed
+from .runner import Runner, Workload
 from .sampling import BaselineGenerator
-from .subject import Subject, Work
 
-DENOISER = "transformer-depth-{depth}.onnx"
+DENOISER_FILE = "transformer-depth-{depth}.onnx"
 
 
 def export(ckpt: str, depths: Sequence[int], out: str) -> dict[str, Any]:
-    """Write each depth's transformer, every text encoder (FOLDER.onnx) and vae_decoder.onnx into the folder `out`."""
+    """Write the transformer of each depth, every text encoder (FOLDER.onnx) and vae_decoder.onnx into the folder `out`."""
     import torch
 
     from .baselines import Decoder, Denoiser, open_pipeline
 
     folder, pipeline = Path(out), open_pipeline(Path(ckpt))
-    model, told = pipeline.model, []
+    model, conditioning = pipeline.model, []
     for part in pipeline.text:
         encoder = part.load().eval()
         _write(encoder, [torch.from_numpy(part.ids)], folder / f"{part.spec.folder}.onnx")
     if model.classes:
-        told = [torch.zeros(2, dtype=torch.int64)]
+        conditioning = [torch.zeros(2, dtype=torch.int64)]
     else:
-        told = [torch.zeros(2, *model.input_shapes[name]) for name in ("context", "pooled")]
+        conditioning = [torch.zeros(2, *model.input_shapes[name]) for name in ("context", "pooled")]
     latents = torch.zeros(2, *model.latent_shape)
     for depth in depths:
         denoiser = Denoiser(pipeline.transformer(), depth).eval()
-        _write(denoiser, [latents, torch.full((2,), 500.0), *told], folder / DENOISER.format(depth=depth))
+        _write(
+            denoiser,
+            [latents, torch.full((2,), 500.0), *conditioning],
+            folder / DENOISER_FILE.format(depth=depth),
+        )
     _write(Decoder(pipeline.autoencoder()).eval(), [latents], folder / "vae_decoder.onnx")
     return {"files": sorted(path.name for path in folder.iterdir())}
 
 
 def _write(module: Any, example: Sequence[Any], path: Path) -> None:
-    """The exporter's defaults, with a dynamic batch."""
+    """Export with default options and a dynamic batch."""
     import inspect
     import warnings
 
@@ -73,10 +77,10 @@ def _write(module: Any, example: Sequence[Any], path: Path) -> None:
             verbose=False,
         )
     assert program is not None
-    made = program.model_proto
-    made.functions.append(masked())
+    model = program.model_proto
+    model.functions.append(masked())
     onnx.save(
-        onnx.inliner.inline_local_functions(made),
+        onnx.inliner.inline_local_functions(model),
         str(path),
         save_as_external_data=True,
         location=f"{path.name}.data",
@@ -84,7 +88,7 @@ def _write(module: Any, example: Sequence[Any], path: Path) -> None:
 
 
 class _OnnxRuntime:
-    """A session with no option set."""
+    """A session with default options."""
 
     def __init__(self, path: Path) -> None:
         import onnxruntime as ort
@@ -100,14 +104,16 @@ class _OnnxRuntime:
 
 
 class _OpenVino:
-    """A compiled model with no option set but the precision."""
+    """A compiled model with default options except the precision."""
 
     def __init__(self, path: Path, precision: str) -> None:
         from tpx_runtime.engine.openvino import core
 
-        has = core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-        if precision == "bf16" and "BF16" not in has:
-            raise Unmeasured(f"expected a CPU with bf16 for OpenVINO, found {', '.join(has)}; leave it out")
+        capabilities = core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        if precision == "bf16" and "BF16" not in capabilities:
+            raise MeasurementFailed(
+                f"expected a CPU with bf16 for OpenVINO, found {', '.join(capabilities)}; leave it out"
+            )
         hint = {"fp32": "f32", "bf16": "bf16"}[precision]
         self._model = core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": hint})
 
@@ -116,10 +122,10 @@ class _OpenVino:
         return [outputs[index].copy() for index in range(len(self._model.outputs))]
 
 
-def of_naive(work: Work, options: dict[str, Any]) -> Subject:
-    """The exported files in options["framework"] and options["precision"]."""
-    assert work.prepared is not None
-    folder, bundle = work.prepared, Bundle.open(work.bundle)
+def naive_runner(workload: Workload, options: dict[str, Any]) -> Runner:
+    """Run the exported files with options["framework"] in options["precision"]."""
+    assert workload.export_folder is not None
+    folder, bundle = workload.export_folder, Bundle.open(workload.bundle)
 
     def load(name: str) -> Any:
         path = folder / name
@@ -131,5 +137,5 @@ def of_naive(work: Work, options: dict[str, Any]) -> Subject:
 
     others = {encoder.folder: load(f"{encoder.folder}.onnx") for encoder in bundle.manifest.text_encoders}
     others["vae_decoder"] = load("vae_decoder.onnx")
-    denoiser = load(DENOISER.format(depth=work.depth))
-    return Subject(BaselineGenerator(bundle, options["name"], denoiser, others), work)
+    denoiser = load(DENOISER_FILE.format(depth=workload.depth))
+    return Runner(BaselineGenerator(bundle, options["name"], denoiser, others), workload)

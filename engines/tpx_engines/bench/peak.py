@@ -1,18 +1,18 @@
-"""The machine's peak: the most floating-point operations a second that its matrix products reach, as measured here."""
+"""Measures the machine's peak: the floating-point operations per second of large matrix products."""
 
 import time
 from typing import Any
 
 import numpy as np
 
-SIDE = 2048  # three float32 matrices of 16 MiB: past the caches, so that blocking has to work
+SIDE = 2048  # three float32 matrices of 16 MiB: larger than the caches, so that blocking matters
 _REPEATS = 5
 
 
 def gemm(precision: str) -> dict[str, Any]:
-    """{"flops": a second, "by": the library that reached it}: the best of a few products of SIDE x SIDE matrices.
+    """{"flops": operations per second, "by": library}: the best of a few products of SIDE x SIDE matrices.
 
-    fp32 is the better of numpy's and, where it is installed, torch's; bf16 needs torch. Without it "by" is "" and "flops" 0.
+    fp32 is the better of numpy and, if installed, torch; bf16 needs torch. Without it "by" is "" and "flops" is 0.
     """
     found = [one for one in (_numpy(precision), _torch(precision)) if one]
     flops, by = max(found, default=(0.0, ""))
@@ -37,7 +37,7 @@ def _torch(precision: str) -> tuple[float, str] | None:
 
 
 def _best(product: Any) -> float:
-    """Operations a second of the fastest of a few calls."""
+    """Operations per second of the fastest of a few calls."""
     fastest = float("inf")
     for _ in range(_REPEATS + 1):
         began = time.perf_counter()

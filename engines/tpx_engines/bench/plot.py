@@ -1,4 +1,4 @@
-"""The record as a picture: seconds an image of every configuration, one panel for each depth."""
+"""Plots a record: seconds per image of every configuration, with one panel per depth."""
 
 import importlib
 from pathlib import Path
@@ -11,30 +11,34 @@ from .summary import rows
 
 
 def check(path: Path) -> None:
-    """Find out before the long work. Raises BadInput where no PNG can be written at `path`, or without matplotlib."""
+    """Check before the measurement that a PNG can be written at `path` and matplotlib is installed. Raises BadInput."""
     check_png_writable(path)
     _matplotlib()
 
 
-def draw(facts: dict[str, Any], path: Path) -> None:
-    """Bars of seconds an image with their spread's half on both sides. Raises BadInput."""
+def draw(data: dict[str, Any], path: Path) -> None:
+    """Draw bars of seconds per image, with error bars of half the spread on both sides. Raises BadInput."""
     figures = _matplotlib()
-    measured = [row for row in rows(facts) if row.image_s is not None]
+    measured = [row for row in rows(data) if row.image_s is not None]
     depths = sorted({row.depth for row in measured})
     if not depths:
-        raise BadInput("expected something measured to plot, found nothing; see the reasons in the table")
-    most = max(sum(row.depth == depth for row in measured) for depth in depths)
-    size = (8.0, len(depths) * (0.9 + 0.32 * most))
+        raise BadInput("expected at least one measurement to plot, found none; the table has the reasons")
+    max_rows = max(sum(row.depth == depth for row in measured) for depth in depths)
+    size = (8.0, len(depths) * (0.9 + 0.32 * max_rows))
     figure = figures.Figure(figsize=size, dpi=150, layout="constrained")
     for axes, depth in zip(figure.subplots(len(depths), squeeze=False)[:, 0], depths, strict=True):
-        own = sorted((row for row in measured if row.depth == depth), key=lambda row: -(row.image_s or 0))
-        seconds = [row.image_s or 0.0 for row in own]
-        errors = [0.5 * (row.spread or 0.0) * (row.image_s or 0.0) for row in own]
-        bars = axes.barh([row.name for row in own], seconds, xerr=errors, color="#4c78a8", ecolor="#333333")
+        at_depth = sorted(
+            (row for row in measured if row.depth == depth), key=lambda row: -(row.image_s or 0)
+        )
+        seconds = [row.image_s or 0.0 for row in at_depth]
+        errors = [0.5 * (row.spread or 0.0) * (row.image_s or 0.0) for row in at_depth]
+        bars = axes.barh(
+            [row.name for row in at_depth], seconds, xerr=errors, color="#4c78a8", ecolor="#333333"
+        )
         axes.bar_label(bars, fmt="%.3f", padding=4)
         axes.set_xlim(0, 1.15 * max(s + e for s, e in zip(seconds, errors, strict=True)))
-        axes.set_xlabel("seconds an image")
-        axes.set_title(f"{facts['settings']['bundle']}, depth {depth}", loc="left")
+        axes.set_xlabel("seconds per image")
+        axes.set_title(f"{data['settings']['bundle']}, depth {depth}", loc="left")
         axes.spines[["top", "right"]].set_visible(False)
     try:
         figure.savefig(path, format="png")
@@ -43,7 +47,7 @@ def draw(facts: dict[str, Any], path: Path) -> None:
 
 
 def _matplotlib() -> Any:
-    """Figures that need no display. Raises BadInput."""
+    """matplotlib.figure, which needs no display. Raises BadInput."""
     try:
         return importlib.import_module("matplotlib.figure")
     except ImportError:

@@ -1,4 +1,4 @@
-"""A worker seen from its parent: started, asked, and stopped with everything that it started."""
+"""The parent's side of a worker process: starts it, sends requests, and stops it with all its children."""
 
 import contextlib
 import json
@@ -14,18 +14,18 @@ from typing import Any
 
 from tpx_runtime.errors import TpxError
 
-REST_S = 0.05  # after every answer: threads that an engine leaves spinning fall asleep within it
+REST_S = 0.05  # pause after every answer, in which spinning threads of an engine go to sleep
 
 
-class Unmeasured(TpxError):
-    """A configuration cannot be measured here; the message says why."""
+class MeasurementFailed(TpxError):
+    """A configuration cannot be measured; the message says why."""
 
 
 class WorkerProcess:
-    """A process of its own session, so that Ctrl-C reaches the parent alone, and a kill all that the process started.
+    """A worker process in its own session, so that Ctrl-C reaches only the parent, and a kill reaches all its children.
 
-    `folder` takes its temporary files. `began` and `answered` are when it was started, and when its last answer came, as
-    time.perf_counter says it.
+    `folder` holds its temporary files. `began` and `answered` are the times (time.perf_counter) of its start and of its last
+    answer.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -43,7 +43,7 @@ class WorkerProcess:
         )
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
-        """Its answer. Raises Unmeasured for one that says why not, and for a process that ended."""
+        """Send a request and return the answer. Raises MeasurementFailed for an error answer or if the process has ended."""
         assert self._process.stdin and self._process.stdout
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
@@ -51,15 +51,15 @@ class WorkerProcess:
         line = self._process.stdout.readline()
         self.answered = time.perf_counter()
         if not line:
-            raise Unmeasured(self._epitaph())
+            raise MeasurementFailed(self._exit_reason())
         answer: dict[str, Any] = json.loads(line)
         time.sleep(REST_S)
         if "error" in answer:
-            raise Unmeasured(answer["line"])
+            raise MeasurementFailed(answer["line"])
         return answer
 
     def stop(self) -> None:
-        """Kill it and all that it started; again is no harm."""
+        """Kill the process and all its children. May be called twice."""
         _kill_group(self._process.pid)
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout, self._errors):
@@ -75,12 +75,14 @@ class WorkerProcess:
     ) -> None:
         self.stop()
 
-    def _epitaph(self) -> str:
+    def _exit_reason(self) -> str:
         code = self._process.wait()
         self._errors.seek(0)
-        said = self._errors.read().decode(errors="replace").strip().splitlines()
+        lines = self._errors.read().decode(errors="replace").strip().splitlines()
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        return f"expected an answer of its process, found {how}" + (f": {said[-1][:200]}" if said else "")
+        return f"expected an answer from the worker process, found {how}" + (
+            f": {lines[-1][:200]}" if lines else ""
+        )
 
 
 def _kill_group(pid: int) -> None:

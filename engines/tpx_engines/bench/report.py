@@ -1,60 +1,61 @@
-"""The record as Markdown: one table for each depth, what was not measured and why, and what each figure holds for."""
+"""Formats a record as Markdown: machine and settings, one table per depth, and what could not be measured and why."""
 
 from typing import Any
 
 from .configurations import REFERENCE
-from .summary import SAME_DB, Row, batches, peak_flops, rows
+from .summary import SAME_IMAGE_DB, Row, batches, peak_flops, rows
 
-Facts = dict[str, Any]
+Json = dict[str, Any]
 
 
-def as_text(facts: Facts) -> str:
+def as_text(data: Json) -> str:
     """The whole report."""
-    every, sizes = rows(facts), batches(facts)
-    parts = [_heading(facts)]
+    every, sizes = rows(data), batches(data)
+    parts = [_heading(data)]
     for depth in sorted({row.depth for row in every}):
-        own = [row for row in every if row.depth == depth]
-        measured = [row for row in own if row.image_s is not None]
-        parts.append(f"## Depth {depth}{_work(facts, depth)}")
-        reference = facts["references"].get(str(depth), {}).get("by")
+        at_depth = [row for row in every if row.depth == depth]
+        measured = [row for row in at_depth if row.image_s is not None]
+        parts.append(f"## Depth {depth}{_flops(data, depth)}")
+        reference = data["references"].get(str(depth), {}).get("by")
         if measured:
             parts.append(_table(measured, sizes, reference))
         parts += _remarks(measured, reference)
         if notes := [_compiled(row) for row in measured if "setting" in row.notes]:
             parts.append("\n".join(notes))
-        if failed := [row for row in own if row.problem]:
+        if failed := [row for row in at_depth if row.problem]:
             parts.append("Not measured:\n\n" + "\n".join(f"- {row.name}: {row.problem}" for row in failed))
     return "\n\n".join(parts)
 
 
-def _heading(facts: Facts) -> str:
-    said, machine = facts["settings"], facts["settings"]["machine"]
-    what = f'"{said["prompt"]}"' if said["class_id"] is None else f"class {said['class_id']}"
-    size = "x".join(str(pixels) for pixels in reversed(said["image_size_px"]))
+def _heading(data: Json) -> str:
+    settings, machine = data["settings"], data["settings"]["machine"]
+    subject = f'"{settings["prompt"]}"' if settings["class_id"] is None else f"class {settings['class_id']}"
+    size = "x".join(str(pixels) for pixels in reversed(settings["image_size_px"]))
     taken = [
-        len(samples) for entry in facts["configurations"].values() for samples in entry["samples"].values()
+        len(samples) for entry in data["configurations"].values() for samples in entry["samples"].values()
     ]
     peaks = [
-        f"{precision} {peak / 1e9:.0f} GFLOP/s ({facts['peaks'][precision]['by']})"
-        for precision in facts["peaks"]
-        if (peak := peak_flops(facts, precision))
+        f"{precision} {peak / 1e9:.0f} GFLOP/s ({data['peaks'][precision]['by']})"
+        for precision in data["peaks"]
+        if (peak := peak_flops(data, precision))
     ]
     return "\n".join(
         [
-            f"# {said['bundle']} ({said['precision']}), {size} pixels",
+            f"# {settings['bundle']} ({settings['precision']}), {size} pixels",
             "",
             f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB, {machine['system']}. "
-            f"{what}, seed {said['seed']}, {said['steps']} steps of {said['sampler']}, guidance {said['guidance']:g}. "
+            f"{subject}, seed {settings['seed']}, {settings['steps']} steps of {settings['sampler']}, "
+            f"guidance {settings['guidance']:g}. "
             f"Medians of up to {max(taken, default=0)} interleaved rounds.",
             f"Peak of matrix products here: {', '.join(peaks) or 'not measured'}.",
         ]
     )
 
 
-def _work(facts: Facts, depth: int) -> str:
-    flops = facts["flops"].get(str(depth))
+def _flops(data: Json, depth: int) -> str:
+    flops = data["flops"].get(str(depth))
     if isinstance(flops, int):
-        return f": {flops / 1e9:.2f} GFLOP a step"
+        return f": {flops / 1e9:.2f} GFLOP per step"
     return f" (operations not counted: {flops})" if flops else ""
 
 
@@ -76,25 +77,25 @@ def _table(measured: list[Row], sizes: list[int], reference: str | None) -> str:
         ]
         cells += [_number(row.spread, ".0%"), _number(row.speed_up, ".2f")]
         cells += [_number(row.images_per_s.get(size), ".2f") for size in sizes if size > 1]
-        psnr = "same picture" if row.same else _number(row.psnr_db, ".1f") + ", another picture" * row.other
+        psnr = "same image" if row.same else _number(row.psnr_db, ".1f") + ", different image" * row.differs
         cells += [_number(row.peak_mb, ".0f"), psnr, _number(row.peak_share, ".0%")]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def _remarks(measured: list[Row], reference: str | None) -> list[str]:
-    """What the table alone would leave to guess."""
+    """Warnings about figures that cannot be compared."""
     remarks = []
-    if others := [row.name for row in measured if row.other]:
+    if differing := [row.name for row in measured if row.differs]:
         remarks.append(
-            f"Another picture than that of {reference}, with less than {SAME_DB:g} dB between them: {'; '.join(others)}. "
-            "Their figures are not of the same model: see that --ckpt is what the bundle came from, then run tpx-verify."
+            f"Different image than {reference} (PSNR below {SAME_IMAGE_DB:g} dB): {'; '.join(differing)}. These figures are "
+            "not of the same model: check that the bundle was exported from the checkpoint --ckpt, then run tpx-verify."
         )
     compared = any(row.name == reference for row in measured)
-    if alone := [row.name for row in measured if compared and row.speed_up is None]:
+    if without_speed_up := [row.name for row in measured if compared and row.speed_up is None]:
         remarks.append(
-            f"No speed-up of {'; '.join(alone)}: measured in another run than {reference}, when the machine may have been "
-            "slower or faster; measure all with a new --json to compare them."
+            f"No speed-up for {'; '.join(without_speed_up)}: measured in another run than {reference}, when the machine may "
+            "have been slower or faster; measure all with a new --json to compare them."
         )
     return remarks
 

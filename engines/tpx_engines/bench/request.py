@@ -1,4 +1,4 @@
-"""What tpx-bench is asked for, checked before anything runs: the work, its configurations, and the record of it."""
+"""The options of tpx-bench, validated and turned into a workload, configurations and a record before anything runs."""
 
 import os
 from dataclasses import dataclass
@@ -15,18 +15,18 @@ from tpx_runtime.manifest import Manifest
 from . import PROMPT, configurations
 from .configurations import REFERENCE, Configuration
 from .flops import transformer_flops
-from .machine import LIMITS, describe
+from .machine import THREAD_VARIABLES, describe
 from .measure import Plan
 from .record import Record
-from .subject import Work
+from .runner import Workload
 
-CHECKPOINTS = (".safetensors", ".pt")  # tpx_export.checkpoint.SUFFIXES, which would bring torch
-_SAMPLERS = {"velocity": "euler", "epsilon": "ddim"}  # those that call the model once a step
+CHECKPOINTS = (".safetensors", ".pt")  # tpx_export.checkpoint.SUFFIXES, whose import would need torch
+_SAMPLERS = {"velocity": "euler", "epsilon": "ddim"}  # samplers that call the model once per step
 
 
 @dataclass(frozen=True)
 class Request:
-    """The options of tpx-bench. Nothing in `engines`, `baselines` or `depths` is all of them, or the bundle's own depth."""
+    """The options of tpx-bench. Empty `engines` or `baselines` means all, empty `depths` the bundle's default depth."""
 
     bundle: Bundle
     ckpt: Path | None
@@ -41,27 +41,27 @@ class Request:
     json: Path | None
 
     def prepare(self) -> tuple[Plan, Record]:
-        """What is to measure, and the record that it is added to.
+        """The plan of what to measure, and the record for its results.
 
         Raises BadInput, BundleInvalid, CheckpointInvalid, and EngineUnavailable for a checkpoint without PyTorch.
         """
         depths = tuple(sorted(set(self.depths))) or (self.bundle.manifest.defaults.depth,)
         self._check()
-        work = self._work(depths)
-        others = [_same_model(path, self.bundle, depths) for path in self.also]
+        workload = self._work(depths)
+        others = [_open_same_model(path, self.bundle, depths) for path in self.also]
         _require_distinct(others)
         chosen = self._configurations(depths, others)
-        record = Record.begin(self.json, self._settings(work, others))
-        rows = 1 if work.guidance == 1 else 2
-        record.facts["flops"].update({str(depth): _flops(self.bundle, depth, rows) for depth in depths})
-        return Plan(work, tuple(chosen), self._reference(chosen), self.rounds, self.batches), record
+        record = Record.begin(self.json, self._settings(workload, others))
+        rows = 1 if workload.guidance == 1 else 2
+        record.data["flops"].update({str(depth): _flops(self.bundle, depth, rows) for depth in depths})
+        return Plan(workload, tuple(chosen), self._reference(chosen), self.rounds, self.batches), record
 
     def _check(self) -> None:
         if self.baselines and self.ckpt is None:
-            raise BadInput("expected --ckpt with --baseline, found none; name the bundle's checkpoint")
-        for name in (THREADS_VARIABLE, *LIMITS):
+            raise BadInput("expected --ckpt with --baseline, found none; pass the bundle's checkpoint")
+        for name in (THREADS_VARIABLE, *THREAD_VARIABLES):
             if os.environ.get(name):
-                raise BadInput(f"expected every core for all that is compared, found {name} set; unset it")
+                raise BadInput(f"expected no limit on the number of threads, found {name} set; unset it")
         if self.ckpt is None:
             return
         if not self.ckpt.is_file():
@@ -71,11 +71,11 @@ class Request:
                 f"expected a checkpoint ending in {' or '.join(CHECKPOINTS)} in --ckpt, found {self.ckpt.name}"
             )
 
-    def _work(self, depths: tuple[int, ...]) -> Work:
-        """Of the first depth; each depth's settings are checked."""
+    def _work(self, depths: tuple[int, ...]) -> Workload:
+        """The workload at the first depth; the settings are validated for every depth."""
         manifest = self.bundle.manifest
         classes = bool(manifest.model.classes)
-        work = Work(
+        workload = Workload(
             bundle=self.bundle.root.resolve(),
             depth=depths[0],
             prompt=PROMPT if self.prompt is None and not classes else self.prompt,
@@ -86,17 +86,17 @@ class Request:
             sampler=_SAMPLERS[manifest.model.prediction],
             ckpt=self.ckpt.resolve() if self.ckpt else None,
         )
-        checker = Generator(self.bundle, next(iter(ENGINES.values())))  # which opens no graph
+        checker = Generator(self.bundle, next(iter(ENGINES.values())))  # opens no graph
         for depth in depths:
             checker.plan(
-                work.prompt,
-                class_id=work.class_id,
-                steps=work.steps,
-                guidance=work.guidance,
-                sampler=work.sampler,
+                workload.prompt,
+                class_id=workload.class_id,
+                steps=workload.steps,
+                guidance=workload.guidance,
+                sampler=workload.sampler,
                 depth=depth,
             )
-        return work
+        return workload
 
     def _configurations(self, depths: tuple[int, ...], others: list[Bundle]) -> list[Configuration]:
         chosen = configurations.baselines(self.baselines, depths) if self.ckpt else []
@@ -109,9 +109,9 @@ class Request:
             )
         return chosen
 
-    def _settings(self, work: Work, others: list[Bundle]) -> dict[str, Any]:
-        """What two runs must share for their samples to stand in one record."""
-        told = ("prompt", "class_id", "seed", "steps", "guidance", "sampler")
+    def _settings(self, workload: Workload, others: list[Bundle]) -> dict[str, Any]:
+        """Everything that must be equal for two runs to share a record."""
+        fields = ("prompt", "class_id", "seed", "steps", "guidance", "sampler")
         return {
             "bundle": self.bundle.manifest.name,
             "bundle_sha256": self.bundle.hash,
@@ -119,21 +119,23 @@ class Request:
             "also": {other.manifest.precision: other.hash for other in others},
             "image_size_px": list(self.bundle.manifest.model.image_size_px),
             "ckpt_sha256": hash_file(self.ckpt) if self.ckpt else None,
-            **{name: getattr(work, name) for name in told},
+            **{name: getattr(workload, name) for name in fields},
             "machine": describe(),
         }
 
     def _reference(self, chosen: list[Configuration]) -> str | None:
-        """Who draws what all are held to: PyTorch, else the first that runs on the CPU in the bundle's precision."""
+        """Name of the reference for all images: eager PyTorch, else the first on the CPU in the bundle's precision."""
         if any(one.name == REFERENCE for one in chosen):
             return REFERENCE
         precision = self.bundle.manifest.precision
-        able = (one for one in chosen if (one.problem, one.device, one.precision) == (None, "cpu", precision))
-        return next((one.name for one in able), None)
+        runnable = (
+            one for one in chosen if (one.problem, one.device, one.precision) == (None, "cpu", precision)
+        )
+        return next((one.name for one in runnable), None)
 
 
 def _require_fits(ckpt: Path, manifest: Manifest) -> None:
-    """Raises BadInput for a checkpoint of another model than the bundle's, EngineUnavailable without PyTorch."""
+    """Raise BadInput if the checkpoint is not of the bundle's model, EngineUnavailable without PyTorch."""
     try:
         from .baselines import require_fits
     except ImportError:
@@ -143,8 +145,8 @@ def _require_fits(ckpt: Path, manifest: Manifest) -> None:
     require_fits(ckpt, manifest)
 
 
-def _same_model(path: Path, bundle: Bundle, depths: tuple[int, ...]) -> Bundle:
-    """The bundle at `path`. Raises BadInput unless it is `bundle`'s model in another precision, with all of `depths`."""
+def _open_same_model(path: Path, bundle: Bundle, depths: tuple[int, ...]) -> Bundle:
+    """Open the bundle at `path`. Raises BadInput unless it is `bundle`'s model in another precision, with all `depths`."""
     other = Bundle.open(path)
     wanted, found = bundle.manifest, other.manifest
     same = (found.name, found.precision != wanted.precision, set(depths) <= set(found.model.depths))
@@ -158,7 +160,7 @@ def _same_model(path: Path, bundle: Bundle, depths: tuple[int, ...]) -> Bundle:
 
 
 def _require_distinct(bundles: list[Bundle]) -> None:
-    """Raises BadInput for two bundles of one precision, whose rows would have one name."""
+    """Raise BadInput for two bundles of the same precision, whose rows would have the same name."""
     precisions = [bundle.manifest.precision for bundle in bundles]
     for precision in precisions:
         if precisions.count(precision) > 1:
@@ -168,7 +170,7 @@ def _require_distinct(bundles: list[Bundle]) -> None:
 
 
 def _flops(bundle: Bundle, depth: int, rows: int) -> int | str:
-    """Operations of a step at batch 1, or why they could not be counted."""
+    """Operations of one step at batch 1, or the reason why they could not be counted."""
     try:
         return transformer_flops(bundle, depth, rows)
     except TpxError as error:

@@ -1,4 +1,4 @@
-"""The runtime's sampling loop around any denoiser: what baselines are drawn with, so that only calls of networks differ."""
+"""The runtime's sampling loop around any network, so that baselines differ from it only in the network calls."""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,12 +15,12 @@ from tpx_runtime.graphs import Graphs
 from tpx_runtime.guidance import apply_guidance
 from tpx_runtime.sampling import Array
 
-# Arrays in the order of a graph's inputs -> its outputs in order.
+# Arrays in the order of a graph's inputs -> its outputs.
 Network = Callable[..., Sequence[npt.NDArray[Any]]]
 
 
-class _Session:
-    """A network as the runtime's sessions are."""
+class _NetworkSession:
+    """A network with the interface of the runtime's sessions."""
 
     def __init__(self, network: Network, names: Sequence[str]) -> None:
         self._network, self._names = network, names
@@ -29,22 +29,22 @@ class _Session:
         return dict(zip(self._names, self._network(*inputs.values()), strict=False))
 
 
-class Framework:
-    """An engine to the runtime's eyes, which answers for a bundle's text encoders and decoder with networks of its own."""
+class NetworkEngine:
+    """An engine for the runtime that runs networks instead of a bundle's text encoders and decoder."""
 
     variant: GraphVariant = "plain"
 
     def __init__(self, name: str, networks: dict[str, Network]) -> None:
         self.name, self._networks = name, networks
 
-    def open(self, path: Path) -> _Session:
+    def open(self, path: Path) -> _NetworkSession:
         folder = path.parent.name
         names = ("image",) if folder == "vae_decoder" else ("context", "pooled")
-        return _Session(self._networks[folder], names)
+        return _NetworkSession(self._networks[folder], names)
 
 
 class BaselineDenoiser(Denoiser):
-    """The runtime's loop around a network of latents, timestep and conditioning, both branches in one call."""
+    """The runtime's loop around a network of latents, timestep and conditioning; both guidance branches in one call."""
 
     def __init__(self, bundle: Bundle, graphs: Graphs, network: Network) -> None:
         super().__init__(bundle, graphs)
@@ -66,8 +66,8 @@ class BaselineDenoiser(Denoiser):
 
 
 class BaselineGenerator(Generator):
-    """The runtime's generator on networks: `denoiser`, and by their folders in the bundle the others."""
+    """The runtime's generator on networks: `denoiser`, and the others by their folders in the bundle."""
 
     def __init__(self, bundle: Bundle, name: str, denoiser: Network, others: dict[str, Network]) -> None:
-        super().__init__(bundle, cast(Engine, Framework(name, others)))
+        super().__init__(bundle, cast(Engine, NetworkEngine(name, others)))
         self.denoiser = BaselineDenoiser(bundle, self._graphs, denoiser)

@@ -1,25 +1,25 @@
-"""From samples to the figures of one configuration. Everything here is a function of the record's JSON alone."""
+"""Summarises the samples of each configuration, using only the JSON of the record."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median, quantiles
 from typing import Any
 
-from .record import COLD, draw_unit
+from .record import COLD, batch_unit
 
-Facts = dict[str, Any]
-SAME_DB = 35.0  # from here on two pictures count as equal
+Json = dict[str, Any]
+SAME_IMAGE_DB = 35.0  # from this PSNR on, two images count as equal
 
 
 @dataclass(frozen=True)
 class Row:
-    """Medians of one configuration's samples; what was not measured is None.
+    """Medians of one configuration's samples; None for what was not measured.
 
-    `spread` is the interquartile range over the median of `image_s`. `speed_up` is the median, over the rounds of one run
-    that measured both, of the reference's seconds an image over this one's: both of one round met the same machine. It is
-    None where no run measured both.
-    `same` says that every pixel is the reference's. `peak_share` is of the machine's measured matrix products in the same
-    precision: None for a GPU, a precision without a peak, or a graph that could not be counted.
+    `spread` is the interquartile range of `image_s` divided by its median. `speed_up` is the median, over the rounds that
+    measured both, of the reference's seconds per image divided by this configuration's: within a round both ran under the
+    same conditions. It is None if no round measured both.
+    `same`: every pixel equals the reference's. `peak_share` is relative to the measured peak of matrix products in the same
+    precision: None for a GPU, a precision without a peak, or a graph whose operations could not be counted.
     """
 
     name: str
@@ -35,28 +35,28 @@ class Row:
     same: bool
     peak_share: float | None
     problem: str | None
-    notes: Facts
+    notes: Json
 
     @property
-    def other(self) -> bool:
-        """It drew another picture than the reference: its figures are of other work."""
-        return self.psnr_db is not None and self.psnr_db < SAME_DB
+    def differs(self) -> bool:
+        """Whether the image differs from the reference's, so that the figures are not comparable."""
+        return self.psnr_db is not None and self.psnr_db < SAME_IMAGE_DB
 
 
-def batches(facts: Facts) -> list[int]:
-    """Every batch size that somebody was measured at."""
-    units = {unit for entry in facts["configurations"].values() for unit in entry["samples"]}
+def batches(data: Json) -> list[int]:
+    """All batch sizes that any configuration was measured at."""
+    units = {unit for entry in data["configurations"].values() for unit in entry["samples"]}
     return sorted(int(unit.split()[1]) for unit in units if unit != COLD)
 
 
-def rows(facts: Facts) -> list[Row]:
-    """Of every configuration, by depth, in the order in which they were asked for."""
-    entries = sorted(facts["configurations"].values(), key=lambda entry: entry["depth"])
-    return [_row(entry, facts) for entry in entries]
+def rows(data: Json) -> list[Row]:
+    """One row per configuration, by depth and then in the requested order."""
+    entries = sorted(data["configurations"].values(), key=lambda entry: entry["depth"])
+    return [_row(entry, data) for entry in entries]
 
 
-def _row(entry: Facts, facts: Facts) -> Row:
-    one, cold = entry["samples"].get(draw_unit(1), []), entry["samples"].get(COLD, [])
+def _row(entry: Json, data: Json) -> Row:
+    one, cold = entry["samples"].get(batch_unit(1), []), entry["samples"].get(COLD, [])
     image_s, step_s = _median(one, "seconds"), _median(one, "step_seconds")
     psnr = entry["psnr_db"]
     return Row(
@@ -66,53 +66,57 @@ def _row(entry: Facts, facts: Facts) -> Row:
         step_ms=None if step_s is None else 1e3 * step_s,
         image_s=image_s,
         spread=_spread([sample["seconds"] for sample in one]),
-        speed_up=_speed_up(one, _reference(facts, entry["depth"])),
+        speed_up=_speed_up(one, _reference(data, entry["depth"])),
         images_per_s={
             images: images / seconds
-            for images in batches(facts)
-            if (seconds := _median(entry["samples"].get(draw_unit(images), []), "seconds"))
+            for images in batches(data)
+            if (seconds := _median(entry["samples"].get(batch_unit(images), []), "seconds"))
         },
         peak_mb=entry["peak_bytes"] / 1e6 or None,
         psnr_db=None if psnr == "same" else psnr,
         same=psnr == "same",
-        peak_share=_share(entry, facts, step_s),
+        peak_share=_peak_share(entry, data, step_s),
         problem=entry["problem"],
         notes=entry["notes"],
     )
 
 
-def peak_flops(facts: Facts, precision: str) -> float | None:
-    """The most that was reached in any round."""
-    return max(facts["peaks"].get(precision, {}).get("flops", []), default=0.0) or None
+def peak_flops(data: Json, precision: str) -> float | None:
+    """The maximum over all rounds."""
+    return max(data["peaks"].get(precision, {}).get("flops", []), default=0.0) or None
 
 
-def _share(entry: Facts, facts: Facts, step_s: float | None) -> float | None:
-    flops, peak = facts["flops"].get(str(entry["depth"])), peak_flops(facts, entry["precision"])
+def _peak_share(entry: Json, data: Json, step_s: float | None) -> float | None:
+    flops, peak = data["flops"].get(str(entry["depth"])), peak_flops(data, entry["precision"])
     if entry["device"] != "cpu" or not isinstance(flops, int) or not peak or not step_s:
         return None
     return flops / step_s / peak
 
 
-def _reference(facts: Facts, depth: int) -> list[Facts]:
-    """Its samples at batch 1, none where it was not measured."""
-    drawn_by = facts["references"].get(str(depth), {}).get("by")
-    entry = facts["configurations"].get(f"{drawn_by} depth {depth}", {"samples": {}})
-    samples: list[Facts] = entry["samples"].get(draw_unit(1), [])
+def _reference(data: Json, depth: int) -> list[Json]:
+    """The samples at batch 1 of the reference of this depth; empty if it was not measured."""
+    drawn_by = data["references"].get(str(depth), {}).get("by")
+    entry = data["configurations"].get(f"{drawn_by} depth {depth}", {"samples": {}})
+    samples: list[Json] = entry["samples"].get(batch_unit(1), [])
     return samples
 
 
-def _speed_up(own: Sequence[Facts], reference: Sequence[Facts]) -> float | None:
-    theirs = {_moment(sample): sample["seconds"] for sample in reference}
-    ratios = [theirs[_moment(sample)] / sample["seconds"] for sample in own if _moment(sample) in theirs]
+def _speed_up(samples: Sequence[Json], reference: Sequence[Json]) -> float | None:
+    reference_seconds = {_run_and_round(sample): sample["seconds"] for sample in reference}
+    ratios = [
+        reference_seconds[_run_and_round(sample)] / sample["seconds"]
+        for sample in samples
+        if _run_and_round(sample) in reference_seconds
+    ]
     return median(ratios) if ratios else None
 
 
-def _moment(sample: Facts) -> tuple[int, int]:
-    """The run and the round in which it was taken."""
+def _run_and_round(sample: Json) -> tuple[int, int]:
+    """The run and round in which a sample was taken."""
     return sample["run"], sample["round"]
 
 
-def _median(samples: Sequence[Facts], name: str) -> float | None:
+def _median(samples: Sequence[Json], name: str) -> float | None:
     return median(sample[name] for sample in samples) if samples else None
 
 

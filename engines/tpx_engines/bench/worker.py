@@ -1,9 +1,9 @@
-"""The process of one configuration: it makes its subject, then answers one request at a time and sleeps between them.
+"""The process of one configuration: creates its runner, then answers requests one at a time.
 
     python -m tpx_engines.bench.worker
 
-Requests and answers are JSON, one on a line; the first request names the maker. An answer is {"error": kind, "line": why} or
-what was asked for. Where stdin ends, so does the process.
+Requests and answers are JSON, one per line; the first request names the factory. An answer is the result of the request or
+{"error": exception type, "line": message}. The process exits at the end of stdin.
 """
 
 import base64
@@ -20,35 +20,35 @@ from typing import Any, TextIO
 from tpx_runtime.errors import TpxError
 
 from .memory import peak_bytes
-from .subject import Subject, Work
+from .runner import Runner, Workload
 
 Request = dict[str, Any]
 
 
 class Worker:
-    """Requests by name; `start` comes first."""
+    """The requests, by name. `start` must be the first."""
 
     def __init__(self) -> None:
-        self._subject: Subject | None = None
+        self._runner: Runner | None = None
 
-    def start(self, maker: str, work: Request, options: dict[str, Any]) -> Request:
-        """Make the subject and draw its first picture: what the user of a fresh process waits for."""
-        self._subject = subject = _find(maker)(Work.from_json(work), options)
-        (picture,), _ = subject.draw(1)
-        made = io.BytesIO()
-        picture.save(made, "PNG")
-        return {"png": base64.b64encode(made.getvalue()).decode(), "notes": subject.notes, **_memory()}
+    def start(self, factory: str, workload: Request, options: dict[str, Any]) -> Request:
+        """Create the runner and generate the first image: what a user waits for in a new process."""
+        self._runner = runner = _resolve(factory)(Workload.from_json(workload), options)
+        (image,), _ = runner.draw(1)
+        file = io.BytesIO()
+        image.save(file, "PNG")
+        return {"png": base64.b64encode(file.getvalue()).decode(), "notes": runner.notes, **_memory()}
 
     def warm(self, images: int) -> Request:
-        """Two steps of a batch that is about to be timed: engines take memory, and compile, for each size anew."""
-        self._drawing().draw(images, steps=2)
+        """Run two steps at a batch size to be timed, because engines allocate and compile for each size."""
+        self._started_runner().draw(images, steps=2)
         return {}
 
     def draw(self, images: int, seconds: float) -> Request:
-        """One batch, and more of them until `seconds` are over; what one took on average."""
-        timings = [self._drawing().draw(images)[1]]
+        """Generate batches until `seconds` have passed, at least one; return the mean time of a batch."""
+        timings = [self._started_runner().draw(images)[1]]
         while sum(timing.seconds for timing in timings) < seconds:
-            timings.append(self._drawing().draw(images)[1])
+            timings.append(self._started_runner().draw(images)[1])
         return {
             "seconds": fmean(timing.seconds for timing in timings),
             "step_seconds": fmean(timing.step_seconds for timing in timings),
@@ -56,17 +56,17 @@ class Worker:
         }
 
     def call(self, function: str, arguments: dict[str, Any]) -> Request:
-        """Anything else that wants a process of its own, such as an export or a matrix product."""
-        answer: Request = _find(function)(**arguments)
+        """Call any function that needs a separate process, such as an export or a matrix product."""
+        answer: Request = _resolve(function)(**arguments)
         return answer
 
-    def _drawing(self) -> Subject:
-        assert self._subject is not None, "start comes first"
-        return self._subject
+    def _started_runner(self) -> Runner:
+        assert self._runner is not None, "start comes first"
+        return self._runner
 
 
-def _find(name: str) -> Any:
-    """`module:attribute`."""
+def _resolve(name: str) -> Any:
+    """Import `module:attribute`."""
     module, attribute = name.split(":")
     return getattr(importlib.import_module(module), attribute)
 
@@ -76,7 +76,7 @@ def _memory() -> Request:
 
 
 def serve(requests: TextIO, answers: TextIO) -> None:
-    """Until `requests` end."""
+    """Answer requests until the stream ends."""
     worker = Worker()
     for line in requests:
         request = json.loads(line)
@@ -84,7 +84,7 @@ def serve(requests: TextIO, answers: TextIO) -> None:
             answer = getattr(worker, request.pop("do"))(**request)
         except TpxError as error:
             answer = {"error": type(error).__name__, "line": " ".join(str(error).split())}
-        except Exception as error:  # a framework's: whatever it raises is why it cannot be measured
+        except Exception as error:  # from a framework: any exception is a reason why it cannot be measured
             answer = {
                 "error": "Failed",
                 "line": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
@@ -93,16 +93,16 @@ def serve(requests: TextIO, answers: TextIO) -> None:
         answers.flush()
 
 
-def _end_with_parent() -> None:
-    """A worker that waits sees its stdin end; on Linux one that is at work ends too when its parent was killed."""
+def _exit_with_parent() -> None:
+    """On Linux, kill this process when its parent dies. An idle worker also exits at the end of its stdin."""
     if sys.platform == "linux":
         set_parent_death_signal = 1  # PR_SET_PDEATHSIG of <sys/prctl.h>
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
 def main() -> None:
-    """Answers have a pipe of their own: what frameworks print goes to stderr."""
-    _end_with_parent()
+    """Send answers to the original stdout, and redirect everything that frameworks print to stderr."""
+    _exit_with_parent()
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     serve(sys.stdin, answers)

@@ -52,7 +52,7 @@ class _Pair:
 class PairedEngine:
     """Looks like an engine to the runtime: it opens the graphs of `fp32`, each transformer together with `int8`'s."""
 
-    loops = False  # each call returns to the host, which compares
+    uses_device_loop = False  # each call returns to the host, which compares
 
     def __init__(self, engine: Engine, fp32: Bundle, int8: Bundle, tally: Tally) -> None:
         self.name, self.variant, self.precision = engine.name, engine.variant, engine.precision

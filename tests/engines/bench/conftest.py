@@ -1,4 +1,4 @@
-"""Plans of configurations that need no engine, in real worker processes."""
+"""Fixtures for plans of configurations that need no engine, in real worker processes."""
 
 import os
 from collections.abc import Callable
@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from tpx_engines.bench.configurations import Configuration
-from tpx_engines.bench.machine import LIMITS
+from tpx_engines.bench.machine import THREAD_VARIABLES
 from tpx_engines.bench.measure import Plan
 from tpx_engines.bench.record import Record
-from tpx_engines.bench.subject import Work
+from tpx_engines.bench.runner import Workload
 
 HERE = Path(__file__).parent
 SETTINGS: dict[str, Any] = {
@@ -38,32 +38,32 @@ SETTINGS: dict[str, Any] = {
 
 @pytest.fixture(autouse=True)
 def every_core(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing that the machine of these tests sets keeps tpx-bench from measuring."""
-    for name in LIMITS:
+    """Remove thread limits of this machine, which tpx-bench refuses."""
+    for name in THREAD_VARIABLES:
         monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture(autouse=True)
-def makers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Workers find the makers of these tests."""
+def factories(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let worker processes import the factories of these tests."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]))
 
 
 @pytest.fixture
 def configuration(tmp_path: Path) -> Callable[..., Configuration]:
-    """One of a maker's name, which is its own name too."""
+    """A configuration named like its factory."""
 
-    def make(maker: str, **options: Any) -> Configuration:
+    def make(factory: str, **options: Any) -> Configuration:
         fields = {name: options.pop(name) for name in ("compiles", "problem", "packages") if name in options}
         log = {"log": str(tmp_path / "log"), **options}
-        return Configuration(maker, depth=2, maker=f"bench_makers:{maker}", options=log, **fields)
+        return Configuration(factory, depth=2, factory=f"bench_factories:{factory}", options=log, **fields)
 
     return make
 
 
 @pytest.fixture
 def started(tmp_path: Path) -> Callable[[], list[int]]:
-    """Process ids of the subjects that were made by now."""
+    """Process ids of the runners created so far."""
     log = tmp_path / "log"
     return lambda: [int(line) for line in log.read_text().split()] if log.exists() else []
 
@@ -71,19 +71,19 @@ def started(tmp_path: Path) -> Callable[[], list[int]]:
 @pytest.fixture
 def plan(tmp_path: Path) -> Callable[..., Plan]:
     def make(*configurations: Configuration, rounds: int = 2, batches: tuple[int, ...] = (1, 2)) -> Plan:
-        work = Work(tmp_path, 2, "a cube", None, seed=0, steps=3, guidance=3.0, sampler="euler")
-        return Plan(work, configurations, configurations[0].name, rounds, batches, sample_s=0)
+        workload = Workload(tmp_path, 2, "a cube", None, seed=0, steps=3, guidance=3.0, sampler="euler")
+        return Plan(workload, configurations, configurations[0].name, rounds, batches, sample_s=0)
 
     return make
 
 
 @pytest.fixture
 def record(tmp_path: Path) -> Callable[..., Record]:
-    """The record of this test's file, begun or gone on with."""
+    """The record in this test's file, new or continued."""
     return lambda **changes: Record.begin(tmp_path / "bench.json", {**SETTINGS, **changes})
 
 
 @pytest.fixture(autouse=True)
 def small_peak(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No products of large matrices: torch takes seconds to import, and they have a test of their own."""
+    """Skip the peak measurement: torch takes seconds to import, and it has its own test."""
     monkeypatch.setattr("tpx_engines.bench.measure.PEAKS", ())

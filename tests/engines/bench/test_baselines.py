@@ -1,4 +1,4 @@
-"""Baselines draw the bundle's own picture: the same model, sampler and noise, in another framework."""
+"""Baselines generate the same image as the bundle: same model, sampler and noise, in another framework."""
 
 import shutil
 from collections.abc import Callable, Sequence
@@ -14,11 +14,11 @@ from runtime.fakes import FAKE
 from tiny import make_tiny, make_tiny_classes
 
 from tpx_engines.bench import compiled, naive
-from tpx_engines.bench.baselines import of_eager, require_fits
+from tpx_engines.bench.baselines import eager_runner, require_fits
 from tpx_engines.bench.configurations import engines
 from tpx_engines.bench.flops import graph_flops
 from tpx_engines.bench.peak import gemm
-from tpx_engines.bench.subject import Subject, Work, of_engine
+from tpx_engines.bench.runner import Runner, Workload, engine_runner
 from tpx_export import checkpoint
 from tpx_export.model import ThinkingSpec
 from tpx_export.model.text_to_image import TextToImage
@@ -28,10 +28,14 @@ from tpx_runtime.evaluation.similarity import psnr_db
 
 
 @pytest.fixture(scope="module")
-def work(tiny_bundle: Path, tiny_model: TextToImage, tmp_path_factory: pytest.TempPathFactory) -> Work:
+def workload(
+    tiny_bundle: Path, tiny_model: TextToImage, tmp_path_factory: pytest.TempPathFactory
+) -> Workload:
     ckpt = tmp_path_factory.mktemp("ckpt") / "tiny.safetensors"
     checkpoint.save(tiny_model, ckpt)
-    return Work(tiny_bundle, 3, "a red cube", None, seed=5, steps=3, guidance=2.0, sampler="euler", ckpt=ckpt)
+    return Workload(
+        tiny_bundle, 3, "a red cube", None, seed=5, steps=3, guidance=2.0, sampler="euler", ckpt=ckpt
+    )
 
 
 def test_a_checkpoint_fits_the_bundle_of_its_model(tiny_model: TextToImage, tmp_path: Path) -> None:
@@ -57,45 +61,47 @@ def test_a_checkpoint_fits_the_bundle_of_its_model(tiny_model: TextToImage, tmp_
             require_fits(tmp_path / "other.safetensors", manifest)
 
 
-def similarity(a: Subject, b: Subject, images: int = 2) -> float:
-    """Of the worst of the pictures."""
+def similarity(a: Runner, b: Runner, images: int = 2) -> float:
+    """The lowest PSNR of the images."""
     (first, _), (second, _) = a.draw(images), b.draw(images)
     return min(psnr_db(*pair) for pair in zip(first, second, strict=True))
 
 
-def test_eager_pytorch_draws_the_bundles_picture(work: Work) -> None:
-    bundle = of_engine(work, {"engine": "onnxruntime"})
-    eager = of_eager(work, {"name": "eager", "precision": "fp32"})
+def test_eager_pytorch_draws_the_bundles_picture(workload: Workload) -> None:
+    bundle = engine_runner(workload, {"engine": "onnxruntime"})
+    eager = eager_runner(workload, {"name": "eager", "precision": "fp32"})
     same = similarity(bundle, eager)
     assert same > 55
-    low = of_eager(work, {"name": "eager", "precision": "bf16"})
-    assert 15 < similarity(eager, low) < same  # another precision is another picture, of the same thing
-    other = of_eager(replace(work, seed=6), {"name": "eager", "precision": "fp32"})
+    low = eager_runner(workload, {"name": "eager", "precision": "bf16"})
+    assert 15 < similarity(eager, low) < same  # another precision changes the image, but not its content
+    other = eager_runner(replace(workload, seed=6), {"name": "eager", "precision": "fp32"})
     assert similarity(eager, other) < 30
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
-def test_without_guidance_there_is_one_branch(work: Work, guidance: float) -> None:
-    told = replace(work, guidance=guidance)
+def test_without_guidance_there_is_one_branch(workload: Workload, guidance: float) -> None:
+    conditioning = replace(workload, guidance=guidance)
     assert (
         similarity(
-            of_engine(told, {"engine": "onnxruntime"}), of_eager(told, {"name": "", "precision": "fp32"}), 1
+            engine_runner(conditioning, {"engine": "onnxruntime"}),
+            eager_runner(conditioning, {"name": "", "precision": "fp32"}),
+            1,
         )
         > 55
     )
 
 
-def test_the_naive_export_draws_the_bundles_picture(work: Work, tmp_path: Path) -> None:
-    naive.export(str(work.ckpt), [3], str(tmp_path))
-    prepared = replace(work, prepared=tmp_path)
-    bundle = of_engine(work, {"engine": "onnxruntime"})
+def test_the_naive_export_draws_the_bundles_picture(workload: Workload, tmp_path: Path) -> None:
+    naive.export(str(workload.ckpt), [3], str(tmp_path))
+    exported = replace(workload, export_folder=tmp_path)
+    bundle = engine_runner(workload, {"engine": "onnxruntime"})
     for framework in ("onnxruntime", "openvino"):
         options = {"name": "naive", "framework": framework, "precision": "fp32"}
-        assert similarity(bundle, naive.of_naive(prepared, options)) > 55
+        assert similarity(bundle, naive.naive_runner(exported, options)) > 55
     assert graph_flops(tmp_path / "transformer-depth-3.onnx", 2) > 0
 
 
-def test_compiling_takes_the_fastest_setting(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiling_takes_the_fastest_setting(workload: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
     takes = {"default": 2.0, "freezing": 1.0, "freezing + max-autotune": 3.0}
     tried: list[Any] = []
     clock = SimpleNamespace(now=0.0, perf_counter=lambda: clock.now)
@@ -112,14 +118,16 @@ def test_compiling_takes_the_fastest_setting(work: Work, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(compiled, "time", clock)
     monkeypatch.setattr(torch, "compile", compile_)
-    subject = compiled.of_compiled(work, {"name": "compiled", "precision": "fp32"})
-    assert subject.notes["setting"] == "freezing"
+    runner = compiled.compiled_runner(workload, {"name": "compiled", "precision": "fp32"})
+    assert runner.notes["setting"] == "freezing"
     assert tried == [*compiled.SETTINGS, "freezing"]  # the last is the decoder
-    assert subject.notes["tried"] == {name: 1e3 * seconds for name, seconds in takes.items()}
-    assert subject.notes["compile_s"] == 2.0  # the first calls of the transformer and of the decoder
-    assert similarity(subject, of_eager(work, {"name": "eager", "precision": "fp32"}), 1) == np.inf
+    assert runner.notes["tried"] == {name: 1e3 * seconds for name, seconds in takes.items()}
+    assert runner.notes["compile_s"] == 2.0  # the first calls of the transformer and of the decoder
+    assert similarity(runner, eager_runner(workload, {"name": "eager", "precision": "fp32"}), 1) == np.inf
     tried.clear()
-    compiled.of_compiled(replace(work, tuned="default"), {"name": "compiled", "precision": "fp32"})
+    compiled.compiled_runner(
+        replace(workload, compile_setting="default"), {"name": "compiled", "precision": "fp32"}
+    )
     assert tried == ["default", "default"]
 
 
@@ -142,15 +150,19 @@ def test_a_psnr_is_that_of_its_definition() -> None:
     assert psnr_db(grey[0], Image.new("RGB", (5, 4))) == 0
 
 
-def test_engines_of_another_bundle_carry_its_precision_and_its_path(work: Work, tmp_path: Path) -> None:
+def test_engines_of_another_bundle_carry_its_precision_and_its_path(
+    workload: Workload, tmp_path: Path
+) -> None:
     (own,), (other,) = (engines(["openvino"], [2], "fp32"), engines(["openvino"], [2], "int8", tmp_path))
     assert (own.name, own.precision, own.options) == ("TPX, openvino", "fp32", {"engine": "openvino"})
     assert (other.name, other.precision) == ("TPX int8, openvino", "int8")
     assert other.options == {"engine": "openvino", "bundle": str(tmp_path)}
-    (drawn,), _ = of_engine(work, {"engine": "onnxruntime"}).draw(1)
-    shutil.copytree(work.bundle, moved := tmp_path / "moved")
-    subject = of_engine(replace(work, bundle=tmp_path), {"engine": "onnxruntime", "bundle": str(moved)})
-    assert subject.draw(1)[0][0].tobytes() == drawn.tobytes()
+    (drawn,), _ = engine_runner(workload, {"engine": "onnxruntime"}).draw(1)
+    shutil.copytree(workload.bundle, moved := tmp_path / "moved")
+    runner = engine_runner(
+        replace(workload, bundle=tmp_path), {"engine": "onnxruntime", "bundle": str(moved)}
+    )
+    assert runner.draw(1)[0][0].tobytes() == drawn.tobytes()
 
 
 def test_the_version_recorded_is_that_of_the_package_as_it_is_installed() -> None:
@@ -162,9 +174,9 @@ def test_the_version_recorded_is_that_of_the_package_as_it_is_installed() -> Non
 def test_a_timed_picture_computes_its_own_conditions(
     tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a baseline does at every step: those of the picture before are not taken."""
-    subject = of_engine(
-        Work(
+    """Conditions are not reused from the previous image, because a baseline computes them at every step."""
+    runner = engine_runner(
+        Workload(
             bundle=tiny_bundle,
             depth=1,
             prompt="a red cube",
@@ -177,13 +189,13 @@ def test_a_timed_picture_computes_its_own_conditions(
         {"engine": "onnxruntime"},
     )
     opened: list[Path] = []
-    open_graph = subject.generator.denoiser._graphs.open
+    open_graph = runner.generator.denoiser._graphs.open
 
     def watched(path: Path) -> Any:
         opened.append(path)
         return open_graph(path)
 
-    monkeypatch.setattr(subject.generator.denoiser._graphs, "open", watched)
+    monkeypatch.setattr(runner.generator.denoiser._graphs, "open", watched)
     for _ in range(3):
-        subject.draw(1)
+        runner.draw(1)
     assert [path.name for path in opened].count("conditions.onnx") == 3

@@ -1,4 +1,4 @@
-"""tpx-bench: arguments, the table and plot, and that Ctrl-C leaves nothing behind."""
+"""tpx-bench: arguments, table and plot, and Ctrl-C, which leaves nothing behind."""
 
 import os
 import shutil
@@ -31,8 +31,8 @@ from tpx_engines.bench.cli import main
 
 def engines(names, depths, precision, also=None):
     options = {"log": sys.argv[2], "step_s": 60.0}
-    fast = configurations.Configuration("right", 2, "bench_makers:right", options)
-    return [fast, configurations.Configuration("slow", 2, "bench_makers:slow", options)]
+    fast = configurations.Configuration("right", 2, "bench_factories:right", options)
+    return [fast, configurations.Configuration("slow", 2, "bench_factories:slow", options)]
 
 measure.PEAKS = ()
 configurations.engines = engines
@@ -49,7 +49,7 @@ def bundle(tmp_path: Path) -> Path:
 def bench(
     bundle: Path, configuration: Callable[..., Configuration], monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Result]:
-    """tpx-bench of a bundle whose only engine is a maker of these tests."""
+    """tpx-bench of a bundle whose only engine is a factory of these tests."""
     monkeypatch.setattr(
         "tpx_engines.bench.configurations.engines",
         lambda names, depths, precision, also=None: [configuration("right")],
@@ -69,7 +69,7 @@ def test_prints_a_table_and_draws_it(bench: Callable[..., Result], tmp_path: Pat
     assert result.exit_code == 0, result.output
     assert result.stdout.startswith("# fake (fp32), 12x8 pixels\n")
     (row,) = [line for line in result.stdout.splitlines() if line.startswith("| right | ")]
-    assert "| same picture | - |" in row  # a fake bundle has no graph to count
+    assert "| same image | - |" in row  # the fake bundle has no graph whose operations could be counted
     with Image.open(tmp_path / "bench.png") as image:
         assert image.width > 500
 
@@ -118,9 +118,7 @@ def test_fewer_threads_than_cores_are_refused(
     monkeypatch.setenv(name, "1")
     result = bench()
     assert (result.exit_code, result.stdout) == (2, "")
-    assert (
-        result.stderr == f"error: expected every core for all that is compared, found {name} set; unset it\n"
-    )
+    assert result.stderr == f"error: expected no limit on the number of threads, found {name} set; unset it\n"
     assert started() == []
 
 
@@ -132,7 +130,7 @@ def test_a_checkpoint_of_another_model_is_refused_before_the_work(
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr == (
         f"error: expected in --ckpt the checkpoint of bundle paper (name 'fake'), found {tmp_path / 'tiny.safetensors'} "
-        "with name 'tiny'; name the one that it was exported from\n"
+        "with name 'tiny'; pass the checkpoint that the bundle was exported from\n"
     )
     assert started() == []
 
@@ -230,7 +228,9 @@ def test_ctrl_c_leaves_no_process_and_no_file_behind(
     process.send_signal(how)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert said.endswith(f"error: cancelled; the same command goes on from {tmp_path / 'bench.json'}\n")
+    assert said.endswith(
+        f"error: cancelled; run the same command to continue from {tmp_path / 'bench.json'}\n"
+    )
     assert not any(map(alive, workers))
     assert list((tmp_path / "scratch").iterdir()) == []
 

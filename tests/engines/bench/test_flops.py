@@ -1,4 +1,4 @@
-"""Operations of a graph, against counts by hand."""
+"""Operations of a graph, compared with counts by hand."""
 
 from pathlib import Path
 

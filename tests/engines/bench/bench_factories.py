@@ -1,6 +1,6 @@
-"""Makers of subjects that need no engine; a worker process imports them by name.
+"""Factories of runners that need no engine; worker processes import them by name.
 
-Each writes its process id into options["log"], by which a test sees who was started.
+Each appends its process id to options["log"], so that tests can see which processes were started.
 """
 
 import os
@@ -14,13 +14,13 @@ from typing import Any, cast
 import numpy as np
 from PIL import Image
 
-from tpx_engines.bench.subject import Subject, Work
+from tpx_engines.bench.runner import Runner, Workload
 from tpx_runtime.errors import EngineUnavailable
 from tpx_runtime.generator import Generator
 
 
-class _Painter:
-    """Noise of a seed in the place of a generator's pictures; a step takes `step_s`."""
+class _FakeGenerator:
+    """A stand-in for Generator that returns seeded noise; each step takes `step_s` seconds."""
 
     def __init__(self, error: int = 0, step_s: float = 0.0) -> None:
         self._error, self._step_s = error, step_s
@@ -44,40 +44,40 @@ def _log(options: dict[str, Any]) -> None:
         file.write(f"{os.getpid()}\n")
 
 
-def right(work: Work, options: dict[str, Any]) -> Subject:
+def right(workload: Workload, options: dict[str, Any]) -> Runner:
     _log(options)
-    print("what a framework prints is no answer")
-    return Subject(cast(Generator, _Painter()), work)
+    print("output of a framework must not be read as an answer")
+    return Runner(cast(Generator, _FakeGenerator()), workload)
 
 
-def wrong(work: Work, options: dict[str, Any]) -> Subject:
+def wrong(workload: Workload, options: dict[str, Any]) -> Runner:
     _log(options)
-    return Subject(cast(Generator, _Painter(error=50)), work)
+    return Runner(cast(Generator, _FakeGenerator(error=50)), workload)
 
 
-def slow(work: Work, options: dict[str, Any]) -> Subject:
+def slow(workload: Workload, options: dict[str, Any]) -> Runner:
     _log(options)
-    return Subject(cast(Generator, _Painter(step_s=options["step_s"])), work)
+    return Runner(cast(Generator, _FakeGenerator(step_s=options["step_s"])), workload)
 
 
-def compiled(work: Work, options: dict[str, Any]) -> Subject:
+def compiled(workload: Workload, options: dict[str, Any]) -> Runner:
     _log(options)
     notes = {
-        "setting": work.tuned or "freezing",
+        "setting": workload.compile_setting or "freezing",
         "compile_s": 12.0,
         "tried": {"default": 5.0, "freezing": 4.0},
     }
-    return Subject(cast(Generator, _Painter()), work, notes)
+    return Runner(cast(Generator, _FakeGenerator()), workload, notes)
 
 
-def unavailable(work: Work, options: dict[str, Any]) -> Subject:
+def unavailable(workload: Workload, options: dict[str, Any]) -> Runner:
     raise EngineUnavailable("expected a GPU, found none;\nbuy one")
 
 
-def broken(work: Work, options: dict[str, Any]) -> Subject:
+def broken(workload: Workload, options: dict[str, Any]) -> Runner:
     raise RuntimeError("deep inside a framework")
 
 
-def killed(work: Work, options: dict[str, Any]) -> Subject:
+def killed(workload: Workload, options: dict[str, Any]) -> Runner:
     os.kill(os.getpid(), signal.SIGKILL)
     raise AssertionError
