@@ -13,12 +13,12 @@ from typing import Any
 import click
 
 from benchmarks.turns import in_turns, seconds
-from samples.shapes.questions import questions
+from samples.shapes.prompt_list import listed_prompts
 from tpx_runtime import Generator
 from tpx_runtime.command import TpxCommand
 from tpx_runtime.evaluation.similarity import psnr_db
 
-COMPARED = [question.text for question in questions()][::24]
+COMPARED = [listed.text for listed in listed_prompts()][::24]
 PROMPT = "a red cube on a blue sphere"
 
 
