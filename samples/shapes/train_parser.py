@@ -19,6 +19,7 @@ import click
 import numpy as np
 import numpy.typing as npt
 import onnx
+import onnx_ir as ir
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ from samples.shapes.captions import TRAINING_MIX, Prompt, prompt_of, satisfies, 
 from samples.shapes.fit import fit, step_generator
 from samples.shapes.parser import CELLS, RECORD, SIDE_PX, WEIGHTS, Parser
 from samples.shapes.render import render
+from samples.shapes.train import load_frozen
 from samples.shapes.world import (
     COLOURS,
     INVERSE,
@@ -40,7 +42,7 @@ from samples.shapes.world import (
     scatter,
 )
 from tpx_export.graphs import anonymous
-from tpx_export.model.autoencoder import Autoencoder, AutoencoderSpec, ResidualBlock
+from tpx_export.model.autoencoder import ResidualBlock
 from tpx_runtime.command import TpxCommand
 from tpx_runtime.files import make_folder
 
@@ -252,9 +254,9 @@ def export(network: ParserNetwork, path: Path) -> None:
         verbose=False,
     )
     assert program is not None
-    model = anonymous(program.model_proto)
-    onnx.checker.check_model(model)  # type: ignore[arg-type]
-    onnx.save(model, path)  # type: ignore[arg-type]
+    model = ir.to_proto(anonymous(program.model))
+    onnx.checker.check_model(model)
+    onnx.save(model, path)
 
 
 def hard_negative(rng: random.Random, prompt: Prompt, scene: Scene) -> Prompt:
@@ -313,10 +315,8 @@ def evaluation_set(count: int, seed: int, fast: bool = True) -> tuple[list[tuple
 
 @torch.no_grad()
 def reconstruct(checkpoint: Path, image: Tensor) -> Tensor:
-    """Images in 0..1, encoded and decoded by the autoencoder."""
-    saved = torch.load(checkpoint, weights_only=True)
-    autoencoder = Autoencoder(AutoencoderSpec(**saved["spec"]))
-    autoencoder.load_state_dict(saved["state"])
+    """Images in 0..1, encoded and decoded by the autoencoder of a text-to-image checkpoint."""
+    autoencoder = load_frozen(checkpoint, "cpu").autoencoder
     parts = [autoencoder.decode(autoencoder.encode(part * 2 - 1)) for part in image.split(32)]
     return torch.cat(parts) / 2 + 0.5
 
@@ -336,7 +336,7 @@ def reconstruct(checkpoint: Path, image: Tensor) -> Tensor:
 @click.option(
     "--autoencoder",
     type=click.Path(path_type=Path),
-    help="Also evaluate on renders that this checkpoint has reconstructed.",
+    help="Also evaluate on renders reconstructed by this checkpoint.",
 )
 def main(out: Path, steps: int, seed: int, count: int, autoencoder: Path | None) -> None:
     """Train the parser, or resume its training, and write parser.onnx and parser.json."""

@@ -9,7 +9,9 @@ from pathlib import Path
 from unittest.mock import create_autospec
 
 import numpy as np
+import onnxruntime as ort
 import pytest
+import torch
 from click.testing import CliRunner
 from PIL import Image
 
@@ -17,7 +19,17 @@ from samples.shapes import score
 from samples.shapes.captions import Prompt, caption, satisfies, scene_for
 from samples.shapes.parser import CELLS, RECORD, SIDE_PX, WEIGHTS, Parser, decode, peaks
 from samples.shapes.render import render
-from samples.shapes.train_parser import evaluate_parser, evaluation_set, hard_negative, random_pair, to_uint8
+from samples.shapes.train import SHIPPED
+from samples.shapes.train_parser import (
+    ParserNetwork,
+    evaluate_parser,
+    evaluation_set,
+    export,
+    hard_negative,
+    random_pair,
+    reconstruct,
+    to_uint8,
+)
 from samples.shapes.world import COLOURS, HELD_OUT, INVERSE, MAX_OBJECTS, SHAPES, Scene
 from tpx_runtime.generator import Generator
 
@@ -184,6 +196,29 @@ def test_score_asks_for_nothing_held_out() -> None:
 def test_score_imports_no_torch() -> None:
     code = "import sys, samples.shapes.score, tpx_runtime.generator; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_an_exported_network_gives_the_outputs_of_pytorch(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = ParserNetwork().eval()
+    export(network, tmp_path / "parser.onnx")
+    content = (tmp_path / "parser.onnx").read_bytes()
+    assert b".py" not in content and b"eye.stem.0.weight" in content
+    images = np.random.default_rng(0).integers(0, 256, (3, SIDE_PX, SIDE_PX, 3), np.uint8)
+    session = ort.InferenceSession(tmp_path / "parser.onnx", providers=["CPUExecutionProvider"])
+    outputs = session.run(None, {"image": images})
+    with torch.no_grad():
+        heat, *expected = network(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1)
+    for output, value in zip(outputs, (heat.sigmoid(), *expected), strict=True):
+        np.testing.assert_allclose(output, value.numpy(), atol=1e-4)
+
+
+def test_reads_renders_that_the_shipped_autoencoder_reconstructs(parser: Parser) -> None:
+    pairs, image = evaluation_set(16, seed=7, fast=False)
+    reconstructed = reconstruct(SHIPPED, image)
+    assert reconstructed.min() >= 0 and reconstructed.max() <= 1
+    assert evaluate_parser(parser, pairs, to_uint8(reconstructed), seed=7)["same objects"] >= 0.8
 
 
 def test_weights_name_nothing_of_the_machine_that_made_them() -> None:
