@@ -1,9 +1,10 @@
-"""Attention as one fused node or as standard operators on a CPU: time and peak memory by the number of tokens.
+"""Attention as one fused node and as standard operators on a CPU: time and peak memory by number of tokens.
 
     python -m benchmarks.attention [--width 1536 --heads 24] [--latent 32 --latent 64 --latent 128] [--engine onnxruntime]
 
-Two MMDiT blocks with random weights, one of which thinks twice, on two rows; a latent of side S has (S / 2)^2 visual tokens.
-Each measurement runs in a fresh process, which reports its fastest call and its peak memory; the two graphs take turns.
+Two MMDiT blocks with random weights, one of them with two latent steps, on two rows; a latent of side S has (S / 2)^2
+visual tokens. Each measurement runs in a new process, which reports its fastest call and its peak memory; the graphs are
+interleaved.
 """
 
 import time
@@ -15,7 +16,7 @@ from typing import Any
 import click
 import numpy as np
 
-from benchmarks.turns import in_turns
+from benchmarks.interleave import interleaved
 from tpx_engines.bench.memory import peak_bytes
 from tpx_engines.bench.process import WorkerProcess
 from tpx_runtime.command import TpxCommand
@@ -24,10 +25,10 @@ from tpx_runtime.engine import ENGINES, resolve
 VARIANTS = ("standard", "one node")
 
 
-def write(
+def write_graphs(
     folder: str, width: int, heads: int, text_tokens: int, latent: int, precision: str
 ) -> dict[str, Any]:
-    """Both graphs, over the same weights, and their inputs."""
+    """Write both graphs, with shared weights, and their inputs into `folder`."""
     import torch
 
     from tpx_export.fused_attention import FLOATS, fused
@@ -51,7 +52,7 @@ def write(
     )
     model = MMDiT(spec)
     for weights in model.parameters():
-        if not weights.any():  # adaLN-zero would leave nothing to compare
+        if not weights.any():  # with adaLN-zero weights, all outputs would be zero
             torch.nn.init.normal_(weights, std=0.02)
     at_precision(model, precision)
     inputs = {
@@ -61,50 +62,50 @@ def write(
     }
     with WeightFile(Path(folder)) as file, torch.no_grad():
         graph = Graph(TransformerGraph(model, 2, routed=True), inputs, ("velocity", "routes"))
-        _, plain = variants_of(file.take(to_onnx(graph)), spec.visual_tokens)
-        one_node = fused(plain, FLOATS)
+        _, standard = variants_of(file.take(to_onnx(graph)), spec.visual_tokens)
+        one_node = fused(standard, FLOATS)
         assert one_node
-        for name, made in zip(VARIANTS, (plain, one_node), strict=True):
-            file.write(made, f"{name}.onnx")
+        for name, graph_proto in zip(VARIANTS, (standard, one_node), strict=True):
+            file.write(graph_proto, f"{name}.onnx")
     np.savez(Path(folder) / "inputs.npz", **{name: value.numpy() for name, value in inputs.items()})
     return {}
 
 
-def call(graph: str, engine: str, calls: int) -> dict[str, Any]:
-    """Milliseconds of the fastest call, and peak memory in MB; saves the velocity beside the graph."""
+def time_graph(graph: str, engine: str, calls: int) -> dict[str, Any]:
+    """Milliseconds of the fastest call and peak memory in MB; saves the velocity beside the graph."""
     path = Path(graph)
     inputs = dict(np.load(path.with_name("inputs.npz")))
-    session, spent = resolve(engine).open(path), []
+    session, times_ms = resolve(engine).open(path), []
     for _ in range(calls):
         began = time.perf_counter()
         outputs = session.run(inputs)
-        spent.append(1e3 * (time.perf_counter() - began))
+        times_ms.append(1e3 * (time.perf_counter() - began))
     np.save(path.with_suffix(".npy"), outputs["velocity"])
-    return {"ms": min(spent), "mb": peak_bytes() / 2**20}
+    return {"ms": min(times_ms), "mb": peak_bytes() / 2**20}
 
 
-def in_a_process(function: str, **arguments: object) -> dict[str, Any]:
-    """Run a function of this file in a fresh process and return its result."""
+def in_subprocess(function: str, **arguments: object) -> dict[str, Any]:
+    """Run a function of this module in a new process and return its result."""
     with TemporaryDirectory() as folder, WorkerProcess(Path(folder)) as worker:
         return worker.ask("call", function=f"benchmarks.attention:{function}", arguments=arguments)
 
 
-def compared(graphs: list[Path], engine: str, rounds: int, calls: int) -> str:
-    """The cells of the table that compare both graphs on that engine."""
+def comparison_cells(graphs: list[Path], engine: str, rounds: int, calls: int) -> str:
+    """The table cells that compare both graphs on `engine`."""
 
     def measure(graph: Path) -> dict[str, Any]:
-        return in_a_process("call", graph=str(graph), engine=engine, calls=calls)
+        return in_subprocess("time_graph", graph=str(graph), engine=engine, calls=calls)
 
-    found = in_turns(graphs, measure, rounds).values()
+    results_by_graph = interleaved(graphs, measure, rounds).values()
     standard, one = (np.load(graph.with_suffix(".npy")) for graph in graphs)
     difference = np.abs(standard - one).max() / np.abs(standard).max()
-    times = [[result["ms"] for result in results] for results in found]
-    wide, narrow = (max(result["mb"] for result in results) for results in found)
+    times = [[result["ms"] for result in results] for results in results_by_graph]
+    standard_mb, one_mb = (max(result["mb"] for result in results) for results in results_by_graph)
     ratios = [b / a for a, b in zip(*times, strict=True)]
     return (
         f"{median(times[0]):.0f} | {median(times[1]):.0f} | "
         f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) | "
-        f"{wide:.0f} | {narrow:.0f} | {difference:.0e}"
+        f"{standard_mb:.0f} | {one_mb:.0f} | {difference:.0e}"
     )
 
 
@@ -122,8 +123,8 @@ def compared(graphs: list[Path], engine: str, rounds: int, calls: int) -> str:
     default=("onnxruntime", "openvino", "openvino-bf16"),
     show_default=True,
 )
-@click.option("--rounds", default=5, show_default=True, help="Processes of each kind.")
-@click.option("--calls", default=3, show_default=True, help="In each process; the least counts.")
+@click.option("--rounds", default=5, show_default=True, help="Processes per graph.")
+@click.option("--calls", default=3, show_default=True, help="Calls per process; the fastest counts.")
 def main(
     width: int,
     heads: int,
@@ -142,11 +143,11 @@ def main(
     for latent in latents:
         with TemporaryDirectory() as folder:
             sizes = {"width": width, "heads": heads, "text_tokens": text_tokens, "latent": latent}
-            in_a_process("write", folder=folder, precision=precision, **sizes)
+            in_subprocess("write_graphs", folder=folder, precision=precision, **sizes)
             graphs = [Path(folder) / f"{name}.onnx" for name in VARIANTS]
             for engine in engines:
                 print(
-                    f"| {(latent // 2) ** 2} | {engine} | {compared(graphs, engine, rounds, calls)} |",
+                    f"| {(latent // 2) ** 2} | {engine} | {comparison_cells(graphs, engine, rounds, calls)} |",
                     flush=True,
                 )
 

@@ -1,8 +1,8 @@
-"""What a denoising loop costs with latents kept on the GPU (TPX_DEVICE_LOOP=1), and with latents copied at every step.
+"""The time of a denoising loop with latents kept on the GPU (TPX_DEVICE_LOOP=1) and with latents copied at every step.
 
     python -m benchmarks.device_loop bundles/shapes [--batch 1 --batch 16] [--steps 20] [--rounds 20]
 
-Both draw the same pictures' latents, taking turns; the table gives medians, and the greatest difference between the two.
+Both generate the same latents, interleaved; the table gives medians and the maximum difference between the latents.
 """
 
 import os
@@ -13,7 +13,7 @@ from statistics import median
 import click
 import numpy as np
 
-from benchmarks.turns import in_turns
+from benchmarks.interleave import interleaved
 from tpx_runtime.bundle import Bundle
 from tpx_runtime.engine import ENGINES
 from tpx_runtime.engine.environment import DEVICE_LOOP_VARIABLE
@@ -25,7 +25,7 @@ from tpx_runtime.sampling import Array
 
 @dataclass(frozen=True)
 class Row:
-    """Milliseconds a step of `batch` pictures for both kinds of loop, and the greatest difference of their latents."""
+    """Milliseconds per step of `batch` images for both loops, and the maximum difference of their latents."""
 
     batch: int
     host_ms: float
@@ -34,7 +34,7 @@ class Row:
 
 
 def measure(generator: Generator, prompt: str | None, batch: int, steps: int, rounds: int) -> Row:
-    """`prompt` is None for a model of classes, of which the first is drawn."""
+    """Time both loops; `prompt` is None for a class-conditional model, which then generates its first class."""
     jobs = generator.plan(prompt, class_id=None if prompt else 0, steps=steps, num_images=batch)
     latents: dict[str, Array] = {}
 
@@ -44,21 +44,21 @@ def measure(generator: Generator, prompt: str | None, batch: int, steps: int, ro
         latents[loop] = generator.generate_latents(jobs).latents
         return time.perf_counter() - began
 
-    # The first round finds buffers and the second captures graphs.
-    times = in_turns(("0", "1"), draw, rounds, warm_up=2)
+    # The first round allocates buffers and the second captures graphs.
+    times = interleaved(("0", "1"), draw, rounds, warm_up=2)
     host, device = (1e3 * median(seconds) / steps for seconds in times.values())
     return Row(batch, host, device, float(np.abs(latents["0"] - latents["1"]).max()))
 
 
 def table(rows: list[Row]) -> str:
     lines = [
-        "| pictures | ms a step, by the host | on the device | gain | greatest difference |",
+        "| images | ms per step, host loop | device loop | speed-up | maximum difference |",
         "|---|---|---|---|---|",
     ]
     for row in rows:
-        gain = row.host_ms / row.device_ms
+        speed_up = row.host_ms / row.device_ms
         lines.append(
-            f"| {row.batch} | {row.host_ms:.3f} | {row.device_ms:.3f} | {gain:.2f} | {row.difference:.1e} |"
+            f"| {row.batch} | {row.host_ms:.3f} | {row.device_ms:.3f} | {speed_up:.2f} | {row.difference:.1e} |"
         )
     return "\n".join(lines)
 
@@ -69,7 +69,7 @@ def table(rows: list[Row]) -> str:
     "--prompt",
     default="a red cube on a blue sphere",
     show_default=True,
-    help="A model of classes ignores it.",
+    help="Ignored by class-conditional models.",
 )
 @click.option(
     "--batch",
@@ -78,7 +78,7 @@ def table(rows: list[Row]) -> str:
     multiple=True,
     default=(1, 4, 16),
     show_default=True,
-    help="Pictures drawn at once; may be repeated.",
+    help="Images per batch; may be repeated.",
 )
 @click.option("--steps", type=click.IntRange(1), default=20, show_default=True)
 @click.option("--rounds", type=click.IntRange(1), default=20, show_default=True)
@@ -93,8 +93,8 @@ def main(bundle: str, prompt: str, batches: tuple[int, ...], steps: int, rounds:
             raise click.ClickException(
                 f"expected scheduler/step.onnx in {bundle}, found none; export it again"
             )
-        said = None if generator.classes else prompt
-        rows = [measure(generator, said, batch, steps, rounds) for batch in batches]
+        model_prompt = None if generator.classes else prompt
+        rows = [measure(generator, model_prompt, batch, steps, rounds) for batch in batches]
     except TpxError as error:
         raise click.ClickException(str(error)) from None
     print(

@@ -1,9 +1,9 @@
-"""What `--guidance-every` saves and what it changes: time per image, alone and in batches, and PSNR to full guidance.
+"""The effect of `--guidance-every`: time per image, alone and in batches, and PSNR to full guidance.
 
     python -m benchmarks.guidance_every [--bundle bundles/shapes] [--engine onnxruntime] [--sampler euler] [--steps 20]
 
-All settings take turns in each round; times are medians, ratios medians of each round's own. The pictures are of every 24th
-prompt of ShapesEval, so that all of its kinds are among them.
+The settings are interleaved; times are medians, and ratios are medians of the ratios of each round. PSNR is measured on
+every 24th prompt of ShapesEval, which includes all of its kinds.
 """
 
 import itertools
@@ -12,13 +12,13 @@ from typing import Any
 
 import click
 
-from benchmarks.turns import in_turns, seconds
-from samples.shapes.questions import questions
+from benchmarks.interleave import interleaved, seconds
+from samples.shapes.prompt_list import listed_prompts
 from tpx_runtime import Generator
 from tpx_runtime.command import TpxCommand
 from tpx_runtime.evaluation.similarity import psnr_db
 
-COMPARED = [question.text for question in questions()][::24]
+PSNR_PROMPTS = [listed.text for listed in listed_prompts()][::24]
 PROMPT = "a red cube on a blue sphere"
 
 
@@ -45,25 +45,25 @@ def main(
 
     def measure(batch_and_every: tuple[int, int]) -> float:
         batch, nth = batch_and_every
-        told = {"num_images": batch, "batch_size": batch, "guidance_every": nth, **settings}
-        return seconds(lambda: generator(PROMPT, **told)) / batch
+        options = {"num_images": batch, "batch_size": batch, "guidance_every": nth, **settings}
+        return seconds(lambda: generator(PROMPT, **options)) / batch
 
     # The first round compiles.
-    spent = in_turns(itertools.product(batches, (1, *every)), measure, rounds, warm_up=1)
-    drawn = {nth: generator(COMPARED, guidance_every=nth, **settings) for nth in (1, *every)}
+    times = interleaved(itertools.product(batches, (1, *every)), measure, rounds, warm_up=1)
+    images = {nth: generator(PSNR_PROMPTS, guidance_every=nth, **settings) for nth in (1, *every)}
     job = generator.plan(PROMPT, **settings)[0]
     print(f"{generator.engine.name}, {job.steps} steps of {job.sampler}, medians of {rounds} rounds\n")
-    head = [f"s an image, batch {batch} | of N = 1" for batch in batches]
-    print(f"| N | {' | '.join(head)} | PSNR, dB: median | least |")
+    head = [f"s per image, batch {batch} | relative to N = 1" for batch in batches]
+    print(f"| N | {' | '.join(head)} | PSNR, dB: median | minimum |")
     print("|---" * (3 + 2 * len(batches)) + "|")
     for nth in (1, *every):
         cells = [str(nth)]
         for batch in batches:
-            mine, whole = spent[batch, nth], spent[batch, 1]
-            ratio = median(a / b for a, b in zip(mine, whole, strict=True))
-            cells += [f"{median(mine):.3f}", f"{ratio:.2f}"]
-        alike = [psnr_db(a, b) for a, b in zip(drawn[nth], drawn[1], strict=True)]
-        cells += ["", ""] if nth == 1 else [f"{median(alike):.1f}", f"{min(alike):.1f}"]
+            own, full = times[batch, nth], times[batch, 1]
+            ratio = median(a / b for a, b in zip(own, full, strict=True))
+            cells += [f"{median(own):.3f}", f"{ratio:.2f}"]
+        psnrs = [psnr_db(a, b) for a, b in zip(images[nth], images[1], strict=True)]
+        cells += ["", ""] if nth == 1 else [f"{median(psnrs):.1f}", f"{min(psnrs):.1f}"]
         print(f"| {' | '.join(cells)} |")
 
 

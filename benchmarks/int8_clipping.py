@@ -1,9 +1,9 @@
-"""The rules for clipping activations in int8 compared with one another, and with int8 weights alone, in PyTorch.
+"""Compares the rules for clipping int8 activations with each other and with int8 weights only, in PyTorch.
 
     python benchmarks/int8_clipping.py [--ckpt samples/shapes/shapes.safetensors]
 
-One calibration serves all rules. Errors are measured on the golden inputs of an export: the largest error over the largest
-golden value, and the root mean square of the errors over that of the golden values.
+All rules use the same calibration. Errors are measured on the golden inputs of an export: the maximum error relative to the
+maximum golden value, and the root mean square error relative to the root mean square of the golden values.
 """
 
 from pathlib import Path
@@ -32,36 +32,40 @@ def calibrate(pipeline: Pipeline) -> tuple[dict[str, Magnitudes], Golden]:
         told.hear(part, encoder)
     transformer, rows = pipeline.transformer(), told.rows(pipeline)
     layers = block_linears(transformer)
-    seen = {name: Magnitudes() for name in layers}
+    magnitudes = {name: Magnitudes() for name in layers}
     for depth in pipeline.model.depths:
-        activations(transformer, layers, seen, pipeline, rows, depth)
+        activations(transformer, layers, magnitudes, pipeline, rows, depth)
     given = told_of(pipeline.text, golden, pipeline.model)
-    return seen, transformer_golden(transformer, pipeline.model, given, pipeline.shift, pipeline.model.depths)
+    return magnitudes, transformer_golden(
+        transformer, pipeline.model, given, pipeline.shift, pipeline.model.depths
+    )
 
 
 @torch.no_grad()
-def losses(pipeline: Pipeline, golden: Golden, rule: str | None, seen: dict[str, Magnitudes]) -> list[str]:
-    """Of each depth: greatest error, root mean square error, and share of equal routes; `rule` None for weights alone."""
+def errors_by_depth(
+    pipeline: Pipeline, golden: Golden, rule: str | None, magnitudes: dict[str, Magnitudes]
+) -> list[str]:
+    """For each depth: maximum error, RMS error and share of equal routes; `rule` None quantises only the weights."""
     model, transformer = pipeline.model, pipeline.transformer()
     layers, steps = block_linears(transformer), None
     if rule is None:
         layers |= modulations(transformer)
     else:
-        steps = {name: one.step(rule) for name, one in seen.items()}
+        steps = {name: one.step(rule) for name, one in magnitudes.items()}
     replace(transformer, layers, steps)
     known = [torch.from_numpy(golden[name]) for name in model.conditions_inputs]
     given = {name: torch.from_numpy(golden[name]) for name in model.transformer_inputs}
     given["conditions"] = transformer.conditions(*known)  # type: ignore[operator]
-    told = []
+    cells = []
     for depth in model.depths:
-        found, routes = transformer.denoise(*given.values(), depth)  # type: ignore[operator]
-        wanted = golden[f"{model.prediction}_{depth}"]
-        error = found.numpy() - wanted
-        greatest = np.abs(error).max() / np.abs(wanted).max()
-        square = np.sqrt(np.square(error).mean() / np.square(wanted).mean())
-        same = (routes.numpy() == golden[f"routes_{depth}"]).mean() if model.thinking_blocks else 1.0
-        told.append(f"{greatest:.1e}, {square:.1e}, {same:.2%}")
-    return told
+        outputs, routes = transformer.denoise(*given.values(), depth)  # type: ignore[operator]
+        expected = golden[f"{model.prediction}_{depth}"]
+        error = outputs.numpy() - expected
+        max_error = np.abs(error).max() / np.abs(expected).max()
+        rms_error = np.sqrt(np.square(error).mean() / np.square(expected).mean())
+        equal_routes = (routes.numpy() == golden[f"routes_{depth}"]).mean() if model.thinking_blocks else 1.0
+        cells.append(f"{max_error:.1e}, {rms_error:.1e}, {equal_routes:.2%}")
+    return cells
 
 
 @click.command(cls=TpxCommand)
@@ -69,12 +73,14 @@ def losses(pipeline: Pipeline, golden: Golden, rule: str | None, seen: dict[str,
 def main(ckpt: Path) -> None:
     """Print the table as Markdown."""
     pipeline = Pipeline.of(checkpoint.load(ckpt))
-    seen, golden = calibrate(pipeline)
+    magnitudes, golden = calibrate(pipeline)
     depths = pipeline.model.depths
     click.echo(f"| clipping | {' | '.join(f'depth {depth}' for depth in depths)} |")
     click.echo("|---|" + "---|" * len(depths))
     for rule in (*CLIPPING, None):
-        click.echo(f"| {rule or 'weights alone'} | {' | '.join(losses(pipeline, golden, rule, seen))} |")
+        click.echo(
+            f"| {rule or 'weights alone'} | {' | '.join(errors_by_depth(pipeline, golden, rule, magnitudes))} |"
+        )
 
 
 if __name__ == "__main__":

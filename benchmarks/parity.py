@@ -1,9 +1,9 @@
-"""Imported Stable Diffusion 3 models against diffusers and transformers: each part, and the whole pipeline.
+"""Compares imported Stable Diffusion 3 models with diffusers and transformers: each part, and the whole pipeline.
 
     python -m benchmarks.parity
 
 Tiny random models of the three kinds (see tiny_sd3.py) are saved by diffusers, imported, exported and run by ONNX Runtime.
-Errors are max|a - b| / max|b|; the whole pipeline draws 28 steps at guidance 7, from the same latents. Needs the extras
+Errors are max|a - b| / max|b|; the whole pipeline runs 28 steps with guidance 7 from the same latents. Needs the extras
 `cpu`, `export` and `parity`.
 """
 
@@ -27,52 +27,54 @@ PROMPT, NEGATIVE = "A red cube on a blue sphere! Très beau, 3 times.", "blurry"
 
 
 def reference_outputs(pipeline: Any, golden: dict[str, Any]) -> dict[str, Any]:
-    """What diffusers' and transformers' modules make of the golden inputs."""
+    """The outputs of diffusers' and transformers' modules for the golden inputs."""
     ids = {n: torch.from_numpy(golden[f"text_encoder{n}.ids"]) for n in ("", "_2", "_3")}
-    made: dict[str, Any] = {}
+    outputs: dict[str, Any] = {}
     for number, clip in (("", pipeline.text_encoder), ("_2", pipeline.text_encoder_2)):
         out = clip(ids[number], output_hidden_states=True)
-        made[f"text_encoder{number}"] = [out.hidden_states[-2], out[0]]
-    made["text_encoder_3"] = [pipeline.text_encoder_3(ids["_3"])[0]]
-    given = {name: torch.from_numpy(golden[name]) for name in ("latents", "timestep", "context", "pooled")}
-    made["transformer depth 1"] = [
+        outputs[f"text_encoder{number}"] = [out.hidden_states[-2], out[0]]
+    outputs["text_encoder_3"] = [pipeline.text_encoder_3(ids["_3"])[0]]
+    inputs = {name: torch.from_numpy(golden[name]) for name in ("latents", "timestep", "context", "pooled")}
+    outputs["transformer depth 1"] = [
         pipeline.transformer(
-            hidden_states=given["latents"],
-            timestep=given["timestep"],
-            encoder_hidden_states=given["context"],
-            pooled_projections=given["pooled"],
+            hidden_states=inputs["latents"],
+            timestep=inputs["timestep"],
+            encoder_hidden_states=inputs["context"],
+            pooled_projections=inputs["pooled"],
         ).sample
     ]
     image = torch.from_numpy(golden["image"])
-    made["vae_decoder"] = [
+    outputs["vae_decoder"] = [
         pipeline.vae.decode(torch.from_numpy(golden["decoder_latents"])).sample.clamp(-1, 1)
     ]
-    made["vae_encoder"] = [pipeline.vae.encode(image).latent_dist.mean]
-    return {name: [value.numpy() for value in values] for name, values in made.items()}
+    outputs["vae_encoder"] = [pipeline.vae.encode(image).latent_dist.mean]
+    return {name: [value.numpy() for value in values] for name, values in outputs.items()}
 
 
 def our_outputs(generator: Generator, golden: dict[str, Any]) -> dict[str, list[Any]]:
-    """What the bundle's graphs make of the same inputs."""
+    """The outputs of the bundle's graphs for the same inputs."""
     bundle, engine = generator.bundle, generator.engine
-    made = {}
+    outputs = {}
     for encoder in bundle.manifest.text_encoders:
         out = engine.open(bundle.text_encoder(encoder)).run({"ids": golden[f"{encoder.folder}.ids"]})
-        made[encoder.folder] = [out[name] for name in ("context", "pooled") if name in out]
+        outputs[encoder.folder] = [out[name] for name in ("context", "pooled") if name in out]
     model = bundle.manifest.model
     known = {name: golden[name] for name in model.conditions_inputs}
     inputs = {"latents": golden["latents"], "context": golden["context"]}
     inputs |= engine.open(bundle.conditions).run(known)
-    made["transformer depth 1"] = [engine.open(bundle.transformer(1, engine.variant)).run(inputs)["velocity"]]
+    outputs["transformer depth 1"] = [
+        engine.open(bundle.transformer(1, engine.variant)).run(inputs)["velocity"]
+    ]
     decoder = engine.open(bundle.vae_decoder)
-    made["vae_decoder"] = [decoder.run({"latents": golden["decoder_latents"]})["image"]]
+    outputs["vae_decoder"] = [decoder.run({"latents": golden["decoder_latents"]})["image"]]
     assert bundle.vae_encoder
-    made["vae_encoder"] = [engine.open(bundle.vae_encoder).run({"image": golden["image"]})["latents"]]
-    return made
+    outputs["vae_encoder"] = [engine.open(bundle.vae_encoder).run({"image": golden["image"]})["latents"]]
+    return outputs
 
 
 @torch.no_grad()
 def measure(variant: str, folder: Path) -> dict[str, str]:
-    """A column of the table: errors of the parts, PSNR of the picture."""
+    """A column of the table: errors of the parts, and PSNR of an image of the whole pipeline."""
     pipeline = save_pipeline(folder / "base", variant)
     export_bundle(open_base(folder / "base"), folder / "bundle")
     generator = Generator.load(folder / "bundle", "onnxruntime")
@@ -94,8 +96,8 @@ def measure(variant: str, folder: Path) -> dict[str, str]:
         guidance_scale=7.0,
     ).images
     [image] = generator(PROMPT, negative_prompt=NEGATIVE, seed=3)
-    alike = psnr_db(image, expected)
-    column["whole pipeline, PSNR"] = f"{alike:.1f} dB" if math.isfinite(alike) else "every pixel equal"
+    psnr = psnr_db(image, expected)
+    column["whole pipeline, PSNR"] = f"{psnr:.1f} dB" if math.isfinite(psnr) else "every pixel equal"
     return column
 
 

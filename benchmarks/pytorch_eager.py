@@ -1,4 +1,4 @@
-"""The sample model in PyTorch eager, float32, from the checkpoint to a PNG: what tpx-run is compared with."""
+"""The baseline of tpx-run: generates an image with the sample model in PyTorch eager, float32."""
 
 from pathlib import Path
 
@@ -31,10 +31,10 @@ def main(prompt: str, ckpt: Path, out: Path, seed: int, steps: int) -> None:
     def velocity(x: np.ndarray, timestep: float) -> np.ndarray:
         rows = 2 if is_guided(timestep, defaults.guidance, defaults.guidance_interval) else 1
         latents = torch.from_numpy(x.astype(np.float32)).repeat(rows, 1, 1, 1)
-        told = (context[-rows:], pooled[-rows:])
-        v, _ = model.transformer(latents, torch.full((rows,), timestep), *told, defaults.depth)
-        without, given = v[:1], v[-1:]
-        guided: np.ndarray = (without + defaults.guidance * (given - without)).numpy()
+        text = (context[-rows:], pooled[-rows:])
+        v, _ = model.transformer(latents, torch.full((rows,), timestep), *text, defaults.depth)
+        unconditional, conditional = v[:1], v[-1:]
+        guided: np.ndarray = (unconditional + defaults.guidance * (conditional - unconditional)).numpy()
         return guided
 
     sampler = FLOW_SAMPLERS[defaults.sampler]

@@ -1,11 +1,11 @@
-"""A Stable Diffusion 3 transformer of random float16 weights, every name and shape as in diffusers' release.
+"""Writes a Stable Diffusion 3 transformer with random float16 weights and the tensor names and shapes of the release.
 
     python -m benchmarks.random_sd3 OUT --model sd3-medium [--layers N --heads H] [--adapters M --rank r --depth T]
 
 writes OUT/transformer (config.json, shards of at most 1 GB, their index) one shard at a time, and OUT/tpx.safetensors with M
-random experts in each thinking block. It draws nothing; it is what exports and engines are measured with where the real
-weights cannot be had. Normal weights of 0.02, unit query-key norms and modulations of about 0.2 keep activations near 1
-through every block.
+random experts in each thinking block. It replaces the real weights in measurements of exports and engines; its images are
+meaningless. Normal weights with deviation 0.02, unit query-key norms and modulations of about 0.2 keep activations near 1 in
+every block.
 """
 
 import json
@@ -31,13 +31,13 @@ THINKING_BLOCKS = (4, 8, 12)  # arXiv 2604.25299
 
 @dataclass(frozen=True)
 class Size:
-    """What tells the SD3 models apart; `table` is the side of the square of stored positions."""
+    """The sizes in which SD3 models differ; `table` is the side of the square of stored positions."""
 
     layers: int
     heads: int
     table: int
     qk_norm: bool
-    dual: int  # that many first blocks have a second attention
+    dual: int  # the number of first blocks with a second attention
 
     @property
     def width(self) -> int:
@@ -45,7 +45,7 @@ class Size:
 
     @property
     def thinking_blocks(self) -> tuple[int, ...]:
-        """The paper's, or the middle one of a model too shallow for them."""
+        """The paper's blocks, or the middle block of a model that has none of them."""
         return tuple(b for b in THINKING_BLOCKS if b < self.layers) or (self.layers // 2,)
 
 
@@ -57,22 +57,22 @@ SIZES = {
 
 
 def size_of(model: str, layers: int | None = None, heads: int | None = None) -> Size:
-    """That model's size, with fewer layers or heads where given; the share of dual blocks stays."""
-    whole = SIZES[model]
-    layers = layers or whole.layers
-    return replace(whole, layers=layers, heads=heads or whole.heads, dual=whole.dual * layers // whole.layers)
+    """The model's size, optionally with other numbers of layers or heads; the share of dual blocks is kept."""
+    full = SIZES[model]
+    layers = layers or full.layers
+    return replace(full, layers=layers, heads=heads or full.heads, dual=full.dual * layers // full.layers)
 
 
 def shapes(size: Size) -> dict[str, tuple[int, ...]]:
-    """Every tensor of diffusers' SD3Transformer2DModel at that size, by name."""
+    """The shapes of all tensors of diffusers' SD3Transformer2DModel, by name."""
     d = size.width
-    found: dict[str, tuple[int, ...]] = {}
+    shape_of: dict[str, tuple[int, ...]] = {}
 
     def linear(name: str, rows: int, columns: int) -> None:
-        found[f"{name}.weight"], found[f"{name}.bias"] = (rows, columns), (rows,)
+        shape_of[f"{name}.weight"], shape_of[f"{name}.bias"] = (rows, columns), (rows,)
 
-    found["pos_embed.pos_embed"] = (1, size.table**2, d)
-    found["pos_embed.proj.weight"], found["pos_embed.proj.bias"] = (d, CHANNELS, PATCH, PATCH), (d,)
+    shape_of["pos_embed.pos_embed"] = (1, size.table**2, d)
+    shape_of["pos_embed.proj.weight"], shape_of["pos_embed.proj.bias"] = (d, CHANNELS, PATCH, PATCH), (d,)
     for name, columns in (("timestep", 256), ("text", POOLED)):
         linear(f"time_text_embed.{name}_embedder.linear_1", d, columns)
         linear(f"time_text_embed.{name}_embedder.linear_2", d, d)
@@ -88,13 +88,13 @@ def shapes(size: Size) -> dict[str, tuple[int, ...]]:
             linear(f"{block}.attn2.{name}", d, d)
         norms = ["attn.norm_q", "attn.norm_k", "attn.norm_added_q", "attn.norm_added_k"]
         for name in [*norms, *(("attn2.norm_q", "attn2.norm_k") if dual else ())] if size.qk_norm else ():
-            found[f"{block}.{name}.weight"] = (HEAD_WIDTH,)
+            shape_of[f"{block}.{name}.weight"] = (HEAD_WIDTH,)
         for name in ("ff",) if last else ("ff", "ff_context"):
             linear(f"{block}.{name}.net.0.proj", 4 * d, d)
             linear(f"{block}.{name}.net.2", d, 4 * d)
     linear("norm_out.linear", 2 * d, d)
     linear("proj_out", PATCH**2 * CHANNELS, d)
-    return found
+    return shape_of
 
 
 def config(size: Size) -> dict[str, object]:
@@ -117,7 +117,7 @@ def config(size: Size) -> dict[str, object]:
 
 
 def random_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """float16, normal: query-key norms about 1, biases of modulations 0.2, positions 0.5, all else 0.02."""
+    """Normal float16 values: query-key norms around 1; deviation 0.2 for modulation biases, 0.5 for positions, else 0.02."""
     scale = 0.02
     if "norm" in name and name.endswith(".linear.bias"):
         scale = 0.2
@@ -127,16 +127,16 @@ def random_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator)
     return values.add_(1) if ".norm_" in name else values
 
 
-def _shards(wanted: dict[str, tuple[int, ...]], limit_bytes: int) -> Iterator[list[str]]:
+def _shards(tensor_shapes: dict[str, tuple[int, ...]], limit_bytes: int) -> Iterator[list[str]]:
     names: list[str] = []
-    taken = 0
-    for name, shape in wanted.items():
+    used_bytes = 0
+    for name, shape in tensor_shapes.items():
         size = 2 * prod(shape)
-        if names and taken + size > limit_bytes:
+        if names and used_bytes + size > limit_bytes:
             yield names
-            names, taken = [], 0
+            names, used_bytes = [], 0
         names.append(name)
-        taken += size
+        used_bytes += size
     yield names
 
 
@@ -148,24 +148,24 @@ def write_transformer(
     seed: int = 0,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """A diffusers `transformer` folder of `model`, a key of SIZES; needs memory for one shard."""
+    """Write a diffusers `transformer` folder of `model`, a key of SIZES; needs memory for one shard."""
     size, generator = size_of(model, layers, heads), torch.Generator().manual_seed(seed)
-    wanted = shapes(size)
+    tensor_shapes = shapes(size)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config(size), indent=2) + "\n", encoding="utf-8")
-    shards = list(_shards(wanted, shard_bytes))
+    shards = list(_shards(tensor_shapes, shard_bytes))
     files = [f"{STEM}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     files = files if len(files) > 1 else [f"{STEM}.safetensors"]
     for file, names in zip(files, shards, strict=True):
         save_file(
-            {name: random_tensor(name, wanted[name], generator) for name in names},
+            {name: random_tensor(name, tensor_shapes[name], generator) for name in names},
             folder / file,
             metadata={"format": "pt"},
         )
     if len(files) > 1:
-        places = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-        total = sum(2 * prod(shape) for shape in wanted.values())
-        index = {"metadata": {"total_size": total}, "weight_map": places}
+        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        total = sum(2 * prod(shape) for shape in tensor_shapes.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / f"{STEM}.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
@@ -179,7 +179,7 @@ def write_adapters(
     heads: int | None = None,
     seed: int = 0,
 ) -> None:
-    """Adapters whose random experts change q, k and v by about 0.3, in the paper's blocks."""
+    """Write adapters for the paper's blocks whose random experts change q, k and v by about 0.3."""
     size = size_of(model, layers, heads)
     spec = ThinkingSpec(blocks=size.thinking_blocks, experts=experts, rank=rank, max_depth=max_depth)
     state: dict[str, Tensor] = {}
@@ -198,9 +198,16 @@ def write_adapters(
 @click.command()
 @click.argument("out", type=click.Path(path_type=Path, file_okay=False))
 @click.option("--model", type=click.Choice(list(SIZES)), default="sd3-medium", show_default=True)
-@click.option("--layers", type=click.IntRange(1), help="Fewer blocks than the model's.")
-@click.option("--heads", type=click.IntRange(1), help="Heads, each 64 wide, in place of the model's.")
-@click.option("--adapters", "experts", type=click.IntRange(1), help="Write that many experts a block too.")
+@click.option("--layers", type=click.IntRange(1), help="Number of blocks.  [default: the model's]")
+@click.option(
+    "--heads", type=click.IntRange(1), help="Number of heads, each 64 wide.  [default: the model's]"
+)
+@click.option(
+    "--adapters",
+    "experts",
+    type=click.IntRange(1),
+    help="Also write adapters with this many experts per block.",
+)
 @click.option("--rank", type=click.IntRange(1), default=128, show_default=True)
 @click.option("--depth", type=click.IntRange(1), default=2, show_default=True)
 @click.option("--seed", default=0, show_default=True)

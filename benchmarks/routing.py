@@ -1,10 +1,10 @@
-"""Ways to write tpx::RoutedLora in ONNX, timed in ONNX Runtime and OpenVINO on this machine.
+"""Times implementations of tpx::RoutedLora in ONNX, in ONNX Runtime and OpenVINO.
 
     python -m benchmarks.routing [--rounds 9]
 
-Each size gets one model for each variant, run in turn (A B C A B C ...); the table gives the median time over that of
-`masked`, whose milliseconds stand beside it. Every variant is first checked against the PyTorch operator.
-Needs OpenVINO 2026.4.
+For each size, the models of all variants are interleaved (A B C A B C ...); the table gives median times relative to
+`masked`, and the milliseconds of `masked`. Every variant is first checked against the PyTorch operator. Needs OpenVINO
+2026.4.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ import onnx.inliner
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from benchmarks.turns import in_turns, settled_seconds
+from benchmarks.interleave import interleaved, warm_seconds
 from tpx_export.fused_attention import DOMAIN as MICROSOFT
 from tpx_export.model.routed_lora import routed_lora
 from tpx_export.operator import DOMAIN, NAME, OPSET, register_schema
@@ -41,8 +41,8 @@ SIZES = (
 )
 
 
-def function(body: str, more_imports: str = "") -> onnx.FunctionProto:
-    """tpx::RoutedLora as an ONNX function of that body."""
+def routed_lora_function(body: str, more_imports: str = "") -> onnx.FunctionProto:
+    """tpx::RoutedLora as an ONNX function with the given body."""
     head = (
         f'<domain: "{DOMAIN}", opset_import: ["" : {OPSET}{more_imports}]> {NAME} (x, expert, a, b) => (out)'
     )
@@ -50,7 +50,7 @@ def function(body: str, more_imports: str = "") -> onnx.FunctionProto:
 
 
 def scattered(experts: int) -> onnx.FunctionProto:
-    """Each expert's rows scattered into the output one after the other (ScatterND), as gather/scatter is often written."""
+    """Scatter the rows of one expert after the other into the output (ScatterND), a common form of gather/scatter."""
     body = [
         "zero = Constant <value_ints = [0]> ()",
         "minus = Constant <value_ints = [-1]> ()",
@@ -82,12 +82,12 @@ def scattered(experts: int) -> onnx.FunctionProto:
         "shape = Concat <axis = 0> (lead, o)",
         f"out = Reshape (to{experts}, shape)",
     ]
-    return function("\n".join(body))
+    return routed_lora_function("\n".join(body))
 
 
 def batched(experts: int) -> onnx.FunctionProto:
-    """Each token's own A and B gathered and multiplied as a batch of vectors: no wasted product, much copying."""
-    return function("""
+    """Gather A and B for each token and multiply a batch of vectors: no redundant products, but much copying."""
+    return routed_lora_function("""
         two = Constant <value_ints = [2]> ()
         row = Unsqueeze (x, two)
         a_own = Gather <axis = 0> (a, expert)
@@ -99,7 +99,7 @@ def batched(experts: int) -> onnx.FunctionProto:
 
 
 def mixture(experts: int) -> onnx.FunctionProto:
-    """ONNX Runtime's own operator for whole layers of experts, MoE, three times: its results are as wide as its tokens."""
+    """ONNX Runtime's MoE operator, three times, because its outputs have the width of its inputs."""
     body = """
         minus = Constant <value_ints = [-1]> ()
         d = Shape <start = 1, end = 2> (a)
@@ -123,11 +123,11 @@ def mixture(experts: int) -> onnx.FunctionProto:
         shape = Concat <axis = 0> (lead, o)
         out = Reshape (joined, shape)
     """
-    return function(body.replace("EXPERTS", str(experts)), f', "{MICROSOFT}" : 1')
+    return routed_lora_function(body.replace("EXPERTS", str(experts)), f', "{MICROSOFT}" : 1')
 
 
 def grouped(lead: tuple[int, int], a: np.ndarray, b: np.ndarray) -> Any:
-    """OpenVINO's own operator for it, GroupedMatMul (opset 17, from 2026.4 on), on tokens in the order of their experts."""
+    """OpenVINO's GroupedMatMul (opset 17, from 2026.4 on), on tokens sorted by expert."""
     from openvino import Model
     from openvino import opset16 as op
     from openvino.opset17 import grouped_matmul
@@ -137,7 +137,7 @@ def grouped(lead: tuple[int, int], a: np.ndarray, b: np.ndarray) -> Any:
     tokens = op.reshape(x, [many, a.shape[1]], False)
     hit = op.convert(op.equal(op.reshape(expert, [1, many], False), np.arange(experts)[:, None]), np.int32)
     ends = op.cum_sum(op.reduce_sum(hit, [1], False), 0)
-    before = op.cum_sum(op.reduce_sum(hit, [1], True), 0, exclusive=True)  # tokens of the experts before
+    before = op.cum_sum(op.reduce_sum(hit, [1], True), 0, exclusive=True)  # tokens of lower experts
     own = op.add(before, op.cum_sum(hit, 1, exclusive=True))
     place = op.reduce_sum(op.multiply(hit, own), [0], False)
     order = op.scatter_elements_update(np.zeros(many, np.int32), place, np.arange(many, dtype=np.int32), 0)
@@ -154,11 +154,11 @@ VARIANTS: dict[str, Callable[[int], onnx.FunctionProto]] = {
     "scattered": scattered,
     "batched": batched,
 }
-TOO_MUCH = 2**30  # elements of A and B that `batched` may copy
+MAX_BATCHED_ELEMENTS = 2**30  # of A and B, copied by `batched`
 
 
 def model(body: onnx.FunctionProto, lead: tuple[int, int], a: np.ndarray, b: np.ndarray) -> onnx.ModelProto:
-    """One node and its function, inlined: what every engine ends up running."""
+    """A model of one RoutedLora node with its function inlined."""
     graph = helper.make_graph(
         [helper.make_node(NAME, ["x", "expert", "a", "b"], ["out"], domain=DOMAIN)],
         "routing",
@@ -172,8 +172,8 @@ def model(body: onnx.FunctionProto, lead: tuple[int, int], a: np.ndarray, b: np.
     imports = [
         helper.make_opsetid(domain, version) for domain, version in (("", OPSET), (DOMAIN, 1), (MICROSOFT, 1))
     ]
-    whole = helper.make_model(graph, functions=[body], opset_imports=imports, ir_version=10)
-    return onnx.inliner.inline_local_functions(whole)
+    model_proto = helper.make_model(graph, functions=[body], opset_imports=imports, ir_version=10)
+    return onnx.inliner.inline_local_functions(model_proto)
 
 
 def onnxruntime_call(path: Path) -> Call:
@@ -187,7 +187,7 @@ def onnxruntime_call(path: Path) -> Call:
 
 
 def openvino_call(model: Any) -> Call:
-    """Of a path or of OpenVINO's own model."""
+    """`model` is a path or an openvino.Model."""
     import openvino
 
     config = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
@@ -195,18 +195,18 @@ def openvino_call(model: Any) -> Call:
     return lambda inputs: compiled(inputs)[0]
 
 
-OWN = {"ONNX Runtime": "mixture", "OpenVINO": "grouped"}  # the operator that each engine has for it
-COLUMNS = [*list(VARIANTS)[1:], *OWN.values()]
+NATIVE_VARIANTS = {"ONNX Runtime": "mixture", "OpenVINO": "grouped"}  # the engine's own operator
+COLUMNS = [*list(VARIANTS)[1:], *NATIVE_VARIANTS.values()]
 ENGINES = {"ONNX Runtime": onnxruntime_call, "OpenVINO": openvino_call}
 
 
 def calls_of(
     engine: str, lead: tuple[int, int], a: np.ndarray, b: np.ndarray, folder: Path
 ) -> dict[str, Call]:
-    """Every variant that the engine has, opened; `batched` where it does not copy too much."""
+    """The compiled variants of an engine, without `batched` if it would copy more than MAX_BATCHED_ELEMENTS."""
     experts = len(a)
     bodies = {name: body(experts) for name, body in VARIANTS.items()}
-    if prod(lead) * (a[0].size + b[0].size) > TOO_MUCH:
+    if prod(lead) * (a[0].size + b[0].size) > MAX_BATCHED_ELEMENTS:
         del bodies["batched"]
     if engine == "ONNX Runtime":
         bodies["mixture"] = mixture(experts)
@@ -221,13 +221,13 @@ def calls_of(
 
 
 def medians(calls: dict[str, Call], inputs: dict[str, np.ndarray], rounds: int) -> dict[str, float]:
-    """Milliseconds of each call, after one that does not count."""
-    times = in_turns(calls, lambda name: settled_seconds(lambda: calls[name](inputs)), rounds)
+    """Median milliseconds of each call, each time after one warm-up call."""
+    times = interleaved(calls, lambda name: warm_seconds(lambda: calls[name](inputs)), rounds)
     return {name: 1e3 * median(found) for name, found in times.items()}
 
 
 @click.command()
-@click.option("--rounds", default=9, show_default=True, help="Timed runs of each; the median counts.")
+@click.option("--rounds", default=9, show_default=True, help="Timed runs of each variant.")
 def main(rounds: int) -> None:
     """Print the table of docs/routing.md."""
     register_schema()

@@ -1,9 +1,9 @@
-"""The two variants of routing that a bundle may hold for CPUs, timed over its whole transformer on this machine.
+"""Times the two routing variants for CPUs in the whole transformer of a bundle.
 
     python -m benchmarks.routing_graph bundles/shapes [--rounds 25]
 
-Each engine gets the deepest graph once in each variant, run in turn (A B A B ...) on the golden inputs, repeated to more
-rows; the table gives the median milliseconds of a forward pass.
+The deepest graph is run in each variant, interleaved (A B A B ...), on the golden inputs repeated to more rows; the table
+gives median milliseconds of a forward pass.
 """
 
 from pathlib import Path
@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 import onnx.inliner
 
-from benchmarks.turns import in_turns, seconds
+from benchmarks.interleave import interleaved, seconds
 from tpx_export.operator import register_schema
 from tpx_export.routing import masked, permuted
 from tpx_runtime.bundle import Bundle
@@ -27,7 +27,7 @@ ROWS = (2, 16)
 
 
 def with_body(graph: onnx.ModelProto, body: onnx.FunctionProto, path: Path) -> Path:
-    """The graph with routing inlined as `body`, saved with its weights inside."""
+    """Save the graph with `body` inlined for routing and its weights inside; returns `path`."""
     copy = onnx.ModelProto()
     copy.CopyFrom(graph)
     del copy.functions[:]
@@ -37,19 +37,19 @@ def with_body(graph: onnx.ModelProto, body: onnx.FunctionProto, path: Path) -> P
 
 
 def medians(sessions: list[Session], inputs: dict[str, np.ndarray], rounds: int) -> list[float]:
-    """Milliseconds of each session on the same inputs."""
+    """Median milliseconds of each session on the same inputs."""
 
     def measure(which: int) -> float:
         return 1e3 * seconds(lambda: sessions[which].run(inputs))
 
     # The first two rounds are slower.
-    times = in_turns(range(len(sessions)), measure, rounds, warm_up=2)
-    return [median(found) for found in times.values()]
+    times = interleaved(range(len(sessions)), measure, rounds, warm_up=2)
+    return [median(session_times) for session_times in times.values()]
 
 
 @click.command(cls=TpxCommand)
 @click.argument("path", type=click.Path(path_type=Path))
-@click.option("--rounds", default=25, show_default=True, help="Timed runs of each; the median counts.")
+@click.option("--rounds", default=25, show_default=True, help="Timed runs of each variant.")
 @click.option("--engine", "engines", multiple=True, default=("onnxruntime", "openvino"), show_default=True)
 def main(path: Path, rounds: int, engines: tuple[str, ...]) -> None:
     """Print the table of docs/routing.md."""
@@ -62,14 +62,14 @@ def main(path: Path, rounds: int, engines: tuple[str, ...]) -> None:
         bodies = {"masked": masked(), "permuted": permuted(model.experts)}
         paths = [with_body(graph, body, Path(folder) / f"{name}.onnx") for name, body in bodies.items()]
         for name in engines:
-            sessions = [resolve(name).open(found) for found in paths]
+            sessions = [resolve(name).open(variant_path) for variant_path in paths]
             for rows in ROWS:
                 inputs = {
                     n: np.resize(golden[n], (rows, *golden[n].shape[1:])) for n in model.transformer_inputs
                 }
-                found = medians(sessions, inputs, rounds)
+                masked_ms, permuted_ms = medians(sessions, inputs, rounds)
                 print(
-                    f"| {name} | {rows} x {model.visual_tokens} | {found[0]:.2f} | {found[1]:.2f} |",
+                    f"| {name} | {rows} x {model.visual_tokens} | {masked_ms:.2f} | {permuted_ms:.2f} |",
                     flush=True,
                 )
 

@@ -1,10 +1,10 @@
-"""Export of a random-weight Stable Diffusion 3 with thinking adapters: time, peak memory, sizes.
+"""Measures the export of Stable Diffusion 3 with random weights and thinking adapters: time, peak memory, sizes.
 
     python -m benchmarks.sd3_size OUT [--model sd3-medium] [--image-size 1024] [--depth 3]
 
-The transformer has the real model's every name and shape (benchmarks/random_sd3.py). CLIP-L, CLIP-G and the VAE have the
-real widths and few layers, and T5 is left out, for the transformer is what is measured. Then every graph is loaded by ONNX
-Runtime in a process of its own. Needs the extras `export` and `parity`, and about 15 GB of disk for sd3-medium.
+The transformer has all tensor names and shapes of the real model (benchmarks/random_sd3.py). CLIP-L, CLIP-G and the VAE have
+the real widths and few layers, and T5 is left out, because only the transformer is measured. Then ONNX Runtime loads every
+graph in its own process. Needs the extras `export` and `parity`, and about 15 GB of disk for sd3-medium.
 """
 
 import json
@@ -15,7 +15,7 @@ from pathlib import Path
 import click
 
 from benchmarks.random_sd3 import write_adapters, write_transformer
-from benchmarks.startup import spent
+from benchmarks.startup import run_process
 from benchmarks.tiny_sd3 import EOS, clip_words, write_clip_tokenizer
 
 LOAD = """
@@ -28,7 +28,7 @@ ort.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
 
 
 def write_rest(folder: Path) -> None:
-    """Random CLIP-L, CLIP-G, VAE of few layers, tokenizers of single bytes, and the folder's index."""
+    """Write random CLIP-L, CLIP-G and VAE with few layers, byte-level tokenizers, and model_index.json."""
     import torch
     from diffusers import AutoencoderKL
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
@@ -74,7 +74,7 @@ def write_rest(folder: Path) -> None:
 @click.option("--depth", default=3, show_default=True)
 @click.option("--experts", default=5, show_default=True)
 @click.option("--rank", default=128, show_default=True)
-@click.option("--layers", type=int, help="Fewer blocks, for a try.")
+@click.option("--layers", type=int, help="Number of blocks; fewer for a quick test.")
 def main(
     out: Path, model: str, image_size: int, depth: int, experts: int, rank: int, layers: int | None
 ) -> None:
@@ -88,13 +88,13 @@ def main(
     command = [program, "--base", str(base), "--adapters", str(adapters), "--depth", str(depth)]
     command += ["--image-size", str(image_size), "--no-t5", "--out", str(bundle), "--force"]
     print("$", subprocess.list2cmdline(command), flush=True)
-    seconds, peak = spent(command)
+    seconds, peak = run_process(command)
     print(f"export and verification: {seconds / 60:.1f} min, peak {peak / 1024:.2f} GiB\n")
     print("| file | bytes |\n|---|---|")
     for path in sorted((bundle / "transformer").iterdir()):
         print(f"| {path.name} | {path.stat().st_size:,} |")
     for path in sorted((bundle / "transformer").glob("*.onnx")):
-        seconds, peak = spent([sys.executable, "-c", LOAD, str(path)])
+        seconds, peak = run_process([sys.executable, "-c", LOAD, str(path)])
         print(f"{path.name}: ONNX Runtime loads it in {seconds:.1f} s, peak {peak / 1024:.2f} GiB")
 
 

@@ -1,10 +1,10 @@
-"""The runtime's tokenizers for Stable Diffusion 3 against transformers and SentencePiece: same ids, and how fast.
+"""Compares the runtime's tokenizers for Stable Diffusion 3 with transformers and SentencePiece: equal ids, and speed.
 
     python benchmarks/text_tokenizers.py DATA [--runs 5]
 
 DATA is a folder with clip/bpe_simple_vocab_16e6.txt.gz, t5/spiece.model, geneval/generation_prompts.txt and
-dpg/dpg_prompts.jsonl. Every run is a new tokenizer that reads all prompts twice, in one thread: words of the first round are
-new to it, those of the second it has kept. Times are medians.
+dpg/dpg_prompts.jsonl. Every run creates a new tokenizer and encodes all prompts twice, in one thread: the first time with an
+empty word cache, the second time with all words cached. Times are medians.
 """
 
 import json
@@ -27,7 +27,7 @@ Encode = Callable[[str], list[int]]
 
 
 def clip_reference(facts: dict[str, Any], pad: str) -> Any:
-    """transformers' tokenizer of the same merges."""
+    """transformers' tokenizer with the same merges."""
     from transformers import CLIPTokenizer
 
     characters = list(byte_alphabet().values())
@@ -38,7 +38,7 @@ def clip_reference(facts: dict[str, Any], pad: str) -> Any:
 
 
 def t5_references(spiece: Path) -> tuple[Any, Encode]:
-    """transformers' tokenizer, and SentencePiece cut and filled up in its way."""
+    """transformers' tokenizer, and SentencePiece with the same truncation and padding."""
     from sentencepiece import SentencePieceProcessor
     from transformers import T5TokenizerFast
 
@@ -51,8 +51,8 @@ def t5_references(spiece: Path) -> tuple[Any, Encode]:
     return T5TokenizerFast.from_pretrained(spiece.parent), encode
 
 
-def as_pipeline(tokenizer: Any, length: int) -> Encode:
-    """As StableDiffusion3Pipeline calls it."""
+def pipeline_encode(tokenizer: Any, length: int) -> Encode:
+    """The encode function with the arguments of StableDiffusion3Pipeline."""
     options = {"padding": "max_length", "max_length": length, "truncation": True}
     return lambda prompt: list(tokenizer(prompt, **options).input_ids)
 
@@ -77,15 +77,16 @@ def main(data: Path, runs: int) -> None:
     clip_l, clip_g = clip_tokenizer(merges), clip_tokenizer(merges, pad=0)
     t5, sentencepiece = t5_references(spiece)
     rows: dict[str, tuple[dict[str, object], Encode, Encode | None]] = {
-        "CLIP-L": (clip_l, as_pipeline(clip_reference(clip_l, "<|endoftext|>"), 77), None),
-        "CLIP-G": (clip_g, as_pipeline(clip_reference(clip_g, "!"), 77), None),
-        "T5": (t5_tokenizer(spiece), as_pipeline(t5, 256), sentencepiece),
+        "CLIP-L": (clip_l, pipeline_encode(clip_reference(clip_l, "<|endoftext|>"), 77), None),
+        "CLIP-G": (clip_g, pipeline_encode(clip_reference(clip_g, "!"), 77), None),
+        "T5": (t5_tokenizer(spiece), pipeline_encode(t5, 256), sentencepiece),
     }
     print(
         f"{platform.machine()}, Python {platform.python_version()}, {len(prompts)} prompts, medians of {runs}\n"
     )
     print(
-        "| tokenizer | as transformers | as SentencePiece | cut short | load, ms | prompts/s, new | kept | transformers |"
+        "| tokenizer | equal to transformers | to SentencePiece | truncated | load, ms | prompts/s, no cache "
+        "| words cached | transformers |"
     )
     print("|---|---|---|---|---|---|---|---|")
     with TemporaryDirectory() as folder:
@@ -97,15 +98,17 @@ def main(data: Path, runs: int) -> None:
                 began = time.perf_counter()
                 tokenizer = load_tokenizer(path)
                 loaded = time.perf_counter() - began
-                new, kept = seconds(tokenizer.encode, prompts), seconds(tokenizer.encode, prompts)
-                times.append((loaded, new, kept, seconds(reference, prompts)))
-            load, *spent = (median(column) for column in zip(*times, strict=True))
+                new, cached = seconds(tokenizer.encode, prompts), seconds(tokenizer.encode, prompts)
+                times.append((loaded, new, cached, seconds(reference, prompts)))
+            load, *encode_s = (median(column) for column in zip(*times, strict=True))
             encodings = [tokenizer.encode(prompt) for prompt in prompts]
             same = sum(e.ids == reference(p) for e, p in zip(encodings, prompts, strict=True))
-            also = sum(e.ids == other(p) for e, p in zip(encodings, prompts, strict=True)) if other else ""
-            cut = sum(e.dropped > 0 for e in encodings)
-            rates = " | ".join(f"{len(prompts) / s:,.0f}" for s in spent)
-            print(f"| {name} | {same} | {also} | {cut} | {1e3 * load:.0f} | {rates} |")
+            same_as_other = (
+                sum(e.ids == other(p) for e, p in zip(encodings, prompts, strict=True)) if other else ""
+            )
+            truncated = sum(e.dropped > 0 for e in encodings)
+            rates = " | ".join(f"{len(prompts) / s:,.0f}" for s in encode_s)
+            print(f"| {name} | {same} | {same_as_other} | {truncated} | {1e3 * load:.0f} | {rates} |")
 
 
 if __name__ == "__main__":

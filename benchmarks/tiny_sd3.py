@@ -1,6 +1,6 @@
-"""Tiny random Stable Diffusion 3 pipelines, as diffusers saves them: what parity is measured and tested on.
+"""Tiny random Stable Diffusion 3 pipelines, saved by diffusers, for measuring and testing parity.
 
-Their vocabularies are small, so that nothing needs to be downloaded; the real ones are compared in test_tokenizer_parity.py.
+Their vocabularies are small, so that nothing is downloaded; test_tokenizer_parity.py compares the real ones.
 """
 
 import json
@@ -23,14 +23,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def clip_words() -> list[str]:
-    """CLIP's vocabulary in id order: bytes, bytes that end a word, merges, two marks."""
+    """A CLIP vocabulary in id order: bytes, bytes that end a word, merges, BOS and EOS."""
     bytes_ = [*range(33, 127), *range(161, 173), *range(174, 256)]
     alphabet = [chr(b) for b in bytes_] + [chr(256 + i) for i in range(256 - len(bytes_))]
     return [*alphabet, *(c + "</w>" for c in alphabet), *("".join(m.split()) for m in MERGES), BOS, EOS]
 
 
 def write_clip_tokenizer(folder: Path, pad: str) -> None:
-    """vocab.json, merges.txt and what names the pad token, as CLIPTokenizer is saved."""
+    """Write vocab.json, merges.txt and tokenizer_config.json, as CLIPTokenizer saves them."""
     folder.mkdir(parents=True)
     (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(clip_words())}))
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(MERGES) + "\n")
@@ -39,7 +39,7 @@ def write_clip_tokenizer(folder: Path, pad: str) -> None:
 
 
 def randomise(module: torch.nn.Module, scale: float = 0.2) -> torch.nn.Module:
-    """Norms and biases too, so that none of them can be lost unnoticed."""
+    """Randomise all parameters, also norms and biases, so that a test notices a missing one."""
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             if parameter.ndim == 1:
@@ -50,7 +50,7 @@ def randomise(module: torch.nn.Module, scale: float = 0.2) -> torch.nn.Module:
 
 
 def save_pipeline(folder: Path, variant: str, seed: int = 0) -> Any:
-    """diffusers' StableDiffusion3Pipeline of random weights and small vocabularies, saved in `folder`: 32 x 32 pixels."""
+    """Save a StableDiffusion3Pipeline with random weights, small vocabularies and 32 x 32 pixels in `folder`; returns it."""
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
     from transformers import (
         CLIPTextConfig,
@@ -120,7 +120,7 @@ def save_pipeline(folder: Path, variant: str, seed: int = 0) -> Any:
 
 
 def tiny_vae(**changes: Any) -> Any:
-    """SD3's autoencoder in small, or with `changes` another."""
+    """A small autoencoder with SD3's configuration, or another one with `changes`."""
     from diffusers import AutoencoderKL
 
     settings = {
@@ -137,5 +137,6 @@ def tiny_vae(**changes: Any) -> Any:
     vae = AutoencoderKL(**settings)
     randomise(vae)
     with torch.no_grad():
-        vae.decoder.conv_out.weight.mul_(0.1)  # grey pictures: in black and white ones no error shows
+        # Grey images, because clipped black and white would hide errors.
+        vae.decoder.conv_out.weight.mul_(0.1)
     return vae

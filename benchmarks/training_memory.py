@@ -1,9 +1,9 @@
-"""Bytes that a training step keeps for its backward pass, block by block, at SD3-medium's size.
+"""Bytes that autograd saves for the backward pass of a training step, per block, at the size of SD3-medium.
 
     python benchmarks/training_memory.py [--image-size 512]
 
-One block that thinks and one that does not, one picture, bf16 base with float32 adapters as in tpx-train (M = 2, rank 128);
-what autograd saves is counted on a CPU, parameters left out. Needs the extra `export`.
+One block with and one without adapters, one image, a bf16 base with float32 adapters as in tpx-train (M = 2, rank 128);
+saved tensors are counted on a CPU, without parameters. Needs the extra `export`.
 """
 
 import click
@@ -18,29 +18,29 @@ from tpx_export.model.thinking import Thinking
 WIDTH, HEADS, TEXT = 1536, 24, 333
 
 
-def kept_bytes(block: JointBlock, tokens: int, depth: int) -> int:
-    """Bytes of the distinct tensors that autograd keeps of one forward pass."""
+def saved_bytes(block: JointBlock, tokens: int, depth: int) -> int:
+    """Bytes of the distinct tensors that autograd saves in one forward pass."""
     x = torch.randn(1, tokens, WIDTH, dtype=torch.bfloat16, requires_grad=True)
     c = torch.randn(1, TEXT, WIDTH, dtype=torch.bfloat16, requires_grad=True)
-    told = list(torch.randn(1, 1, block.modulations * WIDTH, dtype=torch.bfloat16).split(WIDTH, dim=-1))
-    seen = torch.randn(1, 1, GATE_WIDTH) if block.thinking else None
-    known = {
+    modulation = list(torch.randn(1, 1, block.modulations * WIDTH, dtype=torch.bfloat16).split(WIDTH, dim=-1))
+    gate_input = torch.randn(1, 1, GATE_WIDTH) if block.thinking else None
+    excluded = {
         value.untyped_storage().data_ptr()
-        for value in (*block.parameters(), *told, seen)
+        for value in (*block.parameters(), *modulation, gate_input)
         if value is not None
     }
-    kept: dict[int, int] = {}
+    saved: dict[int, int] = {}
 
     def count(value: Tensor) -> Tensor:
         storage = value.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
+        if storage.data_ptr() not in excluded:
+            saved[storage.data_ptr()] = storage.nbytes()
         return value
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda value: value):
-        outputs = block(x, c, told, seen, depth)
+        outputs = block(x, c, modulation, gate_input, depth)
     assert outputs[0].requires_grad
-    return sum(kept.values())
+    return sum(saved.values())
 
 
 @click.command()
@@ -51,11 +51,11 @@ def main(image_size: int) -> None:
     thinking = ThinkingSpec(blocks=(0,), experts=2, rank=128, max_depth=2)
     spec = MMDiTSpec(width=WIDTH, heads=HEADS, blocks=2, qk_norm=False)
     block = JointBlock(spec, 0).bfloat16().requires_grad_(False).train()
-    print(f"plain block: {kept_bytes(block, tokens, 1) / 1e6:.1f} MB a picture")
+    print(f"plain block: {saved_bytes(block, tokens, 1) / 1e6:.1f} MB per image")
     block.thinking = Thinking(WIDTH, thinking)
     for depth in (1, 2):
-        print(f"thinking block, depth {depth}: {kept_bytes(block, tokens, depth) / 1e6:.1f} MB a picture")
-    print(f"streams between blocks: {(tokens + TEXT) * WIDTH * 2 / 1e6:.1f} MB a picture")
+        print(f"thinking block, depth {depth}: {saved_bytes(block, tokens, depth) / 1e6:.1f} MB per image")
+    print(f"streams between blocks: {(tokens + TEXT) * WIDTH * 2 / 1e6:.1f} MB per image")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""One call of a thinking transformer in PyTorch on a GPU, by depth and by the way its routing is computed.
+"""Times one call of a thinking transformer in PyTorch on a GPU, by depth and by implementation of routing.
 
     python -m benchmarks.transformer_gpu [--model sd3-medium] [--image-size 1024] [--experts 5] [--rank 128] [--depth 3]
     python -m benchmarks.transformer_gpu --ckpt samples/shapes/shapes.safetensors
-    python -m benchmarks.transformer_gpu --layers 2 --heads 2 --image-size 64 --rank 8 --device cpu     # for a try
+    python -m benchmarks.transformer_gpu --layers 2 --heads 2 --image-size 64 --rank 8 --device cpu     # quick test
 
-Without a checkpoint the weights are random, of the model's every shape. `gathered` is the plain operator, expert by expert;
-`masked` computes every expert and keeps one; `triton` is the kernel of tpx_engines. Each is timed as PyTorch runs it and,
-but for `gathered`, which asks the host how many tokens each expert has, captured in a CUDA graph. Depth 0 is the base
-model, without adapters. Variants take turns; the table gives medians.
+Without a checkpoint, the weights are random, with the shapes of the model. `gathered` is the reference operator, expert by
+expert; `masked` computes every expert and keeps one; `triton` is the kernel of tpx_engines. Each is timed in eager mode and
+captured in a CUDA graph, except `gathered`, for which the host has to know the number of tokens of each expert. Depth 0 is
+the base model without adapters. Variants are interleaved; the table gives medians.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.random_sd3 import CHANNELS, CONTEXT, PATCH, POOLED, SIZES, size_of
-from benchmarks.routed_lora_gpu import Call, gathered_lora, graphed, mask_of, medians
+from benchmarks.routed_lora_gpu import Call, capture_cuda_graph, gathered_lora, medians, one_hot
 from tpx_export import checkpoint
 from tpx_export.adapters import attach
 from tpx_export.model import ThinkingSpec
@@ -33,7 +33,7 @@ VAE_FACTOR, CONTEXT_TOKENS = 8, 333  # of 77 tokens of CLIP and 256 of T5
 def random_transformer(
     model: str, layers: int | None, heads: int | None, image_size_px: int, device: str
 ) -> MMDiT:
-    """The base of that model's size; weights are normal of 0.02, modulations of 0.2, so that every block does something."""
+    """A base with the size of `model`; normal weights with deviation 0.02, and 0.2 for modulation biases."""
     size = size_of(model, layers, heads)
     spec = MMDiTSpec(
         latent_channels=CHANNELS,
@@ -56,7 +56,7 @@ def random_transformer(
 
 
 def attach_random(transformer: MMDiT, thinking: ThinkingSpec) -> None:
-    """Adapters whose experts change q, k and v by about 0.3."""
+    """Attach adapters whose random experts change q, k and v by about 0.3."""
     attach(transformer, thinking)
     for block in transformer.blocks:
         if block.thinking is not None:
@@ -78,17 +78,17 @@ def random_inputs(
 
 
 def masked_lora(x: Tensor, expert: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """`routed_lora` by masked concatenation: no look at the ids from the host."""
-    return mixed_lora(x, mask_of(expert, a.shape[0], x.dtype), a, b)
+    """`routed_lora` by masked concatenation, without a host synchronisation."""
+    return mixed_lora(x, one_hot(expert, a.shape[0], x.dtype), a, b)
 
 
 def routings(device: str) -> dict[str, Callable[..., Tensor]]:
-    found: dict[str, Callable[..., Tensor]] = {"gathered": gathered_lora, "masked": masked_lora}
+    routing_functions: dict[str, Callable[..., Tensor]] = {"gathered": gathered_lora, "masked": masked_lora}
     if device == "cuda":
         from tpx_engines.routed_lora_triton import routed_lora_triton
 
-        found["triton"] = routed_lora_triton
-    return found
+        routing_functions["triton"] = routed_lora_triton
+    return routing_functions
 
 
 def call_of(model: MMDiT, inputs: tuple[Tensor, ...], depth: int, routing: Callable[..., Tensor]) -> Call:
@@ -102,16 +102,20 @@ def call_of(model: MMDiT, inputs: tuple[Tensor, ...], depth: int, routing: Calla
 
 @click.command()
 @click.option(
-    "--ckpt", type=click.Path(exists=True, path_type=Path), help="A checkpoint of ours, in place of MODEL."
+    "--ckpt", type=click.Path(exists=True, path_type=Path), help="TPX checkpoint to use instead of --model."
 )
 @click.option("--model", type=click.Choice(list(SIZES)), default="sd3-medium", show_default=True)
-@click.option("--image-size", default=1024, show_default=True, help="Pixels a side, of MODEL.")
-@click.option("--layers", type=click.IntRange(1), help="Fewer blocks than the model's.")
-@click.option("--heads", type=click.IntRange(1), help="Heads, each 64 wide, in place of the model's.")
-@click.option("--experts", default=5, show_default=True, help="Of MODEL's adapters.")
+@click.option("--image-size", default=1024, show_default=True, help="Image side of --model in pixels.")
+@click.option("--layers", type=click.IntRange(1), help="Number of blocks.  [default: the model's]")
+@click.option(
+    "--heads", type=click.IntRange(1), help="Number of heads, each 64 wide.  [default: the model's]"
+)
+@click.option("--experts", default=5, show_default=True, help="Experts of the adapters of --model.")
 @click.option("--rank", default=128, show_default=True)
-@click.option("--depth", default=3, show_default=True, help="Of MODEL; a checkpoint has its own.")
-@click.option("--batch", default=2, show_default=True, help="Rows: 2 are one guided picture.")
+@click.option(
+    "--depth", default=3, show_default=True, help="Maximum depth of --model; a checkpoint has its own."
+)
+@click.option("--batch", default=2, show_default=True, help="Rows; a guided image has 2.")
 @click.option("--dtype", type=click.Choice(["fp16", "bf16", "fp32"]), default="fp16", show_default=True)
 @click.option("--rounds", type=click.IntRange(1), default=20, show_default=True)
 @click.option("--device", type=click.Choice(["cuda", "cpu"]), default="cuda", show_default=True)
@@ -155,27 +159,27 @@ def main(
             print(f"depth {steps}, {name}: {error:.1e} from masked", flush=True)
             eager[steps, name] = call
             if device == "cuda" and name != "gathered":
-                captured[steps, name] = graphed(call)
-    took, replayed = medians(eager, rounds, device), medians(captured, rounds, device)
+                captured[steps, name] = capture_cuda_graph(call)
+    eager_times, graph_times = medians(eager, rounds, device), medians(captured, rounds, device)
     for block in transformer.blocks:
         block.thinking = None
     base = call_of(transformer, inputs, 1, masked_lora)
     base()
     base_eager = medians({"": base}, rounds, device)[""]
-    base_graph = medians({"": graphed(base)}, rounds, device)[""] if device == "cuda" else None
+    base_graph = medians({"": capture_cuda_graph(base)}, rounds, device)[""] if device == "cuda" else None
 
-    def ms(seconds: float | None, beside: float | None) -> str:
-        return "- |" if seconds is None or beside is None else f"{1e3 * seconds:.3f} | {seconds / beside:.3f}"
+    def ms(seconds: float | None, base: float | None) -> str:
+        return "- |" if seconds is None or base is None else f"{1e3 * seconds:.3f} | {seconds / base:.3f}"
 
     name = torch.cuda.get_device_name() if device == "cuda" else "this machine's CPU"
     what = ckpt.stem if ckpt else f"{model}, {image_size} pixels"
     print(f"\n{name}: {what}, {dtype}, batch {batch}, {spec.visual_tokens} visual tokens\n")
     print(
-        "| depth | routing | ms, eager | over base | ms, CUDA graph | over base |\n|---|---|---|---|---|---|"
+        "| depth | routing | ms, eager | relative to base | ms, CUDA graph | relative to base |\n|---|---|---|---|---|---|"
     )
     print(f"| 0 | base | {ms(base_eager, base_eager)} | {ms(base_graph, base_graph)} |")
-    for (steps, routing_name), seconds in took.items():
-        graph_s = replayed.get((steps, routing_name))
+    for (steps, routing_name), seconds in eager_times.items():
+        graph_s = graph_times.get((steps, routing_name))
         print(f"| {steps} | {routing_name} | {ms(seconds, base_eager)} | {ms(graph_s, base_graph)} |")
 
 

@@ -1,7 +1,7 @@
-"""Prompts of the shapes world: a meaning (`Prompt`), its English, and pictures of scenes that fit it.
+"""Prompts of the shapes world: their meaning (`Prompt`), their captions, and scenes that satisfy them.
 
-A prompt is one of GenEval's six kinds, or one of three richer kinds that only training uses. The scene holds
-exactly what the prompt names, no more; what it leaves open (a colour, a place) is drawn at random.
+A prompt is one of GenEval's six kinds, or one of three richer kinds that only training uses. A scene contains
+exactly the objects that the prompt names; what the prompt leaves open (a colour, a position) is random.
 """
 
 import random
@@ -15,7 +15,7 @@ from samples.shapes.world import (
     SHAPES,
     SUPPORTS,
     Scene,
-    Thing,
+    SceneObject,
     holds,
     is_held_out,
     relate,
@@ -53,7 +53,7 @@ OPENINGS = (
 
 @dataclass(frozen=True)
 class Group:
-    """`count` objects of one shape; colour None leaves the colour of each open."""
+    """`count` objects of one shape; colour None means any colour for each of them."""
 
     shape: str
     colour: str | None = None
@@ -62,7 +62,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a caption says: groups of objects; for two single ones perhaps the relation of first to second."""
+    """The meaning of a caption: groups of objects and, for two single objects, an optional relation of first to second."""
 
     kind: str
     groups: tuple[Group, ...]
@@ -81,7 +81,7 @@ def _phrase(rng: random.Random, group: Group, plain: bool) -> str:
 
 
 def caption(prompt: Prompt, rng: random.Random | None = None) -> str:
-    """English for a prompt: the plainest wording, or with `rng` any of its synonyms and openings."""
+    """The English text of a prompt: the plainest wording, or with `rng` a random choice of synonyms and openings."""
     plain = rng is None
     rng = rng or random.Random(0)
     phrases = [_phrase(rng, group, plain) for group in prompt.groups]
@@ -95,7 +95,7 @@ def caption(prompt: Prompt, rng: random.Random | None = None) -> str:
 
 
 def vocabulary() -> list[str]:
-    """Every word and mark that `caption` can write, sorted, with a few that a person may add."""
+    """Every word and punctuation mark that `caption` can produce, and a few that users may type, sorted."""
     words = {",", ".", "the", "next", "with", "of", "scene", "image"}
     for phrases in (SHAPE_WORDS, COLOUR_WORDS, RELATION_WORDS, NUMBERS):
         for options in phrases.values():
@@ -139,7 +139,7 @@ def prompt_of(rng: random.Random, kind: str) -> Prompt:
             a, b = rng.sample(SHAPES, 2)
             first, second = Group(a, colour(), few), Group(b, colour(), rng.randint(1, MAX_OBJECTS - few))
             return Prompt(kind, (first, second))
-    raise ValueError(f"expected a kind of {KINDS}, got {kind!r}")
+    raise ValueError(f"expected a kind of {KINDS}, found {kind!r}")
 
 
 TRAINING_MIX = {
@@ -156,16 +156,16 @@ TRAINING_MIX = {
 
 
 def scene_for(rng: random.Random, prompt: Prompt) -> Scene:
-    """A scene that fits the prompt and holds nothing else; things stand in the prompt's order."""
+    """A random scene that satisfies the prompt and contains nothing else; its objects are in the prompt's order."""
     colours = tuple(COLOURS)
-    things = [(g.shape, g.colour or rng.choice(colours)) for g in prompt.groups for _ in range(g.count)]
+    objects = [(g.shape, g.colour or rng.choice(colours)) for g in prompt.groups for _ in range(g.count)]
     if prompt.relation:
-        return relate(rng, prompt.relation, things[0], things[1])
-    return scatter(rng, things)
+        return relate(rng, prompt.relation, objects[0], objects[1])
+    return scatter(rng, objects)
 
 
 def training_pairs(seed: int, mix: Mapping[str, float] = TRAINING_MIX) -> Iterator[tuple[Prompt, Scene]]:
-    """Endless prompts, of each kind the part that `mix` says, and scenes; none shows a held-out combination."""
+    """Endless (prompt, scene) pairs, kinds drawn with the weights in `mix`, without held-out combinations."""
     rng = random.Random(seed)
     kinds, weights = zip(*mix.items(), strict=True)
     while True:
@@ -176,7 +176,7 @@ def training_pairs(seed: int, mix: Mapping[str, float] = TRAINING_MIX) -> Iterat
 
 
 def satisfies(scene: Scene, prompt: Prompt) -> bool:
-    """Whether a scene is just what the prompt asks for: each group, no more, and its relation, if any."""
+    """Whether the scene is exactly what the prompt asks for: its groups, nothing more, and its relation if it has one."""
     left = list(scene)
     if len(left) != sum(group.count for group in prompt.groups):
         return False
@@ -186,14 +186,14 @@ def satisfies(scene: Scene, prompt: Prompt) -> bool:
             _fits(a, first) and _fits(b, second) and holds(prompt.relation, a, b)
             for a, b in ((left[0], left[1]), (left[1], left[0]))
         )
-    for group in sorted(prompt.groups, key=lambda g: g.colour is None):  # the choosy groups pick first
-        found = [thing for thing in left if _fits(thing, group)][: group.count]
+    for group in sorted(prompt.groups, key=lambda g: g.colour is None):  # groups with a colour first
+        found = [obj for obj in left if _fits(obj, group)][: group.count]
         if len(found) < group.count:
             return False
-        for thing in found:
-            left.remove(thing)
+        for obj in found:
+            left.remove(obj)
     return True
 
 
-def _fits(thing: Thing, group: Group) -> bool:
-    return thing.shape == group.shape and group.colour in (None, thing.colour)
+def _fits(obj: SceneObject, group: Group) -> bool:
+    return obj.shape == group.shape and group.colour in (None, obj.colour)

@@ -9,7 +9,7 @@ CLASSES = tuple((colour, shape) for shape in SHAPES for colour in COLOURS)
 
 
 def prompt_of_class(class_id: int) -> Prompt:
-    """What a picture of the class is held against: class 7 is "a black cube"."""
+    """The prompt that an image of the class has to satisfy; class 7 is "a black cube"."""
     colour, shape = CLASSES[class_id]
     return Prompt("colours", (Group(shape, colour),))
 

@@ -1,9 +1,9 @@
-"""The trained model, allowed to think for longer than it was trained to: what becomes of the score?
+"""Extends a trained model to more latent steps than it was trained with, to measure their effect on the score.
 
     python -m samples.shapes.deepen --ckpt samples/shapes/shapes.safetensors --depth 5 --out runs/deep.safetensors
 
-Experts and gate are shared by all steps; only the scale and shift of the recursed tokens are each step's own. The paper
-says nothing of steps beyond the trained ones, so those take the last one's.
+All steps share the experts and the gate; only the scale and shift of the recursed tokens differ between steps. The paper
+does not say what steps beyond the trained ones use; here they use those of the last trained step.
 """
 
 from dataclasses import replace
@@ -20,19 +20,19 @@ from tpx_runtime.files import check_writable
 
 
 def deepened(model: TextToImage, depth: int) -> TextToImage:
-    """The same model with graphs to `depth`; up to its own depth it answers as before. Raises BadInput."""
+    """The model with maximum depth `depth`; its outputs at its own depths do not change. Raises BadInput."""
     transformer = model.spec.transformer
     if transformer.thinking is None or depth <= transformer.max_depth:
         raise BadInput(f"expected a depth beyond the model's own {transformer.max_depth}, found {depth}")
     more = depth - transformer.max_depth
     thinking = replace(transformer.thinking, max_depth=depth)
-    made = TextToImage(replace(model.spec, transformer=replace(transformer, thinking=thinking)))
+    deeper = TextToImage(replace(model.spec, transformer=replace(transformer, thinking=thinking)))
     state = model.state_dict()
     for name, value in state.items():
         if name.endswith((".thinking.scale", ".thinking.shift")):
             state[name] = torch.cat([value, value[-1:].expand(more, -1)])
-    made.load_state_dict(state)
-    return made.eval()
+    deeper.load_state_dict(state)
+    return deeper.eval()
 
 
 @click.command(cls=TpxCommand)
@@ -40,13 +40,13 @@ def deepened(model: TextToImage, depth: int) -> TextToImage:
 @click.option("--depth", type=click.IntRange(1), default=5, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), required=True, help=".safetensors or .pt")
 def main(ckpt: Path, depth: int, out: Path) -> None:
-    """Write the checkpoint whose bundle also has the graphs beyond the trained depth."""
+    """Write a checkpoint with more latent steps than the trained ones."""
     if out.suffix not in checkpoint.SUFFIXES:
         raise BadInput(f"expected --out ending in {' or '.join(checkpoint.SUFFIXES)}, found {out.name}")
     check_writable(out)
     model = checkpoint.load(ckpt)
     if not isinstance(model, TextToImage):
-        raise BadInput(f"expected a text-to-image checkpoint, found {model.spec.name} of classes")
+        raise BadInput(f"expected a text-to-image checkpoint, found the class-conditional {model.spec.name}")
     checkpoint.save(deepened(model, depth), out, torch.float16)
     click.echo(out)
 

@@ -1,4 +1,4 @@
-"""One resumable training loop for every stage: schedule, EMA, checkpoints, and a line a person can follow."""
+"""The resumable training loop of every stage: learning-rate schedule, EMA, checkpoints and a loss log."""
 
 import copy
 import hashlib
@@ -17,8 +17,8 @@ from tpx_runtime.interrupts import deferred_interrupts
 from tpx_runtime.records import require_same_settings
 
 
-def seeded(seed: int, step: int) -> torch.Generator:
-    """The random stream of one step: a resumed run draws what the unbroken run would have drawn."""
+def step_generator(seed: int, step: int) -> torch.Generator:
+    """The random generator of one step, so that a resumed run draws the same numbers as an uninterrupted one."""
     return torch.Generator().manual_seed(seed * 1_000_003 + step)
 
 
@@ -29,19 +29,19 @@ def warmup_cosine(step: int, steps: int, warmup: int = 100, floor: float = 0.02)
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def save_whole(value: object, path: Path) -> None:
-    """torch.save that a kill cannot leave half-written."""
+def atomic_save(value: object, path: Path) -> None:
+    """torch.save that never leaves a partial file, even if the process is killed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as part:
         torch.save(value, part)
 
 
 def digest(tensors: Iterable[Tensor]) -> str:
-    """The first 16 hex digits of the SHA-256 of the values of tensors, in their order."""
-    found = hashlib.sha256()
+    """The first 16 hex digits of the SHA-256 of the values of the tensors, in order."""
+    sha256 = hashlib.sha256()
     for tensor in tensors:
-        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()[:16]
+        sha256.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return sha256.hexdigest()[:16]
 
 
 def fit(
@@ -54,37 +54,37 @@ def fit(
     state: Path,
     settings: Mapping[str, Any],
     ema_decay: float = 0.999,
-    clip: float = 1.0,
-    every: int = 50,
-    save_s: float = 120.0,
+    max_grad_norm: float = 1.0,
+    log_every: int = 50,
+    save_every_s: float = 120.0,
     show: Callable[[nn.Module, int], None] | None = None,
     show_every: int = 1000,
 ) -> nn.Module:
     """Minimise `loss_at(step)` over `module`'s trainable parameters; returns the EMA copy of the module.
 
-    The run's whole state lies in `state` and is taken up from there; a finished run returns at once. `settings` is what
-    `loss_at` depends on: the state of a run with others, other steps, rates or first weights is refused with BadInput, and
-    a loss that is not finite ends it with BadInput, the last saved state kept.
-    Beside it lies the curve, step and mean loss of the last `every` steps a line; a resumed run may write a step twice.
-    `show(ema, step)` draws progress. Interrupting (Ctrl-C) saves first.
+    The state of the run is saved in the file `state` and resumed from it; a finished run returns at once. `settings` are
+    the values on which `loss_at` depends. Raises BadInput if `state` is of a run with other settings, steps, rates or
+    initial weights, and if the loss is not finite; the last saved state is then kept.
+    The loss log beside `state` (.csv) has lines of the step and the mean loss of the last `log_every` steps; a resumed run
+    may write a step twice. `show(ema, step)` is called every `show_every` steps. Ctrl-C saves the state first.
     """
     run = _Run(module, optimizers, {"steps": steps, "ema decay": ema_decay, **settings}, state)
     if (first := run.step) >= steps:
         return run.ema
-    curve = _Curve(name, first, steps, state.with_suffix(".csv"))
+    loss_log = _LossLog(name, first, steps, state.with_suffix(".csv"))
     last_save = time.monotonic()
     try:
         while run.step < steps:
-            loss = run.take(loss_at, warmup_cosine(run.step, steps), ema_decay, clip)
+            loss = run.train_step(loss_at, warmup_cosine(run.step, steps), ema_decay, max_grad_norm)
             if not math.isfinite(loss):
                 raise BadInput(
                     f"expected a finite loss of {name}, found {loss} at step {run.step - 1}; "
                     "lower the learning rate, with another --out"
                 )
-            curve.add(loss, run.step, every)
+            loss_log.add(loss, run.step, log_every)
             if show and run.step % show_every == 0:
                 show(run.ema, run.step)
-            if time.monotonic() - last_save > save_s:
+            if time.monotonic() - last_save > save_every_s:
                 run.save()
                 last_save = time.monotonic()
     except KeyboardInterrupt:
@@ -95,7 +95,7 @@ def fit(
 
 
 class _Run:
-    """What changes from step to step, as it lies in the file `state`. `step` is the number of whole steps taken."""
+    """The training state, saved in the file `state`. `step` is the number of completed steps."""
 
     def __init__(
         self,
@@ -129,26 +129,28 @@ class _Run:
         self.step = saved["step"]
 
     def save(self) -> None:
-        whole = {
+        state = {
             "module": self._module.state_dict(),
             "ema": self.ema.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
             "step": self.step,
             "settings": self._settings,
         }
-        save_whole(whole, self._state)
+        atomic_save(state, self._state)
 
-    def take(self, loss_at: Callable[[int], Tensor], factor: float, ema_decay: float, clip: float) -> float:
-        """One step at `factor` of the learning rates; returns the loss before it. Ctrl-C does not break its update:
-        KeyboardInterrupt is raised after it.
+    def train_step(
+        self, loss_at: Callable[[int], Tensor], lr_factor: float, ema_decay: float, max_grad_norm: float
+    ) -> float:
+        """Take one step with the learning rates times `lr_factor`; return the loss before the update. Ctrl-C does not
+        interrupt the update: KeyboardInterrupt is raised after it.
         """
         for optimizer, rates in zip(self._optimizers, self._rates, strict=True):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * factor
+                group["lr"] = rate * lr_factor
         loss = loss_at(self.step)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_([p for _, p in self._trainable], clip)
-        # Short at first: the random start is soon forgotten.
+        torch.nn.utils.clip_grad_norm_([p for _, p in self._trainable], max_grad_norm)
+        # A short average at first, so that the random initial weights are soon forgotten.
         decay = min(ema_decay, (self.step + 1) / (self.step + 10))
         with deferred_interrupts() as interrupted:
             for optimizer in self._optimizers:
@@ -163,23 +165,25 @@ class _Run:
         return loss.item()
 
 
-class _Curve:
-    """The mean of the last losses, printed and appended to the file `path`."""
+class _LossLog:
+    """Prints the mean of the last losses and appends it to the file `path`."""
 
     def __init__(self, name: str, first: int, steps: int, path: Path) -> None:
         self._name, self._first, self._steps, self._path = name, first, steps, path
         self._losses: list[float] = []
         self._began = time.monotonic()
 
-    def add(self, loss: float, step: int, every: int) -> None:
-        """The loss before the `step`th step; each `every` steps a line."""
+    def add(self, loss: float, step: int, log_every: int) -> None:
+        """Add the loss of the `step`th step; every `log_every` steps, write a line."""
         self._losses.append(loss)
-        if step % every:
+        if step % log_every:
             return
-        rate = (step - self._first) / (time.monotonic() - self._began)
-        recent = self._losses[-every:]  # fewer than `every` after a resumption
-        mean, left = sum(recent) / len(recent), (self._steps - step) / rate / 60
-        line = f"{self._name} {step}/{self._steps}  loss {mean:.4f}  {rate:.2f} steps/s  {left:.0f} min"
+        steps_per_s = (step - self._first) / (time.monotonic() - self._began)
+        recent = self._losses[-log_every:]  # fewer than `log_every` in a resumed run
+        mean, left = sum(recent) / len(recent), (self._steps - step) / steps_per_s / 60
+        line = (
+            f"{self._name} {step}/{self._steps}  loss {mean:.4f}  {steps_per_s:.2f} steps/s  {left:.0f} min"
+        )
         print(line, flush=True)
-        with self._path.open("a") as curve:
-            curve.write(f"{step},{mean:.5f}\n")
+        with self._path.open("a") as loss_log:
+            loss_log.write(f"{step},{mean:.5f}\n")

@@ -1,4 +1,4 @@
-"""Latents of rendered training scenes, made once and kept in shards; the prompts are drawn anew each time."""
+"""Latents of rendered training scenes, cached on disk in shards; their prompts are generated again each time."""
 
 import hashlib
 import itertools
@@ -9,35 +9,35 @@ import torch
 from torch import Tensor
 
 from samples.shapes.captions import TRAINING_MIX, Prompt, training_pairs
-from samples.shapes.fit import save_whole
+from samples.shapes.fit import atomic_save
 from samples.shapes.render import render
 from samples.shapes.world import Scene
 from tpx_export.model.autoencoder import Autoencoder
 
-SHARD = 2048
+SHARD_SIZE = 2048
 RENDER_BATCH = 32
 
 
-def shard(
+def load_shard(
     folder: Path,
     index: int,
     seed: int,
     autoencoder: Autoencoder,
     mix: Mapping[str, float] = TRAINING_MIX,
 ) -> tuple[list[Prompt], Tensor]:
-    """Prompts and latents float16 [SHARD, C, S, S] of one shard, rendered and encoded if not there yet."""
-    pairs = list(itertools.islice(training_pairs(seed * 1_000_003 + index, mix), SHARD))
-    # Another mix has other prompts, and its latents another name.
-    told = hashlib.sha256(repr([prompt for prompt, _ in pairs]).encode()).hexdigest()[:8]
-    path = folder / f"latents-{seed}-{fingerprint(autoencoder)}-{told}-{index:04d}.pt"
+    """Prompts and latents float16 [SHARD_SIZE, C, S, S] of one shard, rendered and encoded if they are not cached."""
+    pairs = list(itertools.islice(training_pairs(seed * 1_000_003 + index, mix), SHARD_SIZE))
+    # Another mix gives other prompts, which need another file name.
+    prompts_hash = hashlib.sha256(repr([prompt for prompt, _ in pairs]).encode()).hexdigest()[:8]
+    path = folder / f"latents-{seed}-{fingerprint(autoencoder)}-{prompts_hash}-{index:04d}.pt"
     if not path.exists():
-        save_whole(encoded([scene for _, scene in pairs], autoencoder), path)
+        atomic_save(encode_scenes([scene for _, scene in pairs], autoencoder), path)
     return [prompt for prompt, _ in pairs], torch.load(path, weights_only=True)
 
 
 @torch.no_grad()
-def encoded(scenes: Sequence[Scene], autoencoder: Autoencoder) -> Tensor:
-    """Scenes rendered and encoded, float16 [len(scenes), C, S, S]."""
+def encode_scenes(scenes: Sequence[Scene], autoencoder: Autoencoder) -> Tensor:
+    """Render and encode scenes: latents float16 [len(scenes), C, S, S]."""
     device, parts = next(autoencoder.parameters()).device, []
     for start in range(0, len(scenes), RENDER_BATCH):
         group = scenes[start : start + RENDER_BATCH]
@@ -48,7 +48,7 @@ def encoded(scenes: Sequence[Scene], autoencoder: Autoencoder) -> Tensor:
 
 
 def fingerprint(autoencoder: Autoencoder) -> str:
-    """Of the autoencoder's weights and scale: latents depend on them, so it is in the name of a shard."""
+    """Hash of the encoder's weights and the spec, on which latents depend; it is part of the file names of shards."""
     digest = hashlib.sha256(repr(autoencoder.spec).encode())
     for value in autoencoder.encoder.state_dict().values():
         digest.update(value.cpu().numpy().tobytes())

@@ -1,4 +1,4 @@
-"""Options that the commands which draw with a bundle share."""
+"""Options shared by the commands that generate images with a bundle."""
 
 from pathlib import Path
 
@@ -9,4 +9,4 @@ engine = click.option("--engine", default="auto", show_default=True, help="Engin
 steps = click.option("--steps", type=int, help="Denoising steps.  [default: the bundle's]")
 guidance = click.option("--guidance", type=float, help="Guidance.  [default: the bundle's]")
 depth = click.option("--depth", type=int, help="Latent steps of thinking.  [default: the bundle's]")
-sheet = click.option("--out", type=click.Path(path_type=Path), help="PNG of all pictures to write.")
+sheet = click.option("--out", type=click.Path(path_type=Path), help="PNG with all images to write.")

@@ -1,10 +1,10 @@
-"""How often the judge of ShapesEval is wrong itself: fresh renders of its own prompts, row by row.
+"""Measures how often the judge of ShapesEval is wrong, on fresh renders of the list's own prompts, row by row.
 
     python -m samples.shapes.parser_errors
 
-Of each prompt RENDERS scenes are drawn by the renderer, not by a model. A right picture can be refused: the parser's scene
-does not satisfy the prompt. A wrong one can be accepted: it satisfies a prompt that is one word off. parser_errors.json
-names every render that was misjudged, so that a test can look at those again; evaluate.py puts the shares beside its scores.
+RENDERS_PER_PROMPT scenes of each prompt are rendered. The parser makes an error if it refuses a true prompt (the parsed
+scene does not satisfy it) or accepts a prompt that is wrong in one word. parser_errors.json lists every misjudged render, so
+that a test can check them again; evaluate.py prints the error rates beside its scores.
 """
 
 import json
@@ -16,54 +16,57 @@ import click
 from samples.shapes.captions import Prompt, satisfies, scene_for
 from samples.shapes.evaluate import ERRORS
 from samples.shapes.parser import WEIGHTS, Parser
-from samples.shapes.questions import LIST, Question, questions
+from samples.shapes.prompt_list import LIST_NAME, ListedPrompt, listed_prompts
 from samples.shapes.render import render
-from samples.shapes.train_parser import near_miss, to_uint8
+from samples.shapes.train_parser import hard_negative, to_uint8
 from samples.shapes.world import Scene
 from tpx_runtime.bundle import hash_file
 from tpx_runtime.command import TpxCommand
 
 COMMAND = "python -m samples.shapes.parser_errors"
-RENDERS = 16  # of each prompt
-Case = tuple[int, int]  # the prompt's number in the list, and which of its renders
+RENDERS_PER_PROMPT = 16
+Case = tuple[int, int]  # index of the prompt in the list, index of the render
 
 
-def pose(asked: Sequence[Question], case: Case) -> tuple[Prompt, Prompt, Scene]:
-    """The prompt, a prompt that is one word off, and a scene that satisfies the first alone."""
-    number, which = case
-    prompt, rng = asked[number].prompt, random.Random(f"{LIST}, prompt {number}, render {which}")
+def build_case(prompts: Sequence[ListedPrompt], case: Case) -> tuple[Prompt, Prompt, Scene]:
+    """The prompt, a prompt that is wrong in one word, and a scene that satisfies only the first."""
+    number, render_index = case
+    prompt = prompts[number].prompt
+    rng = random.Random(f"{LIST_NAME}, prompt {number}, render {render_index}")
     scene = scene_for(rng, prompt)
-    return prompt, near_miss(rng, prompt, scene), scene
+    return prompt, hard_negative(rng, prompt, scene), scene
 
 
 def misjudged(
-    parser: Parser, asked: Sequence[Question], cases: Sequence[Case], fast: bool = False
+    parser: Parser, prompts: Sequence[ListedPrompt], cases: Sequence[Case], fast: bool = False
 ) -> tuple[list[Case], list[Case]]:
-    """Of `cases`, those whose true prompt the parser refuses, and those whose near miss it accepts."""
-    posed = [pose(asked, case) for case in cases]
-    seen = parser.parse(to_uint8(render([scene for *_, scene in posed], fast=fast)))
-    found: tuple[list[Case], list[Case]] = [], []
-    for case, (prompt, near, _), scene in zip(cases, posed, seen, strict=True):
+    """The cases whose true prompt the parser refuses, and the cases whose hard negative it accepts."""
+    built = [build_case(prompts, case) for case in cases]
+    parsed = parser.parse(to_uint8(render([scene for *_, scene in built], fast=fast)))
+    refused: list[Case] = []
+    accepted: list[Case] = []
+    for case, (prompt, negative, _), scene in zip(cases, built, parsed, strict=True):
         if not satisfies(scene, prompt):
-            found[0].append(case)
-        if satisfies(scene, near):
-            found[1].append(case)
-    return found
+            refused.append(case)
+        if satisfies(scene, negative):
+            accepted.append(case)
+    return refused, accepted
 
 
 def measure(parser: Parser, renders: int) -> dict[str, dict[str, object]]:
-    """Of each row: how many renders, and which of them were refused or accepted wrongly."""
-    asked = questions()
+    """For each row: the number of renders, and the cases wrongly refused or accepted."""
+    prompts = listed_prompts()
     rows: dict[str, dict[str, object]] = {}
-    with click.progressbar(list(dict.fromkeys(question.row for question in asked)), label="rows") as bar:
+    with click.progressbar(list(dict.fromkeys(listed.row for listed in prompts)), label="rows") as bar:
         for row in bar:
-            numbers = [number for number, question in enumerate(asked) if question.row == row]
+            numbers = [number for number, listed in enumerate(prompts) if listed.row == row]
             refused: list[Case] = []
             accepted: list[Case] = []
             for number in numbers:
-                wrong = misjudged(parser, asked, [(number, which) for which in range(renders)], fast=True)
-                refused += wrong[0]
-                accepted += wrong[1]
+                cases = [(number, render_index) for render_index in range(renders)]
+                wrongly_refused, wrongly_accepted = misjudged(parser, prompts, cases, fast=True)
+                refused += wrongly_refused
+                accepted += wrongly_accepted
             rows[row] = {
                 "renders": renders * len(numbers),
                 "true refused": refused,
@@ -73,27 +76,33 @@ def measure(parser: Parser, renders: int) -> dict[str, dict[str, object]]:
 
 
 def as_json(facts: dict[str, object], rows: dict[str, dict[str, object]]) -> str:
-    """The record, a line for each row."""
-    lines = [f"    {json.dumps(row)}: {json.dumps(found)}" for row, found in rows.items()]
+    """The JSON text of the record, one line per row."""
+    lines = [f"    {json.dumps(row)}: {json.dumps(errors)}" for row, errors in rows.items()]
     head = json.dumps(facts, indent=2).removesuffix("\n}")
     return head + ',\n  "rows": {\n' + ",\n".join(lines) + "\n  }\n}\n"
 
 
 @click.command(cls=TpxCommand)
-@click.option("--renders", type=click.IntRange(1), default=RENDERS, show_default=True, help="Of each prompt.")
+@click.option(
+    "--renders",
+    type=click.IntRange(1),
+    default=RENDERS_PER_PROMPT,
+    show_default=True,
+    help="Renders per prompt.",
+)
 def main(renders: int) -> None:
-    """Measure parser.onnx into parser_errors.json."""
+    """Measure the errors of parser.onnx and write parser_errors.json."""
     rows = measure(Parser.load(), renders)
     facts = {
         "command": COMMAND,
-        "list": LIST,
+        "list": LIST_NAME,
         "parser sha256": hash_file(WEIGHTS),
         "renders of each prompt": renders,
     }
     ERRORS.write_text(as_json(facts, rows))
-    for row, found in rows.items():
-        counts = (len(cases) for cases in (found["true refused"], found["false accepted"]))  # type: ignore[arg-type]
-        print(row, found["renders"], *counts)
+    for row, errors in rows.items():
+        counts = (len(cases) for cases in (errors["true refused"], errors["false accepted"]))  # type: ignore[arg-type]
+        print(row, errors["renders"], *counts)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Plots and pictures of the replication: training curves, score and time against depth or steps, pictures side by side.
+"""Plots of the replication: training curves, score and time against depth or steps, and sheets of images.
 
     python -m samples.shapes.plot curves runs/ablation/*/adapters.state.csv --out docs/images/ablation-curves.png
     python -m samples.shapes.plot sweep out/depths/sweep.json --against depth --out docs/images/depth.png
@@ -16,7 +16,7 @@ from typing import Any
 import click
 from PIL import Image
 
-from samples.shapes.evaluate import picture_name
+from samples.shapes.evaluate import image_name
 from tpx_runtime.command import TpxCommand, TpxGroup
 from tpx_runtime.errors import BadInput, EngineUnavailable
 from tpx_runtime.evaluation.compare import Report
@@ -27,7 +27,7 @@ _OUT = click.option("--out", type=click.Path(path_type=Path), required=True, hel
 
 
 def axes(columns: int = 1) -> tuple[Any, Any]:
-    """A figure and its axes. Raises EngineUnavailable without matplotlib."""
+    """A figure and its axes. Raises EngineUnavailable if matplotlib is missing."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -39,7 +39,7 @@ def axes(columns: int = 1) -> tuple[Any, Any]:
 
 
 def read_curve(path: Path) -> dict[int, float]:
-    """Step -> loss of a CSV that `fit` wrote; a step that a resumed run wrote twice counts once. Raises BadInput."""
+    """Step -> loss, from a CSV that `fit` wrote; of a step that was written twice, the last. Raises BadInput."""
     try:
         lines = [line.split(",") for line in path.read_text().splitlines()]
         return {int(step): float(loss) for step, loss in lines}
@@ -49,10 +49,10 @@ def read_curve(path: Path) -> dict[int, float]:
 
 @dataclass(frozen=True)
 class Cell:
-    """A point of a sweep: `at` is its depth or steps; the score and its interval are in percent."""
+    """A point of a sweep: `x` is its depth or number of steps; the score and its interval are in percent."""
 
     sampler: str
-    at: float
+    x: float
     score: float
     low: float
     high: float
@@ -72,26 +72,26 @@ def read_sweep(path: Path, against: str) -> list[Cell]:
         cells = []
     if not cells:
         raise BadInput(
-            f"expected the sweep.json of `samples.shapes.sweep` at {path}, with cells that tell their {against}, "
+            f"expected the sweep.json of `samples.shapes.sweep` at {path}, with cells that have {against}, "
             "found none; run the sweep"
         )
     return cells
 
 
-def first_picture(run: Path, place: int, many: int) -> Image.Image:
-    """The first of the `many` pictures of a prompt, with its frame. Raises BadInput."""
-    path = run / picture_name(place)
+def first_image(run: Path, index: int, count: int) -> Image.Image:
+    """The first of the `count` images of a prompt, with its frame. Raises BadInput."""
+    path = run / image_name(index)
     try:
         with Image.open(path) as image:
-            whole = image.convert("RGB")
+            sheet = image.convert("RGB")
     except OSError as error:
         found = error.strerror or "something else"
-        raise BadInput(f"expected the pictures of {run} beside its report, found {found} at {path}") from None
-    return whole.crop((0, 0, whole.width // many, whole.height))
+        raise BadInput(f"expected the images of {run} beside its report, found {found} at {path}") from None
+    return sheet.crop((0, 0, sheet.width // count, sheet.height))
 
 
 def save_plot(figure: Any, out: Path) -> None:
-    """Write the figure as a PNG, whole or not at all. Raises BadInput."""
+    """Write the figure as a PNG, atomically. Raises BadInput."""
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=110)
     write_atomic(out, content.getvalue())
@@ -106,7 +106,7 @@ def main() -> None:
 @click.argument("files", type=click.Path(path_type=Path), nargs=-1, required=True)
 @_OUT
 def curves(files: tuple[Path, ...], out: Path) -> None:
-    """Training loss against step, a line for each of FILES, named by its folder and file."""
+    """Plot training loss against step, one curve for each of FILES."""
     check_png_writable(out)
     figure, plot = axes()
     for path in files:
@@ -123,49 +123,49 @@ def curves(files: tuple[Path, ...], out: Path) -> None:
 @click.option("--against", type=click.Choice(["depth", "steps"]), required=True)
 @_OUT
 def sweep(file: Path, against: str, out: Path) -> None:
-    """Score with its 95% interval, and seconds an image, of a sweep's cells; a line for each sampler."""
+    """Plot score with its 95% interval, and seconds per image, of a sweep; one curve for each sampler."""
     check_png_writable(out)
     cells = read_sweep(file, against)
     figure, (left, right) = axes(2)
     for sampler in dict.fromkeys(cell.sampler for cell in cells):
-        mine = [cell for cell in cells if cell.sampler == sampler]
-        at, score = [cell.at for cell in mine], [cell.score for cell in mine]
-        reach = [[cell.score - cell.low for cell in mine], [cell.high - cell.score for cell in mine]]
-        left.errorbar(at, score, yerr=reach, capsize=3, marker="o", label=sampler)
-        right.plot(at, [cell.seconds for cell in mine], marker="o", label=sampler)
+        points = [cell for cell in cells if cell.sampler == sampler]
+        x, score = [cell.x for cell in points], [cell.score for cell in points]
+        errors = [[cell.score - cell.low for cell in points], [cell.high - cell.score for cell in points]]
+        left.errorbar(x, score, yerr=errors, capsize=3, marker="o", label=sampler)
+        right.plot(x, [cell.seconds for cell in points], marker="o", label=sampler)
     left.set(xlabel=against, ylabel="ShapesEval overall, %")
-    right.set(xlabel=against, ylabel="seconds an image", ylim=(0, None))
+    right.set(xlabel=against, ylabel="seconds per image", ylim=(0, None))
     left.legend()
     save_plot(figure, out)
     click.echo(out)
 
 
-@main.command(cls=TpxCommand)
+@main.command("pictures", cls=TpxCommand)
 @click.argument("runs", type=click.Path(path_type=Path), nargs=-1, required=True)
-@click.option("--kind", default="position", show_default=True, help="Row of ShapesEval to take prompts of.")
-@click.option("--first", type=click.IntRange(1), default=12, show_default=True, help="How many of them.")
+@click.option("--kind", default="position", show_default=True, help="Row of ShapesEval to take prompts from.")
+@click.option("--first", type=click.IntRange(1), default=12, show_default=True, help="Number of prompts.")
 @_OUT
-def pictures(runs: tuple[Path, ...], kind: str, first: int, out: Path) -> None:
-    """The first picture of the first prompts of a kind, nothing selected: a line for each of RUNS of ShapesEval."""
+def image_sheet(runs: tuple[Path, ...], kind: str, first: int, out: Path) -> None:
+    """Save the first image of each of the first prompts of a kind, a row for each of RUNS of ShapesEval."""
     check_png_writable(out)
     reports = [Report.load(run) for run in runs]
-    asked = reports[0].prompts
-    places = [place for place, (row, _) in enumerate(asked) if row == kind][:first]
-    if not places or any(report.prompts != asked for report in reports):
-        found = "other prompts in each" if places else f"none of {kind}"
+    prompts = reports[0].prompts
+    indices = [index for index, (row, _) in enumerate(prompts) if row == kind][:first]
+    if not indices or any(report.prompts != prompts for report in reports):
+        found = "other prompts in each" if indices else f"none of {kind}"
         raise BadInput(f"expected runs of the same prompts with some of {kind}, found {found}")
-    lines = [
-        [first_picture(run, place, report.facts["images"]) for place in places]
+    rows = [
+        [first_image(run, index, report.facts["images"]) for index in indices]
         for run, report in zip(runs, reports, strict=True)
     ]
-    width, height = lines[0][0].size
-    sheet = Image.new("RGB", (width * len(places), height * len(lines)))
-    for y, line in enumerate(lines):
-        for x, one in enumerate(line):
+    width, height = rows[0][0].size
+    sheet = Image.new("RGB", (width * len(indices), height * len(rows)))
+    for y, row_images in enumerate(rows):
+        for x, one in enumerate(row_images):
             sheet.paste(one, (x * width, y * height))
     save_png(sheet, out)
-    for place in places:
-        click.echo(asked[place][1])
+    for index in indices:
+        click.echo(prompts[index][1])
     click.echo(out)
 
 

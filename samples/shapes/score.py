@@ -1,8 +1,8 @@
-"""How often the sample model draws what it was asked: fixed prompts x seeds, judged by the scene parser.
+"""Scores the sample model on ten fixed prompts with several seeds each, judged by the scene parser.
 
     python -m samples.shapes.score --bundle bundles/shapes --out page.png
 
-A picture is right if the scene that the parser sees in it is exactly what the prompt says. Needs no torch.
+An image is right if the scene that the parser sees in it is exactly what the prompt says. Needs no torch.
 """
 
 import json
@@ -21,8 +21,8 @@ from samples.shapes.parser import RECORD, Parser
 from tpx_runtime.cli import find_bundle
 from tpx_runtime.command import TpxCommand
 
-# Percent of singles and of pairs that the shipped model, which has 100 of both, is to draw right.
-STANDARD = (97.0, 85.0)
+# Of single objects and of pairs; the shipped model has 100% of both.
+REQUIRED_PERCENT = (97.0, 85.0)
 RIGHT, WRONG, FRAME_PX = "#2e9e4f", "#c8321e", 3
 
 
@@ -53,7 +53,7 @@ PAIRS = (  # none of them held out of training
 
 @dataclass(frozen=True)
 class Row:
-    """A prompt, its pictures, and which of them show what it says."""
+    """A prompt, its images, and the verdict on each image."""
 
     prompt: Prompt
     images: Sequence[Image.Image]
@@ -61,20 +61,23 @@ class Row:
 
 
 def judge(parser: Parser, prompt: Prompt, images: Sequence[Image.Image]) -> Row:
+    """Whether each image shows exactly what the prompt says."""
     return Row(prompt, images, [satisfies(scene, prompt) for scene in parser.parse(images)])
 
 
 def percent(rows: Sequence[Row], prompts: Sequence[Prompt]) -> float:
-    """Right pictures among those of `prompts`, in percent."""
+    """Percentage of right images among those of `prompts`."""
     verdicts = [right for row in rows if row.prompt in prompts for right in row.right]
     return 100 * sum(verdicts) / len(verdicts)
 
 
 def table(rows: Sequence[Row], record: dict[str, Any]) -> str:
-    """The verdicts as lines of text, and under them how far the parser that gave them is to be trusted."""
+    """The scores as lines of text, followed by the accuracy of the parser itself."""
     lines = [f"{caption(row.prompt):<48}{sum(row.right):>3}/{len(row.right)}" for row in rows]
-    for name, prompts, wanted in zip(("single objects", "pairs"), (SINGLES, PAIRS), STANDARD, strict=True):
-        lines.append(f"{name:<48}{percent(rows, prompts):>5.1f}%  (standard {wanted:.0f}%)")
+    for name, prompts, required in zip(
+        ("single objects", "pairs"), (SINGLES, PAIRS), REQUIRED_PERCENT, strict=True
+    ):
+        lines.append(f"{name:<48}{percent(rows, prompts):>5.1f}%  (required {required:.0f}%)")
     lines.append(
         f"the parser itself, on {record['fresh renders']} fresh renders: {record['satisfied']:.2%} of true "
         f"prompts accepted, {record['refused']:.2%} of prompts wrong in one word refused"
@@ -82,8 +85,8 @@ def table(rows: Sequence[Row], record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def page(rows: Sequence[Row]) -> Image.Image:
-    """Every picture, a row for each prompt, framed in green (right) or red."""
+def contact_sheet(rows: Sequence[Row]) -> Image.Image:
+    """All images in one, a row for each prompt, framed in green (right) or red (wrong)."""
 
     def framed(image: Image.Image, right: bool) -> Image.Image:
         return ImageOps.expand(image, FRAME_PX, RIGHT if right else WRONG)
@@ -99,14 +102,14 @@ def page(rows: Sequence[Row]) -> Image.Image:
 
 @click.command(cls=TpxCommand)
 @options.bundle
-@click.option("--seeds", type=click.IntRange(1), default=8, show_default=True, help="Pictures a prompt.")
+@click.option("--seeds", type=click.IntRange(1), default=8, show_default=True, help="Images per prompt.")
 @options.engine
 @options.steps
 @options.guidance
 @options.depth
 @options.sheet
 @click.option(
-    "--require", type=(float, float), help="Percent of singles and pairs below which to exit with 1."
+    "--require", type=(float, float), help="Exit with 1 below these percentages of singles and pairs."
 )
 @click.pass_context
 def main(
@@ -118,7 +121,7 @@ def main(
     require: tuple[float, float] | None,
     **settings: Any,
 ) -> None:
-    """Draw the fixed prompts with seeds 0, 1, ... and print how many pictures are right."""
+    """Generate images of the fixed prompts with seeds 0, 1, ... and print how many are right."""
     from tpx_runtime.generator import Generator
     from tpx_runtime.images import check_png_writable, save_png
 
@@ -126,12 +129,12 @@ def main(
         check_png_writable(out)
     generator, parser = Generator.load(find_bundle(bundle), engine), Parser.load()
     prompts, rows = SINGLES + PAIRS, []
-    with click.progressbar(prompts, label="drawing", file=sys.stderr) as bar:
+    with click.progressbar(prompts, label="generating", file=sys.stderr) as bar:
         for prompt in bar:
             rows.append(judge(parser, prompt, generator(caption(prompt), num_images=seeds, **settings)))
     click.echo(table(rows, json.loads(RECORD.read_text())))
     if out:
-        save_png(page(rows), out)
+        save_png(contact_sheet(rows), out)
         click.echo(out)
     if require and (percent(rows, SINGLES) < require[0] or percent(rows, PAIRS) < require[1]):
         ctx.exit(1)

@@ -1,8 +1,8 @@
-"""How often the class-conditional sample model draws its classes: every class x seeds, judged by the scene parser.
+"""Scores the class-conditional sample model on every class with several seeds each, judged by the scene parser.
 
     python -m samples.shapes.score_classes --bundle bundles/shape-classes --out page.png
 
-A picture is right if the parser sees in it one object alone, of the class's shape and colour. Needs no torch.
+An image is right if the parser sees in it a single object of the class's shape and colour. Needs no torch.
 """
 
 import sys
@@ -14,9 +14,9 @@ import numpy as np
 
 from samples.shapes import options
 from samples.shapes.classes import CLASSES, prompt_of_class
-from samples.shapes.evaluate import parser_line
+from samples.shapes.evaluate import parser_error_line
 from samples.shapes.parser import Parser
-from samples.shapes.score import Row, judge, page
+from samples.shapes.score import Row, contact_sheet, judge
 from samples.shapes.world import SHAPES
 from tpx_runtime.command import TpxCommand
 from tpx_runtime.errors import BadInput
@@ -26,22 +26,22 @@ from tpx_runtime.records import write_json
 
 
 def report(rows: list[Row]) -> dict[str, dict[str, Any]]:
-    """For each shape and "overall": classes, images, score and its 95% interval (bootstrap over classes), parts of 1."""
+    """For each shape and "overall": classes, images, score and its 95% interval (bootstrap over classes), in 0..1."""
     shares = {shape: [] for shape in SHAPES}  # type: dict[str, list[float]]
     for row in rows:
         shares[row.prompt.groups[0].shape].append(float(np.mean(row.right)))
-    images, made = len(rows[0].right), {}
+    images, result = len(rows[0].right), {}
     for name, members in [*((shape, [shape]) for shape in SHAPES), ("overall", list(SHAPES))]:
         estimate = bootstrap([np.array(shares[shape]) for shape in members])
         classes = sum(len(shares[shape]) for shape in members)
-        made[name] = {
+        result[name] = {
             "classes": classes,
             "images": classes * images,
             "score": estimate.mean,
             "low": estimate.low,
             "high": estimate.high,
         }
-    return made
+    return result
 
 
 def as_text(result: dict[str, dict[str, Any]]) -> str:
@@ -55,18 +55,18 @@ def as_text(result: dict[str, dict[str, Any]]) -> str:
 
 @click.command(cls=TpxCommand)
 @click.option("--bundle", default="bundles/shape-classes", show_default=True, help="Folder of the bundle.")
-@click.option("--seeds", type=click.IntRange(1), default=8, show_default=True, help="Pictures a class.")
+@click.option("--seeds", type=click.IntRange(1), default=8, show_default=True, help="Images per class.")
 @options.engine
 @click.option("--sampler", help="Sampler.  [default: the bundle's]")
 @options.steps
 @options.guidance
 @options.depth
 @options.sheet
-@click.option("--json", "record", type=click.Path(path_type=Path), help="JSON of the table to write.")
+@click.option("--json", "record", type=click.Path(path_type=Path), help="JSON file to write the table to.")
 def main(
     bundle: str, seeds: int, engine: str, out: Path | None, record: Path | None, **settings: Any
 ) -> None:
-    """Draw every class with seeds 0, 1, ... and print how many pictures are right."""
+    """Generate images of every class with seeds 0, 1, ... and print how many are right."""
     from tpx_runtime.generator import Generator
     from tpx_runtime.images import check_png_writable, save_png
 
@@ -74,23 +74,23 @@ def main(
         check_png_writable(out)
     if record:
         check_writable(record)
-    judged = parser_line(prompt_of_class(0).kind)  # refuses now rather than at the end
+    parser_line = parser_error_line(prompt_of_class(0).kind)  # raises now rather than at the end
     generator, parser, rows = Generator.load(bundle, engine), Parser.load(), []
     if generator.manifest.model.classes != len(CLASSES):
         raise BadInput(
             f"expected a bundle of the {len(CLASSES)} shape classes, found {generator.manifest.name}; "
             "make one with `tpx-export --ckpt samples/shapes/classes.safetensors`"
         )
-    with click.progressbar(range(len(CLASSES)), label="drawing", file=sys.stderr) as bar:
+    with click.progressbar(range(len(CLASSES)), label="generating", file=sys.stderr) as bar:
         for class_id in bar:
-            drawn = generator(class_id=class_id, num_images=seeds, **settings)
-            rows.append(judge(parser, prompt_of_class(class_id), drawn))
+            images = generator(class_id=class_id, num_images=seeds, **settings)
+            rows.append(judge(parser, prompt_of_class(class_id), images))
     result = report(rows)
-    click.echo(f"{as_text(result)}\n\n{judged}")
+    click.echo(f"{as_text(result)}\n\n{parser_line}")
     if record:
         write_json(record, {"bundle_sha256": generator.manifest.sha256, "seeds": seeds, "rows": result})
     if out:
-        save_png(page(rows), out)
+        save_png(contact_sheet(rows), out)
         click.echo(out)
 
 

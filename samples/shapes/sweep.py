@@ -1,11 +1,11 @@
-"""ShapesEval over a grid of settings: which sampler, how many steps, how deep, how guided; a table, JSON and a plot.
+"""Runs ShapesEval over a grid of settings (sampler, steps, depth, guidance), writes sweep.json and prints a table.
 
     python -m samples.shapes.sweep --bundle bundles/shapes --sampler euler --sampler dpmpp2m --steps 4,8,12,20,28
     python -m samples.shapes.sweep --bundle bundles/deep --depth 1,2,3,4,5
     python -m samples.shapes.sweep --bundle bundles/shapes --guidance 3 --guidance 5 --guidance-interval 0 0.6
 
-Every cell is a run of `tpx-eval shapes` on the same prompts and seeds, so that cells pair; what is finished is not drawn
-again. Needs no torch.
+Every cell is a run of `tpx-eval shapes` on the same prompts and seeds, so that cells can be compared in pairs. Finished
+cells are not run again. Needs no torch.
 """
 
 import itertools
@@ -25,67 +25,70 @@ from tpx_runtime.evaluation.compare import Report, compare
 from tpx_runtime.generator import Generator
 from tpx_runtime.records import write_json
 
-TOGETHER = 8  # pictures in a timed batch
+BATCH_SIZE = 8  # of the timed batches
 
 
-def numbers(text: str | None) -> tuple[int, ...] | tuple[None]:
-    """`4,8,12` to (4, 8, 12); None, the bundle's own, for none. Raises BadInput."""
+def parse_counts(text: str | None) -> tuple[int, ...] | tuple[None]:
+    """Parse "4,8,12" into (4, 8, 12), and None into (None,), the bundle's default. Raises BadInput."""
     if text is None:
         return (None,)
     try:
-        found = tuple(int(part) for part in text.split(","))
+        counts = tuple(int(part) for part in text.split(","))
     except ValueError:
-        found = ()
-    if not found or min(found) < 1:
+        counts = ()
+    if not counts or min(counts) < 1:
         raise BadInput(
-            f"expected whole numbers of 1 or more with commas between, such as 4,8, found {text!r}"
+            f"expected whole numbers of 1 or more, separated by commas, such as 4,8, found {text!r}"
         )
-    return found
+    return counts
 
 
-def cell(generator: Generator, out: Path, settings: dict[str, Any], **size: Any) -> dict[str, Any]:
-    """Draw, judge and time one cell; what of it is finished is read. Raises BadInput for a cell of another run."""
-    told = (
+def cell(generator: Generator, out: Path, settings: dict[str, Any], **limits: Any) -> dict[str, Any]:
+    """Run ShapesEval with one combination of settings, resuming it if needed, and time it.
+
+    Raises BadInput if the folder of the cell has a run with other settings.
+    """
+    values = (
         value for setting in settings.values() for value in (setting if type(setting) is tuple else [setting])
     )
-    folder = out / "-".join(map(str, told))
-    evaluate.run(folder, generator, **size, **settings)
+    folder = out / "-".join(map(str, values))
+    evaluate.run(folder, generator, **limits, **settings)
     record = folder / "cell.json"
     if not record.exists():
         rows = json.loads((folder / "report.json").read_text())["rows"]
-        seconds = pace(generator, settings)
+        seconds = seconds_per_image(generator, settings)
         write_json(record, {**settings, "folder": folder.name, "seconds an image": seconds, "rows": rows})
     return dict(json.loads(record.read_text()))
 
 
-def pace(generator: Generator, settings: dict[str, Any]) -> float:
-    """Seconds an image in a batch of TOGETHER, decoding included: the median of three batches."""
-    taken = []
+def seconds_per_image(generator: Generator, settings: dict[str, Any]) -> float:
+    """Seconds per image in a batch of BATCH_SIZE, decoding included: the median of three batches."""
+    times = []
     for _ in range(3):
         began = time.monotonic()
-        generator("a red cube on a blue sphere", num_images=TOGETHER, batch_size=TOGETHER, **settings)
-        taken.append((time.monotonic() - began) / TOGETHER)
-    return statistics.median(taken)
+        generator("a red cube on a blue sphere", num_images=BATCH_SIZE, batch_size=BATCH_SIZE, **settings)
+        times.append((time.monotonic() - began) / BATCH_SIZE)
+    return statistics.median(times)
 
 
 def table(out: Path, cells: list[dict[str, Any]], names: list[str]) -> str:
-    """A line a cell: its settings, its score, how it differs from the best, paired over prompts; then the judge's errors."""
+    """A row per cell: settings, score and paired difference from the best cell; then a line of the judge's errors."""
     best = max(cells, key=lambda one: one["rows"]["overall"]["score"])
-    head = [*names, "overall", "95% interval", "minus the best", "95% interval", "s an image"]
+    head = [*names, "overall", "95% interval", "minus the best", "95% interval", "s per image"]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for one in cells:
         overall = one["rows"]["overall"]
         pair = compare(Report.load(out / best["folder"]), Report.load(out / one["folder"]))
         change = next(line.change for line in pair if line.name == "overall")
-        told = [str(one[name]) for name in names]
-        told += [
+        row = [str(one[name]) for name in names]
+        row += [
             f"{100 * overall['score']:.1f}",
             f"{100 * overall['low']:.1f} to {100 * overall['high']:.1f}",
         ]
-        told += [f"{100 * change.mean:+.1f}", f"{100 * change.low:+.1f} to {100 * change.high:+.1f}"]
-        told.append(f"{one['seconds an image']:.3f}")
-        lines.append(f"| {' | '.join(told)} |")
-    return "\n".join([*lines, "", evaluate.parser_line("overall")])
+        row += [f"{100 * change.mean:+.1f}", f"{100 * change.low:+.1f} to {100 * change.high:+.1f}"]
+        row.append(f"{one['seconds an image']:.3f}")
+        lines.append(f"| {' | '.join(row)} |")
+    return "\n".join([*lines, "", evaluate.parser_error_line("overall")])
 
 
 @click.command(cls=TpxCommand)
@@ -105,9 +108,9 @@ def table(out: Path, cells: list[dict[str, Any]], names: list[str]) -> str:
     help="Noise levels at which guidance acts.  [default: the bundle's]",
 )
 @click.option(
-    "--guidance-every", "every", default="1", show_default=True, help="As tpx-run's, such as 1,2,4."
+    "--guidance-every", "every", default="1", show_default=True, help="As in tpx-run, such as 1,2,4."
 )
-@click.option("--images", type=click.IntRange(1), default=1, show_default=True, help="Pictures a prompt.")
+@click.option("--images", type=click.IntRange(1), default=1, show_default=True, help="Images per prompt.")
 @click.option("--limit", type=click.IntRange(1), help="Only the first N prompts of each row.")
 def main(
     bundle: str | None,
@@ -119,30 +122,30 @@ def main(
     guidance: tuple[float, ...],
     intervals: tuple[tuple[float, float], ...],
     every: str,
-    **size: Any,
+    **limits: Any,
 ) -> None:
-    """Run ShapesEval for every combination of the settings, and print the table."""
+    """Run ShapesEval for every combination of the settings and print the table."""
     generator = Generator.load(find_bundle(bundle), engine)
     defaults = generator.manifest.defaults
     cells = []
     grid = itertools.product(
         samplers or (defaults.sampler,),
-        numbers(depth),
-        numbers(steps),
+        parse_counts(depth),
+        parse_counts(steps),
         guidance or (defaults.guidance,),
         intervals or (defaults.guidance_interval,),
-        numbers(every),
+        parse_counts(every),
     )
-    for sampler, deep, many, guided, interval, nth in grid:
+    for sampler, max_depth, num_steps, scale, interval, nth in grid:
         settings = {
             "sampler": sampler,
-            "depth": deep or defaults.depth,
-            "steps": many or defaults.steps,
-            "guidance": guided,
+            "depth": max_depth or defaults.depth,
+            "steps": num_steps or defaults.steps,
+            "guidance": scale,
             "guidance_interval": interval,
             "guidance_every": nth,
         }
-        cells.append(cell(generator, out, settings, **size))
+        cells.append(cell(generator, out, settings, **limits))
         write_json(out / "sweep.json", {"bundle_sha256": generator.manifest.sha256, "cells": cells})
     click.echo(table(out, cells, list(settings)))
 

@@ -2,9 +2,9 @@
 
     python -m samples.shapes.train --out runs/shapes
 
-With `--start CKPT` autoencoder and text encoder are that checkpoint's, and its base is trained on. Every stage is seeded
-and saves its state in `--out` every two minutes; the same command takes up where a stopped run left off. `--until` ends
-after a stage. The result is `--out`/shapes.safetensors, ready for `tpx-export`.
+With `--start CKPT`, the autoencoder and text encoder are taken from the checkpoint, and its base is trained further. Every
+stage is seeded and saves its state in `--out` every two minutes; the same command resumes a stopped run. `--until` sets the
+last stage. The result is `--out`/shapes.safetensors, ready for `tpx-export`.
 """
 
 from pathlib import Path
@@ -25,20 +25,20 @@ from tpx_runtime.files import make_folder
 from tpx_runtime.manifest import Defaults
 
 STAGES = ("autoencoder", "text", "base", "adapters")
-SHARDS = 48  # pools of 2,048 scenes
+SHARDS = 48  # of 2,048 scenes
 SHIPPED = Path(__file__).with_name("shapes.safetensors")
 
 
-def trained(path: Path, device: str) -> TextToImage:
-    """A text-to-image checkpoint, frozen, in evaluation mode. Raises BadInput, CheckpointInvalid."""
+def load_frozen(path: Path, device: str) -> TextToImage:
+    """Load a text-to-image checkpoint, frozen and in evaluation mode. Raises BadInput, CheckpointInvalid."""
     model = checkpoint.load(path)
     if not isinstance(model, TextToImage):
-        raise BadInput(f"expected a text-to-image checkpoint at {path}, found one of classes")
+        raise BadInput(f"expected a text-to-image checkpoint at {path}, found a class-conditional one")
     return model.to(device).eval().requires_grad_(False)
 
 
 def assemble(autoencoder: Autoencoder, text_encoder: TextEncoder, transformer: MMDiT) -> TextToImage:
-    """The trained parts as one model with its settings, in evaluation mode."""
+    """Combine the trained parts into one model with its default settings, in evaluation mode."""
     spec = TextToImageSpec(
         name="shapes",
         license="Apache-2.0",
@@ -60,9 +60,7 @@ def assemble(autoencoder: Autoencoder, text_encoder: TextEncoder, transformer: M
 @click.option(
     "--until", type=click.Choice(STAGES), default=STAGES[-1], show_default=True, help="Last stage to run."
 )
-@click.option(
-    "--start", type=click.Path(path_type=Path), help="Checkpoint to go on from.  [default: from nothing]"
-)
+@click.option("--start", type=click.Path(path_type=Path), help="Checkpoint to start from.  [default: none]")
 @click.option("--autoencoder-steps", type=click.IntRange(1), default=2400, show_default=True)
 @click.option("--text-steps", type=click.IntRange(1), default=1500, show_default=True)
 @click.option(
@@ -70,27 +68,31 @@ def assemble(autoencoder: Autoencoder, text_encoder: TextEncoder, transformer: M
     type=click.IntRange(0),
     default=7000,
     show_default=True,
-    help="With --start, 0 trains adapters alone.",
+    help="With --start, 0 trains only the adapters.",
 )
 @click.option(
-    "--rate", default=train_flow.Run.rate, show_default=True, help="Highest learning rate of the base."
+    "--rate", default=train_flow.TrainingRun.rate, show_default=True, help="Peak learning rate of the base."
 )
 @click.option(
     "--sigma-mean",
-    default=train_flow.Run.sigma_mean,
+    default=train_flow.TrainingRun.sigma_mean,
     show_default=True,
-    help="Of the logit of the noise levels that the base is trained at: more for layout, less for edges.",
+    help="Mean logit of the noise levels in training the base: higher for layout, lower for edges.",
 )
 @click.option("--adapter-steps", type=click.IntRange(1), default=600, show_default=True)
 @click.option(
-    "--batch", type=click.IntRange(1), default=96, show_default=True, help="Of the base and the adapters."
+    "--batch",
+    type=click.IntRange(1),
+    default=96,
+    show_default=True,
+    help="Batch size for the base and the adapters.",
 )
 @click.option(
     "--shards",
     type=click.IntRange(1),
     default=SHARDS,
     show_default=True,
-    help="Pools of 2,048 scenes to learn from.",
+    help="Shards of 2,048 training scenes.",
 )
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
@@ -109,12 +111,12 @@ def main(
     seed: int,
     device: str,
 ) -> None:
-    """Train, or take up training of, the sample model."""
+    """Train the sample model, or resume its training."""
     make_folder(out)
     last = STAGES.index(until)
-    shipped = trained(start, device) if start else None
-    if shipped:
-        autoencoder, text_encoder = shipped.autoencoder, shipped.text_encoder
+    started = load_frozen(start, device) if start else None
+    if started:
+        autoencoder, text_encoder = started.autoencoder, started.text_encoder
     else:
         autoencoder = train_autoencoder.train(
             out, steps=autoencoder_steps, batch=32, seed=seed, device=device
@@ -124,17 +126,17 @@ def main(
         text_encoder = train_text.train(out, steps=text_steps, batch=256, seed=seed, device=device)
     if last <= 1:
         return
-    data = train_flow.Data.load(out, shards, seed, autoencoder, text_encoder)
-    run = train_flow.Run(out, base_steps, batch, seed, device, rate, sigma_mean)
+    data = train_flow.TrainingData.load(out, shards, seed, autoencoder, text_encoder)
+    run = train_flow.TrainingRun(out, base_steps, batch, seed, device, rate, sigma_mean)
     torch.manual_seed(seed)
-    fresh = (
-        train_flow.base_of(shipped.transformer)
-        if shipped
-        else train_flow.fresh_base(autoencoder, text_encoder)
+    base = (
+        train_flow.without_thinking(started.transformer)
+        if started
+        else train_flow.new_base(autoencoder, text_encoder)
     )
-    transformer = train_flow.train_base(fresh, data, autoencoder, run)
+    transformer = train_flow.train_base(base, data, autoencoder, run)
     if last == 3:
-        run = train_flow.Run(out, adapter_steps, batch, seed, device)
+        run = train_flow.TrainingRun(out, adapter_steps, batch, seed, device)
         transformer = train_flow.train_adapters(transformer, data, autoencoder, run, ThinkingSpec())
     model = assemble(autoencoder, text_encoder, transformer)
     path = out / ("shapes.safetensors" if last == 3 else "base.safetensors")

@@ -1,4 +1,4 @@
-"""Stage 1: the autoencoder, on scenes rendered as it goes."""
+"""Stage 1: trains the autoencoder on scenes rendered during training."""
 
 import itertools
 from pathlib import Path
@@ -8,31 +8,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from samples.shapes.captions import training_pairs
-from samples.shapes.fit import fit, seeded
-from samples.shapes.pictures import save_grid
+from samples.shapes.fit import fit, step_generator
+from samples.shapes.image_grid import save_grid
 from samples.shapes.render import render
 from samples.shapes.world import Scene
 from tpx_export.model.autoencoder import Autoencoder, AutoencoderSpec
 
-FRESH = 2**40  # seeds from here on are no training step's
+VALIDATION_SEED = 2**40  # training steps have smaller seeds
 KL_WEIGHT = 2e-4
 EDGE_WEIGHT = 0.5
-OBJECT_WEIGHT = 5.0  # objects cover a tenth of the picture; without it the ground is all that is learned
+OBJECT_WEIGHT = 5.0  # objects cover a tenth of the image; without this weight only the ground is learned
 
 
 def scenes(seed: int, count: int) -> list[Scene]:
     return [scene for _, scene in itertools.islice(training_pairs(seed), count)]
 
 
-def pictures(seed: int, count: int, spec: AutoencoderSpec, device: str) -> Tensor:
+def fresh_renders(seed: int, count: int, spec: AutoencoderSpec, device: str) -> Tensor:
     """Fresh renders in -1..1, [count, 3, H, W]."""
     return render(scenes(seed, count), spec.image_size_px, device, fast=True) * 2 - 1
 
 
 def loss(model: Autoencoder, image: Tensor, ground: Tensor, noise: Tensor) -> Tensor:
-    """L1 weighted towards objects, L1 of the picture's gradients, and a small KL."""
-    restored, kl = model.reconstruct(image, noise)
-    error = restored.float() - image
+    """L1 weighted towards objects, L1 of image gradients, and a small KL."""
+    reconstructed, kl = model.reconstruct(image, noise)
+    error = reconstructed.float() - image
     weight = 1 + OBJECT_WEIGHT * (image - ground).abs().amax(1, keepdim=True).clamp(max=1)
     across, down = error.diff(dim=-1), error.diff(dim=-2)
     edges = (across.abs() * weight[..., 1:]).mean() + (down.abs() * weight[..., 1:, :]).mean()
@@ -40,36 +40,38 @@ def loss(model: Autoencoder, image: Tensor, ground: Tensor, noise: Tensor) -> Te
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
-    """Decibels between pictures in -1..1."""
+    """PSNR in dB between images in -1..1."""
     return float(10 * torch.log10(4 / F.mse_loss(a, b)))
 
 
 def train(out: Path, *, steps: int, batch: int, seed: int, device: str, rate: float = 1.5e-3) -> Autoencoder:
-    """Returns the trained (EMA) autoencoder, its latents standardised."""
+    """Train the autoencoder, or resume its training in `out`; returns the EMA model with standardised latents."""
     spec = AutoencoderSpec()
     torch.manual_seed(seed)
     model = Autoencoder(spec).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     ground = render([()], spec.image_size_px, device) * 2 - 1
-    fresh = pictures(FRESH, 8, spec, device)
+    validation = fresh_renders(VALIDATION_SEED, 8, spec, device)
 
     def loss_at(step: int) -> Tensor:
-        image = pictures(seed * 1_000_003 + step, batch, spec, device).contiguous(
+        image = fresh_renders(seed * 1_000_003 + step, batch, spec, device).contiguous(
             memory_format=torch.channels_last
         )
         size = spec.latent_size
-        noise = torch.randn(batch, spec.latent_channels, size, size, generator=seeded(seed, step)).to(device)
+        noise = torch.randn(batch, spec.latent_channels, size, size, generator=step_generator(seed, step)).to(
+            device
+        )
         with torch.autocast(device, dtype=torch.bfloat16):
             return loss(model, image, ground, noise)
 
     @torch.no_grad()
     def show(ema: nn.Module, step: int) -> None:
         assert isinstance(ema, Autoencoder)
-        restored = ema.decode(ema.encode(fresh))
-        print(f"autoencoder: PSNR {psnr(restored, fresh):.2f} dB on fresh renders", flush=True)
-        save_grid(torch.cat([fresh, restored]), out / f"autoencoder-{step:06d}.png", columns=8)
+        reconstructed = ema.decode(ema.encode(validation))
+        print(f"autoencoder: PSNR {psnr(reconstructed, validation):.2f} dB on fresh renders", flush=True)
+        save_grid(torch.cat([validation, reconstructed]), out / f"autoencoder-{step:06d}.png", columns=8)
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
-    best = fit(
+    trained = fit(
         "autoencoder",
         model,
         [optimizer],
@@ -81,13 +83,13 @@ def train(out: Path, *, steps: int, batch: int, seed: int, device: str, rate: fl
         show=show,
         show_every=200,
     )
-    assert isinstance(best, Autoencoder)
-    return standardise(best, pictures(FRESH + 1, 256, spec, device))
+    assert isinstance(trained, Autoencoder)
+    return standardise(trained, fresh_renders(VALIDATION_SEED + 1, 256, spec, device))
 
 
 @torch.no_grad()
 def standardise(model: Autoencoder, image: Tensor) -> Autoencoder:
-    """The same autoencoder with scale and shift such that latents have mean 0 and deviation 1."""
+    """The autoencoder with a scale and shift that give latents mean 0 and standard deviation 1."""
     z = torch.cat([model.encoder(part)[0] for part in image.split(32)])
     spec = AutoencoderSpec(
         model.spec.image_size_px,
@@ -96,6 +98,6 @@ def standardise(model: Autoencoder, image: Tensor) -> Autoencoder:
         scale=1 / float(z.std()),
         shift=float(z.mean()),
     )
-    whole = Autoencoder(spec).to(z.device)
-    whole.load_state_dict(model.state_dict())
-    return whole.eval()
+    standardised = Autoencoder(spec).to(z.device)
+    standardised.load_state_dict(model.state_dict())
+    return standardised.eval()

@@ -1,10 +1,10 @@
-"""Trains the class-conditional sibling of the sample model: a DiT on shapes by class, then thinking adapters in it.
+"""Trains the class-conditional sample model: a DiT on shapes by class, then thinking adapters in it.
 
     python -m samples.shapes.train_classes --out runs/classes
 
-The autoencoder is the sample model's. DiT's own training (Peebles and Xie, 2212.09748): epsilon of a diffusion with linear
-betas, without the learned variance. The adapters think in self-attention, as in the paper's class-conditional half. Every
-stage saves its state in `--out` and is taken up from there; the result is `--out`/classes.safetensors.
+The autoencoder is the sample model's. The training is DiT's (Peebles and Xie, 2212.09748): epsilon prediction of a diffusion
+with linear betas, without the learned variance. The adapters are in the self-attention, as in the paper's class-conditional
+model. Every stage saves its state in `--out` and is resumed from it; the result is `--out`/classes.safetensors.
 """
 
 import random
@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from samples.shapes.classes import CLASSES, scene_of_class
-from samples.shapes.fit import fit, save_whole, seeded
-from samples.shapes.latents import encoded, fingerprint
-from samples.shapes.pictures import save_grid
-from samples.shapes.train import SHIPPED, trained
-from samples.shapes.train_flow import CAPTION_DROPOUT, Run, optimizers, with_thinking
+from samples.shapes.fit import atomic_save, fit, step_generator
+from samples.shapes.image_grid import save_grid
+from samples.shapes.latents import encode_scenes, fingerprint
+from samples.shapes.train import SHIPPED, load_frozen
+from samples.shapes.train_flow import CAPTION_DROPOUT, TrainingRun, optimizers, with_thinking
 from tpx_export import checkpoint
 from tpx_export.model.autoencoder import Autoencoder
 from tpx_export.model.class_to_image import ClassToImage, ClassToImageSpec
@@ -35,37 +35,39 @@ from tpx_runtime.manifest import Defaults
 from tpx_runtime.noise import batch_noise
 from tpx_runtime.sampling.diffusion import DIFFUSION_SAMPLERS
 
-EACH = 1024  # scenes of a class
-SHOWN = (0, 7, 9, 14, 18, 21, 27, 30)  # classes in the previews
+SCENES_PER_CLASS = 1024
+PREVIEW_CLASSES = (0, 7, 9, 14, 18, 21, 27, 30)
 
 
 def latents_of_classes(folder: Path, autoencoder: Autoencoder) -> tuple[Tensor, Tensor]:
-    """Latents float16 [classes * EACH, C, S, S] and their classes, rendered and encoded if not there yet."""
-    classes = torch.arange(len(CLASSES)).repeat_interleave(EACH)
-    path = folder / f"classes-{fingerprint(autoencoder)}-{EACH}.pt"
+    """Latents float16 [classes * SCENES_PER_CLASS, C, S, S] and their classes; rendered and encoded if not cached."""
+    classes = torch.arange(len(CLASSES)).repeat_interleave(SCENES_PER_CLASS)
+    path = folder / f"classes-{fingerprint(autoencoder)}-{SCENES_PER_CLASS}.pt"
     if not path.exists():
         rng = random.Random("classes")
-        save_whole(encoded([scene_of_class(rng, int(one)) for one in classes], autoencoder), path)
+        atomic_save(
+            encode_scenes([scene_of_class(rng, int(class_id)) for class_id in classes], autoencoder), path
+        )
     return torch.load(path, weights_only=True), classes
 
 
-def loss_of(
-    model: DiT, data: tuple[Tensor, Tensor], run: Run, depths: tuple[int, ...]
+def diffusion_loss(
+    model: DiT, data: tuple[Tensor, Tensor], run: TrainingRun, depths: tuple[int, ...]
 ) -> Callable[[int], Tensor]:
-    """The loss of a step; depth is drawn from `depths`."""
+    """A function step -> loss; the depth of a step is drawn from `depths`."""
     compiled = cast(DiT, torch.compile(model, dynamic=False))
     objective = DiffusionLoss(learned_sigma=False)
     latents, classes = data
 
     def loss_at(step: int) -> Tensor:
-        torch.manual_seed(run.seed * 1_000_003 + step)  # of the Gumbel noise
-        stream = seeded(run.seed, step)
+        torch.manual_seed(run.seed * 1_000_003 + step)  # for the Gumbel noise
+        stream = step_generator(run.seed, step)
         rows = torch.randint(len(latents), (run.batch,), generator=stream)
         dropped = torch.rand(run.batch, generator=stream) < CAPTION_DROPOUT
-        told = torch.where(dropped, len(CLASSES), classes[rows]).to(run.device)
+        labels = torch.where(dropped, len(CLASSES), classes[rows]).to(run.device)
         depth = random.Random(run.seed * 7 + step).choice(depths)
         with torch.autocast(run.device, dtype=torch.bfloat16):
-            return objective(compiled, latents[rows].float().to(run.device), (told,), depth, stream)
+            return objective(compiled, latents[rows].float().to(run.device), (labels,), depth, stream)
 
     return loss_at
 
@@ -74,16 +76,18 @@ def loss_of(
 def sample(
     model: DiT, autoencoder: Autoencoder, depth: int, guidance: float = 2.0, steps: int = 20
 ) -> Tensor:
-    """Pictures [B, 3, H, W] in -1..1 of the classes `SHOWN`, twice each, with the runtime's own sampler and noise."""
+    """Two images of each of PREVIEW_CLASSES, [B, 3, H, W] in -1..1, with the runtime's sampler and noise."""
     device = next(autoencoder.parameters()).device
-    classes = torch.tensor([*SHOWN, *SHOWN], device=device)
-    both = torch.cat([torch.full_like(classes, len(CLASSES)), classes])
+    classes = torch.tensor([*PREVIEW_CLASSES, *PREVIEW_CLASSES], device=device)
+    labels_2x = torch.cat([torch.full_like(classes, len(CLASSES)), classes])
 
     def epsilon(x, timestep):  # type: ignore[no-untyped-def]
-        twice = torch.from_numpy(x).to(device).repeat(2, 1, 1, 1)
-        predicted = model(twice, torch.full((len(twice),), timestep, device=device), both, depth)[0]
-        without, given = predicted.float().cpu().numpy().reshape(2, *x.shape)
-        return without + guidance * (given - without)
+        latents_2x = torch.from_numpy(x).to(device).repeat(2, 1, 1, 1)
+        predicted = model(
+            latents_2x, torch.full((len(latents_2x),), timestep, device=device), labels_2x, depth
+        )[0]
+        unconditional, conditional = predicted.float().cpu().numpy().reshape(2, *x.shape)
+        return unconditional + guidance * (conditional - unconditional)
 
     sampler = DIFFUSION_SAMPLERS["ddim"]
     noise = batch_noise(
@@ -98,20 +102,20 @@ def train(
     model: DiT,
     data: tuple[Tensor, Tensor],
     autoencoder: Autoencoder,
-    run: Run,
+    run: TrainingRun,
     depths: tuple[int, ...],
 ) -> DiT:
-    """Returns the trained (EMA) model in evaluation mode."""
+    """Train `model`, or resume its training; returns the EMA model in evaluation mode."""
 
     def show(ema: nn.Module, step: int) -> None:
         assert isinstance(ema, DiT)
         save_grid(sample(ema.eval(), autoencoder, max(depths)), run.out / f"{name}-{step:06d}.png", columns=8)
 
-    best = fit(
+    trained = fit(
         name,
         model,
         optimizers(model, run.rate),
-        loss_of(model, data, run, depths),
+        diffusion_loss(model, data, run, depths),
         steps=run.steps,
         state=run.out / f"{name}.state.pt",
         settings=run.settings(data[0], depths),
@@ -119,8 +123,8 @@ def train(
         show=show,
         show_every=200,
     )
-    assert isinstance(best, DiT)
-    return best.eval()
+    assert isinstance(trained, DiT)
+    return trained.eval()
 
 
 @click.command(cls=TpxCommand)
@@ -129,7 +133,7 @@ def train(
     type=click.Path(path_type=Path),
     default=SHIPPED,
     show_default=True,
-    help="Whose autoencoder to take.",
+    help="Checkpoint whose autoencoder is used.",
 )
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/classes"), show_default=True)
 @click.option("--steps", type=click.IntRange(1), default=3000, show_default=True)
@@ -138,10 +142,10 @@ def train(
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
 def main(ckpt: Path, out: Path, steps: int, adapter_steps: int, batch: int, seed: int, device: str) -> None:
-    """Train, or take up training of, the class-conditional sample model."""
+    """Train the class-conditional sample model, or resume its training."""
     make_folder(out)
-    autoencoder = trained(ckpt, device).autoencoder
-    data, run = latents_of_classes(out, autoencoder), Run(out, steps, batch, seed, device)
+    autoencoder = load_frozen(ckpt, device).autoencoder
+    data, run = latents_of_classes(out, autoencoder), TrainingRun(out, steps, batch, seed, device)
     spec = DiTSpec(
         latent_channels=autoencoder.spec.latent_channels,
         latent_size=autoencoder.spec.latent_size,

@@ -1,7 +1,7 @@
-"""The shapes world: what can stand on the ground, where, and which relations then hold.
+"""The shapes world: the objects, where they can stand, and which relations hold between them.
 
 Axes: x to the right, y up, z towards the camera; the ground is y = 0. Lengths are in world units, about one
-object wide. All that a caption, the judge or the held-out list says about a scene is decided by `holds` here.
+object wide. Captions, the judge and the held-out list all use `holds` to decide whether a relation holds.
 """
 
 import math
@@ -31,11 +31,11 @@ INVERSE = {
 }
 MAX_OBJECTS = 4
 
-# Half the height of each shape, in units of its size; the other proportions live in render.py.
+# Half the height of each shape, in units of its size; the other proportions are in render.py.
 HALF_HEIGHT = {"cube": 0.8, "sphere": 1.0, "cylinder": 0.9, "cone": 1.0}
-SUPPORTS = ("cube", "sphere", "cylinder")  # nothing balances on the tip of a cone
+SUPPORTS = ("cube", "sphere", "cylinder")  # nothing stands on a cone
 
-# (colour, shape, relation): no training scene has such an object standing in that relation to any other.
+# (colour, shape, relation): in no training scene does such an object stand in that relation to another one.
 HELD_OUT = frozenset(
     {
         ("red", "cylinder", "on"),
@@ -56,12 +56,12 @@ HELD_OUT = frozenset(
 CAMERA = (0.0, 3.4, 6.4)
 LOOK_AT = (0.0, 0.62, 0.0)
 TAN_HALF_FOV = 0.305
-_NEAREST = 0.35  # an offset smaller than this is "beside each other", not a relation
+_MIN_OFFSET = 0.35  # objects that are closer along an axis have no relation along it
 
 
 @dataclass(frozen=True)
-class Thing:
-    """One object: its shape, its colour, centre (x, y, z), size (about half its width) and yaw in radians."""
+class SceneObject:
+    """One object: shape, colour, centre (x, y, z), size (about half its width) and yaw in radians."""
 
     shape: str
     colour: str
@@ -80,30 +80,30 @@ class Thing:
         return self.y + HALF_HEIGHT[self.shape] * self.size
 
 
-Scene = tuple[Thing, ...]
+Scene = tuple[SceneObject, ...]
 
 
-def holds(relation: str, a: Thing, b: Thing) -> bool:
+def holds(relation: str, a: SceneObject, b: SceneObject) -> bool:
     """Whether `a` stands in `relation` to `b`, e.g. holds("on", cube, sphere)."""
     match relation:
         case "on":
             near = math.hypot(a.x - b.x, a.z - b.z) < 0.9 * (a.size + b.size) / 2
             return near and a.y > b.y and abs(a.bottom - b.top) < 0.25
         case "left of":
-            return b.x - a.x > _NEAREST and not _stacked(a, b)
+            return b.x - a.x > _MIN_OFFSET and not _stacked(a, b)
         case "in front of":
-            return a.z - b.z > _NEAREST and not _stacked(a, b)
+            return a.z - b.z > _MIN_OFFSET and not _stacked(a, b)
         case "under" | "right of" | "behind":
             return holds(INVERSE[relation], b, a)
-    raise ValueError(f"expected a relation of {RELATIONS}, got {relation!r}")
+    raise ValueError(f"expected a relation of {RELATIONS}, found {relation!r}")
 
 
-def _stacked(a: Thing, b: Thing) -> bool:
+def _stacked(a: SceneObject, b: SceneObject) -> bool:
     return holds("on", a, b) or holds("on", b, a)
 
 
 def is_held_out(scene: Scene) -> bool:
-    """Whether any object of the scene stands in a relation that training must not see."""
+    """Whether the scene contains a combination that is held out of training."""
     return any(
         (a.colour, a.shape, relation) in HELD_OUT and holds(relation, a, b)
         for a in scene
@@ -114,7 +114,7 @@ def is_held_out(scene: Scene) -> bool:
 
 
 def project(x: float, y: float, z: float) -> tuple[float, float, float]:
-    """World point to (u, v, distance): u, v in -1..1 across the picture (v down), distance along the axis."""
+    """World point to (u, v, distance): u, v in -1..1 across the image (v down), distance along the view axis."""
     fy, fz = LOOK_AT[1] - CAMERA[1], LOOK_AT[2] - CAMERA[2]
     norm = math.hypot(fy, fz)
     fy, fz = fy / norm, fz / norm
@@ -124,8 +124,8 @@ def project(x: float, y: float, z: float) -> tuple[float, float, float]:
     return dx / (depth * TAN_HALF_FOV), -up / (depth * TAN_HALF_FOV), depth
 
 
-def _clear(a: Thing, b: Thing) -> bool:
-    """Apart on the ground, and neither hides much of the other in the picture."""
+def _separated(a: SceneObject, b: SceneObject) -> bool:
+    """Whether the objects are apart on the ground and neither hides much of the other in the image."""
     if math.hypot(a.x - b.x, a.z - b.z) < 1.12 * (a.size + b.size):
         return False
     au, av, ad = project(a.x, a.y, a.z)
@@ -134,14 +134,14 @@ def _clear(a: Thing, b: Thing) -> bool:
     return math.hypot(au - bu, av - bv) > 0.68 * radii
 
 
-def _inside(thing: Thing) -> bool:
-    u, v, depth = project(thing.x, thing.y, thing.z)
-    return max(abs(u), abs(v)) + thing.size / (depth * TAN_HALF_FOV) < 0.97
+def _in_view(obj: SceneObject) -> bool:
+    u, v, depth = project(obj.x, obj.y, obj.z)
+    return max(abs(u), abs(v)) + obj.size / (depth * TAN_HALF_FOV) < 0.97
 
 
-def _grounded(rng: random.Random, shape: str, colour: str, size: float) -> Thing:
+def _on_ground(rng: random.Random, shape: str, colour: str, size: float) -> SceneObject:
     x, z = rng.uniform(-1.6, 1.6), rng.uniform(-1.5, 1.3)
-    return Thing(shape, colour, x, HALF_HEIGHT[shape] * size, z, size, rng.uniform(-0.7, 0.7))
+    return SceneObject(shape, colour, x, HALF_HEIGHT[shape] * size, z, size, rng.uniform(-0.7, 0.7))
 
 
 def _size(rng: random.Random, count: int) -> float:
@@ -149,21 +149,21 @@ def _size(rng: random.Random, count: int) -> float:
 
 
 def scatter(rng: random.Random, kinds: Sequence[tuple[str, str]]) -> Scene:
-    """Objects of the given (shape, colour) on the ground, all in the picture and clearly visible."""
+    """A random scene with objects of the given (shape, colour) on the ground, all inside the image and clearly visible."""
     while True:
-        scene: list[Thing] = []
+        scene: list[SceneObject] = []
         for shape, colour in kinds:
             for _ in range(40):
-                thing = _grounded(rng, shape, colour, _size(rng, len(kinds)))
-                if _inside(thing) and all(_clear(thing, other) for other in scene):
-                    scene.append(thing)
+                obj = _on_ground(rng, shape, colour, _size(rng, len(kinds)))
+                if _in_view(obj) and all(_separated(obj, other) for other in scene):
+                    scene.append(obj)
                     break
         if len(scene) == len(kinds):
             return tuple(scene)
 
 
 def relate(rng: random.Random, relation: str, a: tuple[str, str], b: tuple[str, str]) -> Scene:
-    """Two objects, the first standing in `relation` to the second. A cone cannot carry anything."""
+    """A random scene of two objects, the first in `relation` to the second. Raises ValueError for an object on a cone."""
     if relation in ("under", "right of", "behind"):
         second, first = relate(rng, INVERSE[relation], b, a)
         return first, second
@@ -180,12 +180,12 @@ def relate(rng: random.Random, relation: str, a: tuple[str, str], b: tuple[str, 
 
 def _stack(rng: random.Random, a: tuple[str, str], b: tuple[str, str]) -> Scene:
     if b[0] not in SUPPORTS:
-        raise ValueError(f"expected a support of {SUPPORTS} under {a[0]!r}, got {b[0]!r}")
+        raise ValueError(f"expected a support of {SUPPORTS} under {a[0]!r}, found {b[0]!r}")
     while True:
-        below = _grounded(rng, *b, size=rng.uniform(0.52, 0.62))
+        below = _on_ground(rng, *b, size=rng.uniform(0.52, 0.62))
         shape, colour = a
         size = rng.uniform(0.46, 0.56)
         y = below.top + HALF_HEIGHT[shape] * size
-        above = Thing(shape, colour, below.x, y, below.z, size, rng.uniform(-0.7, 0.7))
-        if _inside(below) and _inside(above):
+        above = SceneObject(shape, colour, below.x, y, below.z, size, rng.uniform(-0.7, 0.7))
+        if _in_view(below) and _in_view(above):
             return above, below

@@ -542,7 +542,7 @@ def test_why_there_is_no_score_is_said(
     assert "the only classes with a judge are those of shape-classes" in why(others)
     any_text = cast(Generator, SimpleNamespace(text=SimpleNamespace(tokenizers=[words.text, object()])))
     assert "its judge knows the shapes world alone" in why(any_text)
-    monkeypatch.setitem(sys.modules, "samples.shapes.questions", None)
+    monkeypatch.setitem(sys.modules, "samples.shapes.prompt_list", None)
     assert "in the folder samples of a checkout" in why(words)
 
 

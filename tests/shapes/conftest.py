@@ -1,4 +1,4 @@
-"""One thread for torch: on a busy machine, threads that wait for each other take minutes for small work."""
+"""Limits torch to one thread: on a busy machine, synchronising threads makes small operations take minutes."""
 
 from collections.abc import Iterator
 

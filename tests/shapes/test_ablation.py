@@ -1,4 +1,4 @@
-"""The ablation: rows that are comparable, what a run does, and the arithmetic of its table."""
+"""The ablation: comparable rows, runs, and the arithmetic of its tables. Also sweep and deepen."""
 
 import json
 from dataclasses import replace
@@ -12,7 +12,7 @@ import torch
 from click.testing import CliRunner
 
 from samples.shapes import ablation, evaluate, sweep
-from samples.shapes.ablation import BASE, LORA, MAIN, ROWS, THINKING, WHOLE_RANK, Work
+from samples.shapes.ablation import BASE, LORA, MAIN_ROWS, ROWS, THINKING, TOTAL_RANK, Experiment
 from samples.shapes.deepen import deepened
 from samples.shapes.train_flow import with_thinking
 from tpx_export.model import MMDiT, MMDiTSpec, TextToImage, ThinkingSpec
@@ -22,14 +22,14 @@ from tpx_runtime.manifest import Defaults
 KINDS = ["counting", "colours"]
 
 
-def test_rows_differ_in_one_thing_and_train_equal_experts() -> None:
+def test_rows_differ_in_one_object_and_train_equal_experts() -> None:
     specs = {name: spec for name, spec in ROWS.items() if spec}
     whole = {name: spec.experts * spec.rank for name, spec in specs.items()}
-    assert {name for name, rank in whole.items() if rank != WHOLE_RANK} == {
+    assert {name for name, rank in whole.items() if rank != TOTAL_RANK} == {
         "M=2, T=2, rank 128 each",
         "M=4, T=3, rank 128 each",
     }
-    assert ROWS[BASE] is None and set(MAIN) == {LORA, THINKING, ablation.RECURSIVE}
+    assert ROWS[BASE] is None and set(MAIN_ROWS) == {LORA, THINKING, ablation.RECURSIVE}
     lora = specs[LORA]
     assert (lora.experts, lora.max_depth, lora.modulation) == (1, 1, False)
     assert {(s.experts, s.max_depth) for s in specs.values()} >= {(m, t) for m in (2, 4) for t in (1, 2, 3)}
@@ -59,7 +59,7 @@ def finished(
     lost: tuple[float, ...] = (0.1,),
     related: tuple[bool, ...] = (False, False, False),
 ) -> dict[str, Any]:
-    """A run's folder as `run` leaves it: two prompts of each of two kinds, three with a relation, and losses of scenes."""
+    """Write the folder of a finished run: two prompts of each of two kinds, three with a relation, and losses of scenes."""
     folder = out / f"{len(list(out.iterdir()))}"
     (folder / "eval").mkdir(parents=True)
     np.save(folder / ablation.LOSSES, np.array(lost))
@@ -68,7 +68,7 @@ def finished(
     ]
     prompts += [
         {"row": kind, "prompt": "related", "right": [verdict] * 2}
-        for kind, verdict in zip(ablation.RELATED, related, strict=True)
+        for kind, verdict in zip(ablation.RELATION_ROWS, related, strict=True)
     ]
     score = sum(sum(one) / len(one) for one in right) / len(right)
     rows = {"overall": {"score": score}}
@@ -88,11 +88,11 @@ def test_the_table_pairs_each_row_with_lora_of_the_same_seeds(tmp_path: Path) ->
         finished(tmp_path, THINKING, 0, [yes, half, yes, yes], (0.05, 0.15), (True, False, True)),
         finished(tmp_path, THINKING, 1, [yes, yes, yes, yes], (0.15, 0.25)),
     ]
-    head, _, *lines = ablation.table(tmp_path, results).splitlines()
+    head, _, *lines = ablation.row_table(tmp_path, results).splitlines()
     cells = {row[1]: dict(zip(_cells(head), row, strict=True)) for row in map(_cells, lines)}
     score, relation, loss = (measure.name for measure in ablation.MEASURES)
     assert cells[BASE][score].startswith("50.0 (")
-    # Against seed 0 of LoRA alone; of the columns of that name the last, the loss.
+    # Compared only with seed 0 of LoRA. The dict keeps the last column of that name, the loss.
     assert cells[BASE]["minus LoRA"].startswith("+150.00 (")
     assert (cells[LORA]["seeds"], cells[LORA]["by seed, %"]) == ("2", "62.5, 75.0")
     assert cells[LORA][score].startswith("68.8 (") and cells[LORA]["minus LoRA"] == ""
@@ -105,7 +105,7 @@ def test_the_table_pairs_each_row_with_lora_of_the_same_seeds(tmp_path: Path) ->
     assert "| 33.3 (0.0 to 50.0) | +16.7 (" in lines[2]
 
 
-def test_what_is_pooled_is_the_mean_over_rows_and_the_seeds_that_all_have(tmp_path: Path) -> None:
+def test_pooled_differences_are_means_over_rows_and_common_seeds(tmp_path: Path) -> None:
     yes, no = [[True] * 2] * 4, [[False] * 2] * 4
     results = []
     for row, seed in (*((row, 0) for row in ROWS), (LORA, 1), (THINKING, 1), (ablation.RECURSIVE, 1)):
@@ -114,11 +114,11 @@ def test_what_is_pooled_is_the_mean_over_rows_and_the_seeds_that_all_have(tmp_pa
         results.append(finished(tmp_path, row, seed, yes if recurs else no, scene, (recurs, False, False)))
 
     def found(some: list[dict[str, Any]]) -> dict[str, list[str]]:
-        lines = map(_cells, ablation.pooled(tmp_path, some).splitlines()[2:])
+        lines = map(_cells, ablation.pooled_table(tmp_path, some).splitlines()[2:])
         return {name: [cell.split(" ")[0] for cell in cells] for _, name, *cells, _ in lines}
 
     rows = found(results)
-    assert list(rows) == list(ablation.POOLED) and len(rows) == 9
+    assert list(rows) == list(ablation.POOLED_COMPARISONS) and len(rows) == 9
     assert rows["T=3 minus T=1, all M"] == ["1", "+66.7", "+22.2", "-66.67"]
     assert rows["M=4 minus M=2, all T"] == ["1", "-33.3", "-11.1", "+33.33"]
     assert rows["M=4, T=3 minus M=1, T=3"] == ["2", "-50.0", "-16.7", "+50.00"]
@@ -130,26 +130,26 @@ def test_what_is_pooled_is_the_mean_over_rows_and_the_seeds_that_all_have(tmp_pa
 
 def test_differences_by_seed_are_those_of_each_seed_with_an_interval_over_seeds(tmp_path: Path) -> None:
     yes, half, no = [True, True], [True, False], [False, False]
-    results = [finished(tmp_path, BASE, 0, [no] * 4)]  # one seed alone says nothing of seeds
+    results = [finished(tmp_path, BASE, 0, [no] * 4)]  # one seed gives no interval over seeds
     for seed, (right, lost) in enumerate((([no, no, yes, yes], 0.1), ([half, no, yes, yes], 0.2))):
         results.append(finished(tmp_path, LORA, seed, [no, no, no, no], (0.3, 0.3)))
         results.append(finished(tmp_path, THINKING, seed, right, (lost, lost), (seed == 0, False, False)))
     results.append(finished(tmp_path, THINKING, 2, [no] * 4, (0.1, 0.1)))  # LoRA lacks this seed
-    [line] = ablation.by_seed(tmp_path, results).splitlines()[2:]
+    [line] = ablation.seed_table(tmp_path, results).splitlines()[2:]
     _, name, seeds, overall, relations, loss, _ = _cells(line)
     assert (name, seeds) == ("M=4, T=3 minus LoRA", "0, 1")
     # Of two values the interval reaches 12.706 halves of their distance.
     assert overall == "+50.0, +62.5: +56.2 (-23.2 to +135.7)"
     assert relations.startswith("+33.3, +0.0: +16.7 (")
     assert loss.startswith("-200.00, -100.00: -150.00 (")
-    said = ablation.tables(tmp_path, results)
-    assert line in said and ablation.COVERED in said and "Parser wrong" in said
+    text = ablation.tables(tmp_path, results)
+    assert line in text and ablation.INTERVALS_NOTE in text and "Parser errors" in text
 
 
 def test_the_interval_over_three_seeds_is_students() -> None:
-    found = ablation.over_seeds([1.0, 2.0, 3.0])
+    found = ablation.mean_over_seeds([1.0, 2.0, 3.0])
     assert (found.mean, found.low, found.high) == pytest.approx((2.0, -0.484, 4.484), abs=1e-3)
-    many = ablation.over_seeds([0.0, 1.0] * 20)  # beyond the list of quantiles
+    many = ablation.mean_over_seeds([0.0, 1.0] * 20)  # beyond the list of quantiles
     assert many.high - many.mean == pytest.approx(2.262 * np.std([0, 1] * 20, ddof=1) / 40**0.5)
 
 
@@ -157,9 +157,9 @@ def _cells(line: str) -> list[str]:
     return [cell.strip() for cell in line.split("|")]
 
 
-def test_a_finished_run_is_not_done_again_nor_taken_for_one_of_other_settings(tmp_path: Path) -> None:
+def test_a_finished_run_is_skipped_and_refused_with_other_settings(tmp_path: Path) -> None:
     nothing: Any = None
-    work = Work(
+    experiment = Experiment(
         tmp_path, nothing, nothing, nothing, nothing, 6, 2, 0.1, 1, None, "x", "cpu", {"base steps": 9}
     )
     folder, settings = (
@@ -169,49 +169,51 @@ def test_a_finished_run_is_not_done_again_nor_taken_for_one_of_other_settings(tm
     folder.mkdir()
     facts = {"row": "LoRA", "settings": {**settings, "limit": None}}
     (folder / "result.json").write_text(json.dumps(facts))
-    assert ablation.run(work, LORA, 0) == facts
+    assert ablation.run(experiment, LORA, 0) == facts
     message = (
         r"expected the settings of the run in .*LoRA-0 \(steps 6, images 1\), found steps 7, images 2; use"
     )
     with pytest.raises(BadInput, match=message):
-        ablation.run(replace(work, steps=7, images=2), LORA, 0)
-    (folder / "result.json").write_text(json.dumps({"row": "LoRA"}))  # of a version that did not record them
+        ablation.run(replace(experiment, steps=7, images=2), LORA, 0)
+    (folder / "result.json").write_text(
+        json.dumps({"row": "LoRA"})
+    )  # from a version that did not record them
     with pytest.raises(BadInput, match=r"\(base steps None, steps None"):
-        ablation.run(work, LORA, 0)
+        ablation.run(experiment, LORA, 0)
 
 
-def test_the_page_gives_the_judges_errors_as_they_are_printed() -> None:
+def test_docs_quote_the_parser_errors_as_printed() -> None:
     page = (Path(__file__).parents[2] / "docs/replication.md").read_text(encoding="utf-8")
     words = " ".join(page.split())
-    for rows in (("overall", *ablation.RELATED), ("overall",), ("colours",)):
-        assert evaluate.parser_line(*rows) in words, rows
+    for rows in (("overall", *ablation.RELATION_ROWS), ("overall",), ("colours",)):
+        assert evaluate.parser_error_line(*rows) in words, rows
 
 
 def test_numbers_with_commas() -> None:
-    assert sweep.numbers("4,8") == (4, 8)
-    assert sweep.numbers(None) == (None,)
+    assert sweep.parse_counts("4,8") == (4, 8)
+    assert sweep.parse_counts(None) == (None,)
     for wrong in ("", "4,", "0", "a"):
         with pytest.raises(BadInput, match="expected whole numbers"):
-            sweep.numbers(wrong)
+            sweep.parse_counts(wrong)
 
 
 def test_a_cell_is_judged_once_with_its_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[dict[str, Any]] = []
     timed: list[dict[str, Any]] = []
 
-    def draw(folder: Path, generator: object, **told: Any) -> None:
-        asked.append(told)
-        if folder.exists() and told != asked[0]:  # as that of another bundle
+    def draw(folder: Path, generator: object, **settings_given: Any) -> None:
+        asked.append(settings_given)
+        if folder.exists() and settings_given != asked[0]:  # as for another bundle
             raise BadInput("expected the settings of the run")
         folder.mkdir(exist_ok=True)
         (folder / "report.json").write_text(json.dumps({"rows": {"overall": {"score": 0.5}}}))
 
     monkeypatch.setattr(evaluate, "run", draw)
-    generator: Any = lambda *prompt, **told: timed.append(told)  # noqa: E731
+    generator: Any = lambda *prompt, **settings_given: timed.append(settings_given)  # noqa: E731
     settings = {"sampler": "euler", "depth": 2, "steps": 4, "guidance_interval": (0.2, 0.7)}
     first = sweep.cell(generator, tmp_path, settings, images=1, limit=3)
     assert sweep.cell(generator, tmp_path, settings, images=1, limit=3) == first
-    assert asked == [{**settings, "images": 1, "limit": 3}] * 2  # where the second finds all of it drawn
+    assert asked == [{**settings, "images": 1, "limit": 3}] * 2  # the second finds all images generated
     assert len(timed) == 3
     with pytest.raises(BadInput, match="expected the settings of the run"):
         sweep.cell(generator, tmp_path, settings, images=2, limit=3)
@@ -235,8 +237,8 @@ def test_a_sweep_has_a_cell_for_every_combination(tmp_path: Path, monkeypatch: p
     result = CliRunner().invoke(sweep.main, flags)
     assert (result.exit_code, result.stdout) == (0, "the table\n")
     same = {"sampler": "unipc", "depth": 3, "guidance": 3.0, "guidance_interval": (0.0, 1.0)}
-    told = [(4, 1), (4, 3), (8, 1), (8, 3)]
-    assert asked == [{**same, "steps": steps, "guidance_every": every} for steps, every in told]
+    settings_given = [(4, 1), (4, 3), (8, 1), (8, 3)]
+    assert asked == [{**same, "steps": steps, "guidance_every": every} for steps, every in settings_given]
 
 
 def test_the_sweeps_table_names_the_best_and_pairs_the_others(tmp_path: Path) -> None:
@@ -253,10 +255,10 @@ def test_the_sweeps_table_names_the_best_and_pairs_the_others(tmp_path: Path) ->
     lines = sweep.table(tmp_path, cells, ["steps"]).splitlines()
     assert lines[2].startswith("| 4 | 75.0 |") and "| -25.0 |" in lines[2]
     assert lines[3].startswith("| 8 | 100.0 |") and "| +0.0 |" in lines[3]
-    assert lines[4:] == ["", evaluate.parser_line("overall")]
+    assert lines[4:] == ["", evaluate.parser_error_line("overall")]
 
 
-def test_a_deepened_model_answers_as_before_and_goes_on_with_its_last_step(tiny_model: TextToImage) -> None:
+def test_a_deepened_model_keeps_its_outputs_and_repeats_its_last_step(tiny_model: TextToImage) -> None:
     deep = deepened(tiny_model, 5)
     torch.manual_seed(0)
     inputs = torch.randn(2, 4, 8, 8), torch.tensor([900.0, 100.0]), torch.randn(2, 12, 32), torch.randn(2, 32)

@@ -1,4 +1,4 @@
-"""What a user of the commands in samples/shapes gets wrong is one line, before any work."""
+"""Wrong input to the commands in samples/shapes gives a one-line error before any work."""
 
 import importlib
 import json
@@ -25,7 +25,7 @@ REPORT = {
 
 @pytest.fixture
 def files(tmp_path: Path) -> Path:
-    """A curve, a sweep and a run of ShapesEval without its pictures, each in order."""
+    """A valid loss log, a valid sweep, and a valid run of ShapesEval without its images."""
     (tmp_path / "a.csv").write_text("50,0.3\n")
     (tmp_path / "sweep.json").write_text(json.dumps({"cells": [CELL]}))
     (tmp_path / "run").mkdir()
@@ -43,7 +43,7 @@ def files(tmp_path: Path) -> Path:
         ("curves a.csv --out folder.png", "expected folder.png to be a file, found a folder"),
         ("sweep sweep.json --against steps --out none/x.png", "expected a folder none"),
         ("pictures run --kind counting --out none/x.png", "expected a folder none"),
-        ("pictures run --kind counting --out x.png", "expected the pictures of run beside its report"),
+        ("pictures run --kind counting --out x.png", "expected the images of run beside its report"),
         ("pictures run --first 0 --out x.png", "Invalid value for '--first'"),
     ],
 )
@@ -56,7 +56,7 @@ def test_plots(files: Path, monkeypatch: pytest.MonkeyPatch, command: str, line:
     assert sorted(files.rglob("*")) == before
 
 
-def test_a_picture_that_is_none(files: Path) -> None:
+def test_an_unreadable_image(files: Path) -> None:
     (files / "run/0000.png").write_text("mine")
     arguments = ["pictures", str(files / "run"), "--kind", "counting", "--out", str(files / "x.png")]
     result = CliRunner().invoke(plot.main, arguments)
@@ -65,10 +65,10 @@ def test_a_picture_that_is_none(files: Path) -> None:
 
 @pytest.mark.parametrize("lacking", ["sampler", "steps", "seconds an image", "rows", None])
 def test_a_sweep_without_what_is_plotted(files: Path, lacking: str | None) -> None:
-    assert read_sweep(files / "sweep.json", "steps")[0].at == 4
+    assert read_sweep(files / "sweep.json", "steps")[0].x == 4
     cells = [{key: value for key, value in CELL.items() if key != lacking}] if lacking else []
     (files / "sweep.json").write_text(json.dumps({"cells": cells}))
-    with pytest.raises(BadInput, match="with cells that tell their steps, found none"):
+    with pytest.raises(BadInput, match="with cells that have steps, found none"):
         read_sweep(files / "sweep.json", "steps")
 
 

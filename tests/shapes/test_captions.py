@@ -1,4 +1,4 @@
-"""Captions say what their prompts mean, and `satisfies` tells a right scene from a nearly right one."""
+"""Captions express their prompts, and `satisfies` distinguishes right scenes from nearly right ones."""
 
 import hashlib
 import itertools
@@ -22,7 +22,7 @@ from samples.shapes.captions import (
     training_pairs,
     vocabulary,
 )
-from samples.shapes.world import COLOURS, INVERSE, MAX_OBJECTS, SHAPES, Scene, Thing
+from samples.shapes.world import COLOURS, INVERSE, MAX_OBJECTS, SHAPES, Scene, SceneObject
 from tpx_export.model.text_encoder import TextEncoderSpec
 from tpx_runtime.tokenizer import BOS, EOS, PAD, UNK, WordTokenizer
 
@@ -57,8 +57,8 @@ PLACE = re.compile(" (" + "|".join(sorted(PLACES, key=len, reverse=True)) + ") "
 RED_CUBE, BLUE_CUBE, RED_BALL = Group("cube", "red"), Group("cube", "blue"), Group("sphere", "red")
 
 
-def understood(phrase: str) -> Group:
-    """The group that a phrase such as "two violet boxes" names; its grammar is checked on the way."""
+def parse_phrase(phrase: str) -> Group:
+    """The group that a phrase such as "two violet boxes" names; also checks its grammar."""
     number, *adjectives, noun = phrase.split(" ")
     count = COUNTS[number]
     [shape] = [shape for shape, nouns in NOUNS.items() if noun in nouns]
@@ -73,16 +73,16 @@ def understood(phrase: str) -> Group:
     return Group(shape, colour, count)
 
 
-def read(text: str) -> tuple[tuple[Group, ...], str | None]:
-    """Groups and relation of a caption, by a grammar written down anew."""
+def parse_caption(text: str) -> tuple[tuple[Group, ...], str | None]:
+    """Groups and relation of a caption, by an independent grammar."""
     if opening := OPENING.match(text):
         text = text[opening.end() :]
     if place := PLACE.search(text):
-        return (understood(text[: place.start()]), understood(text[place.end() :])), PLACES[place[1]]
-    return tuple(map(understood, re.split(", | and ", text))), None
+        return (parse_phrase(text[: place.start()]), parse_phrase(text[place.end() :])), PLACES[place[1]]
+    return tuple(map(parse_phrase, re.split(", | and ", text))), None
 
 
-def prompts(count: int, kind: str | None = None) -> Iterator[Prompt]:
+def random_prompts(count: int, kind: str | None = None) -> Iterator[Prompt]:
     rng = random.Random(f"{kind} {count}")
     for _ in range(count):
         yield prompt_of(rng, kind or rng.choice(tuple(TRAINING_MIX)))
@@ -110,20 +110,20 @@ def test_plain_english(groups: list[Group], relation: str | None, text: str) -> 
 
 def test_captions_mean_their_prompts() -> None:
     rng = random.Random(4)
-    for prompt in prompts(3000):
+    for prompt in random_prompts(3000):
         for text in (caption(prompt), caption(prompt, rng)):
-            assert read(text) == (prompt.groups, prompt.relation), text
+            assert parse_caption(text) == (prompt.groups, prompt.relation), text
             if text.startswith("there"):
                 assert text.startswith("there is " if prompt.groups[0].count == 1 else "there are "), text
 
 
 def test_every_wording_is_used() -> None:
     rng = random.Random(5)
-    texts = [caption(prompt, rng) for prompt in prompts(6000)]
+    texts = [caption(prompt, rng) for prompt in random_prompts(6000)]
     assert {place[1] for text in texts if (place := PLACE.search(text))} == set(PLACES)
     words = {word for text in texts for word in re.findall(r"[,.]|[^\s,.]+", text)}
     assert words >= set(itertools.chain(*NOUNS.values(), COUNTS, OTHER_COLOURS, COLOURS))
-    assert set(vocabulary()) - words == {".", "next", "scene", "with"}  # for people, who write what they like
+    assert set(vocabulary()) - words == {".", "next", "scene", "with"}  # words that users may type
 
 
 def test_the_text_encoder_can_read_every_caption() -> None:
@@ -132,14 +132,14 @@ def test_the_text_encoder_can_read_every_caption() -> None:
     spec = TextEncoderSpec((PAD, BOS, EOS, UNK, *words))
     tokenizer = WordTokenizer(list(spec.vocabulary), spec.tokens)
     rng = random.Random(6)
-    for prompt in prompts(3000):
+    for prompt in random_prompts(3000):
         assert not tokenizer.encode(caption(prompt, rng)).unknown
 
 
 def test_a_seed_fixes_the_wording() -> None:
-    for prompt in prompts(50):
+    for prompt in random_prompts(50):
         assert caption(prompt, random.Random(1)) == caption(prompt, random.Random(1))
-    [prompt] = prompts(1)
+    [prompt] = random_prompts(1)
     assert len({caption(prompt, random.Random(seed)) for seed in range(50)}) > 5
 
 
@@ -158,34 +158,34 @@ SHAPE_OF_KIND = {  # the number of groups; of objects; whether colours are named
 @pytest.mark.parametrize("kind", SHAPE_OF_KIND)
 def test_kinds_of_prompts(kind: str) -> None:
     groups, counts, coloured, related = SHAPE_OF_KIND[kind]
-    asked = list(prompts(300, kind))
-    for prompt in asked:
+    prompts = list(random_prompts(300, kind))
+    for prompt in prompts:
         assert prompt.kind == kind
         assert len(prompt.groups) == groups == len({group.shape for group in prompt.groups})
         assert (prompt.relation is not None) == related
-    assert {sum(group.count for group in prompt.groups) for prompt in asked} == counts
-    assert {group.colour is not None for prompt in asked for group in prompt.groups} == coloured
-    assert {group.shape for prompt in asked for group in prompt.groups} == set(SHAPES)
+    assert {sum(group.count for group in prompt.groups) for prompt in prompts} == counts
+    assert {group.colour is not None for prompt in prompts for group in prompt.groups} == coloured
+    assert {group.shape for prompt in prompts for group in prompt.groups} == set(SHAPES)
     if True in coloured:
-        assert {g.colour for prompt in asked for g in prompt.groups} - {None} == set(COLOURS)
+        assert {g.colour for prompt in prompts for g in prompt.groups} - {None} == set(COLOURS)
 
 
-def test_a_list_names_two_to_four_coloured_things() -> None:
-    asked = list(prompts(300, "list"))
-    assert {len(prompt.groups) for prompt in asked} == {2, 3, 4}
-    assert all(group.count == 1 and group.colour for prompt in asked for group in prompt.groups)
+def test_a_list_names_two_to_four_coloured_objects() -> None:
+    prompts = list(random_prompts(300, "list"))
+    assert {len(prompt.groups) for prompt in prompts} == {2, 3, 4}
+    assert all(group.count == 1 and group.colour for prompt in prompts for group in prompt.groups)
 
 
 def test_geneval_has_six_kinds() -> None:
     assert len(KINDS) == 6
     assert set(KINDS) < set(TRAINING_MIX) == {*SHAPE_OF_KIND, "list"}
-    with pytest.raises(ValueError, match=r"expected a kind of .*, got 'texture'"):
+    with pytest.raises(ValueError, match=r"expected a kind of .*, found 'texture'"):
         prompt_of(random.Random(0), "texture")
 
 
 def test_a_scene_satisfies_its_prompt() -> None:
     rng = random.Random(7)
-    for prompt in prompts(1500):
+    for prompt in random_prompts(1500):
         scene = scene_for(rng, prompt)
         assert satisfies(scene, prompt), prompt
         assert satisfies(scene[::-1], prompt), prompt
@@ -195,25 +195,25 @@ def other(options: tuple[str, ...], than: str) -> str:
     return options[(options.index(than) + 1) % len(options)]
 
 
-def test_a_scene_with_one_thing_changed_does_not() -> None:
+def test_a_scene_with_one_object_changed_does_not() -> None:
     rng = random.Random(8)
-    for prompt in prompts(1500):
+    for prompt in random_prompts(1500):
         scene = scene_for(rng, prompt)
         i = rng.randrange(len(scene))
-        before, thing, after = scene[:i], scene[i], scene[i + 1 :]
+        before, obj, after = scene[:i], scene[i], scene[i + 1 :]
         assert not satisfies(before + after, prompt), prompt
-        assert not satisfies((*scene, replace(thing, x=thing.x + 3)), prompt), prompt
-        reshaped = replace(thing, shape=other(SHAPES, thing.shape))
+        assert not satisfies((*scene, replace(obj, x=obj.x + 3)), prompt), prompt
+        reshaped = replace(obj, shape=other(SHAPES, obj.shape))
         assert not satisfies((*before, reshaped, *after), prompt), prompt
-        recoloured = replace(thing, colour=other(tuple(COLOURS), thing.colour))
+        recoloured = replace(obj, colour=other(tuple(COLOURS), obj.colour))
         named = any(group.colour for group in prompt.groups)
         assert satisfies((*before, recoloured, *after), prompt) == (not named), prompt
 
 
 @pytest.mark.parametrize("kind", ["position", "attribution + position"])
-def test_a_scene_with_its_things_exchanged_does_not(kind: str) -> None:
+def test_a_scene_with_its_objects_exchanged_does_not(kind: str) -> None:
     rng = random.Random(9)
-    for prompt in prompts(300, kind):
+    for prompt in random_prompts(300, kind):
         a, b = scene_for(rng, prompt)
         first, second = prompt.groups
         swapped = replace(b, shape=a.shape, colour=a.colour), replace(a, shape=b.shape, colour=b.colour)
@@ -225,22 +225,22 @@ def test_a_scene_with_its_things_exchanged_does_not(kind: str) -> None:
         assert not satisfies((far, b), prompt), prompt
 
 
-def place(*kinds: tuple[str, str]) -> Scene:
-    """Things in a row from left to right."""
-    return tuple(Thing(shape, colour, i - 1.5, 0.4, 0, 0.45) for i, (colour, shape) in enumerate(kinds))
+def row_of(*kinds: tuple[str, str]) -> Scene:
+    """Objects in a row from left to right."""
+    return tuple(SceneObject(shape, colour, i - 1.5, 0.4, 0, 0.45) for i, (colour, shape) in enumerate(kinds))
 
 
 def test_exact_numbers_and_colours() -> None:
     two_reds = Prompt("counting", (Group("cube", "red", 2),))
-    assert satisfies(place(("red", "cube"), ("red", "cube")), two_reds)
-    assert not satisfies(place(("red", "cube")), two_reds)
-    assert not satisfies(place(*[("red", "cube")] * 3), two_reds)
-    assert not satisfies(place(("red", "cube"), ("blue", "cube")), two_reds)
+    assert satisfies(row_of(("red", "cube"), ("red", "cube")), two_reds)
+    assert not satisfies(row_of(("red", "cube")), two_reds)
+    assert not satisfies(row_of(*[("red", "cube")] * 3), two_reds)
+    assert not satisfies(row_of(("red", "cube"), ("blue", "cube")), two_reds)
     both = Prompt("list", (RED_CUBE, BLUE_CUBE))
-    assert satisfies(place(("blue", "cube"), ("red", "cube")), both)
-    assert not satisfies(place(("red", "cube"), ("red", "cube")), both)
+    assert satisfies(row_of(("blue", "cube"), ("red", "cube")), both)
+    assert not satisfies(row_of(("red", "cube"), ("red", "cube")), both)
     crossed = Prompt("colour attribution", (RED_CUBE, Group("sphere", "blue")))
-    assert not satisfies(place(("blue", "cube"), ("red", "sphere")), crossed)
+    assert not satisfies(row_of(("blue", "cube"), ("red", "sphere")), crossed)
     assert not satisfies((), two_reds)
 
 
@@ -248,20 +248,20 @@ def test_exact_numbers_and_colours() -> None:
 def test_an_open_colour_leaves_the_named_one_to_its_group(order: tuple[int, int]) -> None:
     groups = Group("cube"), RED_CUBE
     prompt = Prompt("any", (groups[order[0]], groups[order[1]]))
-    assert satisfies(place(("red", "cube"), ("blue", "cube")), prompt)
-    assert satisfies(place(("blue", "cube"), ("red", "cube")), prompt)
-    assert not satisfies(place(("blue", "cube"), ("blue", "cube")), prompt)
+    assert satisfies(row_of(("red", "cube"), ("blue", "cube")), prompt)
+    assert satisfies(row_of(("blue", "cube"), ("red", "cube")), prompt)
+    assert not satisfies(row_of(("blue", "cube"), ("blue", "cube")), prompt)
 
 
-def test_a_relation_between_things_alike_holds_either_way() -> None:
+def test_a_relation_between_objects_alike_holds_either_way() -> None:
     prompt = Prompt("any", (RED_CUBE, RED_CUBE), "left of")
-    assert satisfies(place(("red", "cube"), ("red", "cube")), prompt)
+    assert satisfies(row_of(("red", "cube"), ("red", "cube")), prompt)
 
 
 def test_colours_left_open_are_drawn() -> None:
     rng = random.Random(10)
     scenes = [scene_for(rng, Prompt("counting", (Group("cube", None, 2),))) for _ in range(200)]
-    assert {thing.colour for scene in scenes for thing in scene} == set(COLOURS)
+    assert {obj.colour for scene in scenes for obj in scene} == set(COLOURS)
     assert any(a.colour != b.colour for a, b in scenes)
 
 
@@ -270,14 +270,14 @@ def test_training_pairs_follow_the_mix() -> None:
     pairs = list(itertools.islice(training_pairs(3), 4000))
     assert all(satisfies(scene, prompt) for prompt, scene in pairs)
     assert {len(scene) for _, scene in pairs} == set(range(1, MAX_OBJECTS + 1))
-    # Scenes of many objects are a little rarer than asked: more of them show something that is held out.
+    # Scenes of many objects are slightly rarer than in the mix: more of them contain held-out combinations.
     shares = Counter(prompt.kind for prompt, _ in pairs)
     for kind, share in TRAINING_MIX.items():
         assert shares[kind] / len(pairs) == pytest.approx(share, abs=0.04), kind
 
 
 def test_the_stream_of_a_seed_never_changes() -> None:
-    """Latents on disk belong to the prompts of their stream: of another, all would be rendered again."""
+    """Cached latents belong to this stream of prompts; with another stream, all would be rendered again."""
     texts = [caption(prompt) for prompt, _ in itertools.islice(training_pairs(0), 2048)]
     assert texts[:4] == [
         "a cone and a sphere",

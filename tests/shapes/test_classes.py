@@ -1,4 +1,4 @@
-"""The class-conditional sibling: its classes, a step of its training, and its score."""
+"""The class-conditional sample model: its classes, a training step, and its score."""
 
 import json
 import random
@@ -14,11 +14,11 @@ from PIL import Image
 from samples.shapes import score_classes, train_classes
 from samples.shapes.captions import satisfies
 from samples.shapes.classes import CLASSES, name_of_class, prompt_of_class, scene_of_class
-from samples.shapes.evaluate import parser_line
+from samples.shapes.evaluate import parser_error_line
 from samples.shapes.parser import Parser
 from samples.shapes.score import Row, judge
 from samples.shapes.score_classes import as_text, report
-from samples.shapes.train_flow import Run, with_thinking
+from samples.shapes.train_flow import TrainingRun, with_thinking
 from tpx_export import checkpoint
 from tpx_export.model import DiT, DiTSpec, ThinkingSpec
 from tpx_export.model.class_to_image import ClassToImage
@@ -51,19 +51,19 @@ def test_a_scene_of_a_class_is_of_that_class_alone() -> None:
 def test_the_loss_tells_classes_apart_and_hides_some(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(torch, "compile", lambda model, **options: model)
     torch.manual_seed(0)
-    model, told = DiT(_SPEC), []
+    model, labels = DiT(_SPEC), []
     original = model.forward
     monkeypatch.setattr(
         model,
         "forward",
-        lambda x, t, class_id, depth: told.append(class_id) or original(x, t, class_id, depth),
+        lambda x, t, class_id, depth: labels.append(class_id) or original(x, t, class_id, depth),
     )
     data = torch.randn(64, 4, 4, 4).half(), torch.arange(64) % len(CLASSES)
-    loss_at = train_classes.loss_of(model, data, Run(tmp_path, 1, 64, 0, "cpu"), depths=(1,))
+    loss_at = train_classes.diffusion_loss(model, data, TrainingRun(tmp_path, 1, 64, 0, "cpu"), depths=(1,))
     first, again, other = loss_at(0), loss_at(0), loss_at(1)
     assert first.item() == again.item() != other.item()
-    assert len(set(told[0].tolist()) - {len(CLASSES)}) > 5
-    assert 0 < int((torch.cat(told) == len(CLASSES)).sum()) < 64
+    assert len(set(labels[0].tolist()) - {len(CLASSES)}) > 5
+    assert 0 < int((torch.cat(labels) == len(CLASSES)).sum()) < 64
 
 
 def test_fresh_adapters_answer_as_the_base() -> None:
@@ -78,11 +78,9 @@ def test_fresh_adapters_answer_as_the_base() -> None:
     assert all(".thinking." in name for name, p in adapted.named_parameters() if p.requires_grad)
 
 
-def test_the_score_is_the_share_of_right_pictures_by_shape() -> None:
-    picture = Image.new("RGB", (4, 4))
-    rows = [
-        Row(prompt_of_class(c), [picture] * 4, [c % 2 == 0, True, True, True]) for c in range(len(CLASSES))
-    ]
+def test_the_score_is_the_share_of_right_images_by_shape() -> None:
+    image = Image.new("RGB", (4, 4))
+    rows = [Row(prompt_of_class(c), [image] * 4, [c % 2 == 0, True, True, True]) for c in range(len(CLASSES))]
     result = report(rows)
     assert result["cube"]["classes"] == 8
     assert result["cube"]["images"] == 32
@@ -96,11 +94,11 @@ def test_the_shipped_checkpoint_draws_its_classes() -> None:
     model = checkpoint.load(SHIPPED)
     assert isinstance(model, ClassToImage)
     assert model.spec.transformer.classes == len(CLASSES) and model.spec.transformer.max_depth == 3
-    drawn = train_classes.sample(model.transformer.eval(), model.autoencoder.eval(), depth=3)
-    pixels = ((drawn.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-    pictures, parser, right = [Image.fromarray(one) for one in pixels], Parser.load(), 0
-    for place, class_id in enumerate([*train_classes.SHOWN, *train_classes.SHOWN]):
-        right += sum(judge(parser, prompt_of_class(class_id), [pictures[place]]).right)
+    images_tensor = train_classes.sample(model.transformer.eval(), model.autoencoder.eval(), depth=3)
+    pixels = ((images_tensor.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    images, parser, right = [Image.fromarray(one) for one in pixels], Parser.load(), 0
+    for index, class_id in enumerate([*train_classes.PREVIEW_CLASSES, *train_classes.PREVIEW_CLASSES]):
+        right += sum(judge(parser, prompt_of_class(class_id), [images[index]]).right)
     assert right >= 15, right  # of 16; the checkpoint's score is 99.6%
 
 
@@ -116,5 +114,5 @@ def test_the_table_is_printed_with_the_judges_errors(monkeypatch: pytest.MonkeyP
     assert result.exit_code == 0, result.output
     *_, overall, empty, errors = result.stdout.splitlines()
     assert overall.startswith("| **overall** | 32 | 32 | 0.0% |")
-    assert (empty, errors) == ("", parser_line("colours"))
+    assert (empty, errors) == ("", parser_error_line("colours"))
     assert json.loads(record.read_text())["rows"]["overall"]["images"] == 32

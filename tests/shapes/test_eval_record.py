@@ -1,4 +1,4 @@
-"""The record of ShapesEval: of the shipped weights, of this list, what the page says, and fit to compare with."""
+"""The record of ShapesEval matches the shipped weights, the prompt list and the docs, and runs can be compared with it."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from samples.shapes import eval_record
 from samples.shapes.eval_record import RECORD, SHIPPED, record
 from samples.shapes.evaluate import as_text, report
 from samples.shapes.parser import WEIGHTS
-from samples.shapes.questions import LIST, questions
+from samples.shapes.prompt_list import LIST_NAME, listed_prompts
 from tpx_runtime.bundle import hash_file
 from tpx_runtime.evaluation.cli import main as tpx_eval
 
@@ -20,13 +20,13 @@ PAGE = (Path(__file__).parents[2] / "docs/shapes-eval.md").read_text(encoding="u
 
 def test_the_record_is_of_the_shipped_weights_and_the_present_judge() -> None:
     assert FACTS["weights_sha256"] == hash_file(SHIPPED), "new weights need a new record"
-    assert (FACTS["parser_sha256"], FACTS["list"]) == (hash_file(WEIGHTS), LIST)
+    assert (FACTS["parser_sha256"], FACTS["list"]) == (hash_file(WEIGHTS), LIST_NAME)
 
 
 def test_its_scores_are_those_of_its_verdicts_on_this_list() -> None:
-    asked, told = questions(), FACTS["prompts"]
-    assert [(one["row"], one["prompt"]) for one in told] == [(one.row, one.text) for one in asked]
-    assert as_text(report(asked, [one["right"] for one in told])) == as_text(FACTS["rows"])
+    prompts, told = listed_prompts(), FACTS["prompts"]
+    assert [(one["row"], one["prompt"]) for one in told] == [(one.row, one.text) for one in prompts]
+    assert as_text(report(prompts, [one["right"] for one in told])) == as_text(FACTS["rows"])
 
 
 @pytest.mark.parametrize("row", FACTS["rows"])
@@ -42,8 +42,8 @@ def test_the_page_gives_the_commands_of_the_record() -> None:
     assert f"    {run}\n    tpx-eval compare samples/shapes/{RECORD.name} out/shapes-eval\n" in PAGE
 
 
-def test_the_page_shows_the_pictures_of_the_recorded_run() -> None:
-    """The strip's caption names what came out wrong, so that the strip cannot be of other weights."""
+def test_the_page_shows_the_images_of_the_recorded_run() -> None:
+    """The caption of the strip names the wrong images, so that the strip cannot be of other weights."""
     shown = [one for one in FACTS["prompts"] if one["row"] == "counting"][:12]
     wrong = [one["prompt"].removeprefix("a photo of ") for one in shown if not one["right"][0]]
     said = f"wrong were asked for {' and '.join(wrong)}." if wrong else "The judge calls all twelve right."

@@ -17,15 +17,15 @@ from samples.shapes import evaluate
 from samples.shapes.captions import KINDS, satisfies, scene_for, vocabulary
 from samples.shapes.evaluate import ERRORS, parser_errors, report
 from samples.shapes.parser import WEIGHTS, Parser
-from samples.shapes.parser_errors import COMMAND, Case, misjudged, pose
-from samples.shapes.questions import (
-    LIST,
-    NEVER_SEEN,
-    SEEN,
-    Question,
-    asks_for_held_out,
+from samples.shapes.parser_errors import COMMAND, Case, build_case, misjudged
+from samples.shapes.prompt_list import (
+    HELD_OUT_PAIRS,
+    LIST_NAME,
+    SEEN_PAIRS,
+    ListedPrompt,
     fingerprint,
-    questions,
+    listed_prompts,
+    names_held_out,
 )
 from samples.shapes.render import render
 from samples.shapes.train_parser import to_uint8
@@ -40,44 +40,44 @@ LIST_SHA256 = "6f4a8b5939f0753747304824cd284fd3681bfe821048353070cd27ffc8210be5"
 
 
 def test_the_list_is_the_one_that_scores_were_measured_on() -> None:
-    asked = questions()
-    assert fingerprint(asked) == LIST_SHA256
-    rows = Counter(question.row for question in asked)
-    assert rows == {**dict.fromkeys(KINDS, 92), SEEN: 96, NEVER_SEEN: 96}
-    assert len({(question.row, question.text) for question in asked}) == len(asked)
+    prompts = listed_prompts()
+    assert fingerprint(prompts) == LIST_SHA256
+    rows = Counter(listed.row for listed in prompts)
+    assert rows == {**dict.fromkeys(KINDS, 92), SEEN_PAIRS: 96, HELD_OUT_PAIRS: 96}
+    assert len({(listed.row, listed.text) for listed in prompts}) == len(prompts)
 
 
 def test_the_model_knows_every_word() -> None:
     known = set(vocabulary())
-    for question in questions():
-        assert set(question.text.replace(",", " ,").split()) <= known, question.text
+    for listed in listed_prompts():
+        assert set(listed.text.replace(",", " ,").split()) <= known, listed.text
 
 
 def test_only_the_last_row_asks_for_what_training_has_not_seen() -> None:
     rng = random.Random(0)
     held_out: Counter[tuple[str, str, str | None]] = Counter()
-    for question in questions():
-        assert asks_for_held_out(question.prompt) == (question.row == NEVER_SEEN), question.text
-        if question.row == NEVER_SEEN:
-            assert is_held_out(scene_for(rng, question.prompt)), question.text
-            first = question.prompt.groups[0]
-            held_out[first.colour, first.shape, question.prompt.relation] += 1
+    for listed in listed_prompts():
+        assert names_held_out(listed.prompt) == (listed.row == HELD_OUT_PAIRS), listed.text
+        if listed.row == HELD_OUT_PAIRS:
+            assert is_held_out(scene_for(rng, listed.prompt)), listed.text
+            first = listed.prompt.groups[0]
+            held_out[first.colour, first.shape, listed.prompt.relation] += 1
     assert held_out == dict.fromkeys(HELD_OUT, 8)
 
 
 def test_overall_is_the_unweighted_mean_of_the_six_kinds() -> None:
-    asked, right = [], []
+    prompts, right = [], []
     for number, kind in enumerate(KINDS):
         for _ in range(number + 1):  # kinds of unequal size
-            asked.append(Question(kind, questions()[0].prompt, ""))
+            prompts.append(ListedPrompt(kind, listed_prompts()[0].prompt, ""))
             right.append([number < 3])
-    asked.append(Question(SEEN, asked[0].prompt, ""))
+    prompts.append(ListedPrompt(SEEN_PAIRS, prompts[0].prompt, ""))
     right.append([False])
-    result = report(asked, right)
+    result = report(prompts, right)
     assert result["overall"]["score"] == pytest.approx(0.5)
     assert result["overall"]["images"] == 21
-    assert result[SEEN]["score"] == 0
-    assert NEVER_SEEN not in result
+    assert result[SEEN_PAIRS]["score"] == 0
+    assert HELD_OUT_PAIRS not in result
 
 
 RECORD = json.loads(ERRORS.read_text())
@@ -89,8 +89,8 @@ def wrong_cases(key: str) -> list[Case]:
 
 def test_the_recorded_errors_are_of_this_parser_and_this_list() -> None:
     assert RECORD["parser sha256"] == hash_file(WEIGHTS)
-    assert (RECORD["list"], RECORD["command"]) == (LIST, COMMAND)
-    rows = Counter(question.row for question in questions())
+    assert (RECORD["list"], RECORD["command"]) == (LIST_NAME, COMMAND)
+    rows = Counter(listed.row for listed in listed_prompts())
     each = RECORD["renders of each prompt"]
     assert {row: found["renders"] for row, found in RECORD["rows"].items()} == {
         r: each * n for r, n in rows.items()
@@ -98,13 +98,15 @@ def test_the_recorded_errors_are_of_this_parser_and_this_list() -> None:
 
 
 def test_the_recorded_errors_are_the_real_ones_where_looked_at_again() -> None:
-    """Those that the record calls misjudged, and forty that it does not; one in ten may sit on the edge elsewhere."""
-    parser, asked, rng = Parser.load(), questions(), random.Random(11)
+    """Checks the recorded errors and forty other renders. On other machines, one in ten may be a borderline case."""
+    parser, prompts, rng = Parser.load(), listed_prompts(), random.Random(11)
     refused, accepted = wrong_cases("true refused"), wrong_cases("false accepted")
-    others = [(rng.randrange(len(asked)), rng.randrange(RECORD["renders of each prompt"])) for _ in range(40)]
+    others = [
+        (rng.randrange(len(prompts)), rng.randrange(RECORD["renders of each prompt"])) for _ in range(40)
+    ]
     cases = list(dict.fromkeys([*refused, *accepted, *others]))
-    found = misjudged(parser, asked, cases)
-    assert refused  # or the test says little
+    found = misjudged(parser, prompts, cases)
+    assert refused  # otherwise the test checks little
     assert len(set(found[0]) ^ set(refused)) <= 1 + len(refused) // 10
     assert len(set(found[1]) ^ set(accepted)) <= 1
 
@@ -128,44 +130,44 @@ def test_a_blind_parser_is_found_wrong() -> None:
             return [()] * 4
 
     cases = [(number, 0) for number in (0, 200, 300, 600)]
-    assert misjudged(Blind(), questions(), cases) == (cases, [])
+    assert misjudged(Blind(), listed_prompts(), cases) == (cases, [])
 
 
 def test_the_renders_show_what_the_prompt_says_and_not_its_near_miss() -> None:
-    asked = questions()
-    for number in range(0, len(asked), 5):
-        prompt, near, scene = pose(asked, (number, number % 16))
-        assert prompt == asked[number].prompt
+    prompts = listed_prompts()
+    for number in range(0, len(prompts), 5):
+        prompt, negative, scene = build_case(prompts, (number, number % 16))
+        assert prompt == prompts[number].prompt
         assert satisfies(scene, prompt)
-        assert not satisfies(scene, near)
-    assert pose(asked, (3, 0)) == pose(asked, (3, 0)) != pose(asked, (3, 1))
+        assert not satisfies(scene, negative)
+    assert build_case(prompts, (3, 0)) == build_case(prompts, (3, 0)) != build_case(prompts, (3, 1))
 
 
 def test_errors_of_another_parser_are_refused_before_anything_is_drawn(
-    drawn: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    generated: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "errors.json").write_text(json.dumps({**RECORD, "parser sha256": "0" * 64}))
     monkeypatch.setattr(parser_errors, "__defaults__", (tmp_path / "errors.json",))
     result = run(tmp_path / "a")
     assert result.exit_code == 2
     assert result.stderr.startswith("error: expected errors.json to be measured with the present parser.onnx")
-    assert not drawn
+    assert not generated
     assert not (tmp_path / "a").exists()
 
 
-class Painter:
-    """Draws every prompt right, but "cone" prompts without a scene; `asked` lists the prompts of its pictures."""
+class FakeGenerator:
+    """Generates right images, but empty ones for prompts with "cone"; `generated` lists the prompts of its images."""
 
     manifest = SimpleNamespace(name="fake", sha256="b" * 64, model=SimpleNamespace(classes=0))
     engine = SimpleNamespace(name="fake")
 
     def __init__(self) -> None:
-        self.asked: list[str] = []
+        self.generated: list[str] = []
         self.jobs: list[Settings] = []
         self.fails_at: int | None = None
-        self.prompts = {question.text: question.prompt for question in questions()}
-        self.empty = Image.fromarray(to_uint8(render([()]))[0])
-        self.known: dict[tuple[str, int], Image.Image] = {}
+        self.prompt_of_text = {listed.text: listed.prompt for listed in listed_prompts()}
+        self.empty_image = Image.fromarray(to_uint8(render([()]))[0])
+        self.cache: dict[tuple[str, int], Image.Image] = {}
 
     def plan(
         self,
@@ -186,37 +188,37 @@ class Painter:
 
     def generate(self, jobs: Sequence[Settings], batch_size: int) -> list[Image.Image]:
         assert len(jobs) <= batch_size
-        if self.fails_at is not None and len(self.asked) >= self.fails_at:
+        if self.fails_at is not None and len(self.generated) >= self.fails_at:
             raise KeyboardInterrupt
-        self.asked += [job.prompt for job in jobs]
+        self.generated += [job.prompt for job in jobs]
         self.jobs += jobs
-        return [self.empty if "cone" in job.prompt else self.paint(job) for job in jobs]
+        return [self.empty_image if "cone" in job.prompt else self.render(job) for job in jobs]
 
-    def paint(self, job: Settings) -> Image.Image:
+    def render(self, job: Settings) -> Image.Image:
         key = job.prompt, job.seed
-        if key not in self.known:
-            scene = scene_for(random.Random(job.seed), self.prompts[job.prompt])
-            self.known[key] = Image.fromarray(to_uint8(render([scene]))[0])
-        return self.known[key]
+        if key not in self.cache:
+            scene = scene_for(random.Random(job.seed), self.prompt_of_text[job.prompt])
+            self.cache[key] = Image.fromarray(to_uint8(render([scene]))[0])
+        return self.cache[key]
 
 
 @pytest.fixture(scope="module")
-def artist() -> Painter:
-    return Painter()  # keeps its renders for all tests
+def shared_generator() -> FakeGenerator:
+    return FakeGenerator()  # caches its renders for all tests
 
 
 @pytest.fixture
-def painter(artist: Painter, monkeypatch: pytest.MonkeyPatch) -> Painter:
-    artist.asked.clear()
-    artist.jobs.clear()
-    artist.fails_at = None
-    monkeypatch.setattr(Generator, "load", lambda path, engine: artist)
-    return artist
+def generator(shared_generator: FakeGenerator, monkeypatch: pytest.MonkeyPatch) -> FakeGenerator:
+    shared_generator.generated.clear()
+    shared_generator.jobs.clear()
+    shared_generator.fails_at = None
+    monkeypatch.setattr(Generator, "load", lambda path, engine: shared_generator)
+    return shared_generator
 
 
 @pytest.fixture
-def drawn(painter: Painter) -> list[str]:
-    return painter.asked
+def generated(generator: FakeGenerator) -> list[str]:
+    return generator.generated
 
 
 def run(out: Path, *more: str) -> Result:
@@ -224,16 +226,16 @@ def run(out: Path, *more: str) -> Result:
     return CliRunner().invoke(tpx_eval, arguments)
 
 
-def test_a_run_is_judged_reported_and_shown(drawn: list[str], tmp_path: Path) -> None:
+def test_a_run_is_judged_reported_and_shown(generated: list[str], tmp_path: Path) -> None:
     result = run(tmp_path / "a", "--images", "2")
     assert result.exit_code == 0, result.output
     facts = json.loads((tmp_path / "a/report.json").read_text())
-    wrong = sum("cone" in text for text in drawn)
-    assert 0 < wrong < len(drawn) == 32
+    wrong = sum("cone" in text for text in generated)
+    assert 0 < wrong < len(generated) == 32
     rows = {name: row for name, row in facts["rows"].items() if name != "overall"}
     assert sum(row["score"] * row["images"] for row in rows.values()) == pytest.approx(32 - wrong)
-    assert list(facts["rows"]) == [*KINDS, "overall", SEEN, NEVER_SEEN]
-    assert [one["right"] for one in facts["prompts"]] == [["cone" not in text] * 2 for text in drawn[::2]]
+    assert list(facts["rows"]) == [*KINDS, "overall", SEEN_PAIRS, HELD_OUT_PAIRS]
+    assert [one["right"] for one in facts["prompts"]] == [["cone" not in text] * 2 for text in generated[::2]]
     page = (tmp_path / "a/index.html").read_text(encoding="utf-8")
     assert page.count("<img") == len(list((tmp_path / "a").glob("*.png"))) == 16
     assert page.count("✗✗ 0/2</figcaption>") == wrong / 2
@@ -241,11 +243,11 @@ def test_a_run_is_judged_reported_and_shown(drawn: list[str], tmp_path: Path) ->
     assert page.count("<h2>") == 8
 
 
-def test_the_parsers_own_error_stands_beside_every_score(drawn: list[str], tmp_path: Path) -> None:
+def test_the_parsers_own_error_stands_beside_every_score(generated: list[str], tmp_path: Path) -> None:
     result = run(tmp_path / "a")
     rows = json.loads((tmp_path / "a/report.json").read_text())["rows"]
     measured = RECORD["rows"]
-    for row in (*KINDS, SEEN, NEVER_SEEN):
+    for row in (*KINDS, SEEN_PAIRS, HELD_OUT_PAIRS):
         renders = measured[row]["renders"]
         refused, accepted = (len(measured[row][key]) / renders for key in ("true refused", "false accepted"))
         assert rows[row]["parser"] == {
@@ -259,22 +261,26 @@ def test_the_parsers_own_error_stands_beside_every_score(drawn: list[str], tmp_p
     assert rows["overall"]["parser"]["true_refused"] == pytest.approx(mean)
 
 
-def test_every_prompt_has_seeds_of_its_own_whatever_the_limit(painter: Painter, tmp_path: Path) -> None:
-    places = {question.text: number for number, question in enumerate(questions())}
+def test_every_prompt_has_seeds_of_its_own_whatever_the_limit(
+    generator: FakeGenerator, tmp_path: Path
+) -> None:
+    places = {listed.text: number for number, listed in enumerate(listed_prompts())}
     run(tmp_path / "a", "--images", "2", "--seed", "7")
-    seeds = [(job.prompt, job.seed) for job in painter.jobs]
+    seeds = [(job.prompt, job.seed) for job in generator.jobs]
     assert seeds == [
-        (job.prompt, 7 + 1000 * places[job.prompt] + i % 2) for i, job in enumerate(painter.jobs)
+        (job.prompt, 7 + 1000 * places[job.prompt] + i % 2) for i, job in enumerate(generator.jobs)
     ]
 
 
-def test_settings_reach_every_picture_and_the_report(painter: Painter, tmp_path: Path) -> None:
+def test_settings_reach_every_image_and_the_report(generator: FakeGenerator, tmp_path: Path) -> None:
     more = ("--sampler", "heun", "--steps", "7", "--guidance", "2.5", "--depth", "2")
     more += ("--guidance-interval", "0.2", "0.6", "--guidance-every", "3")
     assert run(tmp_path / "a", *more).exit_code == 0
-    used = {(job.sampler, job.steps, job.guidance, job.guidance_interval, job.depth) for job in painter.jobs}
+    used = {
+        (job.sampler, job.steps, job.guidance, job.guidance_interval, job.depth) for job in generator.jobs
+    }
     assert used == {("heun", 7, 2.5, (0.2, 0.6), 2)}
-    assert {job.guidance_every for job in painter.jobs} == {3}
+    assert {job.guidance_every for job in generator.jobs} == {3}
     facts = json.loads((tmp_path / "a/report.json").read_text())
     assert [facts[key] for key in ("sampler", "steps", "guidance", "depth")] == ["heun", 7, 2.5, 2]
     assert (facts["guidance_interval"], facts["guidance_every"]) == ([0.2, 0.6], 3)
@@ -283,7 +289,7 @@ def test_settings_reach_every_picture_and_the_report(painter: Painter, tmp_path:
 
 
 @pytest.mark.parametrize("damage", ["garbage]", "[1, 2]", '{"a": [true]}', "[true"])
-def test_a_damaged_verdict_is_judged_again(painter: Painter, tmp_path: Path, damage: str) -> None:
+def test_a_damaged_verdict_is_judged_again(generator: FakeGenerator, tmp_path: Path, damage: str) -> None:
     whole = run(tmp_path / "a").stdout
     verdicts = tmp_path / "a/verdicts.jsonl"
     lines = verdicts.read_text().splitlines()
@@ -293,25 +299,25 @@ def test_a_damaged_verdict_is_judged_again(painter: Painter, tmp_path: Path, dam
     assert verdicts.read_text().splitlines() == lines
 
 
-def test_an_interrupted_run_goes_on_and_ends_the_same(painter: Painter, tmp_path: Path) -> None:
+def test_an_interrupted_run_goes_on_and_ends_the_same(generator: FakeGenerator, tmp_path: Path) -> None:
     whole = run(tmp_path / "a").stdout.splitlines()[:-1]
-    painter.asked.clear()
-    painter.fails_at = 8
+    generator.generated.clear()
+    generator.fails_at = 8
     stopped = run(tmp_path / "b")
     assert stopped.exit_code == 130
     assert "8 of 16 pictures are left; run the same command again to resume" in stopped.stderr
     verdicts = tmp_path / "b/verdicts.jsonl"
     verdicts.write_text(verdicts.read_text() + "[tr")  # killed while writing
-    (tmp_path / "b/0006.png").unlink()  # its verdict and those behind it are made anew
-    painter.asked.clear()
-    painter.fails_at = None
+    (tmp_path / "b/0006.png").unlink()  # its verdict and later ones are made again
+    generator.generated.clear()
+    generator.fails_at = None
     assert run(tmp_path / "b").stdout.splitlines()[:-1] == whole
-    assert len(painter.asked) == 16 - 6
+    assert len(generator.generated) == 16 - 6
     for name in ("verdicts.jsonl", "report.json", "index.html", "0006.png"):
         assert (tmp_path / "b" / name).read_bytes() == (tmp_path / "a" / name).read_bytes()
 
 
-def test_another_run_in_the_same_place_is_refused(drawn: list[str], tmp_path: Path) -> None:
+def test_another_run_in_the_same_place_is_refused(generated: list[str], tmp_path: Path) -> None:
     run(tmp_path / "a")
     before = (tmp_path / "a/verdicts.jsonl").read_text()
     result = run(tmp_path / "a", "--steps", "5")
@@ -323,23 +329,23 @@ def test_another_run_in_the_same_place_is_refused(drawn: list[str], tmp_path: Pa
     assert run(tmp_path / "a").exit_code == 0
 
 
-def test_two_runs_compare(drawn: list[str], tmp_path: Path) -> None:
+def test_two_runs_compare(generated: list[str], tmp_path: Path) -> None:
     run(tmp_path / "a")
     run(tmp_path / "b", "--depth", "2")
     lines = compare(Report.load(tmp_path / "a"), Report.load(tmp_path / "b"))
-    assert [line.name for line in lines] == [*KINDS, "overall", SEEN, NEVER_SEEN]
+    assert [line.name for line in lines] == [*KINDS, "overall", SEEN_PAIRS, HELD_OUT_PAIRS]
     facts = json.loads((tmp_path / "a/report.json").read_text())
     for line in lines:
         assert line.first == line.second == pytest.approx(facts["rows"][line.name]["score"])
         assert line.change.mean == line.change.low == line.change.high == 0
 
 
-def test_a_place_that_cannot_be_written_is_refused(drawn: list[str], tmp_path: Path) -> None:
+def test_a_place_that_cannot_be_written_is_refused(generated: list[str], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     result = run(tmp_path / "file")
     assert result.exit_code == 2
     assert result.stderr.startswith("error: expected to write into")
-    assert not drawn
+    assert not generated
 
 
 def test_the_module_that_is_run_is_the_same_command() -> None:

@@ -1,4 +1,4 @@
-"""The training loop: stopped runs end where unbroken ones do, and what lies on disk is always whole."""
+"""The training loop: resumed runs end like uninterrupted ones, and files on disk are always complete."""
 
 import copy
 import math
@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from samples.shapes.fit import fit, save_whole, seeded, warmup_cosine
+from samples.shapes.fit import atomic_save, fit, step_generator, warmup_cosine
 from tpx_runtime.errors import BadInput
 
 STEPS = 12
@@ -18,11 +18,11 @@ RATES = (0.05, 0.01)  # of the weight (AdamW) and of the bias (SGD with momentum
 
 
 class Killed(BaseException):
-    """Not an error that anything catches: the nearest to a kill that a test can do."""
+    """Raised in place of a kill; nothing catches it."""
 
 
 class Task:
-    """A linear layer that is to add up its inputs; its loss at `stop` raises, if that is given."""
+    """Trains a linear layer to sum its inputs; the loss of step `stop`, if given, raises `by`."""
 
     def __init__(self, stop: int | None = None, by: type[BaseException] = Killed) -> None:
         torch.manual_seed(1)
@@ -40,14 +40,14 @@ class Task:
             raise self.by
         self.seen.append(step)
         self.rates.append([optimizer.param_groups[0]["lr"] for optimizer in self.optimizers])
-        inputs = torch.randn(8, 3, generator=seeded(0, step))
+        inputs = torch.randn(8, 3, generator=step_generator(0, step))
         return (self.module(inputs)[:, 0] - inputs.sum(1)).square().mean()
 
     def run(
         self, state: Path, loss_at: Callable[[int], Tensor] | None = None, **settings: object
     ) -> nn.Module:
-        # It saves after every step.
-        settings = {"steps": STEPS, "save_s": -1.0, "settings": {"seed": 0}, **settings}
+        # Saves after every step by default.
+        settings = {"steps": STEPS, "save_every_s": -1.0, "settings": {"seed": 0}, **settings}
         return fit("sum", self.module, self.optimizers, loss_at or self.loss_at, state=state, **settings)  # type: ignore[arg-type]
 
 
@@ -56,66 +56,66 @@ def assert_same(a: nn.Module, b: nn.Module) -> None:
         assert torch.equal(one, other), name
 
 
-def unbroken(tmp_path: Path) -> tuple[Task, nn.Module]:
+def uninterrupted(tmp_path: Path) -> tuple[Task, nn.Module]:
     task = Task()
     ema = task.run(tmp_path / "unbroken.pt")
     assert task.seen == list(range(STEPS))
     return task, ema
 
 
-@pytest.mark.parametrize(("by", "save_s"), [(Killed, -1.0), (KeyboardInterrupt, 1000.0)])
+@pytest.mark.parametrize(("by", "save_every_s"), [(Killed, -1.0), (KeyboardInterrupt, 1000.0)])
 def test_a_stopped_run_ends_where_an_unbroken_one_does(
-    tmp_path: Path, by: type[BaseException], save_s: float
+    tmp_path: Path, by: type[BaseException], save_every_s: float
 ) -> None:
-    whole, ema = unbroken(tmp_path)
+    reference, ema = uninterrupted(tmp_path)
     state = tmp_path / "state.pt"
     seen = []
     for stop in (5, 6, None):
-        task = Task(stop, by)  # as a new process would: nothing is left but the file
+        task = Task(stop, by)  # like a new process: only the file is left
         if stop:
             with pytest.raises(by):
-                task.run(state, save_s=save_s)
+                task.run(state, save_every_s=save_every_s)
         else:
-            resumed = task.run(state, save_s=save_s)
+            resumed = task.run(state, save_every_s=save_every_s)
         seen.append(task.seen)
     assert seen == [list(range(5)), [5], list(range(6, STEPS))]
-    assert_same(task.module, whole.module)
+    assert_same(task.module, reference.module)
     assert_same(resumed, ema)
-    assert task.rates == whole.rates[6:]
+    assert task.rates == reference.rates[6:]
 
 
 def test_a_killed_run_goes_back_to_its_last_save(tmp_path: Path) -> None:
-    whole, ema = unbroken(tmp_path)
+    reference, ema = uninterrupted(tmp_path)
     state = tmp_path / "state.pt"
     with pytest.raises(KeyboardInterrupt):
-        Task(4, KeyboardInterrupt).run(state, save_s=1000)
+        Task(4, KeyboardInterrupt).run(state, save_every_s=1000)
     with pytest.raises(Killed):
-        Task(7).run(state, save_s=1000)
+        Task(7).run(state, save_every_s=1000)
     task = Task()
     resumed = task.run(state)
     assert task.seen == list(range(4, STEPS))
     assert_same(resumed, ema)
-    assert_same(task.module, whole.module)
+    assert_same(task.module, reference.module)
 
 
 def test_ctrl_c_while_progress_is_drawn_repeats_no_step(tmp_path: Path) -> None:
-    whole, ema = unbroken(tmp_path)
+    reference, ema = uninterrupted(tmp_path)
     state = tmp_path / "state.pt"
 
     def show(module: nn.Module, step: int) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        Task().run(state, show=show, show_every=4, save_s=1000)
+        Task().run(state, show=show, show_every=4, save_every_s=1000)
     task = Task()
     resumed = task.run(state)
     assert task.seen == list(range(4, STEPS))
     assert_same(resumed, ema)
-    assert_same(task.module, whole.module)
+    assert_same(task.module, reference.module)
 
 
 def test_ctrl_c_between_two_optimizers_takes_the_step_whole(tmp_path: Path, how: signal.Signals) -> None:
-    whole, ema = unbroken(tmp_path)
+    reference, ema = uninterrupted(tmp_path)
     state, task = tmp_path / "state.pt", Task()
     step = task.optimizers[0].step
 
@@ -126,15 +126,15 @@ def test_ctrl_c_between_two_optimizers_takes_the_step_whole(tmp_path: Path, how:
 
     task.optimizers[0].step = pressed  # type: ignore[method-assign, assignment]
     with pytest.raises(KeyboardInterrupt):
-        task.run(state, save_s=1000)
+        task.run(state, save_every_s=1000)
     again = Task()
     assert_same(again.run(state), ema)
-    assert_same(again.module, whole.module)
+    assert_same(again.module, reference.module)
     assert again.seen == list(range(5, STEPS))
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"steps": 2}, rf"\(steps {STEPS}\), found steps 2; use those"),
         ({"settings": {"seed": 1}}, r"\(seed 0\), found seed 1; use those, or another --out"),
@@ -143,7 +143,7 @@ def test_ctrl_c_between_two_optimizers_takes_the_step_whole(tmp_path: Path, how:
         ({"weight": 3.0}, r"\(first weights [0-9a-f]{16}\), found first weights [0-9a-f]{16}"),
     ],
 )
-def test_the_state_of_another_run_is_refused(tmp_path: Path, change: dict[str, float], said: str) -> None:
+def test_the_state_of_another_run_is_refused(tmp_path: Path, change: dict[str, float], message: str) -> None:
     state = tmp_path / "state.pt"
     Task().run(state)
     before = state.read_bytes()
@@ -152,7 +152,7 @@ def test_the_state_of_another_run_is_refused(tmp_path: Path, change: dict[str, f
         other.optimizers[0].param_groups[0]["lr"] = rate
     if weight := change.pop("weight", None):
         torch.nn.init.constant_(other.module.weight, weight)
-    with pytest.raises(BadInput, match=f"expected the settings of the run in .*state.pt {said}"):
+    with pytest.raises(BadInput, match=f"expected the settings of the run in .*state.pt {message}"):
         other.run(state, **change)
     assert state.read_bytes() == before
 
@@ -160,7 +160,7 @@ def test_the_state_of_another_run_is_refused(tmp_path: Path, change: dict[str, f
 def test_a_finished_run_returns_at_once(tmp_path: Path) -> None:
     state = tmp_path / "state.pt"
     first = Task()
-    ema = first.run(state, save_s=1000)
+    ema = first.run(state, save_every_s=1000)
     before = state.read_bytes()
     again = Task(stop=0)
     assert_same(again.run(state), ema)
@@ -179,7 +179,7 @@ def test_ema_follows_the_weights(tmp_path: Path) -> None:
 
     ema = task.run(tmp_path / "state.pt", loss_at, ema_decay=0.6)
     for step, weight in enumerate([*weights[1:], task.module.weight.detach()]):
-        decay = min(0.6, (step + 1) / (step + 10))  # short at first: the random start is soon forgotten
+        decay = min(0.6, (step + 1) / (step + 10))  # as in `train_step`
         average = decay * average + (1 - decay) * weight
     assert isinstance(ema, nn.Linear)
     torch.testing.assert_close(ema.weight.detach(), average)
@@ -199,7 +199,7 @@ def test_frozen_parameters_stay(tmp_path: Path) -> None:
 
 
 def test_each_optimizer_keeps_its_own_rate(tmp_path: Path) -> None:
-    task, _ = unbroken(tmp_path)
+    task, _ = uninterrupted(tmp_path)
     for step, rates in enumerate(task.rates):
         assert rates == pytest.approx([rate * warmup_cosine(step, STEPS) for rate in RATES])
 
@@ -208,7 +208,7 @@ def test_gradients_are_clipped(tmp_path: Path) -> None:
     task = Task()
     task.optimizers = [torch.optim.SGD(task.module.parameters(), lr=1.0)]
     before = torch.cat([p.detach().flatten() for p in task.module.parameters()])
-    task.run(tmp_path / "state.pt", lambda step: 1e6 * task.loss_at(step), steps=1, clip=0.5)
+    task.run(tmp_path / "state.pt", lambda step: 1e6 * task.loss_at(step), steps=1, max_grad_norm=0.5)
     after = torch.cat([p.detach().flatten() for p in task.module.parameters()])
     assert float((after - before).norm()) == pytest.approx(0.5 * warmup_cosine(0, 1), rel=1e-3)
 
@@ -238,7 +238,7 @@ def test_progress_tells_the_mean_of_the_last_losses(
 
         return loss_at
 
-    def told() -> list[tuple[str, float]]:
+    def printed() -> list[tuple[str, float]]:
         lines = [line.split() for line in capsys.readouterr().out.splitlines()]
         return [(line[1], float(line[3])) for line in lines]
 
@@ -247,11 +247,14 @@ def test_progress_tells_the_mean_of_the_last_losses(
 
     task = Task(6, KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
-        task.run(state, watched(task), every=4)
-    assert told() == [("4/12", mean(0, 4))]
+        task.run(state, watched(task), log_every=4)
+    assert printed() == [("4/12", mean(0, 4))]
     task = Task()
-    task.run(state, watched(task), every=4)
-    assert told() == [("8/12", mean(6, 8)), ("12/12", mean(8, 12))]  # the first since the run was taken up
+    task.run(state, watched(task), log_every=4)
+    assert printed() == [
+        ("8/12", mean(6, 8)),
+        ("12/12", mean(8, 12)),
+    ]  # the first is only over steps since the resumption
 
 
 def test_show_is_given_the_average(tmp_path: Path) -> None:
@@ -280,10 +283,10 @@ def test_warmup_then_cosine() -> None:
 
 def test_streams_of_steps() -> None:
     def draw(seed: int, step: int) -> Tensor:
-        return torch.rand(100, generator=seeded(seed, step))
+        return torch.rand(100, generator=step_generator(seed, step))
 
     first = draw(3, 7)
-    torch.rand(5)  # the global stream is another
+    torch.rand(5)  # the global generator is independent
     assert torch.equal(first, draw(3, 7))
     assert not torch.equal(first, draw(3, 8))
     assert not torch.equal(first, draw(4, 7))
@@ -293,7 +296,7 @@ def test_streams_of_steps() -> None:
 def test_save_whole_makes_its_folder_and_replaces(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "er" / "state.pt"
     for value in (1, 2):
-        save_whole({"value": torch.tensor(value)}, path)
+        atomic_save({"value": torch.tensor(value)}, path)
         assert torch.load(path, weights_only=True)["value"] == value
         assert list(path.parent.iterdir()) == [path]
 
@@ -302,7 +305,7 @@ def test_save_whole_keeps_the_old_file_when_it_is_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "state.pt"
-    save_whole({"value": 1}, path)
+    atomic_save({"value": 1}, path)
 
     def half(value: object, file: Path) -> None:
         Path(file).write_bytes(b"half")
@@ -311,7 +314,7 @@ def test_save_whole_keeps_the_old_file_when_it_is_stopped(
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", half)
         with pytest.raises(Killed):
-            save_whole({"value": 2}, path)
+            atomic_save({"value": 2}, path)
     assert torch.load(path, weights_only=True) == {"value": 1}
-    save_whole({"value": 3}, path)
+    atomic_save({"value": 3}, path)
     assert list(tmp_path.iterdir()) == [path]

@@ -1,4 +1,4 @@
-"""The loss on fresh scenes: the training's loss, with noise that is the same for every model."""
+"""The loss on held-out scenes: the training loss, with the same noise for every model."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import torch
 
 from samples.shapes import held_out, train_text
 from samples.shapes.captions import Group, Prompt
-from samples.shapes.train_flow import SIGMA_DEVIATION, SIGMA_MEAN, Data, base_of, with_thinking
+from samples.shapes.train_flow import SIGMA_MEAN, SIGMA_STD, TrainingData, with_thinking, without_thinking
 from tpx_export.model import MMDiT, MMDiTSpec, ThinkingSpec
 from tpx_export.model.text_encoder import TextEncoder
 
@@ -14,17 +14,19 @@ SCENES = 5
 
 
 @pytest.fixture
-def data(monkeypatch: pytest.MonkeyPatch) -> Data:
-    monkeypatch.setattr(held_out, "TOGETHER", 2)
+def data(monkeypatch: pytest.MonkeyPatch) -> TrainingData:
+    monkeypatch.setattr(held_out, "BATCH_SIZE", 2)
     torch.manual_seed(0)
     prompts = [
         Prompt("colours", (Group("cube", colour),)) for colour in ("red", "blue", "green", "black", "cyan")
     ]
-    return Data(prompts, torch.randn(SCENES, 4, 4, 4).half(), TextEncoder(train_text.spec()).eval())
+    return TrainingData(
+        prompts, torch.randn(SCENES, 4, 4, 4).half(), TextEncoder(train_text.default_spec()).eval()
+    )
 
 
 @pytest.fixture
-def base(data: Data) -> MMDiT:
+def base(data: TrainingData) -> MMDiT:
     text = data.text_encoder.spec
     spec = MMDiTSpec(
         latent_size=4,
@@ -38,21 +40,23 @@ def base(data: Data) -> MMDiT:
     return MMDiT(spec)
 
 
-def test_sigmas_are_the_trainings_distribution_each_part_of_it_once() -> None:
+def test_sigmas_are_evenly_spaced_quantiles_of_the_training_distribution() -> None:
     logit = torch.logit(held_out.sigmas(999))
     assert logit.median().item() == pytest.approx(SIGMA_MEAN, abs=1e-4)
-    assert logit.std().item() == pytest.approx(SIGMA_DEVIATION, rel=0.01)
+    assert logit.std().item() == pytest.approx(SIGMA_STD, rel=0.01)
     assert torch.equal(held_out.sigmas(999), held_out.sigmas(999))
 
 
-def test_a_model_that_says_zero_loses_the_mean_square_of_the_velocity(data: Data, base: MMDiT) -> None:
+def test_the_loss_of_zero_output_is_the_mean_square_of_the_velocity(data: TrainingData, base: MMDiT) -> None:
     found = held_out.losses(base, data, depth=1)
-    noise = torch.randn(data.latents.shape, generator=held_out.seeded(0, 1))
+    noise = torch.randn(data.latents.shape, generator=held_out.step_generator(0, 1))
     wanted = (noise - data.latents.float()).square().mean((1, 2, 3))
     assert found == pytest.approx(wanted.double().numpy(), rel=1e-5)
 
 
-def test_fresh_adapters_lose_as_their_base_does_and_trained_ones_do_not(data: Data, base: MMDiT) -> None:
+def test_untrained_adapters_have_the_loss_of_their_base_and_trained_ones_do_not(
+    data: TrainingData, base: MMDiT
+) -> None:
     for parameter in base.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     model = with_thinking(base, ThinkingSpec(blocks=(1,), experts=2, rank=4, max_depth=1)).train()
@@ -62,11 +66,11 @@ def test_fresh_adapters_lose_as_their_base_does_and_trained_ones_do_not(data: Da
     torch.nn.init.normal_(model.blocks[1].thinking.b)
     changed = held_out.losses(model.train(), data, depth=1)
     assert changed != pytest.approx(expected, rel=1e-3)
-    # Routes are the gate's, not drawn.
+    # Routing is deterministic in evaluation.
     assert (held_out.losses(model.train(), data, depth=1) == changed).all()
 
 
-def test_base_of_a_thinking_model_is_what_it_was_made_of(base: MMDiT) -> None:
-    again = base_of(with_thinking(base, ThinkingSpec(blocks=(0,), experts=2, rank=4)))
+def test_without_thinking_returns_the_base(base: MMDiT) -> None:
+    again = without_thinking(with_thinking(base, ThinkingSpec(blocks=(0,), experts=2, rank=4)))
     assert again.spec == base.spec
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in base.state_dict().items())

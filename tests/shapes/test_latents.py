@@ -1,4 +1,4 @@
-"""Shards of latents belong to their prompts, whether just made or read from disk; grids of pictures."""
+"""Shards of latents match their prompts, both new and from disk. Also image grids."""
 
 import itertools
 from pathlib import Path
@@ -10,7 +10,7 @@ from PIL import Image
 
 from samples.shapes import latents
 from samples.shapes.captions import training_pairs
-from samples.shapes.pictures import save_grid
+from samples.shapes.image_grid import save_grid
 from samples.shapes.render import render
 from tpx_export.model.autoencoder import Autoencoder, AutoencoderSpec
 
@@ -19,8 +19,8 @@ COUNT = 5
 
 @pytest.fixture
 def autoencoder(monkeypatch: pytest.MonkeyPatch) -> Autoencoder:
-    """A small random autoencoder, and shards of 5 scenes rendered in twos without compilation."""
-    monkeypatch.setattr(latents, "SHARD", COUNT)
+    """A small random autoencoder; shards have 5 scenes, rendered in batches of 2 without compilation."""
+    monkeypatch.setattr(latents, "SHARD_SIZE", COUNT)
     monkeypatch.setattr(latents, "RENDER_BATCH", 2)
     monkeypatch.setattr(latents, "render", lambda scenes, side, device, fast: render(scenes, side, device))
     torch.manual_seed(0)
@@ -28,13 +28,13 @@ def autoencoder(monkeypatch: pytest.MonkeyPatch) -> Autoencoder:
 
 
 def test_latents_are_those_of_the_prompts_scenes(tmp_path: Path, autoencoder: Autoencoder) -> None:
-    prompts, z = latents.shard(tmp_path, 3, 7, autoencoder)
+    prompts, z = latents.load_shard(tmp_path, 3, 7, autoencoder)
     assert (z.shape, z.dtype) == ((COUNT, 4, 4, 4), torch.float16)
-    asked = list(itertools.islice(training_pairs(7 * 1_000_003 + 3), COUNT))
-    assert prompts == [prompt for prompt, _ in asked]
+    pairs = list(itertools.islice(training_pairs(7 * 1_000_003 + 3), COUNT))
+    assert prompts == [prompt for prompt, _ in pairs]
     with torch.no_grad():
-        expected = autoencoder.encode(render([scene for _, scene in asked], 32) * 2 - 1)
-    off = (z.float()[:, None] - expected).abs().amax((2, 3, 4))  # of each latent from each scene's
+        expected = autoencoder.encode(render([scene for _, scene in pairs], 32) * 2 - 1)
+    off = (z.float()[:, None] - expected).abs().amax((2, 3, 4))  # between each latent and each scene's
     assert off.argmin(1).tolist() == list(range(COUNT))
     assert off.diagonal().max() < 0.05 * expected.abs().max()
 
@@ -42,32 +42,32 @@ def test_latents_are_those_of_the_prompts_scenes(tmp_path: Path, autoencoder: Au
 def test_a_shard_is_made_once(
     tmp_path: Path, autoencoder: Autoencoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = latents.shard(tmp_path, 0, 0, autoencoder)
+    first = latents.load_shard(tmp_path, 0, 0, autoencoder)
     monkeypatch.delattr(latents, "render")
-    again = latents.shard(tmp_path, 0, 0, autoencoder)
+    again = latents.load_shard(tmp_path, 0, 0, autoencoder)
     assert again[0] == first[0]
     assert torch.equal(again[1], first[1])
-    with pytest.raises(NameError):  # another shard has to be made
-        latents.shard(tmp_path, 1, 0, autoencoder)
+    with pytest.raises(NameError):  # another shard has to be rendered
+        latents.load_shard(tmp_path, 1, 0, autoencoder)
     with torch.no_grad():
         next(autoencoder.encoder.parameters()).add_(0.1)
-    with pytest.raises(NameError):  # and so has the same one for an autoencoder that was trained on
-        latents.shard(tmp_path, 0, 0, autoencoder)
+    with pytest.raises(NameError):  # and so has this one after a change of the autoencoder
+        latents.load_shard(tmp_path, 0, 0, autoencoder)
 
 
 def test_a_shard_of_another_mix_is_another_shard(tmp_path: Path, autoencoder: Autoencoder) -> None:
-    usual, _ = latents.shard(tmp_path, 0, 0, autoencoder)
-    cubes, _ = latents.shard(tmp_path, 0, 0, autoencoder, {"counting": 1.0})
+    usual, _ = latents.load_shard(tmp_path, 0, 0, autoencoder)
+    cubes, _ = latents.load_shard(tmp_path, 0, 0, autoencoder, {"counting": 1.0})
     assert {prompt.kind for prompt in cubes} == {"counting"} != {prompt.kind for prompt in usual}
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_save_grid_sets_pictures_row_by_row(tmp_path: Path) -> None:
+def test_save_grid_places_images_row_by_row(tmp_path: Path) -> None:
     values = torch.tensor([-1.0, -0.5, 0.0, 0.5, 1.0, 3.0])
-    pictures = values[:, None, None, None].expand(6, 3, 4, 2).clone()
-    pictures[0, 0] = 1.0  # its red
+    images = values[:, None, None, None].expand(6, 3, 4, 2).clone()
+    images[0, 0] = 1.0  # the red channel
     path = tmp_path / "new" / "grid.png"
-    save_grid(pictures, path, columns=3)
+    save_grid(images, path, columns=3)
     pixels = np.asarray(Image.open(path))
     assert pixels.shape == (8, 6, 3)
     corners = pixels[::4, ::2]

@@ -1,4 +1,4 @@
-"""Plots and pictures of the replication, from files as the runs leave them."""
+"""Plots and image sheets from files like those of real runs."""
 
 import json
 from pathlib import Path
@@ -11,11 +11,11 @@ from PIL import Image
 from samples.shapes.plot import main, read_curve
 from tpx_runtime.errors import BadInput
 
-ASKED = [("colours", "a red cube"), ("position", "a cube on a cone"), ("position", "a cone left of a cube")]
+PROMPTS = [("colours", "a red cube"), ("position", "a cube on a cone"), ("position", "a cone left of a cube")]
 
 
-def run_of_shapes_eval(folder: Path, shade: int, prompts: list[tuple[str, str]] = ASKED) -> str:
-    """Two pictures a prompt, the first of `shade` plus the prompt's number."""
+def run_of_shapes_eval(folder: Path, shade: int, prompts: list[tuple[str, str]] = PROMPTS) -> str:
+    """Write a run with two images per prompt, the first of grey value `shade` plus the prompt's number."""
     folder.mkdir()
     listed = [{"row": row, "prompt": prompt, "right": [True, False]} for row, prompt in prompts]
     report = {
@@ -34,7 +34,7 @@ def run_of_shapes_eval(folder: Path, shade: int, prompts: list[tuple[str, str]] 
     return str(folder)
 
 
-def test_pictures_are_the_first_of_each_prompt_a_line_for_each_run(tmp_path: Path) -> None:
+def test_the_sheet_has_the_first_image_of_each_prompt_and_a_row_per_run(tmp_path: Path) -> None:
     runs = [run_of_shapes_eval(tmp_path / name, shade) for name, shade in (("a", 10), ("b", 20))]
     out = tmp_path / "sheet.png"
     result = CliRunner().invoke(main, ["pictures", *runs, "--kind", "position", "--out", str(out)])
@@ -48,8 +48,8 @@ def test_pictures_are_the_first_of_each_prompt_a_line_for_each_run(tmp_path: Pat
 @pytest.mark.parametrize(
     ("kind", "other", "message"),
     [
-        ("counting", ASKED, "found none of counting"),
-        ("position", [ASKED[0], ASKED[2], ASKED[1]], "found other prompts in each"),
+        ("counting", PROMPTS, "found none of counting"),
+        ("position", [PROMPTS[0], PROMPTS[2], PROMPTS[1]], "found other prompts in each"),
     ],
 )
 def test_runs_that_do_not_pair_are_one_line(

@@ -1,4 +1,4 @@
-"""The renderer against geometry worked out anew: small steps along rays, each inside a solid or not."""
+"""The renderer against independent geometry: ray marching with inside tests."""
 
 import itertools
 import math
@@ -22,7 +22,7 @@ from samples.shapes.world import (
     SHAPES,
     TAN_HALF_FOV,
     Scene,
-    Thing,
+    SceneObject,
     project,
     relate,
     scatter,
@@ -34,29 +34,29 @@ Floats = npt.NDArray[np.float64]
 
 def standing(
     shape: str, colour: str = "red", x: float = 0.0, z: float = 0.0, size: float = 0.6, yaw: float = 0.0
-) -> Thing:
-    return Thing(shape, colour, x, HALF_HEIGHT[shape] * size, z, size, yaw)
+) -> SceneObject:
+    return SceneObject(shape, colour, x, HALF_HEIGHT[shape] * size, z, size, yaw)
 
 
-def inside(thing: Thing, points: Floats) -> npt.NDArray[np.bool_]:
-    """Which of the points [..., 3] lie in the solid. A positive yaw turns its front towards -x."""
-    x, y, z = np.moveaxis(points - (thing.x, thing.y, thing.z), -1, 0)
-    s = thing.size
-    if thing.shape == "cube":
-        turn = np.exp(1j * thing.yaw)
+def inside(obj: SceneObject, points: Floats) -> npt.NDArray[np.bool_]:
+    """Which of the points [..., 3] are inside the object. A positive yaw turns its front towards -x."""
+    x, y, z = np.moveaxis(points - (obj.x, obj.y, obj.z), -1, 0)
+    s = obj.size
+    if obj.shape == "cube":
+        turn = np.exp(1j * obj.yaw)
         local = (x + 1j * z) / turn
         return np.maximum(np.maximum(abs(local.real), abs(local.imag)), abs(y)) < 0.8 * s
     across = np.hypot(x, z)
-    if thing.shape == "sphere":
+    if obj.shape == "sphere":
         return np.hypot(across, y) < s
-    if thing.shape == "cylinder":
+    if obj.shape == "cylinder":
         return (across < 0.8 * s) & (abs(y) < 0.9 * s)
     return (across < (s - y) / 2) & (abs(y) < s)
 
 
 @cache
 def view(side: int) -> Floats:
-    """Directions [side, side, 3] through the middles of the pixels, of length 1 along the camera's axis."""
+    """Directions [side, side, 3] through the pixel centres, of length 1 along the camera's axis."""
     axis = np.subtract(LOOK_AT, CAMERA)
     axis /= np.linalg.norm(axis)
     down = np.cross(axis, (1, 0, 0))
@@ -65,22 +65,19 @@ def view(side: int) -> Floats:
     return axis + steps[None, :, None] * np.array((1.0, 0, 0)) + steps[:, None, None] * down
 
 
-def seen(scene: Scene, side: int = SIDE) -> npt.NDArray[np.int64]:
-    """For each pixel the index of the thing that its middle shows, -1 for the ground."""
+def visible(scene: Scene, side: int = SIDE) -> npt.NDArray[np.int64]:
+    """For each pixel, the index of the object at its centre, -1 for the ground."""
     depths = np.linspace(4, 12, 700)
     points = CAMERA + view(side)[:, :, None] * depths[:, None]
     first = np.stack(
         [np.full((side, side), len(depths))]
-        + [
-            np.where((hit := inside(thing, points)).any(-1), hit.argmax(-1), len(depths) + 1)
-            for thing in scene
-        ]
+        + [np.where((hit := inside(obj, points)).any(-1), hit.argmax(-1), len(depths) + 1) for obj in scene]
     )
     return first.argmin(0) - 1
 
 
-def steady(ids: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-    """Pixels that no edge runs through: their neighbours show the same. None lies at the picture's border."""
+def away_from_edges(ids: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """Pixels whose neighbours all show the same object; none of them is at the image border."""
     around = np.lib.stride_tricks.sliding_window_view(np.pad(ids, 1, constant_values=-2), (3, 3))
     return (around == ids[..., None, None]).all((-1, -2))
 
@@ -91,13 +88,13 @@ def linear(scene: Scene, side: int = SIDE) -> Floats:
 
 
 def pixel(x: float, y: float, z: float, side: int = SIDE) -> tuple[int, int]:
-    """Row and column of the pixel that shows a point."""
+    """Row and column of the pixel of a point."""
     u, v, _ = project(x, y, z)
     return int((v + 1) / 2 * side), int((u + 1) / 2 * side)
 
 
 def paint(colour: str, light: Floats) -> tuple[Floats, Floats, Floats]:
-    """Light [..., 3] as k * albedo + w * white: k, w, and what is left over."""
+    """Fit light [..., 3] by k * albedo + w * white; returns k, w and the residual."""
     parts = np.stack([COLOURS[colour], (1.0, 1, 1)], axis=1)
     (k, w), *_ = np.linalg.lstsq(parts, light.reshape(-1, 3).T, rcond=None)
     return k, w, abs(parts @ np.stack([k, w]) - light.reshape(-1, 3).T).max(0)
@@ -107,9 +104,9 @@ def paint(colour: str, light: Floats) -> tuple[Floats, Floats, Floats]:
 @pytest.mark.parametrize(("x", "z", "yaw"), [(0, 0, 0), (-0.9, 0.8, 0.5), (1.1, -1.0, -0.6)])
 def test_silhouettes(shape: str, x: float, z: float, yaw: float) -> None:
     scene = (standing(shape, "blue", x, z, yaw=yaw),)
-    ids, light = seen(scene), linear(scene)
+    ids, light = visible(scene), linear(scene)
     blue = light[..., 2] > 1.4 * light[..., 0]  # the ground is warm
-    assert (blue == (ids == 0))[steady(ids)].all()
+    assert (blue == (ids == 0))[away_from_edges(ids)].all()
     assert (blue & (ids == 0)).sum() > 0.88 * (blue | (ids == 0)).sum()
 
 
@@ -132,7 +129,7 @@ def test_a_big_cube_shows_its_colour(colour: str) -> None:
     k, w, rest = paint(colour, light)
     assert rest < 1e-3
     assert 0.3 < k < 1.3
-    assert w == pytest.approx(0, abs=0.01)  # that face mirrors no lamp
+    assert w == pytest.approx(0, abs=0.01)  # no highlight on that face
     if colour == "red":
         assert light[0] > 10 * max(light[1:])
 
@@ -153,29 +150,31 @@ def test_faces_are_lit_by_lamberts_law(normal: tuple[float, float, float]) -> No
     ("shape", "x", "z"),
     [
         *((shape, 0.2, 0.4) for shape in SHAPES),
-        # In light steeper than its side.
+        # The light is steeper than the side of this cone.
         ("cone", -1.3, 1.3),
     ],
 )
 def test_shadows_fall_where_no_lamp_is_seen(shape: str, x: float, z: float) -> None:
-    """Ground that sees no point of the lamp has the sky's light alone, and all the lamp's if it sees all of it."""
-    thing = Thing(shape, "black", x, 1.2, z, 0.6, 0.3)  # hovers, so that its shadow is in full view
+    """Ground that sees no point of the lamp has only ambient light; ground that sees all of it has all of its light."""
+    obj = SceneObject(shape, "black", x, 1.2, z, 0.6, 0.3)  # above the ground, so that its shadow is visible
     points = CAMERA + view(SIDE) * (-CAMERA[1] / view(SIDE)[..., 1:2])
     turns = np.arange(8) * math.tau / 8
     rim = LAMP + LAMP_RADIUS * np.stack([np.cos(turns), 0 * turns, np.sin(turns)], axis=1)
     way = np.linspace(0, 0.4, 200)[:, None] * (rim[:, None] - points[:, :, None, None])
-    blocked = inside(thing, points[:, :, None, None] + way).any(-1).sum(-1)  # [SIDE, SIDE], 0..8
-    ids = seen((thing,))
-    ground = steady(ids) & (ids == -1)
-    dark, bright = (ground & steady(blocked) & (blocked == count) for count in (8, 0))
+    blocked = inside(obj, points[:, :, None, None] + way).any(-1).sum(-1)  # [SIDE, SIDE], 0..8
+    ids = visible((obj,))
+    ground = away_from_edges(ids) & (ids == -1)
+    dark, bright = (ground & away_from_edges(blocked) & (blocked == count) for count in (8, 0))
     soft = ground & (blocked >= 3) & (blocked <= 5)
     assert dark.sum() > 10
     assert bright.sum() > 1000
     assert soft.sum() > 15
-    kept = (linear((thing,)) / linear(())).mean(-1)
+    kept = (linear((obj,)) / linear(())).mean(-1)
     towards = LAMP - points
     lamp = 0.78 * towards[..., 1] / np.linalg.norm(towards, axis=-1)
-    share = (kept * (0.42 + lamp) - 0.42) / lamp  # of the lamp; under the thing the sky lacks a little too
+    share = (
+        kept * (0.42 + lamp) - 0.42
+    ) / lamp  # of the lamp; the ambient light is a little lower under the object too
     assert abs(share[dark]).max() < 0.1
     assert share[bright].min() > 0.85
     assert 0.05 < share[soft].min() < share[soft].max() < 0.95
@@ -188,12 +187,12 @@ def test_the_ground_is_grey_and_brightest_in_the_middle() -> None:
     assert 0.2 < grey.min() < 0.6 < grey[SIDE // 2, SIDE // 2].mean() < 1.2
 
 
-def test_the_nearer_thing_hides_the_farther() -> None:
+def test_the_nearer_object_hides_the_farther() -> None:
     near, far = standing("cube", "red", z=0.9), standing("cylinder", "blue", z=-0.6)
     both = linear((near, far))
-    ids = seen((near, far))
+    ids = visible((near, far))
     assert {-1, 0, 1} == set(ids.flat)
-    hidden = steady(ids) & (ids == 0) & (seen((far,)) == 0)
+    hidden = away_from_edges(ids) & (ids == 0) & (visible((far,)) == 0)
     assert hidden.sum() > 20
     assert (both[hidden][:, 0] > 5 * both[hidden][:, 2]).all()
     np.testing.assert_allclose(linear((far, near)), both, atol=1e-5)
@@ -206,7 +205,7 @@ CROWDS = [
 ]
 
 
-def test_every_thing_of_a_scene_is_in_view_in_its_colour() -> None:
+def test_every_object_of_a_scene_is_in_view_in_its_colour() -> None:
     rng = random.Random(3)
     scenes = [scatter(rng, kinds) for kinds in CROWDS]
     scenes += [
@@ -215,59 +214,59 @@ def test_every_thing_of_a_scene_is_in_view_in_its_colour() -> None:
         if relation != "under"
     ]
     for scene in scenes:
-        ids, light = seen(scene), linear(scene)
-        plain = steady(ids) & (light.max(-1) < 0.99)  # not where a highlight is cut off
-        for i, thing in enumerate(scene):
-            assert (ids == i).sum() > 0.3 * (seen((thing,)) == 0).sum(), scene
-            _, _, rest = paint(thing.colour, light[plain & (ids == i)])
+        ids, light = visible(scene), linear(scene)
+        plain = away_from_edges(ids) & (light.max(-1) < 0.99)  # without clipped highlights
+        for i, obj in enumerate(scene):
+            assert (ids == i).sum() > 0.3 * (visible((obj,)) == 0).sum(), scene
+            _, _, rest = paint(obj.colour, light[plain & (ids == i)])
             assert rest.max() < 2e-3, scene
 
 
-def some(count: int) -> list[Scene]:
+def training_scenes(count: int) -> list[Scene]:
     return [scene for _, scene in itertools.islice(training_pairs(21), count)]
 
 
 def test_form_and_range() -> None:
-    pictures = render(some(8), 32)
-    assert (pictures.shape, pictures.dtype) == ((8, 3, 32, 32), torch.float32)
-    assert 0 <= pictures.min() < 0.2
-    assert 0.8 < pictures.max() <= 1
+    images = render(training_scenes(8), 32)
+    assert (images.shape, images.dtype) == ((8, 3, 32, 32), torch.float32)
+    assert 0 <= images.min() < 0.2
+    assert 0.8 < images.max() <= 1
 
 
-def test_a_batch_equals_single_pictures() -> None:
-    scenes = [(), *some(5)]
+def test_a_batch_equals_single_images() -> None:
+    scenes = [(), *training_scenes(5)]
     alone = torch.cat([render([scene], 32) for scene in scenes])
     torch.testing.assert_close(render(scenes, 32), alone, rtol=0, atol=1e-6)
     assert (alone[1:] - alone[:1]).abs().amax((1, 2, 3)).min() > 0.2
 
 
 def test_a_scene_always_looks_the_same() -> None:
-    scenes = some(4)
+    scenes = training_scenes(4)
     first = render(scenes, 32)
     assert torch.equal(first, render(scenes, 32))
     assert torch.equal(first, render(pack(scenes), 32))
 
 
 def test_sizes_show_the_same_scene() -> None:
-    [large], [small] = render(some(1), 64), render(some(1), 32)
+    [large], [small] = render(training_scenes(1), 64), render(training_scenes(1), 32)
     assert (large.unflatten(1, (32, 2)).unflatten(3, (32, 2)).mean((2, 4)) - small).abs().mean() < 0.01
 
 
 def test_everything_is_made_on_the_device() -> None:
-    pictures = render(some(2), 32, "meta")  # refuses to meet tensors of another device
-    assert (pictures.device.type, pictures.shape) == ("meta", (2, 3, 32, 32))
+    images = render(training_scenes(2), 32, "meta")  # raises for tensors of another device
+    assert (images.device.type, images.shape) == ("meta", (2, 3, 32, 32))
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
 def test_compiled_it_draws_the_same() -> None:
-    scenes = some(2)
+    scenes = training_scenes(2)
     torch.testing.assert_close(render(scenes, 16, fast=True), render(scenes, 16), rtol=0, atol=1e-4)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
 def test_cuda_draws_what_the_cpu_draws() -> None:
-    scenes = some(4)
+    scenes = training_scenes(4)
     difference = (render(scenes, 64, "cuda").cpu() - render(scenes, 64)).abs()
     assert difference.mean() < 1e-4

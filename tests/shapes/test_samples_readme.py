@@ -1,4 +1,4 @@
-"""The page of the sample model says what the code and the records say."""
+"""samples/README.md agrees with the code and the records."""
 
 import json
 import re

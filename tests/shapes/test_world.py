@@ -1,4 +1,4 @@
-"""Relations between hand-placed things, and what random scenes of the shapes world promise."""
+"""Relations between hand-placed objects, and properties of random scenes."""
 
 import itertools
 import math
@@ -21,7 +21,7 @@ from samples.shapes.world import (
     SHAPES,
     SUPPORTS,
     TAN_HALF_FOV,
-    Thing,
+    SceneObject,
     holds,
     is_held_out,
     project,
@@ -32,12 +32,12 @@ from samples.shapes.world import (
 DRAWS = 6000
 
 
-def cube(x: float, z: float, bottom: float = 0.0, colour: str = "red", shape: str = "cube") -> Thing:
-    """A thing of size 0.5; cubes reach from `bottom` to `bottom` + 0.8."""
-    return Thing(shape, colour, x, bottom + HALF_HEIGHT[shape] * 0.5, z, 0.5)
+def cube(x: float, z: float, bottom: float = 0.0, colour: str = "red", shape: str = "cube") -> SceneObject:
+    """An object of size 0.5; cubes reach from `bottom` to `bottom` + 0.8."""
+    return SceneObject(shape, colour, x, bottom + HALF_HEIGHT[shape] * 0.5, z, 0.5)
 
 
-def relations(a: Thing, b: Thing) -> set[str]:
+def relations(a: SceneObject, b: SceneObject) -> set[str]:
     return {relation for relation in RELATIONS if holds(relation, a, b)}
 
 
@@ -56,13 +56,13 @@ def relations(a: Thing, b: Thing) -> set[str]:
         (cube(0, 0, 1.0), {"on"}),
         (cube(-0.4, 0, 0.8), {"on"}),  # off centre, yet "on" and not "left of"
         (cube(0.3, -0.3, 0.8, shape="cone"), {"on"}),
-        (cube(-0.5, 0, 0.8), {"left of"}),  # its middle is over the other's edge
-        (cube(0, 0, 1.1), set()),  # hovers
+        (cube(-0.5, 0, 0.8), {"left of"}),  # its centre is beyond the other's edge
+        (cube(0, 0, 1.1), set()),  # floats above it
         (cube(0, 0, 0.5), set()),  # inside the other
         (cube(0, 0, -0.8), {"under"}),
     ],
 )
-def test_relations_to_a_cube_at_the_origin(a: Thing, expected: set[str]) -> None:
+def test_relations_to_a_cube_at_the_origin(a: SceneObject, expected: set[str]) -> None:
     b = cube(0, 0)
     assert relations(a, b) == expected
     assert relations(b, a) == {INVERSE[relation] for relation in expected}
@@ -74,7 +74,7 @@ def test_inverse_pairs_up_the_relations() -> None:
 
 
 def test_no_other_relation_is_known() -> None:
-    with pytest.raises(ValueError, match=r"expected a relation of .*, got 'above'"):
+    with pytest.raises(ValueError, match=r"expected a relation of .*, found 'above'"):
         holds("above", cube(0, 0), cube(1, 0))
 
 
@@ -88,10 +88,10 @@ def test_no_other_relation_is_known() -> None:
         (cube(-1, 0, 0, "purple"), cube(0, 0), True),
         (cube(1, 0, 0, "purple"), cube(0, 0), False),
         (cube(0, 1, 0, "red", "cone"), cube(0, 0), True),
-        (cube(0, 0, 0.8), cube(0, 0, 0, "orange"), True),  # the lower one is what is held out
+        (cube(0, 0, 0.8), cube(0, 0, 0, "orange"), True),  # the lower one is held out
     ],
 )
-def test_is_held_out(a: Thing, b: Thing, expected: bool) -> None:
+def test_is_held_out(a: SceneObject, b: SceneObject, expected: bool) -> None:
     assert is_held_out((a, b)) is expected
     assert is_held_out((b, a)) is expected
     assert not is_held_out((a,))
@@ -100,13 +100,13 @@ def test_is_held_out(a: Thing, b: Thing, expected: bool) -> None:
 def test_any_two_of_a_scene_can_be_what_is_held_out() -> None:
     harmless = cube(-1, 0, 0, "blue"), cube(0, 0, 0, "red"), cube(1, 0, 0, "cyan")
     assert not is_held_out(harmless)
-    purple = cube(0.5, 0, 0, "purple")  # left of the last one only
+    purple = cube(0.5, 0, 0, "purple")  # only left of the last one
     for scene in itertools.permutations((*harmless, purple)):
         assert is_held_out(scene)
 
 
-def stands(a: Thing, b: Thing) -> Iterator[str]:
-    """Relations in a random scene, worked out anew: whatever is off the ground is on the other thing."""
+def independent_relations(a: SceneObject, b: SceneObject) -> Iterator[str]:
+    """Relations in a random scene, computed independently: an object above the ground is on the other one."""
     if a.bottom > 0.3:
         yield "on"
     elif b.bottom > 0.3:
@@ -119,24 +119,24 @@ def stands(a: Thing, b: Thing) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def shown() -> set[tuple[str, str, str]]:
+def seen_combinations() -> set[tuple[str, str, str]]:
     """Every (colour, shape, relation) in many training scenes."""
     scenes = (scene for _, scene in itertools.islice(training_pairs(11), DRAWS))
     return {
         (a.colour, a.shape, relation)
         for scene in scenes
         for a, b in itertools.permutations(scene, 2)
-        for relation in stands(a, b)
+        for relation in independent_relations(a, b)
     }
 
 
-def test_training_never_shows_what_is_held_out(shown: set[tuple[str, str, str]]) -> None:
-    assert not shown & HELD_OUT
+def test_training_never_shows_what_is_held_out(seen_combinations: set[tuple[str, str, str]]) -> None:
+    assert not seen_combinations & HELD_OUT
 
 
-def test_training_shows_everything_else(shown: set[tuple[str, str, str]]) -> None:
+def test_training_shows_everything_else(seen_combinations: set[tuple[str, str, str]]) -> None:
     every = set(itertools.product(COLOURS, SHAPES, RELATIONS))
-    assert {t for t in every if t[1:] != ("cone", "under")} - HELD_OUT == shown
+    assert {t for t in every if t[1:] != ("cone", "under")} - HELD_OUT == seen_combinations
 
 
 @pytest.mark.parametrize(("colour", "shape", "relation"), sorted(HELD_OUT))
@@ -166,36 +166,36 @@ def test_project_is_a_camera_at_its_place() -> None:
     assert project(1, 0, 0)[0] > 0 > project(0, 2, 0)[1]
 
 
-def outline(thing: Thing) -> Iterator[tuple[float, float, float]]:
-    """Points of the surface that lie farthest out."""
-    turns = [thing.yaw + math.pi * k / 8 for k in range(16)]
-    if thing.shape == "sphere":
+def outline(obj: SceneObject) -> Iterator[tuple[float, float, float]]:
+    """The outermost points of the surface."""
+    turns = [obj.yaw + math.pi * k / 8 for k in range(16)]
+    if obj.shape == "sphere":
         for turn, tilt in itertools.product(turns, np.linspace(-1.5, 1.5, 9)):
-            flat = thing.size * math.cos(tilt)
+            flat = obj.size * math.cos(tilt)
             yield (
-                thing.x + flat * math.cos(turn),
-                thing.y + thing.size * math.sin(tilt),
-                thing.z + flat * math.sin(turn),
+                obj.x + flat * math.cos(turn),
+                obj.y + obj.size * math.sin(tilt),
+                obj.z + flat * math.sin(turn),
             )
         return
-    reach = {"cube": 0.8 * math.sqrt(2), "cylinder": 0.8, "cone": 1.0}[thing.shape] * thing.size
-    for turn in turns[2::4] if thing.shape == "cube" else turns:
-        for y in (thing.bottom,) if thing.shape == "cone" else (thing.bottom, thing.top):
-            yield thing.x + reach * math.cos(turn), y, thing.z + reach * math.sin(turn)
+    reach = {"cube": 0.8 * math.sqrt(2), "cylinder": 0.8, "cone": 1.0}[obj.shape] * obj.size
+    for turn in turns[2::4] if obj.shape == "cube" else turns:
+        for y in (obj.bottom,) if obj.shape == "cone" else (obj.bottom, obj.top):
+            yield obj.x + reach * math.cos(turn), y, obj.z + reach * math.sin(turn)
 
 
 @pytest.mark.parametrize("count", range(1, MAX_OBJECTS + 1))
-def test_scattered_things_stand_apart_in_the_picture(count: int) -> None:
+def test_scattered_objects_stand_apart_in_the_image(count: int) -> None:
     rng = random.Random(count)
     for _ in range(150):
         kinds = [(rng.choice(SHAPES), rng.choice(tuple(COLOURS))) for _ in range(count)]
         scene = scatter(rng, kinds)
-        assert [(thing.shape, thing.colour) for thing in scene] == kinds
-        for thing in scene:
-            assert thing.bottom == pytest.approx(0)
-            farthest = max(max(abs(u), abs(v)) for u, v, _ in (project(*p) for p in outline(thing)))
-            # A cube may lose the tip of a corner.
-            assert farthest < (1.06 if thing.shape == "cube" else 1), thing
+        assert [(obj.shape, obj.colour) for obj in scene] == kinds
+        for obj in scene:
+            assert obj.bottom == pytest.approx(0)
+            farthest = max(max(abs(u), abs(v)) for u, v, _ in (project(*p) for p in outline(obj)))
+            # The corners of a cube may be slightly outside.
+            assert farthest < (1.06 if obj.shape == "cube" else 1), obj
         for a, b in itertools.combinations(scene, 2):
             assert math.hypot(a.x - b.x, a.z - b.z) > 1.1 * (a.size + b.size)
 
@@ -219,7 +219,7 @@ def test_relate_puts_the_first_in_relation_to_the_second(relation: str, a: str, 
             upper, lower = (first, second) if relation == "on" else (second, first)
             assert (upper.x, upper.z, upper.bottom) == pytest.approx((lower.x, lower.z, lower.top))
             assert lower.bottom == pytest.approx(0)
-        else:  # plainly so: much farther along the relation's axis than across it
+        else:  # much farther along the relation's axis than across it
             dx, dz = abs(first.x - second.x), abs(first.z - second.z)
             assert max(dx, dz) > 1.5 * min(dx, dz)
             assert (dx > dz) == (relation in ("left of", "right of"))
@@ -227,5 +227,5 @@ def test_relate_puts_the_first_in_relation_to_the_second(relation: str, a: str, 
 
 @pytest.mark.parametrize(("relation", "a", "b"), [("on", "cube", "cone"), ("under", "cone", "cube")])
 def test_a_cone_carries_nothing(relation: str, a: str, b: str) -> None:
-    with pytest.raises(ValueError, match=r"expected a support of .* under 'cube', got 'cone'"):
+    with pytest.raises(ValueError, match=r"expected a support of .* under 'cube', found 'cone'"):
         relate(random.Random(0), relation, (a, "red"), (b, "blue"))

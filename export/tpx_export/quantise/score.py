@@ -64,7 +64,7 @@ def questions_for(generator: Generator, each: int) -> list[Question] | NotScored
     if not each:
         return NotScored("--score-prompts 0 asks for no pictures")
     try:
-        import samples.shapes.questions  # noqa: F401
+        import samples.shapes.prompt_list  # noqa: F401
     except ImportError:
         return NotScored(
             "prompts and judge are in the folder samples of a checkout, which this installation lacks"
@@ -86,13 +86,13 @@ def questions_for(generator: Generator, each: int) -> list[Question] | NotScored
 
 def _of_words(each: int) -> list[Question]:
     from samples.shapes.captions import KINDS
-    from samples.shapes.evaluate import SEEDS_APART
-    from samples.shapes.questions import questions
+    from samples.shapes.evaluate import SEED_STRIDE
+    from samples.shapes.prompt_list import listed_prompts
 
     asked: dict[str, list[Question]] = {kind: [] for kind in KINDS}
-    for number, one in enumerate(questions()):
+    for number, one in enumerate(listed_prompts()):
         if one.row in KINDS and len(asked[one.row]) < each:
-            told = {"prompt": one.text, "seed": SEEDS_APART * number}
+            told = {"prompt": one.text, "seed": SEED_STRIDE * number}
             asked[one.row].append(Question(one.row, told, one.prompt))
     return [question for row in asked.values() for question in row]
 
