@@ -9,14 +9,14 @@ import onnx
 import pytest
 
 from tpx_engines import tensorrt
-from tpx_engines.build import graphs
+from tpx_engines.build import graphs_to_build
 from tpx_engines.tensorrt import TimingCache
 from tpx_export import checkpoint
 from tpx_export.exporter import export_bundle
 from tpx_export.pipeline import Pipeline
 from tpx_export.routing import MASKED_UP_TO, variants_of
 from tpx_runtime.bundle import Bundle, transformer_name
-from tpx_runtime.engine.tensorrt_flavours import RTX, bindings, log
+from tpx_runtime.engine.tensorrt_flavours import RTX, bindings, get_logger
 from tpx_runtime.errors import BadInput, EngineFailed, EngineUnavailable
 
 SAMPLE = Path(__file__).parents[2] / "samples" / "shapes" / "shapes.safetensors"
@@ -35,7 +35,7 @@ def bundle(request: pytest.FixtureRequest) -> Bundle:
 
 @pytest.mark.parametrize("capability", [86, 89, 120])
 def test_builds_every_graph_at_every_depth(bundle: Bundle, capability: int) -> None:
-    made = graphs(bundle)
+    made = graphs_to_build(bundle)
     assert len(made) == 4 + len(bundle.manifest.model.depths)
     for name, (path, inputs) in made.items():
         engine = tensorrt.build(RTX, path, inputs, capability=capability)
@@ -57,7 +57,7 @@ def sample_in_fp16(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 @pytest.mark.slow
 def test_builds_every_graph_of_the_sample_in_fp16(sample_in_fp16: Bundle) -> None:
     """Unlike the tiny bundle, it is large enough that the builder chooses between kernels."""
-    made = graphs(sample_in_fp16)
+    made = graphs_to_build(sample_in_fp16)
     transformers = [f"transformer depth {depth}" for depth in (1, 2, 3)]
     assert list(made) == [
         "text_encoder",
@@ -79,7 +79,7 @@ def test_builds_every_graph_of_the_sample_in_fp16(sample_in_fp16: Bundle) -> Non
 
 def test_multiplies_float32_in_float32(tiny_bundle: Path) -> None:
     """TF32, TensorRT's default, would reduce float32 mantissas to ten bits; the engine's metadata excludes it."""
-    path, inputs = graphs(Bundle.open(tiny_bundle))["text_encoder"]
+    path, inputs = graphs_to_build(Bundle.open(tiny_bundle))["text_encoder"]
     assert re.findall(rb"tf32=\d", tensorrt.build(RTX, path, inputs)) == [b"tf32=0"]
 
 
@@ -97,7 +97,7 @@ print(hasattr(ctypes.CDLL(None), "getPluginRegistry"))
 
 @pytest.mark.parametrize("capability", RTX.capabilities or ())
 def test_builds_for_every_capability(tiny_bundle: Path, capability: int) -> None:
-    path, inputs = graphs(Bundle.open(tiny_bundle))["text_encoder"]
+    path, inputs = graphs_to_build(Bundle.open(tiny_bundle))["text_encoder"]
     if capability == 75:
         with pytest.raises(EngineFailed, match=r"cannot build it: .*SM75.*FP32 GEMM is not supported"):
             tensorrt.build(RTX, path, inputs, capability=capability)
@@ -106,7 +106,7 @@ def test_builds_for_every_capability(tiny_bundle: Path, capability: int) -> None
 
 
 def test_refuses_the_variant_of_large_models_for_cpus(tiny_bundle: Path, tmp_path: Path) -> None:
-    _, inputs = graphs(Bundle.open(tiny_bundle))["transformer depth 1"]
+    _, inputs = graphs_to_build(Bundle.open(tiny_bundle))["transformer depth 1"]
     model = onnx.load(tiny_bundle / transformer_name(1))
     model.functions.clear()
     _, plain = variants_of(model, visual_tokens=MASKED_UP_TO)
@@ -120,7 +120,7 @@ def test_refuses_the_variant_of_large_models_for_cpus(tiny_bundle: Path, tmp_pat
 
 def test_refuses_a_damaged_graph(tiny_bundle: Path, tmp_path: Path) -> None:
     bundle = Bundle.open(tiny_bundle)
-    _, inputs = graphs(bundle)["transformer depth 1"]
+    _, inputs = graphs_to_build(bundle)["transformer depth 1"]
     model = onnx.load(tiny_bundle / transformer_name(1))
     model.functions.clear()
     path = tmp_path / "model.onnx"
@@ -136,7 +136,7 @@ def test_refuses_unknown_capability(tiny_bundle: Path) -> None:
 
 def test_a_graph_passed_as_bytes_finds_its_weights(tiny_bundle: Path) -> None:
     """Before TensorRT 10.15 the graph is passed as bytes without its function, and the path locates the weights."""
-    made = graphs(Bundle.open(tiny_bundle))
+    made = graphs_to_build(Bundle.open(tiny_bundle))
     path, inputs = made["text_encoder"]
     assert len(tensorrt.build(RTX, path, inputs, plugin=True)) > 10_000
     path, inputs = made["transformer depth 1"]
@@ -147,6 +147,6 @@ def test_a_graph_passed_as_bytes_finds_its_weights(tiny_bundle: Path) -> None:
 @pytest.mark.parametrize("data", [b"", b"damaged" * 100])
 def test_any_timing_cache_is_used_or_discarded(data: bytes) -> None:
     """RTX has the functions of a timing cache, although they have no effect."""
-    config = bindings(RTX).Builder(log(RTX)).create_builder_config()
+    config = bindings(RTX).Builder(get_logger(RTX)).create_builder_config()
     tensorrt._set_timing_cache_full(config, TimingCache(data))
     assert config.get_timing_cache() is not None
