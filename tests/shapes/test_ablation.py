@@ -24,8 +24,8 @@ KINDS = ["counting", "colours"]
 
 def test_rows_differ_in_one_object_and_train_equal_experts() -> None:
     specs = {name: spec for name, spec in ROWS.items() if spec}
-    whole = {name: spec.experts * spec.rank for name, spec in specs.items()}
-    assert {name for name, rank in whole.items() if rank != TOTAL_RANK} == {
+    total_ranks = {name: spec.experts * spec.rank for name, spec in specs.items()}
+    assert {name for name, rank in total_ranks.items() if rank != TOTAL_RANK} == {
         "M=2, T=2, rank 128 each",
         "M=4, T=3, rank 128 each",
     }
@@ -47,8 +47,8 @@ def test_trained_parameters_are_those_with_a_gradient(modulation: bool) -> None:
     base = MMDiT(MMDiTSpec(latent_size=4, width=32, heads=2, blocks=2))
     spec = ThinkingSpec(blocks=(1,), experts=2, rank=3, max_depth=2, modulation=modulation)
     model = with_thinking(base, spec)
-    wanted = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert ablation.trained_parameters(model, spec) == wanted > 0
+    expected = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert ablation.trained_parameters(model, spec) == expected > 0
 
 
 def finished(
@@ -198,22 +198,22 @@ def test_numbers_with_commas() -> None:
 
 
 def test_a_cell_is_judged_once_with_its_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[dict[str, Any]] = []
+    calls: list[dict[str, Any]] = []
     timed: list[dict[str, Any]] = []
 
-    def draw(folder: Path, generator: object, **settings_given: Any) -> None:
-        asked.append(settings_given)
-        if folder.exists() and settings_given != asked[0]:  # as for another bundle
+    def draw(folder: Path, generator: object, **given: Any) -> None:
+        calls.append(given)
+        if folder.exists() and given != calls[0]:  # as for another bundle
             raise BadInput("expected the settings of the run")
         folder.mkdir(exist_ok=True)
         (folder / "report.json").write_text(json.dumps({"rows": {"overall": {"score": 0.5}}}))
 
     monkeypatch.setattr(evaluate, "run", draw)
-    generator: Any = lambda *prompt, **settings_given: timed.append(settings_given)  # noqa: E731
+    generator: Any = lambda *prompt, **given: timed.append(given)  # noqa: E731
     settings = {"sampler": "euler", "depth": 2, "steps": 4, "guidance_interval": (0.2, 0.7)}
     first = sweep.cell(generator, tmp_path, settings, images=1, limit=3)
     assert sweep.cell(generator, tmp_path, settings, images=1, limit=3) == first
-    assert asked == [{**settings, "images": 1, "limit": 3}] * 2  # the second finds all images generated
+    assert calls == [{**settings, "images": 1, "limit": 3}] * 2  # the second finds all images generated
     assert len(timed) == 3
     with pytest.raises(BadInput, match="expected the settings of the run"):
         sweep.cell(generator, tmp_path, settings, images=2, limit=3)
@@ -222,10 +222,10 @@ def test_a_cell_is_judged_once_with_its_settings(tmp_path: Path, monkeypatch: py
 
 
 def test_a_sweep_has_a_cell_for_every_combination(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[dict[str, Any]] = []
+    calls: list[dict[str, Any]] = []
 
     def cell(generator: object, out: Path, settings: dict[str, Any], **size: Any) -> dict[str, Any]:
-        asked.append(settings)
+        calls.append(settings)
         return {}
 
     defaults = Defaults(sampler="unipc", steps=12, guidance=3.0, depth=3)
@@ -237,20 +237,20 @@ def test_a_sweep_has_a_cell_for_every_combination(tmp_path: Path, monkeypatch: p
     result = CliRunner().invoke(sweep.main, flags)
     assert (result.exit_code, result.stdout) == (0, "the table\n")
     same = {"sampler": "unipc", "depth": 3, "guidance": 3.0, "guidance_interval": (0.0, 1.0)}
-    settings_given = [(4, 1), (4, 3), (8, 1), (8, 3)]
-    assert asked == [{**same, "steps": steps, "guidance_every": every} for steps, every in settings_given]
+    given = [(4, 1), (4, 3), (8, 1), (8, 3)]
+    assert calls == [{**same, "steps": steps, "guidance_every": every} for steps, every in given]
 
 
 def test_the_sweeps_table_names_the_best_and_pairs_the_others(tmp_path: Path) -> None:
     cells = []
     for steps, right in ((4, [[False], [True], [True], [True]]), (8, [[True]] * 4)):
-        made = finished(tmp_path, "x", 0, right)
-        (tmp_path / made["folder"]).joinpath("eval/report.json").rename(
-            tmp_path / made["folder"] / "report.json"
+        facts = finished(tmp_path, "x", 0, right)
+        (tmp_path / facts["folder"]).joinpath("eval/report.json").rename(
+            tmp_path / facts["folder"] / "report.json"
         )
-        overall = {**made["rows"]["overall"], "low": 0.0, "high": 1.0}
+        overall = {**facts["rows"]["overall"], "low": 0.0, "high": 1.0}
         cells.append(
-            {"steps": steps, "folder": made["folder"], "seconds an image": 0.1, "rows": {"overall": overall}}
+            {"steps": steps, "folder": facts["folder"], "seconds an image": 0.1, "rows": {"overall": overall}}
         )
     lines = sweep.table(tmp_path, cells, ["steps"]).splitlines()
     assert lines[2].startswith("| 4 | 75.0 |") and "| -25.0 |" in lines[2]

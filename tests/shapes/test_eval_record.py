@@ -24,9 +24,9 @@ def test_the_record_is_of_the_shipped_weights_and_the_present_judge() -> None:
 
 
 def test_its_scores_are_those_of_its_verdicts_on_this_list() -> None:
-    prompts, told = listed_prompts(), FACTS["prompts"]
-    assert [(one["row"], one["prompt"]) for one in told] == [(one.row, one.text) for one in prompts]
-    assert as_text(report(prompts, [one["right"] for one in told])) == as_text(FACTS["rows"])
+    prompts, records = listed_prompts(), FACTS["prompts"]
+    assert [(one["row"], one["prompt"]) for one in records] == [(one.row, one.text) for one in prompts]
+    assert as_text(report(prompts, [one["right"] for one in records])) == as_text(FACTS["rows"])
 
 
 @pytest.mark.parametrize("row", FACTS["rows"])
@@ -46,8 +46,10 @@ def test_the_page_shows_the_images_of_the_recorded_run() -> None:
     """The caption of the strip names the wrong images, so that the strip cannot be of other weights."""
     shown = [one for one in FACTS["prompts"] if one["row"] == "counting"][:12]
     wrong = [one["prompt"].removeprefix("a photo of ") for one in shown if not one["right"][0]]
-    said = f"wrong were asked for {' and '.join(wrong)}." if wrong else "The judge calls all twelve right."
-    assert said in PAGE
+    sentence = (
+        f"wrong were asked for {' and '.join(wrong)}." if wrong else "The judge calls all twelve right."
+    )
+    assert sentence in PAGE
 
 
 def test_a_run_is_compared_with_the_record(tmp_path: Path) -> None:

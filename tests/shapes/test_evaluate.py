@@ -290,17 +290,17 @@ def test_settings_reach_every_image_and_the_report(generator: FakeGenerator, tmp
 
 @pytest.mark.parametrize("damage", ["garbage]", "[1, 2]", '{"a": [true]}', "[true"])
 def test_a_damaged_verdict_is_judged_again(generator: FakeGenerator, tmp_path: Path, damage: str) -> None:
-    whole = run(tmp_path / "a").stdout
+    uninterrupted = run(tmp_path / "a").stdout
     verdicts = tmp_path / "a/verdicts.jsonl"
     lines = verdicts.read_text().splitlines()
     verdicts.write_text("\n".join([*lines[:3], damage, *lines[4:]]) + "\n")
     result = run(tmp_path / "a")
-    assert (result.exit_code, result.stdout) == (0, whole)
+    assert (result.exit_code, result.stdout) == (0, uninterrupted)
     assert verdicts.read_text().splitlines() == lines
 
 
 def test_an_interrupted_run_goes_on_and_ends_the_same(generator: FakeGenerator, tmp_path: Path) -> None:
-    whole = run(tmp_path / "a").stdout.splitlines()[:-1]
+    uninterrupted = run(tmp_path / "a").stdout.splitlines()[:-1]
     generator.generated.clear()
     generator.fails_at = 8
     stopped = run(tmp_path / "b")
@@ -311,7 +311,7 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(generator: FakeGenerator, 
     (tmp_path / "b/0006.png").unlink()  # its verdict and later ones are made again
     generator.generated.clear()
     generator.fails_at = None
-    assert run(tmp_path / "b").stdout.splitlines()[:-1] == whole
+    assert run(tmp_path / "b").stdout.splitlines()[:-1] == uninterrupted
     assert len(generator.generated) == 16 - 6
     for name in ("verdicts.jsonl", "report.json", "index.html", "0006.png"):
         assert (tmp_path / "b" / name).read_bytes() == (tmp_path / "a" / name).read_bytes()

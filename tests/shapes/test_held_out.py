@@ -50,8 +50,8 @@ def test_sigmas_are_evenly_spaced_quantiles_of_the_training_distribution() -> No
 def test_the_loss_of_zero_output_is_the_mean_square_of_the_velocity(data: TrainingData, base: MMDiT) -> None:
     found = held_out.losses(base, data, depth=1)
     noise = torch.randn(data.latents.shape, generator=held_out.step_generator(0, 1))
-    wanted = (noise - data.latents.float()).square().mean((1, 2, 3))
-    assert found == pytest.approx(wanted.double().numpy(), rel=1e-5)
+    expected = (noise - data.latents.float()).square().mean((1, 2, 3))
+    assert found == pytest.approx(expected.double().numpy(), rel=1e-5)
 
 
 def test_untrained_adapters_have_the_loss_of_their_base_and_trained_ones_do_not(

@@ -181,8 +181,8 @@ def test_make_score_asks_for_the_standard_which_a_lost_third_of_the_pairs_misses
         float(found) for found in re.findall(r"^\| \*\*.*\*\* \| \*\*(.*)%\*\* \|$", page, re.MULTILINE)
     ]
     assert len(shipped) == 2
-    for found, wanted in zip(shipped, score.REQUIRED_PERCENT, strict=True):
-        assert found * 2 / 3 < wanted < found
+    for found, required in zip(shipped, score.REQUIRED_PERCENT, strict=True):
+        assert found * 2 / 3 < required < found
 
 
 def test_score_asks_for_nothing_held_out() -> None:
