@@ -123,7 +123,7 @@ def test_without_t5(reference: tuple[Path, Any], bundle: Path, tmp_path: Path) -
 def test_a_long_prompt_is_cut_as_diffusers_cuts_it(reference: tuple[Path, Any], bundle: Path) -> None:
     generator = Generator.load(bundle, engine="onnxruntime")
     with pytest.warns(
-        UserWarning, match=r"longer than text_encoder, text_encoder_2 read: .*text_encoder_3 reads all of it"
+        UserWarning, match=r"too long for text_encoder, text_encoder_2: .*text_encoder_3 reads all of it"
     ):
         [image] = generator(LONG, seed=3, steps=4)
     expected = theirs(reference[1], LONG, "", num_inference_steps=4, guidance_scale=7.0)

@@ -498,7 +498,7 @@ def test_a_score_is_paired_and_a_wrong_picture_costs(
     monkeypatch.setattr(scoring, "_right", right)
     made = scoring.score(bundle, resolve("onnxruntime"), bundle, resolve("openvino"), 4)
     assert isinstance(made, ScoreReport)
-    assert (made.pictures, made.fp32, made.int8, made.change.fewest) == (8, 1.0, 0.75, 4)
+    assert (made.pictures, made.fp32, made.int8, made.change.smallest_row) == (8, 1.0, 0.75, 4)
     assert made.change.mean == -0.25 and made.change.low < -0.25 < made.change.high
     assert drew == ["openvino", "onnxruntime"] == [made.fp32_engine, made.int8_engine]
 

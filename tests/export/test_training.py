@@ -813,7 +813,7 @@ def test_pictures_in_hugging_faces_cache_are_links(captioned: Path, tmp_path: Pa
     assert read_folder(snapshot) == [Example(snapshot / "red-disc.png", "a red disc")]
     for name in ("../../blobs/5d41", str(blob)):
         (snapshot / "metadata.jsonl").write_text(json.dumps({"file_name": name, "text": ""}))
-        with pytest.raises(BadInput, match=r"expected an image in .* found no .*; check its name"):
+        with pytest.raises(BadInput, match=r"expected a picture in .* found no .*; check its name"):
             read_folder(snapshot)
 
 

@@ -305,7 +305,7 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(generator: FakeGenerator, 
     generator.fails_at = 8
     stopped = run(tmp_path / "b")
     assert stopped.exit_code == 130
-    assert "8 of 16 pictures are left; run the same command again to resume" in stopped.stderr
+    assert "8 of 16 images are left; run the same command again to resume" in stopped.stderr
     verdicts = tmp_path / "b/verdicts.jsonl"
     verdicts.write_text(verdicts.read_text() + "[tr")  # killed while writing
     (tmp_path / "b/0006.png").unlink()  # its verdict and later ones are made again

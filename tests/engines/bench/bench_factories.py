@@ -31,7 +31,7 @@ class _FakeGenerator:
     def clear_conditions(self) -> None:
         pass
 
-    def draw(self, jobs: list[Any], batch_size: int, callback: Callable[..., None]) -> list[Image.Image]:
+    def generate(self, jobs: list[Any], batch_size: int, callback: Callable[..., None]) -> list[Image.Image]:
         for step in range(jobs[0].steps):
             time.sleep(self._step_s)
             callback(step + 1, jobs[0].steps, None)

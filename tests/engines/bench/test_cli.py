@@ -129,7 +129,7 @@ def test_a_checkpoint_of_another_model_is_refused_before_the_work(
     result = bench("--ckpt", str(tmp_path / "tiny.safetensors"))
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr == (
-        f"error: expected in --ckpt the checkpoint of bundle paper (name 'fake'), found {tmp_path / 'tiny.safetensors'} "
+        f"error: expected in --ckpt the checkpoint of bundle fake (name 'fake'), found {tmp_path / 'tiny.safetensors'} "
         "with name 'tiny'; pass the checkpoint that the bundle was exported from\n"
     )
     assert started() == []
