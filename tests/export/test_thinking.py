@@ -95,7 +95,7 @@ def paper(block: JointBlock, x: Tensor, c: Tensor, y: Tensor, depth: int) -> tup
     assert isinstance(thinking, Thinking)
     act = F.silu(y).unsqueeze(1)
     shift, scale = block.visual.modulation(act).chunk(6, dim=-1)[:2]
-    c_shift, c_scale = block.text.modulation(act).chunk(2 if block.ends else 6, dim=-1)[:2]
+    c_shift, c_scale = block.text.modulation(act).chunk(2 if block.context_pre_only else 6, dim=-1)[:2]
     x_in, c_in = modulate(x, shift, scale), modulate(c, c_shift, c_scale)
     state, routes = x_in, []
     for t in range(depth):
@@ -109,8 +109,8 @@ def paper(block: JointBlock, x: Tensor, c: Tensor, y: Tensor, depth: int) -> tup
                 rows.append(h @ thinking.a[e] @ thinking.b[e])
         qkv = torch.stack(rows).unflatten(0, x.shape[:2])
         if t < depth - 1:
-            q, k, v = block.visual.heads(qkv)
-            _, c_k, c_v = block.text.heads(block.text.qkv(c_in))
+            q, k, v = block.visual.split_heads(qkv)
+            _, c_k, c_v = block.text.split_heads(block.text.qkv(c_in))
             state = attention(q, torch.cat([k, c_k], 2), torch.cat([v, c_v], 2)) + x_in
     return qkv + block.visual.qkv(x_in), routes
 
