@@ -20,7 +20,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tpx_export.adapters import attach
-from tpx_export.base.dit import HEADS, from_tensors, load_transformer, recipe, shapes_of, spec_of
+from tpx_export.base.dit import (
+    HEADS,
+    conversions,
+    load_transformer,
+    shapes_of,
+    spec_from_tensors,
+    transformer_from_tensors,
+)
 from tpx_export.base.tensors import Tensors
 from tpx_export.checkpoint import CheckpointInvalid
 from tpx_export.graphs import ConditionsGraph, Graph, TransformerGraph, to_onnx
@@ -28,7 +35,7 @@ from tpx_export.model.dit import DiT, DiTSpec, position_table
 from tpx_export.model.embedder import Embedder, sinusoid
 from tpx_export.model.patches import from_patches, to_patches
 from tpx_export.model.thinking import Gate, Thinking, ThinkingSpec
-from tpx_export.precision import at_precision
+from tpx_export.precision import cast_to_precision
 from tpx_export.routing import masked, permuted
 from tpx_runtime.errors import BadInput
 from tpx_runtime.guidance import guide
@@ -413,7 +420,7 @@ def test_released_sizes_are_read_from_their_shapes(
     spec = DiTSpec(width=width, heads=heads, blocks=blocks, latent_size=size)
     names = original_names(spec)
     assert shapes_of(spec) == names
-    model = from_tensors(Shapes(names))
+    model = transformer_from_tensors(Shapes(names))
     assert model.spec == spec
     parameters = sum(value.numel() for value in model.state_dict().values())
     assert parameters / 1e6 == pytest.approx(millions, abs=0.6)
@@ -557,11 +564,11 @@ def test_a_specification_that_cannot_be_is_refused() -> None:
 
 
 def test_recipe_covers_the_state_and_every_name_once() -> None:
-    made = recipe(TINY)
+    made = conversions(TINY)
     assert made.keys() == DiT(TINY).state_dict().keys()
     names = [name for entry in made.values() for name in entry.names]
     assert sorted(names) == sorted(original_names(TINY))
-    assert spec_of(Shapes(original_names(TINY))) == TINY
+    assert spec_from_tensors(Shapes(original_names(TINY))) == TINY
 
 
 # Export.
@@ -620,7 +627,7 @@ def test_onnx_of_a_model_that_does_not_think(tmp_path: Path) -> None:
 
 def test_onnx_of_a_model_in_another_precision_than_the_stored_one(tmp_path: Path) -> None:
     state = {name: value.bfloat16() for name, value in random_state(TINY).items()}
-    model = at_precision(load_transformer(saved(state, tmp_path)), "fp32")
+    model = cast_to_precision(load_transformer(saved(state, tmp_path)), "fp32")
     for run in in_onnx(model, 1, tmp_path):
         found = run(*inputs())[0]
         assert error(found, model(*inputs(), 1)[0].double()) < 1e-4

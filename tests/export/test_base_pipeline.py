@@ -18,12 +18,12 @@ from test_base_sd3 import original
 from test_base_vae import original as vae_names
 
 from benchmarks.tiny_sd3 import VARIANTS, save_pipeline, tiny_vae
-from tpx_export.adapters import Facts, attach, load_adapters, save_adapters, write_adapters
+from tpx_export.adapters import AdapterInfo, attach, load_adapters, save_adapters, write_adapters
 from tpx_export.base import sd3_pipeline
 from tpx_export.base.dit import load_transformer as load_dit
 from tpx_export.base.dit import shapes_of
-from tpx_export.base.pipeline import AnotherBase, open_base
-from tpx_export.base.sources import Sources, name_of
+from tpx_export.base.model_files import ModelFiles, name_of
+from tpx_export.base.pipeline import DifferentBaseWarning, open_base
 from tpx_export.checkpoint import CheckpointInvalid
 from tpx_export.cli import main
 from tpx_export.exporter import export_bundle
@@ -168,18 +168,18 @@ def trained_adapters(reference: tuple[Path, Any], path: Path, **training: Any) -
 def test_adapters_of_another_training_are_told(reference: tuple[Path, Any], tmp_path: Path) -> None:
     path, base = tmp_path / "tpx.safetensors", reference[0]
     size = open_base(base).model.image_size_px[0]
-    told = {"base_sha256": fingerprint.of_base(base), "image_size_px": size, "t5": True}
+    told = {"base_sha256": fingerprint.base_fingerprint(base), "image_size_px": size, "t5": True}
     trained_adapters(reference, path, **told)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         open_base(base, adapters=path)
-    for change, said in (
-        ({"base_sha256": "0" * 64}, "on other files of a base than these"),
-        ({"image_size_px": 1024}, f"at 1024 pixels and not {size}"),
+    for change, message in (
+        ({"base_sha256": "0" * 64}, "on other base files than these"),
+        ({"image_size_px": 1024}, f"at 1024 pixels, not {size}"),
         ({"t5": False}, "without T5"),
     ):
         trained_adapters(reference, path, **told | change)
-        with pytest.warns(AnotherBase, match=f"^the adapters were trained {said}$"):
+        with pytest.warns(DifferentBaseWarning, match=f"^the adapters were trained {message}$"):
             open_base(base, adapters=path)
 
 
@@ -208,9 +208,9 @@ def test_adapters_that_cannot_fit_are_refused_before_anything_is_exported(
         for name, value in Thinking(width, thinking).state_dict().items()
     }
     path = tmp_path / "tpx.safetensors"
-    write_adapters(path, thinking, state, Facts(width, "another"))
-    said = f"for 3 blocks of width 32, found some for blocks 0, {blocks[1]} of width {width}; take"
-    with pytest.raises(CheckpointInvalid, match=said):
+    write_adapters(path, thinking, state, AdapterInfo(width, "another"))
+    message = f"for 3 blocks of width 32, found some for blocks 0, {blocks[1]} of width {width}; take"
+    with pytest.raises(CheckpointInvalid, match=message):
         open_base(reference[0], adapters=path)
 
 
@@ -227,7 +227,7 @@ def test_half_precision_weights_make_a_half_precision_bundle(
 def test_image_sizes(reference: tuple[Path, Any]) -> None:
     small = open_base(reference[0], image_size_px=24).model
     assert (small.image_size_px, small.latent_size, small.visual_tokens) == ((24, 24), (12, 12), 36)
-    with pytest.raises(BadInput, match="expected an image size that 2 divides"):
+    with pytest.raises(BadInput, match="expected an image size divisible by 2"):
         open_base(reference[0], image_size_px=33)
 
 
@@ -236,8 +236,11 @@ def test_an_image_size_without_positions_is_refused_in_pixels_before_text_encode
     reference: tuple[Path, Any], size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sd3_pipeline, "_clip", lambda *_: pytest.fail("a text encoder was read"))
-    said = rf"an image size of (some pixels|4\.\.48 pixels in steps of 4, as the table .* allows), found {size}\b"
-    with pytest.raises(BadInput, match=said):
+    message = (
+        r"an image size of (1 pixel or more|4\.\.48 pixels in steps of 4, as the position table .* allows), "
+        rf"found {size}\b"
+    )
+    with pytest.raises(BadInput, match=message):
         open_base(reference[0], image_size_px=size)
 
 
@@ -320,7 +323,7 @@ PUBLISHED = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timest
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({}, None),  # as SD3 and SD3.5 have it
         ({"use_dynamic_shifting": False, "shift_terminal": None, "use_karras_sigmas": False}, None),
@@ -335,16 +338,18 @@ PUBLISHED = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timest
     ],
 )
 def test_a_schedule_that_would_not_be_followed_is_refused(
-    changes: dict[str, Any], said: str | None, tmp_path: Path
+    changes: dict[str, Any], message: str | None, tmp_path: Path
 ) -> None:
     path = tmp_path / "scheduler/scheduler_config.json"
     path.parent.mkdir()
     path.write_text(json.dumps(PUBLISHED | changes))
-    if said is None:
-        assert sd3_pipeline._schedule_shift(Sources(tmp_path, None)) == 3.0
+    if message is None:
+        assert sd3_pipeline._schedule_shift(ModelFiles(tmp_path, None)) == 3.0
         return
-    with pytest.raises(CheckpointInvalid, match=f"{path}: expected {said}; other models cannot be imported"):
-        sd3_pipeline._schedule_shift(Sources(tmp_path, None))
+    with pytest.raises(
+        CheckpointInvalid, match=f"{path}: expected {message}; other models cannot be imported"
+    ):
+        sd3_pipeline._schedule_shift(ModelFiles(tmp_path, None))
 
 
 def single_file(folder: Path, path: Path) -> Path:

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from benchmarks import random_sd3
 from tpx_export.adapters import attach, load_adapters
+from tpx_export.base.model_files import precision_of
 from tpx_export.base.sd3 import load_transformer
 from tpx_export.base.sd3_names import from_diffusers, from_original
-from tpx_export.base.sources import precision_of
 from tpx_export.checkpoint import CheckpointInvalid
 from tpx_export.graphs import ConditionsGraph, Graph, TransformerGraph, to_onnx
 from tpx_export.model import MMDiT, MMDiTSpec, ThinkingSpec
@@ -366,7 +366,7 @@ def test_a_tensor_of_a_single_file_that_does_not_fit_is_named(
     save_file(damaged(state, prefix + name, fault), tmp_path / "bad.safetensors")
     said = refusal(lambda: load_transformer(tmp_path / "bad.safetensors", LATENTS))
     if (fault, name) == ("short", "x_embedder.proj.weight"):
-        assert "whole heads" in said  # the width is read from it
+        assert "divisible by the head width" in said  # the width is read from it
     elif (fault, name) == ("short", "context_embedder.weight"):
         assert "context_embedder.weight is float32 [127, 32], not [128, 32]" in said
     else:
