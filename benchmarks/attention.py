@@ -30,12 +30,12 @@ def write(
     """Both graphs, over the same weights, and their inputs."""
     import torch
 
-    from tpx_export.fused_attention import FLOATS, fused
+    from tpx_export.fused_attention import FLOAT_TYPES, fuse_attention
     from tpx_export.graphs import Graph, TransformerGraph, to_onnx
     from tpx_export.model.mmdit import MMDiT, MMDiTSpec
     from tpx_export.model.thinking import ThinkingSpec
-    from tpx_export.precision import at_precision
-    from tpx_export.routing import variants_of
+    from tpx_export.precision import cast_to_precision
+    from tpx_export.routing import routing_variants
     from tpx_export.weights import WeightFile
 
     torch.manual_seed(0)
@@ -53,7 +53,7 @@ def write(
     for weights in model.parameters():
         if not weights.any():  # adaLN-zero would leave nothing to compare
             torch.nn.init.normal_(weights, std=0.02)
-    at_precision(model, precision)
+    cast_to_precision(model, precision)
     inputs = {
         "latents": torch.randn(2, 16, latent, latent),
         "conditions": torch.randn(2, spec.conditions_width),
@@ -61,8 +61,8 @@ def write(
     }
     with WeightFile(Path(folder)) as file, torch.no_grad():
         graph = Graph(TransformerGraph(model, 2, routed=True), inputs, ("velocity", "routes"))
-        _, plain = variants_of(file.take(to_onnx(graph)), spec.visual_tokens)
-        one_node = fused(plain, FLOATS)
+        _, plain = routing_variants(file.externalise(to_onnx(graph)), spec.visual_tokens)
+        one_node = fuse_attention(plain, FLOAT_TYPES)
         assert one_node
         for name, made in zip(VARIANTS, (plain, one_node), strict=True):
             file.write(made, f"{name}.onnx")

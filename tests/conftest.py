@@ -38,7 +38,7 @@ def export_once(
         out, made = folder / name / "tiny", folder / f"{name}.pickle"
         with FileLock(folder / f"{name}.lock"):
             if not made.exists():
-                made.write_bytes(pickle.dumps(export_bundle(Pipeline.of(tiny_model), out, **options)))
+                made.write_bytes(pickle.dumps(export_bundle(Pipeline.from_model(tiny_model), out, **options)))
         return out, pickle.loads(made.read_bytes())
 
     return export

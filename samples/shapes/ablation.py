@@ -189,7 +189,7 @@ def draw_and_judge(work: Work, folder: Path, transformer: MMDiT) -> None:
     """Export the transformer to a bundle, run ShapesEval with it into the folder's `eval`, and remove the bundle."""
     bundle = folder / "bundle"
     model = assemble(work.autoencoder, work.data.text_encoder, transformer)
-    export_bundle(Pipeline.of(model), bundle, force=True)
+    export_bundle(Pipeline.from_model(model), bundle, force=True)
     drawn = Generator.load(bundle, work.engine, verify=False)
     evaluate.run(folder / "eval", drawn, images=work.images, limit=work.limit, **DRAWN)
     shutil.rmtree(bundle)

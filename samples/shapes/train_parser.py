@@ -39,7 +39,7 @@ from samples.shapes.world import (
     relate,
     scatter,
 )
-from tpx_export.graphs import anonymous
+from tpx_export.graphs import strip_metadata
 from tpx_export.model.autoencoder import Autoencoder, AutoencoderSpec, ResidualBlock
 from tpx_runtime.command import TpxCommand
 from tpx_runtime.files import make_folder
@@ -248,7 +248,7 @@ def export(eye: Eye, path: Path) -> None:
         verbose=False,
     )
     assert program is not None
-    model = anonymous(program.model_proto)
+    model = strip_metadata(program.model_proto)
     onnx.checker.check_model(model)  # type: ignore[arg-type]
     onnx.save(model, path)  # type: ignore[arg-type]
 

@@ -77,7 +77,7 @@ def test_parts_that_do_not_fit_are_refused(model: ClassToImage) -> None:
 
 def test_the_bundle_draws_what_pytorch_draws(model: ClassToImage, tmp_path: Path) -> None:
     out = tmp_path / "bundle"
-    export_bundle(Pipeline.of(model), out)
+    export_bundle(Pipeline.from_model(model), out)
     generator = Generator.load(out, "onnxruntime")
     assert generator.manifest.model.classes == CLASSES
     assert generator.manifest.model.out_channels == 4
