@@ -220,12 +220,12 @@ def test_adapters_of_another_base_are_refused(saved: Path) -> None:
     thinking, state, _ = load_adapters(saved)
     deep = attach(base(), PAPER)
     shallow = base(spec=replace(SPEC, blocks=5))
-    said = refusal(lambda: attach(shallow, PAPER))
-    assert "0..4" in said and "[4, 8, 12]" in said
+    message = refusal(lambda: attach(shallow, PAPER))
+    assert "0..4" in message and "[4, 8, 12]" in message
     assert all(block.thinking is None for block in shallow.blocks)
     wide = base(spec=replace(SPEC, width=128))
-    said = refusal(lambda: attach(wide, thinking, state))
-    assert "width 128" in said and "blocks.0.thinking.a is [3, 64, 4], not [3, 128, 4]" in said
+    message = refusal(lambda: attach(wide, thinking, state))
+    assert "width 128" in message and "blocks.0.thinking.a is [3, 64, 4], not [3, 128, 4]" in message
     assert all(block.thinking is None for block in wide.blocks) and wide.spec.thinking is None
     refusal(lambda: attach(deep, PAPER, state))
     assert deep.spec.thinking == PAPER and deep.blocks[8].thinking is not None

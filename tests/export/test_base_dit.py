@@ -348,8 +348,8 @@ def test_sampling_through_the_runtime_is_the_originals(tmp_path: Path) -> None:
 
     def prediction(x: Array, t: float) -> Array:
         latents, times = torch.from_numpy(x).repeat(2, 1, 1, 1), torch.full((4,), t)
-        free, told = model(latents, times, torch.cat([null, given]), 1)[0].chunk(2)
-        return guide(free.numpy(), told.numpy(), guidance, 3)
+        negative, positive = model(latents, times, torch.cat([null, given]), 1)[0].chunk(2)
+        return guide(negative.numpy(), positive.numpy(), guidance, 3)
 
     schedule = respaced_schedule(steps)
     path = ddpm(prediction, batch_noise(seeds, shape), schedule, lambda k: batch_noise(seeds, shape, k))
@@ -359,12 +359,14 @@ def test_sampling_through_the_runtime_is_the_originals(tmp_path: Path) -> None:
         now = abar[int(schedule.timesteps[k])]
         then = abar[int(schedule.timesteps[k + 1])] if k + 1 < steps else 1.0
         times = torch.full((2,), schedule.timesteps[k])
-        told, free = (original(state, TINY.heads, x.float(), times, label) for label in (given, null))
-        eps = torch.cat([free[:, :3] + guidance * (told[:, :3] - free[:, :3]), told[:, 3:4]], 1)
+        positive, negative = (original(state, TINY.heads, x.float(), times, label) for label in (given, null))
+        eps = torch.cat(
+            [negative[:, :3] + guidance * (positive[:, :3] - negative[:, :3]), positive[:, 3:4]], 1
+        )
         beta = 1 - now / then
         x = (x - beta / math.sqrt(1 - now) * eps) / math.sqrt(1 - beta)  # Ho et al. 2020, equation 11
         if k + 1 < steps:
-            share = (told[:, 4:] + 1) / 2
+            share = (positive[:, 4:] + 1) / 2
             log_variance = share * math.log(beta) + (1 - share) * math.log(beta * (1 - then) / (1 - now))
             noise = torch.from_numpy(batch_noise(seeds, shape, k + 1)).double()
             x = x + (0.5 * log_variance).exp() * noise
@@ -597,8 +599,8 @@ def in_onnx(model: DiT, depth: int, folder: Path) -> list[Callable[..., list[Ten
         session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
 
         def run(*given: Tensor, session: onnxruntime.InferenceSession = session) -> list[Tensor]:
-            x, *told = (value.numpy() for value in given)
-            [conditions] = table.run(None, dict(zip(known, told, strict=True)))
+            x, *inputs = (value.numpy() for value in given)
+            [conditions] = table.run(None, dict(zip(known, inputs, strict=True)))
             found = session.run(None, {"latents": x, "conditions": conditions})
             return [torch.from_numpy(np.asarray(value)) for value in found]
 

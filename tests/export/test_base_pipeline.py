@@ -1,4 +1,4 @@
-"""Published models from their files to pictures: diffusers' pipeline, and what a user may get wrong."""
+"""Published models from their files to images, against diffusers' pipeline, and error messages."""
 
 import json
 import shutil
@@ -79,7 +79,7 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_whole_pipeline_draws_what_diffusers_draws(
+def test_the_pipeline_generates_the_image_of_diffusers(
     variant: str, reference: tuple[Path, Any], bundle: Path, tmp_path: Path
 ) -> None:
     theirs_here, ours_here = reference[1], bundle
@@ -92,13 +92,13 @@ def test_the_whole_pipeline_draws_what_diffusers_draws(
     ours = np.asarray(image, np.float64)
     expected = theirs(theirs_here, PROMPT, NEGATIVE, num_inference_steps=28, guidance_scale=7.0)
     assert psnr(ours, expected) >= 50
-    assert expected.std() > 5 and np.mean((expected > 0) & (expected < 255)) > 0.02  # a picture, not a blank
+    assert expected.std() > 5 and np.mean((expected > 0) & (expected < 255)) > 0.02  # not a uniform image
     other = np.asarray(generator("a dog", negative_prompt=NEGATIVE, seed=3)[0], np.float64)
     assert psnr(other, expected) < 45  # which depends on the words
 
 
 def test_without_t5(reference: tuple[Path, Any], bundle: Path, tmp_path: Path) -> None:
-    """Left out at the export or when drawing, it is the same picture, and diffusers'."""
+    """Left out at the export or at generation, the image is the same, and equal to diffusers'."""
     folder, pipeline = reference
     export_bundle(open_base(folder, t5=False), tmp_path / "no-t5")
     assert not (tmp_path / "no-t5/text_encoder_3").exists()
@@ -165,11 +165,11 @@ def trained_adapters(reference: tuple[Path, Any], path: Path, **training: Any) -
     save_adapters(model, path, "tiny", training)
 
 
-def test_adapters_of_another_training_are_told(reference: tuple[Path, Any], tmp_path: Path) -> None:
+def test_adapters_of_another_training_give_a_warning(reference: tuple[Path, Any], tmp_path: Path) -> None:
     path, base = tmp_path / "tpx.safetensors", reference[0]
     size = open_base(base).model.image_size_px[0]
-    told = {"base_sha256": fingerprint.base_fingerprint(base), "image_size_px": size, "t5": True}
-    trained_adapters(reference, path, **told)
+    training = {"base_sha256": fingerprint.base_fingerprint(base), "image_size_px": size, "t5": True}
+    trained_adapters(reference, path, **training)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         open_base(base, adapters=path)
@@ -178,7 +178,7 @@ def test_adapters_of_another_training_are_told(reference: tuple[Path, Any], tmp_
         ({"image_size_px": 1024}, f"at 1024 pixels, not {size}"),
         ({"t5": False}, "without T5"),
     ):
-        trained_adapters(reference, path, **told | change)
+        trained_adapters(reference, path, **training | change)
         with pytest.warns(DifferentBaseWarning, match=f"^the adapters were trained {message}$"):
             open_base(base, adapters=path)
 
@@ -433,7 +433,7 @@ def test_adapters_are_rounded_to_the_bundles_precision_alone(
         assert found.dtype == bundle and torch.equal(found, trained[name].to(bundle)), name
 
 
-def test_a_dit_with_adapters_draws_classes(tmp_path: Path) -> None:
+def test_a_dit_with_adapters_generates_classes(tmp_path: Path) -> None:
     write_dit(tmp_path)
     arguments = ["--base", str(tmp_path / "dit.pt"), "--adapters", str(tmp_path / "tpx.safetensors")]
     assert "expected vae/config.json" in refused(*arguments)

@@ -235,7 +235,7 @@ def test_attention_in_parts_is_attention(monkeypatch: pytest.MonkeyPatch) -> Non
     assert relative(found, expected) < TIGHT
 
 
-def test_norms_of_large_pictures_are_exact_in_onnx_runtime() -> None:
+def test_norms_of_large_images_are_exact_in_onnx_runtime() -> None:
     x = noise(1, 16, 512, 512) + 3
     ((found,),) = run_onnx(GroupNorm(4, 16), "x", torch.cat([x, x]), ("y",), [x])
     assert relative(found, F.group_norm(x.double(), 4, eps=1e-6)) < 1.5e-6  # InstanceNormalization: 1e-5
@@ -277,7 +277,7 @@ def test_a_configuration_that_cannot_be_is_one_line(sd1: Path, changes: dict[str
 
 
 @pytest.mark.parametrize("size", [-8, 0, 2, 30])
-def test_a_picture_that_latents_do_not_cover_is_refused(sd1: Path, size: int) -> None:
+def test_an_image_size_that_latents_do_not_cover_is_refused(sd1: Path, size: int) -> None:
     with pytest.raises(BadInput, match=f"divisible by 4, found {size}"):
         load_vae(sd1, size)
 

@@ -1,4 +1,4 @@
-"""Checkpoints: what is written is read again, and whatever is not ours is refused in one line."""
+"""Checkpoints: written files are read back, and other files are rejected in one line."""
 
 import json
 import pickle

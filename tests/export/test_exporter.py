@@ -75,7 +75,7 @@ def test_golden_tensors_are_the_models(tiny_bundle: Path, tiny_model: TextToImag
     assert len(np.unique(golden["routes_3"])) > 1  # one expert for all would test no routing
 
 
-def test_generator_draws_what_pytorch_draws(tiny_bundle: Path, tiny_model: TextToImage) -> None:
+def test_the_generator_generates_the_image_of_pytorch(tiny_bundle: Path, tiny_model: TextToImage) -> None:
     """The whole path, from words to pixels, against the PyTorch modules called by hand."""
     from tpx_runtime.noise import batch_noise
     from tpx_runtime.sampling.flow import FLOW_SAMPLERS
@@ -109,20 +109,18 @@ def test_golden_tensors_of_the_other_parts_are_the_models(tiny_bundle: Path, tin
     torch.testing.assert_close(pooled, golden["text_encoder.pooled"])
     torch.testing.assert_close(
         context, golden["context"]
-    )  # one encoder's answer is what the transformer is told
+    )  # with one encoder, its output is the transformer's conditioning
     torch.testing.assert_close(pooled, golden["pooled"])
     autoencoder = tiny_model.autoencoder
     torch.testing.assert_close(autoencoder.decoder(golden["decoder_latents"]).clamp(-1, 1), golden["image"])
     torch.testing.assert_close(autoencoder.encoder(golden["image"])[0], golden["encoder_latents"])
 
 
-def test_a_picture_becomes_the_latents_that_pytorch_makes_of_it(
-    tiny_bundle: Path, tiny_model: TextToImage
-) -> None:
+def test_an_image_is_encoded_as_in_pytorch(tiny_bundle: Path, tiny_model: TextToImage) -> None:
     rng = np.random.default_rng(0)
-    picture = rng.integers(0, 256, (64, 64, 3), np.uint8)
-    edit = Generator.load(tiny_bundle, engine="onnxruntime").edit(Image.fromarray(picture))
-    pixels = torch.from_numpy(picture).permute(2, 0, 1)[None] / 127.5 - 1
+    image = rng.integers(0, 256, (64, 64, 3), np.uint8)
+    edit = Generator.load(tiny_bundle, engine="onnxruntime").edit(Image.fromarray(image))
+    pixels = torch.from_numpy(image).permute(2, 0, 1)[None] / 127.5 - 1
     torch.testing.assert_close(
         torch.from_numpy(edit.latents), tiny_model.autoencoder.encode(pixels), rtol=1e-4, atol=1e-4
     )

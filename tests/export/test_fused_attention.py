@@ -113,7 +113,7 @@ def test_it_computes_the_same(tiny_bundle: Path, depth: int, tmp_path: Path) -> 
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_picture_of_it(half: tuple[Bundle, Summary]) -> None:
+def test_a_generated_image(half: tuple[Bundle, Summary]) -> None:
     expected = Generator(half[0], ENGINES["onnxruntime"])("a red cube", steps=3)
     found = Generator(half[0], replace(ENGINES["onnxruntime"], variant="fused"))("a red cube", steps=3)
     one, other = (np.asarray(drawn[0], np.float32) for drawn in (expected, found))

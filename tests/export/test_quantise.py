@@ -351,10 +351,10 @@ def test_onnx_runtime_multiplies_in_int8(int8_export: tuple[Path, Summary], tmp_
     assert "DequantizeLinear" not in kinds
 
 
-def test_it_draws_and_its_report_says_how_well(int8_export: tuple[Path, Summary]) -> None:
+def test_the_bundle_generates_and_its_report_compares_it_with_fp32(int8_export: tuple[Path, Summary]) -> None:
     out, summary = int8_export
-    [picture] = Generator.load(out, engine="onnxruntime")("a red cube")
-    assert np.asarray(picture).std() > 0
+    [image] = Generator.load(out, engine="onnxruntime")("a red cube")
+    assert np.asarray(image).std() > 0
     report = summary.int8
     assert report is not None
     assert (report.precision, report.layers) == ("int8", len(LAYERS))
