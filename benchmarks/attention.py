@@ -31,12 +31,12 @@ def write_graphs(
     """Write both graphs, with shared weights, and their inputs into `folder`."""
     import torch
 
-    from tpx_export.fused_attention import FLOATS, fused
+    from tpx_export.fused_attention import FLOAT_TYPES, fuse_attention
     from tpx_export.graphs import Graph, TransformerGraph, to_onnx
     from tpx_export.model.mmdit import MMDiT, MMDiTSpec
     from tpx_export.model.thinking import ThinkingSpec
-    from tpx_export.precision import at_precision
-    from tpx_export.routing import variants_of
+    from tpx_export.precision import cast_to_precision
+    from tpx_export.routing import routing_variants
     from tpx_export.weights import WeightFile
 
     torch.manual_seed(0)
@@ -54,7 +54,7 @@ def write_graphs(
     for weights in model.parameters():
         if not weights.any():  # with adaLN-zero weights, all outputs would be zero
             torch.nn.init.normal_(weights, std=0.02)
-    at_precision(model, precision)
+    cast_to_precision(model, precision)
     inputs = {
         "latents": torch.randn(2, 16, latent, latent),
         "conditions": torch.randn(2, spec.conditions_width),
@@ -62,8 +62,8 @@ def write_graphs(
     }
     with WeightFile(Path(folder)) as file, torch.no_grad():
         graph = Graph(TransformerGraph(model, 2, routed=True), inputs, ("velocity", "routes"))
-        _, standard = variants_of(file.take(to_onnx(graph)), spec.visual_tokens)
-        one_node = fused(standard, FLOATS)
+        _, standard = routing_variants(file.externalise(to_onnx(graph)), spec.visual_tokens)
+        one_node = fuse_attention(standard, FLOAT_TYPES)
         assert one_node
         for name, graph_proto in zip(VARIANTS, (standard, one_node), strict=True):
             file.write(graph_proto, f"{name}.onnx")

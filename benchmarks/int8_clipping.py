@@ -13,37 +13,37 @@ import numpy as np
 import torch
 
 from tpx_export import checkpoint
-from tpx_export.golden import Golden, text_golden, told_of, transformer_golden
+from tpx_export.golden import Golden, conditioning_inputs, text_golden, transformer_golden
 from tpx_export.pipeline import Pipeline
-from tpx_export.quantise.calibration import Told, activations
-from tpx_export.quantise.grid import CLIPPING, Magnitudes
+from tpx_export.quantise.calibration import CalibrationInputs, collect_activations
+from tpx_export.quantise.grid import CLIPPING, MagnitudeHistogram
 from tpx_export.quantise.layers import block_linears, modulations
-from tpx_export.quantise.linear import replace
-from tpx_export.quantise.prompts import subjects_of
+from tpx_export.quantise.linear import replace_layers
+from tpx_export.quantise.prompts import choose_subjects
 from tpx_runtime.command import TpxCommand
 
 
-def calibrate(pipeline: Pipeline) -> tuple[dict[str, Magnitudes], Golden]:
-    """Magnitudes by layer over every depth, and the golden tensors of the transformer."""
-    told, golden = Told(subjects_of(pipeline).calibrating), Golden()
+def calibrate(pipeline: Pipeline) -> tuple[dict[str, MagnitudeHistogram], Golden]:
+    """Histograms by layer over every depth, and the golden tensors of the transformer."""
+    calibration, golden = CalibrationInputs(choose_subjects(pipeline).calibration), Golden()
     for part in pipeline.text:
         encoder = part.load()
         golden |= text_golden(part, encoder)
-        told.hear(part, encoder)
-    transformer, rows = pipeline.transformer(), told.rows(pipeline)
+        calibration.add_text_encoder(part, encoder)
+    transformer, rows = pipeline.transformer(), calibration.rows(pipeline)
     layers = block_linears(transformer)
-    magnitudes = {name: Magnitudes() for name in layers}
+    histograms = {name: MagnitudeHistogram() for name in layers}
     for depth in pipeline.model.depths:
-        activations(transformer, layers, magnitudes, pipeline, rows, depth)
-    given = told_of(pipeline.text, golden, pipeline.model)
-    return magnitudes, transformer_golden(
+        collect_activations(transformer, layers, histograms, pipeline, rows, depth)
+    given = conditioning_inputs(pipeline.text, golden, pipeline.model)
+    return histograms, transformer_golden(
         transformer, pipeline.model, given, pipeline.shift, pipeline.model.depths
     )
 
 
 @torch.no_grad()
 def errors_by_depth(
-    pipeline: Pipeline, golden: Golden, rule: str | None, magnitudes: dict[str, Magnitudes]
+    pipeline: Pipeline, golden: Golden, rule: str | None, histograms: dict[str, MagnitudeHistogram]
 ) -> list[str]:
     """For each depth: maximum error, RMS error and share of equal routes; `rule` None quantises only the weights."""
     model, transformer = pipeline.model, pipeline.transformer()
@@ -51,8 +51,8 @@ def errors_by_depth(
     if rule is None:
         layers |= modulations(transformer)
     else:
-        steps = {name: one.step(rule) for name, one in magnitudes.items()}
-    replace(transformer, layers, steps)
+        steps = {name: histogram.step_size(rule) for name, histogram in histograms.items()}
+    replace_layers(transformer, layers, steps)
     known = [torch.from_numpy(golden[name]) for name in model.conditions_inputs]
     given = {name: torch.from_numpy(golden[name]) for name in model.transformer_inputs}
     given["conditions"] = transformer.conditions(*known)  # type: ignore[operator]
@@ -72,14 +72,14 @@ def errors_by_depth(
 @click.option("--ckpt", type=click.Path(path_type=Path), default=Path("samples/shapes/shapes.safetensors"))
 def main(ckpt: Path) -> None:
     """Print the table as Markdown."""
-    pipeline = Pipeline.of(checkpoint.load(ckpt))
-    magnitudes, golden = calibrate(pipeline)
+    pipeline = Pipeline.from_model(checkpoint.load(ckpt))
+    histograms, golden = calibrate(pipeline)
     depths = pipeline.model.depths
     click.echo(f"| clipping | {' | '.join(f'depth {depth}' for depth in depths)} |")
     click.echo("|---|" + "---|" * len(depths))
     for rule in (*CLIPPING, None):
         click.echo(
-            f"| {rule or 'weights alone'} | {' | '.join(errors_by_depth(pipeline, golden, rule, magnitudes))} |"
+            f"| {rule or 'weights alone'} | {' | '.join(errors_by_depth(pipeline, golden, rule, histograms))} |"
         )
 
 

@@ -191,7 +191,7 @@ def write_adapters(
             part.scale.add_(torch.randn_like(part.scale) * 0.1)
             part.shift.normal_(std=0.1)
             state |= {f"blocks.{block}.thinking.{name}": v for name, v in part.state_dict().items()}
-    facts = adapters.Facts(size.width, model, {"weights": "random"})
+    facts = adapters.AdapterInfo(size.width, model, {"weights": "random"})
     adapters.write_adapters(path, spec, state, facts)
 
 

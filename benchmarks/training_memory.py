@@ -22,11 +22,13 @@ def saved_bytes(block: JointBlock, tokens: int, depth: int) -> int:
     """Bytes of the distinct tensors that autograd saves in one forward pass."""
     x = torch.randn(1, tokens, WIDTH, dtype=torch.bfloat16, requires_grad=True)
     c = torch.randn(1, TEXT, WIDTH, dtype=torch.bfloat16, requires_grad=True)
-    modulation = list(torch.randn(1, 1, block.modulations * WIDTH, dtype=torch.bfloat16).split(WIDTH, dim=-1))
-    gate_input = torch.randn(1, 1, GATE_WIDTH) if block.thinking else None
+    modulations = list(
+        torch.randn(1, 1, block.num_modulations * WIDTH, dtype=torch.bfloat16).split(WIDTH, dim=-1)
+    )
+    gate_condition = torch.randn(1, 1, GATE_WIDTH) if block.thinking else None
     excluded = {
         value.untyped_storage().data_ptr()
-        for value in (*block.parameters(), *modulation, gate_input)
+        for value in (*block.parameters(), *modulations, gate_condition)
         if value is not None
     }
     saved: dict[int, int] = {}
@@ -38,7 +40,7 @@ def saved_bytes(block: JointBlock, tokens: int, depth: int) -> int:
         return value
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda value: value):
-        outputs = block(x, c, modulation, gate_input, depth)
+        outputs = block(x, c, modulations, gate_condition, depth)
     assert outputs[0].requires_grad
     return sum(saved.values())
 

@@ -25,7 +25,7 @@ from tpx_export.adapters import attach
 from tpx_export.model import ThinkingSpec
 from tpx_export.model.mmdit import MMDiT, MMDiTSpec
 from tpx_export.model.routed_lora import mixed_lora
-from tpx_export.precision import narrow
+from tpx_export.precision import cast_weights
 
 VAE_FACTOR, CONTEXT_TOKENS = 8, 333  # of 77 tokens of CLIP and 256 of T5
 
@@ -147,7 +147,7 @@ def main(
         thinking = ThinkingSpec(size_of(model, layers, heads).thinking_blocks, experts, rank, depth)
         attach_random(transformer, thinking)
     transformer.to(device).eval()
-    narrow(transformer, kind)
+    cast_weights(transformer, kind)
     spec, inputs = transformer.spec, random_inputs(transformer, batch, kind, device)
     eager: dict[tuple[int, str], Call] = {}
     captured: dict[tuple[int, str], Call] = {}

@@ -48,7 +48,7 @@ def export_once(tiny_model: TextToImage, shared_folder: Path) -> Callable[..., E
         out, made = shared_folder / name / "tiny", shared_folder / f"{name}.pickle"
         with FileLock(shared_folder / f"{name}.lock"):
             if not made.exists():
-                made.write_bytes(pickle.dumps(export_bundle(Pipeline.of(tiny_model), out, **options)))
+                made.write_bytes(pickle.dumps(export_bundle(Pipeline.from_model(tiny_model), out, **options)))
         return out, pickle.loads(made.read_bytes())
 
     return export

@@ -1,13 +1,13 @@
-"""From a model in PyTorch to a bundle (docs/bundle.md), and thinking adapters for published models.
+"""Exports a PyTorch model to a bundle (docs/bundle.md), and trains thinking adapters for published models.
 
-    checkpoint, or base/ with adapters  ▶  pipeline: the parts, each loaded when its turn comes
+    checkpoint, or base/ with adapters  ▶  pipeline: the parts, loaded one at a time
                                               │
-                  golden: its PyTorch outputs ┤
+                  golden: PyTorch's outputs   ┤
                   graphs ▶ routing ▶ weights: ┤ ONNX graphs, quantise/ in int8
-                  step, description:          ┤ the loop's graph, the manifest
+                  step, description:          ┤ the graph of the sampling loop, the manifest
                                               ▼
-                                           exporter ▶ whole_folder: a bundle, verified or not there
+                                           exporter ▶ atomic_folder: the bundle, published only after verification
     training/ ▶ adapters                   cli: the command tpx-export
 
-`model/` has the networks, `operator` how torch's exporter writes their operations. Importing this package imports nothing.
+`model/` has the networks, `operator` the translation of their operations to ONNX. Importing this package imports nothing.
 """

@@ -1,8 +1,8 @@
-"""Thinking adapters by themselves, `tpx.safetensors`: what a base model needs in order to think.
+"""Files of thinking adapters, `tpx.safetensors`, which turn a base model into a thinking model.
 
 The file's metadata holds, under `tpx`, the JSON text {"format": "tpx-adapters", "version": 1, "spec": {ThinkingSpec},
-"width": D, "base": name, "training": {...}}; its tensors are `blocks.N.thinking.*`. A base is any module with a `spec`
-that has `width` and `thinking`, and with `blocks` that each have a `thinking`: an MMDiT, a DiT.
+"width": D, "base": name, "training": {...}}; its tensors are `blocks.N.thinking.*`. A base is an MMDiT, a DiT, or any other
+module with a `spec` that has `width` and `thinking`, and with `blocks` that each have a `thinking`.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from tpx_export.checkpoint import CheckpointInvalid
 from tpx_export.model.thinking import Thinking, ThinkingSpec
-from tpx_export.precision import STORED, narrow
+from tpx_export.precision import STORED_DTYPES, cast_weights
 from tpx_runtime.errors import BadInput, shorten
 from tpx_runtime.files import atomic_file
 from tpx_runtime.typed_json import parse
@@ -31,8 +31,8 @@ M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What an adapter file says besides its specification: the base's width and name, and how it was trained."""
+class AdapterInfo:
+    """The header of an adapter file besides its specification: the base's width and name, and how it was trained."""
 
     width: int
     base: str
@@ -44,7 +44,7 @@ class Adapters(NamedTuple):
 
     thinking: ThinkingSpec
     state: dict[str, Tensor]
-    facts: Facts
+    info: AdapterInfo
 
 
 def attach(
@@ -53,19 +53,19 @@ def attach(
     state: Mapping[str, Tensor] | None = None,
     dtype: torch.dtype | None = None,
 ) -> M:
-    """Attach thinking adapters to `model`, replacing any that it had, and return it.
+    """Attach thinking adapters to `model`, replacing any that it has, and return it.
 
-    Its other parameters are left as they are. Without a state the adapters are fresh, and the model's output is exactly the
-    base's. They have type `dtype`, or that of the blocks if None; gates are float32. New parameters require gradients as
-    ThinkingSpec says. Raises CheckpointInvalid for blocks that the model does not have, and for a state that does not fit
-    its width or the spec.
+    Other parameters do not change. Without a state the adapters are newly initialised, and the model's output is exactly the
+    base's. They are of type `dtype`, or that of the blocks if None; gates are float32. New parameters require gradients
+    according to ThinkingSpec. Raises CheckpointInvalid for blocks that the model does not have, and for a state that does
+    not fit its width or the spec.
     """
     base: Any = model
     blocks, width = base.blocks, base.spec.width
     if thinking.blocks[-1] >= len(blocks):
         raise CheckpointInvalid(
             f"expected thinking blocks within 0..{len(blocks) - 1}, found {list(thinking.blocks)}; "
-            "these adapters belong to another base"
+            "these adapters are for another base"
         )
     if state is not None:
         _check(state, thinking, width, f"thinking adapters for a base of width {width}")
@@ -74,41 +74,43 @@ def attach(
         block.thinking = None
         if index not in thinking.blocks:
             continue
-        part = Thinking(width, thinking)
+        adapter = Thinking(width, thinking)
         if state is not None:
             prefix = _prefix(index)
-            part.load_state_dict(
+            adapter.load_state_dict(
                 {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
             )
-        narrow(part.to(example.device), dtype or example.dtype)
-        block.thinking = part.train(model.training)
+        cast_weights(adapter.to(example.device), dtype or example.dtype)
+        block.thinking = adapter.train(model.training)
     base.spec = dataclasses.replace(base.spec, thinking=thinking)
     return model
 
 
 def save_adapters(model: nn.Module, path: Path, base: str, training: Mapping[str, Any] | None = None) -> None:
-    """Write the thinking adapters of `model`, whole or not at all; `base` names the model that they were trained on.
+    """Write the thinking adapters of `model` atomically; `base` is the name of the model that they were trained on.
 
-    Raises ValueError for a model that does not think, BadInput for a place that cannot be written to.
+    Raises ValueError for a model without thinking blocks, BadInput for a path that cannot be written to.
     """
     spec: Any = model.spec
     if spec.thinking is None:
-        raise ValueError("expected a model that thinks, got one without thinking blocks")
+        raise ValueError("expected a model with thinking blocks, got one without")
     state = {name: value for name, value in model.state_dict().items() if ".thinking." in name}
-    write_adapters(path, spec.thinking, state, Facts(spec.width, base, dict(training or {})))
+    write_adapters(path, spec.thinking, state, AdapterInfo(spec.width, base, dict(training or {})))
 
 
-def write_adapters(path: Path, thinking: ThinkingSpec, state: Mapping[str, Tensor], facts: Facts) -> None:
-    """Like `save_adapters`, from a state instead of a model."""
+def write_adapters(
+    path: Path, thinking: ThinkingSpec, state: Mapping[str, Tensor], info: AdapterInfo
+) -> None:
+    """Like `save_adapters`, from a state dict instead of a model."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     spec = dataclasses.asdict(thinking)
-    header = {"format": FORMAT, "version": VERSION, "spec": spec, **dataclasses.asdict(facts)}
+    header = {"format": FORMAT, "version": VERSION, "spec": spec, **dataclasses.asdict(info)}
     try:
         with atomic_file(path) as part:
             save_file(tensors, part, metadata={"tpx": json.dumps(header)})
     except (OSError, SafetensorError) as error:
         raise BadInput(
-            f"expected to write {path}, found: {error}; free some space or choose another place"
+            f"expected to write {path}, found: {error}; free some space or choose another path"
         ) from None
 
 
@@ -122,16 +124,16 @@ def load_adapters(path: Path) -> Adapters:
             text = (file.metadata() or {}).get("tpx", "{}")
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        said = " ".join(str(error).split())[:120]
+        reason = " ".join(str(error).split())[:120]
         raise CheckpointInvalid(
-            f"{path}: expected a whole .safetensors file, found one that is truncated or damaged ({said}); copy it again"
+            f"{path}: expected a complete .safetensors file, found a truncated or damaged one ({reason}); copy it again"
         ) from None
-    thinking, facts = _header(path, text)
-    _check(state, thinking, facts.width, str(path))
-    return Adapters(thinking, state, facts)
+    thinking, info = _parse_header(path, text)
+    _check(state, thinking, info.width, str(path))
+    return Adapters(thinking, state, info)
 
 
-def _header(path: Path, text: str) -> tuple[ThinkingSpec, Facts]:
+def _parse_header(path: Path, text: str) -> tuple[ThinkingSpec, AdapterInfo]:
     try:
         header = json.loads(text)
     except (ValueError, RecursionError):
@@ -150,14 +152,14 @@ def _header(path: Path, text: str) -> tuple[ThinkingSpec, Facts]:
     rest = {name: value for name, value in header.items() if name not in ("format", "version", "spec")}
     try:
         thinking = parse(ThinkingSpec, header.get("spec"), "spec.", "this tpx", defaults=True)
-        facts = parse(Facts, rest, "", "this tpx", defaults=True)
-        if facts.width < 1:
-            raise ValueError(f"expected a width of 1 or more, found {facts.width}")
+        info = parse(AdapterInfo, rest, "", "this tpx", defaults=True)
+        if info.width < 1:
+            raise ValueError(f"expected a width of 1 or more, found {info.width}")
     except (TypeError, ValueError) as error:
         raise CheckpointInvalid(
-            f"{path}: expected a thinking specification, found one that does not fit ({error})"
+            f"{path}: expected a thinking specification, found an invalid one ({error})"
         ) from None
-    return thinking, facts
+    return thinking, info
 
 
 def _prefix(block: int) -> str:
@@ -165,20 +167,20 @@ def _prefix(block: int) -> str:
 
 
 def _check(state: Mapping[str, Tensor], thinking: ThinkingSpec, width: int, where: str) -> None:
-    """Check names, shapes and values against `thinking` at that width. Raises CheckpointInvalid, which lists all faults."""
+    """Check names, shapes and values of a state dict. Raises CheckpointInvalid, whose message lists all faults."""
     try:
         with torch.device("meta"):
             example = Thinking(width, thinking).state_dict()
-    except (RuntimeError, TypeError, OverflowError):  # sizes beyond any tensor's
+    except (RuntimeError, TypeError, OverflowError):  # larger than any tensor can be
         raise CheckpointInvalid(f"{where}: expected a thinking specification, found one too large") from None
-    wanted = {_prefix(block) + name: v.shape for block in thinking.blocks for name, v in example.items()}
-    faults = [f"{name} missing" for name in sorted(wanted.keys() - state.keys())]
-    faults += [f"{name} unknown" for name in sorted(state.keys() - wanted.keys())]
-    for name in sorted(wanted.keys() & state.keys()):
+    expected = {_prefix(block) + name: v.shape for block in thinking.blocks for name, v in example.items()}
+    faults = [f"{name} missing" for name in sorted(expected.keys() - state.keys())]
+    faults += [f"{name} unknown" for name in sorted(state.keys() - expected.keys())]
+    for name in sorted(expected.keys() & state.keys()):
         value = state[name]
-        if value.shape != wanted[name]:
-            faults.append(f"{name} is {list(value.shape)}, not {list(wanted[name])}")
-        elif value.dtype not in STORED:
+        if value.shape != expected[name]:
+            faults.append(f"{name} is {list(value.shape)}, not {list(expected[name])}")
+        elif value.dtype not in STORED_DTYPES:
             faults.append(
                 f"{name} is {str(value.dtype).removeprefix('torch.')}, not float32, float16 or bfloat16"
             )
@@ -186,6 +188,6 @@ def _check(state: Mapping[str, Tensor], thinking: ThinkingSpec, width: int, wher
             faults.append(f"{name} has NaN or infinity")
     if faults:
         raise CheckpointInvalid(
-            f"{where}: expected the {len(wanted)} tensors of its specification, found {len(faults)} that do not fit: "
+            f"{where}: expected the {len(expected)} tensors of its specification, found {len(faults)} that do not fit: "
             f"{'; '.join(faults)}"
         )

@@ -17,25 +17,27 @@ _PATH = click.Path(path_type=Path)
 
 
 @click.command(cls=TpxCommand)
-@click.option("--ckpt", type=_PATH, help="Checkpoint of ours, .safetensors or .pt.")
+@click.option("--ckpt", type=_PATH, help="TPX checkpoint, .safetensors or .pt.")
 @click.option(
-    "--base", type=_PATH, help="Instead: a diffusers folder or single file of SD3 or SD3.5, or DiT."
+    "--base", type=_PATH, help="Instead: a diffusers folder or single file of SD3 or SD3.5, or a DiT file."
 )
 @click.option("--components", type=_PATH, help="Diffusers folder with the parts that BASE lacks.")
 @click.option("--adapters", type=_PATH, help="Thinking adapters for BASE, tpx.safetensors.")
-@click.option("--image-size", "image_size_px", type=int, help="Pixels a side.  [default: BASE's own]")
+@click.option("--image-size", "image_size_px", type=int, help="Pixels per side.  [default: BASE's own]")
 @click.option("--no-t5", is_flag=True, help="Leave out BASE's T5 encoder.")
 @click.option("--depth", type=int, help="Latent steps; graphs 1..DEPTH are written.  [default: the model's]")
 @click.option("--out", type=_PATH, help="Folder to write.  [default: bundles/<model's name>]")
 @click.option("--precision", help="fp32, fp16, int8 or int8-weights.  [default: as the weights are stored]")
 @click.option(
-    "--calibration", type=_PATH, help="int8: prompts to calibrate with, one a line.  [default: own]"
+    "--calibration", type=_PATH, help="int8: prompts to calibrate with, one per line.  [default: built-in]"
 )
-@click.option("--accept-loss", is_flag=True, help="int8: keep the bundle whatever it costs.")
+@click.option(
+    "--accept-loss", is_flag=True, help="int8: keep the bundle even if it loses too much or gains nothing."
+)
 @click.option(
     "--score-prompts",
     type=int,
-    help="int8: prompts of each kind of ShapesEval, 0 to take no score.  [default: all 92]",
+    help="int8: prompts of each kind of ShapesEval, 0 for no score.  [default: all 92]",
 )
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 def main(
@@ -55,16 +57,16 @@ def main(
 ) -> None:
     """Write an ONNX bundle of a model, verified against PyTorch, and print its path.
 
-    The model is a checkpoint of ours (--ckpt), or a published one (--base), which thinks if it is given --adapters.
+    The model is a TPX checkpoint (--ckpt) or a published model (--base), with thinking adapters if --adapters is given.
     """
-    from tpx_export.exporter import check, export_bundle
+    from tpx_export.exporter import check_arguments, export_bundle
     from tpx_export.quantise.quantiser import Int8Options
     from tpx_export.quantise.verdict import Refused
 
     given = {"calibration": calibration, "score_prompts": score_prompts, "accept_loss": accept_loss or None}
     chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     options = Int8Options(**chosen) if chosen else None
-    check(out, depth, precision, force, options)  # before a model is read, which takes its time
+    check_arguments(out, depth, precision, force, options)  # before reading the model, which takes a while
     with warnings_as_notices():
         pipeline = open_model(ckpt, base, components, adapters, image_size_px, no_t5)
     out = out or Path("bundles") / pipeline.name
@@ -81,8 +83,8 @@ def main(
             click.echo(f"\n{table(refused.summary)}", err=True)
             raise
     click.echo(table(summary), err=True)
-    if summary.loss:
-        click.echo(f"accepted: {summary.loss}", err=True)
+    if summary.rejection:
+        click.echo(f"accepted: {summary.rejection}", err=True)
     click.echo(out)
 
 
@@ -108,12 +110,12 @@ def open_model(
     assert ckpt is not None
     extra = {"--components": components, "--adapters": adapters, "--image-size": image_size_px}
     if given := [name for name, value in extra.items() if value is not None] + ["--no-t5"] * no_t5:
-        raise BadInput(f"expected {given[0]} with --base alone, found it with --ckpt; leave it out")
-    return Pipeline.of(checkpoint.load(ckpt))
+        raise BadInput(f"expected {given[0]} only with --base, found it with --ckpt; leave it out")
+    return Pipeline.from_model(checkpoint.load(ckpt))
 
 
 def table(summary: "Summary") -> str:
-    """The summary as tables of text."""
+    """The summary as text tables."""
     lines = [f"{'graph':<24}{'variant':<10}{'error':>9}{'allowed':>9}{'same route':>12}"]
     for variant, parts in summary.reports.items():
         for part in parts:

@@ -1,4 +1,4 @@
-"""What a bundle says about its model: the manifest and the schedule (docs/bundle.md)."""
+"""The manifest and the scheduler configuration of a bundle (docs/bundle.md)."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -9,8 +9,8 @@ from tpx_runtime import __version__
 from tpx_runtime.bundle import Manifest, describe_files
 
 
-def manifest(pipeline: Pipeline, depths: tuple[int, ...], precision: str, folder: Path) -> Manifest:
-    """The manifest of a bundle of `pipeline` whose files lie in `folder`."""
+def build_manifest(pipeline: Pipeline, depths: tuple[int, ...], precision: str, folder: Path) -> Manifest:
+    """The manifest of a bundle of `pipeline` whose files are in `folder`."""
     return Manifest(
         name=pipeline.name,
         license=pipeline.license,
@@ -25,8 +25,8 @@ def manifest(pipeline: Pipeline, depths: tuple[int, ...], precision: str, folder
     )
 
 
-def scheduler(pipeline: Pipeline) -> dict[str, object]:
-    """diffusers' configuration of the schedule that the model was trained for."""
+def scheduler_config(pipeline: Pipeline) -> dict[str, object]:
+    """diffusers' scheduler configuration for the schedule that the model was trained with."""
     if pipeline.shift is None:
         learned = pipeline.model.out_channels > pipeline.model.latent_channels
         return {

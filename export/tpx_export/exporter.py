@@ -1,4 +1,4 @@
-"""A model's parts -> a bundle (docs/bundle.md), which is verified before anyone can load it."""
+"""Export of a model's parts to a bundle (docs/bundle.md), which is published only after verification."""
 
 import gc
 import json
@@ -15,9 +15,10 @@ import onnx
 import torch
 from torch import nn
 
-from tpx_export.description import manifest, scheduler
-from tpx_export.fused_attention import FLOATS, FUSED_FROM, fused
-from tpx_export.golden import Golden, text_golden, told_of, transformer_golden, vae_golden
+from tpx_export.atomic_folder import atomic_folder, check_output_folder
+from tpx_export.description import build_manifest, scheduler_config
+from tpx_export.fused_attention import FLOAT_TYPES, MIN_FUSED_TOKENS, fuse_attention
+from tpx_export.golden import Golden, conditioning_inputs, text_golden, transformer_golden, vae_golden
 from tpx_export.graphs import (
     ConditionsGraph,
     DecoderGraph,
@@ -28,14 +29,19 @@ from tpx_export.graphs import (
     to_onnx,
 )
 from tpx_export.pipeline import Pipeline, TextPart
-from tpx_export.precision import QUANTISED, TOLERANCES, around, at_precision
-from tpx_export.quantise.quantiser import Int8Options, Quantiser, Tasks, complete, fp32_beside
-from tpx_export.quantise.verdict import Refused, verdict
-from tpx_export.routing import variants_of
-from tpx_export.step import step
+from tpx_export.precision import INT8_PRECISIONS, TOLERANCES, cast_to_precision, unquantised_precision
+from tpx_export.quantise.quantiser import (
+    Int8Options,
+    Quantiser,
+    Tasks,
+    complete_fp32_bundle,
+    temporary_fp32_folder,
+)
+from tpx_export.quantise.verdict import Refused, rejection
+from tpx_export.routing import routing_variants
+from tpx_export.step import step_graph
 from tpx_export.summary import Summary, folder_bytes
 from tpx_export.weights import WeightFile
-from tpx_export.whole_folder import check_place, whole_folder
 from tpx_runtime.bundle import (
     CONDITIONS,
     GOLDEN,
@@ -61,7 +67,7 @@ from tpx_runtime.verify import (
     verify_transformers,
 )
 
-Progress = Callable[[str, int, int], None]  # (what comes next, tasks done, tasks in all)
+Progress = Callable[[str, int, int], None]  # (name of the next task, tasks done, total)
 
 
 def export_bundle(
@@ -73,77 +79,81 @@ def export_bundle(
     progress: Progress = lambda task, done, total: None,
     int8: Int8Options | None = None,
 ) -> Summary:
-    """Write the bundle of `pipeline` at `out`, with the transformer at every depth 1..`depth` (the model's own if None).
+    """Write the bundle of `pipeline` to `out`, with the transformer at every depth 1..`depth` (by default all).
 
-    The precision is that of the stored weights if None. The bundle is made in a hidden sibling of `out`, verified with ONNX
-    Runtime against PyTorch, and renamed when complete: an export that fails or is interrupted leaves nothing. Raises
-    BadInput for a depth, precision, place or `int8` that cannot be used, EngineFailed for a graph that is out of tolerance,
-    Refused for an int8 bundle that is not worth having, unless `int8.accept_loss`.
+    The default precision is that of the stored weights. The bundle is written to a hidden folder next to `out`, verified
+    with ONNX Runtime against PyTorch, and then renamed: an export that fails or is interrupted leaves nothing behind. Raises
+    BadInput for an invalid depth, precision, path or `int8`, EngineFailed for a graph that is out of tolerance, Refused for
+    an int8 bundle that loses too much or gains nothing, unless `int8.accept_loss`.
     """
-    deepest, precision = pipeline.model.depths[-1], precision or pipeline.precision
-    depth = deepest if depth is None else depth
-    if not 1 <= depth <= deepest:
-        raise BadInput(f"expected a depth of 1..{deepest} (this model's), found {depth}")
-    check(out, depth, precision, force, int8)
-    quantiser = Quantiser(pipeline, precision, int8 or Int8Options()) if precision in QUANTISED else None
+    max_depth, precision = pipeline.model.depths[-1], precision or pipeline.precision
+    depth = max_depth if depth is None else depth
+    if not 1 <= depth <= max_depth:
+        raise BadInput(f"expected a depth of 1..{max_depth} (this model's), found {depth}")
+    check_arguments(out, depth, precision, force, int8)
+    quantiser = (
+        Quantiser(pipeline, precision, int8 or Int8Options()) if precision in INT8_PRECISIONS else None
+    )
     depths = tuple(range(1, depth + 1))
-    more = quantiser.tasks(depths) if quantiser else 0
-    tasks = _Tasks(progress, total=len(pipeline.text) + len(depths) + 5 + more)
+    int8_tasks = quantiser.task_count(depths) if quantiser else 0
+    tasks = _Tasks(progress, total=len(pipeline.text) + len(depths) + 5 + int8_tasks)
     golden: Golden = {}
-    with whole_folder(out, force) as folder, fp32_beside(folder) as fp32:
-        places = _Places(folder, fp32, quantiser)
+    with atomic_folder(out, force) as folder, temporary_fp32_folder(folder) as fp32:
+        output = _Output(folder, fp32, quantiser)
         for part in pipeline.text:
             with tasks(part.spec.folder.replace("_", " ")):
-                golden |= _write_text_encoder(pipeline, part, places, precision)
-        golden |= _write_transformer(pipeline, places, precision, depths, golden, tasks)
+                golden |= _write_text_encoder(pipeline, part, output, precision)
+        golden |= _write_transformer(pipeline, output, precision, depths, golden, tasks)
         with tasks("decoder and encoder"):
-            rest = around(precision, pipeline.precision)
-            golden |= _write_autoencoder(pipeline, folder, rest, golden.pop("end"))  # type: ignore[arg-type]
+            vae_precision = unquantised_precision(precision, pipeline.precision)
+            golden |= _write_autoencoder(pipeline, folder, vae_precision, golden.pop("end"))  # type: ignore[arg-type]
         (folder / GOLDEN).parent.mkdir()
         np.savez(folder / GOLDEN, **golden)  # type: ignore[arg-type]
-        _write_json(folder / SCHEDULER, scheduler(pipeline))
-        if (between := step(pipeline.model)) is not None:
-            onnx.save_model(between, folder / STEP)
+        _write_json(folder / SCHEDULER, scheduler_config(pipeline))
+        if (graph := step_graph(pipeline.model)) is not None:
+            onnx.save_model(graph, folder / STEP)
         with tasks("hashes"):
-            bundle = Bundle(folder, manifest(pipeline, depths, precision, folder))
+            bundle = Bundle(folder, build_manifest(pipeline, depths, precision, folder))
         (folder / MANIFEST).write_text(bundle.manifest.to_json(), encoding="utf-8")
-        # Modules are in reference cycles with what traced them, and engines need their memory.
+        # Tracing leaves the modules in reference cycles, and the engines need their memory.
         gc.collect()
         with tasks("verification"):
             reports = verify(bundle)
         summary = Summary(reports, tasks.seconds, folder_bytes(folder))
         if quantiser:
-            with tasks("the same in fp32"):
-                twin = complete(fp32, bundle, pipeline)
-            report = quantiser.report(bundle, twin, tasks)
-            summary = replace(summary, int8=report, loss=verdict(report))
-            if summary.loss and not quantiser.options.accept_loss:
-                raise Refused(f"{summary.loss}; nothing was written, add --accept-loss to keep it", summary)
+            with tasks("fp32 bundle"):
+                fp32_bundle = complete_fp32_bundle(fp32, bundle, pipeline)
+            report = quantiser.report(bundle, fp32_bundle, tasks)
+            summary = replace(summary, int8=report, rejection=rejection(report))
+            if summary.rejection and not quantiser.options.accept_loss:
+                raise Refused(
+                    f"{summary.rejection}; nothing was written, add --accept-loss to keep the bundle", summary
+                )
     return summary
 
 
 @dataclass(frozen=True)
-class _Places:
-    """Where graphs are written: the bundle's folder, and, for a quantiser to compare with, one for fp32."""
+class _Output:
+    """The folders that graphs are written to: the bundle's, and one for fp32 if a quantiser compares with it."""
 
     folder: Path
     fp32: Path
     quantiser: Quantiser | None
 
 
-def _write_text_encoder(pipeline: Pipeline, part: TextPart, places: _Places, precision: str) -> Golden:
-    folder, quantiser = places.folder, places.quantiser
+def _write_text_encoder(pipeline: Pipeline, part: TextPart, output: _Output, precision: str) -> Golden:
+    folder, quantiser = output.folder, output.quantiser
     _write_json(folder / part.spec.tokenizer / VOCABULARY, part.vocabulary)
     module = part.load()
     golden = text_golden(part, module)
     if quantiser:
-        quantiser.hear(part, module)
-    if quantiser and quantiser.weights_alone:
-        at_precision(module, "fp32")
-        _write_encoder_graph(part, module, places.fp32)
-        quantiser.text_encoder(module)
+        quantiser.add_text_encoder(part, module)
+    if quantiser and quantiser.weights_only:
+        cast_to_precision(module, "fp32")
+        _write_encoder_graph(part, module, output.fp32)
+        quantiser.quantise_text_encoder(module)
     else:
-        at_precision(module, around(precision, pipeline.precision))
+        cast_to_precision(module, unquantised_precision(precision, pipeline.precision))
     _write_encoder_graph(part, module, folder)
     return golden
 
@@ -152,32 +162,32 @@ def _write_encoder_graph(part: TextPart, module: nn.Module, folder: Path) -> Non
     outputs = ("context", "pooled") if part.spec.pooled_width else ("context",)
     graph = Graph(TextEncoderGraph(module), {"ids": torch.from_numpy(part.ids)}, outputs)
     with WeightFile(folder / part.spec.folder) as weights:
-        weights.write(weights.take(to_onnx(graph)), MODEL)
+        weights.write(weights.externalise(to_onnx(graph)), MODEL)
 
 
 def _write_transformer(
     pipeline: Pipeline,
-    places: _Places,
+    output: _Output,
     precision: str,
     depths: tuple[int, ...],
     golden: Golden,
     tasks: "_Tasks",
 ) -> Golden:
-    model, quantiser = pipeline.model, places.quantiser
+    model, quantiser = pipeline.model, output.quantiser
     with tasks("transformer in PyTorch"):
         module = pipeline.transformer()
-        inputs = told_of(pipeline.text, golden, model)
-        made = transformer_golden(module, model, inputs, pipeline.shift, depths)
+        inputs = conditioning_inputs(pipeline.text, golden, model)
+        transformer = transformer_golden(module, model, inputs, pipeline.shift, depths)
     if quantiser:
-        at_precision(module, "fp32")
+        cast_to_precision(module, "fp32")
         _write_transformer_graphs(
-            module, pipeline, made, places.fp32, depths, lambda task: tasks(f"{task}, fp32")
+            module, pipeline, transformer, output.fp32, depths, lambda task: tasks(f"{task}, fp32")
         )
-        quantiser.transformer(module, depths, tasks)
+        quantiser.quantise_transformer(module, depths, tasks)
     else:
-        at_precision(module, precision)
-    _write_transformer_graphs(module, pipeline, made, places.folder, depths, tasks)
-    return made
+        cast_to_precision(module, precision)
+    _write_transformer_graphs(module, pipeline, transformer, output.folder, depths, tasks)
+    return transformer
 
 
 def _write_transformer_graphs(
@@ -189,55 +199,57 @@ def _write_transformer_graphs(
     tasks: Tasks,
 ) -> None:
     model = pipeline.model
-    known = {name: _pair(golden[name]) for name in model.conditions_inputs}
-    denoise = {name: _pair(golden[name]) for name in model.transformer_inputs}
+    condition_inputs = {name: _two_rows(golden[name]) for name in model.conditions_inputs}
+    denoise_inputs = {name: _two_rows(golden[name]) for name in model.transformer_inputs}
     routed = bool(model.thinking_blocks)
     outputs = (model.prediction, "routes") if routed else (model.prediction,)
     with WeightFile(folder / "transformer") as weights:
         with tasks("transformer conditions"):
-            graph = Graph(ConditionsGraph(module), known, ("conditions",))
-            weights.write(weights.take(to_onnx(graph)), Path(CONDITIONS).name)
-        for steps in depths:
-            with tasks(f"transformer depth {steps}"):
-                graph = Graph(TransformerGraph(module, steps, routed), denoise, outputs)
-                operator, plain = variants_of(weights.take(to_onnx(graph)), model.visual_tokens)
+            graph = Graph(ConditionsGraph(module), condition_inputs, ("conditions",))
+            weights.write(weights.externalise(to_onnx(graph)), Path(CONDITIONS).name)
+        for depth in depths:
+            with tasks(f"transformer depth {depth}"):
+                graph = Graph(TransformerGraph(module, depth, routed), denoise_inputs, outputs)
+                operator, plain = routing_variants(weights.externalise(to_onnx(graph)), model.visual_tokens)
                 variants: dict[GraphVariant, onnx.ModelProto | None] = {
                     "operator": operator,
-                    "fused": fused(operator),
-                    "plain": fused(plain, FLOATS) if model.visual_tokens >= FUSED_FROM else plain,
+                    "fused": fuse_attention(operator),
+                    "plain": fuse_attention(plain, FLOAT_TYPES)
+                    if model.visual_tokens >= MIN_FUSED_TOKENS
+                    else plain,
                 }
-                for variant, written in variants.items():
-                    if written is not None:
-                        weights.write(written, Path(transformer_name(steps, variant)).name)
+                for variant, proto in variants.items():
+                    if proto is not None:
+                        weights.write(proto, Path(transformer_name(depth, variant)).name)
 
 
 def _write_autoencoder(pipeline: Pipeline, folder: Path, precision: str, end: Array) -> Golden:
     module = pipeline.autoencoder()
     golden = vae_golden(module, end, pipeline.latent)
-    at_precision(module, precision)
-    decode = Graph(DecoderGraph(module), {"latents": _pair(golden["decoder_latents"])}, ("image",))
-    encode = Graph(EncoderGraph(module), {"image": _pair(golden["image"])}, ("latents",))
-    for name, graph in ((VAE_DECODER, decode), (VAE_ENCODER, encode)):
+    cast_to_precision(module, precision)
+    decoder = Graph(DecoderGraph(module), {"latents": _two_rows(golden["decoder_latents"])}, ("image",))
+    encoder = Graph(EncoderGraph(module), {"image": _two_rows(golden["image"])}, ("latents",))
+    for name, graph in ((VAE_DECODER, decoder), (VAE_ENCODER, encoder)):
         with WeightFile((folder / name).parent) as weights:
-            weights.write(weights.take(to_onnx(graph)), Path(name).name)
+            weights.write(weights.externalise(to_onnx(graph)), Path(name).name)
     return golden
 
 
-def _pair(values: npt.NDArray[np.generic]) -> torch.Tensor:
-    """`values` with two rows: an example of one row would fix the batch at 1."""
+def _two_rows(values: npt.NDArray[np.generic]) -> torch.Tensor:
+    """`values` with two rows: an example input of one row would fix the batch size at 1."""
     return torch.from_numpy(values if len(values) == 2 else np.concatenate([values, values]))
 
 
 def verify(bundle: Bundle) -> dict[str, list[PartReport]]:
-    """Compare every graph in ONNX Runtime with the golden tensors, transformers in every variant that was written.
+    """Compare every graph in ONNX Runtime with the golden tensors, transformers in every variant of the bundle.
 
-    Raises EngineFailed for a part out of tolerance.
+    Raises EngineFailed for a part that is out of tolerance.
     """
     engine, golden = resolve("onnxruntime"), load_golden(bundle)
     reports: dict[str, list[PartReport]] = {engine.variant: verify_bundle(bundle, engine)}
-    deepest = bundle.manifest.model.depths[-1]
+    max_depth = bundle.manifest.model.depths[-1]
     for variant in get_args(GraphVariant):
-        if variant not in reports and transformer_name(deepest, variant) in bundle.manifest.files:
+        if variant not in reports and transformer_name(max_depth, variant) in bundle.manifest.files:
             reports[variant] = verify_transformers(bundle, replace(engine, variant=variant), golden)
     reports[engine.variant] += verify_step(bundle, engine)
     for variant, parts in reports.items():
@@ -246,7 +258,7 @@ def verify(bundle: Bundle) -> dict[str, list[PartReport]]:
 
 
 class _Tasks:
-    """Times tasks and announces each: `with tasks("decoder"): ...`."""
+    """Measures the time of each task and reports progress: `with tasks("decoder"): ...`."""
 
     def __init__(self, progress: Progress, total: int) -> None:
         self.seconds: dict[str, float] = {}
@@ -255,16 +267,16 @@ class _Tasks:
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         self._progress(name, len(self.seconds), self._total)
-        began = time.monotonic()
+        start = time.monotonic()
         yield
-        self.seconds[name] = time.monotonic() - began
+        self.seconds[name] = time.monotonic() - start
         self._progress(name, len(self.seconds), self._total)
 
 
-def check(
+def check_arguments(
     out: Path | None, depth: int | None, precision: str | None, force: bool, int8: Int8Options | None
 ) -> None:
-    """Check what `export_bundle` can check without the model; None leaves a choice to the model. Raises BadInput."""
+    """Check the arguments of `export_bundle` as far as possible without the model; None is the default. Raises BadInput."""
     if depth is not None and depth < 1:
         raise BadInput(f"expected a depth of 1 or more, found {depth}")
     if precision is not None and precision not in TOLERANCES:
@@ -272,9 +284,9 @@ def check(
     if int8 is not None:
         int8.check(precision)
     if out is not None:
-        check_place(out, force)
+        check_output_folder(out, force)
 
 
-def _write_json(path: Path, facts: dict[str, object]) -> None:
+def _write_json(path: Path, content: dict[str, object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,12 +1,12 @@
-"""Attention as one node, for ONNX Runtime: on a GPU in float16, on a CPU where there are many tokens.
+"""Attention as one node, for ONNX Runtime: on GPUs in float16, on CPUs if there are many tokens.
 
     Mul, Transpose, MatMul, Cast, Softmax, Cast, MatMul, Transpose, Reshape        q, k, v [B, H, n, d] -> [B, n, D]
-    -> com.microsoft::MultiHeadAttention of q, k, v [B, n, D], whose heads a Transpose and a Reshape joined
+    -> com.microsoft::MultiHeadAttention of q, k, v [B, n, D], their heads joined by a Transpose and a Reshape
 
-TensorRT and OpenVINO find the pattern by themselves. ONNX Runtime does not: it writes the scores of every pair of tokens to
-memory and reads them back, four times over, which at the size of Stable Diffusion 3, 1,024 pixels, is most of a GPU's step
-(docs/gpu.md), and half of a CPU's, with most of its memory (docs/performance.md). On a GPU only float16 is rewritten: in
-float32 its fused kernels may multiply in TF32, and a float32 bundle means float32.
+TensorRT and OpenVINO fuse the pattern themselves. ONNX Runtime does not: it writes the scores of all pairs of tokens to
+memory and reads them back, four times. For Stable Diffusion 3 at 1,024 pixels this takes most of a GPU's step
+(docs/gpu.md), and half of a CPU's step and most of its memory (docs/performance.md). For GPUs only float16 is rewritten: in
+float32 the fused kernels may multiply in TF32, and a float32 bundle must compute in float32.
 """
 
 from collections.abc import Collection
@@ -15,47 +15,47 @@ import onnx
 from onnx import helper, numpy_helper
 
 DOMAIN, NAME = "com.microsoft", "MultiHeadAttention"
-FLOATS = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16
-# Visual tokens from which CPUs read it: with fewer it gains nothing or costs a few hundredths (docs/performance.md).
-FUSED_FROM = 1024
+FLOAT_TYPES = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16
+# Visual tokens from which graphs for CPUs use it: with fewer it is as fast or a few percent slower (docs/performance.md).
+MIN_FUSED_TOKENS = 1024
 _JOINED = "heads_joined"  # the shape [B, n, H, d] -> [B, n, D]
 
 
-def fused(
-    model: onnx.ModelProto, kinds: Collection[int] = (onnx.TensorProto.FLOAT16,)
+def fuse_attention(
+    model: onnx.ModelProto, element_types: Collection[int] = (onnx.TensorProto.FLOAT16,)
 ) -> onnx.ModelProto | None:
-    """A copy of `model` whose every attention over tensors of those types is one node; None if it has no such attention.
+    """A copy of `model` in which each attention of these element types is one node; None if there is no such attention.
 
-    Raises ValueError for a softmax that is not part of the pattern above, which operator.py writes.
+    Raises ValueError for a softmax that is not part of the pattern above (written by operator.py).
     """
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     graph = _Graph(copy.graph)
     attentions = [graph.attention(node) for node in copy.graph.node if node.op_type == "Softmax"]
-    chosen = [one for one in attentions if graph.kind(one.input[0]) in kinds]
-    if not chosen:
+    selected = [node for node in attentions if graph.element_type(node.input[0]) in element_types]
+    if not selected:
         return None
-    places = {one.output[0]: [*_joined(one), one] for one in chosen}
-    nodes = [new for node in copy.graph.node for new in places.get(node.output[0], [node])]
+    replacements = {node.output[0]: [*_join_heads(node), node] for node in selected}
+    nodes = [new for node in copy.graph.node for new in replacements.get(node.output[0], [node])]
     shape = helper.make_node("Constant", [], [_JOINED], value_ints=[0, 0, -1])
-    _keep_needed(copy.graph, [shape, *nodes])
+    _prune(copy.graph, [shape, *nodes])
     copy.opset_import.append(helper.make_opsetid(DOMAIN, 1))
     return copy
 
 
-def _joined(attention: onnx.NodeProto) -> list[onnx.NodeProto]:
-    """Nodes that join the heads of q, k and v, and whose results become the attention's inputs."""
+def _join_heads(attention: onnx.NodeProto) -> list[onnx.NodeProto]:
+    """Nodes that join the heads of q, k and v; their outputs become the attention's inputs."""
     nodes = []
-    for place, part in zip(range(3), "qkv", strict=True):
-        turned, flat = (f"{attention.output[0]}_{part}_{what}" for what in ("turned", "flat"))
-        nodes.append(helper.make_node("Transpose", [attention.input[place]], [turned], perm=[0, 2, 1, 3]))
-        nodes.append(helper.make_node("Reshape", [turned, _JOINED], [flat]))
-        attention.input[place] = flat
+    for index, part in enumerate("qkv"):
+        transposed, flat = (f"{attention.output[0]}_{part}_{suffix}" for suffix in ("turned", "flat"))
+        nodes.append(helper.make_node("Transpose", [attention.input[index]], [transposed], perm=[0, 2, 1, 3]))
+        nodes.append(helper.make_node("Reshape", [transposed, _JOINED], [flat]))
+        attention.input[index] = flat
     return nodes
 
 
-def _keep_needed(graph: onnx.GraphProto, nodes: list[onnx.NodeProto]) -> None:
-    """Keep in `graph` only those of `nodes`, and of its constants, that its outputs depend on."""
+def _prune(graph: onnx.GraphProto, nodes: list[onnx.NodeProto]) -> None:
+    """Set the nodes of `graph` to those of `nodes` that its outputs depend on, and drop unused initialisers."""
     needed, kept = {value.name for value in graph.output}, []
     for node in reversed(nodes):
         if needed.intersection(node.output):
@@ -71,54 +71,55 @@ def _keep_needed(graph: onnx.GraphProto, nodes: list[onnx.NodeProto]) -> None:
 
 
 class _Graph:
-    """Nodes of a graph by the values that they produce and consume."""
+    """Looks up the nodes of a graph by the values that they produce and consume."""
 
     def __init__(self, graph: onnx.GraphProto) -> None:
-        self._made_by = {name: node for node in graph.node for name in node.output}
-        self._users: dict[str, list[onnx.NodeProto]] = {}
+        self._producers = {name: node for node in graph.node for name in node.output}
+        self._consumers: dict[str, list[onnx.NodeProto]] = {}
         for node in graph.node:
             for name in node.input:
-                self._users.setdefault(name, []).append(node)
+                self._consumers.setdefault(name, []).append(node)
         self._types = {value.name: value.type.tensor_type for value in graph.value_info}
         self._constants = {tensor.name: tensor for tensor in graph.initializer}
 
-    def kind(self, name: str) -> int:
+    def element_type(self, name: str) -> int:
         """The element type of a value."""
         return int(self._types[name].elem_type)
 
     def attention(self, softmax: onnx.NodeProto) -> onnx.NodeProto:
-        """The node to replace the attention around that softmax; its inputs are still q, k, v [B, H, n, d]."""
-        scores = self._before(softmax.input[0], "MatMul")
-        scaled, k_turned = self._before(scores.input[0], "Mul"), self._before(scores.input[1], "Transpose")
-        weighted = self._after(softmax.output[0], "MatMul")
-        joined = self._after(self._after(weighted.output[0], "Transpose").output[0], "Reshape")
+        """The node that replaces the attention around that softmax; its inputs are still q, k, v [B, H, n, d]."""
+        scores = self._producer(softmax.input[0], "MatMul")
+        scaled = self._producer(scores.input[0], "Mul")
+        k_transposed = self._producer(scores.input[1], "Transpose")
+        weighted = self._consumer(softmax.output[0], "MatMul")
+        joined = self._consumer(self._consumer(weighted.output[0], "Transpose").output[0], "Reshape")
         return helper.make_node(
             NAME,
-            [scaled.input[0], k_turned.input[0], weighted.input[1]],
+            [scaled.input[0], k_transposed.input[0], weighted.input[1]],
             [joined.output[0]],
             domain=DOMAIN,
             num_heads=self._types[scaled.input[0]].shape.dim[1].dim_value,
             scale=float(numpy_helper.to_array(self._constants[scaled.input[1]])),
         )
 
-    def _before(self, name: str, kind: str) -> onnx.NodeProto:
-        """The node of that kind that produces the value, directly or through a Cast. Raises ValueError for another."""
-        node = self._made_by[name]
-        return _of(kind, self._made_by[node.input[0]] if node.op_type == "Cast" else node)
+    def _producer(self, name: str, op_type: str) -> onnx.NodeProto:
+        """The node that produces the value, directly or through a Cast. Raises ValueError for another operator."""
+        node = self._producers[name]
+        return _require(op_type, self._producers[node.input[0]] if node.op_type == "Cast" else node)
 
-    def _after(self, name: str, kind: str) -> onnx.NodeProto:
-        """The only node that consumes the value, directly or through a Cast. Raises ValueError if it is of another kind."""
-        node = self._user(name)
-        return _of(kind, self._user(node.output[0]) if node.op_type == "Cast" else node)
+    def _consumer(self, name: str, op_type: str) -> onnx.NodeProto:
+        """The only node that consumes the value, directly or through a Cast. Raises ValueError for another operator."""
+        node = self._only_consumer(name)
+        return _require(op_type, self._only_consumer(node.output[0]) if node.op_type == "Cast" else node)
 
-    def _user(self, name: str) -> onnx.NodeProto:
-        users = self._users.get(name, [])
-        if len(users) != 1:
-            raise ValueError(f"expected one node that takes {name}, got {len(users)}")
-        return users[0]
+    def _only_consumer(self, name: str) -> onnx.NodeProto:
+        consumers = self._consumers.get(name, [])
+        if len(consumers) != 1:
+            raise ValueError(f"expected one node that consumes {name}, got {len(consumers)}")
+        return consumers[0]
 
 
-def _of(kind: str, node: onnx.NodeProto) -> onnx.NodeProto:
-    if node.op_type != kind:
-        raise ValueError(f"expected {kind} in the place of {node.op_type} {node.name}")
+def _require(op_type: str, node: onnx.NodeProto) -> onnx.NodeProto:
+    if node.op_type != op_type:
+        raise ValueError(f"expected {op_type}, got {node.op_type} {node.name}")
     return node

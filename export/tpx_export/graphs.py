@@ -1,6 +1,6 @@
-"""PyTorch modules to ONNX graphs, typed, with a dynamic batch and the names that docs/bundle.md gives.
+"""Exports PyTorch modules as ONNX graphs with a dynamic batch size and the names of docs/bundle.md.
 
-Every graph takes and returns float32 and computes in its own precision.
+Floating-point inputs and outputs of every graph are float32; inside it computes in the module's precision.
 """
 
 import contextlib
@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 from tpx_export.operator import OPSET, TRANSLATIONS, register_schema
 
-# Constants of up to so many elements are folded: few enough that no weight is ever copied under another name.
-_SMALL = 1024
+# Elements of the largest constant that is folded: so small that no weight is ever copied under another name.
+_MAX_FOLDED = 1024
 
 
 @dataclass(frozen=True)
 class Graph:
-    """What one ONNX graph computes: a module, and its inputs (with example values, batch 2) and outputs by name."""
+    """A graph to export: a module, its inputs by name (example values with batch size 2), and the names of its outputs."""
 
     module: nn.Module
     inputs: dict[str, Tensor]
@@ -33,31 +33,31 @@ class Graph:
 
 
 class TextEncoderGraph(nn.Module):
-    """ids -> context, and pooled where the encoder pools."""
+    """ids -> context, and pooled if the encoder has a pooled output."""
 
     def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
         self.encoder = encoder
 
     def forward(self, ids: Tensor) -> tuple[Tensor, ...]:
-        said = self.encoder(ids)
-        return tuple(value.float() for value in (said if isinstance(said, tuple) else (said,)))
+        outputs = self.encoder(ids)
+        return tuple(value.float() for value in (outputs if isinstance(outputs, tuple) else (outputs,)))
 
 
 class ConditionsGraph(nn.Module):
-    """timestep, pooled or class_id -> conditions: the part of the transformer that does not depend on the latents."""
+    """timestep and pooled, or timestep and class_id -> conditions: the transformer's part that needs no latents."""
 
     def __init__(self, transformer: nn.Module) -> None:
         super().__init__()
         self.transformer = transformer
 
-    def forward(self, timestep: Tensor, told: Tensor) -> Tensor:
-        conditions: Tensor = self.transformer.conditions(timestep, told)  # type: ignore[operator]
+    def forward(self, timestep: Tensor, condition: Tensor) -> Tensor:
+        conditions: Tensor = self.transformer.conditions(timestep, condition)  # type: ignore[operator]
         return conditions
 
 
 class TransformerGraph(nn.Module):
-    """latents, conditions, and context if any -> the prediction, and routes where the model thinks."""
+    """latents, conditions, and context if any -> the prediction, and the routes of a thinking model."""
 
     def __init__(self, transformer: nn.Module, depth: int, routed: bool) -> None:
         super().__init__()
@@ -65,13 +65,13 @@ class TransformerGraph(nn.Module):
 
     def forward(self, latents: Tensor, conditions: Tensor, *context: Tensor) -> tuple[Tensor, ...]:
         dtype = cast(nn.Linear, self.transformer.patch_in).weight.dtype
-        given = [value.to(dtype) for value in context]
-        prediction, routes = self.transformer.denoise(latents.to(dtype), conditions, *given, self.depth)  # type: ignore[operator]
+        context = tuple(value.to(dtype) for value in context)
+        prediction, routes = self.transformer.denoise(latents.to(dtype), conditions, *context, self.depth)  # type: ignore[operator]
         return (prediction.float(), routes) if self.routed else (prediction.float(),)
 
 
 class DecoderGraph(nn.Module):
-    """latents, already divided by the scale and shifted -> image in -1..1."""
+    """latents, already unscaled and unshifted -> image in -1..1."""
 
     def __init__(self, autoencoder: nn.Module) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class DecoderGraph(nn.Module):
 
 
 class EncoderGraph(nn.Module):
-    """image in -1..1 -> latents, the posterior's mean, before shift and scale."""
+    """image in -1..1 -> latents, the posterior's mean, not yet shifted and scaled."""
 
     def __init__(self, autoencoder: nn.Module) -> None:
         super().__init__()
@@ -96,15 +96,16 @@ class EncoderGraph(nn.Module):
         return mean.float()
 
 
-@torch.no_grad()  # tracing takes a tenth less time
+@torch.no_grad()  # makes tracing 10% faster
 def to_onnx(graph: Graph) -> ir.Model:
-    """The graph as an ONNX model that shares the module's weights, under the parameters' own names."""
+    """The graph as an ONNX model that shares the module's weights and uses their parameter names."""
     register_schema()
     batch = torch.export.Dim("batch", min=1, max=1024)
-    names = list(inspect.signature(graph.module.forward).parameters.values())
+    parameters = list(inspect.signature(graph.module.forward).parameters.values())
     shapes: list[Any] = [{0: batch} for _ in graph.inputs]
-    if names[-1].kind is inspect.Parameter.VAR_POSITIONAL and len(shapes) >= len(names):
-        shapes = [*shapes[: len(names) - 1], tuple(shapes[len(names) - 1 :])]
+    # torch.export expects the shapes of *args as one tuple.
+    if parameters[-1].kind is inspect.Parameter.VAR_POSITIONAL and len(shapes) >= len(parameters):
+        shapes = [*shapes[: len(parameters) - 1], tuple(shapes[len(parameters) - 1 :])]
     with _quiet():
         program = torch.onnx.export(
             graph.module.eval(),
@@ -120,13 +121,16 @@ def to_onnx(graph: Graph) -> ir.Model:
         )
         assert program is not None
         onnxscript.optimizer.optimize_ir(
-            program.model, input_size_limit=_SMALL, output_size_limit=_SMALL, onnx_shape_inference=True
+            program.model,
+            input_size_limit=_MAX_FOLDED,
+            output_size_limit=_MAX_FOLDED,
+            onnx_shape_inference=True,
         )
-    return anonymous(program.model)
+    return strip_metadata(program.model)
 
 
-def anonymous(model: ir.Model) -> ir.Model:
-    """`model` itself, without the metadata of torch's exporter, which names files of the machine that it ran on."""
+def strip_metadata(model: ir.Model) -> ir.Model:
+    """Remove in place the metadata of torch's exporter, which has file paths of this machine, and return the model."""
     model.metadata_props.clear()
     model.doc_string = ""
     assert not model.functions
@@ -146,7 +150,7 @@ def anonymous(model: ir.Model) -> ir.Model:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence torch's exporter, which warns about packages that nothing here needs and prints its own progress."""
+    """Silence torch's exporter: it warns about packages that are not needed here, and prints its progress."""
     log = logging.getLogger("torch.onnx")
     level = log.level
     log.setLevel(logging.ERROR)

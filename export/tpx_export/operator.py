@@ -1,9 +1,9 @@
-"""How `torch.onnx.export` writes the operations of our models: one table, handed to every export.
+"""Custom translations of operations to ONNX, which every `torch.onnx.export` call uses.
 
-tpx::RoutedLora    one node of that name, whatever body it is given later
+tpx::RoutedLora    one node of that name; routing.py adds its function body
 tpx::..._linear    int8: QuantizeLinear and DequantizeLinear around one MatMul (quantise/linear.py)
-chunk              one Split (the exporter's own variant is a sequence, which TensorRT refuses)
-attention          MatMul, Softmax (always float32), MatMul, free of shape arithmetic, so that engines can fuse it
+chunk              one Split (the exporter's own translation uses a sequence, which TensorRT rejects)
+attention          MatMul, Softmax (always float32), MatMul without shape arithmetic, so that engines can fuse it
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ _tpx = onnxscript.values.Opset(DOMAIN, 1)
 
 
 def _routed_lora(x: Any, expert: Any, a: Any, b: Any) -> Any:
-    # With these TensorRT takes its plugin of that name and namespace where one is registered, ahead of the function.
+    # With these attributes TensorRT prefers a registered plugin of that name and namespace to the function.
     return _tpx.RoutedLora(x, expert, a, b, plugin_namespace=DOMAIN, aot=1)
 
 
@@ -36,7 +36,9 @@ def _chunk(x: Any, chunks: int, dim: int = 0) -> Any:
 def _attention(
     q: Any, k: Any, v: Any, mask: Any = None, dropout: float = 0.0, is_causal: bool = False, **rest: Any
 ) -> Any:
-    assert mask is None and not dropout and not is_causal, "the models here attend without mask or dropout"
+    assert mask is None and not dropout and not is_causal, (
+        "only attention without mask and dropout is supported"
+    )
     scale = _op.CastLike(_op.Constant(value_float=float(q.shape[-1]) ** -0.5), q)
     scores = _op.MatMul(_op.Mul(q, scale), _op.Transpose(k, perm=[0, 1, 3, 2]))
     if q.dtype == ir.DataType.FLOAT16:
@@ -65,19 +67,24 @@ TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
 
 
 def register_schema() -> None:
-    """Register the inputs and outputs of tpx::RoutedLora with onnx. It may be called again."""
+    """Register the schema of tpx::RoutedLora with onnx. Later calls do nothing."""
     if onnx.defs.has(NAME, 1, DOMAIN):
         return
     schema = onnx.defs.OpSchema
-    real = schema.FormalParameter
+    parameter = schema.FormalParameter
     onnx.defs.register_schema(
         schema(
             NAME,
             DOMAIN,
             1,
             "out[n] = x[n] A[expert[n]] B[expert[n]]",
-            inputs=[real("x", "T"), real("expert", "tensor(int64)"), real("a", "T"), real("b", "T")],
-            outputs=[real("out", "T")],
+            inputs=[
+                parameter("x", "T"),
+                parameter("expert", "tensor(int64)"),
+                parameter("a", "T"),
+                parameter("b", "T"),
+            ],
+            outputs=[parameter("out", "T")],
             attributes=[
                 schema.Attribute("plugin_namespace", schema.AttrType.STRING, required=False),
                 schema.Attribute("aot", schema.AttrType.INT, required=False),

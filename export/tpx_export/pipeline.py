@@ -1,6 +1,6 @@
-"""What an export is made of: the parts of a text-to-image or class-to-image model, each loaded when its turn comes.
+"""The parts of a text-to-image or class-to-image model to export, each loaded only when it is needed.
 
-Only one part is in memory at a time, so an export needs as much memory as its largest part.
+Only one part is in memory at a time, so an export needs only the memory of the largest part.
 """
 
 import copy
@@ -32,8 +32,8 @@ _EXAMPLES = (
 class TextPart:
     """A text encoder: its manifest entry, the content of its tokenizer's `vocab.json`, and how to load it.
 
-    Engines are compared with PyTorch on `ids`, int64 [2, tokens]. The loaded module maps ids to (context, pooled), or to
-    context alone if it has no pooled output.
+    `ids`, int64 [2, tokens], are the golden inputs. The loaded module maps ids to (context, pooled), or only to context if
+    it has no pooled output.
     """
 
     spec: EncoderSpec
@@ -46,9 +46,9 @@ class TextPart:
 class Pipeline:
     """A model to export. `shift` is the time shift of a flow's schedule, None for a diffusion with linear betas.
 
-    `transformer` loads an MMDiT, called with latents, timestep, context, pooled and depth, or a DiT, called with class_id in
-    the place of the text. `autoencoder` loads a module with `encoder(image) -> (mean, log variance)` and
-    `decoder(latents) -> image`. `blocks` and `width` are the transformer's; `precision` is what its weights are stored in.
+    `transformer` loads an MMDiT, which takes latents, timestep, context, pooled and depth, or a DiT, which takes class_id
+    instead of the text. `autoencoder` loads a module with `encoder(image) -> (mean, log variance)` and
+    `decoder(latents) -> image`. `blocks` and `width` are the transformer's; `precision` is that of its stored weights.
     """
 
     name: str
@@ -65,8 +65,8 @@ class Pipeline:
     precision: str = "fp32"
 
     @classmethod
-    def of(cls, model: TextToImage | ClassToImage) -> "Pipeline":
-        """The parts of a checkpoint of ours: a flow conditioned on a prompt, or a diffusion conditioned on a class."""
+    def from_model(cls, model: TextToImage | ClassToImage) -> "Pipeline":
+        """The parts of a TPX model: a flow conditioned on a prompt, or a diffusion conditioned on a class."""
         spec, transformer = model.spec, model.spec.transformer
         flow = model if isinstance(model, TextToImage) else None
         return cls(
@@ -79,7 +79,7 @@ class Pipeline:
             text=(_text_part(flow.text_encoder),) if flow else (),
             blocks=transformer.blocks,
             width=transformer.width,
-            # In training mode routes are drawn at random.
+            # In training mode routes are sampled at random.
             transformer=lambda: copy.deepcopy(model.transformer).eval(),
             autoencoder=lambda: copy.deepcopy(model.autoencoder).eval(),
         )
@@ -88,9 +88,9 @@ class Pipeline:
 def model_spec(
     transformer: MMDiTSpec | DiTSpec, image_size_px: int, guided_channels: int | None = None
 ) -> ModelSpec:
-    """What the manifest says of a transformer whose pictures are `image_size_px` wide and high.
+    """The manifest's description of a transformer whose images are `image_size_px` wide and high.
 
-    Guidance acts on the first `guided_channels` of the latents, on all of them if None.
+    Guidance acts on the first `guided_channels` of the latents, or on all if None.
     """
     latent, thinking = transformer.latent_size, transformer.thinking
     return ModelSpec(
@@ -108,7 +108,7 @@ def model_spec(
 
 
 def _inputs_and_output(transformer: MMDiTSpec | DiTSpec) -> dict[str, Any]:
-    """The fields of ModelSpec in which a model of prompts and one of classes differ."""
+    """The fields of ModelSpec that differ between prompt-conditional and class-conditional models."""
     if isinstance(transformer, MMDiTSpec):
         return {
             "context_tokens": transformer.context_tokens,
@@ -137,13 +137,13 @@ def _text_part(encoder: TextEncoder) -> TextPart:
 
 
 def example_ids(vocabulary: dict[str, object]) -> npt.NDArray[np.int64]:
-    """Token ids [2, tokens] of two plain prompts. `vocabulary` is the content of a vocab.json."""
+    """Token ids [2, tokens] of two fixed prompts. `vocabulary` is the content of a vocab.json."""
     tokenizer = make_tokenizer(vocabulary, Path("vocab.json"))
     return np.array([tokenizer.encode(text).ids for text in _EXAMPLES], np.int64)
 
 
 def _random_words(vocabulary: int, tokens: int) -> npt.NDArray[np.int64]:
-    """Two prompts of random words, framed as the runtime's word tokenizer frames them."""
+    """Token ids [2, tokens] of random words with <bos> and <eos>, as the runtime's word tokenizer writes them."""
     rng = np.random.Generator(np.random.Philox(key=_SEED))
     words = rng.integers(4, vocabulary, (2, tokens - 2))
     ids = np.zeros((2, tokens), np.int64)

@@ -1,4 +1,4 @@
-"""Lower precisions of a model, and how much error each may cause."""
+"""Conversion of a model's weights to a precision, and the tolerances of each precision."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,50 +14,55 @@ from tpx_runtime.manifest import Tolerance
 
 M = TypeVar("M", bound=nn.Module)
 
-# Greatest relative error of each graph against PyTorch in float32, least share of tokens sent to the same expert.
+# The largest relative error of each graph against PyTorch in float32, and the smallest share of equal routes.
 TOLERANCES = {
     "fp32": Tolerance(text_encoder=1e-4, conditions=1e-4, transformer=1e-4, vae=1e-4, routing_agreement=1.0),
-    # Conditions: the weights of adaLN are rounded, nothing else.
+    # Conditions: only the weights of adaLN are rounded.
     "fp16": Tolerance(text_encoder=5e-3, conditions=1e-3, transformer=1e-2, vae=1e-2, routing_agreement=0.98),
-    # Two to three times what the sample loses (docs/int8.md).
+    # Two to three times the errors of the sample model (docs/int8.md).
     "int8": Tolerance(text_encoder=1e-4, conditions=1e-4, transformer=6e-2, vae=1e-4, routing_agreement=0.95),
     "int8-weights": Tolerance(
         text_encoder=3e-2, conditions=3e-2, transformer=5e-2, vae=1e-4, routing_agreement=0.98
     ),
 }
-# What the weights of a checkpoint or an adapter file may be stored in.
-STORED = (torch.float32, torch.float16, torch.bfloat16)
+# The types that the weights of a checkpoint or an adapter file may be stored in.
+STORED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
-QUANTISED = ("int8", "int8-weights")
+INT8_PRECISIONS = ("int8", "int8-weights")
 
 
-def around(precision: str, stored: str) -> str:
-    """The precision of parts that int8 leaves alone, such as the autoencoder: the one that their weights are stored in."""
-    return stored if precision in QUANTISED else precision
+def unquantised_precision(precision: str, stored: str) -> str:
+    """The precision of parts that int8 does not quantise, such as the autoencoder: that of their stored weights."""
+    return stored if precision in INT8_PRECISIONS else precision
 
 
 def tolerance_of(precision: str, stored: str) -> Tolerance:
-    """The tolerances of a bundle in `precision` of a model whose weights are stored in the precision `stored`."""
-    own, rest = TOLERANCES[precision], TOLERANCES[around(precision, stored)]
-    return replace(own, text_encoder=max(own.text_encoder, rest.text_encoder), vae=max(own.vae, rest.vae))
+    """The tolerances of a bundle in `precision` whose model is stored in the precision `stored`."""
+    tolerance, unquantised = TOLERANCES[precision], TOLERANCES[unquantised_precision(precision, stored)]
+    return replace(
+        tolerance,
+        text_encoder=max(tolerance.text_encoder, unquantised.text_encoder),
+        vae=max(tolerance.vae, unquantised.vae),
+    )
 
 
-def at_precision(module: M, precision: str) -> M:
-    """Convert the weights of `module` in place, as `narrow` does, and return it."""
-    narrow(module, DTYPES[precision])
+def cast_to_precision(module: M, precision: str) -> M:
+    """Convert the weights of `module` in place with `cast_weights` and return it."""
+    cast_weights(module, DTYPES[precision])
     return module
 
 
-def narrow(module: nn.Module, dtype: torch.dtype) -> None:
-    """Convert floating-point weights and buffers to `dtype` in place, those of gates and of embedders to float32.
+def cast_weights(module: nn.Module, dtype: torch.dtype) -> None:
+    """Convert floating-point weights and buffers to `dtype` in place, but those of gates and embedders to float32.
 
-    A rounded gate sends tokens elsewhere, and timesteps up to 1,000 lose their sinusoids' phases: these are never rounded.
+    These are never rounded: a rounded gate would route tokens differently, and the sinusoids of timesteps up to 1,000 would
+    lose their phase.
     """
     if isinstance(module, Gate | Embedder):
         module.float()
         return
     for child in module.children():
-        narrow(child, dtype)
+        cast_weights(child, dtype)
     for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
         if tensor.is_floating_point():
             tensor.data = tensor.data.to(dtype)
@@ -65,23 +70,23 @@ def narrow(module: nn.Module, dtype: torch.dtype) -> None:
 
 @contextmanager
 def in_float32(module: nn.Module) -> Iterator[None]:
-    """Within it `module` computes in float32, whatever its weights are stored in; layers are widened one at a time."""
+    """Let `module` compute in float32 whatever its stored precision; only one layer at a time is converted."""
     stored: dict[nn.Module, list[tuple[nn.Parameter, torch.Tensor]]] = {}
 
-    def widen(part: nn.Module, inputs: Any) -> None:
-        stored[part] = [(p, p.data) for p in part.parameters(recurse=False)]
-        for parameter, _ in stored[part]:
+    def convert(layer: nn.Module, inputs: Any) -> None:
+        stored[layer] = [(p, p.data) for p in layer.parameters(recurse=False)]
+        for parameter, _ in stored[layer]:
             parameter.data = parameter.data.float()
 
-    def narrow(part: nn.Module, inputs: Any, outputs: Any) -> None:
-        for parameter, data in stored.pop(part):
+    def restore(layer: nn.Module, inputs: Any, outputs: Any) -> None:
+        for parameter, data in stored.pop(layer):
             parameter.data = data
 
     hooks = []
-    for part in module.modules():
-        if any(p.dtype in (torch.float16, torch.bfloat16) for p in part.parameters(recurse=False)):
-            hooks.append(part.register_forward_pre_hook(widen))
-            hooks.append(part.register_forward_hook(narrow, always_call=True))
+    for layer in module.modules():
+        if any(p.dtype in (torch.float16, torch.bfloat16) for p in layer.parameters(recurse=False)):
+            hooks.append(layer.register_forward_pre_hook(convert))
+            hooks.append(layer.register_forward_hook(restore, always_call=True))
     try:
         yield
     finally:

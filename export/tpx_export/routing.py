@@ -1,11 +1,11 @@
-"""What `tpx::RoutedLora` means in standard ONNX operators: bodies for its model-local function.
+"""Bodies of the model-local function `tpx::RoutedLora` in standard ONNX operators.
 
     out[n] = x[n] A[expert[n]] B[expert[n]]        x [B, N, D], expert [B, N], a [M, D, r], b [M, r, O] -> [B, N, O]
 
-    masked      every token through every A, the wrong experts' parts zeroed, one product with all B; no dynamic shape
-    permuted    tokens of each expert gathered (NonZero), multiplied with its own A and B alone, put back in place
+    masked      multiplies every token with every A, zeroes the parts of other experts, one product with all B; static shapes
+    permuted    gathers the tokens of each expert (NonZero), multiplies them with its A and B, and puts them back in place
 
-docs/routing.md holds the measurements that chose between them.
+docs/routing.md has the measurements behind the choice between them.
 """
 
 import onnx
@@ -16,20 +16,21 @@ from tpx_export.operator import DOMAIN, NAME, OPSET
 
 _HEAD = f'<domain: "{DOMAIN}", opset_import: ["" : {OPSET}]> {NAME} (x, expert, a, b) => (out)'
 
-# Up to this many visual tokens x experts x rank, the work that `masked` wastes costs CPUs less than dynamic shapes do.
-MASKED_UP_TO = 2**14
+# Visual tokens x experts x rank up to which, on CPUs, the unnecessary work of `masked` costs less than dynamic shapes.
+MAX_MASKED_WORK = 2**14
 
 
-def variants_of(model: onnx.ModelProto, visual_tokens: int) -> tuple[onnx.ModelProto, onnx.ModelProto]:
-    """`model` in the operator variant, whose RoutedLora nodes have a function body of static shapes, and in the plain one.
+def routing_variants(model: onnx.ModelProto, visual_tokens: int) -> tuple[onnx.ModelProto, onnx.ModelProto]:
+    """The operator variant and the plain variant of `model`; both are `model` itself if it has no RoutedLora nodes.
 
-    In the plain variant, for CPUs, the body is inlined. Both are `model` itself if nothing is routed.
+    In the operator variant RoutedLora has a function body with static shapes. In the plain variant, for CPUs, the body is
+    inlined.
     """
     routed = {node.input[2] for node in model.graph.node if (node.domain, node.op_type) == (DOMAIN, NAME)}
     if not routed:
         return model, model
     experts, _, rank = next(tensor.dims for tensor in model.graph.initializer if tensor.name in routed)
-    small = visual_tokens * experts * rank <= MASKED_UP_TO
+    small = visual_tokens * experts * rank <= MAX_MASKED_WORK
     operator, plain = onnx.ModelProto(), onnx.ModelProto()
     for copy, body in ((operator, masked()), (plain, masked() if small else permuted(experts))):
         copy.CopyFrom(model)
@@ -38,7 +39,7 @@ def variants_of(model: onnx.ModelProto, visual_tokens: int) -> tuple[onnx.ModelP
 
 
 def masked() -> onnx.FunctionProto:
-    """Masked concatenation: 2 D r + 2 r O operations per token and expert, in two large products."""
+    """Masked concatenation: 2 D r + 2 r O operations per token and expert, in two large matrix products."""
     return parse_function(
         _HEAD
         + """ {
@@ -73,7 +74,7 @@ def masked() -> onnx.FunctionProto:
 
 
 def permuted(experts: int) -> onnx.FunctionProto:
-    """Tokens grouped by expert: 2 D r + 2 r O operations per token, and one gather there and back."""
+    """Tokens grouped by expert: 2 D r + 2 r O operations per token, and a gather before and after."""
     lines = [
         "zero = Constant <value_ints = [0]> ()",
         "minus = Constant <value_ints = [-1]> ()",

@@ -1,15 +1,16 @@
-"""What a denoising loop does between two calls of the transformer, as a graph, so that latents stay on the device.
+"""The sampler step between two calls of the transformer as an ONNX graph, so that latents stay on the device.
 
-Every deterministic sampler is a weighted sum of the first latents and of all predictions since
-(tpx_runtime/sampling/recurrence.py), and guidance (arXiv:2207.12598) a weighted sum of the rows of both branches. So one
-graph serves them all: it stores the last prediction in `slot` of the history, sums, and picks the conditions of the next
-call.
+The latents of every deterministic sampler are a weighted sum of the initial latents and all predictions so far
+(tpx_runtime/sampling/recurrence.py), and guidance (arXiv:2207.12598) is a weighted sum of the rows of both branches. So one
+graph works for all samplers: it stores the last prediction in `slot` of the history, computes the sums, and selects the
+conditions of the next call.
 
-    history [slots, rows, C, H, W]     the first latents, then each call's prediction; the output `kept` may share its memory
-    prediction [rows, C, H, W]         goes to `slot` and to all later slots, so that no older values are left there
+    history [slots, rows, C, H, W]     the initial latents, then every prediction; the output `kept` may share its memory
+    prediction [rows, C, H, W]         is written to `slot` and all later slots, so that no older values remain there
     weights [slots, slots]             row i has the weights of the sum after call i
     mix [rows, rows]                   row i has the weights of all rows in the guided row i
-    table [slots, distinct, K], told [rows]    conditions by slot, and which of them each row has
+    table [slots, distinct, K]         conditions by slot
+    told [rows]                        the index of each row's conditions in `table`
 """
 
 import onnx
@@ -19,14 +20,14 @@ from tpx_export.operator import OPSET
 from tpx_runtime.manifest import ModelSpec
 
 
-def step(model: ModelSpec) -> onnx.ModelProto | None:
-    """The graph of docs/bundle.md; None for a model whose guided or predicted channels are not those of its latents."""
+def step_graph(model: ModelSpec) -> onnx.ModelProto | None:
+    """The step graph of docs/bundle.md; None if the guided or predicted channels differ from those of the latents."""
     channels, (height, width) = model.latent_channels, model.latent_size
     if not channels == model.out_channels == model.guided_channels:
         return None
     rows, conditions = f"float[rows, {channels}, {height}, {width}]", f"float[rows, {model.conditions_width}]"
     history = f"float[slots, rows, {channels}, {height}, {width}]"
-    made = parse_model(
+    graph = parse_model(
         f"""<ir_version: 8, opset_import: ["": {OPSET}], producer_name: "tpx">
         step ({history} history, {rows} prediction, int64 slot, int64[slots, 1, 1, 1, 1] places, float[slots, slots] weights,
               float[rows, rows] mix, float[slots, distinct, {model.conditions_width}] table, int64[rows] told)
@@ -46,5 +47,5 @@ def step(model: ModelSpec) -> onnx.ModelProto | None:
           conditions = Gather (ahead, told)
         }}"""
     )
-    onnx.checker.check_model(made, full_check=True)
-    return made
+    onnx.checker.check_model(graph, full_check=True)
+    return graph

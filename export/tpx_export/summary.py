@@ -1,4 +1,4 @@
-"""What an export did, as facts that its callers show."""
+"""The result of an export."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,21 +9,21 @@ from tpx_runtime.verify import PartReport
 
 @dataclass(frozen=True)
 class Summary:
-    """The result of an export: each graph's verification by variant, the seconds of each task, the bytes of each folder.
+    """The verification reports of each graph variant, the seconds of each task, and the bytes of each folder.
 
-    Of an int8 export `int8` is the comparison with fp32, and `loss` one line on why the bundle is not worth having, None if
-    it is; a bundle with such a line was kept because the user accepts it.
+    For an int8 export, `int8` is the comparison with fp32, and `rejection` is one line that says why the bundle would be
+    refused without --accept-loss, or None.
     """
 
     reports: dict[str, list[PartReport]]
     seconds: dict[str, float]
     folder_bytes: dict[str, int]
     int8: Report | None = None
-    loss: str | None = None
+    rejection: str | None = None
 
 
 def folder_bytes(root: Path) -> dict[str, int]:
-    """Bytes of each folder, or file, right under `root`."""
+    """Bytes of each folder and file directly in `root`."""
     sizes: dict[str, int] = {}
     for path in sorted(root.rglob("*")):
         if path.is_file():

@@ -194,7 +194,7 @@ def export_and_evaluate(experiment: Experiment, folder: Path, transformer: MMDiT
     """Export the transformer to a bundle, run ShapesEval with it into the folder's `eval`, and remove the bundle."""
     bundle = folder / "bundle"
     model = assemble(experiment.autoencoder, experiment.data.text_encoder, transformer)
-    export_bundle(Pipeline.of(model), bundle, force=True)
+    export_bundle(Pipeline.from_model(model), bundle, force=True)
     generator = Generator.load(bundle, experiment.engine, verify=False)
     evaluate.run(
         folder / "eval", generator, images=experiment.images, limit=experiment.limit, **EVAL_SETTINGS

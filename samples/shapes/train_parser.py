@@ -41,7 +41,7 @@ from samples.shapes.world import (
     relate,
     scatter,
 )
-from tpx_export.graphs import anonymous
+from tpx_export.graphs import strip_metadata
 from tpx_export.model.autoencoder import ResidualBlock
 from tpx_runtime.command import TpxCommand
 from tpx_runtime.files import make_folder
@@ -254,7 +254,7 @@ def export(network: ParserNetwork, path: Path) -> None:
         verbose=False,
     )
     assert program is not None
-    model = ir.to_proto(anonymous(program.model))
+    model = ir.to_proto(strip_metadata(program.model))
     onnx.checker.check_model(model)
     onnx.save(model, path)
 

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner, Result
-from runtime.fakes import CLASSES, THREE, make_bundle, without_encoder
+from runtime.fakes import CLASSES, THREE_ENCODERS, make_bundle, without_encoder
 
 from tpx_engines import build as module
 from tpx_engines import cli, routed_lora_choice, target, tensorrt
@@ -503,7 +503,7 @@ def test_input_shapes_come_from_the_bundle(tiny_bundle: Path) -> None:
 
 
 def test_every_text_encoder_is_built(tmp_path: Path) -> None:
-    root = make_bundle(tmp_path / "three", THREE)
+    root = make_bundle(tmp_path / "three", THREE_ENCODERS)
     found = module.graphs_to_build(Bundle.open(root))
     assert [found[f"text_encoder{number}"] for number in ("", "_2", "_3")] == [
         (root / "text_encoder/model.onnx", {"ids": (None, 8)}),

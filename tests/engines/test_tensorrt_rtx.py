@@ -14,7 +14,7 @@ from tpx_engines.tensorrt import TimingCache
 from tpx_export import checkpoint
 from tpx_export.exporter import export_bundle
 from tpx_export.pipeline import Pipeline
-from tpx_export.routing import MASKED_UP_TO, variants_of
+from tpx_export.routing import MAX_MASKED_WORK, routing_variants
 from tpx_runtime.bundle import Bundle, transformer_name
 from tpx_runtime.engine.tensorrt_flavours import RTX, bindings, get_logger
 from tpx_runtime.errors import BadInput, EngineFailed, EngineUnavailable
@@ -50,7 +50,7 @@ def sample_in_fp16(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
             f"expected the sample's weights at {SAMPLE}, found none: a source distribution is without"
         )
     out = tmp_path_factory.mktemp("sample") / "shapes"
-    export_bundle(Pipeline.of(checkpoint.load(SAMPLE)), out, precision="fp16")
+    export_bundle(Pipeline.from_model(checkpoint.load(SAMPLE)), out, precision="fp16")
     return Bundle.open(out)
 
 
@@ -109,7 +109,7 @@ def test_refuses_the_variant_of_large_models_for_cpus(tiny_bundle: Path, tmp_pat
     _, inputs = graphs_to_build(Bundle.open(tiny_bundle))["transformer depth 1"]
     model = onnx.load(tiny_bundle / transformer_name(1))
     model.functions.clear()
-    _, plain = variants_of(model, visual_tokens=MASKED_UP_TO)
+    _, plain = routing_variants(model, visual_tokens=MAX_MASKED_WORK)
     path = tmp_path / "depth-1.plain.onnx"
     onnx.save(plain, path)
     with pytest.raises(

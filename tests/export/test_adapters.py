@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tpx_export.adapters import FILE, FORMAT, VERSION, Facts, attach, load_adapters, save_adapters
+from tpx_export.adapters import FILE, FORMAT, VERSION, AdapterInfo, attach, load_adapters, save_adapters
 from tpx_export.checkpoint import CheckpointInvalid
 from tpx_export.model import MMDiT, MMDiTSpec, ThinkingSpec
 from tpx_export.model.thinking import Thinking
@@ -120,9 +120,9 @@ def test_adapters_take_the_models_mode() -> None:
 
 
 def test_round_trip(saved: Path) -> None:
-    thinking, state, facts = load_adapters(saved)
+    thinking, state, info = load_adapters(saved)
     assert thinking == SMALL
-    assert facts == Facts(64, "shapes", {"steps": 3, "data": "shapes"})
+    assert info == AdapterInfo(64, "shapes", {"steps": 3, "data": "shapes"})
     expected = learnt(attach(base(), SMALL))
     found = attach(base(), thinking, state)
     for depth in (1, 2):
@@ -209,9 +209,9 @@ class Other(nn.Module):
 def test_any_base_with_blocks_can_think(tmp_path: Path) -> None:
     model = attach(Other(), SMALL)
     save_adapters(model, tmp_path / FILE, "other")
-    thinking, state, facts = load_adapters(tmp_path / FILE)
+    thinking, state, info = load_adapters(tmp_path / FILE)
     again = attach(Other(), thinking, state)
-    assert facts == Facts(8, "other")
+    assert info == AdapterInfo(8, "other")
     for name, value in model.state_dict().items():
         assert ".thinking." not in name or torch.equal(again.state_dict()[name], value)
 
@@ -220,19 +220,19 @@ def test_adapters_of_another_base_are_refused(saved: Path) -> None:
     thinking, state, _ = load_adapters(saved)
     deep = attach(base(), PAPER)
     shallow = base(spec=replace(SPEC, blocks=5))
-    said = refusal(lambda: attach(shallow, PAPER))
-    assert "0..4" in said and "[4, 8, 12]" in said
+    message = refusal(lambda: attach(shallow, PAPER))
+    assert "0..4" in message and "[4, 8, 12]" in message
     assert all(block.thinking is None for block in shallow.blocks)
     wide = base(spec=replace(SPEC, width=128))
-    said = refusal(lambda: attach(wide, thinking, state))
-    assert "width 128" in said and "blocks.0.thinking.a is [3, 64, 4], not [3, 128, 4]" in said
+    message = refusal(lambda: attach(wide, thinking, state))
+    assert "width 128" in message and "blocks.0.thinking.a is [3, 64, 4], not [3, 128, 4]" in message
     assert all(block.thinking is None for block in wide.blocks) and wide.spec.thinking is None
     refusal(lambda: attach(deep, PAPER, state))
     assert deep.spec.thinking == PAPER and deep.blocks[8].thinking is not None
 
 
 def test_a_model_that_does_not_think_has_nothing_to_save(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="thinks"):
+    with pytest.raises(ValueError, match="thinking blocks"):
         save_adapters(base(), tmp_path / FILE, "shapes")
     assert not list(tmp_path.iterdir())
 
@@ -316,7 +316,7 @@ def test_a_header_that_does_not_fit_is_refused(saved: Path, changes: dict[str, A
 def test_a_field_that_the_file_leaves_out_has_its_default(saved: Path) -> None:
     spec = {name: value for name, value in asdict(SMALL).items() if name != "base_every_step"}
     assert load_adapters(rewritten(saved, spec=spec)).thinking == SMALL
-    assert load_adapters(rewritten(saved, training=...)).facts.training == {}
+    assert load_adapters(rewritten(saved, training=...)).info.training == {}
 
 
 @pytest.mark.parametrize("fault", ["missing", "unknown", "short", "nan", "integer"])

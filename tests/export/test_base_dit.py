@@ -20,7 +20,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tpx_export.adapters import attach
-from tpx_export.base.dit import HEADS, from_tensors, load_transformer, recipe, shapes_of, spec_of
+from tpx_export.base.dit import (
+    HEADS,
+    conversions,
+    load_transformer,
+    shapes_of,
+    spec_from_tensors,
+    transformer_from_tensors,
+)
 from tpx_export.base.tensors import Tensors
 from tpx_export.checkpoint import CheckpointInvalid
 from tpx_export.graphs import ConditionsGraph, Graph, TransformerGraph, to_onnx
@@ -28,7 +35,7 @@ from tpx_export.model.dit import DiT, DiTSpec, position_table
 from tpx_export.model.embedder import Embedder, sinusoid
 from tpx_export.model.patches import from_patches, to_patches
 from tpx_export.model.thinking import Gate, Thinking, ThinkingSpec
-from tpx_export.precision import at_precision
+from tpx_export.precision import cast_to_precision
 from tpx_export.routing import masked, permuted
 from tpx_runtime.errors import BadInput
 from tpx_runtime.guidance import apply_guidance
@@ -341,8 +348,8 @@ def test_sampling_through_the_runtime_is_the_originals(tmp_path: Path) -> None:
 
     def prediction(x: Array, t: float) -> Array:
         latents, times = torch.from_numpy(x).repeat(2, 1, 1, 1), torch.full((4,), t)
-        free, told = model(latents, times, torch.cat([null, given]), 1)[0].chunk(2)
-        return apply_guidance(free.numpy(), told.numpy(), guidance, 3)
+        negative, positive = model(latents, times, torch.cat([null, given]), 1)[0].chunk(2)
+        return apply_guidance(negative.numpy(), positive.numpy(), guidance, 3)
 
     schedule = respaced_schedule(steps)
     path = ddpm(prediction, batch_noise(seeds, shape), schedule, lambda k: batch_noise(seeds, shape, k))
@@ -352,12 +359,14 @@ def test_sampling_through_the_runtime_is_the_originals(tmp_path: Path) -> None:
         now = abar[int(schedule.timesteps[k])]
         then = abar[int(schedule.timesteps[k + 1])] if k + 1 < steps else 1.0
         times = torch.full((2,), schedule.timesteps[k])
-        told, free = (original(state, TINY.heads, x.float(), times, label) for label in (given, null))
-        eps = torch.cat([free[:, :3] + guidance * (told[:, :3] - free[:, :3]), told[:, 3:4]], 1)
+        positive, negative = (original(state, TINY.heads, x.float(), times, label) for label in (given, null))
+        eps = torch.cat(
+            [negative[:, :3] + guidance * (positive[:, :3] - negative[:, :3]), positive[:, 3:4]], 1
+        )
         beta = 1 - now / then
         x = (x - beta / math.sqrt(1 - now) * eps) / math.sqrt(1 - beta)  # Ho et al. 2020, equation 11
         if k + 1 < steps:
-            share = (told[:, 4:] + 1) / 2
+            share = (positive[:, 4:] + 1) / 2
             log_variance = share * math.log(beta) + (1 - share) * math.log(beta * (1 - then) / (1 - now))
             noise = torch.from_numpy(batch_noise(seeds, shape, k + 1)).double()
             x = x + (0.5 * log_variance).exp() * noise
@@ -413,7 +422,7 @@ def test_released_sizes_are_read_from_their_shapes(
     spec = DiTSpec(width=width, heads=heads, blocks=blocks, latent_size=size)
     names = original_names(spec)
     assert shapes_of(spec) == names
-    model = from_tensors(Shapes(names))
+    model = transformer_from_tensors(Shapes(names))
     assert model.spec == spec
     parameters = sum(value.numel() for value in model.state_dict().values())
     assert parameters / 1e6 == pytest.approx(millions, abs=0.6)
@@ -557,11 +566,11 @@ def test_a_specification_that_cannot_be_is_refused() -> None:
 
 
 def test_recipe_covers_the_state_and_every_name_once() -> None:
-    made = recipe(TINY)
+    made = conversions(TINY)
     assert made.keys() == DiT(TINY).state_dict().keys()
     names = [name for entry in made.values() for name in entry.names]
     assert sorted(names) == sorted(original_names(TINY))
-    assert spec_of(Shapes(original_names(TINY))) == TINY
+    assert spec_from_tensors(Shapes(original_names(TINY))) == TINY
 
 
 # Export.
@@ -590,8 +599,8 @@ def in_onnx(model: DiT, depth: int, folder: Path) -> list[Callable[..., list[Ten
         session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
 
         def run(*given: Tensor, session: onnxruntime.InferenceSession = session) -> list[Tensor]:
-            x, *told = (value.numpy() for value in given)
-            [conditions] = table.run(None, dict(zip(known, told, strict=True)))
+            x, *inputs = (value.numpy() for value in given)
+            [conditions] = table.run(None, dict(zip(known, inputs, strict=True)))
             found = session.run(None, {"latents": x, "conditions": conditions})
             return [torch.from_numpy(np.asarray(value)) for value in found]
 
@@ -620,7 +629,7 @@ def test_onnx_of_a_model_that_does_not_think(tmp_path: Path) -> None:
 
 def test_onnx_of_a_model_in_another_precision_than_the_stored_one(tmp_path: Path) -> None:
     state = {name: value.bfloat16() for name, value in random_state(TINY).items()}
-    model = at_precision(load_transformer(saved(state, tmp_path)), "fp32")
+    model = cast_to_precision(load_transformer(saved(state, tmp_path)), "fp32")
     for run in in_onnx(model, 1, tmp_path):
         found = run(*inputs())[0]
         assert error(found, model(*inputs(), 1)[0].double()) < 1e-4

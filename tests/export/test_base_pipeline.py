@@ -1,4 +1,4 @@
-"""Published models from their files to pictures: diffusers' pipeline, and what a user may get wrong."""
+"""Published models from their files to images, against diffusers' pipeline, and error messages."""
 
 import json
 import shutil
@@ -16,19 +16,19 @@ from test_base_sd3 import original
 from test_base_vae import original as vae_names
 
 from benchmarks.tiny_sd3 import VARIANTS, save_pipeline, tiny_vae
-from tpx_export.adapters import Facts, attach, load_adapters, save_adapters, write_adapters
+from tpx_export.adapters import AdapterInfo, attach, load_adapters, save_adapters, write_adapters
 from tpx_export.base import sd3_pipeline
 from tpx_export.base.dit import load_transformer as load_dit
 from tpx_export.base.dit import shapes_of
-from tpx_export.base.pipeline import AnotherBase, open_base
-from tpx_export.base.sources import Sources, name_of
+from tpx_export.base.model_files import ModelFiles, name_of
+from tpx_export.base.pipeline import DifferentBaseWarning, open_base
 from tpx_export.checkpoint import CheckpointInvalid
 from tpx_export.cli import main
 from tpx_export.exporter import export_bundle
 from tpx_export.model import ThinkingSpec
 from tpx_export.model.dit import DiTSpec
 from tpx_export.model.thinking import Thinking
-from tpx_export.precision import at_precision
+from tpx_export.precision import cast_to_precision
 from tpx_export.training import fingerprint
 from tpx_runtime.bundle import Bundle
 from tpx_runtime.errors import BadInput
@@ -78,7 +78,7 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_whole_pipeline_draws_what_diffusers_draws(
+def test_the_pipeline_generates_the_image_of_diffusers(
     variant: str, reference: tuple[Path, Any], bundle: Path, tmp_path: Path
 ) -> None:
     theirs_here, ours_here = reference[1], bundle
@@ -91,13 +91,13 @@ def test_the_whole_pipeline_draws_what_diffusers_draws(
     ours = np.asarray(image, np.float64)
     expected = theirs(theirs_here, PROMPT, NEGATIVE, num_inference_steps=28, guidance_scale=7.0)
     assert psnr(ours, expected) >= 50
-    assert expected.std() > 5 and np.mean((expected > 0) & (expected < 255)) > 0.02  # a picture, not a blank
+    assert expected.std() > 5 and np.mean((expected > 0) & (expected < 255)) > 0.02  # not a uniform image
     other = np.asarray(generator("a dog", negative_prompt=NEGATIVE, seed=3)[0], np.float64)
     assert psnr(other, expected) < 45  # which depends on the words
 
 
 def test_without_t5(reference: tuple[Path, Any], bundle: Path, tmp_path: Path) -> None:
-    """Left out at the export or when drawing, it is the same picture, and diffusers'."""
+    """Left out at the export or at generation, the image is the same, and equal to diffusers'."""
     folder, pipeline = reference
     export_bundle(open_base(folder, t5=False), tmp_path / "no-t5")
     assert not (tmp_path / "no-t5/text_encoder_3").exists()
@@ -164,21 +164,21 @@ def trained_adapters(reference: tuple[Path, Any], path: Path, **training: Any) -
     save_adapters(model, path, "tiny", training)
 
 
-def test_adapters_of_another_training_are_told(reference: tuple[Path, Any], tmp_path: Path) -> None:
+def test_adapters_of_another_training_give_a_warning(reference: tuple[Path, Any], tmp_path: Path) -> None:
     path, base = tmp_path / "tpx.safetensors", reference[0]
     size = open_base(base).model.image_size_px[0]
-    told = {"base_sha256": fingerprint.of_base(base), "image_size_px": size, "t5": True}
-    trained_adapters(reference, path, **told)
+    training = {"base_sha256": fingerprint.base_fingerprint(base), "image_size_px": size, "t5": True}
+    trained_adapters(reference, path, **training)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         open_base(base, adapters=path)
-    for change, said in (
-        ({"base_sha256": "0" * 64}, "on other files of a base than these"),
-        ({"image_size_px": 1024}, f"at 1024 pixels and not {size}"),
+    for change, message in (
+        ({"base_sha256": "0" * 64}, "on other base files than these"),
+        ({"image_size_px": 1024}, f"at 1024 pixels, not {size}"),
         ({"t5": False}, "without T5"),
     ):
-        trained_adapters(reference, path, **told | change)
-        with pytest.warns(AnotherBase, match=f"^the adapters were trained {said}$"):
+        trained_adapters(reference, path, **training | change)
+        with pytest.warns(DifferentBaseWarning, match=f"^the adapters were trained {message}$"):
             open_base(base, adapters=path)
 
 
@@ -207,9 +207,9 @@ def test_adapters_that_cannot_fit_are_refused_before_anything_is_exported(
         for name, value in Thinking(width, thinking).state_dict().items()
     }
     path = tmp_path / "tpx.safetensors"
-    write_adapters(path, thinking, state, Facts(width, "another"))
-    said = f"for 3 blocks of width 32, found some for blocks 0, {blocks[1]} of width {width}; take"
-    with pytest.raises(CheckpointInvalid, match=said):
+    write_adapters(path, thinking, state, AdapterInfo(width, "another"))
+    message = f"for 3 blocks of width 32, found some for blocks 0, {blocks[1]} of width {width}; take"
+    with pytest.raises(CheckpointInvalid, match=message):
         open_base(reference[0], adapters=path)
 
 
@@ -226,7 +226,7 @@ def test_half_precision_weights_make_a_half_precision_bundle(
 def test_image_sizes(reference: tuple[Path, Any]) -> None:
     small = open_base(reference[0], image_size_px=24).model
     assert (small.image_size_px, small.latent_size, small.visual_tokens) == ((24, 24), (12, 12), 36)
-    with pytest.raises(BadInput, match="expected an image size that 2 divides"):
+    with pytest.raises(BadInput, match="expected an image size divisible by 2"):
         open_base(reference[0], image_size_px=33)
 
 
@@ -235,8 +235,11 @@ def test_an_image_size_without_positions_is_refused_in_pixels_before_text_encode
     reference: tuple[Path, Any], size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sd3_pipeline, "_clip", lambda *_: pytest.fail("a text encoder was read"))
-    said = rf"an image size of (some pixels|4\.\.48 pixels in steps of 4, as the table .* allows), found {size}\b"
-    with pytest.raises(BadInput, match=said):
+    message = (
+        r"an image size of (1 pixel or more|4\.\.48 pixels in steps of 4, as the position table .* allows), "
+        rf"found {size}\b"
+    )
+    with pytest.raises(BadInput, match=message):
         open_base(reference[0], image_size_px=size)
 
 
@@ -319,7 +322,7 @@ PUBLISHED = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timest
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({}, None),  # as SD3 and SD3.5 have it
         ({"use_dynamic_shifting": False, "shift_terminal": None, "use_karras_sigmas": False}, None),
@@ -334,16 +337,18 @@ PUBLISHED = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timest
     ],
 )
 def test_a_schedule_that_would_not_be_followed_is_refused(
-    changes: dict[str, Any], said: str | None, tmp_path: Path
+    changes: dict[str, Any], message: str | None, tmp_path: Path
 ) -> None:
     path = tmp_path / "scheduler/scheduler_config.json"
     path.parent.mkdir()
     path.write_text(json.dumps(PUBLISHED | changes))
-    if said is None:
-        assert sd3_pipeline._schedule_shift(Sources(tmp_path, None)) == 3.0
+    if message is None:
+        assert sd3_pipeline._schedule_shift(ModelFiles(tmp_path, None)) == 3.0
         return
-    with pytest.raises(CheckpointInvalid, match=f"{path}: expected {said}; other models cannot be imported"):
-        sd3_pipeline._schedule_shift(Sources(tmp_path, None))
+    with pytest.raises(
+        CheckpointInvalid, match=f"{path}: expected {message}; other models cannot be imported"
+    ):
+        sd3_pipeline._schedule_shift(ModelFiles(tmp_path, None))
 
 
 def single_file(folder: Path, path: Path) -> Path:
@@ -419,13 +424,13 @@ def test_adapters_are_rounded_to_the_bundles_precision_alone(
     write_dit(tmp_path, base)
     adapters = tmp_path / "tpx.safetensors"
     pipeline = open_base(tmp_path / "dit.pt", tmp_path, adapters=adapters)
-    written = at_precision(pipeline.transformer(), pipeline.precision).state_dict()
+    written = cast_to_precision(pipeline.transformer(), pipeline.precision).state_dict()
     trained = load_file(adapters)
     for name in ("blocks.0.thinking.a", "blocks.0.thinking.b"):
         assert written[name].dtype == bundle and torch.equal(written[name], trained[name].to(bundle)), name
 
 
-def test_a_dit_with_adapters_draws_classes(tmp_path: Path) -> None:
+def test_a_dit_with_adapters_generates_classes(tmp_path: Path) -> None:
     write_dit(tmp_path)
     arguments = ["--base", str(tmp_path / "dit.pt"), "--adapters", str(tmp_path / "tpx.safetensors")]
     assert "expected vae/config.json" in refused(*arguments)

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from benchmarks import random_sd3
 from tpx_export.adapters import attach, load_adapters
+from tpx_export.base.model_files import precision_of
 from tpx_export.base.sd3 import load_transformer
 from tpx_export.base.sd3_names import from_diffusers, from_original
-from tpx_export.base.sources import precision_of
 from tpx_export.checkpoint import CheckpointInvalid
 from tpx_export.graphs import ConditionsGraph, Graph, TransformerGraph, to_onnx
 from tpx_export.model import MMDiT, MMDiTSpec, ThinkingSpec
@@ -222,8 +222,8 @@ def test_positions_are_cropped_as_diffusers_crops_them(theirs: Any, folder: Path
 def test_a_latent_size_that_the_table_does_not_cover_is_refused(theirs: Any, folder: Path) -> None:
     most = 2 * theirs.config.pos_embed_max_size
     for latent_size in (most + 2, 0, -2, 15):
-        said = refusal(lambda size=latent_size: load_transformer(folder, size), BadInput)  # type: ignore[misc]
-        assert f"2..{most}" in said and str(latent_size) in said
+        message = refusal(lambda size=latent_size: load_transformer(folder, size), BadInput)  # type: ignore[misc]
+        assert f"2..{most}" in message and str(latent_size) in message
 
 
 def test_diffusers_own_converter_undoes_the_layout_of_the_single_files(theirs: Any) -> None:
@@ -343,8 +343,8 @@ def damaged(state: dict[str, Tensor], name: str, fault: str) -> dict[str, Tensor
 )
 def test_a_tensor_that_does_not_fit_is_named(fault: str, name: str, medium: Path, tmp_path: Path) -> None:
     write_folder(tmp_path / "bad", damaged(state_of(medium), name, fault), medium)
-    said = refusal(lambda: load_transformer(tmp_path / "bad", LATENTS))
-    assert (name if fault != "unknown" else name.replace(".weight", ".scale_weight")) in said
+    message = refusal(lambda: load_transformer(tmp_path / "bad", LATENTS))
+    assert (name if fault != "unknown" else name.replace(".weight", ".scale_weight")) in message
 
 
 @pytest.mark.parametrize("fault", ["missing", "unknown", "transposed", "short", "int8"])
@@ -364,13 +364,13 @@ def test_a_tensor_of_a_single_file_that_does_not_fit_is_named(
     prefix = "model.diffusion_model."
     state = original(state_of(medium))
     save_file(damaged(state, prefix + name, fault), tmp_path / "bad.safetensors")
-    said = refusal(lambda: load_transformer(tmp_path / "bad.safetensors", LATENTS))
+    message = refusal(lambda: load_transformer(tmp_path / "bad.safetensors", LATENTS))
     if (fault, name) == ("short", "x_embedder.proj.weight"):
-        assert "whole heads" in said  # the width is read from it
+        assert "divisible by the head width" in message  # the width is read from it
     elif (fault, name) == ("short", "context_embedder.weight"):
-        assert "context_embedder.weight is float32 [127, 32], not [128, 32]" in said
+        assert "context_embedder.weight is float32 [127, 32], not [128, 32]" in message
     else:
-        assert (name if fault != "unknown" else name.replace(".weight", ".scale_weight")) in said
+        assert (name if fault != "unknown" else name.replace(".weight", ".scale_weight")) in message
 
 
 @pytest.mark.parametrize("table", [(1, 140, 128), (144, 128), (1, 144, 64), (1, 0, 128)])

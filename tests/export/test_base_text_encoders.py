@@ -14,11 +14,19 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, 
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from tpx_export.base.tensors import open_tensors
-from tpx_export.base.text_encoders import CLIP_G, CLIP_L, T5, clip_of, load_clip, load_t5, t5_of
+from tpx_export.base.text_encoders import (
+    CLIP_G,
+    CLIP_L,
+    T5,
+    clip_from_tensors,
+    load_clip,
+    load_t5,
+    t5_from_tensors,
+)
 from tpx_export.checkpoint import CheckpointInvalid
 from tpx_export.graphs import TextEncoderGraph
 from tpx_export.model.clip import CLIPText, CLIPTextSpec
-from tpx_export.model.t5 import Linear, T5Encoder, T5Spec, bucket
+from tpx_export.model.t5 import Linear, T5Encoder, T5Spec, relative_position_bucket
 from tpx_export.precision import in_float32
 
 WORDS, END, TOKENS = 120, 119, 20
@@ -90,8 +98,8 @@ def t5_ids(batch: int, tokens: int) -> Tensor:
 
 
 def answers(model: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
-    said = model(ids, output_hidden_states=True)
-    return said.hidden_states[-2], said.text_embeds
+    outputs = model(ids, output_hidden_states=True)
+    return outputs.hidden_states[-2], outputs.text_embeds
 
 
 def edit(folder: Path, **changes: Any) -> None:
@@ -140,18 +148,18 @@ def test_clip_in_onnx_runtime_says_what_transformers_says_at_any_batch(clip: tup
     _, theirs, folder = clip
     feeds = [clip_ids(5), clip_ids(0, 3, TOKENS - 2)]
     graph = TextEncoderGraph(load_clip(folder))
-    for ids, said in zip(
+    for ids, outputs in zip(
         feeds, run_onnx(graph, "ids", clip_ids(4, 2), ("context", "pooled"), feeds), strict=True
     ):
-        for found, expected in zip(said, answers(theirs, ids), strict=True):
+        for found, expected in zip(outputs, answers(theirs, ids), strict=True):
             assert relative(found, expected) < TIGHT
 
 
 def test_clip_in_float16_is_near_float32_in_pytorch_and_onnx_runtime(clip: tuple[str, Any, Path]) -> None:
     _, theirs, folder = clip
     ids, model = clip_ids(4, 9), load_clip(folder).half()
-    (said,) = run_onnx(TextEncoderGraph(model), "ids", ids, ("context", "pooled"), [ids])
-    for torch_, onnx, expected in zip(model(ids), said, answers(theirs, ids), strict=True):
+    (outputs,) = run_onnx(TextEncoderGraph(model), "ids", ids, ("context", "pooled"), [ids])
+    for torch_, onnx, expected in zip(model(ids), outputs, answers(theirs, ids), strict=True):
         assert torch_.dtype == torch.float16
         assert relative(torch_, expected) < 5e-3
         assert relative(onnx, expected) < 5e-3
@@ -177,7 +185,9 @@ def test_clip_from_a_single_file_is_bit_identical(clip: tuple[str, Any, Path], t
     single[f"{prefix}text_model.embeddings.position_ids"] = torch.arange(TOKENS).unsqueeze(0)
     single[f"{prefix}logit_scale"] = torch.tensor(4.6)
     save_file(single, tmp_path / "sd3.safetensors")
-    model = clip_of(open_tensors(tmp_path / "sd3.safetensors").under(prefix), KINDS[kind]["hidden_act"])  # type: ignore[arg-type]
+    model = clip_from_tensors(
+        open_tensors(tmp_path / "sd3.safetensors").with_prefix(prefix), KINDS[kind]["hidden_act"]
+    )  # type: ignore[arg-type]
     assert model.spec == load_clip(folder).spec
     assert same_state(model, load_clip(folder))
 
@@ -186,7 +196,7 @@ def test_a_single_file_without_a_projection_means_the_identity(tmp_path: Path) -
     theirs = their_clip("L").half()
     state = {name: v for name, v in theirs.state_dict().items() if name != "text_projection.weight"}
     save_file(state, tmp_path / "clip.safetensors")
-    model = clip_of(open_tensors(tmp_path / "clip.safetensors"), "quick_gelu")
+    model = clip_from_tensors(open_tensors(tmp_path / "clip.safetensors"), "quick_gelu")
     assert torch.equal(model.projection.weight, torch.eye(128, dtype=torch.float16))
 
 
@@ -200,8 +210,8 @@ def test_t5_says_what_transformers_says(t5: tuple[Any, Path], tokens: int) -> No
 def test_t5_in_onnx_runtime_says_what_transformers_says_at_any_batch(t5: tuple[Any, Path]) -> None:
     theirs, folder = t5
     feeds = [t5_ids(1, 150), t5_ids(3, 150)]
-    said = run_onnx(TextEncoderGraph(load_t5(folder)), "ids", t5_ids(2, 150), ("context",), feeds)
-    for ids, (context,) in zip(feeds, said, strict=True):
+    outputs = run_onnx(TextEncoderGraph(load_t5(folder)), "ids", t5_ids(2, 150), ("context",), feeds)
+    for ids, (context,) in zip(feeds, outputs, strict=True):
         assert relative(context, theirs(ids).last_hidden_state) < TIGHT
 
 
@@ -209,7 +219,7 @@ def test_t5_in_onnx_runtime_says_what_transformers_says_at_any_batch(t5: tuple[A
 def test_positions_fall_into_the_buckets_that_transformers_puts_them_in(buckets: int, reach: int) -> None:
     distances = torch.arange(-600, 601)
     expected = T5Attention._relative_position_bucket(distances, True, buckets, reach)
-    assert [bucket(d, buckets, reach) for d in distances.tolist()] == expected.tolist()
+    assert [relative_position_bucket(d, buckets, reach) for d in distances.tolist()] == expected.tolist()
 
 
 def test_t5_in_float16_stays_finite_where_its_activations_exceed_float16(t5: tuple[Any, Path]) -> None:
@@ -245,8 +255,8 @@ def test_encoders_of_half_weights_can_compute_in_float32(
     ]
     for half, whole, ids in pairs:
         with in_float32(half):
-            said = half(ids)
-        assert torch.equal(said[0], whole(ids)[0])
+            outputs = half(ids)
+        assert torch.equal(outputs[0], whole(ids)[0])
 
 
 def test_t5_is_the_same_from_shards_and_half_files(tmp_path: Path) -> None:
@@ -288,7 +298,7 @@ def test_t5_from_a_single_file_is_bit_identical(
     state |= {f"{name}.weight": table.clone() for name in words}
     state["decoder.block.0.layer.0.layer_norm.weight"] = torch.ones(48)
     save_file({T5 + name: v for name, v in state.items()}, tmp_path / "sd3.safetensors")
-    model = t5_of(open_tensors(tmp_path / "sd3.safetensors").under(T5))
+    model = t5_from_tensors(open_tensors(tmp_path / "sd3.safetensors").with_prefix(T5))
     assert model.spec == load_t5(folder).spec
     assert same_state(model, load_t5(folder))
 
@@ -296,7 +306,7 @@ def test_t5_from_a_single_file_is_bit_identical(
 def test_float8_weights_become_float16_with_the_same_values(tmp_path: Path) -> None:
     state = {name: value.to(torch.float8_e4m3fn) for name, value in their_t5().state_dict().items()}
     save_file({n: v for n, v in state.items() if "embed_tokens" not in n}, tmp_path / "t5.safetensors")
-    model = t5_of(open_tensors(tmp_path / "t5.safetensors"))
+    model = t5_from_tensors(open_tensors(tmp_path / "t5.safetensors"))
     assert {p.dtype for p in model.parameters()} == {torch.float16}
     assert torch.equal(model.words.weight.float(), state["shared.weight"].float())
 
@@ -328,7 +338,7 @@ def test_weights_that_are_no_floats_are_refused(t5: tuple[Any, Path], tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"model_type": "t5"}, "model_type clip_text_model"),
         ({"hidden_act": "relu"}, "hidden_act quick_gelu or gelu, found 'relu'"),
@@ -343,31 +353,31 @@ def test_weights_that_are_no_floats_are_refused(t5: tuple[Any, Path], tmp_path: 
     ],
 )
 def test_a_clip_configuration_that_cannot_be_is_one_line(
-    tmp_path: Path, changes: dict[str, Any], said: str
+    tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     their_clip("L").save_pretrained(tmp_path)
     edit(tmp_path, **changes)
-    with pytest.raises(CheckpointInvalid, match=said) as caught:
+    with pytest.raises(CheckpointInvalid, match=message) as caught:
         load_clip(tmp_path)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"model_type": "umt5"}, "model_type t5"),
         ({"feed_forward_proj": "relu"}, "feed_forward_proj gated-gelu, found 'relu'"),
         ({"feed_forward_proj": None}, "feed_forward_proj gated-gelu, found 'relu'"),
-        ({"relative_attention_num_buckets": 30}, "buckets in fours"),
+        ({"relative_attention_num_buckets": 30}, "divisible by 4"),
         ({"num_heads": 0}, "num_heads in 1"),
     ],
 )
 def test_a_t5_configuration_that_cannot_be_is_one_line(
-    tmp_path: Path, changes: dict[str, Any], said: str
+    tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     their_t5().save_pretrained(tmp_path)
     edit(tmp_path, **changes)
-    with pytest.raises(CheckpointInvalid, match=said):
+    with pytest.raises(CheckpointInvalid, match=message):
         load_t5(tmp_path)
 
 
@@ -383,10 +393,10 @@ def test_a_folder_without_a_configuration_is_refused(tmp_path: Path, text: str |
 def test_single_files_of_other_things_are_refused(tmp_path: Path) -> None:
     save_file({"a": torch.ones(2)}, tmp_path / "other.safetensors")
     tensors = open_tensors(tmp_path / "other.safetensors")
-    with pytest.raises(CheckpointInvalid, match=r"token_embedding\.weight, found it missing"):
-        clip_of(tensors, "gelu")
-    with pytest.raises(CheckpointInvalid, match=r"shared\.weight, found it missing"):
-        t5_of(tensors)
+    with pytest.raises(CheckpointInvalid, match=r"token_embedding\.weight, found none"):
+        clip_from_tensors(tensors, "gelu")
+    with pytest.raises(CheckpointInvalid, match=r"shared\.weight, found none"):
+        t5_from_tensors(tensors)
 
 
 def test_full_sizes_have_the_parameters_that_are_known() -> None:

@@ -23,7 +23,7 @@ from reference_tokenizers import (
     write,
 )
 
-from tpx_export.base.spiece import expand_charsmap
+from tpx_export.base.spiece import decode_charsmap
 from tpx_export.base.tokenizers import clip_tokenizer, t5_tokenizer
 from tpx_export.checkpoint import CheckpointInvalid
 from tpx_runtime.tokenizer import make_tokenizer
@@ -232,7 +232,7 @@ CLIP_FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "another order": (
         lambda p: small_clip(p, merges=MERGES[::-1]),
-        "expected bytes, ends of words and merges in the order of CLIP's vocabulary, found 'red</w>' at 513, not 512",
+        "expected bytes, word ends and merges in the order of CLIP's vocabulary, found 'red</w>' at 513, not 512",
     ),
     "merges cut short": (
         lambda p: small_clip(p, merges=MERGES[:1]),
@@ -248,11 +248,11 @@ CLIP_FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a list": (
         lambda p: write(small_clip(p), vocab=[1]),
-        "vocab.json: expected fields by name, found [1]; copy it again",
+        "vocab.json: expected a JSON object, found [1]; copy it again",
     ),
     "an odd config": (
         lambda p: small_clip(p, tokenizer_config={"bos_token": 5}),
-        "expected fields by name, found 5; copy it again",
+        "expected a JSON object, found 5; copy it again",
     ),
     "odd tokens": (
         lambda p: small_clip(p, tokenizer_config={"added_tokens_decoder": {"x": token(BOS, True)}}),
@@ -260,7 +260,7 @@ CLIP_FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "whole words": (
         lambda p: small_clip(p, special_tokens_map={"bos_token": {"content": BOS, "single_word": True}}),
-        "expected special tokens with a text, that count inside a word too, found {",
+        "expected special tokens with a text and without single_word, found {",
     ),
     "odd added tokens": (
         lambda p: write(p, tokenizer=tokenizer_json(added_tokens=5)),
@@ -272,7 +272,7 @@ CLIP_FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "no model": (
         lambda p: write(p, tokenizer={"model": 1}),
-        "expected fields by name, found 1; copy it again",
+        "expected a JSON object, found 1; copy it again",
     ),
     "half a surrogate pair": (
         lambda p: write(p, tokenizer=tokenizer_json(added_tokens=[{"id": 7, **token("\ud800", False)}])),
@@ -310,7 +310,7 @@ def test_refuses_a_file_that_is_not_gzipped_merges(data: bytes, tmp_path: Path) 
 
 @pytest.mark.parametrize("pad", [-1, 516])
 def test_refuses_to_pad_with_what_is_no_token(pad: int, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointInvalid, match=f"expected a token {pad} to fill up with, found none"):
+    with pytest.raises(CheckpointInvalid, match=f"expected a token {pad} for padding, found none"):
         clip_tokenizer(small_clip(tmp_path), pad=pad)
 
 
@@ -329,8 +329,8 @@ WHOLE = spiece(field(3, field(2, b"x")))
         (spiece(field(2, field(3, 2))), "expected a unigram model without byte fallback"),
         (spiece(field(2, field(35, 1))), "expected a unigram model without byte fallback"),
         (spiece(field(3, field(3, 0))), "expected a unigram model without byte fallback"),
-        (spiece(third=1), "expected T5's pieces, the third for the unknown, found others"),
-        (WHOLE, "expected SentencePiece's table of normalisations, found something else; copy it again"),
+        (spiece(third=1), "expected T5's pieces, the third for unknown text, found others"),
+        (WHOLE, "expected SentencePiece's normalisation table, found something else; copy it again"),
         (spiece(field(1, field(1, b"x") + field(2, float("nan")))), "expected Unicode and finite scores"),
     ],
 )
@@ -346,8 +346,8 @@ def test_refuses_a_table_that_is_no_tree(tmp_path: Path) -> None:
     """Every unit leads back to the same 256, so that keys of five bytes would be 256 to the fifth."""
     units = [label | label << 10 for label in range(256)]
     table = struct.pack("<I256I", 1024, *units) + b"\0"
-    with pytest.raises(CheckpointInvalid, match="expected SentencePiece's table of normalisations"):
-        expand_charsmap(tmp_path, table)
+    with pytest.raises(CheckpointInvalid, match="expected SentencePiece's normalisation table"):
+        decode_charsmap(tmp_path, table)
 
 
 @pytest.mark.parametrize(
@@ -355,7 +355,7 @@ def test_refuses_a_table_that_is_no_tree(tmp_path: Path) -> None:
     [
         (
             {"model": {"type": "BPE", "unk_id": 2}},
-            "expected T5's unigram model with 2 for the unknown, found 'BPE'",
+            "expected T5's unigram model with unk_id 2, found 'BPE'",
         ),
         ({"model": {"type": "Unigram", "unk_id": 0}}, "found 'Unigram' with 0"),
         ({"model": {"unk_id": 2}}, "expected pieces with their scores, found something else; copy it again"),
@@ -363,9 +363,9 @@ def test_refuses_a_table_that_is_no_tree(tmp_path: Path) -> None:
         ({"normalizer": {"type": "Precompiled"}}, "expected a table in base64, found none; copy it again"),
         (
             {"normalizer": {"normalizers": [{"type": "Precompiled", "precompiled_charsmap": "AA=="}]}},
-            "expected SentencePiece's table of normalisations",
+            "expected SentencePiece's normalisation table",
         ),
-        ({"normalizer": 5}, "expected fields by name, found 5"),
+        ({"normalizer": 5}, "expected a JSON object, found 5"),
     ],
 )
 def test_refuses_a_tokenizer_json_of_t5(changes: dict[str, object], message: str, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tpx_export.base.tensors import Tensors, open_tensors
-from tpx_export.base.vae import VAE, load_vae, vae_of
+from tpx_export.base.vae import VAE, load_vae, vae_from_tensors
 from tpx_export.checkpoint import CheckpointInvalid
 from tpx_export.graphs import DecoderGraph, EncoderGraph
 from tpx_export.model import autoencoder_kl
@@ -84,7 +84,7 @@ def noise(batch: int, *shape: int) -> Tensor:
     return torch.randn(batch, *shape, generator=torch.Generator().manual_seed(batch))
 
 
-def pictures(batch: int) -> Tensor:
+def random_images(batch: int) -> Tensor:
     return noise(batch, 3, PIXELS, PIXELS).clamp(-1, 1)
 
 
@@ -129,8 +129,8 @@ def edit(folder: Path, **changes: Any) -> None:
 def test_encoder_and_decoder_give_what_diffusers_gives(vae: tuple[str, Any, Path]) -> None:
     kind, theirs, folder = vae
     model = load_vae(folder, PIXELS)
-    mean, log_variance = model.encoder(pictures(2))
-    posterior = theirs.encode(pictures(2)).latent_dist
+    mean, log_variance = model.encoder(random_images(2))
+    posterior = theirs.encode(random_images(2)).latent_dist
     assert relative(mean, posterior.mean) < TIGHT
     assert relative(log_variance, posterior.logvar) < TIGHT
     assert relative(model.decoder(latents(kind, 2)), theirs.decode(latents(kind, 2)).sample) < TIGHT
@@ -142,8 +142,8 @@ def test_transformer_latents_are_shifted_and_scaled(vae: tuple[str, Any, Path]) 
     scale, shift = SCALES[kind]
     assert (model.spec.scale, model.spec.shift) == (scale, shift)
     assert (model.spec.image_size_px, model.spec.latent_size) == (PIXELS, PIXELS // FACTORS[kind])
-    z = theirs.encode(pictures(2)).latent_dist.mean
-    assert relative(model.encode(pictures(2)), (z - shift) * scale) < TIGHT
+    z = theirs.encode(random_images(2)).latent_dist.mean
+    assert relative(model.encode(random_images(2)), (z - shift) * scale) < TIGHT
     image = theirs.decode(latents(kind, 2) / scale + shift).sample.clamp(-1, 1)
     assert relative(model.decode(latents(kind, 2)), image) < TIGHT
 
@@ -152,12 +152,12 @@ def test_graphs_in_onnx_runtime_give_what_diffusers_gives_at_any_batch(vae: tupl
     kind, theirs, folder = vae
     model = load_vae(folder, PIXELS)
     feeds = [latents(kind, 1), latents(kind, 3)]
-    said = run_onnx(DecoderGraph(model), "latents", latents(kind, 2), ("image",), feeds)
-    for z, (image,) in zip(feeds, said, strict=True):
+    outputs = run_onnx(DecoderGraph(model), "latents", latents(kind, 2), ("image",), feeds)
+    for z, (image,) in zip(feeds, outputs, strict=True):
         assert relative(image, theirs.decode(z).sample.clamp(-1, 1)) < TIGHT
-    images = [pictures(1), pictures(3)]
-    said = run_onnx(EncoderGraph(model), "image", pictures(2), ("latents",), images)
-    for image, (mean,) in zip(images, said, strict=True):
+    images = [random_images(1), random_images(3)]
+    outputs = run_onnx(EncoderGraph(model), "image", random_images(2), ("latents",), images)
+    for image, (mean,) in zip(images, outputs, strict=True):
         assert relative(mean, theirs.encode(torch.as_tensor(image)).latent_dist.mean) < TIGHT
 
 
@@ -187,7 +187,7 @@ def test_the_original_single_file_is_bit_identical(
     single = {prefix + name: value.contiguous() for name, value in state.items()}
     single[f"{prefix}loss.logvar"] = torch.zeros(())
     save_file(single, tmp_path / "vae.safetensors")
-    model = vae_of(open_tensors(tmp_path / "vae.safetensors").under(prefix), PIXELS)
+    model = vae_from_tensors(open_tensors(tmp_path / "vae.safetensors").with_prefix(prefix), PIXELS)
     assert model.spec == load_vae(folder, PIXELS).spec
     assert same_state(model, load_vae(folder, PIXELS))
 
@@ -229,13 +229,13 @@ def test_attention_in_parts_is_attention(monkeypatch: pytest.MonkeyPatch) -> Non
     part, x = Attention(64, 32), noise(2, 64, 8, 8)
     randomise(part)
     expected = part(x)
-    monkeypatch.setattr(autoencoder_kl, "_QUERIES", 24)  # of 64: three parts, the last one smaller
+    monkeypatch.setattr(autoencoder_kl, "_MAX_QUERIES", 24)  # of 64: three parts, the last one smaller
     assert relative(part(x), expected) < TIGHT
     ((found,),) = run_onnx(part, "x", x, ("y",), [x])
     assert relative(found, expected) < TIGHT
 
 
-def test_norms_of_large_pictures_are_exact_in_onnx_runtime() -> None:
+def test_norms_of_large_images_are_exact_in_onnx_runtime() -> None:
     x = noise(1, 16, 512, 512) + 3
     ((found,),) = run_onnx(GroupNorm(4, 16), "x", torch.cat([x, x]), ("y",), [x])
     assert relative(found, F.group_norm(x.double(), 4, eps=1e-6)) < 1.5e-6  # InstanceNormalization: 1e-5
@@ -251,7 +251,7 @@ def test_missing_and_unknown_tensors_are_named_together(sd1: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"_class_name": "AutoencoderTiny"}, "_class_name AutoencoderKL, found 'AutoencoderTiny'"),
         ({"act_fn": "relu"}, "act_fn silu, found 'relu'"),
@@ -259,9 +259,9 @@ def test_missing_and_unknown_tensors_are_named_together(sd1: Path) -> None:
         ({"latents_mean": [0.0]}, "latents_mean None"),
         ({"use_post_quant_conv": False}, "use_post_quant_conv True, found False"),
         ({"up_block_types": ["AttnUpDecoderBlock2D"] * 3}, "up_block_types"),
-        ({"block_out_channels": [32, 40, 64]}, "block_out_channels in groups of 32"),
-        ({"block_out_channels": 32}, "block_out_channels of some whole numbers"),
-        ({"block_out_channels": []}, "block_out_channels of some whole numbers"),
+        ({"block_out_channels": [32, 40, 64]}, "block_out_channels divisible by 32"),
+        ({"block_out_channels": 32}, "positive integers block_out_channels"),
+        ({"block_out_channels": []}, "positive integers block_out_channels"),
         ({"norm_num_groups": 0}, "norm_num_groups in 1"),
         ({"scaling_factor": 0}, "scaling_factor above 0"),
         ({"shift_factor": True}, "a number shift_factor"),
@@ -269,32 +269,30 @@ def test_missing_and_unknown_tensors_are_named_together(sd1: Path) -> None:
         ({"latent_channels": 8}, r"decoder\.conv_in\.weight gives \[64, 4, 3, 3\], not \[64, 8, 3, 3\]"),
     ],
 )
-def test_a_configuration_that_cannot_be_is_one_line(sd1: Path, changes: dict[str, Any], said: str) -> None:
+def test_a_configuration_that_cannot_be_is_one_line(sd1: Path, changes: dict[str, Any], message: str) -> None:
     edit(sd1, **changes)
-    with pytest.raises(CheckpointInvalid, match=said) as caught:
+    with pytest.raises(CheckpointInvalid, match=message) as caught:
         load_vae(sd1, PIXELS)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("size", [-8, 0, 2, 30])
-def test_a_picture_that_latents_do_not_cover_is_refused(sd1: Path, size: int) -> None:
-    with pytest.raises(BadInput, match=f"that 4 divides, found {size}"):
+def test_an_image_size_that_latents_do_not_cover_is_refused(sd1: Path, size: int) -> None:
+    with pytest.raises(BadInput, match=f"divisible by 4, found {size}"):
         load_vae(sd1, size)
 
 
 def test_single_files_of_other_things_are_refused(sd1: Path, tmp_path: Path) -> None:
     save_file({"a": torch.ones(2)}, tmp_path / "other.safetensors")
-    with pytest.raises(CheckpointInvalid, match=r"decoder\.conv_in\.weight, found it missing"):
-        vae_of(open_tensors(tmp_path / "other.safetensors"), PIXELS)
-    with pytest.raises(
-        CheckpointInvalid, match=r"encoder\.down\.0\.block\.0\.conv2\.weight, found it missing"
-    ):
-        vae_of(open_tensors(sd1), PIXELS)  # diffusers' names
+    with pytest.raises(CheckpointInvalid, match=r"decoder\.conv_in\.weight, found none"):
+        vae_from_tensors(open_tensors(tmp_path / "other.safetensors"), PIXELS)
+    with pytest.raises(CheckpointInvalid, match=r"encoder\.down\.0\.block\.0\.conv2\.weight, found none"):
+        vae_from_tensors(open_tensors(sd1), PIXELS)  # diffusers' names
     state = original(load_file(sd1 / "diffusion_pytorch_model.safetensors"), stages=3)
     state["decoder.conv_in.weight"] = torch.ones(64, 8, 3, 3)
     save_file({n: v.contiguous() for n, v in state.items()}, tmp_path / "eight.safetensors")
-    with pytest.raises(CheckpointInvalid, match="16 or 4 channels"):
-        vae_of(open_tensors(tmp_path / "eight.safetensors"), PIXELS)
+    with pytest.raises(CheckpointInvalid, match="16 or 4 latent channels"):
+        vae_from_tensors(open_tensors(tmp_path / "eight.safetensors"), PIXELS)
 
 
 def test_full_sizes_have_the_parameters_that_are_known() -> None:
@@ -315,6 +313,6 @@ def test_every_name_and_shape_of_the_released_sd3_is_taken(tmp_path: Path) -> No
     shapes = json.loads(path.read_text())["sd3-vae"]
     zeros = {name: torch.zeros(shape, dtype=torch.float16) for name, shape in shapes.items()}
     single = Tensors(path, {n: lambda v=v: v for n, v in original(zeros, stages=4).items()})
-    model = vae_of(single, 1024)
+    model = vae_from_tensors(single, 1024)
     assert model.spec == AutoencoderKLSpec()
     assert np.isclose(sum(p.numel() for p in model.parameters()) / 1e6, 83.82, atol=0.01)

@@ -1,4 +1,4 @@
-"""Checkpoints: what is written is read again, and whatever is not ours is refused in one line."""
+"""Checkpoints: written files are read back, and other files are rejected in one line."""
 
 import json
 import pickle
@@ -85,7 +85,7 @@ def test_a_pickle_that_would_run_code_does_not(
         path.write_bytes(pickle.dumps({"header": "{}", "state": Evil()}))
     else:
         torch.save({"header": "{}", "state": Evil()}, path)
-    assert "would run code" in refusal(path)
+    assert "would execute code" in refusal(path)
     assert not (tmp_path / "evil-was-here").exists()
 
 

@@ -1,4 +1,4 @@
-"""A class-to-image checkpoint of ours: saved, read, exported, drawn from, and refused where it does not fit."""
+"""Class-to-image checkpoints: saved, read, exported, used for generation, and rejected if invalid."""
 
 import dataclasses
 import json
@@ -75,9 +75,9 @@ def test_parts_that_do_not_fit_are_refused(model: ClassToImage) -> None:
         )
 
 
-def test_the_bundle_draws_what_pytorch_draws(model: ClassToImage, tmp_path: Path) -> None:
+def test_the_bundle_generates_the_image_of_pytorch(model: ClassToImage, tmp_path: Path) -> None:
     out = tmp_path / "bundle"
-    export_bundle(Pipeline.of(model), out)
+    export_bundle(Pipeline.from_model(model), out)
     generator = Generator.load(out, "onnxruntime")
     assert generator.manifest.model.classes == CLASSES
     assert generator.manifest.model.out_channels == 4

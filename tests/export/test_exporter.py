@@ -18,14 +18,14 @@ from PIL import Image
 from tiny import make_tiny
 
 from tpx_export import checkpoint, exporter, routing
+from tpx_export.atomic_folder import atomic_folder
 from tpx_export.cli import main, table
 from tpx_export.exporter import Summary, export_bundle
 from tpx_export.model.text_to_image import TextToImage
 from tpx_export.operator import DOMAIN, NAME
 from tpx_export.pipeline import Pipeline
 from tpx_export.precision import TOLERANCES
-from tpx_export.routing import MASKED_UP_TO, masked, variants_of
-from tpx_export.whole_folder import whole_folder
+from tpx_export.routing import MAX_MASKED_WORK, masked, routing_variants
 from tpx_runtime.bundle import CONDITIONS, Bundle, transformer_name
 from tpx_runtime.engine import ENGINES, GraphVariant, resolve
 from tpx_runtime.errors import BadInput, EngineFailed
@@ -75,7 +75,7 @@ def test_golden_tensors_are_the_models(tiny_bundle: Path, tiny_model: TextToImag
     assert len(np.unique(golden["routes_3"])) > 1  # one expert for all would test no routing
 
 
-def test_generator_draws_what_pytorch_draws(tiny_bundle: Path, tiny_model: TextToImage) -> None:
+def test_the_generator_generates_the_image_of_pytorch(tiny_bundle: Path, tiny_model: TextToImage) -> None:
     """The whole path, from words to pixels, against the PyTorch modules called by hand."""
     from tpx_runtime.noise import batch_noise
     from tpx_runtime.sampling.flow import FLOW_SAMPLERS
@@ -109,20 +109,18 @@ def test_golden_tensors_of_the_other_parts_are_the_models(tiny_bundle: Path, tin
     torch.testing.assert_close(pooled, golden["text_encoder.pooled"])
     torch.testing.assert_close(
         context, golden["context"]
-    )  # one encoder's answer is what the transformer is told
+    )  # with one encoder, its output is the transformer's conditioning
     torch.testing.assert_close(pooled, golden["pooled"])
     autoencoder = tiny_model.autoencoder
     torch.testing.assert_close(autoencoder.decoder(golden["decoder_latents"]).clamp(-1, 1), golden["image"])
     torch.testing.assert_close(autoencoder.encoder(golden["image"])[0], golden["encoder_latents"])
 
 
-def test_a_picture_becomes_the_latents_that_pytorch_makes_of_it(
-    tiny_bundle: Path, tiny_model: TextToImage
-) -> None:
+def test_an_image_is_encoded_as_in_pytorch(tiny_bundle: Path, tiny_model: TextToImage) -> None:
     rng = np.random.default_rng(0)
-    picture = rng.integers(0, 256, (64, 64, 3), np.uint8)
-    edit = Generator.load(tiny_bundle, engine="onnxruntime").edit(Image.fromarray(picture))
-    pixels = torch.from_numpy(picture).permute(2, 0, 1)[None] / 127.5 - 1
+    image = rng.integers(0, 256, (64, 64, 3), np.uint8)
+    edit = Generator.load(tiny_bundle, engine="onnxruntime").edit(Image.fromarray(image))
+    pixels = torch.from_numpy(image).permute(2, 0, 1)[None] / 127.5 - 1
     torch.testing.assert_close(
         torch.from_numpy(edit.latents), tiny_model.autoencoder.encode(pixels), rtol=1e-4, atol=1e-4
     )
@@ -165,14 +163,16 @@ def test_variants(tiny_bundle: Path) -> None:
         onnx.checker.check_model(str(tiny_bundle / transformer_name(depth)))
 
 
-@pytest.mark.parametrize(("tokens", "gathers"), [(MASKED_UP_TO // 12, False), (MASKED_UP_TO // 12 + 1, True)])
+@pytest.mark.parametrize(
+    ("tokens", "gathers"), [(MAX_MASKED_WORK // 12, False), (MAX_MASKED_WORK // 12 + 1, True)]
+)
 def test_the_plain_variant_depends_on_the_work_that_masking_wastes(
     tiny_bundle: Path, tokens: int, gathers: bool
 ) -> None:
     """Of 3 experts of rank 4."""
     bare = graph(tiny_bundle, 2, "operator")
     del bare.functions[:]
-    operator, plain = variants_of(bare, tokens)
+    operator, plain = routing_variants(bare, tokens)
     assert "NonZero" not in {node.op_type for node in operator.functions[0].node}
     assert ("NonZero" in {node.op_type for node in plain.graph.node}) == gathers
 
@@ -221,7 +221,7 @@ def test_half_precision_is_typed_and_bounded(half_export: tuple[Path, Summary]) 
 
 
 def test_a_model_that_does_not_think(tmp_path: Path) -> None:
-    export_bundle(Pipeline.of(make_tiny(None)), tmp_path / "base")
+    export_bundle(Pipeline.from_model(make_tiny(None)), tmp_path / "base")
     bundle = Bundle.open(tmp_path / "base")
     assert bundle.manifest.model.depths == (1,)
     assert bundle.manifest.model.experts == 0
@@ -234,7 +234,7 @@ def leftovers(folder: Path) -> list[str]:
 
 def test_a_model_fresh_from_training_is_exported_as_it_infers(tiny_model: TextToImage) -> None:
     training = make_tiny(tiny_model.spec.transformer.thinking).train()
-    pipeline = Pipeline.of(training)
+    pipeline = Pipeline.from_model(training)
     modules = (pipeline.transformer(), pipeline.autoencoder(), pipeline.text[0].load())
     assert not any(module.training for module in modules)
     assert training.transformer.training
@@ -243,7 +243,7 @@ def test_a_model_fresh_from_training_is_exported_as_it_infers(tiny_model: TextTo
 @pytest.mark.parametrize("depth", [0, -1, 4])
 def test_depths_that_the_checkpoint_has_not(tiny_model: TextToImage, tmp_path: Path, depth: int) -> None:
     with pytest.raises(BadInput, match=r"expected a depth of 1\.\.3"):
-        export_bundle(Pipeline.of(tiny_model), tmp_path / "x", depth=depth)
+        export_bundle(Pipeline.from_model(tiny_model), tmp_path / "x", depth=depth)
     assert leftovers(tmp_path) == []
 
 
@@ -255,7 +255,7 @@ def test_a_graph_out_of_tolerance_leaves_no_bundle(
     with pytest.raises(
         EngineFailed, match=r"transformer conditions with a relative error of .* \(tolerance 1e-07\), and 1"
     ):
-        export_bundle(Pipeline.of(tiny_model), tmp_path / "x", depth=1, precision="fp16")
+        export_bundle(Pipeline.from_model(tiny_model), tmp_path / "x", depth=1, precision="fp16")
     assert leftovers(tmp_path) == []
 
 
@@ -271,7 +271,7 @@ def test_a_wrong_variant_is_noticed(
 
     monkeypatch.setattr(routing, "masked", wrong)
     with pytest.raises(EngineFailed):
-        export_bundle(Pipeline.of(tiny_model), tmp_path / "x", depth=1)
+        export_bundle(Pipeline.from_model(tiny_model), tmp_path / "x", depth=1)
     assert leftovers(tmp_path) == []
 
 
@@ -279,14 +279,14 @@ def test_existing_places(tiny_model: TextToImage, tmp_path: Path) -> None:
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.txt").write_text("years of work")
-    for force, reason in ((False, "there already"), (True, "expected a bundle to replace")):
+    for force, reason in ((False, "exists"), (True, "expected a bundle to replace")):
         with pytest.raises(BadInput, match=reason):
-            export_bundle(Pipeline.of(tiny_model), mine, force=force)
+            export_bundle(Pipeline.from_model(tiny_model), mine, force=force)
     assert leftovers(mine) == ["thesis.txt"]
     file = tmp_path / "file"
     file.write_text("")
     with pytest.raises(BadInput):
-        export_bundle(Pipeline.of(tiny_model), file / "inside")
+        export_bundle(Pipeline.from_model(tiny_model), file / "inside")
 
 
 def test_a_bundle_is_replaced_whole_or_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -304,11 +304,11 @@ def test_a_bundle_is_replaced_whole_or_kept(tmp_path: Path, monkeypatch: pytest.
         patch.setattr(Path, "rename", full)
         with (
             pytest.raises(BadInput, match="No space left"),
-            whole_folder(out, force=True) as folder,
+            atomic_folder(out, force=True) as folder,
         ):
             (folder / "new").touch()
     assert (leftovers(tmp_path), leftovers(out)) == (["bundle"], ["old"])
-    with whole_folder(out, force=True) as folder:
+    with atomic_folder(out, force=True) as folder:
         (folder / "new").touch()
     assert (leftovers(tmp_path), leftovers(out)) == (["bundle"], ["new"])
 
@@ -317,12 +317,12 @@ def test_what_came_there_meanwhile_is_kept(tmp_path: Path) -> None:
     out = tmp_path / "bundle"
 
     def export() -> None:
-        with whole_folder(out) as folder:
+        with atomic_folder(out) as folder:
             (folder / "new").touch()
             out.mkdir()
             (out / "of another export").touch()
 
-    with pytest.raises(BadInput, match=r"expected a new folder, found .*bundle there already; add --force"):
+    with pytest.raises(BadInput, match=r"expected a new folder, found that .*bundle exists; add --force"):
         export()
     assert (leftovers(tmp_path), leftovers(out)) == (["bundle"], ["of another export"])
 
@@ -339,11 +339,11 @@ def test_what_a_killed_export_left_is_removed_by_one_of_another_day(tmp_path: Pa
         (tmp_path / name).mkdir()
         if name != fresh:
             os.utime(tmp_path / name, (time.time() - 25 * 3600,) * 2)
-    with whole_folder(tmp_path / "bundle") as folder:
+    with atomic_folder(tmp_path / "bundle") as folder:
         (folder / "new").touch()
     # What was replaced may be all that there is.
     assert leftovers(tmp_path) == sorted([replaced, *others, fresh, "bundle"])
-    with whole_folder(tmp_path / "bundle", force=True) as folder:
+    with atomic_folder(tmp_path / "bundle", force=True) as folder:
         (folder / "new").touch()
     assert leftovers(tmp_path) == sorted([*others, fresh, "bundle"])
 
@@ -353,7 +353,7 @@ def test_a_bundle_may_be_replaced_from_inside(
 ) -> None:
     inside = shutil.copytree(tiny_bundle, tmp_path / "bundle")
     monkeypatch.chdir(inside)
-    with whole_folder(Path(), force=True) as folder:
+    with atomic_folder(Path(), force=True) as folder:
         (folder / "new").touch()
     assert (leftovers(tmp_path), leftovers(inside)) == (["bundle"], ["new"])
 
@@ -363,7 +363,7 @@ def test_a_link_to_a_bundle_is_replaced_and_the_bundle_kept(tmp_path: Path) -> N
     kept.mkdir()
     (kept / "old").touch()
     out.symlink_to(kept)
-    with whole_folder(out, force=True) as folder:
+    with atomic_folder(out, force=True) as folder:
         (folder / "new").touch()
     assert (leftovers(tmp_path), leftovers(out), leftovers(kept)) == (["bundle", "kept"], ["new"], ["old"])
 
@@ -371,11 +371,11 @@ def test_a_link_to_a_bundle_is_replaced_and_the_bundle_kept(tmp_path: Path) -> N
 def test_a_file_that_cannot_be_read_is_not_called_one_that_cannot_be_written(tmp_path: Path) -> None:
     out, missing = tmp_path / "bundle", tmp_path / "shard-2.safetensors"
     message = f"expected to read {missing}, found: No such file or directory; check the path"
-    with pytest.raises(BadInput, match=message), whole_folder(out):
+    with pytest.raises(BadInput, match=message), atomic_folder(out):
         missing.read_bytes()
     with (
         pytest.raises(BadInput, match=f"expected to write {out}, found: Is a directory; free some space"),
-        whole_folder(out) as folder,
+        atomic_folder(out) as folder,
     ):
         folder.write_bytes(b"")
     assert leftovers(tmp_path) == []

@@ -13,7 +13,7 @@ from onnx import parser
 
 from tpx_export import exporter
 from tpx_export.exporter import Summary, export_bundle
-from tpx_export.fused_attention import FLOATS, NAME, fused
+from tpx_export.fused_attention import FLOAT_TYPES, NAME, fuse_attention
 from tpx_export.model.text_to_image import TextToImage
 from tpx_export.pipeline import Pipeline
 from tpx_export.quantise.quantiser import Int8Options
@@ -65,7 +65,7 @@ def test_float32_has_none_and_is_read_as_it_is(tiny_bundle: Path) -> None:
     bundle = Bundle.open(tiny_bundle)
     assert transformer_name(1, "fused") not in bundle.manifest.files
     assert bundle.transformer(1, "fused") == bundle.transformer(1)
-    assert fused(onnx.load(bundle.transformer(1), load_external_data=False)) is None
+    assert fuse_attention(onnx.load(bundle.transformer(1), load_external_data=False)) is None
     assert kinds(bundle.transformer(1, "plain"))["Softmax"] == BLOCKS  # so few tokens
 
 
@@ -74,10 +74,10 @@ def test_cpus_are_given_it_where_there_are_many_tokens(
     precision: str, deepest: int, tiny_model: TextToImage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The export itself holds it to PyTorch in ONNX Runtime."""
-    monkeypatch.setattr(exporter, "FUSED_FROM", tiny_model.transformer.spec.visual_tokens)
+    monkeypatch.setattr(exporter, "MIN_FUSED_TOKENS", tiny_model.transformer.spec.visual_tokens)
     int8 = Int8Options(accept_loss=True) if precision == "int8" else None
     summary = export_bundle(
-        Pipeline.of(tiny_model), tmp_path / "tiny", depth=deepest, precision=precision, int8=int8
+        Pipeline.from_model(tiny_model), tmp_path / "tiny", depth=deepest, precision=precision, int8=int8
     )
     bundle = Bundle.open(tmp_path / "tiny")
     for depth in range(1, deepest + 1):
@@ -100,7 +100,7 @@ def test_it_computes_the_same(tiny_bundle: Path, depth: int, tmp_path: Path) -> 
     """In float32, where a difference would be no rounding; 3 rows, for the batch is open."""
     bundle = Bundle.open(shutil.copytree(tiny_bundle, tmp_path / "copy"))
     path = bundle.transformer(depth)
-    model = fused(onnx.load(path, load_external_data=False), FLOATS)
+    model = fuse_attention(onnx.load(path, load_external_data=False), FLOAT_TYPES)
     assert model is not None
     one_node = path.with_name("fused.onnx")
     onnx.save(model, one_node)
@@ -113,7 +113,7 @@ def test_it_computes_the_same(tiny_bundle: Path, depth: int, tmp_path: Path) -> 
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_picture_of_it(half: tuple[Bundle, Summary]) -> None:
+def test_a_generated_image(half: tuple[Bundle, Summary]) -> None:
     expected = Generator(half[0], ENGINES["onnxruntime"])("a red cube", steps=3)
     found = Generator(half[0], replace(ENGINES["onnxruntime"], variant="fused"))("a red cube", steps=3)
     one, other = (np.asarray(drawn[0], np.float32) for drawn in (expected, found))
@@ -125,5 +125,5 @@ def test_a_softmax_that_is_no_attention_is_refused() -> None:
         '<ir_version: 8, opset_import: ["": 20]> g (float16[n, 2] x) => (float16[n, 2] y) '
         "{ z = Relu(x) y = Softmax(z) }"
     )
-    with pytest.raises(ValueError, match="expected MatMul in the place of Relu"):
-        fused(model)
+    with pytest.raises(ValueError, match="expected MatMul, got Relu"):
+        fuse_attention(model)

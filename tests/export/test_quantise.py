@@ -1,4 +1,4 @@
-"""int8: exactly these layers, on this grid, from these activations; and nothing is left of what was not worth it."""
+"""int8: which layers are quantised, the grid, the calibration, the report, and what is deleted when a bundle is refused."""
 
 import copy
 import re
@@ -34,15 +34,14 @@ from tpx_export.model.mmdit import MMDiTSpec
 from tpx_export.pipeline import Pipeline
 from tpx_export.quantise import measure, prompts, quantiser
 from tpx_export.quantise import score as scoring
-from tpx_export.quantise.calibration import SEED, Told, activations
-from tpx_export.quantise.grid import BINS, TOP, Magnitudes, weight_grid
+from tpx_export.quantise.calibration import SEED, CalibrationInputs, collect_activations
+from tpx_export.quantise.grid import BINS, QMAX, MagnitudeHistogram, quantise_weight
 from tpx_export.quantise.layers import block_linears, encoder_linears, modulations
-from tpx_export.quantise.linear import Int8Linear
-from tpx_export.quantise.linear import replace as replace_layers
-from tpx_export.quantise.prompts import own_prompts, subjects_of
+from tpx_export.quantise.linear import Int8Linear, replace_layers
+from tpx_export.quantise.prompts import choose_subjects, default_prompts
 from tpx_export.quantise.quantiser import Int8Options
 from tpx_export.quantise.report import DepthReport, NotScored, Report, ScoreReport, SpeedReport, as_text
-from tpx_export.quantise.verdict import Refused, verdict
+from tpx_export.quantise.verdict import Refused, rejection
 from tpx_runtime.bundle import CONDITIONS, Bundle, transformer_name
 from tpx_runtime.engine import resolve
 from tpx_runtime.errors import EngineFailed
@@ -109,49 +108,51 @@ def test_weights_are_within_half_a_step() -> None:
         torch.randn(48, 64, generator=torch.Generator().manual_seed(0)) * torch.logspace(-4, 3, 48)[:, None]
     )
     weight[7] = 0
-    values, steps = weight_grid(weight)
+    values, steps = quantise_weight(weight)
     assert (values.dtype, values.shape, steps.shape) == (torch.int8, (64, 48), (48,))
     assert (values.float() * steps - weight.t()).abs().le(steps * 0.5001).all()
-    assert values.abs().amax(0)[weight.any(1)].eq(TOP).all()  # each channel uses all of its grid
+    assert values.abs().amax(0)[weight.any(1)].eq(QMAX).all()  # each channel uses all of its grid
     assert not values[:, 7].any() and torch.isfinite(steps).all()
 
 
-def test_magnitudes_do_not_depend_on_the_order_of_what_comes() -> None:
+def test_histograms_do_not_depend_on_the_order_of_values() -> None:
     rng = torch.Generator().manual_seed(0)
     parts = [torch.randn(4, 100, generator=rng) * size for size in (0.01, 1, 0.1, 100)]
-    seen = Magnitudes()
+    histogram = MagnitudeHistogram()
     for part in parts:
-        seen.add(part)
+        histogram.add(part)
     values = torch.cat(parts).abs()
-    assert seen.counts.sum() == values.numel()
-    assert seen.largest == values.max() and seen.largest <= seen.reach
+    assert histogram.counts.sum() == values.numel()
+    assert histogram.max == values.max() and histogram.max <= histogram.range_max
     for share in (0.25, 0.5, 0.9):
         end = float(values.quantile(share))
-        below = seen.counts[: int(end / seen.reach * BINS) + 1].sum() / values.numel()
+        below = histogram.counts[: int(end / histogram.range_max * BINS) + 1].sum() / values.numel()
         assert below >= share - 0.01
 
 
-def test_a_step_serves_the_many_and_not_the_one() -> None:
-    seen = Magnitudes()
+def test_step_sizes_ignore_outliers() -> None:
+    histogram = MagnitudeHistogram()
     values = torch.randn(100_000, generator=torch.Generator().manual_seed(0))
     values = torch.cat([values, torch.tensor([30.0])])
-    seen.add(values)
-    assert seen.step("max") * TOP == pytest.approx(30)
-    assert seen.step("percentile") * TOP == pytest.approx(3.9, abs=0.5)
+    histogram.add(values)
+    assert histogram.step_size("max") * QMAX == pytest.approx(30)
+    assert histogram.step_size("percentile") * QMAX == pytest.approx(3.9, abs=0.5)
 
     def error(step: float) -> float:
-        return float(((values / step).round().clamp(-TOP, TOP) * step - values).square().mean())
+        return float(((values / step).round().clamp(-QMAX, QMAX) * step - values).square().mean())
 
-    assert error(seen.step("mse")) < 0.9 * min(error(seen.step("max")), error(seen.step("percentile")))
-    assert error(seen.step("mse")) < 1.02 * min(error(end / TOP) for end in np.arange(2, 30, 0.1))
+    assert error(histogram.step_size("mse")) < 0.9 * min(
+        error(histogram.step_size("max")), error(histogram.step_size("percentile"))
+    )
+    assert error(histogram.step_size("mse")) < 1.02 * min(error(end / QMAX) for end in np.arange(2, 30, 0.1))
 
 
-def test_zeros_and_what_is_not_finite() -> None:
-    seen = Magnitudes()
-    seen.add(torch.zeros(3))
-    assert [seen.step(rule) for rule in ("max", "percentile", "mse")] == [1.0, 1.0, 1.0]
+def test_zeros_and_values_that_are_not_finite() -> None:
+    histogram = MagnitudeHistogram()
+    histogram.add(torch.zeros(3))
+    assert [histogram.step_size(rule) for rule in ("max", "percentile", "mse")] == [1.0, 1.0, 1.0]
     with pytest.raises(ValueError, match="finite activations"):
-        seen.add(torch.tensor([1.0, float("nan")]))
+        histogram.add(torch.tensor([1.0, float("nan")]))
 
 
 # Calibration
@@ -161,24 +162,24 @@ INTERVAL = (0.3, 0.8)  # two of four steps
 
 
 @pytest.fixture(scope="module")
-def calibrated(tiny_model: TextToImage) -> tuple[Pipeline, dict[int, dict[str, Magnitudes]]]:
+def calibrated(tiny_model: TextToImage) -> tuple[Pipeline, dict[int, dict[str, MagnitudeHistogram]]]:
     """Of depths 1 and 3, each alone."""
-    pipeline = Pipeline.of(tiny_model)
+    pipeline = Pipeline.from_model(tiny_model)
     pipeline = replace(pipeline, defaults=replace(pipeline.defaults, guidance_interval=INTERVAL))
-    told = Told(("a red cube", "a green cube on a sphere"))
-    told.hear(pipeline.text[0], pipeline.text[0].load())
+    calibration = CalibrationInputs(("a red cube", "a green cube on a sphere"))
+    calibration.add_text_encoder(pipeline.text[0], pipeline.text[0].load())
     found = {}
     for depth in (1, 3):
         transformer = pipeline.transformer()
         layers = block_linears(transformer)
-        found[depth] = {name: Magnitudes() for name in layers}
-        activations(transformer, layers, found[depth], pipeline, told.rows(pipeline), depth)
+        found[depth] = {name: MagnitudeHistogram() for name in layers}
+        collect_activations(transformer, layers, found[depth], pipeline, calibration.rows(pipeline), depth)
         assert not any(layer._forward_pre_hooks for layer in layers.values())
     return pipeline, found
 
 
 def test_ranges_are_those_of_whole_guided_trajectories(
-    tiny_model: TextToImage, calibrated: tuple[Pipeline, dict[int, dict[str, Magnitudes]]]
+    tiny_model: TextToImage, calibrated: tuple[Pipeline, dict[int, dict[str, MagnitudeHistogram]]]
 ) -> None:
     """The loop written out by hand: of every layer the largest value at all steps, of both branches."""
     pipeline, found = calibrated
@@ -210,44 +211,44 @@ def test_ranges_are_those_of_whole_guided_trajectories(
         sampler = FLOW_SAMPLERS[defaults.sampler]
         noise = batch_noise([SEED + row], pipeline.model.latent_shape)
         assert len(list(sampler.sample(velocity, noise, sampler.schedule(defaults.steps, 1.0)))) == 4
-    for name, seen in found[3].items():
-        assert seen.largest == pytest.approx(largest[name], rel=1e-4)
+    for name, histogram in found[3].items():
+        assert histogram.max == pytest.approx(largest[name], rel=1e-4)
 
 
 def test_each_depth_has_ranges_of_its_own(
-    calibrated: tuple[Pipeline, dict[int, dict[str, Magnitudes]]],
+    calibrated: tuple[Pipeline, dict[int, dict[str, MagnitudeHistogram]]],
 ) -> None:
     """Which is why all are calibrated: what comes behind a block that thinks longer is something else."""
     shallow, deep = (calibrated[1][depth] for depth in (1, 3))
-    assert shallow["blocks.0.visual.proj"].largest != deep["blocks.0.visual.proj"].largest
+    assert shallow["blocks.0.visual.proj"].max != deep["blocks.0.visual.proj"].max
     assert shallow["blocks.0.visual.qkv"].counts.sum() == deep["blocks.0.visual.qkv"].counts.sum()
 
 
-def test_classes_calibrate_themselves() -> None:
-    pipeline = Pipeline.of(make_tiny_classes(40))
-    subjects = subjects_of(pipeline)
-    assert not set(subjects.calibrating) & set(subjects.shown)
-    assert set(subjects.calibrating) <= set(range(pipeline.model.classes))
-    told = Told(subjects.calibrating).rows(pipeline)
-    assert told["class_id"][0] == pipeline.model.classes  # no class
+def test_calibration_with_classes() -> None:
+    pipeline = Pipeline.from_model(make_tiny_classes(40))
+    subjects = choose_subjects(pipeline)
+    assert not set(subjects.calibration) & set(subjects.comparison)
+    assert set(subjects.calibration) <= set(range(pipeline.model.classes))
+    rows = CalibrationInputs(subjects.calibration).rows(pipeline)
+    assert rows["class_id"][0] == pipeline.model.classes  # no class
     transformer = pipeline.transformer()
     layers = block_linears(transformer)
-    seen = {name: Magnitudes() for name in layers}
-    activations(transformer, layers, seen, pipeline, told, 2)
-    assert all(one.largest > 0 for one in seen.values())
+    histograms = {name: MagnitudeHistogram() for name in layers}
+    collect_activations(transformer, layers, histograms, pipeline, rows, 2)
+    assert all(one.max > 0 for one in histograms.values())
 
 
 def test_prompts_are_ones_that_the_model_can_read(tiny_model: TextToImage) -> None:
-    pipeline = Pipeline.of(tiny_model)
-    assert all(own_prompts(pipeline, 4))  # its own random words: it does not know those of captions
+    pipeline = Pipeline.from_model(tiny_model)
+    assert all(default_prompts(pipeline, 4))  # its own random words: it does not know those of captions
     from samples.shapes.captions import vocabulary
 
     [part] = pipeline.text
     words = {**part.vocabulary, "tokens": ["<pad>", "<bos>", "<eos>", "<unk>", *vocabulary()]}
     knows = replace(pipeline, text=(replace(part, vocabulary={**words, "text_tokens": 24}),))
-    subjects = subjects_of(knows)
-    assert len({*subjects.calibrating, *subjects.shown}) == 16
-    assert subjects == subjects_of(knows)
+    subjects = choose_subjects(knows)
+    assert len({*subjects.calibration, *subjects.comparison}) == 16
+    assert subjects == choose_subjects(knows)
 
 
 # The layer, and the graph that it becomes
@@ -258,7 +259,7 @@ def test_a_layer_in_int8_is_near_the_layer() -> None:
     layer, x = nn.Linear(64, 48), torch.randn(2, 5, 64)
     with torch.no_grad():
         expected = layer(x)
-        close = (Int8Linear(layer, 4 / TOP)(x) - expected).abs().max() / expected.abs().max()
+        close = (Int8Linear(layer, 4 / QMAX)(x) - expected).abs().max() / expected.abs().max()
         closer = (Int8Linear(layer, None)(x) - expected).abs().max() / expected.abs().max()
         coarse = (Int8Linear(layer, 1.0)(x) - expected).abs().max() / expected.abs().max()
     assert closer < close < 0.03 < coarse
@@ -306,15 +307,15 @@ def test_every_engine_computes_what_pytorch_computes_in_int8(
 ) -> None:
     """Far nearer than int8 is to float32: the graph means what the layers mean."""
     out, _ = int8_export
-    pipeline = Pipeline.of(tiny_model)
-    told = Told(subjects_of(pipeline).calibrating)
-    told.hear(pipeline.text[0], pipeline.text[0].load())
+    pipeline = Pipeline.from_model(tiny_model)
+    calibration = CalibrationInputs(choose_subjects(pipeline).calibration)
+    calibration.add_text_encoder(pipeline.text[0], pipeline.text[0].load())
     transformer = pipeline.transformer()
     layers = block_linears(transformer)
-    seen = {name: Magnitudes() for name in layers}
+    histograms = {name: MagnitudeHistogram() for name in layers}
     for depth in (1, 2):
-        activations(transformer, layers, seen, pipeline, told.rows(pipeline), depth)
-    replace_layers(transformer, layers, {name: one.step("mse") for name, one in seen.items()})
+        collect_activations(transformer, layers, histograms, pipeline, calibration.rows(pipeline), depth)
+    replace_layers(transformer, layers, {name: one.step_size("mse") for name, one in histograms.items()})
     golden = np.load(out / "golden/golden.npz")
     inputs = {name: golden[name] for name in ("latents", "conditions", "context")}
     with torch.no_grad():
@@ -350,22 +351,22 @@ def test_onnx_runtime_multiplies_in_int8(int8_export: tuple[Path, Summary], tmp_
     assert "DequantizeLinear" not in kinds
 
 
-def test_it_draws_and_its_report_says_how_well(int8_export: tuple[Path, Summary]) -> None:
+def test_the_bundle_generates_and_its_report_compares_it_with_fp32(int8_export: tuple[Path, Summary]) -> None:
     out, summary = int8_export
-    [picture] = Generator.load(out, engine="onnxruntime")("a red cube")
-    assert np.asarray(picture).std() > 0
+    [image] = Generator.load(out, engine="onnxruntime")("a red cube")
+    assert np.asarray(image).std() > 0
     report = summary.int8
     assert report is not None
     assert (report.precision, report.layers) == ("int8", len(LAYERS))
     assert [one.depth for one in report.depths] == [1, 2]
     for one in report.depths:
-        assert one.calls == 4 * one.pictures  # steps
+        assert one.calls == 4 * one.images  # steps
         assert 0 < one.error_median <= one.error_worst < 0.1
         assert one.agreement is not None and one.agreement > 0.95
         assert 30 < one.psnr_worst_db <= one.psnr_median_db
     assert {one.engine for one in report.speeds} >= {"onnxruntime", "openvino"}
     text = as_text(report)
-    assert "PSNR" in text and "pictures a depth, both in onnxruntime" in text
+    assert "PSNR" in text and "images per depth, all in onnxruntime" in text
     assert "score: not measured, this model does not know the words of the shapes world" in text
 
 
@@ -375,7 +376,7 @@ def test_it_draws_and_its_report_says_how_well(int8_export: tuple[Path, Summary]
 def test_weights_alone_take_a_quarter(tiny_model: TextToImage, tmp_path: Path) -> None:
     options = Int8Options(accept_loss=True)
     summary = export_bundle(
-        Pipeline.of(tiny_model), tmp_path / "w", depth=1, precision="int8-weights", int8=options
+        Pipeline.from_model(tiny_model), tmp_path / "w", depth=1, precision="int8-weights", int8=options
     )
     assert summary.int8 is not None and summary.int8.layers == len(LAYERS) + 7 + 4
     kinds: dict[str, set[str]] = {}
@@ -410,7 +411,7 @@ def with_outliers(model: TextToImage) -> TextToImage:
                 if not hasattr(stream, "proj"):
                     continue
                 width = stream.proj.in_features
-                for gate in (2, 5):  # of attention and perceptron
+                for gate in (2, 5):  # of attention and MLP
                     stream.modulation.bias[gate * width : (gate + 1) * width] = 1
                 stream.mlp_in.bias[0], stream.mlp_out.weight[:, 0] = 1e4, 0
                 stream.mlp_in.weight[0] = 0
@@ -419,7 +420,7 @@ def with_outliers(model: TextToImage) -> TextToImage:
 
 
 def test_a_model_with_outliers_is_refused(tmp_path: Path) -> None:
-    pipeline = Pipeline.of(with_outliers(one_block()))
+    pipeline = Pipeline.from_model(with_outliers(one_block()))
     with pytest.raises(EngineFailed, match=r"transformer depth 1 with a relative error of .*tolerance 6e-02"):
         export_bundle(pipeline, tmp_path / "x", depth=1, precision="int8", int8=Int8Options(accept_loss=True))
     assert leftovers(tmp_path) == []
@@ -434,14 +435,14 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("slow")
-def test_what_is_slower_is_refused_and_gone_unless_accepted(tmp_path: Path) -> None:
+def test_a_slower_bundle_is_refused_and_deleted_unless_accepted(tmp_path: Path) -> None:
     ckpt, out = tmp_path / "model.pt", tmp_path / "bundle"
     checkpoint.save(one_block(), ckpt)
     arguments = ["--ckpt", str(ckpt), "--depth", "1", "--out", str(out), "--precision", "int8"]
     result = CliRunner().invoke(main, arguments)
     assert (result.exit_code, result.stdout) == (7, "")
     [line] = [line for line in result.stderr.splitlines() if line.startswith("error:")]
-    assert "expected of int8" in line and "2.00 ms a call" in line and "--accept-loss" in line
+    assert "expected of int8" in line and "2.00 ms per call" in line and "--accept-loss" in line
     assert "same route" in result.stderr and "PSNR" in result.stderr  # what it was judged by
     assert leftovers(tmp_path) == ["model.pt"]
     result = CliRunner().invoke(main, [*arguments, "--accept-loss"])
@@ -464,41 +465,41 @@ REPORT = Report(
 
 
 def test_verdict() -> None:
-    assert verdict(REPORT) is None
-    assert verdict(replace(REPORT, score=NotScored("of a reason"))) is None
+    assert rejection(REPORT) is None
+    assert rejection(replace(REPORT, score=NotScored("of a reason"))) is None
     assert isinstance(REPORT.score, ScoreReport)
     less = replace(REPORT.score, change=Estimate(-0.02, -0.04, -0.01, 20))
     lost = replace(REPORT, score=less)
-    assert "-2.0 points of ShapesEval on a (95% interval -4.0 to -1.0)" in str(verdict(lost))
+    assert "-2.0 points of ShapesEval in a (95% interval -4.0 to -1.0)" in str(rejection(lost))
     few = replace(REPORT, score=replace(less, change=Estimate(-0.02, -0.02, -0.02, 19)))
-    for text in (str(verdict(few)), as_text(few)):
-        assert "95% interval not known, too few pictures" in text
-    assert "90.0 in fp32 on b, 89.5 in int8 on a, -0.5 points" in as_text(REPORT)
+    for text in (str(rejection(few)), as_text(few)):
+        assert "95% interval not known, too few images" in text
+    assert "90.0 in fp32 in b, 89.5 in int8 in a, -0.5 points" in as_text(REPORT)
     # The best engine with fp32 is the one to beat, whichever it is.
     beaten = replace(REPORT, speeds=(SpeedReport("a", 1, 2, 10.0, 8.5), SpeedReport("b", 1, 2, 8.0, 9.0)))
-    assert "8.50 ms a call on a, where fp32 takes 8.00 ms on b" in str(verdict(beaten))
+    assert "8.50 ms per call in a, while fp32 takes 8.00 ms in b" in str(rejection(beaten))
     weights = replace(beaten, precision="int8-weights")
-    assert verdict(weights) is None  # which are not for speed
-    assert "50% of fp32's bytes" in str(verdict(replace(weights, sizes={"transformer": (100, 50)})))
+    assert rejection(weights) is None  # which are not for speed
+    assert "50% of fp32's bytes" in str(rejection(replace(weights, sizes={"transformer": (100, 50)})))
     assert "same" in as_text(REPORT)
 
 
-def test_a_score_is_paired_and_a_wrong_picture_costs(
+def test_a_score_is_paired_and_a_wrong_image_lowers_it(
     int8_export: tuple[Path, Summary], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle, drew = Bundle.open(int8_export[0]), []
-    asked = scoring._of_words(4)[:8]
+    asked = scoring._prompt_questions(4)[:8]
     answers = iter([[True] * 8, [True, True, True, False] + [False, True, True, True]])
 
-    def right(generator: Generator, asked: object) -> list[bool]:
+    def correct(generator: Generator, asked: object) -> list[bool]:
         drew.append(generator.engine.name)
         return next(answers)
 
-    monkeypatch.setattr(scoring, "questions_for", lambda generator, each: asked)
-    monkeypatch.setattr(scoring, "_right", right)
+    monkeypatch.setattr(scoring, "questions_for", lambda generator, per_row: asked)
+    monkeypatch.setattr(scoring, "_correct", correct)
     made = scoring.score(bundle, resolve("onnxruntime"), bundle, resolve("openvino"), 4)
     assert isinstance(made, ScoreReport)
-    assert (made.pictures, made.fp32, made.int8, made.change.smallest_row) == (8, 1.0, 0.75, 4)
+    assert (made.images, made.fp32, made.int8, made.change.smallest_row) == (8, 1.0, 0.75, 4)
     assert made.change.mean == -0.25 and made.change.low < -0.25 < made.change.high
     assert drew == ["openvino", "onnxruntime"] == [made.fp32_engine, made.int8_engine]
 
@@ -508,15 +509,15 @@ def test_a_score_is_taken_on_the_engines_that_are_judged_by_their_speed(
 ) -> None:
     """int8 is fastest in one engine, fp32 in another; a loss in a third would say nothing of either."""
     milliseconds = {"onnxruntime": (5.0, 9.0), "openvino": (8.0, 4.0), "openvino-bf16": (6.0, 6.0)}
-    monkeypatch.setattr(quantiser, "engines_at_hand", lambda: [resolve(name) for name in milliseconds])
+    monkeypatch.setattr(quantiser, "available_engines", lambda: [resolve(name) for name in milliseconds])
     monkeypatch.setattr(
         quantiser, "speed", lambda int8, fp32, one: SpeedReport(one.name, 1, 2, *milliseconds[one.name])
     )
-    monkeypatch.setattr(quantiser, "against_fp32", lambda *_: None)
+    monkeypatch.setattr(quantiser, "compare_with_fp32", lambda *_: None)
     monkeypatch.setattr(quantiser, "score", lambda *arguments: arguments)
     bundle, made = (
         Bundle.open(int8_export[0]),
-        quantiser.Quantiser(Pipeline.of(one_block()), "int8", Int8Options()),
+        quantiser.Quantiser(Pipeline.from_model(one_block()), "int8", Int8Options()),
     )
     score: Any = made.report(bundle, bundle, lambda task: nullcontext()).score
     assert [score[1].name, score[3].name] == ["openvino", "onnxruntime"]
@@ -527,47 +528,47 @@ def asking(**facts: Any) -> Generator:
     return cast(Generator, SimpleNamespace(text=None, manifest=SimpleNamespace(**facts)))
 
 
-def test_why_there_is_no_score_is_said(
+def test_the_reason_for_no_score_is_reported(
     int8_export: tuple[Path, Summary], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def why(generator: Generator, each: int = 4) -> str:
-        found = scoring.questions_for(generator, each)
+    def why(generator: Generator, per_row: int = 4) -> str:
+        found = scoring.questions_for(generator, per_row)
         assert isinstance(found, NotScored)
-        return found.why
+        return found.reason
 
     words = Generator(Bundle.open(int8_export[0]), resolve("onnxruntime"))
     assert "does not know the words" in why(words)
-    assert "--score-prompts 0 asks for no pictures" in why(words, each=0)
+    assert "because of --score-prompts 0" in why(words, per_row=0)
     others = asking(name="dit", model=SimpleNamespace(classes=32))
-    assert "the only classes with a judge are those of shape-classes" in why(others)
+    assert "the scene parser only knows the classes of shape-classes" in why(others)
     any_text = cast(Generator, SimpleNamespace(text=SimpleNamespace(tokenizers=[words.text, object()])))
-    assert "its judge knows the shapes world alone" in why(any_text)
+    assert "the scene parser only knows the shapes world" in why(any_text)
     monkeypatch.setitem(sys.modules, "samples.shapes.prompt_list", None)
     assert "in the folder samples of a checkout" in why(words)
 
 
-def test_the_sample_of_classes_is_asked_for_as_many_pictures_of_each_shape() -> None:
+def test_the_sample_of_classes_gets_as_many_images_of_each_shape() -> None:
     from samples.shapes.classes import CLASSES, name_of_class
 
     made = scoring.questions_for(asking(name="shape-classes", model=SimpleNamespace(classes=32)), 12)
     assert isinstance(made, list)
     assert Counter(question.row for question in made) == dict.fromkeys({shape for _, shape in CLASSES}, 12)
-    assert len({(question.row, question.told["seed"]) for question in made}) == 48
+    assert len({(question.row, question.arguments["seed"]) for question in made}) == 48
     for question in made:
-        assert question.row in name_of_class(question.told["class_id"])
+        assert question.row in name_of_class(question.arguments["class_id"])
         assert question.prompt.groups[0].shape == question.row
 
 
-def test_the_comparison_sees_what_differs(int8_export: tuple[Path, Summary], tiny_bundle: Path) -> None:
+def test_the_comparison_finds_differences(int8_export: tuple[Path, Summary], tiny_bundle: Path) -> None:
     """Held against itself nothing does; int8 does a little; a graph that cannot take the inputs is an error."""
     fp32, int8, engine = Bundle.open(tiny_bundle), Bundle.open(int8_export[0]), resolve("onnxruntime")
-    same = measure.against_fp32(fp32, fp32, engine, 2, ["a red cube"])
+    same = measure.compare_with_fp32(fp32, fp32, engine, 2, ["a red cube"])
     assert (same.error_worst, same.agreement, same.psnr_worst_db) == (0.0, 1.0, float("inf"))
-    near = measure.against_fp32(int8, fp32, engine, 2, ["a red cube"])
+    near = measure.compare_with_fp32(int8, fp32, engine, 2, ["a red cube"])
     assert 0 < near.error_median < 0.02 and near.psnr_worst_db < float("inf")
-    tally = measure.Tally()
-    wrong = measure._Pair(
-        engine.open(fp32.transformer(1, engine.variant)), engine.open(fp32.conditions), "velocity", tally
+    totals = measure.ComparisonTotals()
+    wrong = measure._PairedSession(
+        engine.open(fp32.transformer(1, engine.variant)), engine.open(fp32.conditions), "velocity", totals
     )
     golden = np.load(tiny_bundle / "golden/golden.npz")
     with pytest.raises(EngineFailed):
@@ -591,15 +592,15 @@ def test_options_that_cannot_be_used(tiny_model: TextToImage, tmp_path: Path) ->
         (ckpt, "int8", ["--calibration", blank], "expected prompts in .*, one per line, found none"),
         (ckpt, "int8", ["--calibration", latin], "expected UTF-8 text"),
         (ckpt, "int8", ["--calibration", tmp_path / "none"], "expected a file of prompts, .*: No such file"),
-        (classes, "int8", ["--calibration", good], "expected no prompts for a model of classes"),
-        (ckpt, "int8-weights", ["--calibration", good], "expected no prompts to calibrate with"),
+        (classes, "int8", ["--calibration", good], "expected no prompts for a class-conditional model"),
+        (ckpt, "int8-weights", ["--calibration", good], "expected no calibration prompts"),
         (
             ckpt,
             "fp16",
             ["--calibration", good],
-            "expected int8's options with int8 or int8-weights, found fp16",
+            "expected int8 options only with precision int8 or int8-weights, found fp16",
         ),
-        (ckpt, "fp32", ["--accept-loss"], "expected int8's options with"),
+        (ckpt, "fp32", ["--accept-loss"], "expected int8 options only with"),
         (ckpt, "int8", ["--score-prompts", "93"], "expected 0 to 92 prompts"),
         (ckpt, "int4", [], "expected a precision of fp32, fp16, int8, int8-weights, found 'int4'"),
     ):
@@ -611,7 +612,7 @@ def test_options_that_cannot_be_used(tiny_model: TextToImage, tmp_path: Path) ->
         assert leftovers(tmp_path) == before
 
 
-def test_what_no_model_could_mend_is_refused_before_one_is_read(
+def test_arguments_are_checked_before_a_model_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checkpoint, "load", lambda path: pytest.fail("a checkpoint was read"))
@@ -621,42 +622,48 @@ def test_what_no_model_could_mend_is_refused_before_one_is_read(
     for options, reason in (
         (("--depth", 0), "expected a depth of 1 or more, found 0"),
         (("--precision", "int4"), "expected a precision of fp32"),
-        (("--accept-loss",), "expected int8's options with int8 or int8-weights, found no --precision"),
+        (
+            ("--accept-loss",),
+            "expected int8 options only with precision int8 or int8-weights, found no --precision",
+        ),
         (("--precision", "int8", "--score-prompts", -1), "expected 0 to 92 prompts"),
         (("--precision", "int8", "--calibration", prompts), "one per line, found none"),
         (("--precision", "int8", "--calibration", tmp_path / "none"), "No such file"),
-        (("--precision", "int8-weights", "--calibration", prompts), "expected no prompts to calibrate with"),
+        (("--precision", "int8-weights", "--calibration", prompts), "expected no calibration prompts"),
         (("--out", there), "expected a new folder"),
     ):
         result = CliRunner().invoke(main, ["--ckpt", "model.pt", *map(str, options)])
         assert result.exit_code == 2 and reason in result.stderr, result.output
 
 
-def test_a_file_of_prompts_is_what_calibrates(tiny_model: TextToImage, tmp_path: Path) -> None:
+def test_calibration_uses_the_file_of_prompts(tiny_model: TextToImage, tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("a red cube\n\n  two green sphere \n")
-    pipeline = Pipeline.of(tiny_model)
-    assert subjects_of(pipeline, file).calibrating == ("a red cube", "two green sphere")
+    pipeline = Pipeline.from_model(tiny_model)
+    assert choose_subjects(pipeline, file).calibration == ("a red cube", "two green sphere")
 
 
 def test_an_error_in_the_report_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(exporter, "complete", interrupted)
+    monkeypatch.setattr(exporter, "complete_fp32_bundle", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        export_bundle(Pipeline.of(one_block()), tmp_path / "x", precision="int8")
+        export_bundle(Pipeline.from_model(one_block()), tmp_path / "x", precision="int8")
     assert leftovers(tmp_path) == []
 
 
-def test_golden_prompts_are_heard_in_float32(tiny_model: TextToImage) -> None:
+def test_calibration_prompts_are_encoded_in_float32(tiny_model: TextToImage) -> None:
     """A model that is stored in half precision is calibrated as it computes in float32."""
-    pipeline = Pipeline.of(tiny_model)
+    pipeline = Pipeline.from_model(tiny_model)
     [part] = pipeline.text
-    half, told = part.load().half(), [Told(("a red cube",)), Told(("a red cube",))]
-    told[0].hear(part, half)
-    told[1].hear(part, half.float())
-    np.testing.assert_array_equal(told[0].said[0][0], told[1].said[0][0])
+    half, inputs = (
+        part.load().half(),
+        [CalibrationInputs(("a red cube",)), CalibrationInputs(("a red cube",))],
+    )
+    inputs[0].add_text_encoder(part, half)
+    inputs[1].add_text_encoder(part, half.float())
+    np.testing.assert_array_equal(inputs[0].text_outputs[0][0], inputs[1].text_outputs[0][0])
     assert text_golden(part, half)[f"{part.spec.folder}.context"].dtype == np.float32
 
 

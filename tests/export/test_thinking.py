@@ -83,8 +83,8 @@ def test_fresh_module_changes_nothing_at_any_depth() -> None:
         torch.testing.assert_close(thinking(*inputs(), depth)[0], expected, rtol=1e-5, atol=1e-6)
 
 
-def seen_by(gate: Gate, y: Tensor) -> Tensor:
-    """What a gate is told of the condition y [B, D]: [B, 1, 64]."""
+def gate_condition(gate: Gate, y: Tensor) -> Tensor:
+    """The gate's projection of the condition y [B, D]: [B, 1, 64]."""
     assert gate.condition is not None
     return gate.condition(F.silu(y)).unsqueeze(1)
 
@@ -95,11 +95,11 @@ def paper(block: JointBlock, x: Tensor, c: Tensor, y: Tensor, depth: int) -> tup
     assert isinstance(thinking, Thinking)
     act = F.silu(y).unsqueeze(1)
     shift, scale = block.visual.modulation(act).chunk(6, dim=-1)[:2]
-    c_shift, c_scale = block.text.modulation(act).chunk(2 if block.ends else 6, dim=-1)[:2]
+    c_shift, c_scale = block.text.modulation(act).chunk(2 if block.context_pre_only else 6, dim=-1)[:2]
     x_in, c_in = modulate(x, shift, scale), modulate(c, c_shift, c_scale)
     state, routes = x_in, []
     for t in range(depth):
-        expert = thinking.gate(state, seen_by(thinking.gate, y)).argmax(-1)
+        expert = thinking.gate(state, gate_condition(thinking.gate, y)).argmax(-1)
         routes.append(expert)
         rows = []
         for i in range(x.shape[0]):
@@ -109,8 +109,8 @@ def paper(block: JointBlock, x: Tensor, c: Tensor, y: Tensor, depth: int) -> tup
                 rows.append(h @ thinking.a[e] @ thinking.b[e])
         qkv = torch.stack(rows).unflatten(0, x.shape[:2])
         if t < depth - 1:
-            q, k, v = block.visual.heads(qkv)
-            _, c_k, c_v = block.text.heads(block.text.qkv(c_in))
+            q, k, v = block.visual.split_heads(qkv)
+            _, c_k, c_v = block.text.split_heads(block.text.qkv(c_in))
             state = attention(q, torch.cat([k, c_k], 2), torch.cat([v, c_v], 2)) + x_in
     return qkv + block.visual.qkv(x_in), routes
 
@@ -125,8 +125,8 @@ def test_recursion_is_the_papers() -> None:
         seen: list[Tensor] = []
         handle = block.thinking.register_forward_hook(lambda _, __, out, seen=seen: seen.append(out[0]))
         act = F.silu(y).unsqueeze(1)
-        told = [*block.visual.modulation(act).chunk(6, -1), *block.text.modulation(act).chunk(6, -1)]
-        _, _, routes = block(x, c, told, seen_by(block.thinking.gate, y), depth)
+        modulations = [*block.visual.modulation(act).chunk(6, -1), *block.text.modulation(act).chunk(6, -1)]
+        _, _, routes = block(x, c, modulations, gate_condition(block.thinking.gate, y), depth)
         handle.remove()
         expected, expected_routes = paper(block, x, c, y, depth)
         torch.testing.assert_close(seen[0], expected, rtol=1e-4, atol=1e-5)
@@ -153,7 +153,7 @@ def test_routes_depend_on_token_time_and_condition() -> None:
     assert isinstance(block, JointBlock) and block.thinking
     tokens = torch.randn(1, 16, 64)
     gate = block.thinking.gate
-    quiet, loud = (gate(tokens, seen_by(gate, y)) for y in (torch.zeros(1, 64), torch.ones(1, 64)))
+    quiet, loud = (gate(tokens, gate_condition(gate, y)) for y in (torch.zeros(1, 64), torch.ones(1, 64)))
     assert not torch.allclose(quiet, loud)
 
 
@@ -184,7 +184,7 @@ def test_gumbel_draws_are_close_to_the_softmax_at_the_papers_temperature() -> No
     thinking = Thinking(8, ThinkingSpec(experts=3, rank=2, max_depth=1)).train()
     tokens, y = torch.randn(1, 1, 8), torch.zeros(1, 8)
     with torch.no_grad():
-        seen = seen_by(thinking.gate, y)
+        seen = gate_condition(thinking.gate, y)
         chances = thinking.gate(tokens, seen).softmax(-1)[0, 0]
         _, routes = thinking(
             tokens.expand(1, 20_000, 8), seen, 1, lambda: torch.zeros(1, 20_000, 24), lambda qkv: qkv
@@ -193,7 +193,7 @@ def test_gumbel_draws_are_close_to_the_softmax_at_the_papers_temperature() -> No
     torch.testing.assert_close(drawn, chances, atol=0.015, rtol=0)
 
 
-def test_a_picture_does_not_depend_on_its_batch() -> None:
+def test_an_image_does_not_depend_on_its_batch() -> None:
     """Tokens of all samples are grouped by expert; each must come back to its own."""
     model = make_tiny(THINKING).transformer
     torch.manual_seed(4)

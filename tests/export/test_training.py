@@ -1,4 +1,4 @@
-"""tpx-train from a folder of pictures to a bundle that draws, and what may go wrong on the way."""
+"""tpx-train from a folder of images to a bundle that generates images, and its errors."""
 
 import dataclasses
 import hashlib
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from tpx_export.adapters import load_adapters
 from tpx_export.base.dit import shapes_of
-from tpx_export.base.pipeline import AnotherBase, open_base
+from tpx_export.base.pipeline import DifferentBaseWarning, open_base
 from tpx_export.exporter import export_bundle
 from tpx_export.model import MMDiT, MMDiTSpec, ThinkingSpec
 from tpx_export.model.clip import CLIPText, CLIPTextSpec
@@ -34,12 +34,12 @@ from tpx_export.training import fingerprint, loop, state, train
 from tpx_export.training.cache import Cache, key
 from tpx_export.training.cli import main
 from tpx_export.training.data import Data
-from tpx_export.training.diffusion import DiffusionLoss, bound
-from tpx_export.training.encode import _pixels, encode_captions, encode_pictures
+from tpx_export.training.diffusion import DiffusionLoss, variational_bound
+from tpx_export.training.encode import _pixels, encode_captions, encode_images
 from tpx_export.training.flow import FlowLoss
-from tpx_export.training.frozen import adapters_of, checkpoint_blocks, thinking_model
+from tpx_export.training.frozen import adapter_parameters, checkpoint_blocks, thinking_model
 from tpx_export.training.images import Example, read_folder
-from tpx_export.training.settings import Settings, thinking_spec, within_base
+from tpx_export.training.settings import Settings, limit_to_base, thinking_spec
 from tpx_runtime.bundle import Bundle
 from tpx_runtime.errors import BadInput, TpxError
 from tpx_runtime.generator import Generator
@@ -58,7 +58,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-# Tiny bases and pictures.
+# Tiny bases and images.
 
 
 def randomise(module: nn.Module) -> nn.Module:
@@ -179,14 +179,14 @@ def dit(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def draw(colour: str, kind: str) -> Image.Image:
-    picture = Image.new("RGB", (40, 32), "white")
-    pen = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (40, 32), "white")
+    pen = ImageDraw.Draw(image)
     (pen.rectangle if kind == "square" else pen.ellipse)((10, 6, 30, 26), fill=colour)
-    return picture
+    return image
 
 
-def save_pictures(folder: Path) -> Path:
-    """Eight pictures beside their captions."""
+def save_images(folder: Path) -> Path:
+    """Eight images next to their captions."""
     folder.mkdir(parents=True)
     for colour in COLOURS:
         for kind in KINDS:
@@ -197,12 +197,12 @@ def save_pictures(folder: Path) -> Path:
 
 @pytest.fixture
 def captioned(tmp_path: Path) -> Path:
-    return save_pictures(tmp_path / "pictures")
+    return save_images(tmp_path / "images")
 
 
 @pytest.fixture
 def classed(tmp_path: Path) -> Path:
-    """Two pictures of each of four classes, in folders whose names sort in the order of COLOURS."""
+    """Two images of each of four classes, in folders whose names sort in the order of COLOURS."""
     for number, colour in enumerate(COLOURS):
         for kind in KINDS:
             path = tmp_path / "classes" / f"{number}-{colour}" / f"{kind}.png"
@@ -225,7 +225,7 @@ def refusal(*arguments: object) -> str:
     """The one line that a command is refused with, which it wrote nothing for."""
     result = tpx_train(*arguments)
     assert result.exit_code not in (0, 1) and result.stdout == "", result.output
-    [line] = [line for line in result.stderr.splitlines() if not line.startswith(("pictures ", "text "))]
+    [line] = [line for line in result.stderr.splitlines() if not line.startswith(("images ", "text "))]
     assert line.startswith("error: ") and "expected" in line and "found" in line, line
     return line
 
@@ -249,20 +249,20 @@ def on_tiny(
     base = randomise(MMDiT(spec) if isinstance(spec, MMDiTSpec) else DiT(spec))
     model = thinking_model(base, ThinkingSpec((0, 2), experts=3, rank=4, max_depth=2), precision, device, 0)
     with torch.no_grad():
-        for name, parameter in adapters_of(model).items():
+        for name, parameter in adapter_parameters(model).items():
             if name.endswith("thinking.b"):
                 parameter.normal_(std=0.3)
     return model
 
 
-def told(batch: int = 2) -> tuple[Tensor, Tensor]:
+def conditioning(batch: int = 2) -> tuple[Tensor, Tensor]:
     return torch.randn(batch, 5, 16), torch.randn(batch, 8)
 
 
 # The whole way.
 
 
-def test_sd3_from_pictures_to_a_bundle_that_draws(sd3: Path, captioned: Path, tmp_path: Path) -> None:
+def test_sd3_from_images_to_a_bundle(sd3: Path, captioned: Path, tmp_path: Path) -> None:
     before, out = files(sd3), tmp_path / "out/tpx.safetensors"
     out.parent.mkdir()
     result = trained(
@@ -271,19 +271,19 @@ def test_sd3_from_pictures_to_a_bundle_that_draws(sd3: Path, captioned: Path, tm
     )  # fmt: skip
     assert result.stdout.strip() == str(out)
     assert files(sd3) == before, "the base is read, never written"
-    thinking, tensors, facts = load_adapters(out)
+    thinking, tensors, info = load_adapters(out)
     assert thinking == ThinkingSpec((0, 1), experts=2, rank=4, max_depth=2, temperature=5.0)
     assert all(value.dtype == torch.float32 for value in tensors.values())
-    said = facts.training
-    assert facts.base == "tiny-sd3.5" and said["base_sha256"] == fingerprint.of_base(sd3)
-    assert (said["steps"], said["batch"], said["lr"], said["pictures"]) == (50, 4, 2e-2, 8)
-    # The same pictures, noise and noise levels, by the adapters as they are read back.
+    training = info.training
+    assert info.base == "tiny-sd3.5" and training["base_sha256"] == fingerprint.base_fingerprint(sd3)
+    assert (training["steps"], training["batch"], training["lr"], training["pictures"]) == (50, 4, 2e-2, 8)
+    # The same images, noise and noise levels, by the adapters as they are read back.
     losses = [_loss(sd3, captioned, out, adapters) for adapters in (None, out)]
-    assert losses == pytest.approx([said["loss_before"], said["loss_after"]], rel=1e-4)
+    assert losses == pytest.approx([training["loss_before"], training["loss_after"]], rel=1e-4)
     assert losses[1] < 0.9 * losses[0]
     assert f"base {losses[0]:.4f}, with adapters {losses[1]:.4f}" in result.stderr
 
-    with pytest.warns(AnotherBase, match="^the adapters were trained with T5$"):
+    with pytest.warns(DifferentBaseWarning, match="^the adapters were trained with T5$"):
         opened = open_base(sd3, image_size_px=32, adapters=out, t5=False)
     export_bundle(opened, tmp_path / "bundle")
     assert Bundle.open(tmp_path / "bundle").manifest.model.thinking_blocks == (0, 1)
@@ -292,20 +292,20 @@ def test_sd3_from_pictures_to_a_bundle_that_draws(sd3: Path, captioned: Path, tm
 
 
 def _loss(
-    base: Path, pictures: Path, out: Path, adapters: Path | None, components: Path | None = None
+    base: Path, images: Path, out: Path, adapters: Path | None, components: Path | None = None
 ) -> float:
-    """Judged anew: of an opened base, in evaluation mode, by the cache that training left."""
+    """The loss of an opened base in evaluation mode, with the cache of its training."""
     size = None if components else 32
     pipeline = open_base(base, components, size, adapters)
-    cache, name = Cache(out.with_name(f"{out.name}.cache")), fingerprint.of_base(base, components)
-    keys = encode_pictures(read_folder(pictures, pipeline.model.classes), pipeline, name, cache, "cpu")
-    told_of = tuple(example.told for example in keys)
+    cache, name = Cache(out.with_name(f"{out.name}.cache")), fingerprint.base_fingerprint(base, components)
+    keys = encode_images(read_folder(images, pipeline.model.classes), pipeline, name, cache, "cpu")
+    conditions = tuple(example.condition for example in keys)
     captions = (
-        encode_captions(["", *map(str, told_of)], pipeline, name, cache, "cpu") if pipeline.text else {}
+        encode_captions(["", *map(str, conditions)], pipeline, name, cache, "cpu") if pipeline.text else {}
     )
-    data = Data(pipeline.model, cache, tuple(keys.values()), told_of, captions)
+    data = Data(pipeline.model, cache, tuple(keys.values()), conditions, captions)
     settings = Settings(ThinkingSpec((0,), max_depth=pipeline.model.depths[-1]))
-    return loop.judge(loop.Job(pipeline.transformer(), train.objective_of(pipeline), data, settings))
+    return loop.evaluate(loop.Job(pipeline.transformer(), train.objective_of(pipeline), data, settings))
 
 
 def test_dit_from_folders_of_classes(dit: Path, classed: Path, tmp_path: Path) -> None:
@@ -315,12 +315,12 @@ def test_dit_from_folders_of_classes(dit: Path, classed: Path, tmp_path: Path) -
         *(*base, "--data", classed, "--out", out, "--steps", 40, "--lr", "1e-2", "--depth", "random"), *QUICK
     )
     assert files(dit) == before
-    thinking, _, facts = load_adapters(out)
-    said = facts.training
+    thinking, _, info = load_adapters(out)
+    training = info.training
     assert thinking.blocks == (1,), "the paper's blocks are beyond this base, so its middle one"
-    assert (said["objective"], said["image_size_px"], said["pictures"]) == ("epsilon", 16, 8)
+    assert (training["objective"], training["image_size_px"], training["pictures"]) == ("epsilon", 16, 8)
     losses = [_loss(dit / "dit.safetensors", classed, out, adapters, dit) for adapters in (None, out)]
-    assert losses == pytest.approx([said["loss_before"], said["loss_after"]], rel=1e-4)
+    assert losses == pytest.approx([training["loss_before"], training["loss_after"]], rel=1e-4)
     assert losses[1] < 0.95 * losses[0]
 
 
@@ -348,30 +348,30 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(
     whole, parts = tmp_path / "whole.safetensors", tmp_path / "parts.safetensors"
     command = (*dit_run, "--steps", 6, "--depth", "random", "--cache", tmp_path / "cache")
     trained(*command, "--out", whole)
-    one_step, taken = loop.one_step, []
+    train_step, taken = loop.train_step, []
 
     def interrupted(job: loop.Job, run: state.Run) -> float:
         taken.append(run.step)
         if run.step == 2:
             signal.raise_signal(signal.SIGINT)  # Ctrl-C in the middle of a step
-        return one_step(job, run)
+        return train_step(job, run)
 
-    monkeypatch.setattr(loop, "one_step", interrupted)
+    monkeypatch.setattr(loop, "train_step", interrupted)
     stopped = tpx_train(*command, "--out", parts)
     held = tmp_path / "parts.safetensors.state.pt"
     assert stopped.exit_code == 130 and stopped.stdout == ""
     last = stopped.stderr.splitlines()[-1]
-    assert last == f"error: cancelled after 3 of 6 steps, which {held} holds; the same command goes on"
+    assert last == f"error: cancelled after 3 of 6 steps, saved in {held}; the same command resumes the run"
     assert held.exists() and not parts.exists()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    monkeypatch.setattr(loop, "one_step", lambda job, run: taken.append(run.step) or one_step(job, run))
+    monkeypatch.setattr(loop, "train_step", lambda job, run: taken.append(run.step) or train_step(job, run))
     trained(*command, "--out", parts)
     assert taken == [0, 1, 2, 3, 4, 5]
     expected, found = load_file(whole), load_file(parts)
     assert expected.keys() == found.keys()
     for name, value in expected.items():
         assert torch.equal(found[name], value), name
-    assert load_adapters(parts).facts == load_adapters(whole).facts
+    assert load_adapters(parts).info == load_adapters(whole).info
 
     # A finished run is at its end; asked for more steps, it goes on and is the longer run.
     trained(*command, "--out", parts)
@@ -393,7 +393,7 @@ def test_a_state_is_kept_every_two_minutes(
     assert saved == [1, 2, 2]
 
 
-def test_other_settings_do_not_go_on(
+def test_a_run_with_other_settings_is_not_resumed(
     dit_run: tuple[object, ...], dit: Path, classed: Path, tmp_path: Path
 ) -> None:
     command = (*dit_run, "--steps", 1, "--out", tmp_path / "tpx.safetensors")
@@ -403,16 +403,14 @@ def test_other_settings_do_not_go_on(
         ("--lr", 1e-3), ("--warmup", 1), ("--weight-decay", 0.1), ("--seed", 1), ("--precision", "bf16"),
         ("--caption-dropout", 0.5), ("--depth", "random"),
     ):  # fmt: skip
-        said = refusal(*command, option, value)
-        assert (
-            f"expected {option} " in said and str(value) in said and "tpx.safetensors.state.pt holds" in said
-        )
+        message = refusal(*command, option, value)
+        assert f"expected {option} " in message and str(value) in message and "the run saved in " in message
     trained(*command, "--no-gradient-checkpointing")  # which changes nothing
     draw("black", "disc").save(classed / "0-red" / "disc.png")
-    assert "expected the pictures and captions of the run" in refusal(*command)
+    assert "expected the images and captions of the run" in refusal(*command)
     other = load_file(dit / "dit.safetensors")
     save_file({**other, "pos_embed": other["pos_embed"] + 1}, tmp_path / "dit.safetensors")
-    assert "expected the base of the run" in refusal(*command, "--base", tmp_path / "dit.safetensors")
+    assert "expected the base files of the run" in refusal(*command, "--base", tmp_path / "dit.safetensors")
     held = tmp_path / "tpx.safetensors.state.pt"
     whole = held.read_bytes()
     for damage in (b"", whole[: len(whole) // 2], b"nothing of the kind", pickle.dumps(Path("x"))):
@@ -426,7 +424,7 @@ def test_other_settings_do_not_go_on(
 
 
 class Recorder(nn.Module):
-    """A model that answers what it is told to, and keeps what it was given."""
+    """A model that returns a fixed answer and records its inputs."""
 
     def __init__(self, answer: Tensor) -> None:
         super().__init__()
@@ -441,7 +439,7 @@ class Recorder(nn.Module):
 def test_the_flow_loss_is_sd3s() -> None:
     torch.manual_seed(0)
     clean, model, shift = torch.randn(4, 2, 3, 3), Recorder(torch.randn(4, 2, 3, 3)), 3.0
-    found = FlowLoss(shift)(model, clean, told(4), 2, torch.Generator().manual_seed(7))
+    found = FlowLoss(shift)(model, clean, conditioning(4), 2, torch.Generator().manual_seed(7))
     latents, timestep, context, pooled, depth = model.given
     stream = torch.Generator().manual_seed(7)
     normal, noise = torch.randn(4, generator=stream), torch.randn(4, 2, 3, 3, generator=stream)
@@ -473,7 +471,7 @@ def test_the_diffusion_loss_is_that_of_dits_training() -> None:
     clean, epsilon, noise = (torch.randn(3, 2, 4, 4) for _ in range(3))
     clean, share = clean.clamp(-0.9, 0.9), torch.rand(3, 2, 4, 4) * 2 - 1
     t = torch.tensor([1, 500, 999])
-    found = bound(clean, noise, epsilon, share, t)
+    found = variational_bound(clean, noise, epsilon, share, t)
     for i, step in enumerate(t.tolist()):
         now, before = abar[step], abar[step - 1]
         noisy = now.sqrt() * clean[i] + (1 - now).sqrt() * noise[i]
@@ -502,12 +500,12 @@ def test_the_diffusion_loss_is_that_of_dits_training() -> None:
     above, below = normal.cdf(clean + 1 / 255), normal.cdf(clean - 1 / 255)
     above[clean == 1], below[clean == -1] = 1.0, 0.0
     expected = -(above - below).log2().mean()
-    assert bound(clean, noise, epsilon, share, torch.tensor([0])).item() == pytest.approx(
+    assert variational_bound(clean, noise, epsilon, share, torch.tensor([0])).item() == pytest.approx(
         expected.item(), rel=1e-4
     )
 
 
-def test_the_variance_teaches_itself_alone() -> None:
+def test_the_bound_trains_only_the_variance() -> None:
     torch.manual_seed(0)
     answer = torch.randn(2, 8, 4, 4, requires_grad=True)
     clean, model = torch.randn(2, 4, 4, 4), Recorder(answer)
@@ -533,7 +531,7 @@ def test_embedders_of_a_low_base_keep_their_values() -> None:
 def test_gradient_checkpointing_changes_neither_loss_nor_gradients(precision: str) -> None:
     """With routes drawn at random: they are drawn again alike."""
     torch.manual_seed(5)
-    clean, conditions = torch.randn(2, 4, 8, 8), told()
+    clean, conditions = torch.randn(2, 4, 8, 8), conditioning()
     results, forwards = [], []
     for again in (False, True):
         model = on_tiny(precision=precision)
@@ -545,7 +543,7 @@ def test_gradient_checkpointing_changes_neither_loss_nor_gradients(precision: st
         torch.manual_seed(11)
         loss = FlowLoss(3.0)(model, clean, conditions, 2, torch.Generator().manual_seed(7))
         loss.backward()
-        results.append((loss, {name: p.grad for name, p in adapters_of(model).items()}))
+        results.append((loss, {name: p.grad for name, p in adapter_parameters(model).items()}))
         forwards.append(len(count))
         assert not any(p.grad is not None for name, p in model.named_parameters() if ".thinking." not in name)
     assert forwards == [1, 2], "the block is computed again for its gradient"
@@ -564,16 +562,16 @@ def test_a_step_moves_the_adapters_and_nothing_else(sd3: Path, captioned: Path, 
     base = pipeline.transformer()
     stored = {name: value.clone() for name, value in base.state_dict().items()}
     model = thinking_model(base, ThinkingSpec((0, 1), 2, 4, 2), "fp32", "cpu", 0)
-    keys = encode_pictures(read_folder(captioned), pipeline, "base", Cache(tmp_path / "cache"), "cpu")
+    keys = encode_images(read_folder(captioned), pipeline, "base", Cache(tmp_path / "cache"), "cpu")
     captions = encode_captions(["", "a disc"], pipeline, "base", Cache(tmp_path / "cache"), "cpu")
     data = Data(pipeline.model, Cache(tmp_path / "cache"), tuple(keys.values()), ("a disc",) * 8, captions)
     settings = Settings(ThinkingSpec((0, 1), 2, 4, 2), warmup=0, lr=1e-2, precision="fp32")
     job = loop.Job(model, FlowLoss(3.0), data, settings)
-    parameters = adapters_of(model)
+    parameters = adapter_parameters(model)
     run = state.Run(parameters, loop._optimizer(parameters, settings))
     before = {name: p.detach().clone() for name, p in parameters.items()}
     for _ in range(3):
-        loop.one_step(job, run)
+        loop.train_step(job, run)
     now = model.state_dict()
     assert all(torch.equal(now[name], value) for name, value in stored.items())
     assert now.keys() - stored.keys() == {name for name in now if ".thinking." in name}
@@ -591,14 +589,14 @@ def test_bf16_rounds_the_base_and_neither_adapters_nor_gates() -> None:
     assert kinds["blocks.0.visual.qkv.weight"] == torch.bfloat16
     for name in ("blocks.0.thinking.a", "blocks.0.thinking.gate.token.weight", "time.linear_1.weight"):
         assert kinds[name] == torch.float32
-    loss = FlowLoss(3.0)(model, torch.randn(2, 4, 8, 8), told(), 2, torch.Generator().manual_seed(7))
+    loss = FlowLoss(3.0)(model, torch.randn(2, 4, 8, 8), conditioning(), 2, torch.Generator().manual_seed(7))
     assert loss.dtype == torch.float32
 
 
 def test_a_step_leaves_nothing_on_the_cpu() -> None:
     """Meta tensors, which refuse to meet the CPU's, stand in for a GPU's."""
     for spec, objective, conditions in (
-        (None, FlowLoss(3.0), tuple(value.to("meta") for value in told())),
+        (None, FlowLoss(3.0), tuple(value.to("meta") for value in conditioning())),
         (
             DiTSpec(latent_size=8, width=32, heads=2, blocks=3),
             DiffusionLoss(),
@@ -608,7 +606,9 @@ def test_a_step_leaves_nothing_on_the_cpu() -> None:
         model = checkpoint_blocks(on_tiny(spec, "bf16", "meta"))  # type: ignore[arg-type]
         clean = torch.zeros(2, 4, 8, 8, device="meta")
         objective(model, clean, conditions, 2, torch.Generator()).backward()  # type: ignore[operator]
-        assert {str(p.grad.device) for p in adapters_of(model).values() if p.grad is not None} == {"meta"}
+        assert {str(p.grad.device) for p in adapter_parameters(model).values() if p.grad is not None} == {
+            "meta"
+        }
     encoder = (
         CLIPText(CLIPTextSpec(vocabulary=20, layers=1, width=8, heads=2, projection=8)).half().to("meta")
     )
@@ -621,27 +621,27 @@ def test_a_step_leaves_nothing_on_the_cpu() -> None:
 def test_a_loss_that_is_not_finite_stops(sd3: Path) -> None:
     model = on_tiny()
     nn.init.constant_(model.patch_out.bias, math.inf)  # type: ignore[arg-type, union-attr]
-    parameters = adapters_of(model)
+    parameters = adapter_parameters(model)
     settings = Settings(ThinkingSpec((0, 2), 3, 4, 2))
     run = state.Run(parameters, loop._optimizer(parameters, settings))
 
     class Some(Data):
         def batch(self, rows: Any, dropped: Any, device: str) -> Any:
-            return torch.randn(4, 4, 8, 8), told(4)
+            return torch.randn(4, 4, 8, 8), conditioning(4)
 
     data = Some(None, None, ("a", "b"), ("", ""), {})  # type: ignore[arg-type]
     before = {name: p.detach().clone() for name, p in parameters.items()}
     with pytest.raises(
-        loop.TrainingFailed, match=r"expected a finite loss, found inf .* at step 1; take a lower --lr"
+        loop.TrainingFailed, match=r"expected a finite loss, found inf .* at step 1; use a lower --lr"
     ):
-        loop.one_step(loop.Job(model, FlowLoss(), data, settings), run)
+        loop.train_step(loop.Job(model, FlowLoss(), data, settings), run)
     assert run.step == 0 and all(torch.equal(parameters[name], value) for name, value in before.items())
 
 
-# Pictures, captions and the cache.
+# Images, captions and the cache.
 
 
-def test_pictures_and_captions_are_encoded_as_diffusers_and_transformers_do(
+def test_images_and_captions_are_encoded_as_diffusers_and_transformers_do(
     sd3: Path, captioned: Path, tmp_path: Path
 ) -> None:
     with warnings.catch_warnings():
@@ -649,7 +649,7 @@ def test_pictures_and_captions_are_encoded_as_diffusers_and_transformers_do(
         from diffusers import AutoencoderKL
         from transformers import CLIPTextModelWithProjection, T5EncoderModel
     pipeline, cache = open_base(sd3, image_size_px=32), Cache(tmp_path / "cache")
-    keys = encode_pictures(read_folder(captioned), pipeline, "base", cache, "cpu")
+    keys = encode_images(read_folder(captioned), pipeline, "base", cache, "cpu")
     path = captioned / "blue-disc.png"
     pixels = np.asarray(Image.open(path).crop((4, 0, 36, 32)), np.float32)  # 40 x 32, cut about its middle
     image = torch.from_numpy(pixels / 127.5 - 1).permute(2, 0, 1).unsqueeze(0)
@@ -668,39 +668,39 @@ def test_pictures_and_captions_are_encoded_as_diffusers_and_transformers_do(
         tokenizer = make_tokenizer(part.vocabulary, Path())
         ids = torch.tensor([tokenizer.encode(text).ids for text in ("a blue disc", "")])
         with torch.no_grad():
-            said = kind.from_pretrained(sd3 / part.spec.folder)(ids, output_hidden_states=True)
+            outputs = kind.from_pretrained(sd3 / part.spec.folder)(ids, output_hidden_states=True)
         if width := part.spec.pooled_width:
-            expected[:, :77, place : place + width] = said.hidden_states[-2]
-            whole[:, place : place + width] = said.text_embeds
+            expected[:, :77, place : place + width] = outputs.hidden_states[-2]
+            whole[:, place : place + width] = outputs.text_embeds
             place += width
         else:
-            expected[:, 77:] = said.last_hidden_state
+            expected[:, 77:] = outputs.last_hidden_state
     assert (context - expected).abs().max() < 5e-3 and (pooled - whole).abs().max() < 5e-3
     assert (context[0] - context[1]).abs().max() > 0.1
 
 
-def test_what_is_encoded_is_kept_until_what_made_it_changes(
+def test_the_cache_is_used_until_its_sources_change(
     sd3: Path, captioned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cache = Cache(tmp_path / "cache")
 
     def encoded(size: int = 32, base: str = "base") -> tuple[str, ...]:
         pipeline = open_base(sd3, image_size_px=size, t5=False)
-        keys = encode_pictures(read_folder(captioned), pipeline, base, cache, "cpu")
-        encode_captions([str(example.told) for example in keys], pipeline, base, cache, "cpu")
-        said = capsys.readouterr().err.splitlines()
-        return tuple(line for line in said if line.split()[-1].split("/")[0] == line.split("/")[-1])
+        keys = encode_images(read_folder(captioned), pipeline, base, cache, "cpu")
+        encode_captions([str(example.condition) for example in keys], pipeline, base, cache, "cpu")
+        message = capsys.readouterr().err.splitlines()
+        return tuple(line for line in message if line.split()[-1].split("/")[0] == line.split("/")[-1])
 
-    assert encoded() == ("pictures 8/8", "text encoder 8/8", "text encoder 2 8/8")
+    assert encoded() == ("images 8/8", "text encoder 8/8", "text encoder 2 8/8")
     assert encoded() == ()
     draw("black", "disc").save(captioned / "red-disc.png")
     (captioned / "red-disc.txt").write_text("a black disc")
-    assert encoded() == ("pictures 1/1", "text encoder 1/1", "text encoder 2 1/1")
-    assert encoded(size=24) == ("pictures 8/8",)
-    assert encoded(base="other") == ("pictures 8/8", "text encoder 8/8", "text encoder 2 8/8")
+    assert encoded() == ("images 1/1", "text encoder 1/1", "text encoder 2 1/1")
+    assert encoded(size=24) == ("images 8/8",)
+    assert encoded(base="other") == ("images 8/8", "text encoder 8/8", "text encoder 2 8/8")
     [entry, *_] = sorted((tmp_path / "cache").rglob("*.safetensors"))
     entry.write_bytes(entry.read_bytes()[:50])
-    with pytest.raises(BadInput, match="gone or damaged; delete the folder"):
+    with pytest.raises(BadInput, match="missing or damaged; delete the folder"):
         cache.get(entry.stem)
 
 
@@ -714,18 +714,18 @@ def test_numbers_beyond_float16_are_kept(tmp_path: Path) -> None:
 def test_the_fingerprint_is_of_names_and_content(sd3: Path, tmp_path: Path) -> None:
     copied = tmp_path / "copied"
     shutil.copytree(sd3, copied)
-    whole = fingerprint.of_base(sd3)
-    assert fingerprint.of_base(copied) == whole and len(whole) == 64
+    whole = fingerprint.base_fingerprint(sd3)
+    assert fingerprint.base_fingerprint(copied) == whole and len(whole) == 64
     config = copied / "vae/config.json"
     config.write_text(config.read_text().replace('"scaling_factor": 0.3', '"scaling_factor": 0.4'))
-    assert fingerprint.of_base(copied) not in (whole, fingerprint.of_base(sd3, copied))
+    assert fingerprint.base_fingerprint(copied) not in (whole, fingerprint.base_fingerprint(sd3, copied))
     large = tmp_path / "large.safetensors"
     large.write_bytes(bytes(20 << 20))
-    empty = fingerprint.of_base(large)
+    empty = fingerprint.base_fingerprint(large)
     with large.open("r+b") as file:  # a changed part of 1%
         file.seek(10 << 20)
         file.write(bytes([1]) * (200 << 10))
-    assert fingerprint.of_base(large) != empty
+    assert fingerprint.base_fingerprint(large) != empty
 
 
 def test_the_fingerprint_is_not_of_what_lies_beside_the_base(sd3: Path, tmp_path: Path) -> None:
@@ -735,35 +735,35 @@ def test_the_fingerprint_is_not_of_what_lies_beside_the_base(sd3: Path, tmp_path
         "tpx.safetensors",
         "tpx.safetensors.state.pt",
         "tpx.safetensors.cache/ab.safetensors",
-        "pictures/red.txt",
+        "images/red.txt",
         "blue.txt",
     ):
         (copied / name).parent.mkdir(exist_ok=True)
         (copied / name).write_text("new")
-    assert fingerprint.of_base(copied) == fingerprint.of_base(sd3)
+    assert fingerprint.base_fingerprint(copied) == fingerprint.base_fingerprint(sd3)
     (copied / "model_index.json").write_text("{}")
-    assert fingerprint.of_base(copied) != fingerprint.of_base(sd3)
+    assert fingerprint.base_fingerprint(copied) != fingerprint.base_fingerprint(sd3)
     # A part by itself has its weights at the root, where only what is named can be told from them.
     alone, out = copied / "transformer", copied / "transformer/adapters-of-mine.safetensors"
-    before = fingerprint.of_base(alone)
+    before = fingerprint.base_fingerprint(alone)
     out.write_text("new")
-    assert fingerprint.of_base(alone) != before == fingerprint.of_base(alone, leave_out=[out])
+    assert fingerprint.base_fingerprint(alone) != before == fingerprint.base_fingerprint(alone, exclude=[out])
 
 
 def test_a_run_inside_the_bases_folder_goes_on(dit: Path, classed: Path, tmp_path: Path) -> None:
     copied = tmp_path / "copied"
     shutil.copytree(dit, copied)
-    shutil.copytree(classed, copied / "pictures")
+    shutil.copytree(classed, copied / "images")
     command = ("--base", copied / "dit.safetensors", "--components", copied, *QUICK)
-    command += ("--data", copied / "pictures", "--out", copied / "tpx.safetensors")
+    command += ("--data", copied / "images", "--out", copied / "tpx.safetensors")
     trained(*command, "--steps", 1)
     entries = files(copied / "tpx.safetensors.cache")
     trained(*command, "--steps", 2)
-    assert load_adapters(copied).facts.training["steps"] == 2
+    assert load_adapters(copied).info.training["steps"] == 2
     assert files(copied / "tpx.safetensors.cache") == entries
 
 
-def test_every_picture_has_its_turn() -> None:
+def test_each_epoch_has_every_image_once() -> None:
     data = Data(None, None, tuple("abcde"), ("",) * 5, {})  # type: ignore[arg-type]
     seen = [row for step in range(10) for row in data.rows(0, step, 3)]
     assert all(sorted(seen[i : i + 5]) == list(range(5)) for i in range(0, 30, 5))
@@ -771,13 +771,13 @@ def test_every_picture_has_its_turn() -> None:
     assert len(data.rows(0, 0, 12)) == 12  # more than there are
 
 
-def test_nothing_is_told_of_those_that_are_dropped(dit_run: tuple[object, ...], tmp_path: Path) -> None:
+def test_dropped_rows_are_unconditional(dit_run: tuple[object, ...], tmp_path: Path) -> None:
     folder = tmp_path / "classes"
     examples = read_folder(folder, 4)
     spec = dataclasses.make_dataclass("Spec", ["classes"])(4)
     cache = Cache(tmp_path / "cache")
     cache.put(key(1), {"latents": torch.zeros(4, 8, 8)})
-    data = Data(spec, cache, (key(1),) * 8, tuple(example.told for example in examples), {})
+    data = Data(spec, cache, (key(1),) * 8, tuple(example.condition for example in examples), {})
     _, (ids,) = data.batch([0, 2, 7], [False, True, False], "cpu")
     assert ids.tolist() == [0, 4, 3]
 
@@ -789,7 +789,7 @@ def test_layouts_of_captions(captioned: Path, tmp_path: Path) -> None:
     for name in ("more.JPG", ".hidden.png"):
         shutil.copy(captioned / "blue-disc.png", captioned / "inside" / name)
     (captioned / "inside/more.txt").write_text("more")
-    found = {example.path.name: example.told for example in read_folder(captioned)}
+    found = {example.path.name: example.condition for example in read_folder(captioned)}
     assert len(found) == 9 and found["more.JPG"] == "more"
     assert found["red-disc.png"] == "a red disc" and found["red-square.png"] == ""
     lines = [
@@ -803,7 +803,7 @@ def test_layouts_of_captions(captioned: Path, tmp_path: Path) -> None:
     ]
 
 
-def test_pictures_in_hugging_faces_cache_are_links(captioned: Path, tmp_path: Path) -> None:
+def test_images_in_hugging_faces_cache_are_links(captioned: Path, tmp_path: Path) -> None:
     snapshot, blob = tmp_path / "snapshots/1f0c", tmp_path / "blobs/5d41"
     snapshot.mkdir(parents=True)
     blob.parent.mkdir()
@@ -813,29 +813,29 @@ def test_pictures_in_hugging_faces_cache_are_links(captioned: Path, tmp_path: Pa
     assert read_folder(snapshot) == [Example(snapshot / "red-disc.png", "a red disc")]
     for name in ("../../blobs/5d41", str(blob)):
         (snapshot / "metadata.jsonl").write_text(json.dumps({"file_name": name, "text": ""}))
-        with pytest.raises(BadInput, match=r"expected a picture in .* found no .*; check its name"):
+        with pytest.raises(BadInput, match=r"expected an image in .* found no .*; check its name"):
             read_folder(snapshot)
 
 
 def test_layouts_of_classes(classed: Path) -> None:
-    assert [example.told for example in read_folder(classed, 4)] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert [example.condition for example in read_folder(classed, 4)] == [0, 0, 1, 1, 2, 2, 3, 3]
     with pytest.raises(
         BadInput, match=r"each of the base's 10 classes .* found 4 with names such as '0-red'"
     ):
         read_folder(classed, 10)  # who knows which of the ten they are
     for path in list(classed.iterdir()):
         path.rename(classed / str(3 - int(path.name[0])))
-    told_of = {example.path.parent.name: example.told for example in read_folder(classed, 10)}
-    assert told_of == {"0": 0, "1": 1, "2": 2, "3": 3}
+    classes = {example.path.parent.name: example.condition for example in read_folder(classed, 10)}
+    assert classes == {"0": 0, "1": 1, "2": 2, "3": 3}
     (classed / "3").rename(classed / "10")
     with pytest.raises(BadInput, match=r"classes 0\.\.9 .* found 10"):
         read_folder(classed, 10)
     (classed / "metadata.jsonl").write_text('{"file_name": "0/disc.png", "class_id": 9}\n')
-    assert [example.told for example in read_folder(classed, 10)] == [9]
+    assert [example.condition for example in read_folder(classed, 10)] == [9]
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
         ("{", "line 2"),
         ("[]", "file_name and text in line 2"),
@@ -846,22 +846,22 @@ def test_layouts_of_classes(classed: Path) -> None:
         ('{"file_name": "a\\u0000b.png", "text": "x"}', "line 2"),
     ],
 )
-def test_a_bad_line_of_metadata_is_named(captioned: Path, line: str, said: str) -> None:
+def test_a_bad_line_of_metadata_is_named(captioned: Path, line: str, message: str) -> None:
     draw("red", "disc").save(captioned.parent / "secret.png")
     (captioned / "metadata.jsonl").write_text(f'{{"file_name": "red-disc.png", "text": ""}}\n{line}\n')
     with pytest.raises(BadInput, match=r"expected .* found") as caught:
         read_folder(captioned)
-    assert said in str(caught.value) and "\n" not in str(caught.value)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_captions_that_are_cut_are_counted(
+def test_truncated_captions_are_counted(
     sd3: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pipeline = open_base(sd3, image_size_px=32)
     encode_captions(["", "x" * 100], pipeline, "base", Cache(tmp_path / "cache"), "cpu")
-    said = [line for line in capsys.readouterr().err.splitlines() if "leaves out" in line]
-    assert [line.split()[0] for line in said] == ["text_encoder", "text_encoder_2"]
-    assert "the end of 1 of 2 captions" in said[0]
+    message = [line for line in capsys.readouterr().err.splitlines() if "truncates" in line]
+    assert [line.split()[0] for line in message] == ["text_encoder", "text_encoder_2"]
+    assert "truncates 1 of 2 captions" in message[0]
     # Both CLIPs read the same ids where nothing is filled up, and do not answer alike.
     [first, second, _] = encode_captions(["x" * 100], pipeline, "base", Cache(tmp_path / "cache"), "cpu")[
         "x" * 100
@@ -873,19 +873,21 @@ def test_captions_that_are_cut_are_counted(
 # Refusals.
 
 
-def test_broken_pictures_are_named_or_skipped(
+def test_broken_images_are_named_or_skipped(
     dit_run: tuple[object, ...], classed: Path, tmp_path: Path
 ) -> None:
     command = (*dit_run, "--steps", 1, "--out", tmp_path / "tpx.safetensors")
     whole = (classed / "0-red/disc.png").read_bytes()
     (classed / "1-green/half.png").write_bytes(whole[: len(whole) // 2])
     (classed / "2-blue/empty.png").write_bytes(b"")
-    said = refusal(*command)
-    assert "half.png" in said and "--skip-broken" in said and not (tmp_path / "tpx.safetensors").exists()
+    message = refusal(*command)
+    assert (
+        "half.png" in message and "--skip-broken" in message and not (tmp_path / "tpx.safetensors").exists()
+    )
     result = trained(*command, "--skip-broken")
     skipped = [line for line in result.stderr.splitlines() if line.startswith("skipped: ")]
     assert len(skipped) == 2 and "half.png" in skipped[0] and "empty.png" in skipped[1]
-    assert load_adapters(tmp_path / "tpx.safetensors").facts.training["pictures"] == 8
+    assert load_adapters(tmp_path / "tpx.safetensors").info.training["pictures"] == 8
     for path in classed.rglob("*.png"):
         path.write_bytes(b"")
     other = (*dit_run, "--out", tmp_path / "other.safetensors", "--skip-broken")
@@ -898,18 +900,18 @@ def test_refusals_are_one_line_and_leave_nothing(
 ) -> None:
     out = tmp_path / "tpx.safetensors"
     command, before = (*dit_run, "--out", out), files(tmp_path)
-    for arguments, said in (
+    for arguments, message in (
         (("--base", tmp_path / "none"), "nothing there"),
         (("--base", classed), "transformer/config.json"),
         (("--components", classed), "vae/config.json"),
-        (("--data", tmp_path / "none"), "a folder of pictures"),
-        (("--data", dit), "folders named by number"),
+        (("--data", tmp_path / "none"), "a folder of images"),
+        (("--data", dit), "folders named by numbers"),
         (("--out", tmp_path / "tpx.bin"), "--out to end in .safetensors"),
-        (("--out", tmp_path / "none/tpx.safetensors"), "a place to write"),
+        (("--out", tmp_path / "none/tpx.safetensors"), "a writable path"),
         (("--blocks", "1,x"), "--blocks such as 4,8,12"),
         (("--blocks", "1,1"), "--blocks such as 4,8,12"),
         (("--blocks", ""), "--blocks such as 4,8,12"),
-        (("--blocks", "0,2"), "--blocks within 0..1, this base's, found '0,2'"),
+        (("--blocks", "0,2"), "--blocks within 0..1 (this base's), found '0,2'"),
         (("--experts", 0), "--experts in 1..64"),
         (("--rank", 0), "--rank in 1..4096"),
         (("--max-depth", 0), "--max-depth in 1..64"),
@@ -925,11 +927,11 @@ def test_refusals_are_one_line_and_leave_nothing(
         (("--precision", "fp8"), "--precision bf16 or fp32"),
         (("--depth", "deep"), "--depth fixed or random"),
         (("--image-size", 32), "an image size of 16"),
-        (("--image-size", 0), "an image size of some pixels, found 0"),
+        (("--image-size", 0), "an image size of 1 pixel or more, found 0"),
         (("--device", "tpu"), "--device cpu or cuda"),
         *(() if torch.cuda.is_available() else ((("--device", "cuda"), "a GPU that torch can use"),)),
     ):  # fmt: skip
-        assert said in refusal(*command, *arguments), arguments
+        assert message in refusal(*command, *arguments), arguments
     assert files(tmp_path) == before
     out.mkdir()
     assert "found the folder" in refusal(*command)
@@ -937,7 +939,7 @@ def test_refusals_are_one_line_and_leave_nothing(
     out.write_bytes(b"something dear")
     assert "found" in refusal(*command) and out.read_bytes() == b"something dear"
     (tmp_path / "empty").mkdir()
-    assert "found no pictures" in refusal(
+    assert "found no images" in refusal(
         *command, "--data", tmp_path / "empty", "--out", tmp_path / "x.safetensors"
     )
 
@@ -948,8 +950,10 @@ def test_a_size_that_the_base_has_no_positions_for_is_refused_before_anything_is
     before = files(tmp_path)
     command = ("--base", sd3, "--data", captioned, "--out", tmp_path / "tpx.safetensors", *QUICK)
     for arguments, found in (((), 512), (("--image-size", 52), 52)):
-        said = refusal(*command, *arguments)
-        assert "expected an image size of 4..48 pixels in steps of 4" in said and f"found {found};" in said
+        message = refusal(*command, *arguments)
+        assert (
+            "expected an image size of 4..48 pixels in steps of 4" in message and f"found {found};" in message
+        )
     assert files(tmp_path) == before
 
 
@@ -965,16 +969,16 @@ def test_a_caption_that_is_missing_is_named(captioned: Path) -> None:
 def test_the_papers_blocks_are_those_that_a_base_has() -> None:
     paper = thinking_spec(2, 128, 2, 5.0, None)
     assert paper == ThinkingSpec((4, 8, 12), experts=2, rank=128, max_depth=2, temperature=5.0)
-    assert within_base(paper, 24, asked=False) == paper
-    assert within_base(paper, 10, asked=False).blocks == (4, 8)
-    assert within_base(paper, 4, asked=False).blocks == (2,)
-    with pytest.raises(TpxError, match=r"--blocks within 0\.\.9, this base's, found '4,8,12'"):
-        within_base(paper, 10, asked=True)
+    assert limit_to_base(paper, 24, explicit=False) == paper
+    assert limit_to_base(paper, 10, explicit=False).blocks == (4, 8)
+    assert limit_to_base(paper, 4, explicit=False).blocks == (2,)
+    with pytest.raises(TpxError, match=r"--blocks within 0\.\.9 \(this base's\), found '4,8,12'"):
+        limit_to_base(paper, 10, explicit=True)
     assert thinking_spec(1, 1, 1, 1.0, " 7, 3").blocks == (3, 7)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "I;16"])
-def test_pictures_of_every_mode_are_read(mode: str, tmp_path: Path) -> None:
+def test_images_of_every_mode_are_read(mode: str, tmp_path: Path) -> None:
     Image.new(mode, (40, 30)).save(tmp_path / "x.png")
     pixels = _pixels(tmp_path / "x.png", (16, 16))
     assert pixels.shape == (3, 16, 16)

@@ -46,7 +46,7 @@ class Decoder(nn.Module):
 
 def open_pipeline(ckpt: Path) -> Pipeline:
     """Load the model of a tpx checkpoint. Raises CheckpointInvalid."""
-    return Pipeline.of(checkpoint.load(ckpt))
+    return Pipeline.from_model(checkpoint.load(ckpt))
 
 
 def require_fits(ckpt: Path, manifest: Manifest) -> None:

@@ -1,4 +1,4 @@
-"""DiT's original checkpoints as our DiT.
+"""Loads original DiT checkpoints into our DiT.
 
 | ours | original |
 |---|---|
@@ -8,8 +8,8 @@
 | blocks.N.visual.{mlp_in, mlp_out} | blocks.N.mlp.{fc1, fc2} |
 | out_modulation, patch_out | final_layer.{adaLN_modulation.1, linear} |
 
-Both modulate by (shift, scale, gate). The original has the last projection's rows as (p, q, channel), we as (channel, p, q).
-diffusers' port computes other numbers (its sinusoids, its second layer norm) and is refused.
+Both modulate by (shift, scale, gate). The rows of the last projection are (p, q, channel) in the original, (channel, p, q)
+in ours. diffusers' port computes different numbers (its sinusoids, its second layer norm) and is rejected.
 """
 
 import math
@@ -17,23 +17,23 @@ from pathlib import Path
 
 import torch
 
-from tpx_export.base.facts import numbered
-from tpx_export.base.recipe import (
-    From,
+from tpx_export.base.config import count_numbered
+from tpx_export.base.conversion import (
+    Conversion,
     check_shapes,
     foreign_shapes,
     linear,
     load_foreign,
     patch_layers,
-    same,
+    unchanged,
 )
 from tpx_export.base.tensors import Tensors, open_tensors
 from tpx_export.checkpoint import CheckpointInvalid
 from tpx_export.model.dit import DiT, DiTSpec
-from tpx_export.precision import STORED
+from tpx_export.precision import STORED_DTYPES
 from tpx_runtime.errors import BadInput
 
-HEADS = {1152: 16, 1024: 16, 768: 12, 384: 6}  # by width: XL, L, B, S; a checkpoint does not say it
+HEADS = {1152: 16, 1024: 16, 768: 12, 384: 6}  # by width: XL, L, B, S; checkpoints do not store it
 _LAYERS = {
     "modulation": "adaLN_modulation.1",
     "qkv": "attn.qkv",
@@ -41,7 +41,8 @@ _LAYERS = {
     "mlp_in": "mlp.fc1",
     "mlp_out": "mlp.fc2",
 }
-_SIZES = {  # tensors that sizes are read from, and their dimensions
+# Tensors whose shapes determine the specification, and their number of dimensions.
+_SIZES = {
     "x_embedder.proj.weight": 4,
     "pos_embed": 3,
     "y_embedder.embedding_table.weight": 2,
@@ -50,37 +51,37 @@ _SIZES = {  # tensors that sizes are read from, and their dimensions
 
 
 def load_transformer(source: Path) -> DiT:
-    """The transformer at `source`, an original DiT state dict in .pt or .safetensors.
+    """Load the transformer at `source`, an original DiT state dict in .pt or .safetensors.
 
-    Weights keep their stored precision, but the embedder of time is float32. Raises CheckpointInvalid for a checkpoint that
-    is not DiT's, damaged or incomplete, BadInput for a width other than those of DiT-S, B, L and XL.
+    Weights keep their stored precision, except the float32 time embedder. Raises CheckpointInvalid for a checkpoint that is
+    not a DiT, damaged or incomplete, BadInput for a width other than those of DiT-S, B, L and XL.
     """
-    return from_tensors(open_tensors(source))
+    return transformer_from_tensors(open_tensors(source))
 
 
-def from_tensors(tensors: Tensors) -> DiT:
-    """`load_transformer` of tensors that are open already."""
-    spec = spec_of(tensors)
+def transformer_from_tensors(tensors: Tensors) -> DiT:
+    """Like `load_transformer`, from open tensors."""
+    spec = spec_from_tensors(tensors)
     kinds = "tensors of this model's shapes in float32, float16 or bfloat16"
-    check_shapes(shapes_of(spec), tensors, STORED.__contains__, kinds)
+    check_shapes(shapes_of(spec), tensors, STORED_DTYPES.__contains__, kinds)
     with torch.device("meta"):
         model = DiT(spec)
-    load_foreign(model, recipe(spec), tensors)
+    load_foreign(model, conversions(spec), tensors)
     model.to(model.patch_in.weight.dtype)
     model.time.float()
     return model
 
 
-def spec_of(tensors: Tensors) -> DiTSpec:
-    """The sizes that the shapes of an original checkpoint say. Raises CheckpointInvalid, BadInput."""
-    shapes = _sizes(tensors)
+def spec_from_tensors(tensors: Tensors) -> DiTSpec:
+    """The specification, from the shapes of an original checkpoint. Raises CheckpointInvalid, BadInput."""
+    shapes = _checked_shapes(tensors)
     width, channels, patch, _ = shapes["x_embedder.proj.weight"]
     side = math.isqrt(shapes["pos_embed"][1])
-    spoken, values = shapes["final_layer.linear.weight"][0], channels * patch**2
-    if spoken not in (values, 2 * values) or width % 4:
+    rows, values = shapes["final_layer.linear.weight"][0], channels * patch**2
+    if rows not in (values, 2 * values) or width % 4:
         raise CheckpointInvalid(
-            f"{tensors.where}: expected final_layer.linear.weight of {values} or {2 * values} rows (with learned sigma) and "
-            f"a width of whole fours, found {spoken} and {width}; check the file"
+            f"{tensors.path}: expected final_layer.linear.weight of {values} or {2 * values} rows (with learned sigma) and "
+            f"a width divisible by 4, found {rows} and {width}; check the file"
         )
     return DiTSpec(
         latent_channels=channels,
@@ -88,33 +89,33 @@ def spec_of(tensors: Tensors) -> DiTSpec:
         patch=patch,
         width=width,
         heads=_heads(tensors, width),
-        blocks=numbered(tensors, "blocks"),
+        blocks=count_numbered(tensors, "blocks"),
         classes=max(1, shapes["y_embedder.embedding_table.weight"][0] - 1),
-        learned_sigma=spoken == 2 * values,
+        learned_sigma=rows == 2 * values,
     )
 
 
-def recipe(spec: DiTSpec) -> dict[str, From]:
-    """Where each tensor of our DiT, without thinking, comes from."""
-    made = {
+def conversions(spec: DiTSpec) -> dict[str, Conversion]:
+    """The conversion of each tensor of our DiT, without thinking adapters."""
+    result = {
         **patch_layers(spec.patch, spec.out_channels, "x_embedder.proj", "final_layer.linear"),
-        "positions": From(("pos_embed",), lambda table: table.squeeze(0)),
-        "classes.weight": same("y_embedder.embedding_table.weight"),
+        "positions": Conversion(("pos_embed",), lambda table: table.squeeze(0)),
+        "classes.weight": unchanged("y_embedder.embedding_table.weight"),
         **linear("time.linear_1", "t_embedder.mlp.0"),
         **linear("time.linear_2", "t_embedder.mlp.2"),
         **linear("out_modulation", "final_layer.adaLN_modulation.1"),
     }
     for index in range(spec.blocks):
         for ours, theirs in _LAYERS.items():
-            made |= linear(f"blocks.{index}.visual.{ours}", f"blocks.{index}.{theirs}")
-    return made
+            result |= linear(f"blocks.{index}.visual.{ours}", f"blocks.{index}.{theirs}")
+    return result
 
 
 def shapes_of(spec: DiTSpec) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor of an original checkpoint of that spec, by its original name."""
+    """The shape of every tensor of an original checkpoint with that specification, by its original name."""
     with torch.device("meta"):
         model = DiT(spec)
-    return foreign_shapes(model, recipe(spec)) | {
+    return foreign_shapes(model, conversions(spec)) | {
         "x_embedder.proj.weight": (spec.width, spec.latent_channels, spec.patch, spec.patch),
         "pos_embed": (1, spec.visual_tokens, spec.width),
     }
@@ -123,28 +124,29 @@ def shapes_of(spec: DiTSpec) -> dict[str, tuple[int, ...]]:
 def _heads(tensors: Tensors, width: int) -> int:
     if width not in HEADS:
         raise BadInput(
-            f"{tensors.where}: expected a width of {', '.join(map(str, HEADS))}, found {width}; "
+            f"{tensors.path}: expected a width of {', '.join(map(str, HEADS))}, found {width}; "
             "other DiTs cannot be imported"
         )
     return HEADS[width]
 
 
-def _sizes(tensors: Tensors) -> dict[str, tuple[int, ...]]:
+def _checked_shapes(tensors: Tensors) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors of _SIZES. Raises CheckpointInvalid if they cannot be those of a DiT."""
     if missing := [name for name in _SIZES if name not in tensors]:
-        port = "; diffusers' port of DiT computes other numbers, give the original checkpoint"
+        port = "; diffusers' port of DiT computes different numbers, use the original checkpoint"
         hint = port if any(name.startswith("transformer_blocks.") for name in tensors) else "; check the file"
         raise CheckpointInvalid(
-            f"{tensors.where}: expected an original DiT checkpoint, found {len(missing)} of its tensors missing: "
+            f"{tensors.path}: expected an original DiT checkpoint, found {len(missing)} of its tensors missing: "
             f"{', '.join(missing)}{hint}"
         )
     shapes = {name: tuple(tensors[name].shape) for name in _SIZES}
-    odd = [name for name, dimensions in _SIZES.items() if len(shapes[name]) != dimensions]
-    odd = odd or [name for name, shape in shapes.items() if 0 in shape]
-    if not odd and math.isqrt(shapes["pos_embed"][1]) ** 2 != shapes["pos_embed"][1]:
-        odd = ["pos_embed"]
-    if odd:
+    invalid = [name for name, dimensions in _SIZES.items() if len(shapes[name]) != dimensions]
+    invalid = invalid or [name for name, shape in shapes.items() if 0 in shape]
+    if not invalid and math.isqrt(shapes["pos_embed"][1]) ** 2 != shapes["pos_embed"][1]:
+        invalid = ["pos_embed"]
+    if invalid:
         raise CheckpointInvalid(
-            f"{tensors.where}: expected the shapes of an original DiT checkpoint (pos_embed of a square), found "
-            f"{odd[0]} {list(shapes[odd[0]])}; check the file"
+            f"{tensors.path}: expected the shapes of an original DiT checkpoint (pos_embed of a square), found "
+            f"{invalid[0]} {list(shapes[invalid[0]])}; check the file"
         )
     return shapes

@@ -1,4 +1,4 @@
-"""JSON files that other libraries wrote: objects and lists, or a CheckpointInvalid that names the file."""
+"""Reading of JSON files that other libraries wrote; errors are CheckpointInvalid and name the file."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ from tpx_runtime.errors import shorten
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """A file that holds a JSON object. Raises CheckpointInvalid."""
+    """Read a file that holds a JSON object. Raises CheckpointInvalid."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError:
@@ -22,7 +22,7 @@ def read_object(path: Path) -> dict[str, Any]:
 def as_object(path: Path, value: Any) -> dict[str, Any]:
     """`value`, which must be a JSON object. `path` is named in the error. Raises CheckpointInvalid."""
     if not isinstance(value, dict):
-        raise CheckpointInvalid(f"{path}: expected fields by name, found {shorten(value)}; copy it again")
+        raise CheckpointInvalid(f"{path}: expected a JSON object, found {shorten(value)}; copy it again")
     return value
 
 

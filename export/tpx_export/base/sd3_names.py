@@ -1,4 +1,4 @@
-"""Where each tensor of our MMDiT comes from in SD3 and SD3.5, by diffusers' names and by those of the original files.
+"""Conversions of SD3's and SD3.5's tensors to those of our MMDiT, from diffusers' names and from the original names.
 
 | ours | diffusers | original, under model.diffusion_model. |
 |---|---|---|
@@ -10,18 +10,18 @@
 | blocks.N.second | transformer_blocks.N.attn2 | joint_blocks.N.x_block.attn2 |
 | out_modulation, patch_out | norm_out.linear, proj_out | final_layer.{adaLN_modulation.1, linear} |
 
-We modulate by (shift, scale) everywhere, as the original does; diffusers has (scale, shift) in two places: the final
-layer's modulation and the last block's text modulation. Both write the last projection's rows as (p, q, channel), we write
-(channel, p, q).
+We modulate by (shift, scale) everywhere, as the original does; diffusers has (scale, shift) in two places: the final layer's
+modulation and the last block's text modulation. The rows of the last projection are (p, q, channel) in both, (channel, p, q)
+in ours.
 """
 
-from tpx_export.base.recipe import From, linear, patch_layers, same, swapped_halves
+from tpx_export.base.conversion import Conversion, linear, patch_layers, swapped_halves, unchanged
 from tpx_export.model.mmdit import MMDiTSpec
 
 
-def from_diffusers(spec: MMDiTSpec) -> dict[str, From]:
-    """Recipe of every tensor but `positions` from the names of diffusers' SD3Transformer2DModel."""
-    recipe = {
+def from_diffusers(spec: MMDiTSpec) -> dict[str, Conversion]:
+    """Conversions of all tensors except `positions` from the names of diffusers' SD3Transformer2DModel."""
+    conversions = {
         **patch_layers(spec.patch, spec.latent_channels, "pos_embed.proj", "proj_out"),
         **linear("time.linear_1", "time_text_embed.timestep_embedder.linear_1"),
         **linear("time.linear_2", "time_text_embed.timestep_embedder.linear_2"),
@@ -35,29 +35,29 @@ def from_diffusers(spec: MMDiTSpec) -> dict[str, From]:
         visual, text, second = (f"blocks.{index}.{part}" for part in ("visual", "text", "second"))
         block = f"transformer_blocks.{index}"
         attn, attn2 = f"{block}.attn", f"{block}.attn2"
-        recipe |= linear(f"{visual}.modulation", f"{block}.norm1.linear")
-        recipe |= linear(f"{visual}.qkv", *(f"{attn}.to_{part}" for part in "qkv"))
-        recipe |= linear(f"{visual}.proj", f"{attn}.to_out.0")
-        recipe |= linear(f"{visual}.mlp_in", f"{block}.ff.net.0.proj")
-        recipe |= linear(f"{visual}.mlp_out", f"{block}.ff.net.2")
-        recipe |= (_swapped if last else linear)(f"{text}.modulation", f"{block}.norm1_context.linear")
-        recipe |= linear(f"{text}.qkv", *(f"{attn}.add_{part}_proj" for part in "qkv"))
+        conversions |= linear(f"{visual}.modulation", f"{block}.norm1.linear")
+        conversions |= linear(f"{visual}.qkv", *(f"{attn}.to_{part}" for part in "qkv"))
+        conversions |= linear(f"{visual}.proj", f"{attn}.to_out.0")
+        conversions |= linear(f"{visual}.mlp_in", f"{block}.ff.net.0.proj")
+        conversions |= linear(f"{visual}.mlp_out", f"{block}.ff.net.2")
+        conversions |= (_swapped if last else linear)(f"{text}.modulation", f"{block}.norm1_context.linear")
+        conversions |= linear(f"{text}.qkv", *(f"{attn}.add_{part}_proj" for part in "qkv"))
         if not last:
-            recipe |= linear(f"{text}.proj", f"{attn}.to_add_out")
-            recipe |= linear(f"{text}.mlp_in", f"{block}.ff_context.net.0.proj")
-            recipe |= linear(f"{text}.mlp_out", f"{block}.ff_context.net.2")
+            conversions |= linear(f"{text}.proj", f"{attn}.to_add_out")
+            conversions |= linear(f"{text}.mlp_in", f"{block}.ff_context.net.0.proj")
+            conversions |= linear(f"{text}.mlp_out", f"{block}.ff_context.net.2")
         if index in spec.dual_blocks:
-            recipe |= linear(f"{second}.qkv", *(f"{attn2}.to_{part}" for part in "qkv"))
-            recipe |= linear(f"{second}.proj", f"{attn2}.to_out.0")
+            conversions |= linear(f"{second}.qkv", *(f"{attn2}.to_{part}" for part in "qkv"))
+            conversions |= linear(f"{second}.proj", f"{attn2}.to_out.0")
         if spec.qk_norm:
-            recipe |= _norms(visual, f"{attn}.norm_") | _norms(text, f"{attn}.norm_added_")
-            recipe |= _norms(second, f"{attn2}.norm_") if index in spec.dual_blocks else {}
-    return recipe
+            conversions |= _norms(visual, f"{attn}.norm_") | _norms(text, f"{attn}.norm_added_")
+            conversions |= _norms(second, f"{attn2}.norm_") if index in spec.dual_blocks else {}
+    return conversions
 
 
-def from_original(spec: MMDiTSpec) -> dict[str, From]:
-    """Recipe of every tensor but `positions` from the names of the original single files, without their prefix."""
-    recipe = {
+def from_original(spec: MMDiTSpec) -> dict[str, Conversion]:
+    """Conversions of all tensors except `positions` from the names of the original single files, without their prefix."""
+    conversions = {
         **patch_layers(spec.patch, spec.latent_channels, "x_embedder.proj", "final_layer.linear"),
         **linear("time.linear_1", "t_embedder.mlp.0"),
         **linear("time.linear_2", "t_embedder.mlp.2"),
@@ -70,22 +70,22 @@ def from_original(spec: MMDiTSpec) -> dict[str, From]:
         second, attn2 = f"blocks.{index}.second", f"joint_blocks.{index}.x_block.attn2"
         for ours, theirs in (("visual", "x_block"), ("text", "context_block")):
             stream, block = f"blocks.{index}.{ours}", f"joint_blocks.{index}.{theirs}"
-            recipe |= linear(f"{stream}.modulation", f"{block}.adaLN_modulation.1")
-            recipe |= linear(f"{stream}.qkv", f"{block}.attn.qkv")
-            recipe |= _norms(stream, f"{block}.attn.ln_") if spec.qk_norm else {}
+            conversions |= linear(f"{stream}.modulation", f"{block}.adaLN_modulation.1")
+            conversions |= linear(f"{stream}.qkv", f"{block}.attn.qkv")
+            conversions |= _norms(stream, f"{block}.attn.ln_") if spec.qk_norm else {}
             if ours == "visual" or index < spec.blocks - 1:
-                recipe |= linear(f"{stream}.proj", f"{block}.attn.proj")
-                recipe |= linear(f"{stream}.mlp_in", f"{block}.mlp.fc1")
-                recipe |= linear(f"{stream}.mlp_out", f"{block}.mlp.fc2")
+                conversions |= linear(f"{stream}.proj", f"{block}.attn.proj")
+                conversions |= linear(f"{stream}.mlp_in", f"{block}.mlp.fc1")
+                conversions |= linear(f"{stream}.mlp_out", f"{block}.mlp.fc2")
         if index in spec.dual_blocks:
-            recipe |= linear(f"{second}.qkv", f"{attn2}.qkv") | linear(f"{second}.proj", f"{attn2}.proj")
-            recipe |= _norms(second, f"{attn2}.ln_") if spec.qk_norm else {}
-    return recipe
+            conversions |= linear(f"{second}.qkv", f"{attn2}.qkv") | linear(f"{second}.proj", f"{attn2}.proj")
+            conversions |= _norms(second, f"{attn2}.ln_") if spec.qk_norm else {}
+    return conversions
 
 
-def _swapped(ours: str, theirs: str) -> dict[str, From]:
+def _swapped(ours: str, theirs: str) -> dict[str, Conversion]:
     return {f"{ours}.{part}": swapped_halves(f"{theirs}.{part}") for part in ("weight", "bias")}
 
 
-def _norms(ours: str, theirs: str) -> dict[str, From]:
-    return {f"{ours}.norm_{part}.weight": same(f"{theirs}{part}.weight") for part in "qk"}
+def _norms(ours: str, theirs: str) -> dict[str, Conversion]:
+    return {f"{ours}.norm_{part}.weight": unchanged(f"{theirs}{part}.weight") for part in "qk"}

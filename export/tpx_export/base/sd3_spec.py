@@ -1,33 +1,33 @@
-"""Sizes of an SD3 or SD3.5 transformer: from diffusers' config.json, or from the shapes of an original single file.
+"""The specification of an SD3 or SD3.5 transformer: from diffusers' config.json, or from the shapes of a single file.
 
-The caller sets the latent size: a spec made here has one patch as a placeholder.
+The caller sets the latent size: here it is one patch, as a placeholder.
 """
 
 from pathlib import Path
 
-from tpx_export.base.facts import numbered, read_config, shape
+from tpx_export.base.config import count_numbered, read_config, tensor_shape
 from tpx_export.base.tensors import Tensors
 from tpx_export.checkpoint import CheckpointInvalid
 from tpx_export.model.mmdit import MMDiTSpec
 
 CLASS = "SD3Transformer2DModel"
-CLIP_TOKENS, T5_TOKENS = 77, 256  # the context has CLIP's, then T5's
-HEAD_WIDTH = 64  # of every SD3; an original file without query-key norms does not say it
+CLIP_TOKENS, T5_TOKENS = 77, 256  # the context has CLIP's tokens, then T5's
+HEAD_WIDTH = 64  # of every SD3; cannot be read from an original file without query-key norms
 
 
-def spec_of_config(folder: Path, tensors: Tensors) -> MMDiTSpec:
-    """Read config.json, and check it against the weights `tensors` beside it. Raises CheckpointInvalid."""
+def spec_from_config(folder: Path, tensors: Tensors) -> MMDiTSpec:
+    """Read config.json and check it against the weights `tensors` in the same folder. Raises CheckpointInvalid."""
     config = read_config(folder)
     config.one_of("_class_name", (CLASS,))
     layers, heads = config.count("num_layers"), config.count("num_attention_heads")
     width = heads * config.count("attention_head_dim")
     channels, patch = config.count("in_channels"), config.count("patch_size")
-    config.one_of("num_layers", (numbered(tensors, "transformer_blocks", least=0),))
+    config.one_of("num_layers", (count_numbered(tensors, "transformer_blocks", minimum=0),))
     config.one_of("caption_projection_dim", (width,))
     config.one_of("out_channels", (None, channels))
     dual = config.fields.get("dual_attention_layers", [])
     if not isinstance(dual, list) or not all(type(i) is int and 0 <= i < layers for i in dual):
-        raise config.unfit(f"dual_attention_layers within 0..{layers - 1}", dual)
+        raise config.invalid(f"dual_attention_layers within 0..{layers - 1}", dual)
     return MMDiTSpec(
         latent_channels=channels,
         latent_size=patch,
@@ -44,21 +44,21 @@ def spec_of_config(folder: Path, tensors: Tensors) -> MMDiTSpec:
     )
 
 
-def spec_of_shapes(tensors: Tensors) -> MMDiTSpec:
+def spec_from_shapes(tensors: Tensors) -> MMDiTSpec:
     """Read the shapes of an original single file's tensors, named without their prefix. Raises CheckpointInvalid."""
-    blocks = numbered(tensors, "joint_blocks", least=0)
+    blocks = count_numbered(tensors, "joint_blocks", minimum=0)
     if not blocks:
-        found = "diffusers' names; give its folder, with config.json"
+        found = "diffusers' names; use its folder, with config.json"
         raise CheckpointInvalid(
-            f"{tensors.where}: expected an SD3 transformer's joint_blocks under model.diffusion_model., found "
-            + (found if numbered(tensors, "transformer_blocks", least=0) else "none; check the file")
+            f"{tensors.path}: expected an SD3 transformer's joint_blocks under model.diffusion_model., found "
+            + (found if count_numbered(tensors, "transformer_blocks", minimum=0) else "none; check the file")
         )
-    width, channels, patch, _ = shape(tensors, "x_embedder.proj.weight", 4)
+    width, channels, patch, _ = tensor_shape(tensors, "x_embedder.proj.weight", 4)
     norm = "joint_blocks.0.x_block.attn.ln_q.weight"
-    head_width = shape(tensors, norm, 1)[0] if norm in tensors else HEAD_WIDTH
+    head_width = tensor_shape(tensors, norm, 1)[0] if norm in tensors else HEAD_WIDTH
     if width % head_width:
         raise CheckpointInvalid(
-            f"{tensors.where}: expected a width of whole heads of {head_width}, found {width}; check the file"
+            f"{tensors.path}: expected a width divisible by the head width {head_width}, found {width}; check the file"
         )
     return MMDiTSpec(
         latent_channels=channels,
@@ -68,8 +68,8 @@ def spec_of_shapes(tensors: Tensors) -> MMDiTSpec:
         heads=width // head_width,
         blocks=blocks,
         context_tokens=CLIP_TOKENS + T5_TOKENS,
-        context_width=shape(tensors, "context_embedder.weight", 2)[1],
-        pooled_width=shape(tensors, "y_embedder.mlp.0.weight", 2)[1],
+        context_width=tensor_shape(tensors, "context_embedder.weight", 2)[1],
+        pooled_width=tensor_shape(tensors, "y_embedder.mlp.0.weight", 2)[1],
         qk_norm=norm in tensors,
         dual_blocks=tuple(
             i for i in range(blocks) if f"joint_blocks.{i}.x_block.attn2.qkv.weight" in tensors

@@ -1,4 +1,4 @@
-"""Special tokens, which a prompt can spell out, read from a tokenizer's folder as transformers 5 reads them."""
+"""Reads the special tokens of a tokenizer's folder as transformers 5 does; prompts may contain them."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -14,9 +14,9 @@ NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """`named`: bos_token and so on -> token. `normalized`: token -> whether it is looked for in normalised text.
+    """`named`: bos_token and so on -> token. `normalized`: token -> whether it is matched in normalised text.
 
-    `ids` are those that the folder states; a token of the vocabulary has its place there.
+    `ids` are those in the folder's files; a token in the vocabulary has the id of the vocabulary.
     """
 
     path: Path
@@ -24,8 +24,8 @@ class SpecialTokens:
     normalized: dict[str, bool]
     ids: dict[str, int]
 
-    def padded_with(self, token: str) -> "SpecialTokens":
-        """The same, but padded with `token`, which becomes special by that."""
+    def with_padding(self, token: str) -> "SpecialTokens":
+        """The same with `token` for padding, which makes it a special token."""
         named = self.named | {"pad_token": token}
         return replace(self, named=named, normalized={token: False} | self.normalized)
 
@@ -33,26 +33,26 @@ class SpecialTokens:
         """`special` and `special_normalized` of vocab.json. Raises CheckpointInvalid."""
         found: dict[bool, dict[str, int]] = {False: {}, True: {}}
         for token, normalized in self.normalized.items():
-            found[normalized][token] = self.number(token, vocabulary)
+            found[normalized][token] = self.token_id(token, vocabulary)
         return {"special": found[False], "special_normalized": found[True]}
 
-    def number(self, token: str, vocabulary: Mapping[str, int]) -> int:
-        """Id of a special token. Raises CheckpointInvalid."""
-        number = vocabulary.get(token, self.ids.get(token))
-        if type(number) is not int or number < 0:
+    def token_id(self, token: str, vocabulary: Mapping[str, int]) -> int:
+        """The id of a special token. Raises CheckpointInvalid."""
+        token_id = vocabulary.get(token, self.ids.get(token))
+        if type(token_id) is not int or token_id < 0:
             raise CheckpointInvalid(
                 f"{self.path}: expected special tokens that are in the vocabulary, found {shorten(token)}"
             )
-        return number
+        return token_id
 
 
 def special_tokens(
     path: Path, named: dict[str, str], others: Iterable[str], tokenizer: Mapping[str, Any]
 ) -> SpecialTokens:
-    """Read the special tokens of a folder, or of a single file.
+    """Read the special tokens of a folder or a single file.
 
-    `named` and `others` are the defaults where the files say nothing; `tokenizer` is the content of tokenizer.json,
-    empty where there is none. Raises CheckpointInvalid.
+    `named` and `others` are the defaults for what the files do not define; `tokenizer` is the content of tokenizer.json, or
+    empty. Raises CheckpointInvalid.
     """
     config = _optional(path / "tokenizer_config.json")
     if stated := config.get("added_tokens_decoder"):
@@ -90,6 +90,6 @@ def _content(path: Path, token: Any) -> str:
     content = as_object(path, token).get("content")
     if not isinstance(content, str) or not content or token.get("single_word") is True:
         raise CheckpointInvalid(
-            f"{path}: expected special tokens with a text, that count inside a word too, found {shorten(token)}"
+            f"{path}: expected special tokens with a text and without single_word, found {shorten(token)}"
         )
     return content

@@ -1,4 +1,4 @@
-"""SentencePiece's `spiece.model`: just enough of its protobuf, and its table of normalisations as a plain dictionary.
+"""Reads SentencePiece's `spiece.model`: the required part of its protobuf, and its normalisation table as a dictionary.
 
 The file is a ModelProto (sentencepiece_model.proto): 1 = pieces {1 piece, 2 score, 3 type}, 2 = training {3 model type,
 35 byte fallback}, 3 = normalisation {2 table, 3 dummy prefix, 4 no extra white space, 5 ▁ for spaces}.
@@ -12,12 +12,12 @@ from pathlib import Path
 from tpx_export.checkpoint import CheckpointInvalid
 
 UNIGRAM, NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 1, 2, 3, 4
-_MOST_BYTES = 5  # of a key that the runtime looks up
+_MAX_KEY_BYTES = 5  # of a key that the runtime looks up
 
 
 @dataclass(frozen=True)
 class SentencePiece:
-    """`types` are of the pieces; `charsmap` is SentencePiece's compiled table, empty where it normalises nothing."""
+    """`types` are those of the pieces; `charsmap` is the compiled normalisation table, empty if there is none."""
 
     pieces: list[str]
     scores: list[float]
@@ -26,20 +26,20 @@ class SentencePiece:
 
 
 def read_spiece(path: Path) -> SentencePiece:
-    """A unigram model that treats spaces as T5's does. Raises CheckpointInvalid."""
+    """Read a unigram model that treats spaces as T5's does. Raises CheckpointInvalid."""
     pieces, scores, types, charsmap = [], [], [], b""
-    odd = False
+    unsupported = False
     try:
         for field, value in _fields(path.read_bytes()):
             part = dict(_fields(_bytes(value))) if field in (1, 2, 3) else {}
             if field == 1:
                 pieces.append(_bytes(part.get(1, b"")).decode())
                 scores.append(float(struct.unpack("<f", _bytes(part.get(2, bytes(4))))[0]))
-                types.append(_whole(part.get(3, NORMAL)))
+                types.append(_integer(part.get(3, NORMAL)))
             elif field == 2:
-                odd = odd or part.get(3, UNIGRAM) != UNIGRAM or part.get(35, 0) != 0
+                unsupported = unsupported or part.get(3, UNIGRAM) != UNIGRAM or part.get(35, 0) != 0
             elif field == 3:
-                odd = odd or not all(part.get(number, 1) for number in (3, 4, 5))
+                unsupported = unsupported or not all(part.get(number, 1) for number in (3, 4, 5))
                 charsmap = _bytes(part.get(2, b""))
     except OSError:
         raise CheckpointInvalid(
@@ -51,7 +51,7 @@ def read_spiece(path: Path) -> SentencePiece:
         ) from None
     if not pieces:
         raise CheckpointInvalid(f"{path}: expected a SentencePiece model, found no pieces; copy it again")
-    if odd:
+    if unsupported:
         raise CheckpointInvalid(
             f"{path}: expected a unigram model without byte fallback that marks every word with ▁, found another"
         )
@@ -64,14 +64,14 @@ def _bytes(value: int | bytes) -> bytes:
     return value
 
 
-def _whole(value: int | bytes) -> int:
+def _integer(value: int | bytes) -> int:
     if isinstance(value, bytes):
         raise ValueError("not a number")
     return value
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """(number, value) of a protobuf message; fixed-size numbers are left as bytes."""
+    """The (field number, value) pairs of a protobuf message; fixed-size numbers stay bytes."""
     at = 0
 
     def varint() -> int:
@@ -100,11 +100,11 @@ def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
         at += size
 
 
-def expand_charsmap(path: Path, charsmap: bytes) -> dict[str, str]:
+def decode_charsmap(path: Path, charsmap: bytes) -> dict[str, str]:
     """SentencePiece's compiled table as {text: replacement}. Raises CheckpointInvalid.
 
-    It is the length of a double-array trie, the trie (Yata's darts-clone) and the replacements, each ended by a zero byte.
-    Only keys are kept that `tpx_runtime.tokenizer.t5.Charmap` can meet: short ones, and none behind a shorter one.
+    The format is the length of a double-array trie, the trie (Yata's darts-clone) and the zero-terminated replacements. Only
+    keys that `tpx_runtime.tokenizer.t5.Charmap` can match are kept: short ones of which no prefix is a key.
     """
     found: dict[str, str] = {}
     try:
@@ -126,11 +126,11 @@ def expand_charsmap(path: Path, charsmap: bytes) -> dict[str, str]:
                 if units[at] >> 8 & 1:
                     start = units[child] & 0x7FFFFFFF
                     found[text.decode()] = replacements[start : replacements.index(0, start)].decode()
-                elif len(text) < _MOST_BYTES:
+                elif len(text) < _MAX_KEY_BYTES:
                     nodes.append((child, text))
     except (ValueError, IndexError, struct.error):
         raise CheckpointInvalid(
-            f"{path}: expected SentencePiece's table of normalisations, found something else; copy it again"
+            f"{path}: expected SentencePiece's normalisation table, found something else; copy it again"
         ) from None
     return dict(sorted(found.items()))
 

@@ -1,4 +1,4 @@
-"""Tensors of foreign checkpoints by name, each read when it is asked for."""
+"""Tensors of foreign checkpoints by name, each read on access."""
 
 import argparse
 import json
@@ -16,18 +16,15 @@ from tpx_export.checkpoint import CheckpointInvalid
 
 Reader = Callable[[], Tensor]
 
-# Nothing computes in these here, and float16 holds them exactly.
+# Types that are not computed in here; float16 represents them exactly.
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 class Tensors(Mapping[str, Tensor]):
-    """Name -> tensor; a tensor is read (or mapped into memory) when it is asked for, and not kept.
+    """Name -> tensor; a tensor is read (or mapped into memory) on access, and not cached. `path` is for error messages."""
 
-    `where` says in error messages what was read.
-    """
-
-    def __init__(self, where: Path, readers: Mapping[str, Reader]) -> None:
-        self.where = where
+    def __init__(self, path: Path, readers: Mapping[str, Reader]) -> None:
+        self.path = path
         self._readers = dict(readers)
 
     def __getitem__(self, name: str) -> Tensor:
@@ -39,23 +36,23 @@ class Tensors(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._readers)
 
-    def under(self, prefix: str) -> "Tensors":
-        """The tensors whose names begin with `prefix`, under the rest of their names."""
+    def with_prefix(self, prefix: str) -> "Tensors":
+        """The tensors whose names start with `prefix`, under their names without it."""
         found = {name: reader for name, reader in self._readers.items() if name.startswith(prefix)}
-        return Tensors(self.where, {name.removeprefix(prefix): reader for name, reader in found.items()})
+        return Tensors(self.path, {name.removeprefix(prefix): reader for name, reader in found.items()})
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the first floating-point tensor."""
-        kinds = (self[name].dtype for name in self)
-        return next(kind for kind in kinds if kind.is_floating_point)
+        dtypes = (self[name].dtype for name in self)
+        return next(dtype for dtype in dtypes if dtype.is_floating_point)
 
 
 def open_tensors(path: Path) -> Tensors:
-    """Tensors of a .safetensors file, a .pt or .pth file of tensors alone, or a folder of one model in .safetensors.
+    """Open a .safetensors file, a .pt or .pth file that holds only tensors, or a folder of one model in .safetensors.
 
-    A folder may be sharded (*.safetensors.index.json). Where it holds the model several times (model.safetensors and
-    model.fp16.safetensors), the file without a variant is taken. Raises CheckpointInvalid.
+    A folder may be sharded (*.safetensors.index.json). If it has several variants of the model (model.safetensors and
+    model.fp16.safetensors), the file without a variant is used. Raises CheckpointInvalid.
     """
     if path.is_dir():
         return _folder(path)
@@ -82,12 +79,12 @@ def _folder(path: Path) -> Tensors:
                 f"{path}: expected the {len(files)} files of {indices[0].name}, found {absent[0]} missing"
             )
     else:
-        whole = sorted((p.name for p in path.glob("*.safetensors")), key=lambda name: (len(name), name))
-        if not whole:
+        variants = sorted((p.name for p in path.glob("*.safetensors")), key=lambda name: (len(name), name))
+        if not variants:
             raise CheckpointInvalid(
                 f"{path}: expected .safetensors files, found none; save the model with safe_serialization=True"
             )
-        files = whole[:1]
+        files = variants[:1]
     readers: dict[str, Reader] = {}
     for name in files:
         readers |= _safetensors(path / name)
@@ -100,18 +97,22 @@ def _safetensors(path: Path) -> dict[str, Reader]:
         return {name: partial(file.get_tensor, name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, struct.error) as error:
         raise CheckpointInvalid(
-            f"{path}: expected a whole .safetensors file, found one that is truncated or damaged ({error}); copy it again"
+            f"{path}: expected a complete .safetensors file, found a truncated or damaged one ({error}); copy it again"
         ) from None
 
 
 def _pickled(path: Path) -> dict[str, Reader]:
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # DiT's training keeps its arguments so
+        with torch.serialization.safe_globals(
+            [argparse.Namespace]
+        ):  # DiT's training script saves its arguments
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a broken pickle may raise anything
-        said = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split())[:120]
-        raise CheckpointInvalid(f"{path}: expected a file of tensors alone, found another ({said})") from None
-    for key in ("ema", "model", "state_dict"):  # as training scripts wrap it; sampling uses the EMA
+        reason = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split())[:120]
+        raise CheckpointInvalid(
+            f"{path}: expected a file that holds only tensors, found another ({reason})"
+        ) from None
+    for key in ("ema", "model", "state_dict"):  # keys of training scripts; sampling uses the EMA
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
             break

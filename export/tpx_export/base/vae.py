@@ -1,4 +1,4 @@
-"""SD3's and SD1's autoencoder from a diffusers folder and from a single file, whose names are those of latent diffusion.
+"""Loads the autoencoder of SD3 or SD1 from a diffusers folder, or from a single file with the names of latent diffusion.
 
 | ours | diffusers | single file, under first_stage_model. |
 |---|---|---|
@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tpx_export.base.facts import numbered, read_config, shape
-from tpx_export.base.recipe import From, load_foreign
+from tpx_export.base.config import count_numbered, read_config, tensor_shape
+from tpx_export.base.conversion import Conversion, load_foreign
 from tpx_export.base.tensors import Tensors, open_tensors
 from tpx_export.checkpoint import CheckpointInvalid
 from tpx_export.model.autoencoder_kl import AutoencoderKL, AutoencoderKLSpec
@@ -31,21 +31,21 @@ _ATTENTION = ("norm", "q", "k", "v", "proj")
 _NEW = ("group_norm", "to_q", "to_k", "to_v", "to_out.0")  # diffusers
 _OLD = ("group_norm", "query", "key", "value", "proj_attn")  # diffusers until 2023
 
-# (whether it is the encoder, how many stages) -> names of our parts -> of theirs
+# (is encoder, number of stages) -> foreign names by our names
 Names = Callable[[bool, int], dict[str, str]]
 
 
 def load_vae(folder: Path, image_size_px: int) -> AutoencoderKL:
-    """Load a folder that diffusers' AutoencoderKL was saved in, for square pictures of `image_size_px`.
+    """Load a folder that diffusers' AutoencoderKL was saved in, for square images of `image_size_px`.
 
-    Raises CheckpointInvalid for a file that does not fit, BadInput for pictures of a size that it cannot make.
+    Raises CheckpointInvalid for an invalid or unsupported model, BadInput for an image size that it does not support.
     """
     config = read_config(folder)
     config.one_of("_class_name", ("AutoencoderKL",))
     widths = config.counts("block_out_channels", (64,))
     groups = config.count("norm_num_groups", 32)
     if any(width % groups for width in widths) or len(widths) > 8:
-        raise config.unfit(f"block_out_channels in groups of {groups}", list(widths))
+        raise config.invalid(f"up to 8 block_out_channels divisible by {groups}", list(widths))
     for name, allowed, default in (
         ("down_block_types", ["DownEncoderBlock2D"] * len(widths), ["DownEncoderBlock2D"]),
         ("up_block_types", ["UpDecoderBlock2D"] * len(widths), ["UpDecoderBlock2D"]),
@@ -60,7 +60,7 @@ def load_vae(folder: Path, image_size_px: int) -> AutoencoderKL:
     quant = config.one_of("use_quant_conv", (True, False), True)
     config.one_of("use_post_quant_conv", (quant,), True)
     if (scale := config.real("scaling_factor", 0.18215)) <= 0:
-        raise config.unfit("a scaling_factor above 0", scale)
+        raise config.invalid("a scaling_factor above 0", scale)
     tensors = open_tensors(folder)
     old = "encoder.mid_block.attentions.0.query.weight" in tensors
     spec = _spec(
@@ -75,20 +75,22 @@ def load_vae(folder: Path, image_size_px: int) -> AutoencoderKL:
     return _fill(spec, tensors, partial(_diffusers, attention=_OLD if old else _NEW))
 
 
-def vae_of(tensors: Tensors, image_size_px: int) -> AutoencoderKL:
-    """Load a single file's tensors under VAE, for square pictures of `image_size_px`.
+def vae_from_tensors(tensors: Tensors, image_size_px: int) -> AutoencoderKL:
+    """Load the tensors of a single file under VAE, for square images of `image_size_px`.
 
-    Latents are scaled as SD3's where they have 16 channels, as SD1's where they have 4. Raises CheckpointInvalid, BadInput.
+    The scale and shift of 16-channel latents are SD3's, of 4-channel latents SD1's. Raises CheckpointInvalid, BadInput.
     """
-    stages = numbered(tensors, "encoder.down")
-    channels = shape(tensors, "decoder.conv_in.weight", 4)[1]
-    widths = tuple(shape(tensors, f"encoder.down.{i}.block.0.conv2.weight", 4)[0] for i in range(stages))
+    stages = count_numbered(tensors, "encoder.down")
+    channels = tensor_shape(tensors, "decoder.conv_in.weight", 4)[1]
+    widths = tuple(
+        tensor_shape(tensors, f"encoder.down.{i}.block.0.conv2.weight", 4)[0] for i in range(stages)
+    )
     if channels not in SCALES or any(width % 32 for width in widths):
         raise CheckpointInvalid(
-            f"{tensors.where}: expected an autoencoder with latents of 16 or 4 channels and widths in groups of 32, found "
+            f"{tensors.path}: expected an autoencoder with 16 or 4 latent channels and widths divisible by 32, found "
             f"{channels} and {list(widths)}; check the file"
         )
-    blocks, quant = numbered(tensors, "encoder.down.0.block"), "quant_conv.weight" in tensors
+    blocks, quant = count_numbered(tensors, "encoder.down.0.block"), "quant_conv.weight" in tensors
     spec = _spec(image_size_px, channels, widths, blocks, 32, quant, SCALES[channels])
     return _fill(spec, tensors, _latent_diffusion)
 
@@ -104,52 +106,52 @@ def _spec(
 ) -> AutoencoderKLSpec:
     factor = 2 ** (len(widths) - 1)
     if image_size_px < factor or image_size_px % factor:
-        raise BadInput(f"expected an image size that {factor} divides, found {image_size_px}; choose another")
+        raise BadInput(f"expected an image size divisible by {factor}, found {image_size_px}; choose another")
     return AutoencoderKLSpec(image_size_px, channels, widths, blocks, groups, quant, *scaling)
 
 
 def _fill(spec: AutoencoderKLSpec, tensors: Tensors, names: Names) -> AutoencoderKL:
     with torch.device("meta"):
         model = AutoencoderKL(spec)
-    recipe = {}
+    conversions = {}
     for half in ("encoder", "decoder"):
         encoder = half == "encoder"
-        known = names(encoder, len(spec.widths))
+        renames = names(encoder, len(spec.widths))
         for ours in getattr(model, half).state_dict():
             part, _, kind = ours.rpartition(".")
             quant = "quant_conv" if encoder else "post_quant_conv"
-            theirs = quant if part == "quant" else f"{half}.{_renamed(part, known)}"
-            make = _matrix if part.startswith("middle.1.") else _as_is
-            recipe[f"{half}.{ours}"] = From((f"{theirs}.{kind}",), make)
+            theirs = quant if part == "quant" else f"{half}.{_renamed(part, renames)}"
+            convert = _matrix if part.startswith("middle.1.") else _identity
+            conversions[f"{half}.{ours}"] = Conversion((f"{theirs}.{kind}",), convert)
     unused = (found for found in tensors if found.startswith(("loss.", "model_ema.")))
-    load_foreign(model, recipe, tensors, unused)
+    load_foreign(model, conversions, tensors, unused)
     return model.to(next(model.decoder.parameters()).dtype)
 
 
 def _diffusers(encoder: bool, stages: int, attention: tuple[str, ...]) -> dict[str, str]:
-    way = "down" if encoder else "up"
+    direction = "down" if encoder else "up"
     names = {"middle.0": "mid_block.resnets.0", "middle.2": "mid_block.resnets.1"}
     for ours, theirs in zip(_ATTENTION, attention, strict=True):
         names[f"middle.1.{ours}"] = f"mid_block.attentions.0.{theirs}"
     for index in range(stages):
-        names[f"stages.{index}.blocks"] = f"{way}_blocks.{index}.resnets"
-        names[f"stages.{index}.resample"] = f"{way}_blocks.{index}.{way}samplers.0.conv"
+        names[f"stages.{index}.blocks"] = f"{direction}_blocks.{index}.resnets"
+        names[f"stages.{index}.resample"] = f"{direction}_blocks.{index}.{direction}samplers.0.conv"
     return names | {"norm_out": "conv_norm_out", "shortcut": "conv_shortcut"}
 
 
 def _latent_diffusion(encoder: bool, stages: int) -> dict[str, str]:
-    way = "down" if encoder else "up"
+    direction = "down" if encoder else "up"
     names = {"middle.0": "mid.block_1", "middle.1": "mid.attn_1", "middle.2": "mid.block_2"}
     names["middle.1.proj"] = "mid.attn_1.proj_out"
     for index in range(stages):
         level = index if encoder else stages - 1 - index  # 0 is the full resolution
-        names[f"stages.{index}.blocks"] = f"{way}.{level}.block"
-        names[f"stages.{index}.resample"] = f"{way}.{level}.{way}sample.conv"
+        names[f"stages.{index}.blocks"] = f"{direction}.{level}.block"
+        names[f"stages.{index}.resample"] = f"{direction}.{level}.{direction}sample.conv"
     return names | {"shortcut": "nin_shortcut"}
 
 
 def _renamed(part: str, names: dict[str, str]) -> str:
-    """`part` with its longest known beginning replaced, and its last word."""
+    """`part` with its longest prefix in `names` replaced, and a final `shortcut` too."""
     for ours in sorted(names, key=len, reverse=True):
         if part == ours or part.startswith(f"{ours}."):
             part = names[ours] + part.removeprefix(ours)
@@ -158,10 +160,10 @@ def _renamed(part: str, names: dict[str, str]) -> str:
     return f"{before}.{names['shortcut']}" if last == "shortcut" else part
 
 
-def _as_is(value: Tensor) -> Tensor:
+def _identity(value: Tensor) -> Tensor:
     return value
 
 
 def _matrix(value: Tensor) -> Tensor:
-    """The weight of a 1x1 convolution as a matrix; another value as it is."""
+    """The weight of a 1x1 convolution as a matrix; other values unchanged."""
     return value.flatten(1) if value.ndim == 4 else value

@@ -1,4 +1,4 @@
-"""The reference model: an autoencoder, a text encoder, and a diffusion transformer whose pixels think."""
+"""The reference models: autoencoders, text encoders, and diffusion transformers with thinking blocks."""
 
 from tpx_export.model.autoencoder import Autoencoder, AutoencoderSpec
 from tpx_export.model.class_to_image import ClassToImage, ClassToImageSpec

@@ -1,7 +1,9 @@
-"""The parts of a joint attention block: modulated norms, one modality's weights, and attention itself.
+"""The parts of a joint attention block: modulated norms, the weights of one modality, and attention.
 
 Shapes: B batch, n and m tokens, D width, H heads, d = D / H.
 """
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -11,17 +13,17 @@ from tpx_export.model.conditions import Modulation
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """adaLN: layer norm without affine, then shift and scale [B, 1, D] of the condition."""
+    """adaLN: layer norm without affine weights, then the condition's scale and shift, each [B, 1, D]."""
     return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """[B, H, n, d] queries against [B, H, m, d] keys and values -> [B, n, D]."""
+    """Queries [B, H, n, d], keys and values [B, H, m, d] -> [B, n, D]."""
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x), times a weight for each channel. Squares are taken in float32: in float16 they overflow at 256."""
+    """x / rms(x) times a weight per channel. Squares are computed in float32: in float16 they overflow at 256."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -29,12 +31,12 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = x.float()
-        # Division by a root, not rsqrt: the variant that ONNX Runtime fuses.
+        # Division by a square root instead of rsqrt: ONNX Runtime fuses this form.
         return (h / (h.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()).to(x.dtype) * self.weight
 
 
-class Heads(nn.Module):
-    """The layer that makes q, k and v of tokens, and how they become heads."""
+class QKVProjection(nn.Module):
+    """The linear layer that projects tokens to q, k and v, and their split into heads."""
 
     def __init__(self, width: int, head_width: int, qk_norm: bool) -> None:
         super().__init__()
@@ -43,36 +45,39 @@ class Heads(nn.Module):
         self.norm_q = RMSNorm(head_width) if qk_norm else nn.Identity()
         self.norm_k = RMSNorm(head_width) if qk_norm else nn.Identity()
 
-    def heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[B, n, 3D] -> q, k, v, each [B, H, n, d]; q and k normed."""
-        # All turned together: one transposition, which ONNX Runtime does not move into the norms, so that it fuses them all.
+    def split_heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, n, 3D] -> q, k, v, each [B, H, n, d]; q and k are normalised."""
+        # One transpose for all three: ONNX Runtime does not move it into the norms, so it can fuse every norm.
         q, k, v = qkv.unflatten(-1, (-1, self.head_width)).transpose(1, 2).chunk(3, dim=1)
         return self.norm_q(q), self.norm_k(k), v
 
 
-class Stream(Heads):
-    """One modality's own weights in a joint block.
+class Stream(QKVProjection):
+    """The weights of one modality in a joint block.
 
-    `modulation` makes shift, scale, gate (attention), shift, scale, gate (perceptron) and, where `dual`, shift, scale, gate
-    of a second attention. `ends`: after the last attention nothing reads this modality, so only the first two are made.
+    `modulation` computes shift, scale, gate (attention), shift, scale, gate (MLP) and, if `dual`, shift, scale, gate of a
+    second attention. With `pre_only` the modality is not used after this attention, so only the first shift and scale are
+    computed (diffusers' `context_pre_only`).
     """
 
     def __init__(
-        self, width: int, head_width: int, qk_norm: bool, ends: bool = False, dual: bool = False
+        self, width: int, head_width: int, qk_norm: bool, pre_only: bool = False, dual: bool = False
     ) -> None:
         super().__init__(width, head_width, qk_norm)
-        self.modulation = Modulation(width, parts=2 if ends else 9 if dual else 6)
-        if not ends:
+        self.modulation = Modulation(width, parts=2 if pre_only else 9 if dual else 6)
+        if not pre_only:
             self.proj = nn.Linear(width, width)
             self.mlp_in = nn.Linear(width, 4 * width)
             self.mlp_out = nn.Linear(4 * width, width)
 
     def finish(
-        self, x: Tensor, attended: Tensor, rest: tuple[Tensor, ...], second: Tensor | None = None
+        self, x: Tensor, attended: Tensor, modulations: Sequence[Tensor], second: Tensor | None = None
     ) -> Tensor:
-        """Output projection, gated residual, the residual of the second attention, gated perceptron; `rest` are the
-        modulations behind the first two."""
-        gate_attention, shift, scale, gate_mlp = rest
+        """Output projection, gated residual, the residual `second` of a second attention, gated MLP.
+
+        `modulations` are the attention's gate and the MLP's shift, scale and gate.
+        """
+        gate_attention, shift, scale, gate_mlp = modulations
         x = x + gate_attention * self.proj(attended)
         if second is not None:
             x = x + second
@@ -80,12 +85,12 @@ class Stream(Heads):
         return x + gate_mlp * self.mlp_out(hidden)
 
 
-class SelfAttention(Heads):
-    """Attention of one modality to itself, [B, n, D] -> the same: the second attention of a dual block (SD3.5-medium)."""
+class SelfAttention(QKVProjection):
+    """Self-attention within one modality, [B, n, D] -> [B, n, D]: the second attention of a dual block (SD3.5-medium)."""
 
     def __init__(self, width: int, head_width: int, qk_norm: bool) -> None:
         super().__init__(width, head_width, qk_norm)
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(attention(*self.heads(self.qkv(x))))
+        return self.proj(attention(*self.split_heads(self.qkv(x))))

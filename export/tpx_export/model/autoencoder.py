@@ -1,4 +1,4 @@
-"""A small convolutional autoencoder: pictures of 8f pixels <-> latents f pixels wide (Rombach et al., 2112.10752)."""
+"""A small convolutional autoencoder: images 8f pixels wide <-> latents of width f (Rombach et al., 2112.10752)."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class AutoencoderSpec:
-    """Widths are the channels at 1/8, 1/4 and 1/2 of the picture's resolution."""
+    """`widths` are the channels at 1/8, 1/4 and 1/2 of the image's resolution."""
 
     image_size_px: int = 128
     latent_channels: int = 4
@@ -24,7 +24,7 @@ class AutoencoderSpec:
 
 
 class ResidualBlock(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x)))))), [B, C, H, W] -> the same."""
+    """x + conv(silu(norm(conv(silu(norm(x)))))), [B, C, H, W] -> [B, C, H, W]."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class ResidualBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Pictures [B, 3, 8f, 8f] in -1..1 -> mean and log variance, each [B, latent_channels, f, f]."""
+    """Images [B, 3, 8f, 8f] in -1..1 -> mean and log variance, each [B, latent_channels, f, f]."""
 
     def __init__(self, spec: AutoencoderSpec) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents [B, latent_channels, f, f] -> pictures [B, 3, 8f, 8f], about -1..1."""
+    """Latents [B, latent_channels, f, f] -> images [B, 3, 8f, 8f], about -1..1."""
 
     def __init__(self, spec: AutoencoderSpec) -> None:
         super().__init__()
@@ -87,20 +87,20 @@ class Decoder(nn.Module):
 
 
 class LatentAutoencoder(nn.Module):
-    """An encoder, a decoder, and the affine map between their latents and those that the transformer sees."""
+    """An encoder, a decoder, and the affine map between their latents and those of the transformer."""
 
     def __init__(self, spec: Any, encoder: nn.Module, decoder: nn.Module) -> None:
         super().__init__()
-        self.spec = spec  # of either kind: both have scale and shift
+        self.spec = spec  # AutoencoderSpec or AutoencoderKLSpec: both have scale and shift
         self.encoder, self.decoder = encoder, decoder
 
     def encode(self, image: Tensor) -> Tensor:
-        """Pictures [B, 3, H, W] in -1..1 -> transformer latents [B, C, H/8, W/8], the posterior's mean."""
+        """Images [B, 3, H, W] in -1..1 -> transformer latents [B, C, H/8, W/8], the posterior's mean."""
         mean, _ = self.encoder(image)
         return (mean - self.spec.shift) * self.spec.scale
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Transformer latents -> pictures in -1..1."""
+        """Transformer latents -> images in -1..1."""
         return self.decoder(latents / self.spec.scale + self.spec.shift).clamp(-1, 1)
 
 
@@ -111,7 +111,7 @@ class Autoencoder(LatentAutoencoder):
         super().__init__(spec, Encoder(spec), Decoder(spec))
 
     def reconstruct(self, image: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """A reconstruction from a sample of the posterior, and the mean KL divergence to N(0, 1) of one latent."""
+        """Reconstruct from a sample of the posterior. Returns images and the mean KL divergence to N(0, 1) per latent."""
         mean, log_variance = self.encoder(image)
         z = mean + noise * torch.exp(0.5 * log_variance)
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()

@@ -1,6 +1,6 @@
-"""The autoencoder of latent diffusion (Rombach et al., 2112.10752) in SD1's and SD3's sizes.
+"""The autoencoder of latent diffusion (Rombach et al., 2112.10752) in the sizes of SD1 and SD3.
 
-Shapes: B batch, C channels, and pictures of 8f pixels for latents f wide where there are four widths.
+Shapes: B batch, C channels, f latent size; with four widths an image is 8f pixels wide.
 """
 
 from dataclasses import dataclass
@@ -11,20 +11,20 @@ from torch import Tensor, nn
 
 from tpx_export.model.autoencoder import LatentAutoencoder
 
-_QUERIES = 2048  # tokens attended at once: all 16,384 of a 1,024-pixel picture have a gigabyte of scores
+_MAX_QUERIES = 2048  # per attention call: for all 16,384 of a 1,024-pixel image the scores take a gigabyte
 
 
 @dataclass(frozen=True)
 class AutoencoderKLSpec:
-    """The defaults are SD3's. Widths are the channels at 1, 1/2, 1/4 and 1/8 of the picture's resolution.
+    """The defaults are SD3's. `widths` are the channels at 1, 1/2, 1/4 and 1/8 of the image's resolution.
 
-    Latents seen by the transformer are (z - shift) * scale. `quant` has a 1x1 convolution on either side of the latents.
+    The transformer's latents are (z - shift) * scale. `quant` adds a 1x1 convolution on either side of the latents.
     """
 
     image_size_px: int = 1024
     latent_channels: int = 16
     widths: tuple[int, ...] = (128, 256, 512, 512)
-    blocks: int = 2  # for each width of the encoder; the decoder has one more
+    blocks: int = 2  # per width in the encoder; the decoder has one more
     groups: int = 32
     quant: bool = False
     scale: float = 1.5305
@@ -33,13 +33,13 @@ class AutoencoderKLSpec:
     def __post_init__(self) -> None:
         if self.image_size_px % self.factor or any(width % self.groups for width in self.widths):
             raise ValueError(
-                f"expected a picture of a multiple of {self.factor} pixels and widths in groups of {self.groups}, found "
+                f"expected an image size divisible by {self.factor} and widths divisible by {self.groups}, found "
                 f"{self.image_size_px} and {self.widths}"
             )
 
     @property
     def factor(self) -> int:
-        """Pixels for each latent, along one side."""
+        """Pixels per latent along one side."""
         return int(2 ** (len(self.widths) - 1))
 
     @property
@@ -48,10 +48,10 @@ class AutoencoderKLSpec:
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group norm over [B, C, H, W] in float32; means are taken within rows, then over rows.
+    """Group norm of [B, C, H, W] in float32; means are computed within rows, then over rows.
 
-    torch's exporter would write InstanceNormalization, whose sums of millions of pixels in ONNX Runtime are wrong by 8e-5 in
-    a picture of 1,024 pixels.
+    torch's exporter would write InstanceNormalization. ONNX Runtime sums its millions of pixels with an error of 8e-5 in an
+    image of 1,024 pixels.
     """
 
     def __init__(self, groups: int, channels: int) -> None:
@@ -61,8 +61,8 @@ class GroupNorm(nn.GroupNorm):
         wide = x.float()
         rows = wide.reshape(x.shape[0], self.num_groups, -1, x.shape[3])  # [B, G, C/G H, W]
         mean = rows.mean(3, keepdim=True).mean(2, keepdim=True)
-        off = rows - mean
-        variance = (off * off).mean(3, keepdim=True).mean(2, keepdim=True)
+        centred = rows - mean
+        variance = (centred * centred).mean(3, keepdim=True).mean(2, keepdim=True)
         scale = self.weight.float().view(self.num_groups, -1, 1) / (variance + self.eps).sqrt()
         shift = self.bias.float().view(self.num_groups, -1, 1) - mean * scale
         scale, shift = (part.reshape(x.shape[0], -1, 1, 1) for part in (scale, shift))
@@ -70,7 +70,7 @@ class GroupNorm(nn.GroupNorm):
 
 
 class ResidualBlock(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x)))))), [B, C, H, W] -> [B, C', H, W]; x is projected where C' is not C."""
+    """x + conv(silu(norm(conv(silu(norm(x)))))), [B, C, H, W] -> [B, C', H, W]; x is projected if C' differs from C."""
 
     def __init__(self, channels: int, out: int, groups: int) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ class ResidualBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Every pixel attends to every pixel, one head, [B, C, H, W] -> the same."""
+    """Self-attention of all pixels with one head, [B, C, H, W] -> [B, C, H, W]."""
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
@@ -96,30 +96,31 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         pixels = self.norm(x).flatten(2).transpose(1, 2).unsqueeze(1)  # [B, 1, H W, C]
         q, k, v = self.q(pixels), self.k(pixels), self.v(pixels)
-        some = q.chunk(-(-q.shape[2] // _QUERIES), dim=2) if q.shape[2] > _QUERIES else (q,)
-        answers = [F.scaled_dot_product_attention(part, k, v) for part in some]
-        attended = torch.cat(answers, dim=2) if len(answers) > 1 else answers[0]
+        chunks = q.chunk(-(-q.shape[2] // _MAX_QUERIES), dim=2) if q.shape[2] > _MAX_QUERIES else (q,)
+        outputs = [F.scaled_dot_product_attention(chunk, k, v) for chunk in chunks]
+        attended = torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]
         return x + self.proj(attended).squeeze(1).transpose(1, 2).unflatten(2, x.shape[2:])
 
 
 class Stage(nn.Module):
-    """Residual blocks at one resolution, then a step to half of it, to twice it, or none."""
+    """Residual blocks at one resolution, then downsampling ("down"), upsampling ("up") or neither ("")."""
 
-    def __init__(self, channels: int, out: int, blocks: int, groups: int, step: str = "") -> None:
+    def __init__(self, channels: int, out: int, blocks: int, groups: int, direction: str = "") -> None:
         super().__init__()
         inputs = [channels, *[out] * (blocks - 1)]
         self.blocks = nn.Sequential(*(ResidualBlock(each, out, groups) for each in inputs))
-        self.step = step
-        if step:
-            self.resample = nn.Conv2d(
-                out, out, 3, stride=2 if step == "down" else 1, padding=0 if step == "down" else 1
-            )
+        self.direction = direction
+        if direction:
+            down = direction == "down"
+            self.resample = nn.Conv2d(out, out, 3, stride=2 if down else 1, padding=0 if down else 1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.blocks(x)
-        if self.step == "down":
+        if self.direction == "down":
             return self.resample(F.pad(x, (0, 1, 0, 1)))
-        return self.resample(F.interpolate(x, scale_factor=2.0, mode="nearest")) if self.step == "up" else x
+        if self.direction == "up":
+            return self.resample(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return x
 
 
 def middle(channels: int, groups: int) -> nn.Sequential:
@@ -131,17 +132,17 @@ def middle(channels: int, groups: int) -> nn.Sequential:
 
 
 class Encoder(nn.Module):
-    """Pictures [B, 3, 8f, 8f] in -1..1 -> mean and log variance, each [B, latent_channels, f, f]."""
+    """Images [B, 3, 8f, 8f] in -1..1 -> mean and log variance, each [B, latent_channels, f, f]."""
 
     def __init__(self, spec: AutoencoderKLSpec) -> None:
         super().__init__()
         widths, out = spec.widths, 2 * spec.latent_channels
-        steps = ["down"] * (len(widths) - 1) + [""]
+        directions = ["down"] * (len(widths) - 1) + [""]
         self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
         self.stages = nn.Sequential(
             *(
-                Stage(before, width, spec.blocks, spec.groups, step)
-                for before, width, step in zip((widths[0], *widths), widths, steps, strict=False)
+                Stage(before, width, spec.blocks, spec.groups, direction)
+                for before, width, direction in zip((widths[0], *widths), widths, directions, strict=False)
             )
         )
         self.middle = middle(widths[-1], spec.groups)
@@ -156,19 +157,19 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents z [B, latent_channels, f, f] -> pictures [B, 3, 8f, 8f], about -1..1."""
+    """Latents z [B, latent_channels, f, f] -> images [B, 3, 8f, 8f], about -1..1."""
 
     def __init__(self, spec: AutoencoderKLSpec) -> None:
         super().__init__()
         widths = spec.widths[::-1]
-        steps = ["up"] * (len(widths) - 1) + [""]
+        directions = ["up"] * (len(widths) - 1) + [""]
         self.quant = nn.Conv2d(spec.latent_channels, spec.latent_channels, 1) if spec.quant else nn.Identity()
         self.conv_in = nn.Conv2d(spec.latent_channels, widths[0], 3, padding=1)
         self.middle = middle(widths[0], spec.groups)
         self.stages = nn.Sequential(
             *(
-                Stage(before, width, spec.blocks + 1, spec.groups, step)
-                for before, width, step in zip((widths[0], *widths), widths, steps, strict=False)
+                Stage(before, width, spec.blocks + 1, spec.groups, direction)
+                for before, width, direction in zip((widths[0], *widths), widths, directions, strict=False)
             )
         )
         self.norm_out = GroupNorm(spec.groups, widths[-1])

@@ -1,4 +1,4 @@
-"""The two networks of a class-to-image model in one module, with everything that describes them."""
+"""A class-to-image model: autoencoder and transformer in one module, with their specification."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from tpx_runtime.manifest import Defaults
 
 @dataclass(frozen=True)
 class ClassToImageSpec:
-    """`defaults` are used where a call names no value; the transformer must allow their `depth`."""
+    """`defaults` are the settings of a call that names none; the transformer must allow their `depth`."""
 
     name: str
     license: str
@@ -22,13 +22,12 @@ class ClassToImageSpec:
 
     def __post_init__(self) -> None:
         check_name(self.name)
-        seen = self.transformer
-        check_same("latent_channels", seen.latent_channels, self.autoencoder.latent_channels)
-        check_same("latent_size", seen.latent_size, self.autoencoder.latent_size)
+        check_same("latent_channels", self.transformer.latent_channels, self.autoencoder.latent_channels)
+        check_same("latent_size", self.transformer.latent_size, self.autoencoder.latent_size)
 
 
 class ClassToImage(nn.Module):
-    """Class -> epsilon of latents -> picture; the loop between them is the runtime's."""
+    """Class -> epsilon of latents -> image. The runtime has the sampling loop."""
 
     def __init__(self, spec: ClassToImageSpec) -> None:
         super().__init__()

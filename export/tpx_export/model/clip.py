@@ -1,4 +1,4 @@
-"""CLIP's text encoder (Radford et al., 2103.00020) as SD3 reads it: a causal transformer over 77 tokens.
+"""CLIP's text encoder (Radford et al., 2103.00020) as SD3 uses it: a causal transformer over 77 tokens.
 
 Shapes: B batch, L tokens, W width, H heads, P projection.
 """
@@ -17,7 +17,7 @@ ACTIVATIONS = ("quick_gelu", "gelu")  # of OpenAI's CLIP-L, of OpenCLIP's CLIP-G
 
 @dataclass(frozen=True)
 class CLIPTextSpec:
-    """The defaults are CLIP-L's; CLIP-G has width 1280, 20 heads, 32 layers, a perceptron 5120 wide, and plain gelu."""
+    """The defaults are CLIP-L's; CLIP-G has width 1280, 20 heads, 32 layers, an MLP of width 5120, and plain gelu."""
 
     vocabulary: int = 49_408
     tokens: int = 77
@@ -32,13 +32,13 @@ class CLIPTextSpec:
     def __post_init__(self) -> None:
         if self.width % self.heads or self.activation not in ACTIVATIONS:
             raise ValueError(
-                f"expected heads that divide the width and an activation of {ACTIVATIONS}, found "
+                f"expected a width divisible by the heads and an activation of {ACTIVATIONS}, found "
                 f"{self.heads} heads of {self.width} and {self.activation!r}"
             )
 
 
 class Layer(nn.Module):
-    """Pre-norm causal self-attention and perceptron, [B, L, W] -> the same."""
+    """Pre-norm causal self-attention and MLP, [B, L, W] -> [B, L, W]."""
 
     def __init__(self, spec: CLIPTextSpec) -> None:
         super().__init__()
@@ -58,24 +58,24 @@ class Layer(nn.Module):
 
 def causal_mask(length: int) -> Tensor:
     """float32 [L, L]: minus infinity where a token (row) would attend to a later one (column), else zero."""
-    place = torch.arange(length, dtype=torch.float32)
-    return torch.zeros(length, length).masked_fill(place > place.unsqueeze(1), -math.inf)
+    positions = torch.arange(length, dtype=torch.float32)
+    return torch.zeros(length, length).masked_fill(positions > positions.unsqueeze(1), -math.inf)
 
 
-def at_largest(x: Tensor, ids: Tensor) -> Tensor:
-    """x [B, L, W] -> [B, W] at the first position of each row's largest id, which is the end of the text.
+def pool_at_end_of_text(x: Tensor, ids: Tensor) -> Tensor:
+    """x [B, L, W] -> [B, W] at the first position of each row's largest id, the end-of-text token.
 
-    It is torch.argmax without ArgMax: padding with the same id makes ties, and engines do not agree on those.
+    It does not use ArgMax: padding with the same id makes ties, and engines resolve ties differently.
     """
-    number = ids.float()  # exact up to 2^24
-    place = torch.arange(ids.shape[1], dtype=torch.float32)
-    ends = number == number.amax(1, keepdim=True)
-    first = torch.where(ends, place, float(ids.shape[1])).amin(1, keepdim=True)
-    return ((place == first).to(x.dtype).unsqueeze(1) @ x).squeeze(1)
+    values = ids.float()  # exact up to 2^24
+    positions = torch.arange(ids.shape[1], dtype=torch.float32)
+    is_largest = values == values.amax(1, keepdim=True)
+    first = torch.where(is_largest, positions, float(ids.shape[1])).amin(1, keepdim=True)
+    return ((positions == first).to(x.dtype).unsqueeze(1) @ x).squeeze(1)
 
 
 class CLIPText(nn.Module):
-    """Ids [B, L] -> context [B, L, W] of the last layer but one, and pooled [B, P], projected from the text's end."""
+    """Ids [B, L] -> context [B, L, W] of the penultimate layer, and pooled [B, P], projected from the end of the text."""
 
     def __init__(self, spec: CLIPTextSpec) -> None:
         super().__init__()
@@ -91,4 +91,4 @@ class CLIPText(nn.Module):
         mask = causal_mask(ids.shape[1])
         for layer in self.layers:
             context, last = last, layer(last, mask)
-        return context, self.projection(at_largest(self.norm(last), ids))
+        return context, self.projection(pool_at_end_of_text(self.norm(last), ids))

@@ -1,4 +1,4 @@
-"""The class-conditional diffusion transformer (DiT; Peebles and Xie, 2212.09748), some of whose blocks think.
+"""The class-conditional diffusion transformer (DiT; Peebles and Xie, 2212.09748) with optional thinking blocks.
 
 Shapes: B batch, C latent channels, S latent size, N visual tokens, D width.
 """
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tpx_export.model.attention import Stream, attention, modulate
-from tpx_export.model.conditions import Modulation, handed_out, table
+from tpx_export.model.conditions import Modulation, compute_conditions, split_conditions
 from tpx_export.model.embedder import Embedder, sinusoid
 from tpx_export.model.thinking import Thinking, ThinkingSpec
 from tpx_export.model.transformer import DiffusionTransformer, TransformerSpec
@@ -19,10 +19,10 @@ from tpx_export.model.transformer import DiffusionTransformer, TransformerSpec
 
 @dataclass(frozen=True)
 class DiTSpec(TransformerSpec):
-    """Sizes of the transformer; the defaults are those of DiT-XL/2 at 256 x 256 pixels, base/dit.py reads others.
+    """Sizes of the transformer. The defaults are those of DiT-XL/2 at 256 x 256 pixels; base/dit.py reads others.
 
-    `learned_sigma`: after epsilon the model also predicts where the log variance lies in its range (Nichol and Dhariwal,
-    2102.09672), in as many channels.
+    With `learned_sigma` the model also predicts, in as many channels after epsilon, the position of the log variance within
+    its range (Nichol and Dhariwal, 2102.09672).
     """
 
     latent_channels: int = 4
@@ -42,7 +42,7 @@ class DiTSpec(TransformerSpec):
                 raise ValueError(f"expected {field} of 1 or more, got {getattr(self, field)}")
         if self.width % self.heads or self.width % 4 or self.latent_size % self.patch:
             raise ValueError(
-                f"expected heads and 4 to divide width and patch to divide latent_size, got {self.width}/{self.heads} "
+                f"expected width divisible by heads and by 4, and latent_size by patch, got {self.width}/{self.heads} "
                 f"and {self.latent_size}/{self.patch}"
             )
         self.require_blocks("thinking", self.thinking.blocks if self.thinking else ())
@@ -52,26 +52,26 @@ class DiTSpec(TransformerSpec):
         return self.latent_channels * (2 if self.learned_sigma else 1)
 
     @property
-    def modulations(self) -> int:
-        """6 for each block, and 2 for the output."""
+    def num_modulations(self) -> int:
+        """6 per block, and 2 for the output."""
         return 6 * self.blocks + 2
 
 
 def position_table(side: int, width: int) -> Tensor:
     """[side^2, width]: half the width for the column, half for the row; sines, then cosines, at 10000^(-i / (width/4)).
 
-    Worked out in float64, as the table in DiT's checkpoints was.
+    It is computed in float64, as the table in DiT's checkpoints was.
     """
     quarter = width // 4
     frequencies = 10_000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
     steps = torch.arange(side, dtype=torch.float64)
     rows, columns = torch.meshgrid(steps, steps, indexing="ij")
-    angles = [place.flatten().unsqueeze(-1) * frequencies for place in (columns, rows)]
+    angles = [positions.flatten().unsqueeze(-1) * frequencies for positions in (columns, rows)]
     return torch.cat([wave for angle in angles for wave in (angle.sin(), angle.cos())], dim=-1).float()
 
 
 class Block(nn.Module):
-    """Visual tokens attend to one another, and may think first."""
+    """Self-attention of the visual tokens, after thinking if this is a thinking block, and an MLP."""
 
     def __init__(self, spec: DiTSpec, index: int) -> None:
         super().__init__()
@@ -81,29 +81,28 @@ class Block(nn.Module):
         self.thinking = Thinking(spec.width, spec.thinking) if thinks and spec.thinking else None
 
     def forward(
-        self, x: Tensor, told: Sequence[Tensor], seen: Tensor | None, depth: int
+        self, x: Tensor, modulations: Sequence[Tensor], gate_condition: Tensor | None, depth: int
     ) -> tuple[Tensor, list[Tensor]]:
-        """x [B, N, D] -> x after the block, and the routes [B, N] of its steps.
+        """x [B, N, D] -> x after the block, and the routes [B, N] of each latent step.
 
-        `told` are the block's modulations, each [B, 1, D]; `seen`, [B, 1, 64], is what the gate sees of the
-        condition.
+        `modulations` are each [B, 1, D]; `gate_condition`, [B, 1, 64], is the expert gate's projection of the condition.
         """
-        shift, scale, *rest = told
+        shift, scale, *rest = modulations
         x_in = modulate(x, shift, scale)
 
         def attend(qkv: Tensor) -> Tensor:
-            return attention(*self.visual.heads(qkv))
+            return attention(*self.visual.split_heads(qkv))
 
         routes: list[Tensor] = []
         if self.thinking is None:
             qkv = self.visual.qkv(x_in)
         else:
-            qkv, routes = self.thinking(x_in, seen, depth, lambda: self.visual.qkv(x_in), attend)
-        return self.visual.finish(x, attend(qkv), tuple(rest)), routes
+            qkv, routes = self.thinking(x_in, gate_condition, depth, lambda: self.visual.qkv(x_in), attend)
+        return self.visual.finish(x, attend(qkv), rest), routes
 
 
 class DiT(DiffusionTransformer):
-    """Predicts epsilon of a diffusion, x = sqrt(abar) x0 + sqrt(1 - abar) epsilon, and if learned the log variance."""
+    """Predicts epsilon, where x = sqrt(abar) x0 + sqrt(1 - abar) epsilon, and with `learned_sigma` the log variance."""
 
     spec: DiTSpec
 
@@ -124,14 +123,14 @@ class DiT(DiffusionTransformer):
     ) -> tuple[Tensor, Tensor]:
         """Latents [B, C, S, S], timestep [B] in 0..1000, class_id int64 [B] in 0..classes, depth in 1..max_depth.
 
-        The class after the last, `classes`, means no class. Computes `conditions` and returns what `denoise` does.
+        The class id `classes` means "no class". Computes `conditions` and returns the result of `denoise`.
         """
         return self.denoise(latents, self.conditions(timestep, class_id), depth)
 
     def conditions(self, timestep: Tensor, class_id: Tensor) -> Tensor:
-        """Timestep [B] and class_id [B] -> the rows of numbers that depend on them alone, float32 [B, K]."""
+        """Timestep [B] and class_id [B] -> float32 [B, K]: everything that depends only on them (conditions.py)."""
         time = self.time(sinusoid(timestep, 256))
-        return table(self, time + self.classes(class_id).to(time.dtype))
+        return compute_conditions(self, time + self.classes(class_id).to(time.dtype))
 
     def denoise(self, latents: Tensor, conditions: Tensor, depth: int) -> tuple[Tensor, Tensor]:
         """Latents [B, C, S, S], conditions [B, K], depth in 1..max_depth.
@@ -140,10 +139,11 @@ class DiT(DiffusionTransformer):
         block-major. Raises ValueError for a depth that the model was not built for.
         """
         spec = self.spec
-        x = self.tokens(latents, depth)
-        told, seen = handed_out(conditions, spec.modulations, spec.width, x.dtype)
+        x = self.embed_latents(latents, depth)
+        modulations, gates = split_conditions(conditions, spec.num_modulations, spec.width, x.dtype)
         routes: list[Tensor] = []
         for block in self.blocks:
-            x, chosen = block(x, list(islice(told, 6)), next(seen, None) if block.thinking else None, depth)
-            routes += chosen
-        return self.prediction(x, told, routes)
+            gate_condition = next(gates, None) if block.thinking else None
+            x, block_routes = block(x, list(islice(modulations, 6)), gate_condition, depth)
+            routes += block_routes
+        return self.predict(x, modulations, routes)

@@ -1,4 +1,4 @@
-"""How timesteps and pooled text become vectors: sinusoids, and a small perceptron."""
+"""Embeddings of timesteps and pooled text: sinusoids and a small MLP."""
 
 import math
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 def sinusoid(positions: Tensor, width: int) -> Tensor:
-    """[...] -> [..., width]: cosines, then sines, at frequencies 10000^(-i / (width/2))."""
+    """Sinusoidal embedding, [...] -> [..., width]: cosines, then sines, at frequencies 10000^(-i / (width/2))."""
     half = width // 2
     frequencies = torch.exp(-math.log(10_000) * torch.arange(half, device=positions.device) / half)
     angles = positions.float().unsqueeze(-1) * frequencies
@@ -16,7 +16,7 @@ def sinusoid(positions: Tensor, width: int) -> Tensor:
 
 
 class Embedder(nn.Module):
-    """Two linear layers with SiLU between: [B, width_in] -> [B, width]."""
+    """Two linear layers with SiLU in between: [B, width_in] -> [B, width]."""
 
     def __init__(self, width_in: int, width: int) -> None:
         super().__init__()

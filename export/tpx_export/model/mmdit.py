@@ -1,4 +1,4 @@
-"""The multimodal diffusion transformer (Esser et al., 2403.03206), some of whose blocks think.
+"""The multimodal diffusion transformer (MMDiT; Esser et al., 2403.03206) with optional thinking blocks.
 
 Shapes: B batch, N visual tokens, L text tokens, D width, H heads, d = D / H.
 """
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tpx_export.model.attention import SelfAttention, Stream, attention, modulate
-from tpx_export.model.conditions import Modulation, handed_out, table
+from tpx_export.model.conditions import Modulation, compute_conditions, split_conditions
 from tpx_export.model.embedder import Embedder, sinusoid
 from tpx_export.model.thinking import Thinking, ThinkingSpec
 from tpx_export.model.transformer import DiffusionTransformer, TransformerSpec
@@ -19,10 +19,10 @@ from tpx_export.model.transformer import DiffusionTransformer, TransformerSpec
 
 @dataclass(frozen=True)
 class MMDiTSpec(TransformerSpec):
-    """Sizes of the transformer; the defaults are the sample model's, base/sd3.py makes those of SD3 and SD3.5.
+    """Sizes of the transformer. The defaults are the sample model's; base/sd3.py reads those of SD3 and SD3.5.
 
-    `dual_blocks` have a second attention, of the visual tokens to themselves (SD3.5-medium). `stored_positions`: the table
-    of positions is a tensor of the state, cut to this latent size, instead of being computed.
+    `dual_blocks` have a second attention, among the visual tokens only (SD3.5-medium). With `stored_positions` the position
+    table is a tensor of the state dict, cropped to this latent size, instead of being computed.
     """
 
     latent_channels: int = 4
@@ -42,79 +42,89 @@ class MMDiTSpec(TransformerSpec):
     def __post_init__(self) -> None:
         if self.width % self.heads or self.latent_size % self.patch:
             raise ValueError(
-                f"expected heads to divide width and patch to divide latent_size, got {self.width}/{self.heads} "
+                f"expected width divisible by heads and latent_size by patch, got {self.width}/{self.heads} "
                 f"and {self.latent_size}/{self.patch}"
             )
         self.require_blocks("thinking", self.thinking.blocks if self.thinking else ())
         self.require_blocks("dual", self.dual_blocks)
 
     @property
-    def modulations(self) -> int:
-        """6 for each stream, but 2 for the last text stream; 3 more for each dual block, and 2 for the output."""
+    def num_modulations(self) -> int:
+        """6 per stream, except 2 for the last text stream; 3 more per dual block, and 2 for the output."""
         return 12 * self.blocks + 3 * len(self.dual_blocks) - 2
 
 
 def grid_positions(side: int, width: int) -> Tensor:
-    """Sinusoids of column and row, half the width each: [side^2, width]."""
+    """Sinusoidal embeddings of column and row, half the width each: [side^2, width]."""
     steps = torch.arange(side)
     rows, columns = torch.meshgrid(steps, steps, indexing="ij")
     return torch.cat([sinusoid(columns.flatten(), width // 2), sinusoid(rows.flatten(), width // 2)], dim=-1)
 
 
 class JointBlock(nn.Module):
-    """Visual and text tokens attend to one another; the visual ones may think first, and may attend to themselves too."""
+    """Joint attention of visual and text tokens, and an MLP for each.
+
+    The visual tokens think first if this is a thinking block, and have a second attention if it is a dual block.
+    """
 
     def __init__(self, spec: MMDiTSpec, index: int) -> None:
         super().__init__()
         head_width = spec.width // spec.heads
-        self.ends = index == spec.blocks - 1
+        self.context_pre_only = index == spec.blocks - 1
         dual = index in spec.dual_blocks
         self.visual = Stream(spec.width, head_width, spec.qk_norm, dual=dual)
-        self.text = Stream(spec.width, head_width, spec.qk_norm, ends=self.ends)
+        self.text = Stream(spec.width, head_width, spec.qk_norm, pre_only=self.context_pre_only)
         self.second = SelfAttention(spec.width, head_width, spec.qk_norm) if dual else None
         thinks = spec.thinking is not None and index in spec.thinking.blocks
         self.thinking = Thinking(spec.width, spec.thinking) if thinks and spec.thinking else None
 
     @property
-    def modulations(self) -> int:
+    def num_modulations(self) -> int:
         """How many shifts, scales and gates the block takes."""
         return self.visual.modulation.parts + self.text.modulation.parts
 
     def forward(
-        self, x: Tensor, c: Tensor, told: Sequence[Tensor], seen: Tensor | None, depth: int
+        self,
+        x: Tensor,
+        c: Tensor,
+        modulations: Sequence[Tensor],
+        gate_condition: Tensor | None,
+        depth: int,
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """x [B, N, D], c [B, L, D] -> both streams after the block, and the routes [B, N] of its steps.
+        """x [B, N, D], c [B, L, D] -> both streams after the block, and the routes [B, N] of each latent step.
 
-        `told` are the modulations of the visual stream, then of the text's, each [B, 1, D]; `seen`, [B, 1, 64], is what
-        the gate sees of the condition.
+        `modulations` are those of the visual stream, then of the text stream, each [B, 1, D]; `gate_condition`, [B, 1, 64],
+        is the expert gate's projection of the condition.
         """
         parts = self.visual.modulation.parts
-        shift, scale, *rest = told[:parts]
-        c_shift, c_scale, *c_rest = told[parts:]
+        shift, scale, *rest = modulations[:parts]
+        c_shift, c_scale, *c_rest = modulations[parts:]
         x_in, c_in = modulate(x, shift, scale), modulate(c, c_shift, c_scale)
-        c_q, c_k, c_v = self.text.heads(self.text.qkv(c_in))
+        c_q, c_k, c_v = self.text.split_heads(self.text.qkv(c_in))
 
         def attend_visual(qkv: Tensor) -> Tensor:
-            q, k, v = self.visual.heads(qkv)
+            q, k, v = self.visual.split_heads(qkv)
             return attention(q, torch.cat([k, c_k], dim=2), torch.cat([v, c_v], dim=2))
 
         routes: list[Tensor] = []
         if self.thinking is None:
             qkv = self.visual.qkv(x_in)
         else:
-            qkv, routes = self.thinking(x_in, seen, depth, lambda: self.visual.qkv(x_in), attend_visual)
+            qkv, routes = self.thinking(
+                x_in, gate_condition, depth, lambda: self.visual.qkv(x_in), attend_visual
+            )
         second = None
         if self.second is not None:
             *rest, shift, scale, gate = rest
             second = gate * self.second(modulate(x, shift, scale))
-        if self.ends:
-            return self.visual.finish(x, attend_visual(qkv), tuple(rest), second), c, routes
-        q, k, v = self.visual.heads(qkv)
+        if self.context_pre_only:
+            return self.visual.finish(x, attend_visual(qkv), rest, second), c, routes
+        q, k, v = self.visual.split_heads(qkv)
         joint = attention(torch.cat([q, c_q], dim=2), torch.cat([k, c_k], dim=2), torch.cat([v, c_v], dim=2))
         visual, text = joint[:, : x.shape[1]], joint[:, x.shape[1] :]
         return (
-            self.visual.finish(x, visual, tuple(rest), second),
-            self.text.finish(c, text, tuple(c_rest)),
+            self.visual.finish(x, visual, rest, second),
+            self.text.finish(c, text, c_rest),
             routes,
         )
 
@@ -144,14 +154,14 @@ class MMDiT(DiffusionTransformer):
     ) -> tuple[Tensor, Tensor]:
         """Latents [B, C, S, S], timestep [B] in 0..1000, context [B, L, W], pooled [B, P], depth in 1..max_depth.
 
-        Computes `conditions` and returns what `denoise` does.
+        Computes `conditions` and returns the result of `denoise`.
         """
         return self.denoise(latents, self.conditions(timestep, pooled), context, depth)
 
     def conditions(self, timestep: Tensor, pooled: Tensor) -> Tensor:
-        """Timestep [B] and pooled [B, P] -> the rows of numbers that depend on them alone, float32 [B, K]."""
+        """Timestep [B] and pooled [B, P] -> float32 [B, K]: everything that depends only on them (conditions.py)."""
         pooled = pooled.to(self.pooled.linear_1.weight.dtype)
-        return table(self, self.time(sinusoid(timestep, 256)) + self.pooled(pooled))
+        return compute_conditions(self, self.time(sinusoid(timestep, 256)) + self.pooled(pooled))
 
     def denoise(
         self, latents: Tensor, conditions: Tensor, context: Tensor, depth: int
@@ -162,13 +172,14 @@ class MMDiT(DiffusionTransformer):
         Raises ValueError for a depth that the model was not built for.
         """
         spec = self.spec
-        x = self.tokens(latents, depth)
+        x = self.embed_latents(latents, depth)
         c = self.context_in(context)
-        told, seen = handed_out(conditions, spec.modulations, spec.width, x.dtype)
+        modulations, gates = split_conditions(conditions, spec.num_modulations, spec.width, x.dtype)
         routes: list[Tensor] = []
         for block in self.blocks:
             assert isinstance(block, JointBlock)
-            own = list(islice(told, block.modulations))
-            x, c, chosen = block(x, c, own, next(seen, None) if block.thinking else None, depth)
-            routes += chosen
-        return self.prediction(x, told, routes)
+            block_modulations = list(islice(modulations, block.num_modulations))
+            gate_condition = next(gates, None) if block.thinking else None
+            x, c, block_routes = block(x, c, block_modulations, gate_condition, depth)
+            routes += block_routes
+        return self.predict(x, modulations, routes)

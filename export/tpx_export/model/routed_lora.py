@@ -1,9 +1,9 @@
-"""`tpx::RoutedLora`: each token's low-rank product with the one expert that it was sent to.
+"""`tpx::RoutedLora`: the low-rank product of each token with the expert that it is routed to.
 
     out[n] = x[n] @ A[expert[n]] @ B[expert[n]]
 
-Two ways to compute it live here. `routed_lora` is the operator of inference: hard routing, and in an exported graph one
-recognisable node. `mixed_lora` is its differentiable form of training: every expert runs, and `weights` picks.
+`routed_lora` is the operator for inference: hard routing, and a single node in an exported graph. `mixed_lora` is the
+differentiable form for training: it runs every expert and weights their outputs.
 """
 
 import torch
@@ -14,14 +14,16 @@ from torch import Tensor
 def routed_lora(x: Tensor, expert: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """x [B, N, D], expert int64 [B, N] in 0..M-1, a [M, D, r], b [M, r, O] -> [B, N, O].
 
-    Tokens are grouped by expert whatever sample they come from, then put back in place (arXiv 2604.25299, routing).
+    Tokens of all samples are grouped by expert, then put back in place (arXiv 2604.25299, routing).
     """
     tokens, expert = x.flatten(0, 1), expert.flatten()
     out = x.new_zeros(tokens.shape[0], b.shape[2])
     for e in range(a.shape[0]):
         rows = (expert == e).nonzero().squeeze(1)
-        own = tokens.index_select(0, rows) @ a[e] @ b[e]
-        out.index_copy_(0, rows, own.to(out.dtype))  # autocast may have chosen another type for the products
+        product = tokens.index_select(0, rows) @ a[e] @ b[e]
+        out.index_copy_(
+            0, rows, product.to(out.dtype)
+        )  # autocast may have chosen another type for the products
     return out.unflatten(0, x.shape[:2])
 
 
@@ -31,7 +33,7 @@ def _(x: Tensor, expert: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def mixed_lora(x: Tensor, weights: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """x [B, N, D], weights [B, N, M], a [M, D, r], b [M, r, O] -> sum over m of weights[m] x A[m] B[m], [B, N, O]."""
+    """x [B, N, D], weights [B, N, M], a [M, D, r], b [M, r, O] -> [B, N, O], the sum over m of weights[m] x A[m] B[m]."""
     experts, width, rank = a.shape
     low = x @ a.transpose(0, 1).reshape(width, experts * rank)
     low = (low.unflatten(-1, (experts, rank)) * weights.unsqueeze(-1)).flatten(-2)

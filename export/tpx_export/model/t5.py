@@ -1,4 +1,4 @@
-"""The encoder of T5 version 1.1 (Raffel et al., 1910.10683; Shazeer, 2002.05202): SD3's third text encoder.
+"""The encoder of T5 version 1.1 (Raffel et al., 1910.10683; Shazeer, 2002.05202), SD3's third text encoder.
 
 Shapes: B batch, L tokens, W width, H heads.
 """
@@ -15,7 +15,7 @@ from tpx_export.model.biased_attention import attend
 
 @dataclass(frozen=True)
 class T5Spec:
-    """The defaults are T5-XXL's. `buckets` of relative positions reach `max_distance` tokens."""
+    """The defaults are T5-XXL's. `buckets` and `max_distance` are those of the relative position bias."""
 
     vocabulary: int = 32_128
     width: int = 4096
@@ -30,16 +30,16 @@ class T5Spec:
     def __post_init__(self) -> None:
         if self.buckets % 4 or self.max_distance <= self.buckets // 4:
             raise ValueError(
-                f"expected buckets in fours and a max_distance beyond a quarter of them, found {self.buckets} and "
+                f"expected buckets divisible by 4 and a max_distance above a quarter of them, found {self.buckets} and "
                 f"{self.max_distance}"
             )
 
 
 class Linear(nn.Linear):
-    """float32 -> float32, multiplied in the precision of the weights.
+    """A linear layer without bias, float32 -> float32, that multiplies in the precision of the weights.
 
-    T5's activations exceed float16, so each row is brought to at most 1 before and back afterwards: half weights need half
-    the memory of float32 ones, and nothing overflows while columns times the largest weight stay below 65,504.
+    T5's activations exceed the range of float16, so for float16 weights each row is scaled to at most 1 and back afterwards.
+    Nothing overflows while the columns times the largest weight stay below 65,504.
     """
 
     def __init__(self, columns: int, rows: int) -> None:
@@ -48,12 +48,12 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if self.weight.dtype != torch.float16:
             return F.linear(x.to(self.weight.dtype), self.weight).float()
-        most = x.abs().amax(-1, keepdim=True).clamp(min=1e-30)
-        return F.linear((x / most).half(), self.weight).float() * most
+        row_max = x.abs().amax(-1, keepdim=True).clamp(min=1e-30)
+        return F.linear((x / row_max).half(), self.weight).float() * row_max
 
 
 class Norm(nn.Module):
-    """x / rms(x), times a weight for each channel, in float32."""
+    """x / rms(x) times a weight per channel, in float32."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -61,25 +61,25 @@ class Norm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        # Division by a root, not rsqrt: the variant that ONNX Runtime fuses.
+        # Division by a square root instead of rsqrt: ONNX Runtime fuses this form.
         return x / (x.pow(2).mean(-1, keepdim=True) + self.eps).sqrt() * self.weight.float()
 
 
-def bucket(distance: int, buckets: int, max_distance: int) -> int:
-    """The bucket of a key `distance` tokens after its query: half of them are for later keys, half for the others.
+def relative_position_bucket(distance: int, buckets: int, max_distance: int) -> int:
+    """The bucket of a key `distance` tokens after its query. Half of the buckets are for later keys, half for the others.
 
     In each half, the first half are for one distance each, and the rest widen logarithmically up to `max_distance`.
     """
     half, exact = buckets // 2, buckets // 4
-    side, far = (half if distance > 0 else 0), abs(distance)
-    if far < exact:
-        return side + far
-    steps = math.log(far / exact) / math.log(max_distance / exact) * (half - exact)
-    return side + min(exact + int(steps), half - 1)
+    offset, distance = (half if distance > 0 else 0), abs(distance)
+    if distance < exact:
+        return offset + distance
+    steps = math.log(distance / exact) / math.log(max_distance / exact) * (half - exact)
+    return offset + min(exact + int(steps), half - 1)
 
 
 class Layer(nn.Module):
-    """Pre-norm self-attention without scaling, then a gated perceptron; x float32 [B, L, W] -> the same."""
+    """Pre-norm self-attention without scaling, then a gated MLP; x float32 [B, L, W] -> [B, L, W]."""
 
     def __init__(self, spec: T5Spec) -> None:
         super().__init__()
@@ -109,16 +109,16 @@ class T5Encoder(nn.Module):
         self.norm = Norm(spec.width, spec.eps)
 
     def forward(self, ids: Tensor) -> Tensor:
-        x, bias = self.words(ids).float(), self.bias(ids.shape[1])
+        x, bias = self.words(ids).float(), self.position_bias(ids.shape[1])
         for layer in self.layers:
             x = layer(x, bias)
         return self.norm(x)
 
-    def bias(self, length: int) -> Tensor:
-        """What every layer adds to its scores: float32 [H, L queries, L keys]."""
-        spec, span = self.spec, range(1 - length, length)
-        places = torch.tensor([bucket(distance, spec.buckets, spec.max_distance) for distance in span])
-        place = torch.arange(length)
-        rows = self.distances(places).float()  # [2L - 1, H], by distance
-        # A lookup, not indexing: engines are better at Gather than at GatherND.
-        return F.embedding(place - place.unsqueeze(1) + length - 1, rows).permute(2, 0, 1)
+    def position_bias(self, length: int) -> Tensor:
+        """The relative position bias that every layer adds to its scores: float32 [H, L queries, L keys]."""
+        distances = range(1 - length, length)
+        buckets = [relative_position_bucket(d, self.spec.buckets, self.spec.max_distance) for d in distances]
+        by_distance = self.distances(torch.tensor(buckets)).float()  # [2L - 1, H]
+        positions = torch.arange(length)
+        # An embedding lookup instead of indexing: engines run Gather faster than GatherND.
+        return F.embedding(positions - positions.unsqueeze(1) + length - 1, by_distance).permute(2, 0, 1)

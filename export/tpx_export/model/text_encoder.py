@@ -1,4 +1,4 @@
-"""A small transformer over words: the sample model's text encoder."""
+"""The sample model's text encoder: a small transformer over words."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class TextEncoderSpec:
-    """`vocabulary` in id order; its first four entries are <pad>, <bos>, <eos> and <unk>."""
+    """`vocabulary` is in id order; its first four entries are <pad>, <bos>, <eos> and <unk>."""
 
     vocabulary: tuple[str, ...]
     tokens: int = 24
@@ -19,7 +19,7 @@ class TextEncoderSpec:
 
 
 class Layer(nn.Module):
-    """Pre-norm self-attention and perceptron, [B, L, W] -> the same."""
+    """Pre-norm self-attention and MLP, [B, L, W] -> [B, L, W]."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Layer(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """Ids [B, L] -> context [B, L, W] and pooled [B, W], the first token's. Padding is attended to, as in SD3."""
+    """Ids [B, L] -> context [B, L, W] and pooled [B, W], that of the first token. Padding is attended to, as in SD3."""
 
     def __init__(self, spec: TextEncoderSpec) -> None:
         super().__init__()

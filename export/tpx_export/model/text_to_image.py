@@ -1,4 +1,4 @@
-"""The three networks of a text-to-image model in one module, with everything that describes them."""
+"""A text-to-image model: autoencoder, text encoder and transformer in one module, with their specification."""
 
 import re
 from dataclasses import dataclass
@@ -12,20 +12,20 @@ from tpx_runtime.manifest import Defaults
 
 
 def check_name(name: str) -> None:
-    """Check that a model's name can be a folder's. Raises ValueError."""
+    """Check that a model's name can be a folder name. Raises ValueError."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise ValueError(f"expected a name of letters, digits, dots and dashes, got {name!r}")
 
 
 def check_same(name: str, expected: int, found: int) -> None:
-    """Check a size that a part must share with the transformer. Raises ValueError."""
+    """Check a size that a part must have in common with the transformer. Raises ValueError."""
     if expected != found:
         raise ValueError(f"expected {name} {expected} as in the transformer, got {found}")
 
 
 @dataclass(frozen=True)
 class TextToImageSpec:
-    """`shift` is the time shift of the flow-matching schedule; `defaults` are used where a call names no value."""
+    """`shift` is the flow-matching schedule's time shift; `defaults` are the settings of a call that names none."""
 
     name: str
     license: str
@@ -37,16 +37,16 @@ class TextToImageSpec:
 
     def __post_init__(self) -> None:
         check_name(self.name)
-        seen, given = self.transformer, self.text_encoder
-        check_same("latent_channels", seen.latent_channels, self.autoencoder.latent_channels)
-        check_same("latent_size", seen.latent_size, self.autoencoder.latent_size)
-        check_same("context_tokens", seen.context_tokens, given.tokens)
-        check_same("context_width", seen.context_width, given.width)
-        check_same("pooled_width", seen.pooled_width, given.width)
+        transformer, text_encoder = self.transformer, self.text_encoder
+        check_same("latent_channels", transformer.latent_channels, self.autoencoder.latent_channels)
+        check_same("latent_size", transformer.latent_size, self.autoencoder.latent_size)
+        check_same("context_tokens", transformer.context_tokens, text_encoder.tokens)
+        check_same("context_width", transformer.context_width, text_encoder.width)
+        check_same("pooled_width", transformer.pooled_width, text_encoder.width)
 
 
 class TextToImage(nn.Module):
-    """Prompt ids -> context -> velocity of latents -> picture; the loop between them is the runtime's."""
+    """Prompt ids -> context -> velocity of latents -> image. The runtime has the sampling loop."""
 
     def __init__(self, spec: TextToImageSpec) -> None:
         super().__init__()

@@ -1,14 +1,14 @@
-"""The recursive sparse module: what one attention layer adds so that its visual tokens think for T latent steps.
+"""The recursive sparse module, with which the visual tokens of an attention layer think for T latent steps.
 
     a_0 = x
     for t = 1 .. T-1:   e = argmax gate(a, y);  q, k, v = B_e A_e LN(mod_t(a))          a = attention(q, k, v; text) + x
-    t = T:              e = argmax gate(a, y);  q, k, v = B_e A_e LN(mod_T(a)) + W x    and the block goes on
+    t = T:              e = argmax gate(a, y);  q, k, v = B_e A_e LN(mod_T(a)) + W x    and the block continues
 
-(arXiv 2604.25299.) Where the paper is silent, we chose:
+(arXiv 2604.25299.) Where the paper gives no details, we chose:
 - q, k and v share one low-rank pair: A [D, r], B [r, 3D].
-- attention inside the recursion ends before the output projection, which belongs to the frozen base.
-- the gate is a two-layer perceptron of the token's layer norm and y; it and the experts are shared by all steps, while
-  mod_t, a scale and a shift for each channel, is each step's own.
+- attention inside the recursion stops before the output projection, which belongs to the frozen base.
+- the gate is a two-layer MLP of the token's layer norm and y; all steps share the gate and the experts. mod_t, a scale
+  and a shift per channel, is separate for each step.
 """
 
 import math
@@ -19,13 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tpx_export.model.conditions import GATE_WIDTH, Condition
+from tpx_export.model.conditions import GATE_WIDTH, ConditionProjection
 from tpx_export.model.routed_lora import mixed_lora, routed_lora
 
 
 @dataclass(frozen=True)
 class ThinkingSpec:
-    """Which blocks think, and how. The last three fields are the paper's ablations; the defaults are its method."""
+    """The thinking blocks and their adapters. The last three fields are the paper's ablations; defaults are its method."""
 
     blocks: tuple[int, ...] = (1, 2, 3)
     experts: int = 4
@@ -41,32 +41,32 @@ class ThinkingSpec:
             if getattr(self, field) < 1:
                 raise ValueError(f"expected {field} of 1 or more, got {getattr(self, field)}")
         if not self.blocks or list(self.blocks) != sorted(set(self.blocks)) or self.blocks[0] < 0:
-            raise ValueError(f"expected blocks that rise from 0 or more, got {self.blocks}")
+            raise ValueError(f"expected blocks in ascending order from 0 or more, got {self.blocks}")
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"expected a temperature above 0, got {self.temperature}")
 
     @property
     def conditions_width(self) -> int:
-        """How many numbers of a row of conditions are for the gates."""
+        """How many values of a row of conditions are for the gates."""
         return GATE_WIDTH * len(self.blocks) if self.gate_sees_condition else 0
 
 
 class Gate(nn.Module):
-    """Tokens [B, N, D] and `condition`'s output [B, 1, 64], if the gate sees it -> logits over experts [B, N, M]."""
+    """Tokens [B, N, D] and, if the gate sees it, `condition`'s output [B, 1, 64] -> logits over experts [B, N, M]."""
 
     def __init__(self, width: int, experts: int, sees_condition: bool) -> None:
         super().__init__()
         self.token = nn.Linear(width, GATE_WIDTH)
-        self.condition = Condition(width, 1, GATE_WIDTH, bias=False) if sees_condition else None
+        self.condition = ConditionProjection(width, 1, GATE_WIDTH, bias=False) if sees_condition else None
         self.out = nn.Linear(GATE_WIDTH, experts)
 
-    def forward(self, tokens: Tensor, seen: Tensor | None) -> Tensor:
+    def forward(self, tokens: Tensor, condition: Tensor | None) -> Tensor:
         hidden = self.token(F.layer_norm(tokens, tokens.shape[-1:]))
-        return self.out(F.silu(hidden if seen is None else hidden + seen))
+        return self.out(F.silu(hidden if condition is None else hidden + condition))
 
 
 class Thinking(nn.Module):
-    """Experts, gate and modulations of one block."""
+    """The experts, the gate and the modulations of one block."""
 
     def __init__(self, width: int, spec: ThinkingSpec) -> None:
         super().__init__()
@@ -80,33 +80,36 @@ class Thinking(nn.Module):
     def forward(
         self,
         x: Tensor,
-        seen: Tensor | None,
+        gate_condition: Tensor | None,
         depth: int,
         base_qkv: Callable[[], Tensor],
         attend: Callable[[Tensor], Tensor],
     ) -> tuple[Tensor, list[Tensor]]:
-        """Visual tokens x [B, N, D] -> q, k, v of the last step [B, N, 3D], and every step's routes.
+        """Visual tokens x [B, N, D] -> q, k, v of the last step [B, N, 3D], and the routes of every step.
 
-        `seen` [B, 1, 64] is what the gate sees of the condition, None if nothing. `base_qkv()` is W x, the frozen base;
-        `attend(qkv)` is joint attention's visual rows, [B, N, D]. In training mode the routes are Gumbel-Softmax draws,
-        straight-through; in evaluation they are the gate's argmax.
+        `gate_condition` [B, 1, 64] is the gate's projection of the condition, None if the gate does not see it. `base_qkv()`
+        returns W x of the frozen base; `attend(qkv)` returns the visual rows of joint attention, [B, N, D]. In training mode
+        routes are straight-through Gumbel-Softmax samples; in evaluation mode they are the gate's argmax.
         """
-        thought, routes = x, []
+        hidden, routes = x, []
         for step in range(depth):
-            delta, route = self._expert(thought, seen, step)
+            delta, route = self._routed_lora(hidden, gate_condition, step)
             routes.append(route)
             last = step == depth - 1
             qkv = base_qkv() + delta if last or self.spec.base_every_step else delta
             if not last:
-                thought = attend(qkv) + x
+                hidden = attend(qkv) + x
         return qkv, routes
 
-    def _expert(self, tokens: Tensor, seen: Tensor | None, step: int) -> tuple[Tensor, Tensor]:
+    def _routed_lora(self, tokens: Tensor, gate_condition: Tensor | None, step: int) -> tuple[Tensor, Tensor]:
         scale, shift = self.scale[step].to(tokens.dtype), self.shift[step].to(tokens.dtype)
         h = F.layer_norm(tokens * scale + shift, tokens.shape[-1:])
         # A route must not depend on the rounding of float16.
-        logits = self.gate(tokens.float(), seen)
-        a, b = self.a.to(h.dtype), self.b.to(h.dtype)  # experts in training stay in float32 over a lower base
+        logits = self.gate(tokens.float(), gate_condition)
+        a, b = (
+            self.a.to(h.dtype),
+            self.b.to(h.dtype),
+        )  # in training, experts are float32 over a base of lower precision
         if self.training:
             weights = F.gumbel_softmax(logits.float(), tau=self.spec.temperature, hard=True).to(h.dtype)
             return mixed_lora(h, weights, a, b), weights.argmax(-1)

@@ -1,6 +1,6 @@
-"""What the diffusion transformers MMDiT and DiT share: the way into their blocks, and the way out.
+"""The base class of MMDiT and DiT: latents to tokens before the blocks, tokens to the prediction after them.
 
-    latents ─patch_in, positions─▶ tokens ─blocks─▶ tokens ─out_modulation, patch_out─▶ prediction, and the blocks' routes
+    latents ─patch_in, positions─▶ tokens ─blocks─▶ tokens, routes ─out_modulation, patch_out─▶ prediction, routes
 
 Shapes: B batch, C latent channels, S latent size, N visual tokens, D width.
 """
@@ -17,7 +17,7 @@ from tpx_export.model.thinking import ThinkingSpec
 
 
 class TransformerSpec:
-    """What follows from the fields that MMDiTSpec and DiTSpec both have."""
+    """Base class of MMDiTSpec and DiTSpec: properties derived from the fields that both have."""
 
     latent_size: int
     patch: int
@@ -31,27 +31,27 @@ class TransformerSpec:
 
     @property
     def max_depth(self) -> int:
-        """Without thinking blocks there is one step: the plain block."""
+        """The most latent steps; 1 without thinking blocks."""
         return self.thinking.max_depth if self.thinking else 1
 
     @property
-    def modulations(self) -> int:
-        """How many shifts, scales and gates, each `width` wide, the blocks and the output take."""
+    def num_modulations(self) -> int:
+        """How many shifts, scales and gates, each of `width` values, the blocks and the output take."""
         raise NotImplementedError
 
     @property
     def conditions_width(self) -> int:
-        """How many numbers of one sample depend on time and prompt or class alone."""
-        return self.modulations * self.width + (self.thinking.conditions_width if self.thinking else 0)
+        """The length of a row of conditions (conditions.py)."""
+        return self.num_modulations * self.width + (self.thinking.conditions_width if self.thinking else 0)
 
     def require_blocks(self, kind: str, chosen: Sequence[int]) -> None:
-        """Raise ValueError unless the model has all of the `chosen` blocks."""
+        """Raise ValueError unless the model has all `chosen` blocks."""
         if not all(0 <= b < self.blocks for b in chosen):
             raise ValueError(f"expected {kind} blocks within 0..{self.blocks - 1}, got {chosen}")
 
 
 class DiffusionTransformer(nn.Module):
-    """Base class. A subclass makes the layers named here, and `blocks` between them."""
+    """Base class. A subclass creates the layers named here, and `blocks` between them."""
 
     spec: TransformerSpec
     patch_in: nn.Linear
@@ -60,14 +60,14 @@ class DiffusionTransformer(nn.Module):
     patch_out: nn.Linear
 
     def zero_outputs(self) -> None:
-        """adaLN-zero: a fresh block is the identity, a fresh model predicts zero."""
+        """adaLN-zero: a new block is the identity, a new model predicts zero."""
         modulations = [module for module in self.modules() if isinstance(module, Modulation)]
         for layer in (*modulations, self.patch_out):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def tokens(self, latents: Tensor, depth: int) -> Tensor:
-        """Latents [B, C, S, S] -> visual tokens [B, N, D] with their positions.
+    def embed_latents(self, latents: Tensor, depth: int) -> Tensor:
+        """Latents [B, C, S, S] -> visual tokens [B, N, D] with position embeddings.
 
         Raises ValueError for a depth that the model was not built for.
         """
@@ -76,15 +76,15 @@ class DiffusionTransformer(nn.Module):
             raise ValueError(f"expected a depth of 1..{spec.max_depth}, got {depth}")
         return self.patch_in(to_patches(latents, spec.patch)) + self.positions.to(latents.dtype)
 
-    def prediction(
-        self, x: Tensor, told: Iterator[Tensor], routes: Sequence[Tensor]
+    def predict(
+        self, x: Tensor, modulations: Iterator[Tensor], routes: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor]:
         """Visual tokens x [B, N, D] after all blocks -> the prediction [B, out channels, S, S] and the stacked routes.
 
-        `told` has the output's shift and scale left, each [B, 1, D]. Each of `routes` is int64 [B, N]; together they become
-        [B, routes, N].
+        `modulations` has only the output's shift and scale left, each [B, 1, D]. Each of `routes` is int64 [B, N]; stacked
+        they are [B, routes, N].
         """
-        shift, scale = told
+        shift, scale = modulations
         tokens = self.patch_out(modulate(x, shift, scale))
         predicted = from_patches(tokens, self.spec.patch, self.spec.latent_size // self.spec.patch)
         empty = torch.zeros(x.shape[0], 0, x.shape[1], dtype=torch.int64, device=x.device)

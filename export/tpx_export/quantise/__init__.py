@@ -1,8 +1,8 @@
-"""INT8: which layers, on which grid, from which activations, and whether it was worth it (docs/int8.md).
+"""INT8 quantisation: the layers, the grid, the calibration, and the comparison with fp32 (docs/int8.md).
 
-    transformer ─layers─▶ names ─calibration over real trajectories─▶ |x| of each ─grid─▶ scales
-                └────────────────────────linear: each layer replaced by its int8 form────────▶ the graphs' export
-    bundle, and the same in fp32 ─measure, speed, score─▶ report ─verdict─▶ kept, or refused and gone
+    transformer ─layers─▶ names ─calibration over sampling trajectories─▶ histograms of |x| ─grid─▶ step sizes
+                └────────────────────────linear: each layer replaced by its int8 form────────▶ export of the graphs
+    int8 and fp32 bundle ─measure, speed, score─▶ report ─verdict─▶ kept, or refused and deleted
 
-"int8" quantises activations and weights of the blocks' linear layers; "int8-weights" stores weights alone.
+"int8" quantises activations and weights of the blocks' linear layers; "int8-weights" quantises only weights.
 """

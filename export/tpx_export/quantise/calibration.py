@@ -1,7 +1,7 @@
-"""The magnitudes of activations, from hooks on every layer, over whole sampling trajectories of the float32 model.
+"""Calibration: histograms of the activations of every layer over whole sampling trajectories of the float32 model.
 
-These use the model's own sampler, steps and guidance, with both branches, at every depth 1..T: the layers are the same at
-all depths, so one range serves all of them.
+Trajectories use the model's default sampler, steps and guidance, with both branches, at every depth 1..T. All depths share
+their layers, so each layer has one range for all of them.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,81 +17,81 @@ from torch import nn
 from tpx_export.golden import Golden
 from tpx_export.pipeline import Pipeline, TextPart
 from tpx_export.precision import in_float32
-from tpx_export.quantise.grid import Magnitudes
+from tpx_export.quantise.grid import MagnitudeHistogram
 from tpx_export.quantise.layers import Layers
-from tpx_export.quantise.prompts import drawn_together
+from tpx_export.quantise.prompts import images_per_batch
 from tpx_runtime.conditioning import EncoderOutput, combine
 from tpx_runtime.guidance import apply_guidance, is_guided
 from tpx_runtime.noise import batch_noise
 from tpx_runtime.sampling import SAMPLERS_FOR, Array
 from tpx_runtime.tokenizer import make_tokenizer
 
-SEED = 20260501  # of the first trajectory; pictures shown afterwards have other seeds
+SEED = 20260501  # of the first trajectory; the images of the comparison have other seeds
 
 
 @dataclass
-class Told:
-    """Conditioning rows for calibration: row 0 is unconditional, then one per prompt or class.
+class CalibrationInputs:
+    """The conditioning of the calibration trajectories: row 0 is unconditional, then one row per prompt or class.
 
-    Text encoders add their outputs one after another, each while it is in memory.
+    `add_text_encoder` is called for one text encoder after another, while each is in memory.
     """
 
     subjects: Sequence[str | int]
-    said: list[EncoderOutput] = field(default_factory=list)
+    text_outputs: list[EncoderOutput] = field(default_factory=list)
 
     @torch.no_grad()
-    def hear(self, part: TextPart, encoder: nn.Module) -> None:
-        """Add a text encoder's outputs for every prompt."""
+    def add_text_encoder(self, part: TextPart, encoder: nn.Module) -> None:
+        """Add the outputs of a text encoder for every prompt."""
         tokenizer = make_tokenizer(part.vocabulary, Path("vocab.json"))
-        every = [tokenizer.encode_empty(), *(tokenizer.encode(str(prompt)) for prompt in self.subjects)]
+        encodings = [tokenizer.encode_empty(), *(tokenizer.encode(str(prompt)) for prompt in self.subjects)]
         with in_float32(encoder):
-            rows = [encoder(torch.tensor([one.ids])) for one in every]
+            outputs = [encoder(torch.tensor([encoding.ids])) for encoding in encodings]
         if part.spec.pooled_width:
-            context, pooled = (torch.cat(values).numpy() for values in zip(*rows, strict=True))
-            self.said.append((context, pooled))
+            context, pooled = (torch.cat(values).numpy() for values in zip(*outputs, strict=True))
+            self.text_outputs.append((context, pooled))
         else:
-            firsts = [row[0] if isinstance(row, tuple) else row for row in rows]
-            self.said.append((torch.cat(firsts).numpy(), None))
+            contexts = [output[0] if isinstance(output, tuple) else output for output in outputs]
+            self.text_outputs.append((torch.cat(contexts).numpy(), None))
 
     def rows(self, pipeline: Pipeline) -> Golden:
         """The transformer's inputs by name, each [1 + subjects, ...]."""
         if classes := pipeline.model.classes:
             return {"class_id": np.array([classes, *self.subjects], np.int64)}
-        return dict(combine(self.said, pipeline.model))
+        return dict(combine(self.text_outputs, pipeline.model))
 
 
 @torch.no_grad()
-def activations(
+def collect_activations(
     transformer: nn.Module,
     layers: Layers,
-    seen: Mapping[str, Magnitudes],
+    histograms: Mapping[str, MagnitudeHistogram],
     pipeline: Pipeline,
-    told: Golden,
+    conditioning: Golden,
     depth: int,
 ) -> None:
-    """Sample a trajectory for every row of `told` (from `Told.rows`), and add the inputs of each of `layers` to `seen`.
+    """Sample a trajectory for every row of `conditioning` (from `CalibrationInputs.rows`) but the unconditional one.
 
-    Raises ValueError for activations that are not finite.
+    The inputs of each of `layers` are added to its histogram. Raises ValueError for activations that are not finite.
     """
     model, defaults = pipeline.model, pipeline.defaults
     sampler = SAMPLERS_FOR[model.prediction][defaults.sampler]
     schedule = sampler.schedule(defaults.steps, pipeline.shift or 1.0)
-    rows = len(next(iter(told.values()))) - 1
-    at_once = drawn_together(model)
-    with in_float32(transformer), watched(layers, seen):
-        for first in range(1, rows + 1, at_once):
-            some = range(first, min(first + at_once, rows + 1))
-            noise_at = partial(batch_noise, [SEED + row for row in some], model.latent_shape)
-            predict = _guided(transformer, pipeline, told, some, depth)
+    row_count = len(next(iter(conditioning.values())))
+    batch_size = images_per_batch(model)
+    with in_float32(transformer), record_inputs(layers, histograms):
+        for first in range(1, row_count, batch_size):
+            rows = range(first, min(first + batch_size, row_count))
+            noise_at = partial(batch_noise, [SEED + row for row in rows], model.latent_shape)
+            predict = _guided(transformer, pipeline, conditioning, rows, depth)
             for _ in sampler.denoise(predict, noise_at(), schedule, noise_at):
                 pass
 
 
 @contextmanager
-def watched(layers: Layers, seen: Mapping[str, Magnitudes]) -> Iterator[None]:
-    """Within it, the inputs of each of `layers` are added to the magnitudes under its name."""
+def record_inputs(layers: Layers, histograms: Mapping[str, MagnitudeHistogram]) -> Iterator[None]:
+    """Add all inputs of each of `layers` to the histogram of its name."""
     hooks = [
-        layer.register_forward_pre_hook(lambda _, inputs, name=name: seen[name].add(inputs[0]))
+        layer.register_forward_pre_hook(lambda _, inputs, name=name: histograms[name].add(inputs[0]))
         for name, layer in layers.items()
     ]
     try:
@@ -102,22 +102,21 @@ def watched(layers: Layers, seen: Mapping[str, Magnitudes]) -> Iterator[None]:
 
 
 def _guided(
-    transformer: nn.Module, pipeline: Pipeline, told: Golden, some: range, depth: int
+    transformer: nn.Module, pipeline: Pipeline, conditioning: Golden, rows: range, depth: int
 ) -> Callable[[Array, float], Array]:
+    """A guided prediction (latents, timestep) -> prediction for those rows of `conditioning`."""
     guidance, channels = pipeline.defaults.guidance, pipeline.model.guided_channels
     interval = pipeline.defaults.guidance_interval
-    branches = [0] * len(some) * (guidance != 1) + list(some)
-    given = [torch.from_numpy(values[branches]) for values in told.values()]
+    branches = [0] * len(rows) * (guidance != 1) + list(rows)
+    conditioning_tensors = [torch.from_numpy(values[branches]) for values in conditioning.values()]
 
     def predict(x: Array, timestep: float) -> Array:
         latents = torch.from_numpy(np.concatenate([x] * (len(branches) // len(x))).astype(np.float32))
         times = torch.full((len(latents),), timestep, dtype=torch.float32)
-        prediction: Array = transformer(latents, times, *given, depth)[0].numpy()
-        negative, prompt = prediction[: len(x)], prediction[-len(x) :]
-        return (
-            apply_guidance(negative, prompt, guidance, channels)
-            if is_guided(timestep, guidance, interval)
-            else prompt
-        )
+        prediction: Array = transformer(latents, times, *conditioning_tensors, depth)[0].numpy()
+        negative, positive = prediction[: len(x)], prediction[-len(x) :]
+        if is_guided(timestep, guidance, interval):
+            return apply_guidance(negative, positive, guidance, channels)
+        return positive
 
     return predict

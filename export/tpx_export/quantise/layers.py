@@ -1,7 +1,7 @@
-"""Which layers are quantised. This is the one place that says so.
+"""The layers that are quantised; no other module decides this.
 
-    int8          of every block and stream of the transformer: qkv, proj, mlp_in, mlp_out
-    int8-weights  these, all adaLN modulations, and every linear layer of text encoders
+    int8          qkv, proj, mlp_in and mlp_out of every block and stream of the transformer
+    int8-weights  these, all adaLN modulations, and every linear layer of the text encoders
 
 Never: gates and experts, embedders of timestep and condition, patch_in, patch_out, context_in, norms, the autoencoder.
 """
@@ -12,11 +12,11 @@ from tpx_export.model.attention import SelfAttention, Stream
 from tpx_export.model.conditions import Modulation
 
 BLOCK_LINEARS = ("qkv", "proj", "mlp_in", "mlp_out")
-Layers = dict[str, nn.Linear]  # by the name that the module has in its model
+Layers = dict[str, nn.Linear]  # by module name
 
 
 def block_linears(transformer: nn.Module) -> Layers:
-    """Projections of attention, and the perceptron, of every stream of every block."""
+    """The attention projections and the MLP of every stream of every block."""
     return {
         f"{name}.{part}": layer
         for name, module in transformer.named_modules()
@@ -27,7 +27,7 @@ def block_linears(transformer: nn.Module) -> Layers:
 
 
 def modulations(transformer: nn.Module) -> Layers:
-    """Every adaLN's layer, that of the output too: a third of the weights."""
+    """The layer of every adaLN, including that of the output: a third of the weights."""
     return {name: module for name, module in transformer.named_modules() if isinstance(module, Modulation)}
 
 

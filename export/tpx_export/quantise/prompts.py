@@ -1,9 +1,9 @@
-"""What is drawn to calibrate int8 and to show what it costs: the user's prompts, or some that the model can read.
+"""The subjects (prompts or classes) for the calibration of int8 and its comparison with fp32.
 
-a file            one prompt a line
-CLIP and T5       plain descriptions of varied things
-words             captions of the shapes world where the model knows their words, else prompts of its own random words
-classes           classes spread over all of them
+a file            the user's prompts, one per line
+CLIP and T5       descriptions of varied things
+words             captions of the shapes world if the model knows their words, else prompts of random words
+classes           evenly spaced classes
 """
 
 import random
@@ -19,12 +19,12 @@ from tpx_runtime.manifest import ModelSpec
 from tpx_runtime.prompts import read_prompt_lines
 from tpx_runtime.tokenizer import Tokenizer, WordTokenizer, make_tokenizer, reject_unknown
 
-EACH = 8  # prompts to calibrate with, and as many others to show
-EACH_LARGE = 1
+SUBJECTS = 8  # for the calibration, and as many others for the comparison
+SUBJECTS_LARGE = 1
 LARGE = 1024  # visual tokens
-_TOGETHER = 512  # visual tokens of pictures that are drawn at once
+_BATCH_TOKENS = 512  # visual tokens per batch
 
-_PLAIN = (
+_GENERAL_PROMPTS = (
     "a portrait of an old fisherman with a grey beard, oil on canvas",
     "a red bicycle leaning against a white brick wall",
     "an aerial view of a river delta at dusk",
@@ -46,36 +46,39 @@ _PLAIN = (
 
 @dataclass(frozen=True)
 class Subjects:
-    """Prompts (text) or classes (numbers) to calibrate with, and others to show."""
+    """Prompts (str) or classes (int) for the calibration and for the comparison with fp32."""
 
-    calibrating: tuple[str | int, ...]
-    shown: tuple[str | int, ...]
-
-
-def drawn_together(model: ModelSpec) -> int:
-    """How many pictures one call of the transformer draws: fewer of larger ones, which take more memory."""
-    return max(1, _TOGETHER // model.visual_tokens)
+    calibration: tuple[str | int, ...]
+    comparison: tuple[str | int, ...]
 
 
-def subjects_of(pipeline: Pipeline, file: Path | None = None) -> Subjects:
-    """The prompts of `file`, all to calibrate with and the first to show, or the model's own subjects. Raises BadInput."""
-    each = EACH_LARGE if pipeline.model.visual_tokens > LARGE else EACH
+def images_per_batch(model: ModelSpec) -> int:
+    """The batch size: smaller for larger images, which need more memory."""
+    return max(1, _BATCH_TOKENS // model.visual_tokens)
+
+
+def choose_subjects(pipeline: Pipeline, file: Path | None = None) -> Subjects:
+    """The default subjects, or the prompts of `file`: all for the calibration, the first for the comparison.
+
+    Raises BadInput.
+    """
+    count = SUBJECTS_LARGE if pipeline.model.visual_tokens > LARGE else SUBJECTS
     if file is not None:
-        given = read_prompts(file, pipeline)
-        return Subjects(given, given[:each])
+        from_file = read_prompts(file, pipeline)
+        return Subjects(from_file, from_file[:count])
     if pipeline.model.classes:
-        spread = np.linspace(0, pipeline.model.classes - 1, 2 * each).round().astype(int).tolist()
-        return Subjects(tuple(spread[::2]), tuple(spread[1::2]))
-    prompts = own_prompts(pipeline, 2 * each)
+        classes = np.linspace(0, pipeline.model.classes - 1, 2 * count).round().astype(int).tolist()
+        return Subjects(tuple(classes[::2]), tuple(classes[1::2]))
+    prompts = default_prompts(pipeline, 2 * count)
     half = len(prompts) // 2
     return Subjects(prompts[:half], prompts[half:])
 
 
 def read_prompts(file: Path, pipeline: Pipeline) -> tuple[str, ...]:
-    """The prompts of a file. Raises BadInput for one that the model cannot read, and names its line."""
+    """The prompts of a file. Raises BadInput for a prompt that the model cannot read, with its line number."""
     if pipeline.model.classes:
         raise BadInput(
-            f"expected no prompts for a model of classes, found {file}; leave it out, its classes are used"
+            f"expected no prompts for a class-conditional model, found {file}; leave it out, classes are used instead"
         )
     prompts, tokenizers = read_prompt_lines(file), [_tokenizer(part) for part in pipeline.text]
     for number, prompt in prompts.items():
@@ -86,20 +89,19 @@ def read_prompts(file: Path, pipeline: Pipeline) -> tuple[str, ...]:
     return tuple(prompts.values())
 
 
-def own_prompts(pipeline: Pipeline, count: int) -> tuple[str, ...]:
-    """Up to `count` prompts that the model can read, always the same ones."""
+def default_prompts(pipeline: Pipeline, count: int) -> tuple[str, ...]:
+    """Up to `count` prompts that the model can read; the result is deterministic."""
     tokenizers = [_tokenizer(part) for part in pipeline.text]
-    words = next((t for t in tokenizers if isinstance(t, WordTokenizer)), None)
-    if words is None:
-        return _PLAIN[:count]
+    if not any(isinstance(tokenizer, WordTokenizer) for tokenizer in tokenizers):
+        return _GENERAL_PROMPTS[:count]
     captions = [text for text in _captions(count) if _readable(text, tokenizers)]
     if len(captions) == count:
         return tuple(captions)
-    return tuple(_spoken(part, row) for part in pipeline.text[:1] for row in part.ids)
+    return tuple(_decode(part, row) for part in pipeline.text[:1] for row in part.ids)
 
 
 def _captions(count: int) -> Sequence[str]:
-    """Captions of the shapes world, all kinds in turn; none if a checkout's folder samples is missing."""
+    """Captions of the shapes world, of all kinds in turn; none if the folder `samples` of a checkout is missing."""
     try:
         from samples.shapes.captions import KINDS, caption, prompt_of
     except ImportError:
@@ -110,7 +112,7 @@ def _captions(count: int) -> Sequence[str]:
     return tuple(texts)
 
 
-def _spoken(part: TextPart, ids: Sequence[int]) -> str:
+def _decode(part: TextPart, ids: Sequence[int]) -> str:
     tokens = part.vocabulary["tokens"]
     assert isinstance(tokens, list)
     return " ".join(word for word in (tokens[i] for i in ids) if not word.startswith("<"))
@@ -126,7 +128,7 @@ def _readable(text: str, tokenizers: Sequence[Tokenizer]) -> bool:
 
 def _require_readable(text: str, tokenizers: Sequence[Tokenizer]) -> None:
     if not text.isprintable():
-        raise BadInput(f"expected text, found {shorten(text)} with characters that cannot be printed")
+        raise BadInput(f"expected text, found {shorten(text)} with unprintable characters")
     for tokenizer in tokenizers:
         reject_unknown(tokenizer.encode(text), tokenizer)
 

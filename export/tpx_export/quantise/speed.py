@@ -1,6 +1,7 @@
-"""Milliseconds of a transformer call in int8 and in fp32, on every engine at hand that reads a bundle as it is."""
+"""Milliseconds of a transformer call in int8 and fp32, in every installed engine that reads a bundle without tpx-build."""
 
 import time
+from collections.abc import Sequence
 from statistics import median
 
 import numpy as np
@@ -10,40 +11,44 @@ from tpx_runtime.bundle import Bundle
 from tpx_runtime.engine import ENGINES, Arrays, Engine, Session
 from tpx_runtime.verify import load_golden
 
-_WARM, _ROUNDS, _LEAST_ROUNDS, _SECONDS = 3, 41, 5, 20.0
+_WARMUP_ROUNDS, _ROUNDS, _MIN_ROUNDS, _MAX_SECONDS = 3, 41, 5, 20.0
 
 
-def engines_at_hand() -> list[Engine]:
-    """Engines that run here without tpx-build: a bundle in the making has no engines built for it."""
-    return [one for one in ENGINES.values() if one.prebuilt != "required" and one.problem() is None]
+def available_engines() -> list[Engine]:
+    """Engines that run on this machine and do not need tpx-build, which has not run for a new bundle."""
+    return [
+        engine for engine in ENGINES.values() if engine.prebuilt != "required" and engine.problem() is None
+    ]
 
 
 def speed(int8: Bundle, fp32: Bundle, engine: Engine) -> SpeedReport:
-    """Time both bundles in turn, at the default depth, with the rows of one picture. Raises EngineFailed."""
+    """Time both bundles in turn at the default depth, with the rows of one image. Raises EngineFailed."""
     depth, rows = int8.manifest.defaults.depth, 1 if int8.manifest.defaults.guidance == 1 else 2
-    first, second = (engine.open(bundle.transformer(depth, engine.variant)) for bundle in (fp32, int8))
-    return SpeedReport(engine.name, depth, rows, *interleaved(first, second, _inputs(int8, rows)))
+    sessions = tuple(engine.open(bundle.transformer(depth, engine.variant)) for bundle in (fp32, int8))
+    fp32_ms, int8_ms = time_interleaved(sessions, _inputs(int8, rows))
+    return SpeedReport(engine.name, depth, rows, fp32_ms, int8_ms)
 
 
-def interleaved(first: Session, second: Session, inputs: Arrays) -> tuple[float, float]:
-    """Median milliseconds of both. Their order alternates, so that a slow moment of the machine affects both."""
-    took: tuple[list[float], list[float]] = ([], [])
-    for _ in range(_WARM):
-        first.run(inputs)
-        second.run(inputs)
-    began = time.perf_counter()
-    for number in range(_ROUNDS):
-        if number >= _LEAST_ROUNDS and time.perf_counter() - began > _SECONDS:
-            break
-        for which in (0, 1) if number % 2 else (1, 0):
-            session, start = (first, second)[which], time.perf_counter()
+def time_interleaved(sessions: Sequence[Session], inputs: Arrays) -> list[float]:
+    """Median milliseconds of each session. Their order alternates, so that a slow moment of the machine affects all."""
+    milliseconds: list[list[float]] = [[] for _ in sessions]
+    for _ in range(_WARMUP_ROUNDS):
+        for session in sessions:
             session.run(inputs)
-            took[which].append(1e3 * (time.perf_counter() - start))
-    return median(took[0]), median(took[1])
+    start = time.perf_counter()
+    indices = range(len(sessions))
+    for number in range(_ROUNDS):
+        if number >= _MIN_ROUNDS and time.perf_counter() - start > _MAX_SECONDS:
+            break
+        for index in indices if number % 2 else reversed(indices):
+            call_start = time.perf_counter()
+            sessions[index].run(inputs)
+            milliseconds[index].append(1e3 * (time.perf_counter() - call_start))
+    return [median(times) for times in milliseconds]
 
 
 def _inputs(bundle: Bundle, rows: int) -> Arrays:
-    """The golden tensors' inputs of a transformer, repeated or cut to `rows` rows."""
+    """The golden inputs of a transformer, repeated or truncated to `rows` rows."""
     golden = load_golden(bundle)
     return {
         name: np.resize(golden[name], (rows, *golden[name].shape[1:]))

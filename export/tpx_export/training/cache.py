@@ -1,4 +1,4 @@
-"""Latents and text embeddings on disk, each made once: one .safetensors file per entry, named by a hash of its source."""
+"""A cache of latents and text embeddings on disk: one .safetensors file per entry, named by a hash of its source."""
 
 import hashlib
 from collections.abc import Mapping
@@ -13,18 +13,18 @@ from torch import Tensor
 from tpx_runtime.errors import BadInput
 from tpx_runtime.files import atomic_file
 
-_VERSION = 1  # of what is stored and how it is made
+_VERSION = 1  # increase it when the content of entries or its computation changes
 
 
 def key(*parts: object) -> str:
-    """The name of an entry that depends on `parts` and on nothing else."""
+    """The name of an entry whose content depends only on `parts`."""
     text = "\0".join(map(str, (_VERSION, *parts)))
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:40]
 
 
 @dataclass(frozen=True)
 class Cache:
-    """Entries by key, in a folder that is made when there is a first one. It can be deleted at any time."""
+    """Entries by key in a folder, which is created with the first entry. It can be deleted at any time."""
 
     folder: Path
 
@@ -32,32 +32,32 @@ class Cache:
         return self._path(name).is_file()
 
     def get(self, name: str) -> dict[str, Tensor]:
-        """The float32 tensors of an entry. Raises BadInput for one that is gone or damaged."""
+        """The tensors of an entry as float32. Raises BadInput for an entry that is missing or damaged."""
         try:
             return {part: value.float() for part, value in load_file(self._path(name)).items()}
         except (SafetensorError, OSError):
             raise BadInput(
-                f"expected what was encoded before in {self._path(name)}, found it gone or damaged; delete the folder "
+                f"expected a cached encoding in {self._path(name)}, found it missing or damaged; delete the folder "
                 f"{self.folder} and run the same command"
             ) from None
 
     def put(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Store tensors, in float16 if none of their values overflows it. Written whole or not at all. Raises BadInput."""
+        """Write tensors atomically, as float16 if no value overflows it. Raises BadInput."""
         path = self._path(name)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_file(path) as partial:
-                save_file({part: _narrow(value) for part, value in tensors.items()}, partial)
+                save_file({part: _to_half(value) for part, value in tensors.items()}, partial)
         except (OSError, SafetensorError) as error:
             raise BadInput(
-                f"expected to write {path}, found: {error}; free some space or choose another place"
+                f"expected to write {path}, found: {error}; free some space or choose another path"
             ) from None
 
     def _path(self, name: str) -> Path:
         return self.folder / name[:2] / f"{name}.safetensors"
 
 
-def _narrow(value: Tensor) -> Tensor:
+def _to_half(value: Tensor) -> Tensor:
     value = value.detach().cpu().contiguous()
     half = value.half()
     return half if torch.isfinite(half).all() else value

@@ -11,49 +11,60 @@ _PATH = click.Path(path_type=Path)
 
 @click.command(cls=TpxCommand)
 @click.option(
-    "--base", type=_PATH, required=True, help="Diffusers folder or single file of SD3 or SD3.5, or DiT."
+    "--base",
+    type=_PATH,
+    required=True,
+    help="Diffusers folder or single file of SD3 or SD3.5, or a DiT file.",
 )
 @click.option("--components", type=_PATH, help="Diffusers folder with the parts that BASE lacks.")
-@click.option("--data", type=_PATH, required=True, help="Folder of pictures and captions, or classes.")
+@click.option("--data", type=_PATH, required=True, help="Folder of images with captions or classes.")
 @click.option("--out", type=_PATH, default=Path("tpx.safetensors"), show_default=True, help="File to write.")
-@click.option("--cache", "cache_folder", type=_PATH, help="Folder of what is encoded.  [default: OUT.cache]")
+@click.option("--cache", "cache_folder", type=_PATH, help="Folder for encoded data.  [default: OUT.cache]")
 @click.option("--experts", default=2, show_default=True, help="Experts in each block.")
 @click.option("--rank", default=128, show_default=True, help="Rank of an expert.")
 @click.option("--max-depth", default=2, show_default=True, help="Latent steps.")
-@click.option("--blocks", help="Blocks that think, from 0.  [default: 4,8,12 as far as BASE has them]")
-@click.option("--temperature", default=5.0, show_default=True, help="Of the Gumbel softmax.")
+@click.option("--blocks", help="Thinking blocks, from 0.  [default: those of 4,8,12 that BASE has]")
+@click.option("--temperature", default=5.0, show_default=True, help="Temperature of the Gumbel softmax.")
 @click.option(
-    "--image-size", "image_size_px", type=int, help="Pixels a side.  [default: 512; DiT's own for DiT]"
+    "--image-size", "image_size_px", type=int, help="Pixels per side.  [default: 512; for DiT its own]"
 )
 @click.option("--no-t5", is_flag=True, help="Leave out BASE's T5 encoder.")
 @click.option(
-    "--steps", default=2000, show_default=True, help="In all; more of them go on from a finished run."
+    "--steps",
+    default=2000,
+    show_default=True,
+    help="Steps in total; a larger number continues a finished run.",
 )
-@click.option("--batch", default=4, show_default=True, help="Pictures in a step.")
+@click.option("--batch", default=4, show_default=True, help="Images per step.")
 @click.option("--lr", default=1e-4, show_default=True, help="Learning rate of AdamW.")
-@click.option("--warmup", default=100, show_default=True, help="Steps until the rate is reached.")
-@click.option("--weight-decay", default=0.01, show_default=True, help="Of AdamW.")
+@click.option("--warmup", default=100, show_default=True, help="Steps of linear learning rate warm-up.")
+@click.option("--weight-decay", default=0.01, show_default=True, help="Weight decay of AdamW.")
 @click.option(
-    "--caption-dropout", default=0.1, show_default=True, help="Share of pictures without caption or class."
+    "--caption-dropout",
+    default=0.1,
+    show_default=True,
+    help="Share of images trained without caption or class.",
 )
 @click.option(
     "--depth",
     default="fixed",
     show_default=True,
-    help="fixed: MAX-DEPTH in every step; random: 1..MAX-DEPTH.",
+    help="fixed: MAX-DEPTH at every step; random: 1..MAX-DEPTH.",
 )
-@click.option("--precision", default="bf16", show_default=True, help="Of the frozen base: bf16 or fp32.")
+@click.option(
+    "--precision", default="bf16", show_default=True, help="Precision of the frozen base: bf16 or fp32."
+)
 @click.option(
     "--gradient-checkpointing/--no-gradient-checkpointing",
     default=True,
     show_default=True,
-    help="Compute blocks again on the way back: a fraction of the memory, more time.",
+    help="Recompute blocks in the backward pass: less memory, more time.",
 )
-@click.option("--skip-broken", is_flag=True, help="Leave out pictures that cannot be read, and name them.")
+@click.option("--skip-broken", is_flag=True, help="Skip images that cannot be read, and list them.")
 @click.option(
-    "--seed", default=0, show_default=True, help="Of first weights, noise and the order of pictures."
+    "--seed", default=0, show_default=True, help="Seed of initial weights, noise and the order of images."
 )
-@click.option("--device", help="cpu or cuda.  [default: cuda where torch has it]")
+@click.option("--device", help="cpu or cuda.  [default: cuda if torch supports it]")
 def main(
     base: Path,
     components: Path | None,
@@ -82,7 +93,7 @@ def main(
 ) -> None:
     """Train thinking adapters on a frozen base, and print the path of their file.
 
-    What is encoded is kept in OUT.cache and a run's state in OUT.state.pt: the same command takes up a run that was stopped.
+    Encoded data is kept in OUT.cache and the state of the run in OUT.state.pt: the same command resumes a stopped run.
     """
     import torch
 
@@ -109,7 +120,7 @@ def main(
         cache_folder=cache_folder,
         image_size_px=image_size_px,
         t5=not no_t5,
-        blocks_asked=blocks is not None,
+        blocks_explicit=blocks is not None,
         skip_broken=skip_broken,
         gradient_checkpointing=gradient_checkpointing,
         device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
@@ -117,7 +128,7 @@ def main(
     outcome = train(request, settings)
     change = outcome.loss_after / outcome.loss_before - 1
     click.echo(
-        f"loss of fixed pictures and noise: base {outcome.loss_before:.4f}, with adapters {outcome.loss_after:.4f} "
+        f"loss on fixed images and noise: base {outcome.loss_before:.4f}, with adapters {outcome.loss_after:.4f} "
         f"({change:+.1%})",
         err=True,
     )

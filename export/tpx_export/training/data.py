@@ -1,4 +1,4 @@
-"""The data of each training step: which pictures, in which order, and their captions or classes."""
+"""The data of each training step: images in a seeded random order, with their captions or classes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,25 +10,25 @@ from tpx_export.training.cache import Cache, key
 from tpx_runtime.conditioning import EncoderOutput, combine
 from tpx_runtime.manifest import ModelSpec
 
-Told = tuple[Tensor, ...]  # context [B, L, W] and pooled [B, P], or class_id [B]
+Conditioning = tuple[Tensor, ...]  # context [B, L, W] and pooled [B, P], or class_id [B]
 
 
-def seeded(*numbers: int) -> torch.Generator:
-    """A random stream for that tuple of numbers, independent of those of others."""
+def seeded_generator(*numbers: int) -> torch.Generator:
+    """A random generator for that tuple of numbers, independent of the generators of other tuples."""
     return torch.Generator().manual_seed(int(key(*numbers)[:15], 16))
 
 
 @dataclass(frozen=True)
 class Data:
-    """Pictures with their captions or classes, `told`. `latents` are keys of the cache.
+    """Images and their captions or classes. `latents` has the cache key of each image's latents.
 
-    `captions` has for every caption, and for "", the key of each text encoder's output.
+    `captions` has the cache keys of the text encoders' outputs for every caption and for "".
     """
 
     model: ModelSpec
     cache: Cache
     latents: tuple[str, ...]
-    told: tuple[str | int, ...]
+    conditions: tuple[str | int, ...]
     captions: dict[str, tuple[str, ...]]
 
     def __len__(self) -> int:
@@ -36,30 +36,31 @@ class Data:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the pictures, their sizes, captions and order."""
-        return key(self.latents, self.told)
+        """A hash of the images, their sizes, captions or classes, and order."""
+        return key(self.latents, self.conditions)
 
     def rows(self, seed: int, step: int, batch: int) -> list[int]:
-        """The numbers of a step's pictures. Each epoch has all pictures in a random order of its own."""
-        places, orders = range(step * batch, (step + 1) * batch), dict[int, list[int]]()
-        for epoch in {place // len(self) for place in places}:
-            orders[epoch] = torch.randperm(len(self), generator=seeded(seed, 1, epoch)).tolist()
-        return [orders[place // len(self)][place % len(self)] for place in places]
+        """The indices of the images of a step. Each epoch has all images in a new random order."""
+        positions, orders = range(step * batch, (step + 1) * batch), dict[int, list[int]]()
+        for epoch in {position // len(self) for position in positions}:
+            orders[epoch] = torch.randperm(len(self), generator=seeded_generator(seed, 1, epoch)).tolist()
+        return [orders[position // len(self)][position % len(self)] for position in positions]
 
-    def batch(self, rows: Sequence[int], dropped: Sequence[bool], device: str) -> tuple[Tensor, Told]:
-        """Latents float32 [B, C, S, S] of `rows`, and their conditioning, which is unconditional where `dropped`."""
-        clean = torch.stack([self.cache.get(self.latents[row])["latents"] for row in rows])
-        told = [self.told[row] for row in rows]
+    def batch(self, rows: Sequence[int], dropped: Sequence[bool], device: str) -> tuple[Tensor, Conditioning]:
+        """Latents float32 [B, C, S, S] of `rows`, and their conditioning, which is unconditional if `dropped`."""
+        latents = torch.stack([self.cache.get(self.latents[row])["latents"] for row in rows]).to(device)
+        conditions = [self.conditions[row] for row in rows]
         if self.model.classes:
-            ids = [self.model.classes if drop else t for t, drop in zip(told, dropped, strict=True)]
-            return clean.to(device), (torch.tensor(ids, device=device),)
-        texts = ["" if drop else str(t) for t, drop in zip(told, dropped, strict=True)]
-        joined = combine([self._said(part, texts) for part in range(len(self.captions[""]))], self.model)
-        return clean.to(device), tuple(torch.from_numpy(joined[n]).to(device) for n in ("context", "pooled"))
+            ids = [self.model.classes if drop else c for c, drop in zip(conditions, dropped, strict=True)]
+            return latents, (torch.tensor(ids, device=device),)
+        texts = ["" if drop else str(c) for c, drop in zip(conditions, dropped, strict=True)]
+        encoders = range(len(self.captions[""]))
+        combined = combine([self._text_output(encoder, texts) for encoder in encoders], self.model)
+        return latents, tuple(torch.from_numpy(combined[n]).to(device) for n in ("context", "pooled"))
 
-    def _said(self, part: int, texts: Sequence[str]) -> EncoderOutput:
-        """The output of text encoder number `part` for `texts`, from the cache."""
-        entries = [self.cache.get(self.captions[text][part]) for text in texts]
+    def _text_output(self, encoder: int, texts: Sequence[str]) -> EncoderOutput:
+        """The output of text encoder number `encoder` for `texts`, from the cache."""
+        entries = [self.cache.get(self.captions[text][encoder]) for text in texts]
         context = torch.stack([entry["context"] for entry in entries]).numpy()
         pooled = (
             torch.stack([entry["pooled"] for entry in entries]).numpy() if "pooled" in entries[0] else None

@@ -1,4 +1,4 @@
-"""A hash of a base's files, by which adapters name their base, and caches and states recognise it."""
+"""A hash of a base's files, which identifies the base in adapter files, caches and training states."""
 
 import hashlib
 from collections.abc import Collection
@@ -12,21 +12,21 @@ _PARTS = (
     *("text_encoder", "text_encoder_2", "text_encoder_3"),
     *("tokenizer", "tokenizer_2", "tokenizer_3"),
 )
-_WHOLE_BYTES = 1 << 24
+_MAX_WHOLE_BYTES = 1 << 24
 _PIECES, _PIECE_BYTES = 1024, 1 << 12
 
 
-def of_base(path: Path, components: Path | None = None, leave_out: Collection[Path] = ()) -> str:
-    """SHA-256 of the weights, configurations and tokenizers at `path` and in the components' folder.
+def base_fingerprint(path: Path, components: Path | None = None, exclude: Collection[Path] = ()) -> str:
+    """SHA-256 of the weights, configurations and tokenizers at `path` and in the folder `components`.
 
-    Of a folder, only files that an import may read count, without those in `leave_out`: a run may keep its pictures and
-    write its adapters there. Files are known by their names within it and by their content: up to 16 MiB as a whole, above
-    by their size, their first MiB (where .safetensors has its names) and 1,024 pieces of 4 KiB, evenly spaced; hashing 15 GB
-    would take longer than most starts. Raises CheckpointInvalid for what cannot be read.
+    In a folder, only files that an import may read are hashed, except those in `exclude`: a run may have its images and
+    write its adapters there. The hash covers relative names and contents. Files of more than 16 MiB are sampled, because
+    hashing 15 GB takes too long: their size, their first MiB (where .safetensors has its names) and 1,024 evenly spaced
+    pieces of 4 KiB. Raises CheckpointInvalid for files that cannot be read.
     """
     digest = hashlib.sha256()
     for root in (path, components):
-        files = [root] if root is None or root.is_file() else _files(root, leave_out)
+        files = [root] if root is None or root.is_file() else _files(root, exclude)
         for file in files:
             if file is None or root is None:
                 continue
@@ -35,21 +35,21 @@ def of_base(path: Path, components: Path | None = None, leave_out: Collection[Pa
     return digest.hexdigest()
 
 
-def of_file(path: Path) -> str:
+def file_sha256(path: Path) -> str:
     """SHA-256 of a whole file. Raises OSError."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _files(root: Path, leave_out: Collection[Path]) -> list[Path]:
-    # Only a folder that has a config.json is a part by itself.
-    own = root.glob("*" if (root / "config.json").exists() else "model_index.json")
-    found = [*own, *(path for part in _PARTS for path in (root / part).glob("*"))]
-    without = {path.resolve() for path in leave_out}
+def _files(root: Path, exclude: Collection[Path]) -> list[Path]:
+    # Only a folder with a config.json is itself a part of a model.
+    top_level = root.glob("*" if (root / "config.json").exists() else "model_index.json")
+    found = [*top_level, *(path for part in _PARTS for path in (root / part).glob("*"))]
+    excluded = {path.resolve() for path in exclude}
     return sorted(
         path
         for path in found
-        if path.suffix in _SUFFIXES and path.is_file() and path.resolve() not in without
+        if path.suffix in _SUFFIXES and path.is_file() and path.resolve() not in excluded
     )
 
 
@@ -60,7 +60,7 @@ def _content(path: Path) -> str:
             size = file.seek(0, 2)
             digest.update(f"{size}\0".encode())
             file.seek(0)
-            if size <= _WHOLE_BYTES:
+            if size <= _MAX_WHOLE_BYTES:
                 digest.update(file.read())
                 return digest.hexdigest()
             digest.update(file.read(1 << 20))
@@ -68,5 +68,5 @@ def _content(path: Path) -> str:
                 file.seek((size - _PIECE_BYTES) * piece // (_PIECES - 1))
                 digest.update(file.read(_PIECE_BYTES))
     except OSError as error:
-        raise CheckpointInvalid(f"{path}: expected a file to read, found: {error.strerror}") from None
+        raise CheckpointInvalid(f"{path}: expected a readable file, found: {error.strerror}") from None
     return digest.hexdigest()

@@ -1,7 +1,7 @@
-"""A base that is frozen and thinks: its weights in one precision and without gradients, its adapters in float32.
+"""A frozen base with trainable thinking adapters: base weights in one precision without gradients, adapters in float32.
 
-No autocast: the base's weights are turned into `precision` once, the experts' products follow it, and gates, embedders of
-time and condition, adapters, their gradients and the loss are float32.
+There is no autocast: the base's weights are cast to `precision` once, and the experts' products are computed in it. Gates,
+embedders, adapters, their gradients and the loss are float32.
 """
 
 import functools
@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from tpx_export.adapters import attach
 from tpx_export.model.thinking import ThinkingSpec
-from tpx_export.precision import narrow
-from tpx_export.training.data import Told
+from tpx_export.precision import cast_weights
+from tpx_export.training.data import Conditioning
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -22,11 +22,11 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 def thinking_model(
     base: nn.Module, thinking: ThinkingSpec, precision: str, device: str, seed: int
 ) -> nn.Module:
-    """`base` itself, frozen, with fresh adapters, in training mode on `device`; its output is the same as before.
+    """Freeze `base`, attach new adapters, move it to `device` and return it in training mode. Its output does not change.
 
-    Adapters are initialised on the CPU, so that a seed gives the same ones on every device.
+    Adapters are initialised on the CPU, so that a seed gives the same adapters on every device.
     """
-    narrow(base, DTYPES[precision])
+    cast_weights(base, DTYPES[precision])
     base.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -34,16 +34,16 @@ def thinking_model(
     return base.to(device).train()
 
 
-def adapters_of(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that are trained, by name."""
+def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The trainable parameters by name."""
     return {name: p for name, p in model.named_parameters() if ".thinking." in name and p.requires_grad}
 
 
 def checkpoint_blocks(model: nn.Module) -> nn.Module:
-    """Gradient checkpointing: keep only the inputs of each block, and compute the rest again for its gradient.
+    """Gradient checkpointing: store only the inputs of each block and recompute the rest in the backward pass.
 
-    Routes are drawn again with the same noise, so nothing changes but memory and time. Blocks before the first that thinks
-    need no gradient and keep nothing anyway.
+    Routes are sampled again with the same noise, so only memory and time change. Blocks before the first thinking block need
+    no gradient and store nothing anyway.
     """
     spec: Any = model.spec
     blocks: Any = model.blocks
@@ -54,10 +54,12 @@ def checkpoint_blocks(model: nn.Module) -> nn.Module:
     return model
 
 
-def predict(model: nn.Module, latents: Tensor, timestep: Tensor, told: Told, depth: int) -> Tensor:
-    """The model's prediction, float32, for float32 latents [B, C, S, S], timestep [B] and the conditioning `told`."""
+def predict(
+    model: nn.Module, latents: Tensor, timestep: Tensor, conditioning: Conditioning, depth: int
+) -> Tensor:
+    """The model's prediction, float32, for float32 latents [B, C, S, S], timestep [B] and conditioning."""
     dtype: torch.dtype = model.patch_in.weight.dtype  # type: ignore[union-attr, assignment]
-    # The condition's embedder is float32, and so is what it reads; the context goes among the base's tokens.
-    given = [value.to(dtype) if value.ndim == 3 else value for value in told]
-    prediction: Tensor = model(latents.to(dtype), timestep, *given, depth)[0]
+    # The context is in the base's precision; pooled stays float32, as its embedder does.
+    inputs = [value.to(dtype) if value.ndim == 3 else value for value in conditioning]
+    prediction: Tensor = model(latents.to(dtype), timestep, *inputs, depth)[0]
     return prediction.float()

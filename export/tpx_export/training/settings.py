@@ -1,4 +1,4 @@
-"""The options of tpx-train that affect the adapters, checked."""
+"""The options of tpx-train that affect the adapters, and their checks."""
 
 import math
 from dataclasses import dataclass, replace
@@ -7,17 +7,17 @@ from typing import Any
 from tpx_export.model.thinking import ThinkingSpec
 from tpx_runtime.errors import BadInput, shorten
 
-PAPER_BLOCKS = (4, 8, 12)  # arXiv 2604.25299, of SD3-medium's 24
+PAPER_BLOCKS = (4, 8, 12)  # of SD3-medium's 24 (arXiv 2604.25299)
 PRECISIONS = ("bf16", "fp32")
 DEPTHS = ("fixed", "random")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of a run. Experts, rank, depth, temperature and blocks are the paper's, the rest is our choice.
+    """The settings of a run. Experts, rank, depth, temperature and blocks are the paper's, the rest are our choices.
 
-    `depth` is "fixed", max_depth at every step, or "random", 1..max_depth, for adapters that work at every depth. The
-    learning rate `lr` rises linearly during the first `warmup` steps and stays.
+    `depth` is "fixed" (max_depth at every step) or "random" (1..max_depth, for adapters that work at every depth). The
+    learning rate `lr` rises linearly during the first `warmup` steps and is constant afterwards.
     """
 
     thinking: ThinkingSpec
@@ -31,7 +31,7 @@ class Settings:
     depth: str = "fixed"
 
     def __post_init__(self) -> None:
-        """Raises BadInput for a value that cannot be used."""
+        """Raises BadInput for an invalid value."""
         _require(self.batch >= 1, "--batch of 1 or more", self.batch)
         _require(self.warmup >= 0, "--warmup of 0 or more", self.warmup)
         _require(0 < self.lr < math.inf, "--lr above 0", self.lr)
@@ -42,7 +42,7 @@ class Settings:
         _require(self.depth in DEPTHS, f"--depth {' or '.join(DEPTHS)}", self.depth)
 
     def options(self) -> dict[str, Any]:
-        """The settings by the names of their options, as the state of a run holds them."""
+        """The settings by option name, as saved in the state of a run."""
         thinking = self.thinking
         return {
             "--experts": thinking.experts,
@@ -64,39 +64,39 @@ class Settings:
 def thinking_spec(
     experts: int, rank: int, max_depth: int, temperature: float, blocks: str | None
 ) -> ThinkingSpec:
-    """The adapters that the options ask for; `blocks` are numbers such as "4,8,12", None the paper's. Raises BadInput."""
-    chosen = PAPER_BLOCKS if blocks is None else _numbers(blocks)
-    for option, value, most in (
+    """The specification from the options; `blocks` is text such as "4,8,12", or None for the paper's. Raises BadInput."""
+    block_numbers = PAPER_BLOCKS if blocks is None else _parse_blocks(blocks)
+    for option, value, maximum in (
         ("--experts", experts, 64),
         ("--rank", rank, 4096),
         ("--max-depth", max_depth, 64),
     ):
-        _require(1 <= value <= most, f"{option} in 1..{most}", value)
+        _require(1 <= value <= maximum, f"{option} in 1..{maximum}", value)
     _require(0 < temperature < math.inf, "--temperature above 0", temperature)
-    return ThinkingSpec(chosen, experts, rank, max_depth, temperature)
+    return ThinkingSpec(block_numbers, experts, rank, max_depth, temperature)
 
 
-def within_base(thinking: ThinkingSpec, base_blocks: int, asked: bool) -> ThinkingSpec:
+def limit_to_base(thinking: ThinkingSpec, base_blocks: int, explicit: bool) -> ThinkingSpec:
     """`thinking` for a base with that many blocks.
 
-    Raises BadInput if blocks that the user `asked` for are missing. Of the default blocks those that the base has remain, or
-    its middle one if it has none of them.
+    Raises BadInput if the base lacks blocks that the user named (`explicit`). Of the default blocks only those that the base
+    has remain, or its middle block if it has none of them.
     """
-    inside = tuple(block for block in thinking.blocks if block < base_blocks)
-    if asked:
-        expected = f"--blocks within 0..{base_blocks - 1}, this base's"
-        _require(inside == thinking.blocks, expected, ",".join(map(str, thinking.blocks)))
-    return replace(thinking, blocks=inside or (base_blocks // 2,))
+    existing = tuple(block for block in thinking.blocks if block < base_blocks)
+    if explicit:
+        expected = f"--blocks within 0..{base_blocks - 1} (this base's)"
+        _require(existing == thinking.blocks, expected, ",".join(map(str, thinking.blocks)))
+    return replace(thinking, blocks=existing or (base_blocks // 2,))
 
 
-def _numbers(blocks: str) -> tuple[int, ...]:
+def _parse_blocks(blocks: str) -> tuple[int, ...]:
     parts = [part.strip() for part in blocks.split(",")]
-    good = all(part.isascii() and part.isdecimal() and len(part) < 6 for part in parts)
-    chosen = sorted({int(part) for part in parts}) if good else []
-    _require(good and len(chosen) == len(parts), "--blocks such as 4,8,12, each once", blocks)
-    return tuple(chosen)
+    valid = all(part.isascii() and part.isdecimal() and len(part) < 6 for part in parts)
+    numbers = sorted({int(part) for part in parts}) if valid else []
+    _require(valid and len(numbers) == len(parts), "--blocks such as 4,8,12, without repetition", blocks)
+    return tuple(numbers)
 
 
-def _require(right: bool, expected: str, found: object) -> None:
-    if not right:
+def _require(valid: bool, expected: str, found: object) -> None:
+    if not valid:
         raise BadInput(f"expected {expected}, found {shorten(found)}")

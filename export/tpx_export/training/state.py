@@ -1,4 +1,4 @@
-"""The state of a run that can be stopped and resumed: adapters, their average, the optimizer and the step, in one file."""
+"""The state of a training run, with which it can be resumed: adapters, their average, optimizer and step in one file."""
 
 import json
 import pickle
@@ -14,12 +14,14 @@ from tpx_runtime.errors import BadInput, shorten
 from tpx_runtime.files import atomic_file
 
 _FORMAT = "tpx-training 1"
-_EMA = 0.999
+# How messages name entries of the identity, whose keys are part of the format.
+_LABELS = {"base": "base files", "pictures and captions": "images and captions"}
+_MAX_DECAY = 0.999
 
 
 @dataclass
 class Run:
-    """What training changes. `step` counts whole steps; `ema` averages the parameters over about the last tenth of them."""
+    """The variables of a run. `step` counts finished steps; `ema` averages parameters over about the last tenth of them."""
 
     parameters: dict[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
@@ -31,22 +33,22 @@ class Run:
         self.ema = {name: p.detach().clone() for name, p in self.parameters.items()}
 
     @torch.no_grad()
-    def average(self) -> None:
-        """Draw the average towards the parameters of the step that was just taken."""
-        decay = min(_EMA, (1 + self.step) / (10 + self.step))
+    def update_average(self) -> None:
+        """Update the average with the current parameters."""
+        decay = min(_MAX_DECAY, (1 + self.step) / (10 + self.step))
         for name, parameter in self.parameters.items():
             self.ema[name].lerp_(parameter, 1 - decay)
 
     @torch.no_grad()
-    def use_average(self) -> None:
-        """Give the parameters the average's values: the run is over."""
+    def copy_average(self) -> None:
+        """Set the parameters to their average, at the end of the run."""
         for name, parameter in self.parameters.items():
             parameter.copy_(self.ema[name])
 
 
 def save(run: Run, identity: dict[str, Any], path: Path) -> None:
-    """Write the state of a run, and the `identity` that it is recognised by, whole or not at all. Raises BadInput."""
-    facts = {
+    """Write the state of a run and its `identity` atomically. Raises BadInput."""
+    content = {
         "format": _FORMAT,
         "identity": json.dumps(identity),
         "step": run.step,
@@ -58,50 +60,54 @@ def save(run: Run, identity: dict[str, Any], path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as part:
-            torch.save(facts, part)
-    except (OSError, RuntimeError) as error:  # torch's own for a full disk
-        said = shorten(" ".join(str(error).split()), 100)
-        raise BadInput(f"expected to write {path}, found: {said}; free some space") from None
+            torch.save(content, part)
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError if the disk is full
+        reason = shorten(" ".join(str(error).split()), 100)
+        raise BadInput(f"expected to write {path}, found: {reason}; free some space") from None
 
 
 def read(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
-    """Load the state at `path`. Every entry of `identity` must match the saved run.
+    """Load the state at `path`. Every entry of `identity`, which may be incomplete, must match that of the saved run.
 
-    `identity` may be a subset of what was saved. Raises BadInput for another run's state and for a file that is none.
+    Raises BadInput for the state of another run and for other files.
     """
     try:
-        with warnings.catch_warnings():  # torch's own about foreign pickles; one line is enough
+        with warnings.catch_warnings():  # torch warns about unknown pickles; one message is enough
             warnings.simplefilter("ignore")
-            whole = torch.load(path, map_location="cpu", weights_only=True)
-        before = json.loads(whole["identity"])
-        if whole["format"] != _FORMAT or not isinstance(before, dict):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        saved = json.loads(content["identity"])
+        if content["format"] != _FORMAT or not isinstance(saved, dict):
             raise ValueError
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, TypeError, pickle.UnpicklingError):
         raise BadInput(
-            f"expected the state of a training run in {path}, found something else; delete it to start anew"
+            f"expected the state of a training run in {path}, found something else; delete it to start again"
         ) from None
-    for name, now in identity.items():
-        if now != before.get(name):
-            said = f"{name} {before.get(name)} as in the run that {path} holds, found {now}"
-            if not name.startswith("--"):
-                said = f"the {name} of the run that {path} holds, found another"
-            raise BadInput(f"expected {said}; use that, or another --out, or delete the file to start anew")
-    return dict(whole)
+    for name, value in identity.items():
+        if value == saved.get(name):
+            continue
+        if name.startswith("--"):
+            difference = f"{name} {saved.get(name)} as in the run saved in {path}, found {value}"
+        else:
+            difference = f"the {_LABELS.get(name, name)} of the run saved in {path}, found different ones"
+        raise BadInput(
+            f"expected {difference}; use the same, or another --out, or delete the file to start again"
+        )
+    return dict(content)
 
 
-def restore(run: Run, whole: dict[str, Any], path: Path) -> None:
-    """Resume `run` from a state that was read. Raises BadInput for a state that does not fit the model."""
+def restore(run: Run, content: dict[str, Any], path: Path) -> None:
+    """Resume `run` from a state that `read` returned. Raises BadInput for a state that does not fit the model."""
     try:
         shapes = {name: p.shape for name, p in run.parameters.items()}
-        if any({n: v.shape for n, v in whole[kind].items()} != shapes for kind in ("adapters", "ema")):
+        if any({n: v.shape for n, v in content[kind].items()} != shapes for kind in ("adapters", "ema")):
             raise ValueError
         with torch.no_grad():
             for name, parameter in run.parameters.items():
-                parameter.copy_(whole["adapters"][name])
-                run.ema[name].copy_(whole["ema"][name])
-        run.optimizer.load_state_dict(whole["optimizer"])
-        run.step, run.loss_before = int(whole["step"]), float(whole["loss_before"])
+                parameter.copy_(content["adapters"][name])
+                run.ema[name].copy_(content["ema"][name])
+        run.optimizer.load_state_dict(content["optimizer"])
+        run.step, run.loss_before = int(content["step"]), float(content["loss_before"])
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError):
         raise BadInput(
-            f"expected the state of these adapters in {path}, found one that does not fit; delete it to start anew"
+            f"expected the state of these adapters in {path}, found one that does not fit; delete it to start again"
         ) from None

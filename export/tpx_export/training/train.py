@@ -1,6 +1,6 @@
-"""From a base and a folder of pictures to tpx.safetensors, one part of the base in memory at a time.
+"""Training of adapters from a base and a folder of images, with one part of the base in memory at a time.
 
-pictures ──VAE──▶ cache        captions ──each text encoder──▶ cache        cache ──transformer──▶ adapters
+images ──VAE──▶ cache        captions ──each text encoder──▶ cache        cache ──transformer──▶ adapters
 """
 
 import dataclasses
@@ -12,19 +12,20 @@ from typing import Any
 import torch
 
 from tpx_export.adapters import save_adapters
-from tpx_export.base.dit_pipeline import recognises
+from tpx_export.base.dit_pipeline import is_dit_checkpoint
 from tpx_export.base.pipeline import open_base
 from tpx_export.pipeline import Pipeline
-from tpx_export.training import fingerprint, state
+from tpx_export.training import state
 from tpx_export.training.cache import Cache
 from tpx_export.training.data import Data
 from tpx_export.training.diffusion import DiffusionLoss
-from tpx_export.training.encode import encode_captions, encode_pictures
+from tpx_export.training.encode import encode_captions, encode_images
+from tpx_export.training.fingerprint import base_fingerprint
 from tpx_export.training.flow import FlowLoss
 from tpx_export.training.frozen import checkpoint_blocks, thinking_model
 from tpx_export.training.images import Example, read_folder
 from tpx_export.training.loop import Job, Objective, Outcome, TrainingFailed, fit
-from tpx_export.training.settings import Settings, within_base
+from tpx_export.training.settings import Settings, limit_to_base
 from tpx_runtime.errors import BadInput, Cancelled
 
 SD3_SIZE_PX = 512
@@ -32,7 +33,7 @@ SD3_SIZE_PX = 512
 
 @dataclass(frozen=True)
 class Request:
-    """What to train, on which data, and where it goes. `blocks_asked`: the user named the settings' blocks."""
+    """The base, data, output and options of a run. `blocks_explicit`: the user named the blocks of the settings."""
 
     base: Path
     data: Path
@@ -42,7 +43,7 @@ class Request:
     cache_folder: Path | None = None
     image_size_px: int | None = None
     t5: bool = True
-    blocks_asked: bool = False
+    blocks_explicit: bool = False
     skip_broken: bool = False
     gradient_checkpointing: bool = True
     device: str = "cpu"
@@ -57,30 +58,30 @@ class Request:
 
 
 def train(request: Request, settings: Settings) -> Outcome:
-    """Train adapters and write them to `request.out`; a run that was stopped is resumed.
+    """Train adapters and write them to `request.out`; a stopped run is resumed.
 
-    Everything is checked before anything is encoded, except whether pictures can be read. Raises BadInput,
-    CheckpointInvalid, TrainingFailed, Cancelled.
+    Everything is checked before encoding starts, except whether images can be read. Raises BadInput, CheckpointInvalid,
+    TrainingFailed, Cancelled.
     """
     _check(request)
     try:
         return _train(request, settings)
     except torch.OutOfMemoryError:
         raise TrainingFailed(
-            f"expected memory for {settings.batch} pictures a step on {request.device}, found too little; take a smaller "
-            "--batch or --image-size, and leave --gradient-checkpointing on"
+            f"expected memory for {settings.batch} images per step on {request.device}, found too little; use a smaller "
+            "--batch or --image-size, and keep --gradient-checkpointing on"
         ) from None
 
 
 def _train(request: Request, settings: Settings) -> Outcome:
     size = request.image_size_px
-    if size is None and not recognises(request.base):
+    if size is None and not is_dit_checkpoint(request.base):
         size = SD3_SIZE_PX
     pipeline = open_base(request.base, request.components, size, t5=request.t5)
     examples = read_folder(request.data, pipeline.model.classes)
-    base = fingerprint.of_base(request.base, request.components, (request.out, request.state))
+    base = base_fingerprint(request.base, request.components, (request.out, request.state))
     settings = dataclasses.replace(
-        settings, thinking=within_base(settings.thinking, pipeline.blocks, request.blocks_asked)
+        settings, thinking=limit_to_base(settings.thinking, pipeline.blocks, request.blocks_explicit)
     )
     identity = {
         **settings.options(),
@@ -90,7 +91,7 @@ def _train(request: Request, settings: Settings) -> Outcome:
     }
     if request.state.exists():
         state.read(request.state, identity)
-    data = _encoded(request, pipeline, examples, base)
+    data = _encode(request, pipeline, examples, base)
     identity["pictures and captions"] = data.fingerprint
     model = thinking_model(
         pipeline.transformer(), settings.thinking, settings.precision, request.device, settings.seed
@@ -104,32 +105,32 @@ def _train(request: Request, settings: Settings) -> Outcome:
 
 
 def objective_of(pipeline: Pipeline) -> Objective:
-    """The loss that a base was trained with: a flow's or a diffusion's."""
+    """The loss that the base was trained with: flow matching or diffusion."""
     if pipeline.model.prediction == "velocity":
         return FlowLoss(pipeline.shift or 1.0)
     return DiffusionLoss(pipeline.model.out_channels > pipeline.model.latent_channels)
 
 
-def _encoded(request: Request, pipeline: Pipeline, examples: list[Example], base: str) -> Data:
+def _encode(request: Request, pipeline: Pipeline, examples: list[Example], base: str) -> Data:
     cache = Cache(request.cache)
     try:
-        latents = encode_pictures(examples, pipeline, base, cache, request.device, request.skip_broken)
-        told = tuple(example.told for example in latents)
-        texts = ["", *(t for t in told if isinstance(t, str))] if pipeline.text else []
+        latents = encode_images(examples, pipeline, base, cache, request.device, request.skip_broken)
+        conditions = tuple(example.condition for example in latents)
+        texts = ["", *(c for c in conditions if isinstance(c, str))] if pipeline.text else []
         captions = encode_captions(texts, pipeline, base, cache, request.device)
     except KeyboardInterrupt:
         raise Cancelled(
-            f"cancelled; what is encoded by now is kept in {cache.folder}, the same command goes on"
+            f"cancelled; the data encoded so far is in {cache.folder}, the same command continues"
         ) from None
-    return Data(pipeline.model, cache, tuple(latents.values()), told, captions)
+    return Data(pipeline.model, cache, tuple(latents.values()), conditions, captions)
 
 
 def _write(
     request: Request, pipeline: Pipeline, job: Job, outcome: Outcome, identity: dict[str, Any]
 ) -> None:
-    facts = dataclasses.asdict(job.settings)
-    del facts["thinking"]  # the adapter file has it as its specification
-    facts |= {
+    training = dataclasses.asdict(job.settings)
+    del training["thinking"]  # the adapter file has it as its specification
+    training |= {
         "objective": pipeline.model.prediction,
         "image_size_px": pipeline.model.image_size_px[0],
         "t5": request.t5,
@@ -139,7 +140,7 @@ def _write(
         "weights": "average",
         **dataclasses.asdict(outcome),
     }
-    save_adapters(job.model, request.out, pipeline.name, facts)
+    save_adapters(job.model, request.out, pipeline.name, training)
 
 
 def _check(request: Request) -> None:
@@ -150,7 +151,7 @@ def _check(request: Request) -> None:
         raise BadInput(f"expected --device cpu or cuda, found {request.device!r}")
     if request.device == "cuda" and not torch.cuda.is_available():
         raise BadInput(
-            "expected a GPU that torch can use, found none; take --device cpu, or a torch for CUDA"
+            "expected a GPU that torch can use, found none; use --device cpu, or install torch for CUDA"
         )
     out = request.out
     if out.suffix != ".safetensors":
@@ -160,8 +161,10 @@ def _check(request: Request) -> None:
             raise BadInput(f"expected --out to name a file, found the folder {out}; name a file in it")
         if out.exists() and not request.state.exists():
             raise BadInput(
-                f"expected a new file, found {out} there already, without the state of its run; name another"
+                f"expected a new file, found that {out} exists without the state of its run; choose another path"
             )
         tempfile.TemporaryFile(dir=out.parent).close()
     except OSError as error:
-        raise BadInput(f"expected a place to write {out}, found: {error.strerror}; choose another") from None
+        raise BadInput(
+            f"expected a writable path for {out}, found: {error.strerror}; choose another"
+        ) from None

@@ -40,7 +40,7 @@ def workload(
 
 def test_a_checkpoint_fits_the_bundle_of_its_model(tiny_model: TextToImage, tmp_path: Path) -> None:
     checkpoint.save(tiny_model, ckpt := tmp_path / "tiny.safetensors")
-    made = Pipeline.of(tiny_model)
+    made = Pipeline.from_model(tiny_model)
     parts, defaults = (made.text[0].spec,), replace(made.defaults, depth=1)
     manifest = replace(
         FAKE, name="tiny", model=made.model, text_encoders=parts, latent=made.latent, defaults=defaults

@@ -1,0 +1,88 @@
+"""Atomic creation of a bundle's folder: it appears at its path when it is complete, or not at all.
+
+.NAME.PID-TIME.partial ─rename─▶ NAME        an existing NAME is renamed to .NAME.PID-TIME.replaced before, then deleted
+"""
+
+import glob
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tpx_runtime.bundle import MANIFEST
+from tpx_runtime.errors import BadInput
+
+# No export takes this long: an older hidden folder was left by an export that was killed.
+_MAX_EXPORT_S = 24 * 3600
+
+
+def check_output_folder(out: Path, force: bool) -> None:
+    """Check that `out` does not exist or, with `force`, is a bundle. Raises BadInput."""
+    if not out.exists() and not out.is_symlink():
+        return
+    if not force:
+        raise BadInput(f"expected a new folder, found that {out} exists; add --force to replace it")
+    if not (out / MANIFEST).is_file():
+        raise BadInput(f"expected a bundle to replace at {out}, found something else; choose another path")
+
+
+@contextmanager
+def atomic_folder(out: Path, force: bool = False) -> Iterator[Path]:
+    """Yield a new folder, which is renamed to `out` at the end, or deleted if there is an error.
+
+    Anything at `out`, even if it was created in the meantime, is replaced only with `force`. Raises BadInput.
+    """
+    out = out if out.name else out.resolve()
+    _remove_stale(out)
+    folder = out.with_name(f".{out.name}.{os.getpid()}-{time.monotonic_ns():x}.partial")
+    replaced = folder.with_suffix(".replaced")
+    try:
+        _create(folder)
+        yield folder
+        if not force:
+            check_output_folder(out, force)
+        if out.exists():
+            out.rename(replaced)
+        folder.rename(out)
+    except OSError as error:
+        path = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else folder
+        if path != out and not path.is_relative_to(folder):
+            raise BadInput(f"expected to read {path}, found: {error.strerror}; check the path") from error
+        raise BadInput(
+            f"expected to write {out}, found: {error.strerror}; free some space or choose another path"
+        ) from error
+    finally:
+        if replaced.exists() and not out.exists():
+            replaced.rename(out)
+        shutil.rmtree(folder, ignore_errors=True)
+        if replaced.is_symlink():
+            replaced.unlink()
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _remove_stale(out: Path) -> None:
+    """Delete the hidden folders of exports to `out` that were killed a day or more ago."""
+    for path in out.parent.glob(f".{glob.escape(out.name)}.*-*.*"):
+        match = re.fullmatch(r"\d+-[0-9a-f]+\.(partial|replaced)", path.name[len(out.name) + 2 :])
+        if match and (match[1] == "partial" or out.exists()) and _age_s(path) > _MAX_EXPORT_S:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _age_s(path: Path) -> float:
+    """Seconds since `path` was last modified; 0 if it does not exist."""
+    try:
+        return time.time() - path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _create(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise BadInput(
+            f"expected a writable folder {folder.parent}, found: {error.strerror}; choose another path"
+        ) from None
