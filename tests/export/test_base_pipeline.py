@@ -208,7 +208,7 @@ def test_adapters_that_cannot_fit_are_refused_before_anything_is_exported(
     }
     path = tmp_path / "tpx.safetensors"
     write_adapters(path, thinking, state, AdapterInfo(width, "another"))
-    message = f"for 3 blocks of width 32, found some for blocks 0, {blocks[1]} of width {width}; take"
+    message = f"for 3 blocks of width 32, found some for blocks 0, {blocks[1]} of width {width}; use"
     with pytest.raises(CheckpointInvalid, match=message):
         open_base(reference[0], adapters=path)
 
