@@ -106,10 +106,8 @@ class Thinking(nn.Module):
         h = F.layer_norm(tokens * scale + shift, tokens.shape[-1:])
         # A route must not depend on the rounding of float16.
         logits = self.gate(tokens.float(), gate_condition)
-        a, b = (
-            self.a.to(h.dtype),
-            self.b.to(h.dtype),
-        )  # in training, experts are float32 over a base of lower precision
+        # In training, experts are float32 over a base of lower precision.
+        a, b = self.a.to(h.dtype), self.b.to(h.dtype)
         if self.training:
             weights = F.gumbel_softmax(logits.float(), tau=self.spec.temperature, hard=True).to(h.dtype)
             return mixed_lora(h, weights, a, b), weights.argmax(-1)
