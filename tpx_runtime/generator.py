@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from threading import RLock
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from PIL import Image
@@ -259,6 +259,20 @@ class Generator:
         with self._lock:
             conditioning = self._conditioning(jobs, guided=job.guidance != 1)
             return self.denoiser(job, [job.seed for job in jobs], conditioning, callback, edit)
+
+    def close(self) -> None:
+        """Release every loaded graph and its memory; a graph is loaded again on its next use.
+
+        At the end of a `with` block it is called automatically.
+        """
+        with self._lock:
+            self._graphs.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def clear_conditions(self) -> None:
         """Discard the cached conditions, so that a benchmark of the next batch includes their cost."""

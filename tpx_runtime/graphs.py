@@ -18,3 +18,7 @@ class Graphs:
         if self._keep:
             self._cached[path] = session
         return session
+
+    def release(self) -> None:
+        """Drop the cached sessions; a session frees its memory once its last user has finished."""
+        self._cached.clear()

@@ -40,11 +40,11 @@ def plan_loop(
     last = found.timesteps[-1]  # repeated to fill the last row, which is never read
     table, row = conditions.table([*found.timesteps, last])
     tables: Arrays = {
-        "places": np.arange(slots).reshape(-1, 1, 1, 1, 1),
+        "slot_indices": np.arange(slots).reshape(-1, 1, 1, 1, 1),
         "weights": found.weights,
         "mix": guidance_matrix(job.guidance, len(latents)),
         "table": table,
-        "told": row,
+        "condition_index": row,
     }
     context = {name: conditioning[name] for name in model.transformer_inputs if name in conditioning}
     repeated = np.concatenate([latents] * (rows // len(latents)))

@@ -151,24 +151,24 @@ def verify_step(bundle: Bundle, engine: Engine) -> list[PartReport]:
             (slots, distinct, model.conditions_width),
         )
     )
-    slot, row_index = 1, np.array([1, 0, 0, 1])
-    kept = np.concatenate([history[:slot], np.stack([prediction] * (slots - slot))])
-    summed = mix @ (weights[slot] @ kept.reshape(slots, -1)).reshape(rows, -1)
+    slot, condition_index = 1, np.array([1, 0, 0, 1])
+    new_history = np.concatenate([history[:slot], np.stack([prediction] * (slots - slot))])
+    summed = mix @ (weights[slot] @ new_history.reshape(slots, -1)).reshape(rows, -1)
     expected = {
-        "kept": kept,
+        "new_history": new_history,
         "latents": summed.reshape(prediction.shape),
-        "conditions": table[slot][row_index],
+        "conditions": table[slot][condition_index],
     }
     found = engine.open(bundle.step).run(
         {
             "history": history,
             "prediction": prediction,
             "slot": np.array(slot),
-            "places": np.arange(slots).reshape(-1, 1, 1, 1, 1),
+            "slot_indices": np.arange(slots).reshape(-1, 1, 1, 1, 1),
             "weights": weights,
             "mix": mix,
             "table": table,
-            "told": row_index,
+            "condition_index": condition_index,
         }
     )
     error = max(relative_error(found.get(name), array) for name, array in expected.items())

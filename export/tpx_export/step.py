@@ -5,12 +5,12 @@ The latents of every deterministic sampler are a weighted sum of the initial lat
 graph works for all samplers: it stores the last prediction in `slot` of the history, computes the sums, and selects the
 conditions of the next call.
 
-    history [slots, rows, C, H, W]     the initial latents, then every prediction; the output `kept` may share its memory
+    history [slots, rows, C, H, W]     the initial latents, then every prediction; `new_history` may share its memory
     prediction [rows, C, H, W]         is written to `slot` and all later slots, so that no older values remain there
     weights [slots, slots]             row i has the weights of the sum after call i
     mix [rows, rows]                   row i has the weights of all rows in the guided row i
     table [slots, distinct, K]         conditions by slot
-    told [rows]                        the index of each row's conditions in `table`
+    condition_index [rows]             the index of each row's conditions in `table`
 """
 
 import onnx
@@ -29,22 +29,23 @@ def step_graph(model: ModelSpec) -> onnx.ModelProto | None:
     history = f"float[slots, rows, {channels}, {height}, {width}]"
     graph = parse_model(
         f"""<ir_version: 8, opset_import: ["": {OPSET}], producer_name: "tpx">
-        step ({history} history, {rows} prediction, int64 slot, int64[slots, 1, 1, 1, 1] places, float[slots, slots] weights,
-              float[rows, rows] mix, float[slots, distinct, {model.conditions_width}] table, int64[rows] told)
-          => ({history} kept, {rows} latents, {conditions} conditions)
+        step ({history} history, {rows} prediction, int64 slot, int64[slots, 1, 1, 1, 1] slot_indices,
+              float[slots, slots] weights, float[rows, rows] mix,
+              float[slots, distinct, {model.conditions_width}] table, int64[rows] condition_index)
+          => ({history} new_history, {rows} latents, {conditions} conditions)
           <int64[2] by_slot = {{0, -1}}, int64[2] by_row = {{-1, {channels * height * width}}},
            int64[4] as_latents = {{-1, {channels}, {height}, {width}}}>
         {{
-          open = GreaterOrEqual (places, slot)
-          kept = Where (open, prediction, history)
-          said = Reshape (kept, by_slot)
-          weighed = Gather (weights, slot)
-          sum = MatMul (weighed, said)
+          unwritten = GreaterOrEqual (slot_indices, slot)
+          new_history = Where (unwritten, prediction, history)
+          flat_history = Reshape (new_history, by_slot)
+          slot_weights = Gather (weights, slot)
+          sum = MatMul (slot_weights, flat_history)
           branches = Reshape (sum, by_row)
           guided = MatMul (mix, branches)
           latents = Reshape (guided, as_latents)
-          ahead = Gather (table, slot)
-          conditions = Gather (ahead, told)
+          next_conditions = Gather (table, slot)
+          conditions = Gather (next_conditions, condition_index)
         }}"""
     )
     onnx.checker.check_model(graph, full_check=True)

@@ -114,6 +114,21 @@ def test_graphs_are_opened_when_first_used_and_once(generator: Generator, engine
     assert engine.opened[4:] == ["transformer/depth-4.onnx"]
 
 
+def test_closing_releases_every_graph_and_the_next_use_loads_them_again(fake_bundle: Path) -> None:
+    engine = FakeEngine()
+    with Generator(Bundle.open(fake_bundle), engine) as generator:  # type: ignore[arg-type]
+        images = generator("red cube")
+        opened = list(engine.opened)
+        assert engine.alive == sorted(opened)
+    assert engine.alive == []
+    generator.close()
+    assert same(images, generator("red cube", seed=0))
+    assert set(engine.opened[len(opened) :]) < set(opened)  # the prompt's encoding and conditions are cached
+    with pytest.raises(BadInput), generator:
+        generator("red cube", steps=0)
+    assert engine.alive == []
+
+
 @pytest.mark.parametrize("keep", [True, False])
 def test_what_is_not_kept_is_let_go_before_the_next_is_opened(fake_bundle: Path, keep: bool) -> None:
     engine = FakeEngine()

@@ -44,7 +44,7 @@ def test_a_guided_loop_has_both_branches_and_each_call_s_conditions() -> None:
     np.testing.assert_array_equal(found.latents, np.concatenate([LATENTS, LATENTS]))
     assert (found.num_images, found.ends, found.prediction) == (2, [1, 2, 3, 4], "velocity")
     assert set(found.context) == {"context"}
-    made, told = found.tables["table"], found.tables["told"]
+    made, told = found.tables["table"], found.tables["condition_index"]
     assert made.shape == (5, 2, MODEL.conditions_width)
     schedule = SAMPLERS_FOR["velocity"]["euler"].schedule(4, 3.0)
     for call, timestep in enumerate(schedule.timesteps):

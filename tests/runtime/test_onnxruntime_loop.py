@@ -265,7 +265,7 @@ def test_a_callback_that_draws_is_refused_and_the_next_call_is_not(
         looping(PROMPT, steps=1)
 
     with pytest.raises(
-        BadInput, match="expected a callback that draws nothing while a loop's latents are on"
+        BadInput, match="expected a callback that generates no images during a loop on the device"
     ):
         looping(PROMPT, steps=3, callback=draw)
     same(looping, Generator.load(tiny_bundle, "onnxruntime"), steps=3)

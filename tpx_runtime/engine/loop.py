@@ -27,7 +27,7 @@ class LoopPlan:
     @property
     def inputs(self) -> Arrays:
         """The transformer's inputs for the first call."""
-        conditions = self.tables["table"][0][self.tables["told"]]
+        conditions = self.tables["table"][0][self.tables["condition_index"]]
         return {"latents": self.latents, "conditions": conditions, **self.context}
 
 

@@ -39,7 +39,7 @@ class DeviceLoop:
             self._step_buffers = buffers = step.buffers(plan.tables | history | _call_index(0), shared)
             if "history" not in buffers.inputs:
                 buffers.upload(history)
-                buffers.overwrite("history", with_output="kept")
+                buffers.overwrite("history", with_output="new_history")
                 buffers.forget("history")
             buffers.upload(plan.tables)
         self._calls = 0
