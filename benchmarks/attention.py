@@ -67,7 +67,7 @@ def write_graphs(
         assert one_node
         for name, graph_proto in zip(VARIANTS, (standard, one_node), strict=True):
             file.write(graph_proto, f"{name}.onnx")
-    np.savez(Path(folder) / "inputs.npz", **{name: value.numpy() for name, value in inputs.items()})
+    np.savez(Path(folder) / "inputs.npz", **{name: value.numpy() for name, value in inputs.items()})  # type: ignore[arg-type]
     return {}
 
 

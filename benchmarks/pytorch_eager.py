@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from tpx_export import checkpoint
+from tpx_export.model import TextToImage
 from tpx_runtime.guidance import is_guided
 from tpx_runtime.noise import batch_noise
 from tpx_runtime.sampling.flow import FLOW_SAMPLERS
@@ -23,6 +24,10 @@ from tpx_runtime.tokenizer import WordTokenizer
 @torch.inference_mode()
 def main(prompt: str, ckpt: Path, out: Path, seed: int, steps: int) -> None:
     model = checkpoint.load(ckpt)
+    if not isinstance(model, TextToImage):
+        raise click.ClickException(
+            f"expected a text-to-image checkpoint, found classes in {ckpt}; use another"
+        )
     spec, defaults = model.spec, model.spec.defaults
     tokenizer = WordTokenizer(list(spec.text_encoder.vocabulary), spec.text_encoder.tokens)
     ids = torch.tensor([tokenizer.encode_empty().ids, tokenizer.encode(prompt).ids])

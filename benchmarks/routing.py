@@ -245,7 +245,7 @@ def main(rounds: int) -> None:
             expected = routed_lora(*map(torch.from_numpy, (x, expert, a, b))).numpy()
             with TemporaryDirectory() as folder:
                 calls = calls_of(engine, lead, a, b, Path(folder))
-                inputs = {"x": x, "expert": expert}
+                inputs: dict[str, np.ndarray] = {"x": x, "expert": expert}
                 for name, call in calls.items():
                     error = np.abs(call(inputs) - expected).max() / np.abs(expected).max()
                     assert error < 1e-4, (engine, name, error)

@@ -22,8 +22,8 @@ from benchmarks.random_sd3 import CHANNELS, CONTEXT, PATCH, POOLED, SIZES, size_
 from benchmarks.routed_lora_gpu import Call, capture_cuda_graph, gathered_lora, medians, one_hot
 from tpx_export import checkpoint
 from tpx_export.adapters import attach
-from tpx_export.model import ThinkingSpec
-from tpx_export.model.mmdit import MMDiT, MMDiTSpec
+from tpx_export.model import TextToImage, ThinkingSpec
+from tpx_export.model.mmdit import JointBlock, MMDiT, MMDiTSpec
 from tpx_export.model.routed_lora import mixed_lora
 from tpx_export.precision import cast_weights
 
@@ -59,6 +59,7 @@ def attach_random(transformer: MMDiT, thinking: ThinkingSpec) -> None:
     """Attach adapters whose random experts change q, k and v by about 0.3."""
     attach(transformer, thinking)
     for block in transformer.blocks:
+        assert isinstance(block, JointBlock)
         if block.thinking is not None:
             torch.nn.init.normal_(block.thinking.b, std=0.3 * thinking.rank**-0.5)
 
@@ -91,7 +92,9 @@ def routings(device: str) -> dict[str, Callable[..., Tensor]]:
     return routing_functions
 
 
-def call_of(model: MMDiT, inputs: tuple[Tensor, ...], depth: int, routing: Callable[..., Tensor]) -> Call:
+def call_of(
+    model: MMDiT, inputs: tuple[Tensor, Tensor, Tensor], depth: int, routing: Callable[..., Tensor]
+) -> Callable[[], Tensor]:
     def call() -> Tensor:
         with torch.inference_mode(), patch("tpx_export.model.thinking.routed_lora", routing):
             velocity: Tensor = model.denoise(*inputs, depth)[0]
@@ -141,7 +144,12 @@ def main(
     torch.manual_seed(0)
     kind = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
     if ckpt:
-        transformer = checkpoint.load(ckpt).transformer
+        loaded = checkpoint.load(ckpt)
+        if not isinstance(loaded, TextToImage):
+            raise click.ClickException(
+                f"expected a text-to-image checkpoint, found classes in {ckpt}; use another"
+            )
+        transformer = loaded.transformer
     else:
         transformer = random_transformer(model, layers, heads, image_size, device)
         thinking = ThinkingSpec(size_of(model, layers, heads).thinking_blocks, experts, rank, depth)
@@ -162,6 +170,7 @@ def main(
                 captured[steps, name] = capture_cuda_graph(call)
     eager_times, graph_times = medians(eager, rounds, device), medians(captured, rounds, device)
     for block in transformer.blocks:
+        assert isinstance(block, JointBlock)
         block.thinking = None
     base = call_of(transformer, inputs, 1, masked_lora)
     base()

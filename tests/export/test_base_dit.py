@@ -556,8 +556,8 @@ def test_a_width_whose_heads_are_unknown_is_refused(tmp_path: Path) -> None:
 
 def test_a_specification_that_cannot_be_is_refused() -> None:
     for odd, message in (
-        ({"heads": 5}, "divide"),
-        ({"latent_size": 7}, "divide"),
+        ({"heads": 5}, "divisible by heads .* 48/5"),
+        ({"latent_size": 7}, "latent_size by patch, .* 7/2"),
         ({"classes": 0}, "classes of 1 or more"),
         ({"thinking": ThinkingSpec(blocks=(3,))}, r"within 0\.\.2"),
     ):
