@@ -16,6 +16,7 @@ from test_base_sd3 import original
 from test_base_vae import original as vae_names
 
 from benchmarks.tiny_sd3 import VARIANTS, save_pipeline, tiny_vae
+from tpx_export import fingerprint
 from tpx_export.adapters import AdapterInfo, attach, load_adapters, save_adapters, write_adapters
 from tpx_export.base import sd3_pipeline
 from tpx_export.base.dit import load_transformer as load_dit
@@ -29,7 +30,6 @@ from tpx_export.model import ThinkingSpec
 from tpx_export.model.dit import DiTSpec
 from tpx_export.model.thinking import Thinking
 from tpx_export.precision import cast_to_precision
-from tpx_export.training import fingerprint
 from tpx_runtime.bundle import Bundle
 from tpx_runtime.errors import BadInput
 from tpx_runtime.generator import Generator

@@ -22,6 +22,7 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from tpx_export import fingerprint
 from tpx_export.adapters import load_adapters
 from tpx_export.base.dit import shapes_of
 from tpx_export.base.pipeline import DifferentBaseWarning, open_base
@@ -30,7 +31,7 @@ from tpx_export.model import MMDiT, MMDiTSpec, ThinkingSpec
 from tpx_export.model.clip import CLIPText, CLIPTextSpec
 from tpx_export.model.dit import DiT, DiTSpec
 from tpx_export.precision import in_float32
-from tpx_export.training import fingerprint, loop, state, train
+from tpx_export.training import loop, state, train
 from tpx_export.training.cache import Cache, key
 from tpx_export.training.cli import main
 from tpx_export.training.data import Data

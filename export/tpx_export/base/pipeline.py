@@ -18,8 +18,8 @@ from tpx_export.adapters import FILE, Adapters, attach, load_adapters
 from tpx_export.base import dit_pipeline, sd3_pipeline
 from tpx_export.base.model_files import ModelFiles
 from tpx_export.checkpoint import CheckpointInvalid
+from tpx_export.fingerprint import base_fingerprint
 from tpx_export.pipeline import Pipeline
-from tpx_export.training.fingerprint import base_fingerprint
 from tpx_runtime.errors import BadInput
 
 

@@ -7,10 +7,10 @@ import click
 import torch
 from torch import Tensor, nn
 
+from tpx_export.fingerprint import file_sha256
 from tpx_export.pipeline import Pipeline, TextPart
 from tpx_export.precision import in_float32
 from tpx_export.training.cache import Cache, key
-from tpx_export.training.fingerprint import file_sha256
 from tpx_export.training.images import Example
 from tpx_runtime.editing import to_pixels
 from tpx_runtime.errors import BadInput

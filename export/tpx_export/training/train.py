@@ -14,13 +14,13 @@ import torch
 from tpx_export.adapters import save_adapters
 from tpx_export.base.dit_pipeline import is_dit_checkpoint
 from tpx_export.base.pipeline import open_base
+from tpx_export.fingerprint import base_fingerprint
 from tpx_export.pipeline import Pipeline
 from tpx_export.training import state
 from tpx_export.training.cache import Cache
 from tpx_export.training.data import Data
 from tpx_export.training.diffusion import DiffusionLoss
 from tpx_export.training.encode import encode_captions, encode_images
-from tpx_export.training.fingerprint import base_fingerprint
 from tpx_export.training.flow import FlowLoss
 from tpx_export.training.frozen import checkpoint_blocks, thinking_model
 from tpx_export.training.images import Example, read_folder
