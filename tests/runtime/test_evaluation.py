@@ -419,7 +419,7 @@ def test_a_missing_image_is_named_and_the_run_fails(
     out = tmp_path / "out"
     count = 16 if command == "geneval" else 4
     line = error_of(run(command, out), 1)
-    assert f"expected {count} files in {out}, found {count - 1} without {out / place};" in line
+    assert f"expected {count} files in {out}, found {count - 1}, missing {out / place};" in line
     monkeypatch.undo()
 
 

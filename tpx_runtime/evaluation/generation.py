@@ -99,7 +99,7 @@ def run(
         )
     if missing:
         raise Incomplete(
-            f"expected {len(targets)} files in {out}, found {len(targets) - len(missing)} without {_file_list(missing)}; "
+            f"expected {len(targets)} files in {out}, found {len(targets) - len(missing)}, missing {_file_list(missing)}; "
             "run the same command again"
         )
     click.echo(f"expected {len(targets)} files in {click.format_filename(out)}, found {len(targets)}")
