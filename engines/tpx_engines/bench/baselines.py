@@ -1,7 +1,6 @@
 """The eager PyTorch baseline: the checkpoint in the runtime's sampling loop. Needs torch."""
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from tpx_export import checkpoint
 from tpx_export.pipeline import Pipeline
+from tpx_export.precision import cast_weights
 from tpx_runtime.bundle import Bundle
 from tpx_runtime.errors import BadInput, shorten
 from tpx_runtime.manifest import Manifest
@@ -19,28 +19,37 @@ from tpx_runtime.manifest import Manifest
 from .runner import Runner, Workload
 from .sampling import BaselineGenerator, Network
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
 
 class Denoiser(nn.Module):
-    """The whole transformer at one depth: latents [B, C, H, W], timestep [B], conditioning -> prediction."""
+    """The whole transformer at one depth: latents [B, C, H, W], timestep [B], conditioning -> prediction.
 
-    def __init__(self, transformer: nn.Module, depth: int) -> None:
+    With weights in bf16, as `torch_dtype` of other libraries stores them; gates, embedders and the timestep stay float32.
+    """
+
+    def __init__(self, pipeline: Pipeline, depth: int, precision: str = "fp32") -> None:
         super().__init__()
-        self.transformer, self.depth = transformer, depth
+        self.transformer, self.depth, self.dtype = pipeline.transformer(), depth, DTYPES[precision]
+        cast_weights(self.transformer, self.dtype)
 
     def forward(self, latents: Tensor, timestep: Tensor, *conditioning: Tensor) -> Tensor:
-        prediction: Tensor = self.transformer(latents, timestep, *conditioning, self.depth)[0]
+        conditioning = tuple(c.to(self.dtype) if c.is_floating_point() else c for c in conditioning)
+        prediction: Tensor = self.transformer(latents.to(self.dtype), timestep, *conditioning, self.depth)[0]
         return prediction
 
 
 class Decoder(nn.Module):
     """Latents (scaled and shifted) -> image in -1..1."""
 
-    def __init__(self, autoencoder: nn.Module) -> None:
+    def __init__(self, pipeline: Pipeline, precision: str = "fp32") -> None:
         super().__init__()
-        self.decoder = cast(nn.Module, autoencoder.decoder)
+        self.decoder = cast(nn.Module, pipeline.autoencoder().decoder)
+        self.dtype = DTYPES[precision]
+        cast_weights(self.decoder, self.dtype)
 
     def forward(self, latents: Tensor) -> Tensor:
-        image: Tensor = self.decoder(latents).clamp(-1, 1)
+        image: Tensor = self.decoder(latents.to(self.dtype)).clamp(-1, 1)
         return image
 
 
@@ -78,16 +87,11 @@ def require_fits(ckpt: Path, manifest: Manifest) -> None:
             )
 
 
-def autocast(precision: str) -> AbstractContextManager[Any]:
-    """PyTorch autocast for bf16, a null context for fp32."""
-    return torch.autocast("cpu", dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
-
-
-def network(module: Callable[..., Any], precision: str) -> Network:
+def network(module: Callable[..., Any]) -> Network:
     """A module, eager or compiled, as a function of arrays that returns float32."""
 
     def run(*arrays: npt.NDArray[Any]) -> Sequence[npt.NDArray[Any]]:
-        with torch.no_grad(), autocast(precision):
+        with torch.no_grad():
             outputs = module(*map(torch.from_numpy, arrays))
         return [
             output.float().numpy() if output.is_floating_point() else output.numpy()
@@ -99,7 +103,10 @@ def network(module: Callable[..., Any], precision: str) -> Network:
 
 def text_encoders(pipeline: Pipeline, precision: str) -> dict[str, Network]:
     """The text encoders, by their folder in the bundle."""
-    return {part.spec.folder: network(part.load().eval(), precision) for part in pipeline.text}
+    encoders = {part.spec.folder: part.load().eval() for part in pipeline.text}
+    for encoder in encoders.values():
+        cast_weights(encoder, DTYPES[precision])
+    return {folder: network(encoder) for folder, encoder in encoders.items()}
 
 
 def eager_runner(workload: Workload, options: dict[str, Any]) -> Runner:
@@ -107,8 +114,8 @@ def eager_runner(workload: Workload, options: dict[str, Any]) -> Runner:
     assert workload.ckpt is not None
     precision, pipeline = options["precision"], open_pipeline(workload.ckpt)
     others = text_encoders(pipeline, precision)
-    others["vae_decoder"] = network(Decoder(pipeline.autoencoder()).eval(), precision)
-    denoiser = network(Denoiser(pipeline.transformer(), workload.depth).eval(), precision)
+    others["vae_decoder"] = network(Decoder(pipeline, precision).eval())
+    denoiser = network(Denoiser(pipeline, workload.depth, precision).eval())
     return Runner(
         BaselineGenerator(Bundle.open(workload.bundle), options["name"], denoiser, others), workload, {}
     )

@@ -63,12 +63,12 @@ def compiled_runner(workload: Workload, options: dict[str, Any]) -> Runner:
         for setting in [workload.compile_setting] if workload.compile_setting else SETTINGS:
             torch._dynamo.reset()  # not before the decoder, because it would discard the compiled denoiser
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(cache) / setting.replace(" ", ""))
-            denoiser = _compiled(Denoiser(pipeline.transformer(), workload.depth), setting, precision)
+            denoiser = _compiled(Denoiser(pipeline, workload.depth, precision), setting)
             seconds = _seconds(denoiser, inputs)
             tried[setting] = (median(_seconds(denoiser, inputs) for _ in range(_CALLS)), denoiser, seconds)
         setting = min(tried, key=lambda name: tried[name][0])
         _, denoiser, compile_s = tried[setting]
-        decoder = _compiled(Decoder(pipeline.autoencoder()), setting, precision)
+        decoder = _compiled(Decoder(pipeline, precision), setting)
         compile_s += _seconds(decoder, [latents[:1]])
     others = {**text_encoders(pipeline, precision), "vae_decoder": decoder}
     notes = {
@@ -79,10 +79,10 @@ def compiled_runner(workload: Workload, options: dict[str, Any]) -> Runner:
     return Runner(BaselineGenerator(bundle, options["name"], denoiser, others), workload, notes)
 
 
-def _compiled(module: torch.nn.Module, setting: str, precision: str) -> Network:
+def _compiled(module: torch.nn.Module, setting: str) -> Network:
     """Compile for static shapes, which is fastest for a single batch size."""
     frozen = module.eval().requires_grad_(False)
-    return network(torch.compile(frozen, dynamic=False, options=SETTINGS[setting]), precision)
+    return network(torch.compile(frozen, dynamic=False, options=SETTINGS[setting]))
 
 
 def _seconds(function: Network, inputs: Sequence[Any]) -> float:

@@ -36,13 +36,13 @@ def export(ckpt: str, depths: Sequence[int], out: str) -> dict[str, Any]:
         conditioning = [torch.zeros(2, *model.input_shapes[name]) for name in ("context", "pooled")]
     latents = torch.zeros(2, *model.latent_shape)
     for depth in depths:
-        denoiser = Denoiser(pipeline.transformer(), depth).eval()
+        denoiser = Denoiser(pipeline, depth).eval()
         _write(
             denoiser,
             [latents, torch.full((2,), 500.0), *conditioning],
             folder / DENOISER_FILE.format(depth=depth),
         )
-    _write(Decoder(pipeline.autoencoder()).eval(), [latents], folder / "vae_decoder.onnx")
+    _write(Decoder(pipeline).eval(), [latents], folder / "vae_decoder.onnx")
     return {"files": sorted(path.name for path in folder.iterdir())}
 
 
