@@ -1,9 +1,9 @@
-"""The effect of `--guidance-every`: time per image, alone and in batches, and PSNR to full guidance.
+"""What cheaper steps save and change: `--guidance-every`, `--cache-interval`, and fewer steps for comparison.
 
-    python -m benchmarks.guidance_every [--bundle bundles/shapes] [--engine onnxruntime] [--sampler euler] [--steps 20]
+    python -m benchmarks.cheaper_steps [--bundle bundles/shapes] [--engine onnxruntime] [--sampler euler] [--steps 20]
 
-The settings are interleaved; times are medians, and ratios are medians of the ratios of each round. PSNR is measured on
-every 24th prompt of ShapesEval, which includes all of its kinds.
+The settings are interleaved; times are medians, and ratios are medians of the ratios of each round. PSNR to the image of all
+steps in full is measured on every 24th prompt of ShapesEval, which includes all of its kinds.
 """
 
 import itertools
@@ -20,6 +20,7 @@ from tpx_runtime.evaluation.similarity import psnr_db
 
 PSNR_PROMPTS = [listed.text for listed in listed_prompts()][::24]
 PROMPT = "a red cube on a blue sphere"
+FULL = "all in full"
 
 
 @click.command(cls=TpxCommand)
@@ -28,7 +29,9 @@ PROMPT = "a red cube on a blue sphere"
 @click.option("--sampler", help="[default: the bundle's]")
 @click.option("--steps", type=int, help="[default: the bundle's]")
 @click.option("--batch", "batches", type=int, multiple=True, default=(1, 8), show_default=True)
-@click.option("--every", type=int, multiple=True, default=(2, 3, 4), show_default=True)
+@click.option("--guidance-every", "guidance", type=int, multiple=True, default=(2, 4), show_default=True)
+@click.option("--cache-interval", "caches", type=int, multiple=True, default=(2, 3, 4), show_default=True)
+@click.option("--fewer-steps", "fewer", type=int, multiple=True, help="Numbers of steps to compare with.")
 @click.option("--rounds", type=click.IntRange(1), default=9, show_default=True)
 def main(
     bundle: str,
@@ -36,34 +39,41 @@ def main(
     sampler: str | None,
     steps: int | None,
     batches: tuple[int, ...],
-    every: tuple[int, ...],
+    guidance: tuple[int, ...],
+    caches: tuple[int, ...],
+    fewer: tuple[int, ...],
     rounds: int,
 ) -> None:
     """Print the table of docs/performance.md."""
     generator = Generator.load(bundle, engine)
-    settings: dict[str, Any] = {"sampler": sampler, "steps": steps}
+    full: dict[str, Any] = {"sampler": sampler, "steps": steps}
+    settings = {FULL: full}
+    settings |= {f"guidance every {n}": {**full, "guidance_every": n} for n in guidance}
+    settings |= {f"cache interval {n}": {**full, "cache_interval": n} for n in caches}
+    settings |= {f"{n} steps": {**full, "steps": n} for n in fewer}
 
-    def measure(batch_and_every: tuple[int, int]) -> float:
-        batch, nth = batch_and_every
-        options = {"num_images": batch, "batch_size": batch, "guidance_every": nth, **settings}
-        return seconds(lambda: generator(PROMPT, **options)) / batch
+    def measure(batch_and_name: tuple[int, str]) -> float:
+        batch, name = batch_and_name
+        return (
+            seconds(lambda: generator(PROMPT, num_images=batch, batch_size=batch, **settings[name])) / batch
+        )
 
     # The first round compiles.
-    times = interleaved(itertools.product(batches, (1, *every)), measure, rounds, warm_up=1)
-    images = {nth: generator(PSNR_PROMPTS, guidance_every=nth, **settings) for nth in (1, *every)}
-    job = generator.plan(PROMPT, **settings)[0]
+    times = interleaved(itertools.product(batches, settings), measure, rounds, warm_up=1)
+    images = {name: generator(PSNR_PROMPTS, **chosen) for name, chosen in settings.items()}
+    job = generator.plan(PROMPT, **full)[0]
     print(f"{generator.engine.name}, {job.steps} steps of {job.sampler}, medians of {rounds} rounds\n")
-    head = [f"s per image, batch {batch} | relative to N = 1" for batch in batches]
-    print(f"| N | {' | '.join(head)} | PSNR, dB: median | minimum |")
+    head = [f"s per image, batch {batch} | relative to {FULL}" for batch in batches]
+    print(f"| steps | {' | '.join(head)} | PSNR, dB: median | minimum |")
     print("|---" * (3 + 2 * len(batches)) + "|")
-    for nth in (1, *every):
-        cells = [str(nth)]
+    for name in settings:
+        cells = [name]
         for batch in batches:
-            own, full = times[batch, nth], times[batch, 1]
-            ratio = median(a / b for a, b in zip(own, full, strict=True))
+            own, whole = times[batch, name], times[batch, FULL]
+            ratio = median(a / b for a, b in zip(own, whole, strict=True))
             cells += [f"{median(own):.3f}", f"{ratio:.2f}"]
-        psnrs = [psnr_db(a, b) for a, b in zip(images[nth], images[1], strict=True)]
-        cells += ["", ""] if nth == 1 else [f"{median(psnrs):.1f}", f"{min(psnrs):.1f}"]
+        psnrs = [psnr_db(a, b) for a, b in zip(images[name], images[FULL], strict=True)]
+        cells += ["", ""] if name == FULL else [f"{median(psnrs):.1f}", f"{min(psnrs):.1f}"]
         print(f"| {' | '.join(cells)} |")
 
 

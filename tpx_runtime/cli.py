@@ -44,6 +44,15 @@ guidance_every = click.option(
     help="After two fifths of the steps, compute guidance at every Nth step only; the steps between cost half.",
 )
 
+cache_interval = click.option(
+    "--cache-interval",
+    type=int,
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="After two fifths of the steps, call the model at every Nth step only; the steps between cost nothing.",
+)
+
 
 def find_bundle(given: str | None) -> Path:
     """The path of the bundle: `given`, $TPX_BUNDLE, or the sample's in this folder or checkout. Raises BadInput."""
@@ -157,6 +166,7 @@ def _print_paths_on_exit() -> Iterator[list[Path]]:
 @click.option("--guidance", type=float, help="Guidance scale; 1 is off.  [default: the bundle's]")
 @guidance_interval
 @guidance_every
+@cache_interval
 @click.option(
     "--sampler", help="euler, heun, dpmpp2m or unipc; ddpm or ddim for class models.  [default: the bundle's]"
 )

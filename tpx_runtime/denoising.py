@@ -18,7 +18,8 @@ from .manifest import Manifest
 from .modulation import Conditions
 from .noise import batch_noise
 from .sampling import SAMPLERS_FOR, TRAIN_TIMESTEPS, Array, Prediction, Sampler, Schedule
-from .settings import Settings
+from .settings import LOOP_SETTINGS, Settings
+from .step_cache import CachedPrediction, cached_timesteps
 
 Callback = Callable[[int, int, Array], bool | None]  # (step from 1, total steps, latents [B, C, H, W])
 Routes = npt.NDArray[np.int64]
@@ -30,10 +31,6 @@ class Sample:
 
     latents: Array
     routes: list[Routes]
-
-
-# The fields of Settings that all jobs of a batch share.
-LOOP_SETTINGS = ("sampler", "steps", "guidance", "guidance_interval", "guidance_every", "depth", "strength")
 
 
 def shared_settings(jobs: Sequence[Settings], edit: Edit | None, manifest: Manifest) -> Settings:
@@ -179,22 +176,23 @@ class Denoiser:
 
         It yields None for latents that stay on a device: those of all steps but the last, unless `every_step`.
         """
-        job, schedule, engine = batch.job, batch.schedule, self._graphs.engine
-        conditions = self._cached_conditions(batch.conditioning, schedule.timesteps)
+        job, timesteps, engine = batch.job, batch.schedule.timesteps, self._graphs.engine
+        guidance = job.guidance, job.guidance_interval
+        cached = cached_timesteps(timesteps, job.cache_interval, *guidance)
+        conditions = self._cached_conditions(batch.conditioning, [t for t in timesteps if t not in cached])
         # Computed before the transformer is opened, so that both graphs need not be in memory at once.
-        conditions.for_timestep(schedule.timesteps[0])
-        plan = self._loop_plan(batch, conditions)
+        conditions.for_timestep(timesteps[0])
+        plan = None if cached else self._loop_plan(batch, conditions)
         transformer = self._graphs.open(self.bundle.transformer(job.depth, engine.variant))
         if plan:
             routes: list[Routes] = []
             self._device_loop_running = True
             return self._on_device(transformer, plan, routes, every_step), routes
-        guidance = job.guidance, job.guidance_interval
-        reused = reused_timesteps(schedule.timesteps, *guidance, job.guidance_every)
+        reused = reused_timesteps(timesteps, *guidance, job.guidance_every)
         predict = GuidedPrediction(
             transformer, self._model, batch.conditioning, conditions, *guidance, reused
         )
-        return batch.denoise(predict, self.sampler(job)), predict.routes
+        return batch.denoise(CachedPrediction(predict, cached), self.sampler(job)), predict.routes
 
     def _loop_plan(self, batch: Batch, conditions: Conditions) -> LoopPlan | None:
         """The plan of a loop on the device; None if the engine has no device loop or the loop needs the host."""

@@ -81,6 +81,7 @@ class Generator:
         guidance: float | None = None,
         guidance_interval: tuple[float, float] | None = None,
         guidance_every: int = 1,
+        cache_interval: int = 1,
         sampler: str | None = None,
         seed: int = 0,
         depth: int | None = None,
@@ -103,6 +104,7 @@ class Generator:
             guidance=guidance,
             guidance_interval=guidance_interval,
             guidance_every=guidance_every,
+            cache_interval=cache_interval,
             sampler=sampler,
             seed=seed,
             depth=depth,
@@ -191,6 +193,7 @@ class Generator:
         guidance: float | None = None,
         guidance_interval: tuple[float, float] | None = None,
         guidance_every: int = 1,
+        cache_interval: int = 1,
         sampler: str | None = None,
         seed: int = 0,
         depth: int | None = None,
@@ -200,7 +203,9 @@ class Generator:
 
         Image i of each prompt has seed `seed + i`, so that a batch equals separate runs. Guidance acts only at noise levels
         in `guidance_interval` (0..1), and after the first two fifths of those steps is computed only at every
-        `guidance_every`-th one and reused in between; steps without it cost half. Raises BadInput.
+        `guidance_every`-th one and reused in between; steps without it cost half. After the first two fifths of all steps
+        the model is called only at every `cache_interval`-th one; the others reuse its prediction, which costs nothing.
+        Raises BadInput.
         """
         num_images = check_int("num_images", num_images, 1, MAX_IMAGES)
         seed = check_int("seed", seed, 0, MAX_SEED - num_images + 1)
@@ -227,6 +232,7 @@ class Generator:
                 negative_prompt="" if negative_prompt is None else negative_prompt,
                 seed=seed + i,
                 guidance_every=guidance_every,
+                cache_interval=cache_interval,
                 class_id=class_id,
                 strength=strength,
                 **chosen,

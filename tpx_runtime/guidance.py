@@ -41,17 +41,20 @@ def is_guided(timestep: float, guidance: float, interval: tuple[float, float]) -
     return guidance != 1 and low <= timestep / TRAIN_TIMESTEPS <= high
 
 
+def skipped_timesteps(timesteps: Sequence[float], every: int) -> frozenset[float]:
+    """All `timesteps` but the first two fifths, where the layout is decided, and every `every`-th of the others."""
+    later = timesteps[math.ceil(2 * len(timesteps) / 5) :]
+    return frozenset(t for i, t in enumerate(later, start=1) if i % every)
+
+
 def reused_timesteps(
     timesteps: Sequence[float], guidance: float, interval: tuple[float, float], every: int
 ) -> frozenset[float]:
     """The timesteps at which the difference of the branches is reused from an earlier step.
 
-    Both branches are computed at the first two fifths of the guided steps, where the layout is decided, then at every
-    `every`-th guided step.
+    Both branches are computed at the first two fifths of the guided steps, then at every `every`-th guided step.
     """
-    guided = [t for t in timesteps if is_guided(t, guidance, interval)]
-    later = guided[math.ceil(2 * len(guided) / 5) :]
-    return frozenset(t for i, t in enumerate(later, start=1) if i % every)
+    return skipped_timesteps([t for t in timesteps if is_guided(t, guidance, interval)], every)
 
 
 class GuidedPrediction:

@@ -16,6 +16,17 @@ from .noise import MAX_SEED
 from .sampling import SAMPLERS_FOR, TRAIN_TIMESTEPS
 
 MAX_GUIDANCE = 1000.0  # far above useful values, far below overflow in float32
+# The fields of Settings that all images of a batch share.
+LOOP_SETTINGS = (
+    "sampler",
+    "steps",
+    "guidance",
+    "guidance_interval",
+    "guidance_every",
+    "cache_interval",
+    "depth",
+    "strength",
+)
 
 
 @dataclass(frozen=True)
@@ -23,7 +34,8 @@ class Settings:
     """Everything that determines an image, except the bundle and an input image.
 
     `class_id` is None for text-to-image models. `strength`, the fraction of the steps to run, is None without an input
-    image. `guidance_interval`: see `guidance.is_guided`; `guidance_every`: see `guidance.reused_timesteps`.
+    image. `guidance_interval`: see `guidance.is_guided`; `guidance_every`: see `guidance.reused_timesteps`;
+    `cache_interval`: see `step_cache.cached_timesteps`.
     """
 
     prompt: str
@@ -37,6 +49,7 @@ class Settings:
     strength: float | None = None
     guidance_interval: tuple[float, float] = ALL_NOISE_LEVELS
     guidance_every: int = 1
+    cache_interval: int = 1
 
     def __post_init__(self) -> None:
         """Convert numpy scalars and JSON lists to Python numbers and tuples, so that settings compare and serialise."""
@@ -56,6 +69,7 @@ class Settings:
         check_int("seed", self.seed, 0, MAX_SEED)
         check_int("steps", self.steps, 1, TRAIN_TIMESTEPS)
         check_int("guidance_every", self.guidance_every, 1)
+        check_int("cache_interval", self.cache_interval, 1)
         if type(self.depth) is not int or self.depth not in manifest.model.depths:
             depths = ", ".join(map(str, manifest.model.depths))
             raise BadInput(f"expected a depth of {depths} (this bundle's), found {shorten(self.depth)}")
@@ -90,6 +104,12 @@ class Settings:
                 "leave it out"
             )
         return self
+
+    @property
+    def loop_settings(self) -> dict[str, Any]:
+        """The LOOP_SETTINGS as JSON values."""
+        values = {name: getattr(self, name) for name in LOOP_SETTINGS}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     def _check_interval(self) -> None:
         interval = self.guidance_interval
@@ -127,6 +147,8 @@ class Settings:
             extra += ", CFG interval: {:g}-{:g}".format(*self.guidance_interval)
         if self.guidance_every != 1:
             extra += f", CFG every: {self.guidance_every}"
+        if self.cache_interval != 1:
+            extra += f", Cache interval: {self.cache_interval}"
         subject = self.prompt if self.class_id is None else f"class {self.class_id}"
         line = (
             f"{subject}\n{negative}Steps: {self.steps}, Sampler: {self.sampler}, "

@@ -245,9 +245,7 @@ def _run_facts(generator: "Generator", used: "Settings") -> dict[str, Any]:
         "bundle": generator.manifest.name,
         "bundle_sha256": generator.manifest.sha256,
         "engine": generator.engine.name,
-        **{key: getattr(used, key) for key in ("sampler", "steps", "guidance", "depth")},
-        "guidance_interval": list(used.guidance_interval),
-        "guidance_every": used.guidance_every,
+        **used.loop_settings,
     }
 
 

@@ -110,6 +110,9 @@ def table(out: Path, cells: list[dict[str, Any]], names: list[str]) -> str:
 @click.option(
     "--guidance-every", "every", default="1", show_default=True, help="As in tpx-run, such as 1,2,4."
 )
+@click.option(
+    "--cache-interval", "caches", default="1", show_default=True, help="As in tpx-run, such as 1,2,4."
+)
 @click.option("--images", type=click.IntRange(1), default=1, show_default=True, help="Images per prompt.")
 @click.option("--limit", type=click.IntRange(1), help="Only the first N prompts of each row.")
 def main(
@@ -122,6 +125,7 @@ def main(
     guidance: tuple[float, ...],
     intervals: tuple[tuple[float, float], ...],
     every: str,
+    caches: str,
     **limits: Any,
 ) -> None:
     """Run ShapesEval for every combination of the settings and print the table."""
@@ -135,8 +139,9 @@ def main(
         guidance or (defaults.guidance,),
         intervals or (defaults.guidance_interval,),
         parse_counts(every),
+        parse_counts(caches),
     )
-    for sampler, max_depth, num_steps, scale, interval, nth in grid:
+    for sampler, max_depth, num_steps, scale, interval, nth, cache_interval in grid:
         settings = {
             "sampler": sampler,
             "depth": max_depth or defaults.depth,
@@ -144,6 +149,7 @@ def main(
             "guidance": scale,
             "guidance_interval": interval,
             "guidance_every": nth,
+            "cache_interval": cache_interval,
         }
         cells.append(cell(generator, out, settings, **limits))
         write_json(out / "sweep.json", {"bundle_sha256": generator.manifest.sha256, "cells": cells})

@@ -92,18 +92,24 @@ def test_stdout_is_the_path_alone_and_the_rest_is_on_stderr(bundled: Path, elsew
 def test_draws_what_the_generator_draws(bundled: Path) -> None:
     options = {"seed": 5, "steps": 3, "guidance": 1.5, "sampler": "dpmpp2m", "depth": 2}
     flags = [f"--{name}={value}" for name, value in options.items()]
-    flags += ["--guidance-interval", "0", "0.9", "--guidance-every", "2"]
+    flags += ["--guidance-interval", "0", "0.9", "--guidance-every", "2", "--cache-interval", "3"]
     result = run(PROMPT, *flags, "--negative-prompt", "green", "--out", "a.png", "--engine", "onnxruntime")
     assert result.exit_code == 0
     assert result.stderr == "engine: onnxruntime\ndenoising\n"
     (expected,) = Generator.load(bundled, "onnxruntime")(
-        PROMPT, negative_prompt="green", guidance_interval=(0.0, 0.9), guidance_every=2, **options
+        PROMPT,
+        negative_prompt="green",
+        guidance_interval=(0.0, 0.9),
+        guidance_every=2,
+        cache_interval=3,
+        **options,
     )  # type: ignore[arg-type]
     with Image.open("a.png") as image:
         np.testing.assert_array_equal(np.asarray(image), np.asarray(expected))
         facts = json.loads(image.text["tpx"])
     assert options.items() <= facts.items()
     assert (facts["guidance_interval"], facts["guidance_every"]) == ([0.0, 0.9], 2)
+    assert facts["cache_interval"] == 3
     assert facts["negative_prompt"] == "green"
 
 
@@ -680,6 +686,10 @@ def test_a_notice_of_a_prompt_that_is_refused_after_all_is_not_given(
         (
             [PROMPT, "--guidance-every", "0"],
             "expected guidance_every to be a whole number of at least 1, found 0",
+        ),
+        (
+            [PROMPT, "--cache-interval", "0"],
+            "expected cache_interval to be a whole number of at least 1, found 0",
         ),
         ([PROMPT, "--no-t5"], "expected a bundle with T5 to leave out, found "),
         ([PROMPT, "--sampler", "ddim"], "expected a sampler of euler, heun, dpmpp2m, unipc, found 'ddim'"),

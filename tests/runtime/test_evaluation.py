@@ -473,6 +473,8 @@ def test_the_record_says_what_was_drawn_with_what(run: Run, fake_bundle: Path, t
         "guidance": 3.0,
         "guidance_interval": [0.0, 1.0],
         "guidance_every": 1,
+        "cache_interval": 1,
+        "strength": None,
         "depth": 2,
         "seed": 7,
         "images": 4,

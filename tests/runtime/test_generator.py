@@ -211,6 +211,27 @@ def test_guidance_is_kept_between_every_few_steps(generator: Generator, engine: 
     assert [len(inputs["latents"]) for inputs in calls(engine, DENOISE)] == [2, 2, 2, 2, 2, 1, 1, 2, 2, 1, 1]
 
 
+def test_cached_steps_call_nothing_and_have_no_conditions(generator: Generator, engine: FakeEngine) -> None:
+    counted: list[tuple[int, int]] = []
+    generator(
+        "red cube", steps=10, cache_interval=3, callback=lambda step, total, _: counted.append((step, total))
+    )
+    assert [len(inputs["latents"]) for inputs in calls(engine, DENOISE)] == [2] * 6
+    (asked,) = calls(engine, CONDITIONS)
+    assert len(set(asked["timestep"].tolist())) == 6
+    assert counted == [(step, 10) for step in range(1, 11)]
+    sample = generator.generate_latents(generator.plan("red cube", steps=10, cache_interval=3))
+    assert len(sample.routes) == 6
+
+
+def test_a_batch_with_cached_steps_equals_single_images(generator: Generator) -> None:
+    both = generator(["red cube", "blue sphere"], steps=6, cache_interval=2)
+    alone = [generator(prompt, steps=6, cache_interval=2)[0] for prompt in ("red cube", "blue sphere")]
+    full = generator(["red cube", "blue sphere"], steps=6)
+    assert [image.tobytes() for image in both] == [image.tobytes() for image in alone]
+    assert [image.tobytes() for image in both] != [image.tobytes() for image in full]
+
+
 def test_an_interval_that_holds_no_step_is_refused(generator: Generator, engine: FakeEngine) -> None:
     message = r"contains one of the steps' noise levels \(1, [0-9.]+, [0-9.]+\), found \(0.1, 0.2\); widen it"
     with pytest.raises(BadInput, match=message):
@@ -279,6 +300,7 @@ def test_latents_come_with_the_routes_of_every_call(generator: Generator) -> Non
         ("guidance", 2.0, "3.0 and 2.0"),
         ("guidance_interval", (0.0, 0.5), r"\(0.0, 1.0\) and \(0.0, 0.5\)"),
         ("guidance_every", 2, "1 and 2"),
+        ("cache_interval", 2, "1 and 2"),
         ("depth", 1, "2 and 1"),
     ],
 )

@@ -137,6 +137,7 @@ def test_sizes_and_steps_alternate(tiny_bundle: Path, loops: list[object]) -> No
     ]:
         same(looping, host, steps=steps, num_images=images)
     same(looping, host, steps=2, guidance_every=2)  # on the host, in the buffers of the loop
+    same(looping, host, steps=3, cache_interval=2)
 
 
 def test_non_finite_latents_are_an_error_and_leave_nothing_behind(

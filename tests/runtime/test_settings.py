@@ -100,6 +100,7 @@ def test_numpys_numbers_and_what_json_makes_of_a_pair_are_pythons_own() -> None:
         ),
         ({"guidance_every": 0}, "expected guidance_every to be a whole number of at least 1, found 0"),
         ({"guidance_every": 2.0}, "found 2.0"),
+        ({"cache_interval": 0}, "expected cache_interval to be a whole number of at least 1, found 0"),
         ({"guidance": 1, "negative_prompt": "blue"}, "expected no negative prompt at guidance 1"),
         ({"strength": 0}, "expected strength above 0 and at most 1, found 0"),
         ({"strength": 1.01}, "found 1.01"),
@@ -156,6 +157,7 @@ def test_metadata_says_everything_that_decides_the_image() -> None:
         "guidance": 4.0,
         "guidance_interval": [0.0, 1.0],
         "guidance_every": 1,
+        "cache_interval": 1,
         "sampler": "heun",
         "depth": 2,
         "bundle": "fake",
@@ -181,6 +183,12 @@ def test_metadata_says_where_guidance_acts() -> None:
     metadata = replace(GOOD, guidance_every=3).metadata(FAKE, "x")
     assert json.loads(metadata["tpx"])["guidance_every"] == 3
     assert metadata["parameters"].endswith(f", Depth: 2, CFG every: 3{BY}")
+
+
+def test_metadata_says_which_steps_are_cached() -> None:
+    metadata = replace(GOOD, cache_interval=2).metadata(FAKE, "x")
+    assert json.loads(metadata["tpx"])["cache_interval"] == 2
+    assert metadata["parameters"].endswith(f", Depth: 2, Cache interval: 2{BY}")
 
 
 def test_metadata_says_the_strength_and_what_was_left_out() -> None:

@@ -234,9 +234,16 @@ def test_a_sweep_has_a_cell_for_every_combination(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(sweep, "cell", cell)
     monkeypatch.setattr(sweep, "table", lambda *_: "the table")
     flags = ["--bundle", "x", "--out", str(tmp_path), "--steps", "4,8", "--guidance-every", "1,3"]
+    flags += ["--cache-interval", "2"]
     result = CliRunner().invoke(sweep.main, flags)
     assert (result.exit_code, result.stdout) == (0, "the table\n")
-    same = {"sampler": "unipc", "depth": 3, "guidance": 3.0, "guidance_interval": (0.0, 1.0)}
+    same = {
+        "sampler": "unipc",
+        "depth": 3,
+        "guidance": 3.0,
+        "guidance_interval": (0.0, 1.0),
+        "cache_interval": 2,
+    }
     given = [(4, 1), (4, 3), (8, 1), (8, 3)]
     assert calls == [{**same, "steps": steps, "guidance_every": every} for steps, every in given]
 

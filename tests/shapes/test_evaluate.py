@@ -179,11 +179,16 @@ class FakeGenerator:
         guidance: float | None = None,
         guidance_interval: tuple[float, float] | None = None,
         guidance_every: int = 1,
+        cache_interval: int = 1,
         sampler: str | None = None,
         depth: int | None = None,
     ) -> list[Settings]:
         chosen = (steps or 20, guidance or 3.0, sampler or "euler", depth or 1)
-        limits = {"guidance_interval": guidance_interval or (0.0, 1.0), "guidance_every": guidance_every}
+        limits = {
+            "guidance_interval": guidance_interval or (0.0, 1.0),
+            "guidance_every": guidance_every,
+            "cache_interval": cache_interval,
+        }
         return [Settings(prompt, "", seed + i, *chosen, **limits) for i in range(num_images)]
 
     def generate(self, jobs: Sequence[Settings], batch_size: int) -> list[Image.Image]:
@@ -274,16 +279,20 @@ def test_every_prompt_has_seeds_of_its_own_whatever_the_limit(
 
 def test_settings_reach_every_image_and_the_report(generator: FakeGenerator, tmp_path: Path) -> None:
     more = ("--sampler", "heun", "--steps", "7", "--guidance", "2.5", "--depth", "2")
-    more += ("--guidance-interval", "0.2", "0.6", "--guidance-every", "3")
+    more += ("--guidance-interval", "0.2", "0.6", "--guidance-every", "3", "--cache-interval", "2")
     assert run(tmp_path / "a", *more).exit_code == 0
     used = {
         (job.sampler, job.steps, job.guidance, job.guidance_interval, job.depth) for job in generator.jobs
     }
     assert used == {("heun", 7, 2.5, (0.2, 0.6), 2)}
-    assert {job.guidance_every for job in generator.jobs} == {3}
+    assert {(job.guidance_every, job.cache_interval) for job in generator.jobs} == {(3, 2)}
     facts = json.loads((tmp_path / "a/report.json").read_text())
     assert [facts[key] for key in ("sampler", "steps", "guidance", "depth")] == ["heun", 7, 2.5, 2]
-    assert (facts["guidance_interval"], facts["guidance_every"]) == ([0.2, 0.6], 3)
+    assert (facts["guidance_interval"], facts["guidance_every"], facts["cache_interval"]) == (
+        [0.2, 0.6],
+        3,
+        2,
+    )
     assert (facts["bundle_sha256"], facts["engine"], facts["seed"]) == ("b" * 64, "fake", 0)
     assert facts["parser_sha256"] == hash_file(WEIGHTS)
 

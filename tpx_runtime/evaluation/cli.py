@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..cli import find_bundle, guidance_every, guidance_interval
+from ..cli import cache_interval, find_bundle, guidance_every, guidance_interval
 from ..command import TpxCommand, TpxGroup
 from ..errors import BadInput, EngineUnavailable
 
@@ -35,6 +35,7 @@ _generation_options = _options(
     click.option("--guidance", type=float, help="Guidance scale; 1 is off.  [default: the bundle's]"),
     guidance_interval,
     guidance_every,
+    cache_interval,
     click.option(
         "--depth", type=int, help="Recursive latent steps (thinking depth).  [default: the bundle's]"
     ),

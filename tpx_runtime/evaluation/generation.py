@@ -186,12 +186,7 @@ def _run_settings(
         "bundle": generator.manifest.name,
         "bundle_sha256": generator.manifest.sha256,
         "engine": generator.engine.name,
-        "sampler": job.sampler,
-        "steps": job.steps,
-        "guidance": job.guidance,
-        "guidance_interval": list(job.guidance_interval),
-        "guidance_every": job.guidance_every,
-        "depth": job.depth,
+        **job.loop_settings,
         "seed": seed,
         "images": images,
     }

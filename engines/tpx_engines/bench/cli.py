@@ -46,6 +46,15 @@ _PATH = click.Path(path_type=Path)
     help="Depth to measure; may be repeated.  [default: the bundle's]",
 )
 @click.option("--batch", default="1,4", show_default=True, help="Batch sizes; 1 is always measured.")
+@click.option(
+    "--cache-interval",
+    "cache_intervals",
+    type=int,
+    multiple=True,
+    default=(1,),
+    show_default=True,
+    help="Cache interval of TPX (see tpx-run); may be repeated.",
+)
 @click.option("--prompt", help=f"Prompt of the images.  [default: {PROMPT}; class 0]")
 @click.option("--steps", type=int, default=20, show_default=True, help="Denoising steps per image.")
 @click.option(
@@ -63,6 +72,7 @@ def main(
     baselines: tuple[str, ...],
     depths: tuple[int, ...],
     batch: str,
+    cache_intervals: tuple[int, ...],
     prompt: str | None,
     steps: int,
     rounds: int,
@@ -85,7 +95,18 @@ def main(
         plotting.check(plot)
     opened = Bundle.open(find_bundle(bundle))
     request = Request(
-        opened, ckpt, also, engines, baselines, depths, sizes, prompt, steps, rounds, json=json_path
+        opened,
+        ckpt,
+        also,
+        engines,
+        baselines,
+        depths,
+        sizes,
+        tuple(sorted(set(cache_intervals))),
+        prompt,
+        steps,
+        rounds,
+        json=json_path,
     )
     planned, record = request.prepare()
     total = planned.units(record)

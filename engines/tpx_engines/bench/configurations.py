@@ -19,7 +19,8 @@ class Configuration:
 
     `precision` and `device` determine the peak that it is compared with; only the CPU's is measured. `packages` are
     distributions whose versions are recorded. `problem`: why it cannot run here, if already known. `compiles`: starting it
-    takes minutes, so only one cold start is measured. `exported`: needs the naive export.
+    takes minutes, so only one cold start is measured. `exported`: needs the naive export. `cache_interval`: above 1, steps
+    differ in their cost, and the operations of a step do not apply.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Configuration:
     problem: str | None = None
     compiles: bool = False
     exported: bool = False
+    cache_interval: int = 1
 
     @property
     def key(self) -> str:
@@ -50,12 +52,16 @@ class Configuration:
 
 
 def engines(
-    names: Sequence[str], depths: Sequence[int], bundle_precision: str, also: Path | None = None
+    names: Sequence[str],
+    depths: Sequence[int],
+    cache_intervals: Sequence[int],
+    bundle_precision: str,
+    also: Path | None = None,
 ) -> list[Configuration]:
-    """Configurations of all engines of the runtime, or of those in `names`, at each depth. Raises BadInput.
+    """Configurations of all engines of the runtime, or of those in `names`, at each depth and cache interval.
 
     Engines that cannot run here have a `problem`. `also` is a bundle to use instead of the workload's; its precision is then
-    part of the names.
+    part of the names. Raises BadInput.
     """
     for name in names:
         if name not in ENGINES:
@@ -64,17 +70,21 @@ def engines(
     problems = {engine.name: engine.problem() for engine in chosen}
     return [
         Configuration(
-            name=f"TPX {bundle_precision}, {engine.name}" if also else f"TPX, {engine.name}",
+            name=(f"TPX {bundle_precision}, {engine.name}" if also else f"TPX, {engine.name}")
+            + (f", cache interval {cache_interval}" if cache_interval > 1 else ""),
             depth=depth,
             factory=f"{_BENCH}.runner:engine_runner",
-            options={"engine": engine.name} | ({"bundle": str(also)} if also else {}),
+            options={"engine": engine.name, "cache_interval": cache_interval}
+            | ({"bundle": str(also)} if also else {}),
             precision=engine.precision or bundle_precision,
             device=engine.device,
             packages=("tpx", *_DISTRIBUTIONS.get(engine.name, (engine.package,))),
             problem=problems[engine.name],
+            cache_interval=cache_interval,
         )
         for depth in depths
         for engine in chosen
+        for cache_interval in cache_intervals
     ]
 
 

@@ -18,7 +18,7 @@ from tpx_runtime.records import require_same_settings, write_json
 
 from .configurations import Configuration
 
-FORMAT, VERSION = "tpx-bench", 3
+FORMAT, VERSION = "tpx-bench", 4
 COLD = "cold"
 
 
@@ -75,6 +75,7 @@ class Record:
                 "depth": configuration.depth,
                 "precision": configuration.precision,
                 "device": configuration.device,
+                "cache_interval": configuration.cache_interval,
                 "versions": configuration.versions,
                 "problem": None,
                 "notes": {},

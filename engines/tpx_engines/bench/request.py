@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ class Request:
     baselines: tuple[str, ...]
     depths: tuple[int, ...]
     batches: tuple[int, ...]
+    cache_intervals: tuple[int, ...]
     prompt: str | None
     steps: int
     rounds: int
@@ -87,12 +89,13 @@ class Request:
             ckpt=self.ckpt.resolve() if self.ckpt else None,
         )
         checker = Generator(self.bundle, next(iter(ENGINES.values())))  # opens no graph
-        for depth in depths:
+        for depth, cache_interval in product(depths, self.cache_intervals):
             checker.plan(
                 workload.prompt,
                 class_id=workload.class_id,
                 steps=workload.steps,
                 guidance=workload.guidance,
+                cache_interval=cache_interval,
                 sampler=workload.sampler,
                 depth=depth,
             )
@@ -100,13 +103,12 @@ class Request:
 
     def _configurations(self, depths: tuple[int, ...], others: list[Bundle]) -> list[Configuration]:
         chosen = configurations.baselines(self.baselines, depths) if self.ckpt else []
-        chosen += configurations.engines(self.engines, depths, self.bundle.manifest.precision)
+        kinds = self.engines, depths, self.cache_intervals
+        chosen += configurations.engines(*kinds, self.bundle.manifest.precision)
         if self.ckpt:
             _require_fits(self.ckpt, self.bundle.manifest)
         for other in others:
-            chosen += configurations.engines(
-                self.engines, depths, other.manifest.precision, other.root.resolve()
-            )
+            chosen += configurations.engines(*kinds, other.manifest.precision, other.root.resolve())
         return chosen
 
     def _settings(self, workload: Workload, others: list[Bundle]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """What is measured: a Generator with one fixed prompt, timed as a whole and per step."""
 
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,8 @@ from tpx_runtime.sampling import Array
 
 @dataclass(frozen=True)
 class Workload:
-    """The images that every configuration generates. All steps cost the same: the sampler calls the model once per step,
-    and guidance applies to all steps or none.
+    """The images that every configuration generates. Without a `cache_interval` all steps cost the same: the sampler calls
+    the model once per step, and guidance applies to all steps or none.
 
     `class_id` replaces the prompt in class-conditional bundles. `export_folder` holds the naive export,
     `compile_setting` is the torch.compile setting chosen in an earlier process; both are empty for other configurations.
@@ -29,6 +29,7 @@ class Workload:
     steps: int
     guidance: float
     sampler: str
+    cache_interval: int = 1
     ckpt: Path | None = None
     export_folder: Path | None = None
     compile_setting: str = ""
@@ -68,6 +69,7 @@ class Runner:
             steps=steps or workload.steps,
             guidance=workload.guidance,
             guidance_interval=ALL_NOISE_LEVELS,
+            cache_interval=workload.cache_interval,
             sampler=workload.sampler,
             depth=workload.depth,
             num_images=images,
@@ -91,5 +93,6 @@ class Timing:
 
 
 def engine_runner(workload: Workload, options: dict[str, Any]) -> Runner:
-    """`Generator.load` of options["bundle"], or the workload's bundle, with options["engine"]."""
-    return Runner(Generator.load(options.get("bundle", workload.bundle), options["engine"]), workload)
+    """`Generator.load` with options["engine"]; options["bundle"] and ["cache_interval"] replace those of the workload."""
+    generator = Generator.load(options.get("bundle", workload.bundle), options["engine"])
+    return Runner(generator, replace(workload, cache_interval=options.get("cache_interval", 1)))

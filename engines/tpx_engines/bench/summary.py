@@ -19,7 +19,7 @@ class Row:
     measured both, of the reference's seconds per image divided by this configuration's: within a round both ran under the
     same conditions. It is None if no round measured both.
     `same`: every pixel equals the reference's. `peak_share` is relative to the measured peak of matrix products in the same
-    precision: None for a GPU, a precision without a peak, or a graph whose operations could not be counted.
+    precision: None for a GPU, a precision without a peak, a graph whose operations could not be counted, or cached steps.
     """
 
     name: str
@@ -88,7 +88,8 @@ def peak_flops(data: Json, precision: str) -> float | None:
 
 def _peak_share(entry: Json, data: Json, step_s: float | None) -> float | None:
     flops, peak = data["flops"].get(str(entry["depth"])), peak_flops(data, entry["precision"])
-    if entry["device"] != "cpu" or not isinstance(flops, int) or not peak or not step_s:
+    counted = entry["device"] == "cpu" and entry["cache_interval"] == 1 and isinstance(flops, int)
+    if not counted or not peak or not step_s:
         return None
     return flops / step_s / peak
 

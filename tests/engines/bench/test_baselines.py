@@ -23,6 +23,7 @@ from tpx_export import checkpoint
 from tpx_export.model import ThinkingSpec
 from tpx_export.model.text_to_image import TextToImage
 from tpx_export.pipeline import Pipeline
+from tpx_runtime.denoising import Sample
 from tpx_runtime.errors import BadInput
 from tpx_runtime.evaluation.similarity import psnr_db
 
@@ -153,20 +154,52 @@ def test_a_psnr_is_that_of_its_definition() -> None:
 def test_engines_of_another_bundle_carry_its_precision_and_its_path(
     workload: Workload, tmp_path: Path
 ) -> None:
-    (own,), (other,) = (engines(["openvino"], [2], "fp32"), engines(["openvino"], [2], "int8", tmp_path))
-    assert (own.name, own.precision, own.options) == ("TPX, openvino", "fp32", {"engine": "openvino"})
-    assert (other.name, other.precision) == ("TPX int8, openvino", "int8")
-    assert other.options == {"engine": "openvino", "bundle": str(tmp_path)}
-    (drawn,), _ = engine_runner(workload, {"engine": "onnxruntime"}).draw(1)
-    shutil.copytree(workload.bundle, moved := tmp_path / "moved")
-    runner = engine_runner(
-        replace(workload, bundle=tmp_path), {"engine": "onnxruntime", "bundle": str(moved)}
+    (own,), (other,) = (
+        engines(["openvino"], [2], [1], "fp32"),
+        engines(["openvino"], [2], [1], "int8", tmp_path),
     )
+    assert (own.name, own.precision, own.options) == (
+        "TPX, openvino",
+        "fp32",
+        {"engine": "openvino", "cache_interval": 1},
+    )
+    assert (other.name, other.precision) == ("TPX int8, openvino", "int8")
+    assert other.options == {"engine": "openvino", "cache_interval": 1, "bundle": str(tmp_path)}
+    options = {"engine": "onnxruntime", "cache_interval": 1}
+    (drawn,), _ = engine_runner(workload, options).draw(1)
+    shutil.copytree(workload.bundle, moved := tmp_path / "moved")
+    runner = engine_runner(replace(workload, bundle=tmp_path), {**options, "bundle": str(moved)})
     assert runner.draw(1)[0][0].tobytes() == drawn.tobytes()
 
 
+def test_cached_steps_are_a_configuration_of_their_own(
+    workload: Workload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full, cached = engines(["onnxruntime"], [2], [1, 2], "fp32")
+    assert (full.name, cached.name) == ("TPX, onnxruntime", "TPX, onnxruntime, cache interval 2")
+    assert cached.cache_interval == 2
+    for one, expected_calls in ((full, 5), (cached, 3)):
+        sample = sample_of(engine_runner(replace(workload, steps=5), one.options), monkeypatch)
+        assert len(sample.routes) == expected_calls
+
+
+def sample_of(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> Sample:
+    """What the denoising loop returns when the runner draws one image."""
+    samples: list[Sample] = []
+    generate = runner.generator.generate_latents
+
+    def record(*given: Any) -> Sample:
+        samples.append(generate(*given))
+        return samples[-1]
+
+    monkeypatch.setattr(runner.generator, "generate_latents", record)
+    runner.draw(1)
+    (sample,) = samples
+    return sample
+
+
 def test_the_version_recorded_is_that_of_the_package_as_it_is_installed() -> None:
-    packages = {one.options["engine"]: one.packages for one in engines([], [1], "fp32")}
+    packages = {one.options["engine"]: one.packages for one in engines([], [1], [1], "fp32")}
     assert packages["onnxruntime"] == ("tpx", "onnxruntime")
     assert packages["onnxruntime-cuda"] == ("tpx", "onnxruntime-gpu")
 

@@ -29,7 +29,7 @@ import tpx_engines.bench.configurations as configurations
 import tpx_engines.bench.measure as measure
 from tpx_engines.bench.cli import main
 
-def engines(names, depths, precision, also=None):
+def engines(names, depths, cache_intervals, precision, also=None):
     options = {"log": sys.argv[2], "step_s": 60.0}
     fast = configurations.Configuration("right", 2, "bench_factories:right", options)
     return [fast, configurations.Configuration("slow", 2, "bench_factories:slow", options)]
@@ -52,7 +52,7 @@ def bench(
     """tpx-bench of a bundle whose only engine is a factory of these tests."""
     monkeypatch.setattr(
         "tpx_engines.bench.configurations.engines",
-        lambda names, depths, precision, also=None: [configuration("right")],
+        lambda names, depths, cache_intervals, precision, also=None: [configuration("right")],
     )
 
     def invoke(*arguments: str) -> Result:
@@ -166,7 +166,8 @@ def test_nothing_that_runs_is_an_error_with_the_reasons_above(
 ) -> None:
     failing = configuration("right", problem="expected a GPU, found none")
     monkeypatch.setattr(
-        "tpx_engines.bench.configurations.engines", lambda names, depths, precision, also=None: [failing]
+        "tpx_engines.bench.configurations.engines",
+        lambda names, depths, cache_intervals, precision, also=None: [failing],
     )
     result = bench()
     assert result.exit_code == 4
@@ -187,7 +188,7 @@ def test_another_precision_is_measured_beside(
     asked: list[tuple[str, Path | None]] = []
 
     def engines(
-        names: object, depths: object, precision: str, also: Path | None = None
+        names: object, depths: object, cache_intervals: object, precision: str, also: Path | None = None
     ) -> list[Configuration]:
         asked.append((precision, also))
         return [configuration("wrong" if also else "right")]

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -198,13 +199,16 @@ def test_the_report_comes_from_the_file_alone(
     seen = record()
     seen.data["flops"]["2"] = 3_000_000
     seen.data["peaks"]["fp32"] = {"flops": [1e9, 2e9], "by": "a library"}
-    run(plan(configuration("right"), configuration("slow", step_s=0.01), rounds=1), seen)
+    slow = configuration("slow", step_s=0.01)
+    cached = replace(slow, name="cached", cache_interval=2)
+    run(plan(configuration("right"), slow, cached, rounds=1), seen)
     text = as_text(json.loads((tmp_path / "bench.json").read_text()))
     assert text == as_text(seen.data)
     assert "fp32 2 GFLOP/s (a library)" in text
-    (slow,) = [row for row in rows(seen.data) if row.name == "slow"]
-    assert slow.step_ms is not None
-    assert slow.peak_share == pytest.approx(3e6 / (slow.step_ms / 1e3) / 2e9)
+    (row,) = [row for row in rows(seen.data) if row.name == "slow"]
+    assert row.step_ms is not None
+    assert row.peak_share == pytest.approx(3e6 / (row.step_ms / 1e3) / 2e9)
+    assert [row.peak_share for row in rows(seen.data) if row.name == "cached"] == [None]
 
 
 def test_what_compiles_is_started_cold_once_with_the_setting_that_was_chosen(
