@@ -37,7 +37,7 @@ def calibrate(pipeline: Pipeline) -> tuple[dict[str, MagnitudeHistogram], Golden
         collect_activations(transformer, layers, histograms, pipeline, rows, depth)
     given = conditioning_inputs(pipeline.text, golden, pipeline.model)
     return histograms, transformer_golden(
-        transformer, pipeline.model, given, pipeline.shift, pipeline.model.depths
+        transformer, pipeline.model, given, pipeline.schedule_shift, pipeline.model.depths
     )
 
 

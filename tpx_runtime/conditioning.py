@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from .bundle import Bundle
-from .engine import Arrays, output
+from .engine import Arrays, checked_output
 from .errors import BadInput, BundleInvalid, shorten
 from .graphs import Graphs
 from .manifest import EncoderSpec, ModelSpec
@@ -105,10 +105,10 @@ class TextConditioner:
         session = self._graphs.open(self._bundle.text_encoder(encoder))
         ids = np.array([self._encode(tokenizer, prompt).ids for prompt in prompts], np.int64)
         outputs = session.run({"ids": ids})
-        context = output(outputs, "context", (*ids.shape, encoder.context_width))
+        context = checked_output(outputs, "context", (*ids.shape, encoder.context_width))
         if not encoder.pooled_width:
             return context, None
-        return context, output(outputs, "pooled", (len(ids), encoder.pooled_width))
+        return context, checked_output(outputs, "pooled", (len(ids), encoder.pooled_width))
 
     def _encode(self, tokenizer: Tokenizer, prompt: str | None) -> Encoding:
         if prompt is None:

@@ -14,7 +14,7 @@ from .bundle import Bundle
 from .conditioning import ClassConditioner, TextConditioner
 from .denoising import Callback, Denoiser, Sample, invoke_callback, require_finite, shared_settings
 from .editing import Edit, resolve_strength, source_hashes, to_latent_mask, to_pixels
-from .engine import AUTO, Arrays, Engine, output, resolve
+from .engine import AUTO, Arrays, Engine, checked_output, resolve
 from .errors import BadInput, shorten
 from .graphs import Graphs
 from .images import to_pil
@@ -176,7 +176,7 @@ class Generator:
             resized_mask = resize_and_crop_mask(original_mask.resize(original.size), model.image_size_px)
         with self._lock:
             outputs = self._graphs.open(self._encoder_path()).run({"image": to_pixels(resized)})
-        latents: Array = output(outputs, "latents", (1, *model.latent_shape))
+        latents: Array = checked_output(outputs, "latents", (1, *model.latent_shape))
         self._require_finite(latents, "latents of the input image")
         latents = (latents - np.float32(latent.shift)) * np.float32(latent.scale)
         latent_mask = None if resized_mask is None else to_latent_mask(resized_mask, model.latent_size)
@@ -291,7 +291,7 @@ class Generator:
             decoder = self._graphs.open(self.bundle.vae_decoder)
             outputs = decoder.run({"latents": latents / spec.scale + spec.shift})
         shape = (len(latents), 3, *self.manifest.model.image_size_px)
-        image: Array = output(outputs, "image", shape)
+        image: Array = checked_output(outputs, "image", shape)
         self._require_finite(image, "image")
         return image
 

@@ -12,7 +12,7 @@ from collections.abc import Collection, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from .engine import Arrays, Session, output
+from .engine import Arrays, Session, checked_output
 from .manifest import ModelSpec
 from .modulation import Conditions
 from .sampling import TRAIN_TIMESTEPS, Array
@@ -102,7 +102,7 @@ class GuidedPrediction:
         if "routes" in outputs:
             self.routes.append(outputs["routes"][-len(latents) :])
         shape = (len(batch), model.out_channels, *model.latent_size)
-        prediction: Array = output(outputs, model.prediction, shape)
+        prediction: Array = checked_output(outputs, model.prediction, shape)
         prompt = prediction[-len(latents) :]
         if not guided:
             return prompt

@@ -87,6 +87,11 @@ class EncoderSpec:
     context_width: int
     pooled_width: int
 
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The names of the graph's outputs."""
+        return ("context", "pooled") if self.pooled_width else ("context",)
+
 
 @dataclass(frozen=True)
 class LatentSpec:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from .engine import Arrays, Session, output
+from .engine import Arrays, Session, checked_output
 from .manifest import ModelSpec
 from .sampling import Array
 
@@ -76,5 +76,7 @@ class Conditions:
             self._timestep_name: np.repeat(np.array(timesteps, np.float32), rows),
             self._name: np.concatenate([self._distinct] * steps),
         }
-        conditions: Array = output(self._graph().run(inputs), "conditions", (steps * rows, self._width))
+        conditions: Array = checked_output(
+            self._graph().run(inputs), "conditions", (steps * rows, self._width)
+        )
         return conditions.reshape(steps, rows, self._width)

@@ -2,8 +2,9 @@
 
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -91,49 +92,78 @@ def effective_tolerance(tolerance: Tolerance, precision: str | None) -> Toleranc
     )
 
 
+@dataclass(frozen=True)
+class GoldenCheck:
+    """A graph with the names of the golden tensors for its `inputs` and float `outputs`, by the graph's own names.
+
+    `depth` is that of a transformer, `routes` the name of its golden routes if it has routing.
+    """
+
+    part: str
+    graph: Path
+    inputs: dict[str, str]
+    outputs: dict[str, str]
+    tolerance: float
+    depth: int | None = None
+    routes: str | None = None
+    min_agreement: float = 0.0
+
+    @property
+    def golden_names(self) -> list[str]:
+        return [*self.inputs.values(), *self.outputs.values(), *([self.routes] if self.routes else [])]
+
+    def run(self, engine: Engine, golden: Arrays) -> PartReport:
+        """Run the graph on its golden inputs. Raises EngineFailed if it does not run."""
+        found = engine.open(self.graph).run({name: golden[key] for name, key in self.inputs.items()})
+        error = max(relative_error(found.get(name), golden[key]) for name, key in self.outputs.items())
+        agreement = routing_agreement(found.get("routes"), golden[self.routes]) if self.routes else None
+        return PartReport(self.part, error, self.tolerance, agreement, self.min_agreement)
+
+
+def golden_checks(bundle: Bundle, engine: Engine) -> Iterator[GoldenCheck]:
+    """The checks of all graphs that have golden tensors, in the order in which they are used."""
+    model, tolerance = bundle.manifest.model, effective_tolerance(bundle.manifest.tolerance, engine.precision)
+    for encoder in bundle.manifest.text_encoders:
+        folder, graph = encoder.folder, bundle.text_encoder(encoder)
+        outputs = {name: f"{folder}.{name}" for name in encoder.outputs}
+        yield GoldenCheck(folder, graph, {"ids": f"{folder}.ids"}, outputs, tolerance.text_encoder)
+    inputs, outputs = {name: name for name in model.conditions_inputs}, {"conditions": "conditions"}
+    yield GoldenCheck("transformer conditions", bundle.conditions, inputs, outputs, tolerance.conditions)
+    inputs = {name: name for name in model.transformer_inputs}
+    for depth in model.depths:
+        yield GoldenCheck(
+            f"transformer depth {depth}",
+            bundle.transformer(depth, engine.variant),
+            inputs,
+            {model.prediction: f"{model.prediction}_{depth}"},
+            tolerance.transformer,
+            depth,
+            f"routes_{depth}" if model.thinking_blocks else None,
+            tolerance.routing_agreement,
+        )
+    inputs, outputs = {"latents": "decoder_latents"}, {"image": "image"}
+    yield GoldenCheck("vae_decoder", bundle.vae_decoder, inputs, outputs, tolerance.vae)
+    if bundle.vae_encoder:
+        inputs, outputs = {"image": "image"}, {"latents": "encoder_latents"}
+        yield GoldenCheck("vae_encoder", bundle.vae_encoder, inputs, outputs, tolerance.vae)
+
+
 def verify_bundle(bundle: Bundle, engine: Engine) -> list[PartReport]:
     """Run every graph at every depth on the golden inputs; hashes are checked by `Bundle.open`.
 
     Raises BundleInvalid if golden tensors are missing, EngineFailed if a graph does not run.
     """
-    golden, model = load_golden(bundle), bundle.manifest.model
-    tolerance = effective_tolerance(bundle.manifest.tolerance, engine.precision)
-    depths, routed = model.depths, bool(model.thinking_blocks)
-    names = [*model.conditions_inputs, *model.transformer_inputs]
-    names += [f"{model.prediction}_{depth}" for depth in depths]
-    names += [f"routes_{depth}" for depth in depths if routed] + ["decoder_latents", "image"]
-    names += ["encoder_latents"] if bundle.vae_encoder else []
-    encoder_outputs = {
-        e.folder: ["context", "pooled"][: 2 if e.pooled_width else 1] for e in bundle.manifest.text_encoders
-    }
-    names += [f"{folder}.{name}" for folder, outputs in encoder_outputs.items() for name in ("ids", *outputs)]
-    if missing := [name for name in names if name not in golden]:
-        raise BundleInvalid(f"{bundle.golden}: expected the array {missing[0]}, found none; export again")
-
-    reports = []
-    for encoder in bundle.manifest.text_encoders:
-        folder = encoder.folder
-        outputs = engine.open(bundle.text_encoder(encoder)).run({"ids": golden[f"{folder}.ids"]})
-        error = max(
-            relative_error(outputs.get(name), golden[f"{folder}.{name}"]) for name in encoder_outputs[folder]
-        )
-        reports.append(PartReport(folder, error, tolerance.text_encoder))
-
-    outputs = engine.open(bundle.conditions).run({name: golden[name] for name in model.conditions_inputs})
-    error = relative_error(outputs.get("conditions"), golden["conditions"])
-    reports.append(PartReport("transformer conditions", error, tolerance.conditions))
-
-    reports += verify_transformers(bundle, engine, golden)
-
-    outputs = engine.open(bundle.vae_decoder).run({"latents": golden["decoder_latents"]})
-    reports.append(
-        PartReport("vae_decoder", relative_error(outputs.get("image"), golden["image"]), tolerance.vae)
-    )
-    if bundle.vae_encoder:
-        outputs = engine.open(bundle.vae_encoder).run({"image": golden["image"]})
-        error = relative_error(outputs.get("latents"), golden["encoder_latents"])
-        reports.append(PartReport("vae_encoder", error, tolerance.vae))
+    golden, checks = load_golden(bundle), list(golden_checks(bundle, engine))
+    for name in (name for check in checks for name in check.golden_names):
+        if name not in golden:
+            raise BundleInvalid(f"{bundle.golden}: expected the array {name}, found none; export again")
+    reports = [check.run(engine, golden) for check in checks]
     return reports + (verify_step(bundle, engine) if engine.has_device_loop else [])
+
+
+def verify_transformers(bundle: Bundle, engine: Engine, golden: Arrays) -> list[PartReport]:
+    """Verify only the transformers, in the engine's variant. Raises EngineFailed if one does not run."""
+    return [check.run(engine, golden) for check in golden_checks(bundle, engine) if check.depth]
 
 
 def verify_step(bundle: Bundle, engine: Engine) -> list[PartReport]:
@@ -173,22 +203,6 @@ def verify_step(bundle: Bundle, engine: Engine) -> list[PartReport]:
     )
     error = max(relative_error(found.get(name), array) for name, array in expected.items())
     return [PartReport("scheduler step", error, STEP_TOLERANCE)]
-
-
-def verify_transformers(bundle: Bundle, engine: Engine, golden: Arrays) -> list[PartReport]:
-    """Verify only the transformers, in the engine's variant. Raises EngineFailed if one does not run."""
-    model = bundle.manifest.model
-    tolerance = effective_tolerance(bundle.manifest.tolerance, engine.precision)
-    inputs = {name: golden[name] for name in model.transformer_inputs}
-    reports = []
-    for depth in model.depths:
-        outputs = engine.open(bundle.transformer(depth, engine.variant)).run(inputs)
-        error = relative_error(outputs.get(model.prediction), golden[f"{model.prediction}_{depth}"])
-        routed = bool(model.thinking_blocks)
-        agreement = routing_agreement(outputs.get("routes"), golden[f"routes_{depth}"]) if routed else None
-        part = f"transformer depth {depth}"
-        reports.append(PartReport(part, error, tolerance.transformer, agreement, tolerance.routing_agreement))
-    return reports
 
 
 def require_ok(reports: Sequence[PartReport], engine_name: str) -> None:

@@ -97,7 +97,7 @@ def routed_lora_kernel(  # type: ignore[no-untyped-def]  # Triton reads annotati
     PADDED_EXPERTS: tl.constexpr,
     PADDED_RANK: tl.constexpr,
     ROWS: tl.constexpr,
-    DEPTH: tl.constexpr,
+    INNER: tl.constexpr,
     COLUMNS: tl.constexpr,
     COLUMN_STAGES: tl.constexpr,
     CHUNKS: tl.constexpr,
@@ -132,11 +132,11 @@ def routed_lora_kernel(  # type: ignore[no-untyped-def]  # Triton reads annotati
     valid = valid[:, None]
 
     low_columns = tl.arange(0, PADDED_RANK)
-    depth = tl.arange(0, DEPTH)
+    inner = tl.arange(0, INNER)
     a_own = a + tile_expert.to(tl.int64) * (WIDTH * RANK)
     low = tl.zeros([ROWS, PADDED_RANK], tl.float32)
-    for begin in range(0, WIDTH, DEPTH):
-        d = begin + depth
+    for begin in range(0, WIDTH, INNER):
+        d = begin + inner
         x_part = tl.load(x + row * WIDTH + d[None, :], mask=valid & (d < WIDTH)[None, :], other=0.0)
         a_part = tl.load(
             a_own + d[:, None] * RANK + low_columns[None, :],
@@ -162,10 +162,11 @@ def routed_lora_kernel(  # type: ignore[no-untyped-def]  # Triton reads annotati
 
 @dataclass(frozen=True)
 class Blocks:
-    """Block sizes: rows (tokens) of a tile, depth and columns of a step, pipeline stages of both loops, chunks of ids."""
+    """Block sizes: rows (tokens) of a tile, columns of x (`inner`) and of the output per step of the two products, pipeline
+    stages of both loops, chunks of ids."""
 
     rows: int
-    depth: int
+    inner: int
     columns: int
     stages: int
     column_stages: int
@@ -177,7 +178,7 @@ class Blocks:
         """The kernel's compile-time arguments for the block sizes."""
         return {
             "ROWS": self.rows,
-            "DEPTH": self.depth,
+            "INNER": self.inner,
             "COLUMNS": self.columns,
             "COLUMN_STAGES": self.column_stages,
             "CHUNKS": self.chunks,
@@ -192,9 +193,9 @@ class Blocks:
 
 # SMALL needs at most the 48 KB of shared memory that every kernel can use without opting in; LARGE, for GPUs with
 # LARGE_SHARED bytes, is the fastest of a sweep on an H100 (docs/gpu.md). float32 was not swept.
-_SMALL_HALF = Blocks(rows=64, depth=64, columns=32, stages=2, column_stages=4, chunks=32)
-_LARGE_HALF = Blocks(rows=64, depth=64, columns=128, stages=5, column_stages=4, chunks=64)
-_SINGLE = Blocks(rows=32, depth=16, columns=32, stages=2, column_stages=2, chunks=16)
+_SMALL_HALF = Blocks(rows=64, inner=64, columns=32, stages=2, column_stages=4, chunks=32)
+_LARGE_HALF = Blocks(rows=64, inner=64, columns=128, stages=5, column_stages=4, chunks=64)
+_SINGLE = Blocks(rows=32, inner=16, columns=32, stages=2, column_stages=2, chunks=16)
 SMALL = {"fp16": _SMALL_HALF, "bf16": _SMALL_HALF, "fp32": _SINGLE}
 LARGE = {"fp16": _LARGE_HALF, "bf16": _LARGE_HALF, "fp32": _SINGLE}
 LARGE_SHARED = 160 * 1024

@@ -44,7 +44,7 @@ def compile_ptx(sizes: Sizes, capability: int) -> CompiledKernel:
     blocks = SMALL[sizes.dtype]
     if capability == 100 and sizes.dtype == "fp16":
         # The left operand is in shared memory too, so the default blocks would need 53 KB.
-        blocks = replace(blocks, depth=32, column_stages=2)
+        blocks = replace(blocks, inner=32, column_stages=2)
     constants = sizes.constants | blocks.constants
     value = f"*{sizes.dtype}"
     arguments = {"x": value, "expert": "*i64", "a": value, "b": value, "tokens": "i32", "out": value}

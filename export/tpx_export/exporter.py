@@ -159,8 +159,7 @@ def _write_text_encoder(pipeline: Pipeline, part: TextPart, output: _Output, pre
 
 
 def _write_encoder_graph(part: TextPart, module: nn.Module, folder: Path) -> None:
-    outputs = ("context", "pooled") if part.spec.pooled_width else ("context",)
-    graph = Graph(TextEncoderGraph(module), {"ids": torch.from_numpy(part.ids)}, outputs)
+    graph = Graph(TextEncoderGraph(module), {"ids": torch.from_numpy(part.ids)}, part.spec.outputs)
     with WeightFile(folder / part.spec.folder) as weights:
         weights.write(weights.externalise(to_onnx(graph)), MODEL)
 
@@ -177,7 +176,7 @@ def _write_transformer(
     with tasks("transformer in PyTorch"):
         module = pipeline.transformer()
         inputs = conditioning_inputs(pipeline.text, golden, model)
-        transformer = transformer_golden(module, model, inputs, pipeline.shift, depths)
+        transformer = transformer_golden(module, model, inputs, pipeline.schedule_shift, depths)
     if quantiser:
         cast_to_precision(module, "fp32")
         _write_transformer_graphs(

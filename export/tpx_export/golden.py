@@ -27,9 +27,9 @@ def text_golden(part: TextPart, module: nn.Module) -> Golden:
     """`FOLDER.ids`, `FOLDER.context` and, if the encoder has a pooled output, `FOLDER.pooled`."""
     with in_float32(module):
         outputs = module(torch.from_numpy(part.ids))
-    names = ("context", "pooled") if part.spec.pooled_width else ("context",)
     values = outputs if isinstance(outputs, tuple) else (outputs,)
-    arrays: Golden = {"ids": part.ids, **{n: v.numpy() for n, v in zip(names, values, strict=True)}}
+    arrays: Golden = {"ids": part.ids}
+    arrays |= {name: value.numpy() for name, value in zip(part.spec.outputs, values, strict=True)}
     return {f"{part.spec.folder}.{name}": value for name, value in arrays.items()}
 
 
@@ -47,7 +47,7 @@ def conditioning_inputs(parts: tuple[TextPart, ...], golden: Golden, model: Mode
 
 @torch.no_grad()
 def transformer_golden(
-    module: nn.Module, model: ModelSpec, inputs: Golden, shift: float | None, depths: tuple[int, ...]
+    module: nn.Module, model: ModelSpec, inputs: Golden, shift: float, depths: tuple[int, ...]
 ) -> Golden:
     """`latents`, `timestep`, the conditioning, `conditions`, and the prediction and routes of every depth.
 
@@ -66,7 +66,7 @@ def transformer_golden(
         return prediction
 
     sampler = SAMPLERS_FOR[model.prediction]["euler" if model.prediction == "velocity" else "ddim"]
-    schedule = sampler.schedule(steps, shift or 1.0)
+    schedule = sampler.schedule(steps, shift)
     noise = batch_noise([SEED, SEED + 1][rows], model.latent_shape)
     with in_float32(module):
         trajectory = [noise, *sampler.denoise(predict, noise, schedule, lambda step: noise)]

@@ -64,6 +64,11 @@ class Pipeline:
     autoencoder: Callable[[], nn.Module]
     precision: str = "fp32"
 
+    @property
+    def schedule_shift(self) -> float:
+        """The time shift for a sampler's schedule; a diffusion's ignores it."""
+        return 1.0 if self.shift is None else self.shift
+
     @classmethod
     def from_model(cls, model: TextToImage | ClassToImage) -> "Pipeline":
         """The parts of a TPX model: a flow conditioned on a prompt, or a diffusion conditioned on a class."""

@@ -10,7 +10,7 @@ Each engine's module (onnxruntime, openvino, tensorrt) is imported when the engi
 
 from .loop import Loop, LoopPlan
 from .registry import AUTO, ENGINES, NO_USABLE_ENGINE, Engine, GraphVariant, resolve
-from .session import Arrays, Session, engine_errors, one_line, output, require_output
+from .session import Arrays, Session, checked_output, engine_errors, one_line, require_output
 
 __all__ = [
     "AUTO",
@@ -22,9 +22,9 @@ __all__ = [
     "Loop",
     "LoopPlan",
     "Session",
+    "checked_output",
     "engine_errors",
     "one_line",
-    "output",
     "require_output",
     "resolve",
 ]

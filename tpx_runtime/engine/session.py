@@ -19,7 +19,7 @@ class Session(Protocol):
         """All outputs of the graph by name. Raises EngineFailed."""
 
 
-def output(outputs: Arrays, name: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
+def checked_output(outputs: Arrays, name: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
     """The output `name`, checked to have `shape`. Raises EngineFailed."""
     require_output(name, shape, outputs[name].shape if name in outputs else None)
     return outputs[name]

@@ -75,7 +75,7 @@ def collect_activations(
     """
     model, defaults = pipeline.model, pipeline.defaults
     sampler = SAMPLERS_FOR[model.prediction][defaults.sampler]
-    schedule = sampler.schedule(defaults.steps, pipeline.shift or 1.0)
+    schedule = sampler.schedule(defaults.steps, pipeline.schedule_shift)
     row_count = len(next(iter(conditioning.values())))
     batch_size = images_per_batch(model)
     with in_float32(transformer), record_inputs(layers, histograms):

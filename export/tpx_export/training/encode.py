@@ -103,7 +103,6 @@ def _tokenize(part: TextPart, texts: list[str]) -> list[Encoding]:
 @torch.no_grad()
 def _encode_texts(part: TextPart, missing: list[tuple[str, list[int]]], cache: Cache, device: str) -> None:
     module = part.load().to(device)
-    names = ("context", "pooled") if part.spec.pooled_width else ("context",)
     label = part.spec.folder.replace("_", " ")
     # The encoders create masks and positions on torch's default device.
     with progress(label, len(missing)) as advance, in_float32(module), torch.device(device):
@@ -113,7 +112,7 @@ def _encode_texts(part: TextPart, missing: list[tuple[str, list[int]]], cache: C
             values = outputs if isinstance(outputs, tuple) else (outputs,)
             _require_finite(values, part.spec.folder)
             for row, (name, _) in enumerate(batch):
-                cache.put(name, {n: value[row] for n, value in zip(names, values, strict=True)})
+                cache.put(name, {n: value[row] for n, value in zip(part.spec.outputs, values, strict=True)})
             advance(start + len(batch), "")
     del module
     _empty_cuda_cache(device)

@@ -107,7 +107,7 @@ def _train(request: Request, settings: Settings) -> Outcome:
 def objective_of(pipeline: Pipeline) -> Objective:
     """The loss that the base was trained with: flow matching or diffusion."""
     if pipeline.model.prediction == "velocity":
-        return FlowLoss(pipeline.shift or 1.0)
+        return FlowLoss(pipeline.schedule_shift)
     return DiffusionLoss(pipeline.model.out_channels > pipeline.model.latent_channels)
 
 
