@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from .command import TpxCommand, warnings_as_notices
 from .errors import BadInput, EngineFailed, EngineUnavailable, shorten
@@ -225,6 +226,9 @@ def run(
     from .output_files import choose_output_files
     from .prompts import read_prompt_lines
 
+    source = click.get_current_context().get_parameter_source("prompt")
+    if prompts_file and source is ParameterSource.DEFAULT_MAP:  # the prompt of the image of --like
+        prompt = None
     if prompt is not None and prompts_file:
         raise BadInput("expected PROMPT or --prompts, found both; leave out one of them")
     if threads:

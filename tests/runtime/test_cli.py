@@ -288,6 +288,17 @@ def test_an_image_is_drawn_again_from_its_settings(bundled: Path) -> None:
     assert "notice" not in again.stderr
 
 
+def test_prompts_of_a_file_take_the_other_settings_of_the_image(bundled: Path, prompts_txt: Path) -> None:
+    assert run(PROMPT, "--steps", 2, "--seed", 5, "--out", "a.png").exit_code == 0
+    result = run("--like", "a.png", "--prompts", prompts_txt)
+    assert result.exit_code == 0, result.output
+    for name in result.stdout.split():
+        with Image.open(name) as image:
+            facts = json.loads(image.info["tpx"])
+        assert (facts["steps"], facts["seed"]) == (2, 5) and facts["prompt"] != PROMPT
+    assert len(result.stdout.split()) == 3
+
+
 def test_an_image_of_another_bundle_is_told(
     fake_bundle: Path, bundled: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
