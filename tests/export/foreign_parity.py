@@ -1,4 +1,4 @@
-"""What the tests of imported encoders share: random weights that show errors, ONNX Runtime, relative errors."""
+"""Helpers for tests of imported encoders: random weights that expose errors, ONNX Runtime runs, and relative errors."""
 
 from collections.abc import Sequence
 
@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from tpx_export.graphs import Graph, to_onnx
 
-TIGHT = 2e-5  # greatest relative error between two variants of one model in float32
+# Largest relative error between two implementations of one model in float32.
+TIGHT = 2e-5
 
 
 def randomise(module: nn.Module, seed: int = 0) -> None:
-    """Give every parameter values that matter: norms about 1, biases about 0.3, matrices that keep activations near 1."""
+    """Give every parameter values with an effect: norms near 1, biases about 0.3, matrices that keep activations near 1."""
     generator = torch.Generator().manual_seed(seed)
     for name, value in module.named_parameters():
         spread = 0.3 if value.ndim == 1 else 1.0 if "embed" in name else value[0].numel() ** -0.5
@@ -34,7 +35,7 @@ def relative(found: Tensor | npt.NDArray[np.float32], expected: Tensor) -> float
 def run_onnx(
     module: nn.Module, name: str, example: Tensor, outputs: tuple[str, ...], feeds: Sequence[Tensor]
 ) -> list[list[npt.NDArray[np.float32]]]:
-    """The answers of the exported graph in ONNX Runtime to each of `feeds`, whose batches may differ."""
+    """Outputs of the exported graph in ONNX Runtime for each of `feeds`, whose batch sizes may differ."""
     model = onnx_ir.to_proto(to_onnx(Graph(module, {name: example}, outputs)))
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 2

@@ -1,4 +1,4 @@
-"""tpx.safetensors: adapters that are written are read again, attach to their base alone, and change nothing when fresh."""
+"""tpx.safetensors: adapters round-trip, attach only to a matching base, and change nothing before training."""
 
 import json
 from collections.abc import Callable
@@ -41,7 +41,7 @@ def base(seed: int = 0, spec: MMDiTSpec = SPEC) -> MMDiT:
     return model.eval().requires_grad_(False)
 
 
-def learnt(model: MMDiT, seed: int = 1) -> MMDiT:
+def randomise_adapters(model: MMDiT, seed: int = 1) -> MMDiT:
     torch.manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -52,12 +52,12 @@ def learnt(model: MMDiT, seed: int = 1) -> MMDiT:
 
 def inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
     torch.manual_seed(2)
-    given = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 16), torch.randn(2, 16)
-    latents, context, pooled = (value.to(dtype) for value in given)
+    tensors = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 16), torch.randn(2, 16)
+    latents, context, pooled = (value.to(dtype) for value in tensors)
     return latents, torch.tensor([900.0, 30.0]), context, pooled
 
 
-def refusal(act: Callable[[], object], kind: type[TpxError] = CheckpointInvalid) -> str:
+def error_message(act: Callable[[], object], kind: type[TpxError] = CheckpointInvalid) -> str:
     with pytest.raises(kind) as caught:
         act()
     message = str(caught.value)
@@ -68,12 +68,14 @@ def refusal(act: Callable[[], object], kind: type[TpxError] = CheckpointInvalid)
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    save_adapters(learnt(attach(base(), SMALL)), tmp_path / FILE, "shapes", {"steps": 3, "data": "shapes"})
+    save_adapters(
+        randomise_adapters(attach(base(), SMALL)), tmp_path / FILE, "shapes", {"steps": 3, "data": "shapes"}
+    )
     return tmp_path / FILE
 
 
-def rewritten(path: Path, state: dict[str, Tensor] | None = None, **changes: object) -> Path:
-    """The file with another state, or with other fields in its header (... leaves one out)."""
+def rewrite(path: Path, state: dict[str, Tensor] | None = None, **changes: object) -> Path:
+    """Rewrite the file with another state, or with other fields in its header (... removes a field)."""
     with safe_open(path, framework="pt") as file:
         header = json.loads(file.metadata()["tpx"])
     header = {name: value for name, value in {**header, **changes}.items() if value is not ...}
@@ -82,10 +84,10 @@ def rewritten(path: Path, state: dict[str, Tensor] | None = None, **changes: obj
 
 
 @pytest.mark.parametrize("experts", [1, 2, 5])
-def test_fresh_adapters_leave_the_base_exactly_as_it_is(experts: int) -> None:
+def test_untrained_adapters_do_not_change_the_base_output(experts: int) -> None:
     model = base()
-    expected, none = model(*inputs(), 1)
-    assert none.shape[1] == 0
+    expected, no_routes = model(*inputs(), 1)
+    assert no_routes.shape[1] == 0
     attach(model, replace(PAPER, experts=experts))
     for depth in (1, 2):
         found, routes = model(*inputs(), depth)
@@ -93,14 +95,14 @@ def test_fresh_adapters_leave_the_base_exactly_as_it_is(experts: int) -> None:
         assert routes.shape == (2, 3 * depth, 16)
 
 
-def test_attached_adapters_think_in_their_blocks_alone() -> None:
+def test_adapters_are_attached_only_to_their_blocks() -> None:
     model = attach(base(), PAPER)
     assert [i for i, block in enumerate(model.blocks) if block.thinking is not None] == [4, 8, 12]
     assert model.spec == replace(SPEC, thinking=PAPER)
     assert model.state_dict().keys() == MMDiT(model.spec).state_dict().keys()
 
 
-def test_the_base_keeps_its_tensors_and_only_the_adapters_learn() -> None:
+def test_attach_keeps_the_base_tensors_and_only_adapters_are_trainable() -> None:
     model = base()
     before = dict(model.named_parameters())
     attach(model, SMALL)
@@ -113,8 +115,8 @@ def test_the_base_keeps_its_tensors_and_only_the_adapters_learn() -> None:
     )
 
 
-def test_adapters_take_the_models_mode() -> None:
-    """A Thinking in training mode draws its routes at random."""
+def test_adapters_take_the_training_mode_of_the_model() -> None:
+    """In training mode, Thinking draws its routes at random."""
     assert not any(module.training for module in attach(base(), SMALL).modules())
     assert all(module.training for module in attach(base().train(), SMALL).modules())
 
@@ -123,7 +125,7 @@ def test_round_trip(saved: Path) -> None:
     thinking, state, info = load_adapters(saved)
     assert thinking == SMALL
     assert info == AdapterInfo(64, "shapes", {"steps": 3, "data": "shapes"})
-    expected = learnt(attach(base(), SMALL))
+    expected = randomise_adapters(attach(base(), SMALL))
     found = attach(base(), thinking, state)
     for depth in (1, 2):
         for a, b in zip(found(*inputs(), depth), expected(*inputs(), depth), strict=True):
@@ -132,24 +134,24 @@ def test_round_trip(saved: Path) -> None:
     assert set(state) == {name for name in expected.state_dict() if ".thinking." in name}
 
 
-def test_a_folder_stands_for_the_file_in_it(saved: Path) -> None:
+def test_loads_the_file_in_a_given_folder(saved: Path) -> None:
     assert load_adapters(saved.parent).thinking == SMALL
     saved.unlink()
-    assert FILE in refusal(lambda: load_adapters(saved.parent))
+    assert FILE in error_message(lambda: load_adapters(saved.parent))
 
 
-def test_models_do_not_share_attached_tensors_with_each_other_or_the_file(saved: Path) -> None:
-    adapters, whole = load_adapters(saved), saved.read_bytes()
+def test_attached_tensors_are_not_shared_with_other_models_or_the_file(saved: Path) -> None:
+    adapters, content = load_adapters(saved), saved.read_bytes()
     first, second = (attach(base(), adapters.thinking, adapters.state) for _ in range(2))
     before = {name: value.clone() for name, value in second.state_dict().items()}
     with torch.no_grad():
         for parameter in first.parameters():
             parameter.zero_()
     assert all(torch.equal(value, before[name]) for name, value in second.state_dict().items())
-    assert saved.read_bytes() == whole
+    assert saved.read_bytes() == content
 
 
-def test_attaching_again_replaces_what_was_there(saved: Path) -> None:
+def test_attaching_again_replaces_earlier_adapters(saved: Path) -> None:
     thinking, state, _ = load_adapters(saved)
     model = attach(attach(base(), PAPER), thinking, state)
     assert [i for i, block in enumerate(model.blocks) if block.thinking is not None] == [0, 2]
@@ -157,33 +159,34 @@ def test_attaching_again_replaces_what_was_there(saved: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_over_a_lower_precision_gates_stay_in_float32(saved: Path, dtype: torch.dtype) -> None:
-    low = base().to(dtype)
-    for part in (low.time, low.pooled):
+def test_gates_stay_in_float32_on_a_base_of_lower_precision(saved: Path, dtype: torch.dtype) -> None:
+    low_precision_base = base().to(dtype)
+    for part in (low_precision_base.time, low_precision_base.pooled):
         part.float()
     thinking, state, _ = load_adapters(saved)
     with torch.no_grad():
         expected, expected_routes = attach(base(), thinking, state)(*inputs(), 2)
-    for own, kept in ((None, dtype), (torch.float32, torch.float32)):  # for export; for training
-        model = attach(low, thinking, state, own)
+    # First as for export, then as for training.
+    for adapter_dtype, expected_dtype in ((None, dtype), (torch.float32, torch.float32)):
+        model = attach(low_precision_base, thinking, state, adapter_dtype)
         for name, value in model.state_dict().items():
             if ".thinking." in name:
-                assert value.dtype == (torch.float32 if ".gate." in name else kept), name
+                assert value.dtype == (torch.float32 if ".gate." in name else expected_dtype), name
             if ".gate." in name:
                 assert torch.equal(value, state[name]), name
         with torch.no_grad():
             found, routes = model(*inputs(dtype), 2)
         assert found.dtype == dtype
-        worst = float((found.float() - expected).abs().max() / expected.abs().max())
-        assert worst < (0.01 if dtype == torch.float16 else 0.1)
+        max_error = float((found.float() - expected).abs().max() / expected.abs().max())
+        assert max_error < (0.01 if dtype == torch.float16 else 0.1)
         assert float((routes == expected_routes).float().mean()) > 0.9
 
 
-def test_float32_adapters_learn_over_a_half_base() -> None:
+def test_float32_adapters_get_gradients_on_a_float16_base() -> None:
     model = base().half()
     for part in (model.time, model.pooled):
         part.float()
-    learnt(attach(model, SMALL, dtype=torch.float32)).train()
+    randomise_adapters(attach(model, SMALL, dtype=torch.float32)).train()
     model(*inputs(torch.float16), 2)[0].float().square().mean().backward()
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == (".thinking." in name), name
@@ -197,8 +200,8 @@ class Block(nn.Module):
         self.thinking: Thinking | None = None
 
 
-class Other(nn.Module):
-    """A base that is no MMDiT."""
+class OtherBase(nn.Module):
+    """A base that is not an MMDiT."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -206,77 +209,77 @@ class Other(nn.Module):
         self.blocks = nn.ModuleList(Block() for _ in range(3))
 
 
-def test_any_base_with_blocks_can_think(tmp_path: Path) -> None:
-    model = attach(Other(), SMALL)
+def test_adapters_attach_to_any_base_with_blocks(tmp_path: Path) -> None:
+    model = attach(OtherBase(), SMALL)
     save_adapters(model, tmp_path / FILE, "other")
     thinking, state, info = load_adapters(tmp_path / FILE)
-    again = attach(Other(), thinking, state)
+    loaded = attach(OtherBase(), thinking, state)
     assert info == AdapterInfo(8, "other")
     for name, value in model.state_dict().items():
-        assert ".thinking." not in name or torch.equal(again.state_dict()[name], value)
+        assert ".thinking." not in name or torch.equal(loaded.state_dict()[name], value)
 
 
-def test_adapters_of_another_base_are_refused(saved: Path) -> None:
+def test_rejects_adapters_of_another_base(saved: Path) -> None:
     thinking, state, _ = load_adapters(saved)
     deep = attach(base(), PAPER)
     shallow = base(spec=replace(SPEC, blocks=5))
-    message = refusal(lambda: attach(shallow, PAPER))
+    message = error_message(lambda: attach(shallow, PAPER))
     assert "0..4" in message and "[4, 8, 12]" in message
     assert all(block.thinking is None for block in shallow.blocks)
     wide = base(spec=replace(SPEC, width=128))
-    message = refusal(lambda: attach(wide, thinking, state))
+    message = error_message(lambda: attach(wide, thinking, state))
     assert "width 128" in message and "blocks.0.thinking.a is [3, 64, 4], not [3, 128, 4]" in message
     assert all(block.thinking is None for block in wide.blocks) and wide.spec.thinking is None
-    refusal(lambda: attach(deep, PAPER, state))
+    error_message(lambda: attach(deep, PAPER, state))
     assert deep.spec.thinking == PAPER and deep.blocks[8].thinking is not None
 
 
-def test_a_model_that_does_not_think_has_nothing_to_save(tmp_path: Path) -> None:
+def test_save_rejects_a_model_without_adapters(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="thinking blocks"):
         save_adapters(base(), tmp_path / FILE, "shapes")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_failed_save_leaves_what_was_there(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, whole = attach(base(), PAPER), saved.read_bytes()
+def test_failed_save_keeps_the_existing_file(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, content = attach(base(), PAPER), saved.read_bytes()
 
-    def full(state: object, path: Path, metadata: object) -> None:
+    def save_on_full_disk(state: object, path: Path, metadata: object) -> None:
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("tpx_export.adapters.save_file", full)
-    assert "No space left" in refusal(lambda: save_adapters(model, saved, "shapes"), BadInput)
-    assert saved.read_bytes() == whole
+    monkeypatch.setattr("tpx_export.adapters.save_file", save_on_full_disk)
+    assert "No space left" in error_message(lambda: save_adapters(model, saved, "shapes"), BadInput)
+    assert saved.read_bytes() == content
     assert list(saved.parent.iterdir()) == [saved]
 
 
-def test_a_place_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+def test_save_rejects_a_missing_folder_and_a_folder_as_path(tmp_path: Path) -> None:
     model = attach(base(), SMALL)
-    refusal(lambda: save_adapters(model, tmp_path / "no" / FILE, "shapes"), BadInput)
+    error_message(lambda: save_adapters(model, tmp_path / "no" / FILE, "shapes"), BadInput)
     (tmp_path / "folder").mkdir()
-    refusal(lambda: save_adapters(model, tmp_path / "folder", "shapes"), BadInput)
+    error_message(lambda: save_adapters(model, tmp_path / "folder", "shapes"), BadInput)
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
-def test_foreign_files_are_refused(tmp_path: Path) -> None:
+def test_rejects_files_that_are_not_adapters(tmp_path: Path) -> None:
     path = tmp_path / FILE
-    assert "none" in refusal(lambda: load_adapters(path))
+    assert "none" in error_message(lambda: load_adapters(path))
     save_file({"x": torch.zeros(1)}, path)
-    assert "another project" in refusal(lambda: load_adapters(path))
+    assert "another project" in error_message(lambda: load_adapters(path))
     for header in ("{", "[]", "3", '{"format": 3}', "[" * 100_000):
         save_file({"x": torch.zeros(1)}, path, metadata={"tpx": header})
-        refusal(lambda: load_adapters(path))
+        error_message(lambda: load_adapters(path))
     save_file({"x": torch.zeros(1)}, path, metadata={"tpx": '{"format": "tpx-model", "version": 1}'})
-    assert "tpx-model" in refusal(lambda: load_adapters(path))
+    assert "tpx-model" in error_message(lambda: load_adapters(path))
     path.write_bytes(b"not a safetensors file")
-    assert "damaged" in refusal(lambda: load_adapters(path))
+    assert "damaged" in error_message(lambda: load_adapters(path))
 
 
 @pytest.mark.parametrize("keep", [0, 10, 0.5, 0.999])
-def test_truncated_files_are_refused(saved: Path, keep: float) -> None:
-    whole = saved.read_bytes()
-    saved.write_bytes(whole[: int(keep if keep >= 1 else keep * len(whole))])
-    refusal(lambda: load_adapters(saved))
+def test_rejects_truncated_files(saved: Path, keep: float) -> None:
+    content = saved.read_bytes()
+    saved.write_bytes(content[: int(keep if keep >= 1 else keep * len(content))])
+    error_message(lambda: load_adapters(saved))
 
 
 @pytest.mark.parametrize(
@@ -309,18 +312,18 @@ def test_truncated_files_are_refused(saved: Path, keep: float) -> None:
         ({"spec": {**asdict(SMALL), "modulation": 1}}, "bool"),
     ],
 )
-def test_a_header_that_does_not_fit_is_refused(saved: Path, changes: dict[str, Any], named: str) -> None:
-    assert named in refusal(lambda: load_adapters(rewritten(saved, **changes)))
+def test_rejects_an_invalid_header(saved: Path, changes: dict[str, Any], named: str) -> None:
+    assert named in error_message(lambda: load_adapters(rewrite(saved, **changes)))
 
 
-def test_a_field_that_the_file_leaves_out_has_its_default(saved: Path) -> None:
+def test_missing_header_fields_have_their_defaults(saved: Path) -> None:
     spec = {name: value for name, value in asdict(SMALL).items() if name != "base_every_step"}
-    assert load_adapters(rewritten(saved, spec=spec)).thinking == SMALL
-    assert load_adapters(rewritten(saved, training=...)).info.training == {}
+    assert load_adapters(rewrite(saved, spec=spec)).thinking == SMALL
+    assert load_adapters(rewrite(saved, training=...)).info.training == {}
 
 
 @pytest.mark.parametrize("fault", ["missing", "unknown", "short", "nan", "integer"])
-def test_a_tensor_that_does_not_fit_is_named(saved: Path, fault: str) -> None:
+def test_error_names_an_invalid_tensor(saved: Path, fault: str) -> None:
     state, name = load_file(saved), "blocks.2.thinking.b"
     if fault == "missing":
         del state[name]
@@ -334,11 +337,11 @@ def test_a_tensor_that_does_not_fit_is_named(saved: Path, fault: str) -> None:
     else:
         state[name] = state[name].to(torch.int32)
     thinking = load_adapters(saved).thinking
-    assert name in refusal(lambda: attach(base(), thinking, state))
-    assert name in refusal(lambda: load_adapters(rewritten(saved, state)))
+    assert name in error_message(lambda: attach(base(), thinking, state))
+    assert name in error_message(lambda: load_adapters(rewrite(saved, state)))
 
 
-def test_the_header_is_what_the_format_says(saved: Path) -> None:
+def test_header_has_the_documented_fields(saved: Path) -> None:
     with safe_open(saved, framework="pt") as file:
         header = json.loads(file.metadata()["tpx"])
     assert header == {

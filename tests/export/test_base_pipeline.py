@@ -1,4 +1,4 @@
-"""Published models from their files to images, against diffusers' pipeline, and error messages."""
+"""Published models imported from files and run to an image, compared with diffusers' pipeline; error messages."""
 
 import json
 import shutil
@@ -36,12 +36,13 @@ from tpx_runtime.generator import Generator
 from tpx_runtime.noise import batch_noise
 
 PROMPT, NEGATIVE = "A red cube on a blue sphere! Très beau, 3 times.", "blurry"
-LONG = "red blue " * 45  # 90 tokens of CLIP, which reads 75, and of T5, which reads 255
+# 90 tokens: more than the 75 that CLIP reads, fewer than the 255 that T5 reads.
+LONG_PROMPT = "red blue " * 45
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quiet() -> Iterator[None]:
-    """diffusers and transformers warn about what is theirs; two threads leave room for others."""
+def two_threads_without_gradients_or_warnings() -> Iterator[None]:
+    """No gradients, no warnings of diffusers and transformers, and only two threads, to leave cores to other tests."""
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     with warnings.catch_warnings(), torch.no_grad():
@@ -63,7 +64,7 @@ def bundle(reference: tuple[Path, Any], tmp_path_factory: pytest.TempPathFactory
     return out
 
 
-def theirs(pipeline: Any, prompt: str, negative: str, **settings: Any) -> np.ndarray:
+def diffusers_image(pipeline: Any, prompt: str, negative: str, **settings: Any) -> np.ndarray:
     latents = torch.from_numpy(batch_noise([3], (16, 16, 16)))
     [image] = pipeline(
         prompt, negative_prompt=negative, height=32, width=32, latents=latents, **settings
@@ -78,59 +79,63 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_pipeline_generates_the_image_of_diffusers(
+def test_pipeline_generates_the_image_of_diffusers(
     variant: str, reference: tuple[Path, Any], bundle: Path, tmp_path: Path
 ) -> None:
-    theirs_here, ours_here = reference[1], bundle
+    diffusers_pipeline, bundle_path = reference[1], bundle
     if variant != "sd3-medium":
-        theirs_here, ours_here = save_pipeline(tmp_path / "base", variant), tmp_path / "bundle"
-        export_bundle(open_base(tmp_path / "base"), ours_here)
-    generator = Generator.load(ours_here, engine="onnxruntime")
+        diffusers_pipeline, bundle_path = save_pipeline(tmp_path / "base", variant), tmp_path / "bundle"
+        export_bundle(open_base(tmp_path / "base"), bundle_path)
+    generator = Generator.load(bundle_path, engine="onnxruntime")
     assert generator.manifest.defaults.steps == 28 and generator.manifest.defaults.guidance == 7.0
     [image] = generator(PROMPT, negative_prompt=NEGATIVE, seed=3)
     ours = np.asarray(image, np.float64)
-    expected = theirs(theirs_here, PROMPT, NEGATIVE, num_inference_steps=28, guidance_scale=7.0)
+    expected = diffusers_image(
+        diffusers_pipeline, PROMPT, NEGATIVE, num_inference_steps=28, guidance_scale=7.0
+    )
     assert psnr(ours, expected) >= 50
-    assert expected.std() > 5 and np.mean((expected > 0) & (expected < 255)) > 0.02  # not a uniform image
+    # Not a uniform image.
+    assert expected.std() > 5 and np.mean((expected > 0) & (expected < 255)) > 0.02
     other = np.asarray(generator("a dog", negative_prompt=NEGATIVE, seed=3)[0], np.float64)
-    assert psnr(other, expected) < 45  # which depends on the words
+    # The image depends on the prompt.
+    assert psnr(other, expected) < 45
 
 
 def test_without_t5(reference: tuple[Path, Any], bundle: Path, tmp_path: Path) -> None:
-    """Left out at the export or at generation, the image is the same, and equal to diffusers'."""
+    """Without T5 at export or at generation the image is the same, and close to that of diffusers."""
     folder, pipeline = reference
     export_bundle(open_base(folder, t5=False), tmp_path / "no-t5")
     assert not (tmp_path / "no-t5/text_encoder_3").exists()
-    drawn = [
+    images = [
         np.asarray(generator(PROMPT, seed=3, steps=4)[0], np.float64)
         for generator in (
             Generator.load(tmp_path / "no-t5", engine="onnxruntime"),
             Generator.load(bundle, engine="onnxruntime", t5=False),
         )
     ]
-    np.testing.assert_array_equal(*drawn)
-    kept = pipeline.text_encoder_3
+    np.testing.assert_array_equal(*images)
+    t5 = pipeline.text_encoder_3
     pipeline.text_encoder_3 = None
     try:
-        expected = theirs(pipeline, PROMPT, "", num_inference_steps=4, guidance_scale=7.0)
+        expected = diffusers_image(pipeline, PROMPT, "", num_inference_steps=4, guidance_scale=7.0)
     finally:
-        pipeline.text_encoder_3 = kept
-    assert psnr(drawn[0], expected) >= 50
-    whole = np.asarray(Generator.load(bundle, engine="onnxruntime")(PROMPT, seed=3, steps=4)[0], np.float64)
-    assert psnr(drawn[0], whole) < 60
+        pipeline.text_encoder_3 = t5
+    assert psnr(images[0], expected) >= 50
+    with_t5 = np.asarray(Generator.load(bundle, engine="onnxruntime")(PROMPT, seed=3, steps=4)[0], np.float64)
+    assert psnr(images[0], with_t5) < 60
 
 
-def test_a_long_prompt_is_cut_as_diffusers_cuts_it(reference: tuple[Path, Any], bundle: Path) -> None:
+def test_long_prompt_is_truncated_as_in_diffusers(reference: tuple[Path, Any], bundle: Path) -> None:
     generator = Generator.load(bundle, engine="onnxruntime")
     with pytest.warns(
         UserWarning, match=r"too long for text_encoder, text_encoder_2: .*text_encoder_3 reads all of it"
     ):
-        [image] = generator(LONG, seed=3, steps=4)
-    expected = theirs(reference[1], LONG, "", num_inference_steps=4, guidance_scale=7.0)
+        [image] = generator(LONG_PROMPT, seed=3, steps=4)
+    expected = diffusers_image(reference[1], LONG_PROMPT, "", num_inference_steps=4, guidance_scale=7.0)
     assert psnr(np.asarray(image, np.float64), expected) >= 50
 
 
-def test_adapters_on_a_base(reference: tuple[Path, Any], tmp_path: Path) -> None:
+def test_exports_and_runs_adapters_on_a_base(reference: tuple[Path, Any], tmp_path: Path) -> None:
     folder, _ = reference
     base = open_base(folder)
     thinking = ThinkingSpec(blocks=(0, 2), experts=3, rank=4, max_depth=2)
@@ -145,16 +150,16 @@ def test_adapters_on_a_base(reference: tuple[Path, Any], tmp_path: Path) -> None
         + ["--depth", "2", "--out", str(tmp_path / "bundle")],
     )
     assert result.exit_code == 0, result.output
-    opened = Bundle.open(tmp_path / "bundle")
-    assert opened.manifest.name == "tiny-sd3-thinking"
-    assert opened.manifest.model.depths == (1, 2) and opened.manifest.model.experts == 3
+    bundle = Bundle.open(tmp_path / "bundle")
+    assert bundle.manifest.name == "tiny-sd3-thinking"
+    assert bundle.manifest.model.depths == (1, 2) and bundle.manifest.model.experts == 3
     generator = Generator.load(tmp_path / "bundle", engine="onnxruntime")
     deep, shallow = (np.asarray(generator("a cube", steps=3, depth=depth)[0]) for depth in (2, 1))
     assert (deep != shallow).any()
 
 
-def trained_adapters(reference: tuple[Path, Any], path: Path, **training: Any) -> None:
-    """Random adapters for the base, whose file says that much of their training."""
+def save_random_adapters(reference: tuple[Path, Any], path: Path, **training: Any) -> None:
+    """Save random adapters for the base, with `training` as the facts of their training."""
     thinking = ThinkingSpec(blocks=(1,), experts=3, rank=4, max_depth=2)
     model = attach(open_base(reference[0]).transformer(), thinking, dtype=torch.float32)
     torch.manual_seed(0)
@@ -164,11 +169,13 @@ def trained_adapters(reference: tuple[Path, Any], path: Path, **training: Any) -
     save_adapters(model, path, "tiny", training)
 
 
-def test_adapters_of_another_training_give_a_warning(reference: tuple[Path, Any], tmp_path: Path) -> None:
+def test_warns_of_adapters_trained_under_other_conditions(
+    reference: tuple[Path, Any], tmp_path: Path
+) -> None:
     path, base = tmp_path / "tpx.safetensors", reference[0]
     size = open_base(base).model.image_size_px[0]
     training = {"base_sha256": fingerprint.base_fingerprint(base), "image_size_px": size, "t5": True}
-    trained_adapters(reference, path, **training)
+    save_random_adapters(reference, path, **training)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         open_base(base, adapters=path)
@@ -177,7 +184,7 @@ def test_adapters_of_another_training_give_a_warning(reference: tuple[Path, Any]
         ({"image_size_px": 1024}, f"at 1024 pixels, not {size}"),
         ({"t5": False}, "without T5"),
     ):
-        trained_adapters(reference, path, **training | change)
+        save_random_adapters(reference, path, **training | change)
         with pytest.warns(DifferentBaseWarning, match=f"^the adapters were trained {message}$"):
             open_base(base, adapters=path)
 
@@ -187,7 +194,7 @@ def test_adapters_stay_in_float32_on_a_base_in_bfloat16(reference: tuple[Path, A
     shutil.copytree(reference[0], folder)
     for file in (folder / "transformer").glob("*.safetensors"):
         save_file({name: value.bfloat16() for name, value in load_file(file).items()}, file)
-    trained_adapters(reference, path)
+    save_random_adapters(reference, path)
     expected = load_adapters(path).state
     found = open_base(folder, adapters=path).transformer().state_dict()
     assert expected
@@ -197,7 +204,7 @@ def test_adapters_stay_in_float32_on_a_base_in_bfloat16(reference: tuple[Path, A
 
 
 @pytest.mark.parametrize(("blocks", "width"), [((0, 3), 32), ((0, 2), 64)])
-def test_adapters_that_cannot_fit_are_refused_before_anything_is_exported(
+def test_open_base_rejects_adapters_of_other_blocks_or_width(
     blocks: tuple[int, ...], width: int, reference: tuple[Path, Any], tmp_path: Path
 ) -> None:
     thinking = ThinkingSpec(blocks=blocks, experts=2, rank=4, max_depth=2)
@@ -213,9 +220,7 @@ def test_adapters_that_cannot_fit_are_refused_before_anything_is_exported(
         open_base(reference[0], adapters=path)
 
 
-def test_half_precision_weights_make_a_half_precision_bundle(
-    reference: tuple[Path, Any], tmp_path: Path
-) -> None:
+def test_float16_weights_give_a_float16_bundle(reference: tuple[Path, Any], tmp_path: Path) -> None:
     folder = tmp_path / "half"
     save_pipeline(folder, "sd3.5-medium").to(torch.float16).save_pretrained(folder)
     summary = export_bundle(open_base(folder), tmp_path / "bundle")
@@ -223,7 +228,7 @@ def test_half_precision_weights_make_a_half_precision_bundle(
     assert all(part.ok for parts in summary.reports.values() for part in parts)
 
 
-def test_image_sizes(reference: tuple[Path, Any]) -> None:
+def test_image_size_sets_the_latent_size_and_must_be_even(reference: tuple[Path, Any]) -> None:
     small = open_base(reference[0], image_size_px=24).model
     assert (small.image_size_px, small.latent_size, small.visual_tokens) == ((24, 24), (12, 12), 36)
     with pytest.raises(BadInput, match="expected an image size divisible by 2"):
@@ -231,7 +236,7 @@ def test_image_sizes(reference: tuple[Path, Any]) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 2, 26, 52, 4096])
-def test_an_image_size_without_positions_is_refused_in_pixels_before_text_encoders_are_read(
+def test_rejects_an_unsupported_image_size_before_reading_text_encoders(
     reference: tuple[Path, Any], size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sd3_pipeline, "_clip", lambda *_: pytest.fail("a text encoder was read"))
@@ -243,21 +248,21 @@ def test_an_image_size_without_positions_is_refused_in_pixels_before_text_encode
         open_base(reference[0], image_size_px=size)
 
 
-def without(folder: Path, part: str, tmp_path: Path) -> Path:
-    made = tmp_path / "broken"
-    shutil.copytree(folder, made)
-    shutil.rmtree(made / part)
-    return made
+def copy_without_part(folder: Path, part: str, tmp_path: Path) -> Path:
+    copy = tmp_path / "broken"
+    shutil.copytree(folder, copy)
+    shutil.rmtree(copy / part)
+    return copy
 
 
 @pytest.mark.parametrize(
     "part",
     ["transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_3"],
 )
-def test_a_missing_part_is_named_and_taken_from_the_components(
+def test_missing_part_is_named_or_taken_from_components(
     reference: tuple[Path, Any], tmp_path: Path, part: str
 ) -> None:
-    broken = without(reference[0], part, tmp_path)
+    broken = copy_without_part(reference[0], part, tmp_path)
     with pytest.raises(CheckpointInvalid, match=rf"expected {part}/.*--components") as caught:
         open_base(broken)
     assert ("--no-t5" in str(caught.value)) == (part == "text_encoder_3")
@@ -265,14 +270,14 @@ def test_a_missing_part_is_named_and_taken_from_the_components(
         assert open_base(broken, components=reference[0]).model.visual_tokens == 64
 
 
-def test_parts_of_other_models_do_not_mix(reference: tuple[Path, Any], tmp_path: Path) -> None:
-    mixed = without(reference[0], "text_encoder", tmp_path)
+def test_rejects_a_text_encoder_of_another_model(reference: tuple[Path, Any], tmp_path: Path) -> None:
+    mixed = copy_without_part(reference[0], "text_encoder", tmp_path)
     shutil.copytree(reference[0] / "text_encoder_2", mixed / "text_encoder")
     with pytest.raises(CheckpointInvalid, match="expected pooled text 40 wide, found CLIPs of 48 together"):
         open_base(mixed)
 
 
-def refused(*arguments: str) -> str:
+def error_line(*arguments: str) -> str:
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code not in (0, 1) and result.stdout == ""
     [line] = [line for line in result.stderr.splitlines() if line.startswith("error:")]
@@ -280,19 +285,21 @@ def refused(*arguments: str) -> str:
     return line
 
 
-def test_refusals_are_one_line(reference: tuple[Path, Any], tmp_path: Path) -> None:
+def test_command_errors_are_one_line(reference: tuple[Path, Any], tmp_path: Path) -> None:
     folder = str(reference[0])
-    assert "neither" in refused("--depth", "1")
-    assert "both" in refused("--ckpt", "x.pt", "--base", folder)
-    assert "--adapters" in refused("--ckpt", "x.pt", "--adapters", "a.safetensors")
-    assert "nothing there" in refused("--base", str(tmp_path / "none"))
-    assert "thinking adapters" in refused("--base", folder, "--adapters", str(tmp_path / "none.safetensors"))
+    assert "neither" in error_line("--depth", "1")
+    assert "both" in error_line("--ckpt", "x.pt", "--base", folder)
+    assert "--adapters" in error_line("--ckpt", "x.pt", "--adapters", "a.safetensors")
+    assert "nothing there" in error_line("--base", str(tmp_path / "none"))
+    assert "thinking adapters" in error_line(
+        "--base", folder, "--adapters", str(tmp_path / "none.safetensors")
+    )
     (tmp_path / "empty").mkdir()
-    assert "transformer/config.json" in refused("--base", str(tmp_path / "empty"))
+    assert "transformer/config.json" in error_line("--base", str(tmp_path / "empty"))
     assert list(tmp_path.iterdir()) == [tmp_path / "empty"]
 
 
-def test_a_name_of_a_hub_is_told_how_to_become_a_folder(
+def test_error_for_a_hub_name_says_how_to_download_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -306,8 +313,8 @@ def test_a_name_of_a_hub_is_told_how_to_become_a_folder(
             open_base(path)
 
 
-def test_a_scheduler_of_its_own(reference: tuple[Path, Any], tmp_path: Path) -> None:
-    other = without(reference[0], "scheduler", tmp_path)
+def test_shift_is_read_from_the_scheduler_config(reference: tuple[Path, Any], tmp_path: Path) -> None:
+    other = copy_without_part(reference[0], "scheduler", tmp_path)
     assert open_base(other).shift == 3.0
     (other / "scheduler").mkdir()
     (other / "scheduler/scheduler_config.json").write_text(json.dumps({"shift": 1.5}))
@@ -318,13 +325,17 @@ def test_a_scheduler_of_its_own(reference: tuple[Path, Any], tmp_path: Path) -> 
             open_base(other)
 
 
-PUBLISHED = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
+PUBLISHED_SCHEDULER = {
+    "_class_name": "FlowMatchEulerDiscreteScheduler",
+    "num_train_timesteps": 1000,
+    "shift": 3.0,
+}
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({}, None),  # as SD3 and SD3.5 have it
+        ({}, None),  # as in SD3 and SD3.5
         ({"use_dynamic_shifting": False, "shift_terminal": None, "use_karras_sigmas": False}, None),
         ({"_class_name": "DDIMScheduler"}, "a _class_name that starts with FlowMatch, found 'DDIMScheduler'"),
         ({"_class_name": 3}, "a _class_name that starts with FlowMatch, found 3"),
@@ -336,12 +347,12 @@ PUBLISHED = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timest
         ({"invert_sigmas": True}, "invert_sigmas False or None, found True"),
     ],
 )
-def test_a_schedule_that_would_not_be_followed_is_refused(
+def test_rejects_unsupported_scheduler_settings(
     changes: dict[str, Any], message: str | None, tmp_path: Path
 ) -> None:
     path = tmp_path / "scheduler/scheduler_config.json"
     path.parent.mkdir()
-    path.write_text(json.dumps(PUBLISHED | changes))
+    path.write_text(json.dumps(PUBLISHED_SCHEDULER | changes))
     if message is None:
         assert sd3_pipeline._schedule_shift(ModelFiles(tmp_path, None)) == 3.0
         return
@@ -352,7 +363,7 @@ def test_a_schedule_that_would_not_be_followed_is_refused(
 
 
 def single_file(folder: Path, path: Path) -> Path:
-    """The pipeline in one original file; its tokenizers have no place there."""
+    """Save the pipeline as one file in the original layout, which holds no tokenizers."""
     state = original(load_file(folder / "transformer/diffusion_pytorch_model.safetensors"))
     vae = load_file(folder / "vae/diffusion_pytorch_model.safetensors")
     state |= {f"first_stage_model.{name}": value for name, value in vae_names(vae, 2).items()}
@@ -363,8 +374,10 @@ def single_file(folder: Path, path: Path) -> Path:
     return path
 
 
-def test_a_single_file_is_the_same_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything in one file but the tokenizers; heads of CLIP and SD3, which shapes do not say, are the released ones'."""
+def test_single_file_gives_the_same_pipeline_as_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensor shapes do not tell the head widths of CLIP and SD3, so those of the released models are assumed."""
     folder = tmp_path / "base"
     save_pipeline(folder, "sd3.5-medium")
     monkeypatch.setattr("tpx_export.base.text_encoders._HEAD_WIDTH", 8)
@@ -375,27 +388,32 @@ def test_a_single_file_is_the_same_pipeline(tmp_path: Path, monkeypatch: pytest.
     save_file({**state, "text_encoders.other.weight": torch.zeros(1)}, tmp_path / "odd.safetensors")
     with pytest.raises(CheckpointInvalid, match=r"found 1 others: text_encoders\.other\.weight"):
         open_base(tmp_path / "odd.safetensors", components=folder, image_size_px=32)
-    whole, single = open_base(folder), open_base(path, components=folder, image_size_px=32)
-    assert single.model == whole.model and single.latent == whole.latent and single.name == "sd3.5"
-    assert [part.spec for part in single.text] == [part.spec for part in whole.text]
+    from_folder, from_file = open_base(folder), open_base(path, components=folder, image_size_px=32)
+    assert (
+        from_file.model == from_folder.model
+        and from_file.latent == from_folder.latent
+        and from_file.name == "sd3.5"
+    )
+    assert [part.spec for part in from_file.text] == [part.spec for part in from_folder.text]
     for one, other in (
-        (single.transformer(), whole.transformer()),
-        (single.autoencoder(), whole.autoencoder()),
-        *((a.load(), b.load()) for a, b in zip(single.text, whole.text, strict=True)),
+        (from_file.transformer(), from_folder.transformer()),
+        (from_file.autoencoder(), from_folder.autoencoder()),
+        *((a.load(), b.load()) for a, b in zip(from_file.text, from_folder.text, strict=True)),
     ):
-        theirs_here = other.state_dict()
-        assert one.state_dict().keys() == theirs_here.keys()
-        assert all(torch.equal(value, theirs_here[name]) for name, value in one.state_dict().items())
+        expected = other.state_dict()
+        assert one.state_dict().keys() == expected.keys()
+        assert all(torch.equal(value, expected[name]) for name, value in one.state_dict().items())
 
 
-def test_a_bundle_is_named_after_the_file_or_folder_that_was_given(
+def test_model_name_is_that_of_the_given_file_or_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     blob, link = tmp_path / "blobs/5d41402a", tmp_path / "snapshots/sd3_medium.safetensors"
     for path in (blob, link):
         path.parent.mkdir()
     blob.touch()
-    link.symlink_to("../blobs/5d41402a")  # as in Hugging Face's cache
+    # As in the cache of Hugging Face.
+    link.symlink_to("../blobs/5d41402a")
     assert name_of(link) == "sd3_medium"
     (tmp_path / "my model").mkdir()
     monkeypatch.chdir(tmp_path / "my model")
@@ -403,7 +421,7 @@ def test_a_bundle_is_named_after_the_file_or_folder_that_was_given(
 
 
 def write_dit(folder: Path, dtype: torch.dtype = torch.float32) -> None:
-    """A random DiT in that precision, dit.pt, its vae, and float32 adapters of it."""
+    """Write a random DiT in the given precision (dit.pt), its VAE, and float32 adapters for it."""
     torch.manual_seed(0)
     spec = DiTSpec(latent_size=8, width=384, heads=6, blocks=2, classes=10)
     state = {name: (torch.randn(s) * 0.05).to(dtype) for name, s in shapes_of(spec).items()}
@@ -418,30 +436,34 @@ def write_dit(folder: Path, dtype: torch.dtype = torch.float32) -> None:
 @pytest.mark.parametrize(
     ("base", "bundle"), [(torch.bfloat16, torch.float32), (torch.float16, torch.float16)]
 )
-def test_adapters_are_rounded_to_the_bundles_precision_alone(
+def test_adapters_are_rounded_only_to_the_bundles_precision(
     base: torch.dtype, bundle: torch.dtype, tmp_path: Path
 ) -> None:
     write_dit(tmp_path, base)
     adapters = tmp_path / "tpx.safetensors"
     pipeline = open_base(tmp_path / "dit.pt", tmp_path, adapters=adapters)
-    written = cast_to_precision(pipeline.transformer(), pipeline.precision).state_dict()
+    exported = cast_to_precision(pipeline.transformer(), pipeline.precision).state_dict()
     trained = load_file(adapters)
     for name in ("blocks.0.thinking.a", "blocks.0.thinking.b"):
-        assert written[name].dtype == bundle and torch.equal(written[name], trained[name].to(bundle)), name
+        assert exported[name].dtype == bundle and torch.equal(exported[name], trained[name].to(bundle)), name
 
 
-def test_a_dit_with_adapters_generates_classes(tmp_path: Path) -> None:
+def test_dit_with_adapters_exports_and_generates_by_class(tmp_path: Path) -> None:
     write_dit(tmp_path)
     arguments = ["--base", str(tmp_path / "dit.pt"), "--adapters", str(tmp_path / "tpx.safetensors")]
-    assert "expected vae/config.json" in refused(*arguments)
+    assert "expected vae/config.json" in error_line(*arguments)
     arguments += ["--components", str(tmp_path), "--out", str(tmp_path / "bundle")]
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.output
     generator = Generator.load(tmp_path / "bundle", engine="onnxruntime")
-    facts = generator.manifest
-    assert (facts.model.classes, facts.model.guided_channels, facts.model.out_channels) == (10, 3, 8)
-    assert (facts.defaults.sampler, facts.defaults.steps, facts.defaults.guidance) == ("ddpm", 250, 4.0)
-    seven, three, shallow = (
+    manifest = generator.manifest
+    assert (manifest.model.classes, manifest.model.guided_channels, manifest.model.out_channels) == (10, 3, 8)
+    assert (manifest.defaults.sampler, manifest.defaults.steps, manifest.defaults.guidance) == (
+        "ddpm",
+        250,
+        4.0,
+    )
+    class_7, class_3, class_7_at_depth_1 = (
         np.asarray(generator(class_id=c, steps=3, depth=depth)[0]) for c, depth in ((7, 2), (3, 2), (7, 1))
     )
-    assert (seven != three).any() and (seven != shallow).any()
+    assert (class_7 != class_3).any() and (class_7 != class_7_at_depth_1).any()

@@ -1,4 +1,4 @@
-"""SD3 and SD3.5 transformers imported from both layouts: what diffusers computes, our MMDiT computes."""
+"""SD3 and SD3.5 transformers imported from both file layouts, compared with diffusers."""
 
 import json
 import os
@@ -64,7 +64,7 @@ def real_shapes() -> dict[str, dict[str, tuple[int, ...]]]:
 
 
 def diffusers_model(kind: str) -> Any:
-    """A tiny random SD3Transformer2DModel of that kind, no parameter at its special start."""
+    """A tiny random SD3Transformer2DModel of that kind, with every parameter moved away from its initial value."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from diffusers import SD3Transformer2DModel
@@ -89,26 +89,26 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def theirs(kind: str) -> Any:
+def reference(kind: str) -> Any:
     return diffusers_model(kind)
 
 
 @pytest.fixture(scope="module")
-def folder(theirs: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(reference: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("sd3")
-    theirs.save_pretrained(path / "transformer")
+    reference.save_pretrained(path / "transformer")
     return path
 
 
 @pytest.fixture(scope="module")
 def medium(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny SD3-medium; copy before changing anything in it."""
+    """A folder with a tiny SD3-medium; copy it before changing anything."""
     path = tmp_path_factory.mktemp("medium")
     diffusers_model("sd3-medium").save_pretrained(path / "transformer")
     return path
 
 
-def state_of(folder: Path) -> dict[str, Tensor]:
+def load_state(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / "transformer/diffusion_pytorch_model.safetensors")
 
 
@@ -148,32 +148,34 @@ def original(state: dict[str, Tensor], prefix: str = "model.diffusion_model.") -
         ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"): "context_block.attn.qkv",
         ("attn2.to_q", "attn2.to_k", "attn2.to_v"): "x_block.attn2.qkv",
     }
-    made, left = {}, dict(state)
+    converted, remaining = {}, dict(state)
     for part in (".weight", ".bias", ""):
         for name, new in fixed.items():
-            if name + part in left:
-                made[new + part] = left.pop(name + part)
+            if name + part in remaining:
+                converted[new + part] = remaining.pop(name + part)
         for i in range(blocks):
             old, new_block = f"transformer_blocks.{i}.", f"joint_blocks.{i}."
             for name, new in in_block.items():
-                if old + name + part in left:
-                    made[new_block + new + part] = left.pop(old + name + part)
+                if old + name + part in remaining:
+                    converted[new_block + new + part] = remaining.pop(old + name + part)
             for names, new in fused.items():
-                if old + names[0] + part in left:
-                    made[new_block + new + part] = torch.cat([left.pop(old + n + part) for n in names])
-    assert not left, sorted(left)
+                if old + names[0] + part in remaining:
+                    converted[new_block + new + part] = torch.cat(
+                        [remaining.pop(old + n + part) for n in names]
+                    )
+    assert not remaining, sorted(remaining)
     for name in (
         "final_layer.adaLN_modulation.1",
         f"joint_blocks.{blocks - 1}.context_block.adaLN_modulation.1",
     ):
         for part in (".weight", ".bias"):
-            scale, shift = made[name + part].chunk(2)
-            made[name + part] = torch.cat([shift, scale])
-    return {prefix + name: value for name, value in made.items()}
+            scale, shift = converted[name + part].chunk(2)
+            converted[name + part] = torch.cat([shift, scale])
+    return {prefix + name: value for name, value in converted.items()}
 
 
-def single_file(theirs: Any, path: Path, extra: dict[str, Tensor] | None = None) -> Path:
-    save_file({**original(theirs.state_dict()), **(extra or {})}, path)
+def single_file(reference: Any, path: Path, extra: dict[str, Tensor] | None = None) -> Path:
+    save_file({**original(reference.state_dict()), **(extra or {})}, path)
     return path
 
 
@@ -183,18 +185,20 @@ def inputs(latent_size: int = LATENTS) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return latents, torch.tensor([987.5, 12.0]), context, torch.randn(2, 24)
 
 
-def answer(theirs: Any, latents: Tensor, timestep: Tensor, context: Tensor, pooled: Tensor) -> Tensor:
-    made: Tensor = theirs(latents, context, pooled, timestep, return_dict=False)[0]
-    return made
+def reference_output(
+    reference: Any, latents: Tensor, timestep: Tensor, context: Tensor, pooled: Tensor
+) -> Tensor:
+    velocity: Tensor = reference(latents, context, pooled, timestep, return_dict=False)[0]
+    return velocity
 
 
-def error(found: Tensor, expected: Tensor) -> float:
+def relative_error(found: Tensor, expected: Tensor) -> float:
     """max|a - b| / max|b|"""
     found, expected = found.float(), expected.float()
     return float((found - expected).abs().max() / expected.abs().max())
 
 
-def refusal(act: Callable[[], object], kind: type[TpxError] = CheckpointInvalid) -> str:
+def error_message(act: Callable[[], object], kind: type[TpxError] = CheckpointInvalid) -> str:
     with pytest.raises(kind) as caught:
         act()
     message = str(caught.value)
@@ -204,58 +208,61 @@ def refusal(act: Callable[[], object], kind: type[TpxError] = CheckpointInvalid)
 
 
 @pytest.mark.parametrize("latent_size", [2, 10, 16, 24])
-def test_our_answer_is_diffusers(theirs: Any, folder: Path, latent_size: int) -> None:
+def test_output_matches_diffusers(reference: Any, folder: Path, latent_size: int) -> None:
     ours = load_transformer(folder, latent_size)
-    given = inputs(latent_size)
-    assert error(ours(*given, 1)[0], answer(theirs, *given)) < 2e-5
+    model_inputs = inputs(latent_size)
+    assert relative_error(ours(*model_inputs, 1)[0], reference_output(reference, *model_inputs)) < 2e-5
 
 
-def test_positions_are_cropped_as_diffusers_crops_them(theirs: Any, folder: Path) -> None:
-    most = 2 * theirs.config.pos_embed_max_size
-    for latent_size in (2, 4, 6, 14, 16, most - 2, most):
-        expected = theirs.pos_embed.cropped_pos_embed(latent_size, latent_size)[0]
+def test_positions_are_cropped_as_in_diffusers(reference: Any, folder: Path) -> None:
+    max_size = 2 * reference.config.pos_embed_max_size
+    for latent_size in (2, 4, 6, 14, 16, max_size - 2, max_size):
+        expected = reference.pos_embed.cropped_pos_embed(latent_size, latent_size)[0]
         ours = load_transformer(folder, latent_size)
         assert torch.equal(ours.positions, expected), latent_size
         assert ours.state_dict()["positions"].shape == ((latent_size // 2) ** 2, 128)
 
 
-def test_a_latent_size_that_the_table_does_not_cover_is_refused(theirs: Any, folder: Path) -> None:
-    most = 2 * theirs.config.pos_embed_max_size
-    for latent_size in (most + 2, 0, -2, 15):
-        message = refusal(lambda size=latent_size: load_transformer(folder, size), BadInput)  # type: ignore[misc]
-        assert f"2..{most}" in message and str(latent_size) in message
+def test_rejects_latent_sizes_that_the_position_table_does_not_cover(reference: Any, folder: Path) -> None:
+    max_size = 2 * reference.config.pos_embed_max_size
+    for latent_size in (max_size + 2, 0, -2, 15):
+        message = error_message(lambda size=latent_size: load_transformer(folder, size), BadInput)  # type: ignore[misc]
+        assert f"2..{max_size}" in message and str(latent_size) in message
 
 
-def test_diffusers_own_converter_undoes_the_layout_of_the_single_files(theirs: Any) -> None:
+def test_diffusers_converter_reverts_the_original_layout(reference: Any) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from diffusers.loaders import single_file_utils
-    back = single_file_utils.convert_sd3_transformer_checkpoint_to_diffusers(original(theirs.state_dict()))
-    state = theirs.state_dict()
-    assert back.keys() == state.keys()
-    assert all(torch.equal(back[name], state[name]) for name in state)
+    converted = single_file_utils.convert_sd3_transformer_checkpoint_to_diffusers(
+        original(reference.state_dict())
+    )
+    state = reference.state_dict()
+    assert converted.keys() == state.keys()
+    assert all(torch.equal(converted[name], state[name]) for name in state)
 
 
-def test_a_single_file_gives_the_same_module(theirs: Any, folder: Path, tmp_path: Path) -> None:
+def test_single_file_gives_the_same_module_as_a_folder(reference: Any, folder: Path, tmp_path: Path) -> None:
+    # Released single files hold the other parts, too.
     others = {
         "first_stage_model.x": torch.zeros(1),
         "text_encoders.clip_l.x": torch.zeros(1),
-    }  # as shipped
-    found = load_transformer(single_file(theirs, tmp_path / "sd3.safetensors", others), LATENTS)
+    }
+    found = load_transformer(single_file(reference, tmp_path / "sd3.safetensors", others), LATENTS)
     expected = load_transformer(folder, LATENTS)
     assert found.spec == expected.spec
     assert found.state_dict().keys() == expected.state_dict().keys()
     assert all(torch.equal(found.state_dict()[n], value) for n, value in expected.state_dict().items())
 
 
-def test_a_single_file_may_lack_the_prefix(theirs: Any, folder: Path, tmp_path: Path) -> None:
-    save_file(original(theirs.state_dict(), prefix=""), tmp_path / "bare.safetensors")
+def test_loads_a_single_file_without_the_prefix(reference: Any, folder: Path, tmp_path: Path) -> None:
+    save_file(original(reference.state_dict(), prefix=""), tmp_path / "bare.safetensors")
     found = load_transformer(tmp_path / "bare.safetensors", LATENTS)
     assert torch.equal(found(*inputs(), 1)[0], load_transformer(folder, LATENTS)(*inputs(), 1)[0])
 
 
-def test_half_precision_and_shards(kind: str, tmp_path: Path) -> None:
-    """Shards give what one file gives; float16 stays float16, but for the embedders of time and condition."""
+def test_loads_float16_weights_and_shards(kind: str, tmp_path: Path) -> None:
+    """Shards load as one file does; float16 stays float16, except for the timestep and pooled-text embedders."""
     half = diffusers_model(kind).half()
     half.save_pretrained(tmp_path / "whole")
     half.save_pretrained(tmp_path / "shards", max_shard_size="300KB")
@@ -266,15 +273,17 @@ def test_half_precision_and_shards(kind: str, tmp_path: Path) -> None:
         embedder = name.startswith(("time.", "pooled."))
         assert value.dtype == (torch.float32 if embedder else torch.float16), name
     latents, timestep, context, pooled = inputs()
-    in_half = whole(latents.half(), timestep, context.half(), pooled.half(), 1)[0]
-    assert in_half.dtype == torch.float16
-    expected = answer(half.float(), *inputs())
-    assert error(in_half, expected) < 1e-2
-    assert error(whole.float()(*inputs(), 1)[0], expected) < 2e-5
+    output = whole(latents.half(), timestep, context.half(), pooled.half(), 1)[0]
+    assert output.dtype == torch.float16
+    expected = reference_output(half.float(), *inputs())
+    assert relative_error(output, expected) < 1e-2
+    assert relative_error(whole.float()(*inputs(), 1)[0], expected) < 2e-5
 
 
-def test_a_table_in_another_precision_takes_the_weights(theirs: Any, folder: Path, tmp_path: Path) -> None:
-    state = {n: v if "norm" in n or "pos_embed" in n else v.half() for n, v in theirs.state_dict().items()}
+def test_position_table_is_cast_to_the_dtype_of_the_weights(
+    reference: Any, folder: Path, tmp_path: Path
+) -> None:
+    state = {n: v if "norm" in n or "pos_embed" in n else v.half() for n, v in reference.state_dict().items()}
     state["pos_embed.proj.weight"] = state["pos_embed.proj.weight"].half()
     write_folder(tmp_path, state, folder)
     model = load_transformer(tmp_path, LATENTS)
@@ -284,10 +293,10 @@ def test_a_table_in_another_precision_takes_the_weights(theirs: Any, folder: Pat
     assert model(latents.half(), timestep, context.half(), pooled.half(), 1)[0].isfinite().all()
 
 
-def test_float8_becomes_float16(theirs: Any, folder: Path, tmp_path: Path) -> None:
-    low = {name: value.to(torch.float8_e4m3fn) for name, value in theirs.state_dict().items()}
-    write_folder(tmp_path, low, folder)
-    write_folder(tmp_path / "half", {name: value.half() for name, value in low.items()}, folder)
+def test_float8_becomes_float16(reference: Any, folder: Path, tmp_path: Path) -> None:
+    float8 = {name: value.to(torch.float8_e4m3fn) for name, value in reference.state_dict().items()}
+    write_folder(tmp_path, float8, folder)
+    write_folder(tmp_path / "half", {name: value.half() for name, value in float8.items()}, folder)
     expected = load_transformer(tmp_path / "half", LATENTS).state_dict()
     for name, value in load_transformer(tmp_path, LATENTS).state_dict().items():
         assert value.dtype == expected[name].dtype and torch.equal(value, expected[name]), name
@@ -303,19 +312,19 @@ def test_float8_becomes_float16(theirs: Any, folder: Path, tmp_path: Path) -> No
         (torch.float8_e5m2, "fp16"),
     ],
 )
-def test_a_bundles_precision_is_that_of_what_is_stored(dtype: torch.dtype, precision: str) -> None:
+def test_bundle_precision_follows_the_stored_dtype(dtype: torch.dtype, precision: str) -> None:
     assert precision_of(dtype) == precision
 
 
 def write_folder(path: Path, state: dict[str, Tensor], like: Path, **fields: object) -> None:
-    """A diffusers folder of `state`, with the configuration of `like` but for `fields`."""
+    """Write a diffusers folder with `state` and the configuration in `like`, changed by `fields`."""
     path.mkdir(exist_ok=True)
     config = {**json.loads((like / "transformer/config.json").read_text()), **fields}
     (path / "config.json").write_text(json.dumps(config))
     save_file(state, path / "diffusion_pytorch_model.safetensors")
 
 
-def damaged(state: dict[str, Tensor], name: str, fault: str) -> dict[str, Tensor]:
+def damage(state: dict[str, Tensor], name: str, fault: str) -> dict[str, Tensor]:
     state = dict(state)
     if fault == "missing":
         del state[name]
@@ -341,9 +350,11 @@ def damaged(state: dict[str, Tensor], name: str, fault: str) -> dict[str, Tensor
         "norm_out.linear.weight",
     ],
 )
-def test_a_tensor_that_does_not_fit_is_named(fault: str, name: str, medium: Path, tmp_path: Path) -> None:
-    write_folder(tmp_path / "bad", damaged(state_of(medium), name, fault), medium)
-    message = refusal(lambda: load_transformer(tmp_path / "bad", LATENTS))
+def test_error_names_an_invalid_tensor_in_a_folder(
+    fault: str, name: str, medium: Path, tmp_path: Path
+) -> None:
+    write_folder(tmp_path / "bad", damage(load_state(medium), name, fault), medium)
+    message = error_message(lambda: load_transformer(tmp_path / "bad", LATENTS))
     assert (name if fault != "unknown" else name.replace(".weight", ".scale_weight")) in message
 
 
@@ -358,15 +369,16 @@ def test_a_tensor_that_does_not_fit_is_named(fault: str, name: str, medium: Path
         "final_layer.linear.weight",
     ],
 )
-def test_a_tensor_of_a_single_file_that_does_not_fit_is_named(
+def test_error_names_an_invalid_tensor_in_a_single_file(
     fault: str, name: str, medium: Path, tmp_path: Path
 ) -> None:
     prefix = "model.diffusion_model."
-    state = original(state_of(medium))
-    save_file(damaged(state, prefix + name, fault), tmp_path / "bad.safetensors")
-    message = refusal(lambda: load_transformer(tmp_path / "bad.safetensors", LATENTS))
+    state = original(load_state(medium))
+    save_file(damage(state, prefix + name, fault), tmp_path / "bad.safetensors")
+    message = error_message(lambda: load_transformer(tmp_path / "bad.safetensors", LATENTS))
     if (fault, name) == ("short", "x_embedder.proj.weight"):
-        assert "divisible by the head width" in message  # the width is read from it
+        # The width is read from this tensor.
+        assert "divisible by the head width" in message
     elif (fault, name) == ("short", "context_embedder.weight"):
         assert "context_embedder.weight is float32 [127, 32], not [128, 32]" in message
     else:
@@ -374,14 +386,14 @@ def test_a_tensor_of_a_single_file_that_does_not_fit_is_named(
 
 
 @pytest.mark.parametrize("table", [(1, 140, 128), (144, 128), (1, 144, 64), (1, 0, 128)])
-def test_a_table_of_positions_that_is_no_square_is_refused(
+def test_rejects_a_position_table_of_invalid_shape(
     table: tuple[int, ...], medium: Path, tmp_path: Path
 ) -> None:
-    state = {**state_of(medium), "pos_embed.pos_embed": torch.zeros(table)}
+    state = {**load_state(medium), "pos_embed.pos_embed": torch.zeros(table)}
     write_folder(tmp_path / "bad", state, medium)
-    assert "pos_embed.pos_embed" in refusal(lambda: load_transformer(tmp_path / "bad", LATENTS))
+    assert "pos_embed.pos_embed" in error_message(lambda: load_transformer(tmp_path / "bad", LATENTS))
     save_file(original(state), tmp_path / "bad.safetensors")
-    assert "pos_embed" in refusal(lambda: load_transformer(tmp_path / "bad.safetensors", LATENTS))
+    assert "pos_embed" in error_message(lambda: load_transformer(tmp_path / "bad.safetensors", LATENTS))
 
 
 @pytest.mark.parametrize(
@@ -402,49 +414,54 @@ def test_a_table_of_positions_that_is_no_square_is_refused(
         ("joint_attention_dim", True),
     ],
 )
-def test_a_configuration_that_is_not_sd3s_is_refused(
+def test_rejects_an_invalid_or_unsupported_config(
     field: str, value: object, medium: Path, tmp_path: Path
 ) -> None:
-    write_folder(tmp_path / "bad", state_of(medium), medium, **{field: value})
-    assert field in refusal(lambda: load_transformer(tmp_path / "bad", LATENTS))
+    write_folder(tmp_path / "bad", load_state(medium), medium, **{field: value})
+    assert field in error_message(lambda: load_transformer(tmp_path / "bad", LATENTS))
 
 
-def test_a_configuration_older_than_a_field_is_read(tmp_path: Path) -> None:
-    """SD3-medium was released before diffusers knew of query-key norms and dual blocks."""
-    theirs = diffusers_model("sd3-medium")
-    theirs.save_pretrained(tmp_path / "transformer")
+def test_reads_an_old_config_without_newer_fields(tmp_path: Path) -> None:
+    """SD3-medium was released before diffusers supported query-key norms and dual blocks."""
+    reference = diffusers_model("sd3-medium")
+    reference.save_pretrained(tmp_path / "transformer")
     path = tmp_path / "transformer/config.json"
     config = json.loads(path.read_text())
     for name in ("qk_norm", "dual_attention_layers", "sample_size", "pos_embed_max_size"):
         config.pop(name, None)
     path.write_text(json.dumps(config))
-    assert error(load_transformer(tmp_path, LATENTS)(*inputs(), 1)[0], answer(theirs, *inputs())) < 2e-5
+    assert (
+        relative_error(
+            load_transformer(tmp_path, LATENTS)(*inputs(), 1)[0], reference_output(reference, *inputs())
+        )
+        < 2e-5
+    )
 
 
-def test_what_is_no_sd3_transformer_is_refused(tmp_path: Path) -> None:
-    theirs = diffusers_model("sd3-medium")
-    theirs.save_pretrained(tmp_path / "transformer")
-    refusal(lambda: load_transformer(tmp_path / "nowhere", LATENTS))
+def test_rejects_files_that_are_not_an_sd3_transformer(tmp_path: Path) -> None:
+    reference = diffusers_model("sd3-medium")
+    reference.save_pretrained(tmp_path / "transformer")
+    error_message(lambda: load_transformer(tmp_path / "nowhere", LATENTS))
     weights = tmp_path / "transformer/diffusion_pytorch_model.safetensors"
-    assert "config.json" in refusal(lambda: load_transformer(weights, LATENTS))
+    assert "config.json" in error_message(lambda: load_transformer(weights, LATENTS))
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
-    assert "joint_blocks" in refusal(lambda: load_transformer(tmp_path / "other.safetensors", LATENTS))
+    assert "joint_blocks" in error_message(lambda: load_transformer(tmp_path / "other.safetensors", LATENTS))
     config = tmp_path / "transformer/config.json"
     for text in ("{", "[]", "\udcff"):
         config.write_bytes(text.encode("utf-8", "surrogateescape"))
-        assert "config.json" in refusal(lambda: load_transformer(tmp_path, LATENTS))
+        assert "config.json" in error_message(lambda: load_transformer(tmp_path, LATENTS))
     config.unlink()
-    refusal(lambda: load_transformer(tmp_path, LATENTS))
-    whole = tmp_path / "whole.safetensors"
-    single_file(theirs, whole)
-    whole.write_bytes(whole.read_bytes()[:5000])
-    refusal(lambda: load_transformer(whole, LATENTS))
+    error_message(lambda: load_transformer(tmp_path, LATENTS))
+    single = tmp_path / "whole.safetensors"
+    single_file(reference, single)
+    single.write_bytes(single.read_bytes()[:5000])
+    error_message(lambda: load_transformer(single, LATENTS))
 
 
-def test_full_size_models_have_the_released_parameters(
+def test_full_size_models_have_the_released_parameter_counts_and_names(
     kind: str, real_shapes: dict[str, dict[str, tuple[int, ...]]]
 ) -> None:
-    """On the meta device, and both recipes name every tensor of them and no other."""
+    """On the meta device; the conversions of both layouts name all of their tensors and no others."""
     size = random_sd3.SIZES[kind]
     spec = MMDiTSpec(
         latent_channels=16,
@@ -462,15 +479,15 @@ def test_full_size_models_have_the_released_parameters(
     with torch.device("meta"):
         model = MMDiT(spec)
     assert sum(p.numel() for p in model.parameters()) == PARAMETERS[kind]
-    needed = {name for made in from_diffusers(spec).values() for name in made.names}
+    needed = {name for conversion in from_diffusers(spec).values() for name in conversion.names}
     assert needed | {"pos_embed.pos_embed"} == real_shapes[kind].keys()
     names = original(dict.fromkeys(real_shapes[kind], torch.zeros(2)), prefix="").keys()
-    needed = {name for made in from_original(spec).values() for name in made.names}
+    needed = {name for conversion in from_original(spec).values() for name in conversion.names}
     assert needed | {"pos_embed"} == names
 
 
-def test_a_model_that_starts_on_stored_positions_has_the_computed_ones(theirs: Any) -> None:
-    """And where they are computed they are no part of the state, as in the sample model."""
+def test_stored_positions_are_initialised_with_the_computed_ones(reference: Any) -> None:
+    """Computed positions are not part of the state dict, as in the sample model."""
     spec = MMDiTSpec(latent_size=8, width=64, heads=2, blocks=1)
     computed, stored = MMDiT(spec), MMDiT(replace(spec, stored_positions=True))
     assert torch.equal(computed.positions, stored.positions)
@@ -485,7 +502,7 @@ def random_experts(model: MMDiT) -> MMDiT:
     return model
 
 
-def test_thinking_blocks_change_nothing_until_they_have_learnt(folder: Path) -> None:
+def test_untrained_thinking_blocks_change_nothing(folder: Path) -> None:
     expected = load_transformer(folder, LATENTS)(*inputs(), 1)[0]
     for blocks in ((0,), (0, 1)):
         thinking = attach(load_transformer(folder, LATENTS), ThinkingSpec(blocks=blocks, max_depth=2)).eval()
@@ -495,7 +512,7 @@ def test_thinking_blocks_change_nothing_until_they_have_learnt(folder: Path) -> 
             assert routes.shape == (2, len(blocks) * depth, 64)
 
 
-def test_a_dual_block_thinks_in_its_joint_attention_alone(tmp_path: Path) -> None:
+def test_dual_block_thinks_only_in_its_joint_attention(tmp_path: Path) -> None:
     diffusers_model("sd3.5-medium").save_pretrained(tmp_path / "transformer")
     spec = ThinkingSpec(blocks=(0,), rank=4, max_depth=2)
     model = random_experts(attach(load_transformer(tmp_path, LATENTS), spec))
@@ -504,21 +521,25 @@ def test_a_dual_block_thinks_in_its_joint_attention_alone(tmp_path: Path) -> Non
     joint: list[Tensor] = []
     block.second.register_forward_hook(lambda _, __, out: second.append(out))
     block.thinking.register_forward_hook(lambda _, __, out: joint.append(out[0]))
-    answers = [model(*inputs(), depth)[0] for depth in (1, 2)]
+    outputs = [model(*inputs(), depth)[0] for depth in (1, 2)]
     assert torch.equal(second[0], second[1])
     assert not torch.allclose(joint[0], joint[1], rtol=1e-3)
-    assert error(answers[0], answers[1]) > 1e-3
+    assert relative_error(outputs[0], outputs[1]) > 1e-3
 
 
 def run_onnx(model: MMDiT, depth: int, path: Path) -> tuple[Tensor, Tensor]:
-    """Answer and routes of ONNX Runtime, through the exporter's own graph."""
+    """Velocity and routes in ONNX Runtime, with the graphs of the exporter."""
     latents, timestep, context, pooled = inputs()
-    known, feeds = {"timestep": timestep, "pooled": pooled}, {"latents": latents.numpy()}
-    given = {"latents": latents, "conditions": model.conditions(timestep, pooled), "context": context}
+    condition_inputs, feeds = {"timestep": timestep, "pooled": pooled}, {"latents": latents.numpy()}
+    transformer_inputs = {
+        "latents": latents,
+        "conditions": model.conditions(timestep, pooled),
+        "context": context,
+    }
     outputs = ("velocity", "routes")
     for graph in (
-        Graph(ConditionsGraph(model), known, ("conditions",)),
-        Graph(TransformerGraph(model, depth, True), given, outputs),
+        Graph(ConditionsGraph(model), condition_inputs, ("conditions",)),
+        Graph(TransformerGraph(model, depth, True), transformer_inputs, outputs),
     ):
         proto = onnx_ir.to_proto(to_onnx(graph))
         proto.functions.extend([masked()] if graph.outputs == outputs else [])
@@ -532,13 +553,13 @@ def run_onnx(model: MMDiT, depth: int, path: Path) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("name", ["sd3-medium", "sd3.5-medium"])
-def test_onnx_runtime_computes_the_same_at_depth_2(name: str, tmp_path: Path) -> None:
+def test_onnx_runtime_matches_pytorch_at_depth_2(name: str, tmp_path: Path) -> None:
     diffusers_model(name).save_pretrained(tmp_path / "transformer")
     thinking = ThinkingSpec(blocks=(0, 2), rank=4, max_depth=2)
     model = random_experts(attach(load_transformer(tmp_path, LATENTS), thinking))
     expected, routes = model(*inputs(), 2)
     found, found_routes = run_onnx(model, 2, tmp_path / "model.onnx")
-    assert error(found, expected) < 1e-4
+    assert relative_error(found, expected) < 1e-4
     assert torch.equal(routes, found_routes)
     assert routes.unique().numel() > 1
 
@@ -549,9 +570,10 @@ def test_random_models_have_the_released_names_and_shapes(
     assert random_sd3.shapes(random_sd3.size_of(kind)) == real_shapes[kind]
 
 
-def test_random_models_stay_sane_through_every_block(kind: str, tmp_path: Path) -> None:
-    """As deep as the real one, one head wide, in shards, with experts that matter."""
-    limit = 2 * 64 * random_sd3.SIZES[kind].table ** 2  # bytes of the largest tensor
+def test_random_models_keep_activations_in_range_in_every_block(kind: str, tmp_path: Path) -> None:
+    """As deep as the released model, one head wide, in shards, with non-zero experts."""
+    # Bytes of the largest tensor.
+    limit = 2 * 64 * random_sd3.SIZES[kind].table ** 2
     random_sd3.write_transformer(tmp_path / "transformer", kind, heads=1, shard_bytes=limit)
     random_sd3.write_adapters(tmp_path / "tpx.safetensors", kind, experts=2, rank=8, max_depth=2, heads=1)
     shards = sorted((tmp_path / "transformer").glob("*.safetensors"))
@@ -562,18 +584,18 @@ def test_random_models_stay_sane_through_every_block(kind: str, tmp_path: Path) 
     assert adapters.thinking.blocks == (4, 8, 12)
     model = load_transformer(tmp_path, 8).float()
     assert model.spec.blocks == random_sd3.SIZES[kind].layers
-    given = (*inputs(8)[:2], torch.randn(2, 5, 4096), torch.randn(2, 2048))
-    seen: list[float] = []
+    model_inputs = (*inputs(8)[:2], torch.randn(2, 5, 4096), torch.randn(2, 2048))
+    magnitudes: list[float] = []
     for block in model.blocks:
-        block.register_forward_hook(lambda _, __, out: seen.append(float(out[0].abs().max())))
-    before = model(*given, 1)[0]
-    assert min(seen) > 0.1 and max(seen) < 30
+        block.register_forward_hook(lambda _, __, out: magnitudes.append(float(out[0].abs().max())))
+    before = model(*model_inputs, 1)[0]
+    assert min(magnitudes) > 0.1 and max(magnitudes) < 30
     assert 0.02 < float(before.std()) < 5
-    after = attach(model, adapters.thinking, adapters.state)(*given, 2)[0]
-    assert error(after, before) > 1e-3
+    after = attach(model, adapters.thinking, adapters.state)(*model_inputs, 2)[0]
+    assert relative_error(after, before) > 1e-3
 
 
-def test_a_random_model_is_one_that_diffusers_reads(tmp_path: Path) -> None:
+def test_diffusers_reads_a_random_model_and_computes_the_same(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from diffusers import SD3Transformer2DModel
@@ -581,11 +603,11 @@ def test_a_random_model_is_one_that_diffusers_reads(tmp_path: Path) -> None:
     assert re.fullmatch(
         r"diffusion_pytorch_model\.safetensors", next((tmp_path / "transformer").glob("*.safe*")).name
     )
-    theirs, report = SD3Transformer2DModel.from_pretrained(
+    reference, report = SD3Transformer2DModel.from_pretrained(
         tmp_path / "transformer", output_loading_info=True, torch_dtype=torch.float32
     )
     assert not any(report.values())
-    assert theirs.config.dual_attention_layers == [0, 1]
+    assert reference.config.dual_attention_layers == [0, 1]
     ours = load_transformer(tmp_path, LATENTS).float()
-    given = (inputs()[0], inputs()[1], torch.randn(2, 5, 4096), torch.randn(2, 2048))
-    assert error(ours(*given, 1)[0], answer(theirs, *given)) < 2e-5
+    model_inputs = (inputs()[0], inputs()[1], torch.randn(2, 5, 4096), torch.randn(2, 2048))
+    assert relative_error(ours(*model_inputs, 1)[0], reference_output(reference, *model_inputs)) < 2e-5

@@ -1,4 +1,4 @@
-"""CLIP and T5 imported from folders and single files: what transformers computes, our encoders compute."""
+"""CLIP and T5 text encoders imported from folders and single files, compared with transformers."""
 
 import json
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ from tpx_export.model.clip import CLIPText, CLIPTextSpec
 from tpx_export.model.t5 import Linear, T5Encoder, T5Spec, relative_position_bucket
 from tpx_export.precision import in_float32
 
-WORDS, END, TOKENS = 120, 119, 20
+VOCAB_SIZE, EOS_ID, MAX_TOKENS = 120, 119, 20
 KINDS = {
     "L": {"hidden_act": "quick_gelu", "num_hidden_layers": 3, "hidden_size": 128, "projection_dim": 128},
     "G": {"hidden_act": "gelu", "num_hidden_layers": 4, "hidden_size": 192, "projection_dim": 160},
@@ -46,15 +46,15 @@ def two_threads_without_gradients() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def their_clip(kind: str, **changes: Any) -> CLIPTextModelWithProjection:
+def reference_clip(kind: str, **changes: Any) -> CLIPTextModelWithProjection:
     config = {
         **KINDS[kind],
-        "vocab_size": WORDS,
+        "vocab_size": VOCAB_SIZE,
         "intermediate_size": 256,
         "num_attention_heads": KINDS[kind]["hidden_size"] // 64,  # type: ignore[operator]
-        "max_position_embeddings": TOKENS,
-        "bos_token_id": END - 1,
-        "eos_token_id": END,
+        "max_position_embeddings": MAX_TOKENS,
+        "bos_token_id": EOS_ID - 1,
+        "eos_token_id": EOS_ID,
         **changes,
     }
     model = CLIPTextModelWithProjection(CLIPTextConfig(**config)).eval()
@@ -62,9 +62,9 @@ def their_clip(kind: str, **changes: Any) -> CLIPTextModelWithProjection:
     return model
 
 
-def their_t5(**changes: Any) -> T5EncoderModel:
+def reference_t5(**changes: Any) -> T5EncoderModel:
     config = {
-        "vocab_size": WORDS,
+        "vocab_size": VOCAB_SIZE,
         "d_model": 48,
         "d_kv": 16,
         "d_ff": 96,
@@ -76,102 +76,104 @@ def their_t5(**changes: Any) -> T5EncoderModel:
     }
     model = T5EncoderModel(T5Config(**config)).eval()
     randomise(model)
-    for (
-        block
-    ) in model.encoder.block:  # scores that are not scaled would let one token win, and float16 decide which
+    # T5 does not scale its attention scores: large ones would let a single token win, and float16 decide which one.
+    for block in model.encoder.block:
         block.layer[0].SelfAttention.q.weight.mul_(0.25)
     return model
 
 
-def clip_ids(*lengths: int, pad: int = END) -> Tensor:
-    """Prompts of so many words between the marks of beginning and end, padded."""
+def clip_ids(*lengths: int, pad: int = EOS_ID) -> Tensor:
+    """Token ids of prompts with the given numbers of words, between BOS and EOS, padded."""
     generator = torch.Generator().manual_seed(len(lengths))
-    ids = torch.full((len(lengths), TOKENS), pad)
+    ids = torch.full((len(lengths), MAX_TOKENS), pad)
     for row, length in enumerate(lengths):
-        words = torch.randint(1, END - 1, (length,), generator=generator)
-        ids[row, : length + 2] = torch.tensor([END - 1, *words, END])
+        word_ids = torch.randint(1, EOS_ID - 1, (length,), generator=generator)
+        ids[row, : length + 2] = torch.tensor([EOS_ID - 1, *word_ids, EOS_ID])
     return ids
 
 
 def t5_ids(batch: int, tokens: int) -> Tensor:
-    return torch.randint(0, WORDS, (batch, tokens), generator=torch.Generator().manual_seed(batch))
+    return torch.randint(0, VOCAB_SIZE, (batch, tokens), generator=torch.Generator().manual_seed(batch))
 
 
-def answers(model: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
+def reference_outputs(model: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
     outputs = model(ids, output_hidden_states=True)
     return outputs.hidden_states[-2], outputs.text_embeds
 
 
-def edit(folder: Path, **changes: Any) -> None:
-    """Change the fields of config.json; None takes one out."""
+def edit_config(folder: Path, **changes: Any) -> None:
+    """Change fields of config.json; None removes a field."""
     config = json.loads((folder / "config.json").read_text()) | changes
-    kept = {name: value for name, value in config.items() if value is not None}
-    (folder / "config.json").write_text(json.dumps(kept))
+    fields = {name: value for name, value in config.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(fields))
 
 
 @pytest.fixture(scope="module", params=KINDS)
 def clip(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any, Path]:
-    """A kind of CLIP, transformers' model, and the folder that it was saved in."""
-    model, folder = their_clip(request.param), tmp_path_factory.mktemp("clip")
+    """The kind of CLIP, a model of transformers, and the folder in which it is saved."""
+    model, folder = reference_clip(request.param), tmp_path_factory.mktemp("clip")
     model.save_pretrained(folder)
     return request.param, model, folder
 
 
 @pytest.fixture(scope="module")
 def t5(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
-    model, folder = their_t5(), tmp_path_factory.mktemp("t5")
+    model, folder = reference_t5(), tmp_path_factory.mktemp("t5")
     model.save_pretrained(folder)
     return model, folder
 
 
-@pytest.mark.parametrize("pad", [END, 0])
-def test_clip_says_what_transformers_says(clip: tuple[str, Any, Path], pad: int) -> None:
-    _, theirs, folder = clip
-    ids = clip_ids(0, 7, TOKENS - 2, pad=pad)
-    for found, expected in zip(load_clip(folder)(ids), answers(theirs, ids), strict=True):
+@pytest.mark.parametrize("pad", [EOS_ID, 0])
+def test_clip_matches_transformers(clip: tuple[str, Any, Path], pad: int) -> None:
+    _, reference, folder = clip
+    ids = clip_ids(0, 7, MAX_TOKENS - 2, pad=pad)
+    for found, expected in zip(load_clip(folder)(ids), reference_outputs(reference, ids), strict=True):
         assert relative(found, expected) < TIGHT
 
 
-def test_clip_pools_at_the_end_under_both_conventions_of_configurations(tmp_path: Path) -> None:
-    old = their_clip("L", eos_token_id=2)
-    old.save_pretrained(tmp_path)
+def test_clip_pools_at_eos_with_legacy_and_current_eos_token_id(tmp_path: Path) -> None:
+    legacy = reference_clip("L", eos_token_id=2)
+    legacy.save_pretrained(tmp_path)
     ids = clip_ids(3, 9)
-    ids[:, 1] = 2  # that word is no end, whatever the configuration calls it
-    new = their_clip("L")
-    new.load_state_dict(old.state_dict())
+    # With eos_token_id 2 in the config, token 2 is still an ordinary word.
+    ids[:, 1] = 2
+    current = reference_clip("L")
+    current.load_state_dict(legacy.state_dict())
     pooled = load_clip(tmp_path)(ids)[1]
-    assert relative(pooled, answers(old, ids)[1]) < TIGHT
-    assert relative(pooled, answers(new, ids)[1]) < TIGHT
+    assert relative(pooled, reference_outputs(legacy, ids)[1]) < TIGHT
+    assert relative(pooled, reference_outputs(current, ids)[1]) < TIGHT
 
 
-def test_clip_in_onnx_runtime_says_what_transformers_says_at_any_batch(clip: tuple[str, Any, Path]) -> None:
-    _, theirs, folder = clip
-    feeds = [clip_ids(5), clip_ids(0, 3, TOKENS - 2)]
+def test_clip_in_onnx_runtime_matches_transformers_at_any_batch_size(clip: tuple[str, Any, Path]) -> None:
+    _, reference, folder = clip
+    feeds = [clip_ids(5), clip_ids(0, 3, MAX_TOKENS - 2)]
     graph = TextEncoderGraph(load_clip(folder))
     for ids, outputs in zip(
         feeds, run_onnx(graph, "ids", clip_ids(4, 2), ("context", "pooled"), feeds), strict=True
     ):
-        for found, expected in zip(outputs, answers(theirs, ids), strict=True):
+        for found, expected in zip(outputs, reference_outputs(reference, ids), strict=True):
             assert relative(found, expected) < TIGHT
 
 
 def test_clip_in_float16_is_near_float32_in_pytorch_and_onnx_runtime(clip: tuple[str, Any, Path]) -> None:
-    _, theirs, folder = clip
+    _, reference, folder = clip
     ids, model = clip_ids(4, 9), load_clip(folder).half()
     (outputs,) = run_onnx(TextEncoderGraph(model), "ids", ids, ("context", "pooled"), [ids])
-    for torch_, onnx, expected in zip(model(ids), outputs, answers(theirs, ids), strict=True):
-        assert torch_.dtype == torch.float16
-        assert relative(torch_, expected) < 5e-3
-        assert relative(onnx, expected) < 5e-3
+    for in_torch, in_onnx, expected in zip(
+        model(ids), outputs, reference_outputs(reference, ids), strict=True
+    ):
+        assert in_torch.dtype == torch.float16
+        assert relative(in_torch, expected) < 5e-3
+        assert relative(in_onnx, expected) < 5e-3
 
 
 def test_clip_is_the_same_from_shards_and_from_an_fp16_variant(tmp_path: Path) -> None:
-    theirs = their_clip("G")
-    theirs.save_pretrained(tmp_path / "whole")
-    theirs.save_pretrained(tmp_path / "shards", max_shard_size="300KB")
+    reference = reference_clip("G")
+    reference.save_pretrained(tmp_path / "whole")
+    reference.save_pretrained(tmp_path / "shards", max_shard_size="300KB")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
     assert same_state(load_clip(tmp_path / "shards"), load_clip(tmp_path / "whole"))
-    theirs.half().save_pretrained(tmp_path / "half", variant="fp16")
+    reference.half().save_pretrained(tmp_path / "half", variant="fp16")
     assert [p.name for p in (tmp_path / "half").glob("*.safetensors")] == ["model.fp16.safetensors"]
     half = load_clip(tmp_path / "half")
     assert {p.dtype for p in half.parameters()} == {torch.float16}
@@ -179,12 +181,12 @@ def test_clip_is_the_same_from_shards_and_from_an_fp16_variant(tmp_path: Path) -
 
 
 def test_clip_from_a_single_file_is_bit_identical(clip: tuple[str, Any, Path], tmp_path: Path) -> None:
-    kind, theirs, folder = clip
+    kind, reference, folder = clip
     prefix = PREFIXES[kind]
-    single = {prefix + name: value for name, value in theirs.state_dict().items()}
-    single[f"{prefix}text_model.embeddings.position_ids"] = torch.arange(TOKENS).unsqueeze(0)
-    single[f"{prefix}logit_scale"] = torch.tensor(4.6)
-    save_file(single, tmp_path / "sd3.safetensors")
+    state = {prefix + name: value for name, value in reference.state_dict().items()}
+    state[f"{prefix}text_model.embeddings.position_ids"] = torch.arange(MAX_TOKENS).unsqueeze(0)
+    state[f"{prefix}logit_scale"] = torch.tensor(4.6)
+    save_file(state, tmp_path / "sd3.safetensors")
     model = clip_from_tensors(
         open_tensors(tmp_path / "sd3.safetensors").with_prefix(prefix), KINDS[kind]["hidden_act"]
     )  # type: ignore[arg-type]
@@ -192,87 +194,85 @@ def test_clip_from_a_single_file_is_bit_identical(clip: tuple[str, Any, Path], t
     assert same_state(model, load_clip(folder))
 
 
-def test_a_single_file_without_a_projection_means_the_identity(tmp_path: Path) -> None:
-    theirs = their_clip("L").half()
-    state = {name: v for name, v in theirs.state_dict().items() if name != "text_projection.weight"}
+def test_clip_without_a_projection_gets_an_identity_projection(tmp_path: Path) -> None:
+    reference = reference_clip("L").half()
+    state = {name: v for name, v in reference.state_dict().items() if name != "text_projection.weight"}
     save_file(state, tmp_path / "clip.safetensors")
     model = clip_from_tensors(open_tensors(tmp_path / "clip.safetensors"), "quick_gelu")
     assert torch.equal(model.projection.weight, torch.eye(128, dtype=torch.float16))
 
 
 @pytest.mark.parametrize("tokens", [6, 200])
-def test_t5_says_what_transformers_says(t5: tuple[Any, Path], tokens: int) -> None:
-    theirs, folder = t5
+def test_t5_matches_transformers(t5: tuple[Any, Path], tokens: int) -> None:
+    reference, folder = t5
     ids = t5_ids(2, tokens)
-    assert relative(load_t5(folder)(ids), theirs(ids).last_hidden_state) < TIGHT
+    assert relative(load_t5(folder)(ids), reference(ids).last_hidden_state) < TIGHT
 
 
-def test_t5_in_onnx_runtime_says_what_transformers_says_at_any_batch(t5: tuple[Any, Path]) -> None:
-    theirs, folder = t5
+def test_t5_in_onnx_runtime_matches_transformers_at_any_batch_size(t5: tuple[Any, Path]) -> None:
+    reference, folder = t5
     feeds = [t5_ids(1, 150), t5_ids(3, 150)]
     outputs = run_onnx(TextEncoderGraph(load_t5(folder)), "ids", t5_ids(2, 150), ("context",), feeds)
     for ids, (context,) in zip(feeds, outputs, strict=True):
-        assert relative(context, theirs(ids).last_hidden_state) < TIGHT
+        assert relative(context, reference(ids).last_hidden_state) < TIGHT
 
 
 @pytest.mark.parametrize(("buckets", "reach"), [(32, 128), (8, 20)])
-def test_positions_fall_into_the_buckets_that_transformers_puts_them_in(buckets: int, reach: int) -> None:
+def test_relative_position_buckets_match_transformers(buckets: int, reach: int) -> None:
     distances = torch.arange(-600, 601)
     expected = T5Attention._relative_position_bucket(distances, True, buckets, reach)
     assert [relative_position_bucket(d, buckets, reach) for d in distances.tolist()] == expected.tolist()
 
 
-def test_t5_in_float16_stays_finite_where_its_activations_exceed_float16(t5: tuple[Any, Path]) -> None:
+def test_t5_in_float16_handles_activations_beyond_the_float16_range(t5: tuple[Any, Path]) -> None:
     model = load_t5(t5[1])
     for layer in model.layers:
         layer.mlp_in.weight.mul_(300)  # type: ignore[union-attr]
         layer.mlp_out.weight.mul_(300)  # type: ignore[union-attr]
-    most = []
-    for part in (part for part in model.modules() if isinstance(part, Linear)):
-        part.register_forward_hook(lambda *call: most.append(float(call[2].abs().max())))
+    magnitudes = []
+    for linear in (linear for linear in model.modules() if isinstance(linear, Linear)):
+        linear.register_forward_hook(lambda *call: magnitudes.append(float(call[2].abs().max())))
     ids = t5_ids(2, 30)
     expected = model(ids)
-    assert max(most) > 65_504
+    assert max(magnitudes) > 65_504
     model.half()
     assert relative(model(ids), expected) < 1e-2
     ((context,),) = run_onnx(TextEncoderGraph(model), "ids", ids, ("context",), [ids])
     assert relative(context, expected) < 1e-2
 
 
-def test_t5_in_float16_is_near_float32(t5: tuple[Any, Path]) -> None:
-    theirs, folder = t5
+def test_t5_in_float16_and_bfloat16_is_near_float32(t5: tuple[Any, Path]) -> None:
+    reference, folder = t5
     ids = t5_ids(2, 60)
-    assert relative(load_t5(folder).half()(ids), theirs(ids).last_hidden_state) < 5e-3
-    assert relative(load_t5(folder).bfloat16()(ids), theirs(ids).last_hidden_state) < 5e-2
+    assert relative(load_t5(folder).half()(ids), reference(ids).last_hidden_state) < 5e-3
+    assert relative(load_t5(folder).bfloat16()(ids), reference(ids).last_hidden_state) < 5e-2
 
 
-def test_encoders_of_half_weights_can_compute_in_float32(
-    clip: tuple[str, Any, Path], t5: tuple[Any, Path]
-) -> None:
+def test_float16_encoders_can_compute_in_float32(clip: tuple[str, Any, Path], t5: tuple[Any, Path]) -> None:
     pairs: list[tuple[nn.Module, nn.Module, Tensor]] = [
         (load_clip(clip[2]).half(), load_clip(clip[2]).half().float(), clip_ids(2, 8)),
         (load_t5(t5[1]).half(), load_t5(t5[1]).half().float(), t5_ids(2, 12)),
     ]
-    for half, whole, ids in pairs:
+    for half, full, ids in pairs:
         with in_float32(half):
             outputs = half(ids)
-        assert torch.equal(outputs[0], whole(ids)[0])
+        assert torch.equal(outputs[0], full(ids)[0])
 
 
-def test_t5_is_the_same_from_shards_and_half_files(tmp_path: Path) -> None:
-    theirs = their_t5()
-    theirs.save_pretrained(tmp_path / "whole")
-    theirs.save_pretrained(tmp_path / "shards", max_shard_size="60KB")
+def test_t5_is_the_same_from_shards_and_float16_files(tmp_path: Path) -> None:
+    reference = reference_t5()
+    reference.save_pretrained(tmp_path / "whole")
+    reference.save_pretrained(tmp_path / "shards", max_shard_size="60KB")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
     assert same_state(load_t5(tmp_path / "shards"), load_t5(tmp_path / "whole"))
-    theirs.half().save_pretrained(tmp_path / "half")
+    reference.half().save_pretrained(tmp_path / "half")
     half = load_t5(tmp_path / "half")
     assert {p.dtype for p in half.parameters()} == {torch.float16}
     assert same_state(half, load_t5(tmp_path / "whole").half())
 
 
-def test_t5_whose_last_projections_alone_are_float32_is_taken_as_it_is(tmp_path: Path) -> None:
-    their_t5().save_pretrained(tmp_path / "whole")
+def test_t5_keeps_float32_mlp_outputs_among_float16_weights(tmp_path: Path) -> None:
+    reference_t5().save_pretrained(tmp_path / "whole")
     T5EncoderModel.from_pretrained(tmp_path / "whole", dtype=torch.float16).save_pretrained(
         tmp_path / "mixed"
     )
@@ -289,9 +289,9 @@ def test_t5_whose_last_projections_alone_are_float32_is_taken_as_it_is(tmp_path:
 def test_t5_from_a_single_file_is_bit_identical(
     t5: tuple[Any, Path], tmp_path: Path, words: tuple[str, ...]
 ) -> None:
-    theirs, folder = t5
+    reference, folder = t5
     saved = load_file(folder / "model.safetensors")
-    table = theirs.shared.weight.clone()
+    table = reference.shared.weight.clone()
     state = {
         name: v for name, v in saved.items() if name not in ("shared.weight", "encoder.embed_tokens.weight")
     }
@@ -304,31 +304,31 @@ def test_t5_from_a_single_file_is_bit_identical(
 
 
 def test_float8_weights_become_float16_with_the_same_values(tmp_path: Path) -> None:
-    state = {name: value.to(torch.float8_e4m3fn) for name, value in their_t5().state_dict().items()}
+    state = {name: value.to(torch.float8_e4m3fn) for name, value in reference_t5().state_dict().items()}
     save_file({n: v for n, v in state.items() if "embed_tokens" not in n}, tmp_path / "t5.safetensors")
     model = t5_from_tensors(open_tensors(tmp_path / "t5.safetensors"))
     assert {p.dtype for p in model.parameters()} == {torch.float16}
     assert torch.equal(model.words.weight.float(), state["shared.weight"].float())
 
 
-def test_missing_and_unknown_tensors_are_named_together(
+def test_error_names_missing_and_unknown_tensors(
     clip: tuple[str, Any, Path], t5: tuple[Any, Path], tmp_path: Path
 ) -> None:
     for load, folder, missing in (
         (load_clip, clip[2], "text_model.encoder.layers.1.mlp.fc2.bias"),
         (load_t5, t5[1], "encoder.block.1.layer.1.DenseReluDense.wi_1.weight"),
     ):
-        place = tmp_path / load.__name__
-        place.mkdir()
+        target = tmp_path / load.__name__
+        target.mkdir()
         state = load_file(folder / "model.safetensors")
         state["surprise.weight"] = state.pop(missing)
-        save_file(state, place / "model.safetensors")
-        (place / "config.json").write_text((folder / "config.json").read_text())
+        save_file(state, target / "model.safetensors")
+        (target / "config.json").write_text((folder / "config.json").read_text())
         with pytest.raises(CheckpointInvalid, match=f"{missing} missing; surprise.weight unknown"):
-            load(place)
+            load(target)
 
 
-def test_weights_that_are_no_floats_are_refused(t5: tuple[Any, Path], tmp_path: Path) -> None:
+def test_rejects_weights_that_are_not_floats(t5: tuple[Any, Path], tmp_path: Path) -> None:
     state = load_file(t5[1] / "model.safetensors")
     state["encoder.block.0.layer.0.SelfAttention.q.weight"] = torch.ones(64, 48, dtype=torch.int8)
     save_file(state, tmp_path / "model.safetensors")
@@ -352,11 +352,11 @@ def test_weights_that_are_no_floats_are_refused(t5: tuple[Any, Path], tmp_path: 
         ({"layer_norm_eps": "small"}, "a number layer_norm_eps"),
     ],
 )
-def test_a_clip_configuration_that_cannot_be_is_one_line(
+def test_rejects_an_invalid_clip_config_in_one_line(
     tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
-    their_clip("L").save_pretrained(tmp_path)
-    edit(tmp_path, **changes)
+    reference_clip("L").save_pretrained(tmp_path)
+    edit_config(tmp_path, **changes)
     with pytest.raises(CheckpointInvalid, match=message) as caught:
         load_clip(tmp_path)
     assert "\n" not in str(caught.value)
@@ -372,17 +372,15 @@ def test_a_clip_configuration_that_cannot_be_is_one_line(
         ({"num_heads": 0}, "num_heads in 1"),
     ],
 )
-def test_a_t5_configuration_that_cannot_be_is_one_line(
-    tmp_path: Path, changes: dict[str, Any], message: str
-) -> None:
-    their_t5().save_pretrained(tmp_path)
-    edit(tmp_path, **changes)
+def test_rejects_an_invalid_t5_config(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    reference_t5().save_pretrained(tmp_path)
+    edit_config(tmp_path, **changes)
     with pytest.raises(CheckpointInvalid, match=message):
         load_t5(tmp_path)
 
 
 @pytest.mark.parametrize("text", [None, "{", "[1]", "\0\0"])
-def test_a_folder_without_a_configuration_is_refused(tmp_path: Path, text: str | None) -> None:
+def test_rejects_a_folder_without_a_valid_config(tmp_path: Path, text: str | None) -> None:
     if text is not None:
         (tmp_path / "config.json").write_text(text)
     for load in (load_clip, load_t5):
@@ -390,7 +388,7 @@ def test_a_folder_without_a_configuration_is_refused(tmp_path: Path, text: str |
             load(tmp_path)
 
 
-def test_single_files_of_other_things_are_refused(tmp_path: Path) -> None:
+def test_rejects_single_files_without_encoder_tensors(tmp_path: Path) -> None:
     save_file({"a": torch.ones(2)}, tmp_path / "other.safetensors")
     tensors = open_tensors(tmp_path / "other.safetensors")
     with pytest.raises(CheckpointInvalid, match=r"token_embedding\.weight, found none"):
@@ -399,7 +397,7 @@ def test_single_files_of_other_things_are_refused(tmp_path: Path) -> None:
         t5_from_tensors(tensors)
 
 
-def test_full_sizes_have_the_parameters_that_are_known() -> None:
+def test_full_size_models_have_the_published_parameter_counts() -> None:
     large = CLIPTextSpec(width=1280, heads=20, layers=32, mlp_width=5120, projection=1280, activation="gelu")
     with torch.device("meta"):
         models = [CLIPText(CLIPTextSpec()), CLIPText(large), T5Encoder(T5Spec())]

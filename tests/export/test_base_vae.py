@@ -1,4 +1,4 @@
-"""The autoencoders of SD3 and SD1 imported from folders and single files: what diffusers computes, ours computes."""
+"""SD3 and SD1 autoencoders imported from folders and single files, compared with diffusers."""
 
 import json
 import os
@@ -50,7 +50,7 @@ def two_threads_without_gradients() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def their_vae(kind: str, **changes: Any) -> Any:
+def reference_vae(kind: str, **changes: Any) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import diffusers
@@ -68,15 +68,15 @@ def their_vae(kind: str, **changes: Any) -> Any:
 
 @pytest.fixture(scope="module", params=KINDS)
 def vae(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any, Path]:
-    """A kind of autoencoder, diffusers' model, and the folder that it was saved in."""
-    model, folder = their_vae(request.param), tmp_path_factory.mktemp("vae")
+    """The kind of autoencoder, a model of diffusers, and the folder in which it is saved."""
+    model, folder = reference_vae(request.param), tmp_path_factory.mktemp("vae")
     model.save_pretrained(folder)
     return request.param, model, folder
 
 
 @pytest.fixture
 def sd1(tmp_path: Path) -> Path:
-    their_vae("sd1").save_pretrained(tmp_path / "sd1")
+    reference_vae("sd1").save_pretrained(tmp_path / "sd1")
     return tmp_path / "sd1"
 
 
@@ -94,10 +94,10 @@ def latents(kind: str, batch: int) -> Tensor:
 
 
 def original(state: dict[str, Tensor], stages: int) -> dict[str, Tensor]:
-    """diffusers' tensors under the names and in the shapes of latent diffusion's own files."""
+    """A diffusers state with the names and shapes of the original latent diffusion files."""
     found = {}
     for name, value in state.items():
-        for theirs, ours in (
+        for old, new in (
             ("mid_block.resnets.0", "mid.block_1"),
             ("mid_block.resnets.1", "mid.block_2"),
             ("mid_block.attentions.0", "mid.attn_1"),
@@ -114,57 +114,57 @@ def original(state: dict[str, Tensor], stages: int) -> dict[str, Tensor]:
             ("down_blocks", "down"),
             *((f"up_blocks.{i}.", f"up.{stages - 1 - i}.") for i in range(stages)),
         ):
-            name = name.replace(theirs, ours)
+            name = name.replace(old, new)
         found[name] = value[:, :, None, None] if "attn_1" in name and value.ndim == 2 else value
     return found
 
 
-def edit(folder: Path, **changes: Any) -> None:
-    """Change the fields of config.json; ... takes one out."""
+def edit_config(folder: Path, **changes: Any) -> None:
+    """Change fields of config.json; ... removes a field."""
     config = json.loads((folder / "config.json").read_text()) | changes
-    kept = {name: value for name, value in config.items() if value is not ...}
-    (folder / "config.json").write_text(json.dumps(kept))
+    fields = {name: value for name, value in config.items() if value is not ...}
+    (folder / "config.json").write_text(json.dumps(fields))
 
 
-def test_encoder_and_decoder_give_what_diffusers_gives(vae: tuple[str, Any, Path]) -> None:
-    kind, theirs, folder = vae
+def test_encoder_and_decoder_match_diffusers(vae: tuple[str, Any, Path]) -> None:
+    kind, reference, folder = vae
     model = load_vae(folder, PIXELS)
     mean, log_variance = model.encoder(random_images(2))
-    posterior = theirs.encode(random_images(2)).latent_dist
+    posterior = reference.encode(random_images(2)).latent_dist
     assert relative(mean, posterior.mean) < TIGHT
     assert relative(log_variance, posterior.logvar) < TIGHT
-    assert relative(model.decoder(latents(kind, 2)), theirs.decode(latents(kind, 2)).sample) < TIGHT
+    assert relative(model.decoder(latents(kind, 2)), reference.decode(latents(kind, 2)).sample) < TIGHT
 
 
-def test_transformer_latents_are_shifted_and_scaled(vae: tuple[str, Any, Path]) -> None:
-    kind, theirs, folder = vae
+def test_encode_and_decode_shift_and_scale_latents(vae: tuple[str, Any, Path]) -> None:
+    kind, reference, folder = vae
     model = load_vae(folder, PIXELS)
     scale, shift = SCALES[kind]
     assert (model.spec.scale, model.spec.shift) == (scale, shift)
     assert (model.spec.image_size_px, model.spec.latent_size) == (PIXELS, PIXELS // FACTORS[kind])
-    z = theirs.encode(random_images(2)).latent_dist.mean
+    z = reference.encode(random_images(2)).latent_dist.mean
     assert relative(model.encode(random_images(2)), (z - shift) * scale) < TIGHT
-    image = theirs.decode(latents(kind, 2) / scale + shift).sample.clamp(-1, 1)
+    image = reference.decode(latents(kind, 2) / scale + shift).sample.clamp(-1, 1)
     assert relative(model.decode(latents(kind, 2)), image) < TIGHT
 
 
-def test_graphs_in_onnx_runtime_give_what_diffusers_gives_at_any_batch(vae: tuple[str, Any, Path]) -> None:
-    kind, theirs, folder = vae
+def test_onnx_graphs_match_diffusers_at_any_batch_size(vae: tuple[str, Any, Path]) -> None:
+    kind, reference, folder = vae
     model = load_vae(folder, PIXELS)
     feeds = [latents(kind, 1), latents(kind, 3)]
     outputs = run_onnx(DecoderGraph(model), "latents", latents(kind, 2), ("image",), feeds)
     for z, (image,) in zip(feeds, outputs, strict=True):
-        assert relative(image, theirs.decode(z).sample.clamp(-1, 1)) < TIGHT
+        assert relative(image, reference.decode(z).sample.clamp(-1, 1)) < TIGHT
     images = [random_images(1), random_images(3)]
     outputs = run_onnx(EncoderGraph(model), "image", random_images(2), ("latents",), images)
     for image, (mean,) in zip(images, outputs, strict=True):
-        assert relative(mean, theirs.encode(torch.as_tensor(image)).latent_dist.mean) < TIGHT
+        assert relative(mean, reference.encode(torch.as_tensor(image)).latent_dist.mean) < TIGHT
 
 
-def test_half_weights_are_near_float32_and_can_compute_in_it(sd1: Path) -> None:
-    whole, half = load_vae(sd1, PIXELS), load_vae(sd1, PIXELS).half()
+def test_float16_weights_are_near_float32_and_can_compute_in_it(sd1: Path) -> None:
+    full, half = load_vae(sd1, PIXELS), load_vae(sd1, PIXELS).half()
     z = latents("sd1", 2)
-    expected = whole.decoder(z)
+    expected = full.decoder(z)
     assert relative(half.decoder(z.half()), expected) < 1e-2
     ((image,),) = run_onnx(DecoderGraph(half), "latents", z, ("image",), [z])
     assert relative(image, expected.clamp(-1, 1)) < 2e-2
@@ -174,74 +174,82 @@ def test_half_weights_are_near_float32_and_can_compute_in_it(sd1: Path) -> None:
 
 
 @pytest.mark.parametrize("prefix", [VAE, ""])
-def test_the_original_single_file_is_bit_identical(
+def test_original_single_file_is_bit_identical(
     vae: tuple[str, Any, Path], tmp_path: Path, prefix: str
 ) -> None:
-    _, theirs, folder = vae
+    _, reference, folder = vae
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
-    state = original(theirs.state_dict(), len(theirs.config.block_out_channels))
-    back = convert_ldm_vae_checkpoint({VAE + n: v for n, v in state.items()}, theirs.config)
-    assert back.keys() == theirs.state_dict().keys()  # these are the names that diffusers knows, too
-    single = {prefix + name: value.contiguous() for name, value in state.items()}
-    single[f"{prefix}loss.logvar"] = torch.zeros(())
-    save_file(single, tmp_path / "vae.safetensors")
+    state = original(reference.state_dict(), len(reference.config.block_out_channels))
+    converted = convert_ldm_vae_checkpoint({VAE + n: v for n, v in state.items()}, reference.config)
+    # diffusers reads the same original names.
+    assert converted.keys() == reference.state_dict().keys()
+    tensors = {prefix + name: value.contiguous() for name, value in state.items()}
+    tensors[f"{prefix}loss.logvar"] = torch.zeros(())
+    save_file(tensors, tmp_path / "vae.safetensors")
     model = vae_from_tensors(open_tensors(tmp_path / "vae.safetensors").with_prefix(prefix), PIXELS)
     assert model.spec == load_vae(folder, PIXELS).spec
     assert same_state(model, load_vae(folder, PIXELS))
 
 
-def test_attention_under_its_names_of_before_2023_is_bit_identical(sd1: Path, tmp_path: Path) -> None:
+def test_attention_with_pre_2023_names_is_bit_identical(sd1: Path, tmp_path: Path) -> None:
     state = load_file(sd1 / "diffusion_pytorch_model.safetensors")
-    old = {}
+    old_state = {}
     for name, value in state.items():
-        for new, before in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
-            name = name.replace(new, before)
-        old[name] = value
-    save_file(old, tmp_path / "diffusion_pytorch_model.safetensors")
+        for new_name, old_name in (
+            ("to_q", "query"),
+            ("to_k", "key"),
+            ("to_v", "value"),
+            ("to_out.0", "proj_attn"),
+        ):
+            name = name.replace(new_name, old_name)
+        old_state[name] = value
+    save_file(old_state, tmp_path / "diffusion_pytorch_model.safetensors")
     (tmp_path / "config.json").write_text((sd1 / "config.json").read_text())
     assert same_state(load_vae(tmp_path, PIXELS), load_vae(sd1, PIXELS))
 
 
-def test_a_configuration_without_newer_fields_is_sd1s(sd1: Path) -> None:
+def test_config_without_newer_fields_has_the_defaults_of_sd1(sd1: Path) -> None:
     spec = load_vae(sd1, PIXELS).spec
     newer = ("scaling_factor", "shift_factor", "use_quant_conv", "use_post_quant_conv", "latents_mean")
-    edit(sd1, **dict.fromkeys((*newer, "latents_std", "mid_block_add_attention"), ...))
+    edit_config(sd1, **dict.fromkeys((*newer, "latents_std", "mid_block_add_attention"), ...))
     assert load_vae(sd1, PIXELS).spec == spec
     assert spec.quant and (spec.scale, spec.shift) == (0.18215, 0.0)
 
 
-def test_the_model_is_the_same_from_shards_and_from_an_fp16_variant(tmp_path: Path) -> None:
-    theirs = their_vae("sd3")
-    theirs.save_pretrained(tmp_path / "whole")
-    theirs.save_pretrained(tmp_path / "shards", max_shard_size="2MB")
+def test_model_is_the_same_from_shards_and_from_an_fp16_variant(tmp_path: Path) -> None:
+    reference = reference_vae("sd3")
+    reference.save_pretrained(tmp_path / "whole")
+    reference.save_pretrained(tmp_path / "shards", max_shard_size="2MB")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
     whole = load_vae(tmp_path / "whole", PIXELS)
     assert same_state(load_vae(tmp_path / "shards", PIXELS), whole)
-    theirs.half().save_pretrained(tmp_path / "half", variant="fp16")
+    reference.half().save_pretrained(tmp_path / "half", variant="fp16")
     half = load_vae(tmp_path / "half", PIXELS)
     assert {p.dtype for p in half.parameters()} == {torch.float16}
     assert same_state(half, whole.half())
 
 
-def test_attention_in_parts_is_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    part, x = Attention(64, 32), noise(2, 64, 8, 8)
-    randomise(part)
-    expected = part(x)
-    monkeypatch.setattr(autoencoder_kl, "_MAX_QUERIES", 24)  # of 64: three parts, the last one smaller
-    assert relative(part(x), expected) < TIGHT
-    ((found,),) = run_onnx(part, "x", x, ("y",), [x])
+def test_chunked_attention_equals_full_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    attention, x = Attention(64, 32), noise(2, 64, 8, 8)
+    randomise(attention)
+    expected = attention(x)
+    # Three chunks of the 64 queries, the last one smaller.
+    monkeypatch.setattr(autoencoder_kl, "_MAX_QUERIES", 24)
+    assert relative(attention(x), expected) < TIGHT
+    ((found,),) = run_onnx(attention, "x", x, ("y",), [x])
     assert relative(found, expected) < TIGHT
 
 
-def test_norms_of_large_images_are_exact_in_onnx_runtime() -> None:
+def test_group_norm_of_large_images_is_accurate_in_onnx_runtime() -> None:
     x = noise(1, 16, 512, 512) + 3
     ((found,),) = run_onnx(GroupNorm(4, 16), "x", torch.cat([x, x]), ("y",), [x])
-    assert relative(found, F.group_norm(x.double(), 4, eps=1e-6)) < 1.5e-6  # InstanceNormalization: 1e-5
+    # With InstanceNormalization the error would be 1e-5.
+    assert relative(found, F.group_norm(x.double(), 4, eps=1e-6)) < 1.5e-6
 
 
-def test_missing_and_unknown_tensors_are_named_together(sd1: Path) -> None:
+def test_error_names_missing_and_unknown_tensors(sd1: Path) -> None:
     path = sd1 / "diffusion_pytorch_model.safetensors"
     state, missing = load_file(path), "decoder.up_blocks.1.resnets.0.conv1.bias"
     state["surprise.weight"] = state.pop(missing)
@@ -269,25 +277,26 @@ def test_missing_and_unknown_tensors_are_named_together(sd1: Path) -> None:
         ({"latent_channels": 8}, r"decoder\.conv_in\.weight gives \[64, 4, 3, 3\], not \[64, 8, 3, 3\]"),
     ],
 )
-def test_a_configuration_that_cannot_be_is_one_line(sd1: Path, changes: dict[str, Any], message: str) -> None:
-    edit(sd1, **changes)
+def test_rejects_an_invalid_config_in_one_line(sd1: Path, changes: dict[str, Any], message: str) -> None:
+    edit_config(sd1, **changes)
     with pytest.raises(CheckpointInvalid, match=message) as caught:
         load_vae(sd1, PIXELS)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("size", [-8, 0, 2, 30])
-def test_an_image_size_that_latents_do_not_cover_is_refused(sd1: Path, size: int) -> None:
+def test_rejects_invalid_image_sizes(sd1: Path, size: int) -> None:
     with pytest.raises(BadInput, match=f"divisible by 4, found {size}"):
         load_vae(sd1, size)
 
 
-def test_single_files_of_other_things_are_refused(sd1: Path, tmp_path: Path) -> None:
+def test_rejects_single_files_of_other_models(sd1: Path, tmp_path: Path) -> None:
     save_file({"a": torch.ones(2)}, tmp_path / "other.safetensors")
     with pytest.raises(CheckpointInvalid, match=r"decoder\.conv_in\.weight, found none"):
         vae_from_tensors(open_tensors(tmp_path / "other.safetensors"), PIXELS)
     with pytest.raises(CheckpointInvalid, match=r"encoder\.down\.0\.block\.0\.conv2\.weight, found none"):
-        vae_from_tensors(open_tensors(sd1), PIXELS)  # diffusers' names
+        # A folder of diffusers, whose names are others.
+        vae_from_tensors(open_tensors(sd1), PIXELS)
     state = original(load_file(sd1 / "diffusion_pytorch_model.safetensors"), stages=3)
     state["decoder.conv_in.weight"] = torch.ones(64, 8, 3, 3)
     save_file({n: v.contiguous() for n, v in state.items()}, tmp_path / "eight.safetensors")
@@ -295,7 +304,7 @@ def test_single_files_of_other_things_are_refused(sd1: Path, tmp_path: Path) -> 
         vae_from_tensors(open_tensors(tmp_path / "eight.safetensors"), PIXELS)
 
 
-def test_full_sizes_have_the_parameters_that_are_known() -> None:
+def test_full_size_models_have_the_published_parameter_counts() -> None:
     with torch.device("meta"):
         models = [
             AutoencoderKL(AutoencoderKLSpec()),
@@ -305,7 +314,7 @@ def test_full_sizes_have_the_parameters_that_are_known() -> None:
     assert models[0].spec.latent_size == 128
 
 
-def test_every_name_and_shape_of_the_released_sd3_is_taken(tmp_path: Path) -> None:
+def test_loads_every_tensor_of_the_released_sd3_vae(tmp_path: Path) -> None:
     beside = Path(__file__).parents[3] / "shared/data"
     path = Path(os.environ.get("TPX_DATA") or beside) / "diffusers/diffusers_0.42.1_full_shapes.json"
     if not path.is_file():

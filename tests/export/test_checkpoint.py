@@ -23,7 +23,7 @@ def saved(request: pytest.FixtureRequest, tiny_model: TextToImage, tmp_path: Pat
     return path
 
 
-def refusal(path: Path) -> str:
+def load_error(path: Path) -> str:
     with pytest.raises(CheckpointInvalid) as caught:
         checkpoint.load(path)
     message = str(caught.value)
@@ -47,27 +47,27 @@ def test_half_precision_on_disk_is_float32_in_memory(tiny_model: TextToImage, tm
     assert all(value.dtype == torch.float32 for value in checkpoint.load(path).state_dict().values())
 
 
-def test_a_failed_save_leaves_nothing(tiny_model: TextToImage, tmp_path: Path) -> None:
+def test_save_rejects_an_unknown_suffix_and_writes_nothing(tiny_model: TextToImage, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"\.safetensors or \.pt"):
         checkpoint.save(tiny_model, tmp_path / "model.bin")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_missing_and_renamed(saved: Path, tmp_path: Path) -> None:
-    assert "none" in refusal(tmp_path / "no.pt")
-    assert ".bin" in refusal(saved.rename(tmp_path / "model.bin"))
+def test_rejects_a_missing_file_and_an_unknown_suffix(saved: Path, tmp_path: Path) -> None:
+    assert "none" in load_error(tmp_path / "no.pt")
+    assert ".bin" in load_error(saved.rename(tmp_path / "model.bin"))
 
 
-def test_wrong_suffix_of_the_other_format(saved: Path) -> None:
+def test_rejects_a_file_with_the_suffix_of_the_other_format(saved: Path) -> None:
     other = {".pt": ".safetensors", ".safetensors": ".pt"}[saved.suffix]
-    refusal(saved.rename(saved.with_suffix(other)))
+    load_error(saved.rename(saved.with_suffix(other)))
 
 
 @pytest.mark.parametrize("keep", [0, 10, 0.5, 0.999])
-def test_truncated(saved: Path, keep: float) -> None:
-    whole = saved.read_bytes()
-    saved.write_bytes(whole[: int(keep if keep >= 1 else keep * len(whole))])
-    refusal(saved)
+def test_rejects_truncated_files(saved: Path, keep: float) -> None:
+    content = saved.read_bytes()
+    saved.write_bytes(content[: int(keep if keep >= 1 else keep * len(content))])
+    load_error(saved)
 
 
 class Evil:
@@ -76,7 +76,7 @@ class Evil:
 
 
 @pytest.mark.parametrize("legacy", [True, False])
-def test_a_pickle_that_would_run_code_does_not(
+def test_rejects_a_pickle_that_would_execute_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, legacy: bool
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -85,27 +85,27 @@ def test_a_pickle_that_would_run_code_does_not(
         path.write_bytes(pickle.dumps({"header": "{}", "state": Evil()}))
     else:
         torch.save({"header": "{}", "state": Evil()}, path)
-    assert "would execute code" in refusal(path)
+    assert "would execute code" in load_error(path)
     assert not (tmp_path / "evil-was-here").exists()
 
 
-def test_foreign_files(tmp_path: Path) -> None:
+def test_rejects_files_of_other_projects(tmp_path: Path) -> None:
     torch.save({"model": torch.zeros(2)}, tmp_path / "other.pt")
-    assert "another project" in refusal(tmp_path / "other.pt")
+    assert "another project" in load_error(tmp_path / "other.pt")
     torch.save([1, 2], tmp_path / "list.pt")
-    assert "another project" in refusal(tmp_path / "list.pt")
+    assert "another project" in load_error(tmp_path / "list.pt")
     save_file({"x": torch.zeros(2)}, tmp_path / "other.safetensors")
-    assert "another project" in refusal(tmp_path / "other.safetensors")
+    assert "another project" in load_error(tmp_path / "other.safetensors")
 
 
-def test_damaged_header(tmp_path: Path, tiny_model: TextToImage) -> None:
+def test_rejects_a_damaged_header_or_state(tmp_path: Path, tiny_model: TextToImage) -> None:
     torch.save({"header": "not json", "state": {}}, tmp_path / "odd.pt")
-    refusal(tmp_path / "odd.pt")
+    load_error(tmp_path / "odd.pt")
     torch.save({"header": "{}", "state": []}, tmp_path / "odd.pt")
-    refusal(tmp_path / "odd.pt")
+    load_error(tmp_path / "odd.pt")
 
 
-def edited(saved: Path, edit: str, value: object) -> Path:
+def with_header_field(saved: Path, edit: str, value: object) -> Path:
     state = {"weight": torch.zeros(1)}
     header = {"format": checkpoint.FORMAT, "version": checkpoint.VERSION, "spec": {}, edit: value}
     if saved.suffix == ".pt":
@@ -115,17 +115,17 @@ def edited(saved: Path, edit: str, value: object) -> Path:
     return saved
 
 
-def test_other_version_and_specification(saved: Path) -> None:
-    assert "version 1" in refusal(edited(saved, "version", 2))
-    assert "specification" in refusal(edited(saved, "spec", {"name": "x"}))
-    assert "specification" in refusal(edited(saved, "spec", None))
+def test_rejects_another_version_and_an_invalid_spec(saved: Path) -> None:
+    assert "version 1" in load_error(with_header_field(saved, "version", 2))
+    assert "specification" in load_error(with_header_field(saved, "spec", {"name": "x"}))
+    assert "specification" in load_error(with_header_field(saved, "spec", None))
 
 
-def respecified(saved: Path, change: Callable[[dict[str, Any]], object]) -> Path:
-    """The same tensors under a header whose transformer specification `change` has edited in place."""
+def with_edited_spec(saved: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    """Rewrite the file with the same tensors and a transformer specification that `change` edits in place."""
     if saved.suffix == ".pt":
-        whole = torch.load(saved, weights_only=True)
-        header, state = json.loads(whole["header"]), whole["state"]
+        content = torch.load(saved, weights_only=True)
+        header, state = json.loads(content["header"]), content["state"]
     else:
         with safe_open(saved, framework="pt") as file:
             header = json.loads(file.metadata()["tpx"])
@@ -138,12 +138,10 @@ def respecified(saved: Path, change: Callable[[dict[str, Any]], object]) -> Path
     return saved
 
 
-def test_fields_with_defaults_may_be_left_out_of_the_specification(
-    saved: Path, tiny_model: TextToImage
-) -> None:
-    """As in checkpoints written before there were such fields."""
+def test_spec_fields_with_defaults_may_be_missing(saved: Path, tiny_model: TextToImage) -> None:
+    """As in checkpoints written before these fields existed."""
     found = checkpoint.load(
-        respecified(saved, lambda spec: [spec.pop(n) for n in ("dual_blocks", "qk_norm")])
+        with_edited_spec(saved, lambda spec: [spec.pop(n) for n in ("dual_blocks", "qk_norm")])
     )
     assert found.spec == tiny_model.spec
 
@@ -162,13 +160,11 @@ def test_fields_with_defaults_may_be_left_out_of_the_specification(
         ("thinking", [], "ThinkingSpec"),
     ],
 )
-def test_unknown_and_mistyped_fields_of_the_specification(
-    saved: Path, field: str, value: object, named: str
-) -> None:
-    assert named in refusal(respecified(saved, lambda spec: spec.update({field: value})))
+def test_rejects_unknown_and_invalid_spec_fields(saved: Path, field: str, value: object, named: str) -> None:
+    assert named in load_error(with_edited_spec(saved, lambda spec: spec.update({field: value})))
 
 
-def test_missing_unknown_and_misshapen_tensors(saved: Path, tiny_model: TextToImage) -> None:
+def test_rejects_missing_unknown_misshapen_and_nan_tensors(saved: Path, tiny_model: TextToImage) -> None:
     for change in ("drop", "add", "shape", "nan"):
         state = {name: value.clone() for name, value in tiny_model.state_dict().items()}
         name = next(iter(state))
@@ -182,6 +178,6 @@ def test_missing_unknown_and_misshapen_tensors(saved: Path, tiny_model: TextToIm
             state[name].view(-1)[0] = float("nan")
         path = saved.with_name("changed.pt")
         checkpoint.save(tiny_model, path)
-        whole = torch.load(path, weights_only=True)
-        torch.save({**whole, "state": state}, path)
-        assert ("extra" if change == "add" else name) in refusal(path)
+        content = torch.load(path, weights_only=True)
+        torch.save({**content, "state": state}, path)
+        assert ("extra" if change == "add" else name) in load_error(path)

@@ -44,53 +44,54 @@ def _with_header(path: Path, header: dict[str, object]) -> Path:
     return path
 
 
-def _header(path: Path) -> dict[str, object]:
+def _read_header(path: Path) -> dict[str, object]:
     with safe_open(path, framework="pt") as file:
-        found: dict[str, object] = json.loads(file.metadata()["tpx"])
-    return found
+        header: dict[str, object] = json.loads(file.metadata()["tpx"])
+    return header
 
 
-def test_a_header_without_a_model_is_text_to_image(tiny_model: TextToImage, tmp_path: Path) -> None:
+def test_header_without_a_model_field_loads_as_text_to_image(tiny_model: TextToImage, tmp_path: Path) -> None:
     path = tmp_path / "old.safetensors"
     checkpoint.save(tiny_model, path)
-    header = _header(path)
+    header = _read_header(path)
     assert header.pop("model") == "text-to-image"
     assert isinstance(checkpoint.load(_with_header(path, header)), TextToImage)
 
 
 @pytest.mark.parametrize("kind", ["video", 3, ["text-to-image"]])
-def test_another_kind_of_model_is_refused(model: ClassToImage, tmp_path: Path, kind: object) -> None:
+def test_rejects_an_unknown_kind_of_model(model: ClassToImage, tmp_path: Path, kind: object) -> None:
     path = tmp_path / "model.safetensors"
     checkpoint.save(model, path)
     with pytest.raises(
         checkpoint.CheckpointInvalid, match="expected a model of text-to-image, class-to-image"
     ):
-        checkpoint.load(_with_header(path, {**_header(path), "model": kind}))
+        checkpoint.load(_with_header(path, {**_read_header(path), "model": kind}))
 
 
-def test_parts_that_do_not_fit_are_refused(model: ClassToImage) -> None:
+def test_rejects_a_spec_with_different_latent_sizes(model: ClassToImage) -> None:
     with pytest.raises(ValueError, match="expected latent_size 16 as in the transformer, got 8"):
         dataclasses.replace(
             model.spec, transformer=dataclasses.replace(model.spec.transformer, latent_size=16)
         )
 
 
-def test_the_bundle_generates_the_image_of_pytorch(model: ClassToImage, tmp_path: Path) -> None:
+def test_bundle_generates_the_same_latents_as_pytorch(model: ClassToImage, tmp_path: Path) -> None:
     out = tmp_path / "bundle"
     export_bundle(Pipeline.from_model(model), out)
     generator = Generator.load(out, "onnxruntime")
     assert generator.manifest.model.classes == CLASSES
     assert generator.manifest.model.out_channels == 4
     schedule = json.loads((out / "scheduler/scheduler_config.json").read_text())
-    assert schedule["variance_type"] == "fixed_large"  # ddpm's variance where the model predicts none
+    # DDPM's variance for a model that predicts none.
+    assert schedule["variance_type"] == "fixed_large"
     (job,) = generator.plan(class_id=3, seed=5, guidance=1.0, steps=1)
     latents = generator.generate_latents([job]).latents
-    # One step of ddim from pure noise at t = 999 gives x0, which epsilon alone decides.
+    # One DDIM step from pure noise at t = 999 gives x0, which depends on epsilon only.
     from tpx_runtime.noise import batch_noise
 
     noise = torch.from_numpy(batch_noise([5], (4, 8, 8)))
     epsilon, _ = model.transformer(noise, torch.tensor([999.0]), torch.tensor([3]), 2)
-    abar = float(np.prod(1 - np.linspace(1e-4, 0.02, 1000)))
-    expected = (noise - (1 - abar) ** 0.5 * epsilon) / abar**0.5
+    alpha_bar = float(np.prod(1 - np.linspace(1e-4, 0.02, 1000)))
+    expected = (noise - (1 - alpha_bar) ** 0.5 * epsilon) / alpha_bar**0.5
     scale = float(expected.abs().max())
     assert np.abs(latents - expected.numpy()).max() < 1e-4 * scale

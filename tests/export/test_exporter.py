@@ -1,4 +1,4 @@
-"""A bundle: what it holds, that it computes what PyTorch computes, and that a failed export leaves nothing."""
+"""Exported bundles: what they contain, agreement with PyTorch, and failed exports, which leave nothing behind."""
 
 import os
 import shutil
@@ -39,7 +39,7 @@ def graph(bundle: Path, depth: int, variant: GraphVariant) -> onnx.ModelProto:
     return onnx.load(bundle / transformer_name(depth, variant), load_external_data=False)
 
 
-def test_every_graph_is_held_to_pytorch(tiny_export: tuple[Path, Summary]) -> None:
+def test_every_graph_is_compared_with_pytorch(tiny_export: tuple[Path, Summary]) -> None:
     reports, depths = tiny_export[1].reports, [f"transformer depth {depth}" for depth in DEPTHS]
     assert list(reports) == ["plain", "operator"]
     assert [report.part for report in reports["operator"]] == depths
@@ -59,24 +59,25 @@ def test_every_graph_is_held_to_pytorch(tiny_export: tuple[Path, Summary]) -> No
 
 
 @pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
-def test_every_cpu_engine_runs_it(tiny_bundle: Path, name: str) -> None:
+def test_cpu_engines_pass_verification(tiny_bundle: Path, name: str) -> None:
     assert all(report.ok for report in verify_bundle(Bundle.open(tiny_bundle), resolve(name)))
 
 
-def test_golden_tensors_are_the_models(tiny_bundle: Path, tiny_model: TextToImage) -> None:
+def test_golden_transformer_tensors_match_the_model(tiny_bundle: Path, tiny_model: TextToImage) -> None:
     golden = np.load(tiny_bundle / "golden/golden.npz")
-    given = [torch.from_numpy(golden[name]) for name in ("latents", "timestep", "context", "pooled")]
+    inputs = [torch.from_numpy(golden[name]) for name in ("latents", "timestep", "context", "pooled")]
     for depth in DEPTHS:
-        velocity, routes = tiny_model.transformer(*given, depth)
+        velocity, routes = tiny_model.transformer(*inputs, depth)
         np.testing.assert_allclose(velocity.numpy(), golden[f"velocity_{depth}"], rtol=1e-5, atol=1e-6)
         np.testing.assert_array_equal(routes.numpy(), golden[f"routes_{depth}"])
-    conditions = tiny_model.transformer.conditions(given[1], given[3])
+    conditions = tiny_model.transformer.conditions(inputs[1], inputs[3])
     np.testing.assert_allclose(conditions.numpy(), golden["conditions"], rtol=1e-5, atol=1e-6)
-    assert len(np.unique(golden["routes_3"])) > 1  # one expert for all would test no routing
+    # With a single expert for all tokens, routing would not be tested.
+    assert len(np.unique(golden["routes_3"])) > 1
 
 
-def test_the_generator_generates_the_image_of_pytorch(tiny_bundle: Path, tiny_model: TextToImage) -> None:
-    """The whole path, from words to pixels, against the PyTorch modules called by hand."""
+def test_generator_generates_the_image_of_pytorch(tiny_bundle: Path, tiny_model: TextToImage) -> None:
+    """The whole path from prompt to pixels, compared with direct calls of the PyTorch modules."""
     from tpx_runtime.noise import batch_noise
     from tpx_runtime.sampling.flow import FLOW_SAMPLERS
 
@@ -90,8 +91,8 @@ def test_the_generator_generates_the_image_of_pytorch(tiny_bundle: Path, tiny_mo
     def velocity(x: np.ndarray, timestep: float) -> np.ndarray:
         latents = torch.from_numpy(np.concatenate([x, x]).astype(np.float32))
         out, _ = tiny_model.transformer(latents, torch.full((2,), timestep), context, pooled, 3)
-        without, given = out.numpy()
-        return (without + 3.0 * (given - without))[None]
+        unconditional, conditional = out.numpy()
+        return (unconditional + 3.0 * (conditional - unconditional))[None]
 
     sampler = FLOW_SAMPLERS["euler"]
     *_, x = sampler.sample(velocity, batch_noise([5], (4, 8, 8)), sampler.schedule(6, 1.0))
@@ -100,23 +101,24 @@ def test_the_generator_generates_the_image_of_pytorch(tiny_bundle: Path, tiny_mo
     assert np.abs(np.asarray(image, np.float32) - pixels).max() <= 1
 
 
-def test_golden_tensors_of_the_other_parts_are_the_models(tiny_bundle: Path, tiny_model: TextToImage) -> None:
+def test_golden_encoder_and_autoencoder_tensors_match_the_model(
+    tiny_bundle: Path, tiny_model: TextToImage
+) -> None:
     golden = {
         name: torch.from_numpy(array) for name, array in np.load(tiny_bundle / "golden/golden.npz").items()
     }
     context, pooled = tiny_model.text_encoder(golden["text_encoder.ids"])
     torch.testing.assert_close(context, golden["text_encoder.context"])
     torch.testing.assert_close(pooled, golden["text_encoder.pooled"])
-    torch.testing.assert_close(
-        context, golden["context"]
-    )  # with one encoder, its output is the transformer's conditioning
+    # With one encoder, its output is the transformer's conditioning.
+    torch.testing.assert_close(context, golden["context"])
     torch.testing.assert_close(pooled, golden["pooled"])
     autoencoder = tiny_model.autoencoder
     torch.testing.assert_close(autoencoder.decoder(golden["decoder_latents"]).clamp(-1, 1), golden["image"])
     torch.testing.assert_close(autoencoder.encoder(golden["image"])[0], golden["encoder_latents"])
 
 
-def test_an_image_is_encoded_as_in_pytorch(tiny_bundle: Path, tiny_model: TextToImage) -> None:
+def test_edit_encodes_an_image_as_pytorch_does(tiny_bundle: Path, tiny_model: TextToImage) -> None:
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (64, 64, 3), np.uint8)
     edit = Generator.load(tiny_bundle, engine="onnxruntime").edit(Image.fromarray(image))
@@ -126,36 +128,41 @@ def test_an_image_is_encoded_as_in_pytorch(tiny_bundle: Path, tiny_model: TextTo
     )
 
 
-def test_one_weight_file_serves_every_depth(tiny_bundle: Path) -> None:
+def test_all_depths_share_one_weight_file(tiny_bundle: Path) -> None:
     folder = tiny_bundle / "transformer"
     names = {path.name for path in folder.iterdir()}
     assert names == {"weights.data", "conditions.onnx"} | {
-        Path(transformer_name(d, one)).name for d in DEPTHS for one in ("operator", "plain")
+        Path(transformer_name(d, variant)).name for d in DEPTHS for variant in ("operator", "plain")
     }
-    used = set()
+    stored_ranges = set()
     for path in folder.glob("*.onnx"):
         for tensor in onnx.load(path, load_external_data=False).graph.initializer:
             if tensor.data_location == onnx.TensorProto.EXTERNAL:
-                facts = {entry.key: entry.value for entry in tensor.external_data}
-                assert facts["location"] == "weights.data"
-                used.add((int(facts["offset"]), int(facts["length"])))
+                location = {entry.key: entry.value for entry in tensor.external_data}
+                assert location["location"] == "weights.data"
+                stored_ranges.add((int(location["offset"]), int(location["length"])))
             else:
                 assert len(tensor.raw_data) <= 1024
-    assert sum(length for _, length in used) <= (folder / "weights.data").stat().st_size
+    assert sum(length for _, length in stored_ranges) <= (folder / "weights.data").stat().st_size
     parameters = sum(p.numel() for p in make_tiny(None).transformer.parameters())
-    assert sum(length for _, length in used) < 4 * parameters * 1.2  # no weight stored twice
+    # No weight is stored twice.
+    assert sum(length for _, length in stored_ranges) < 4 * parameters * 1.2
 
 
-def test_variants(tiny_bundle: Path) -> None:
+def test_nodes_of_the_operator_and_plain_variants(tiny_bundle: Path) -> None:
     for depth in DEPTHS:
         operator, plain = graph(tiny_bundle, depth, "operator"), graph(tiny_bundle, depth, "plain")
-        routed = [node for node in operator.graph.node if (node.domain, node.op_type) == (DOMAIN, NAME)]
-        assert len(routed) == 2 * depth  # two thinking blocks
-        for node in routed:  # what makes TensorRT look for its plugin first
+        routing_nodes = [
+            node for node in operator.graph.node if (node.domain, node.op_type) == (DOMAIN, NAME)
+        ]
+        # There are two thinking blocks.
+        assert len(routing_nodes) == 2 * depth
+        for node in routing_nodes:
+            # These attributes make TensorRT look for its plugin first.
             attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
             assert attributes == {"plugin_namespace": b"tpx", "aot": 1}
         assert [(f.domain, f.name) for f in operator.functions] == [(DOMAIN, NAME)]
-        # TensorRT refuses NonZero; so small a model needs none on a CPU; OpenVINO refuses functions.
+        # TensorRT rejects NonZero, a model this small needs none on a CPU, and OpenVINO rejects functions.
         nodes = [*operator.graph.node, *operator.functions[0].node, *plain.graph.node]
         assert "NonZero" not in {node.op_type for node in nodes}
         assert not plain.functions
@@ -166,25 +173,25 @@ def test_variants(tiny_bundle: Path) -> None:
 @pytest.mark.parametrize(
     ("tokens", "gathers"), [(MAX_MASKED_WORK // 12, False), (MAX_MASKED_WORK // 12 + 1, True)]
 )
-def test_the_plain_variant_depends_on_the_work_that_masking_wastes(
+def test_plain_variant_gathers_if_masking_wastes_too_much_work(
     tiny_bundle: Path, tokens: int, gathers: bool
 ) -> None:
-    """Of 3 experts of rank 4."""
-    bare = graph(tiny_bundle, 2, "operator")
-    del bare.functions[:]
-    operator, plain = routing_variants(bare, tokens)
+    """With 3 experts of rank 4."""
+    model = graph(tiny_bundle, 2, "operator")
+    del model.functions[:]
+    operator, plain = routing_variants(model, tokens)
     assert "NonZero" not in {node.op_type for node in operator.functions[0].node}
     assert ("NonZero" in {node.op_type for node in plain.graph.node}) == gathers
 
 
 def test_conditions_and_depths_share_no_layer(tiny_bundle: Path) -> None:
-    """What is worked out ahead is not read again at each step."""
-    ahead = onnx.load(tiny_bundle / CONDITIONS, load_external_data=False).graph
+    """Layers of the conditions graph, which runs once for all steps, are not repeated in the graph of a step."""
+    conditions = onnx.load(tiny_bundle / CONDITIONS, load_external_data=False).graph
     step = graph(tiny_bundle, 3, "operator").graph
-    assert [value.name for value in ahead.input] == ["timestep", "pooled"]
+    assert [value.name for value in conditions.input] == ["timestep", "pooled"]
     assert [value.name for value in step.input] == ["latents", "conditions", "context"]
     names = [
-        {tensor.name for tensor in found.initializer if len(tensor.dims) == 2} for found in (ahead, step)
+        {tensor.name for tensor in found.initializer if len(tensor.dims) == 2} for found in (conditions, step)
     ]
     assert not names[0] & names[1]
     assert all(
@@ -194,7 +201,7 @@ def test_conditions_and_depths_share_no_layer(tiny_bundle: Path) -> None:
     assert not [name for name in names[1] if "modulation" in name or "gate.condition" in name]
 
 
-def test_graphs_name_nothing_of_the_machine(tiny_bundle: Path) -> None:
+def test_graphs_contain_no_paths_of_the_exporting_machine(tiny_bundle: Path) -> None:
     for path in tiny_bundle.rglob("*.onnx"):
         data = path.read_bytes()
         assert b".py" not in data
@@ -207,20 +214,24 @@ def test_dynamic_batch(tiny_bundle: Path) -> None:
         assert len(generator("a red cube", num_images=count, steps=2)) == count
 
 
-def test_half_precision_is_typed_and_bounded(half_export: tuple[Path, Summary]) -> None:
+def test_fp16_graphs_have_float16_weights_but_no_float16_inputs_or_outputs(
+    half_export: tuple[Path, Summary],
+) -> None:
     out, summary = half_export
     assert all(report.ok for reports in summary.reports.values() for report in reports)
     assert TOLERANCES["fp16"].transformer < 0.02
     model = graph(out, 2, "operator")
-    kinds = {t.data_type for t in model.graph.initializer if len(t.dims) > 1 and ".gate." not in t.name}
-    assert onnx.TensorProto.FLOAT16 in kinds
-    border = [*model.graph.input, *model.graph.output]
-    assert onnx.TensorProto.FLOAT16 not in {value.type.tensor_type.elem_type for value in border}
+    weight_types = {
+        t.data_type for t in model.graph.initializer if len(t.dims) > 1 and ".gate." not in t.name
+    }
+    assert onnx.TensorProto.FLOAT16 in weight_types
+    inputs_and_outputs = [*model.graph.input, *model.graph.output]
+    assert onnx.TensorProto.FLOAT16 not in {value.type.tensor_type.elem_type for value in inputs_and_outputs}
     [image] = Generator.load(out, engine="onnxruntime")("a red cube")
     assert np.asarray(image).std() > 0
 
 
-def test_a_model_that_does_not_think(tmp_path: Path) -> None:
+def test_exports_a_model_without_thinking(tmp_path: Path) -> None:
     export_bundle(Pipeline.from_model(make_tiny(None)), tmp_path / "base")
     bundle = Bundle.open(tmp_path / "base")
     assert bundle.manifest.model.depths == (1,)
@@ -228,23 +239,25 @@ def test_a_model_that_does_not_think(tmp_path: Path) -> None:
     assert len(Generator(bundle, ENGINES["onnxruntime"])("a red cube", steps=2)) == 1
 
 
-def leftovers(folder: Path) -> list[str]:
+def entry_names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_model_fresh_from_training_is_exported_as_it_infers(tiny_model: TextToImage) -> None:
-    training = make_tiny(tiny_model.spec.transformer.thinking).train()
-    pipeline = Pipeline.from_model(training)
+def test_pipeline_puts_copies_of_a_training_model_in_eval_mode(tiny_model: TextToImage) -> None:
+    model = make_tiny(tiny_model.spec.transformer.thinking).train()
+    pipeline = Pipeline.from_model(model)
     modules = (pipeline.transformer(), pipeline.autoencoder(), pipeline.text[0].load())
     assert not any(module.training for module in modules)
-    assert training.transformer.training
+    assert model.transformer.training
 
 
 @pytest.mark.parametrize("depth", [0, -1, 4])
-def test_depths_that_the_checkpoint_has_not(tiny_model: TextToImage, tmp_path: Path, depth: int) -> None:
+def test_rejects_depths_that_the_checkpoint_does_not_have(
+    tiny_model: TextToImage, tmp_path: Path, depth: int
+) -> None:
     with pytest.raises(BadInput, match=r"expected a depth of 1\.\.3"):
         export_bundle(Pipeline.from_model(tiny_model), tmp_path / "x", depth=depth)
-    assert leftovers(tmp_path) == []
+    assert entry_names(tmp_path) == []
 
 
 def test_a_graph_out_of_tolerance_leaves_no_bundle(
@@ -256,64 +269,64 @@ def test_a_graph_out_of_tolerance_leaves_no_bundle(
         EngineFailed, match=r"transformer conditions with a relative error of .* \(tolerance 1e-07\), and 1"
     ):
         export_bundle(Pipeline.from_model(tiny_model), tmp_path / "x", depth=1, precision="fp16")
-    assert leftovers(tmp_path) == []
+    assert entry_names(tmp_path) == []
 
 
-def test_a_wrong_variant_is_noticed(
+def test_wrong_routing_in_a_variant_fails_the_export(
     tiny_model: TextToImage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def wrong() -> onnx.FunctionProto:
+    def wrong_masked() -> onnx.FunctionProto:
         body = masked()
         for node in body.node:
             if node.op_type == "Equal":
                 node.op_type = "Less"
         return body
 
-    monkeypatch.setattr(routing, "masked", wrong)
+    monkeypatch.setattr(routing, "masked", wrong_masked)
     with pytest.raises(EngineFailed):
         export_bundle(Pipeline.from_model(tiny_model), tmp_path / "x", depth=1)
-    assert leftovers(tmp_path) == []
+    assert entry_names(tmp_path) == []
 
 
-def test_existing_places(tiny_model: TextToImage, tmp_path: Path) -> None:
-    mine = tmp_path / "mine"
-    mine.mkdir()
-    (mine / "thesis.txt").write_text("years of work")
+def test_rejects_an_existing_folder_and_a_path_inside_a_file(tiny_model: TextToImage, tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("years of work")
     for force, reason in ((False, "exists"), (True, "expected a bundle to replace")):
         with pytest.raises(BadInput, match=reason):
-            export_bundle(Pipeline.from_model(tiny_model), mine, force=force)
-    assert leftovers(mine) == ["thesis.txt"]
+            export_bundle(Pipeline.from_model(tiny_model), folder, force=force)
+    assert entry_names(folder) == ["thesis.txt"]
     file = tmp_path / "file"
     file.write_text("")
     with pytest.raises(BadInput):
         export_bundle(Pipeline.from_model(tiny_model), file / "inside")
 
 
-def test_a_bundle_is_replaced_whole_or_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bundle_is_replaced_completely_or_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "bundle"
     out.mkdir()
     (out / "old").touch()
     rename = Path.rename
 
-    def full(path: Path, target: Path) -> Path:
+    def rename_on_full_disk(path: Path, target: Path) -> Path:
         if path.suffix == ".partial":
             raise OSError(28, "No space left on device")
         return rename(path, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", full)
+        patch.setattr(Path, "rename", rename_on_full_disk)
         with (
             pytest.raises(BadInput, match="No space left"),
             atomic_folder(out, force=True) as folder,
         ):
             (folder / "new").touch()
-    assert (leftovers(tmp_path), leftovers(out)) == (["bundle"], ["old"])
+    assert (entry_names(tmp_path), entry_names(out)) == (["bundle"], ["old"])
     with atomic_folder(out, force=True) as folder:
         (folder / "new").touch()
-    assert (leftovers(tmp_path), leftovers(out)) == (["bundle"], ["new"])
+    assert (entry_names(tmp_path), entry_names(out)) == (["bundle"], ["new"])
 
 
-def test_what_came_there_meanwhile_is_kept(tmp_path: Path) -> None:
+def test_folder_created_during_the_export_is_kept(tmp_path: Path) -> None:
     out = tmp_path / "bundle"
 
     def export() -> None:
@@ -324,51 +337,56 @@ def test_what_came_there_meanwhile_is_kept(tmp_path: Path) -> None:
 
     with pytest.raises(BadInput, match=r"expected a new folder, found that .*bundle exists; add --force"):
         export()
-    assert (leftovers(tmp_path), leftovers(out)) == (["bundle"], ["of another export"])
+    assert (entry_names(tmp_path), entry_names(out)) == (["bundle"], ["of another export"])
 
 
-def test_what_a_killed_export_left_is_removed_by_one_of_another_day(tmp_path: Path) -> None:
+def test_day_old_folders_of_killed_exports_are_removed(tmp_path: Path) -> None:
     partial, replaced, *others = (
         ".bundle.7-1f.partial",
         ".bundle.7-1f.replaced",
         ".bundles.7-1f.partial",
         ".bundle.x-1f.partial",
     )
-    fresh = ".bundle.8-1f.partial"  # of an export that may still be at work
+    # Of an export that may still be running.
+    fresh = ".bundle.8-1f.partial"
     for name in (partial, replaced, *others, fresh):
         (tmp_path / name).mkdir()
         if name != fresh:
             os.utime(tmp_path / name, (time.time() - 25 * 3600,) * 2)
     with atomic_folder(tmp_path / "bundle") as folder:
         (folder / "new").touch()
-    # What was replaced may be all that there is.
-    assert leftovers(tmp_path) == sorted([replaced, *others, fresh, "bundle"])
+    # The .replaced folder stays while there is no bundle, because it may be the only copy.
+    assert entry_names(tmp_path) == sorted([replaced, *others, fresh, "bundle"])
     with atomic_folder(tmp_path / "bundle", force=True) as folder:
         (folder / "new").touch()
-    assert leftovers(tmp_path) == sorted([*others, fresh, "bundle"])
+    assert entry_names(tmp_path) == sorted([*others, fresh, "bundle"])
 
 
-def test_a_bundle_may_be_replaced_from_inside(
+def test_bundle_can_be_replaced_from_inside(
     tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inside = shutil.copytree(tiny_bundle, tmp_path / "bundle")
     monkeypatch.chdir(inside)
     with atomic_folder(Path(), force=True) as folder:
         (folder / "new").touch()
-    assert (leftovers(tmp_path), leftovers(inside)) == (["bundle"], ["new"])
+    assert (entry_names(tmp_path), entry_names(inside)) == (["bundle"], ["new"])
 
 
-def test_a_link_to_a_bundle_is_replaced_and_the_bundle_kept(tmp_path: Path) -> None:
-    kept, out = tmp_path / "kept", tmp_path / "bundle"
-    kept.mkdir()
-    (kept / "old").touch()
-    out.symlink_to(kept)
+def test_symlink_is_replaced_and_its_target_kept(tmp_path: Path) -> None:
+    target, out = tmp_path / "kept", tmp_path / "bundle"
+    target.mkdir()
+    (target / "old").touch()
+    out.symlink_to(target)
     with atomic_folder(out, force=True) as folder:
         (folder / "new").touch()
-    assert (leftovers(tmp_path), leftovers(out), leftovers(kept)) == (["bundle", "kept"], ["new"], ["old"])
+    assert (entry_names(tmp_path), entry_names(out), entry_names(target)) == (
+        ["bundle", "kept"],
+        ["new"],
+        ["old"],
+    )
 
 
-def test_a_file_that_cannot_be_read_is_not_called_one_that_cannot_be_written(tmp_path: Path) -> None:
+def test_errors_distinguish_unreadable_and_unwritable_files(tmp_path: Path) -> None:
     out, missing = tmp_path / "bundle", tmp_path / "shard-2.safetensors"
     message = f"expected to read {missing}, found: No such file or directory; check the path"
     with pytest.raises(BadInput, match=message), atomic_folder(out):
@@ -378,32 +396,32 @@ def test_a_file_that_cannot_be_read_is_not_called_one_that_cannot_be_written(tmp
         atomic_folder(out) as folder,
     ):
         folder.write_bytes(b"")
-    assert leftovers(tmp_path) == []
+    assert entry_names(tmp_path) == []
 
 
-def run(*arguments: str) -> tuple[int, str, str]:
+def run_export(*arguments: str) -> tuple[int, str, str]:
     result = CliRunner().invoke(main, arguments)
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result.exit_code, result.stdout, result.stderr
 
 
-def test_command(tiny_model: TextToImage, tmp_path: Path) -> None:
+def test_command_exports_and_replaces_only_with_force(tiny_model: TextToImage, tmp_path: Path) -> None:
     ckpt, out = tmp_path / "model.pt", tmp_path / "bundle"
     checkpoint.save(tiny_model, ckpt)
-    code, stdout, stderr = run("--ckpt", str(ckpt), "--depth", "1", "--out", str(out))
+    code, stdout, stderr = run_export("--ckpt", str(ckpt), "--depth", "1", "--out", str(out))
     assert (code, stdout) == (0, f"{out}\n")
     assert "transformer depth 1" in stderr and "transformer depth 2" not in stderr
     assert Bundle.open(out).manifest.model.depths == (1,)
-    code, _, stderr = run("--ckpt", str(ckpt), "--out", str(out))
+    code, _, stderr = run_export("--ckpt", str(ckpt), "--out", str(out))
     assert code == 2 and "--force" in stderr
-    code, _, _ = run("--ckpt", str(ckpt), "--depth", "1", "--out", str(out), "--force")
+    code, _, _ = run_export("--ckpt", str(ckpt), "--depth", "1", "--out", str(out), "--force")
     assert code == 0
 
 
-def test_command_refuses_in_one_line(tiny_model: TextToImage, tmp_path: Path) -> None:
+def test_command_errors_are_one_line(tiny_model: TextToImage, tmp_path: Path) -> None:
     ckpt = tmp_path / "model.pt"
     checkpoint.save(tiny_model, ckpt)
-    for arguments, wanted in (
+    for arguments, exit_code in (
         (("--ckpt", str(tmp_path / "none.pt")), 6),
         (("--ckpt", str(ckpt), "--depth", "9"), 2),
         (("--ckpt", str(ckpt), "--precision", "fp7"), 2),
@@ -412,20 +430,21 @@ def test_command_refuses_in_one_line(tiny_model: TextToImage, tmp_path: Path) ->
         (("--ckpt", str(ckpt), "--no-t5"), 2),
         (("--ckpt", str(ckpt), "--image-size", "64"), 2),
     ):
-        code, stdout, stderr = run(*arguments, "--out", str(tmp_path / "bundle"))
-        assert (code, stdout) == (wanted, "")
+        code, stdout, stderr = run_export(*arguments, "--out", str(tmp_path / "bundle"))
+        assert (code, stdout) == (exit_code, "")
         [line] = [line for line in stderr.splitlines() if line.startswith("error:")]
         assert "expected" in line and "found" in line
-    assert leftovers(tmp_path) == ["model.pt"]
+    assert entry_names(tmp_path) == ["model.pt"]
 
 
-def test_table_has_a_row_for_every_graph(tiny_export: tuple[Path, Summary]) -> None:
+def test_table_lists_errors_times_and_sizes(tiny_export: tuple[Path, Summary]) -> None:
     text = table(tiny_export[1])
-    assert text.count("transformer depth 2") == 3  # error of two variants, and the time
+    # The errors of two variants, and the time.
+    assert text.count("transformer depth 2") == 3
     assert "weights" not in text and "MB" in text
 
 
-def test_interrupt_leaves_nothing(tiny_model: TextToImage, tmp_path: Path) -> None:
+def test_interrupted_export_leaves_nothing(tiny_model: TextToImage, tmp_path: Path) -> None:
     ckpt = tmp_path / "model.pt"
     checkpoint.save(tiny_model, ckpt)
     program = Path(sys.executable).with_name("tpx-export")
@@ -440,4 +459,4 @@ def test_interrupt_leaves_nothing(tiny_model: TextToImage, tmp_path: Path) -> No
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "error: cancelled" in stderr and "Traceback" not in stderr
-    assert leftovers(tmp_path) == ["model.pt"]
+    assert entry_names(tmp_path) == ["model.pt"]

@@ -1,4 +1,4 @@
-"""Attention as one node: which graphs have it, and that it computes the same."""
+"""Fused attention: which graphs have it as one node, and that it computes the same."""
 
 import shutil
 from collections import Counter
@@ -22,8 +22,11 @@ from tpx_runtime.engine import ENGINES, Arrays, resolve
 from tpx_runtime.generator import Generator
 from tpx_runtime.verify import load_golden, require_ok, verify_bundle
 
-BLOCKS, THINKING, DEPTH = 3, 2, 3  # of the tiny model
-CPUS = tuple(name for name in ("onnxruntime", "openvino", "openvino-bf16") if not ENGINES[name].problem())
+# Of the tiny model.
+BLOCKS, THINKING_BLOCKS, DEPTH = 3, 2, 3
+CPU_ENGINES = tuple(
+    name for name in ("onnxruntime", "openvino", "openvino-bf16") if not ENGINES[name].problem()
+)
 
 
 @pytest.fixture(scope="module")
@@ -31,27 +34,27 @@ def half(half_export: tuple[Path, Summary]) -> tuple[Bundle, Summary]:
     return Bundle.open(half_export[0]), half_export[1]
 
 
-def kinds(path: Path) -> Counter[str]:
+def op_counts(path: Path) -> Counter[str]:
     return Counter(node.op_type for node in onnx.load(path, load_external_data=False).graph.node)
 
 
 def test_every_attention_in_float16_is_one_node(half: tuple[Bundle, Summary]) -> None:
     bundle, summary = half
     for depth in range(1, DEPTH + 1):
-        found = kinds(bundle.transformer(depth, "fused"))
-        assert found[NAME] == BLOCKS + THINKING * (depth - 1)
+        found = op_counts(bundle.transformer(depth, "fused"))
+        assert found[NAME] == BLOCKS + THINKING_BLOCKS * (depth - 1)
         assert not found["Softmax"]
-        assert found["RoutedLora"] == THINKING * depth
-        assert found["MatMul"] == kinds(bundle.transformer(depth))["MatMul"] - 2 * found[NAME]
+        assert found["RoutedLora"] == THINKING_BLOCKS * depth
+        assert found["MatMul"] == op_counts(bundle.transformer(depth))["MatMul"] - 2 * found[NAME]
     depths = [f"transformer depth {depth}" for depth in range(1, DEPTH + 1)]
     assert [report.part for report in summary.reports["fused"]] == depths
     assert all(report.ok for report in summary.reports["fused"])
 
 
-def test_onnx_runtime_on_a_gpu_is_given_it(half: tuple[Bundle, Summary]) -> None:
+def test_only_onnx_runtime_cuda_reads_the_fused_variant(half: tuple[Bundle, Summary]) -> None:
     bundle = half[0]
-    read = {name: bundle.transformer(1, engine.variant).name for name, engine in ENGINES.items()}
-    assert read == {
+    files = {name: bundle.transformer(1, engine.variant).name for name, engine in ENGINES.items()}
+    assert files == {
         "onnxruntime-cuda": "depth-1.fused.onnx",
         "tensorrt-rtx": "depth-1.onnx",
         "tensorrt": "depth-1.onnx",
@@ -61,19 +64,20 @@ def test_onnx_runtime_on_a_gpu_is_given_it(half: tuple[Bundle, Summary]) -> None
     }
 
 
-def test_float32_has_none_and_is_read_as_it_is(tiny_bundle: Path) -> None:
+def test_float32_bundle_has_no_fused_variant(tiny_bundle: Path) -> None:
     bundle = Bundle.open(tiny_bundle)
     assert transformer_name(1, "fused") not in bundle.manifest.files
     assert bundle.transformer(1, "fused") == bundle.transformer(1)
     assert fuse_attention(onnx.load(bundle.transformer(1), load_external_data=False)) is None
-    assert kinds(bundle.transformer(1, "plain"))["Softmax"] == BLOCKS  # so few tokens
+    # With so few tokens, the plain variant is not fused either.
+    assert op_counts(bundle.transformer(1, "plain"))["Softmax"] == BLOCKS
 
 
 @pytest.mark.parametrize(("precision", "deepest"), [("fp32", 2), ("fp16", 1), ("int8", 1)])
-def test_cpus_are_given_it_where_there_are_many_tokens(
+def test_plain_variant_is_fused_if_there_are_many_tokens(
     precision: str, deepest: int, tiny_model: TextToImage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The export itself holds it to PyTorch in ONNX Runtime."""
+    """The export itself compares these graphs in ONNX Runtime with PyTorch."""
     monkeypatch.setattr(exporter, "MIN_FUSED_TOKENS", tiny_model.transformer.spec.visual_tokens)
     int8 = Int8Options(accept_loss=True) if precision == "int8" else None
     summary = export_bundle(
@@ -81,46 +85,46 @@ def test_cpus_are_given_it_where_there_are_many_tokens(
     )
     bundle = Bundle.open(tmp_path / "tiny")
     for depth in range(1, deepest + 1):
-        found = kinds(bundle.transformer(depth, "plain"))
-        assert found[NAME] == BLOCKS + THINKING * (depth - 1)
+        found = op_counts(bundle.transformer(depth, "plain"))
+        assert found[NAME] == BLOCKS + THINKING_BLOCKS * (depth - 1)
         assert found["Softmax"] == found["RoutedLora"] == 0
-        assert not kinds(bundle.transformer(depth))[NAME]
+        assert not op_counts(bundle.transformer(depth))[NAME]
     assert len(summary.reports["plain"]) > deepest
-    for engine in CPUS:
+    for engine in CPU_ENGINES:
         require_ok(verify_bundle(bundle, resolve(engine)), engine)
 
 
-def inputs(bundle: Bundle) -> Arrays:
+def golden_inputs(bundle: Bundle) -> Arrays:
     golden = load_golden(bundle)
     return {name: golden[name] for name in bundle.manifest.model.transformer_inputs}
 
 
 @pytest.mark.parametrize("depth", [1, 3])
-def test_it_computes_the_same(tiny_bundle: Path, depth: int, tmp_path: Path) -> None:
-    """In float32, where a difference would be no rounding; 3 rows, for the batch is open."""
+def test_fused_attention_computes_the_same(tiny_bundle: Path, depth: int, tmp_path: Path) -> None:
+    """In float32, where a difference cannot be rounding; with 3 rows, because the batch size is dynamic."""
     bundle = Bundle.open(shutil.copytree(tiny_bundle, tmp_path / "copy"))
     path = bundle.transformer(depth)
     model = fuse_attention(onnx.load(path, load_external_data=False), FLOAT_TYPES)
     assert model is not None
-    one_node = path.with_name("fused.onnx")
-    onnx.save(model, one_node)
-    given = {name: np.concatenate([a, a[:1]]) for name, a in inputs(bundle).items()}
-    runs = [
-        ort.InferenceSession(str(each), providers=["CPUExecutionProvider"]).run(None, given)
-        for each in (path, one_node)
+    fused = path.with_name("fused.onnx")
+    onnx.save(model, fused)
+    feeds = {name: np.concatenate([a, a[:1]]) for name, a in golden_inputs(bundle).items()}
+    outputs = [
+        ort.InferenceSession(str(graph), providers=["CPUExecutionProvider"]).run(None, feeds)
+        for graph in (path, fused)
     ]
-    for expected, found in zip(*runs, strict=True):
+    for expected, found in zip(*outputs, strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_generated_image(half: tuple[Bundle, Summary]) -> None:
+def test_fused_variant_generates_nearly_the_same_image(half: tuple[Bundle, Summary]) -> None:
     expected = Generator(half[0], ENGINES["onnxruntime"])("a red cube", steps=3)
     found = Generator(half[0], replace(ENGINES["onnxruntime"], variant="fused"))("a red cube", steps=3)
-    one, other = (np.asarray(drawn[0], np.float32) for drawn in (expected, found))
+    one, other = (np.asarray(images[0], np.float32) for images in (expected, found))
     assert np.sqrt(np.mean((one - other) ** 2)) < 1
 
 
-def test_a_softmax_that_is_no_attention_is_refused() -> None:
+def test_rejects_a_softmax_that_is_not_part_of_attention() -> None:
     model = parser.parse_model(
         '<ir_version: 8, opset_import: ["": 20]> g (float16[n, 2] x) => (float16[n, 2] y) '
         "{ z = Relu(x) y = Softmax(z) }"

@@ -1,4 +1,4 @@
-"""What engines make of a transformer's graph: norms and attention that they recognise run as one kernel each."""
+"""Engines fuse the norms and attention that they recognise in a transformer's graph into one kernel each."""
 
 from collections import Counter
 from pathlib import Path
@@ -22,22 +22,22 @@ def graph(tiny_bundle: Path) -> Path:
     return Bundle.open(tiny_bundle, verify=False).transformer(DEPTH, "plain")
 
 
-def norms_of(model: TextToImage) -> int:
-    """How often a forward pass norms q or k; the last block's text queries are nobody's."""
+def count_qk_norms(model: TextToImage) -> int:
+    """Number of query and key norms: all calls but that of the last block's text queries, which nothing reads."""
     calls: list[int] = []
-    spec, rows = model.transformer.spec, 1
+    spec, batch = model.transformer.spec, 1
     hooks = [
         module.register_forward_hook(lambda *_: calls.append(1))
         for module in model.transformer.modules()
         if isinstance(module, RMSNorm)
     ]
-    side = spec.latent_size
+    latent_size = spec.latent_size
     with torch.no_grad():
         model.transformer(
-            torch.zeros(rows, spec.latent_channels, side, side),
-            torch.zeros(rows),
-            torch.zeros(rows, spec.context_tokens, spec.context_width),
-            torch.zeros(rows, spec.pooled_width),
+            torch.zeros(batch, spec.latent_channels, latent_size, latent_size),
+            torch.zeros(batch),
+            torch.zeros(batch, spec.context_tokens, spec.context_width),
+            torch.zeros(batch, spec.pooled_width),
             DEPTH,
         )
     for hook in hooks:
@@ -50,15 +50,15 @@ def test_onnx_runtime_fuses_every_norm(tiny_model: TextToImage, graph: Path, tmp
     options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
     onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     model = onnx.load(options.optimized_model_filepath, load_external_data=False)
-    kinds = Counter(node.op_type for node in model.graph.node)
-    assert kinds["SimplifiedLayerNormalization"] == norms_of(tiny_model)
+    op_counts = Counter(node.op_type for node in model.graph.node)
+    assert op_counts["SimplifiedLayerNormalization"] == count_qk_norms(tiny_model)
 
 
 def test_openvino_fuses_attention_and_every_norm(tiny_model: TextToImage, graph: Path) -> None:
     shapes = model_shapes(core(), graph, rows=2)
     compiled = compile_static(core(), graph, {"INFERENCE_PRECISION_HINT": "f32"}, shapes, parts=1)
-    kinds = Counter(
+    op_counts = Counter(
         node.get_rt_info()["layerType"].astype(str) for node in compiled.get_runtime_model().get_ops()
     )
-    assert kinds["RMS"] == norms_of(tiny_model)
-    assert not kinds["Softmax"] and not kinds["MatMul"]
+    assert op_counts["RMS"] == count_qk_norms(tiny_model)
+    assert not op_counts["Softmax"] and not op_counts["MatMul"]

@@ -1,4 +1,4 @@
-"""int8: which layers are quantised, the grid, the calibration, the report, and what is deleted when a bundle is refused."""
+"""int8: the quantised layers, the grid, calibration, the report, and the deletion of rejected bundles."""
 
 import copy
 import re
@@ -52,7 +52,8 @@ from tpx_runtime.prompts import read_prompt_lines
 from tpx_runtime.sampling.flow import FLOW_SAMPLERS
 from tpx_runtime.verify import verify_bundle
 
-LAYERS = {  # of the tiny model: three blocks, the last of which has no text behind its attention
+# Of the tiny model, which has three blocks; the last one computes no text after its attention.
+LAYERS = {
     *(f"blocks.{b}.visual.{part}" for b in range(3) for part in ("qkv", "proj", "mlp_in", "mlp_out")),
     *(f"blocks.{b}.text.{part}" for b in range(2) for part in ("qkv", "proj", "mlp_in", "mlp_out")),
     "blocks.2.text.qkv",
@@ -60,22 +61,22 @@ LAYERS = {  # of the tiny model: three blocks, the last of which has no text beh
 
 
 def one_block() -> TextToImage:
-    """A smaller model than the tiny one, where an export is not what is tested."""
+    """A model smaller than the tiny one, for tests that do not check the exported graphs."""
     spec = make_tiny(ThinkingSpec(blocks=(0,), experts=3, rank=4, max_depth=1)).spec
     torch.manual_seed(0)
-    made = TextToImage(
+    model = TextToImage(
         replace(
             spec, transformer=replace(spec.transformer, blocks=1), defaults=replace(spec.defaults, depth=1)
         )
     )
     with torch.no_grad():
-        for parameter in made.transformer.parameters():
+        for parameter in model.transformer.parameters():
             if not parameter.any():
                 parameter.normal_(std=0.1)
-    return made.eval().requires_grad_(False)
+    return model.eval().requires_grad_(False)
 
 
-def leftovers(folder: Path) -> list[str]:
+def entry_names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
@@ -83,10 +84,10 @@ def tensors(path: Path) -> dict[str, np.ndarray]:
     return {t.name: numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer}
 
 
-# Which layers
+# Selected layers
 
 
-def test_these_layers_and_no_others(tiny_model: TextToImage) -> None:
+def test_selects_the_expected_layers(tiny_model: TextToImage) -> None:
     transformer = tiny_model.transformer
     assert set(block_linears(transformer)) == LAYERS
     streams = {f"blocks.{b}.{stream}.modulation" for b in range(3) for stream in ("visual", "text")}
@@ -95,7 +96,7 @@ def test_these_layers_and_no_others(tiny_model: TextToImage) -> None:
     assert set(encoder_linears(tiny_model.text_encoder)) == linears
 
 
-def test_the_second_attention_of_dual_blocks_is_quantised_too(tiny_model: TextToImage) -> None:
+def test_selects_the_second_attention_of_dual_blocks(tiny_model: TextToImage) -> None:
     spec = MMDiTSpec(**{**vars(tiny_model.spec.transformer), "dual_blocks": (1,), "thinking": None})
     assert set(block_linears(MMDiT(spec))) == LAYERS | {"blocks.1.second.qkv", "blocks.1.second.proj"}
 
@@ -103,7 +104,7 @@ def test_the_second_attention_of_dual_blocks_is_quantised_too(tiny_model: TextTo
 # The grid
 
 
-def test_weights_are_within_half_a_step() -> None:
+def test_quantised_weights_are_within_half_a_step() -> None:
     weight = (
         torch.randn(48, 64, generator=torch.Generator().manual_seed(0)) * torch.logspace(-4, 3, 48)[:, None]
     )
@@ -111,11 +112,12 @@ def test_weights_are_within_half_a_step() -> None:
     values, steps = quantise_weight(weight)
     assert (values.dtype, values.shape, steps.shape) == (torch.int8, (64, 48), (48,))
     assert (values.float() * steps - weight.t()).abs().le(steps * 0.5001).all()
-    assert values.abs().amax(0)[weight.any(1)].eq(QMAX).all()  # each channel uses all of its grid
+    # Each channel uses the whole grid.
+    assert values.abs().amax(0)[weight.any(1)].eq(QMAX).all()
     assert not values[:, 7].any() and torch.isfinite(steps).all()
 
 
-def test_histograms_do_not_depend_on_the_order_of_values() -> None:
+def test_histogram_counts_all_values_while_its_range_grows() -> None:
     rng = torch.Generator().manual_seed(0)
     parts = [torch.randn(4, 100, generator=rng) * size for size in (0.01, 1, 0.1, 100)]
     histogram = MagnitudeHistogram()
@@ -125,12 +127,12 @@ def test_histograms_do_not_depend_on_the_order_of_values() -> None:
     assert histogram.counts.sum() == values.numel()
     assert histogram.max == values.max() and histogram.max <= histogram.range_max
     for share in (0.25, 0.5, 0.9):
-        end = float(values.quantile(share))
-        below = histogram.counts[: int(end / histogram.range_max * BINS) + 1].sum() / values.numel()
+        quantile = float(values.quantile(share))
+        below = histogram.counts[: int(quantile / histogram.range_max * BINS) + 1].sum() / values.numel()
         assert below >= share - 0.01
 
 
-def test_step_sizes_ignore_outliers() -> None:
+def test_percentile_and_mse_step_sizes_ignore_outliers() -> None:
     histogram = MagnitudeHistogram()
     values = torch.randn(100_000, generator=torch.Generator().manual_seed(0))
     values = torch.cat([values, torch.tensor([30.0])])
@@ -147,7 +149,7 @@ def test_step_sizes_ignore_outliers() -> None:
     assert error(histogram.step_size("mse")) < 1.02 * min(error(end / QMAX) for end in np.arange(2, 30, 0.1))
 
 
-def test_zeros_and_values_that_are_not_finite() -> None:
+def test_histogram_of_zeros_has_step_1_and_nan_is_rejected() -> None:
     histogram = MagnitudeHistogram()
     histogram.add(torch.zeros(3))
     assert [histogram.step_size(rule) for rule in ("max", "percentile", "mse")] == [1.0, 1.0, 1.0]
@@ -158,12 +160,13 @@ def test_zeros_and_values_that_are_not_finite() -> None:
 # Calibration
 
 
-INTERVAL = (0.3, 0.8)  # two of four steps
+# Guidance in two of four steps.
+INTERVAL = (0.3, 0.8)
 
 
 @pytest.fixture(scope="module")
 def calibrated(tiny_model: TextToImage) -> tuple[Pipeline, dict[int, dict[str, MagnitudeHistogram]]]:
-    """Of depths 1 and 3, each alone."""
+    """The pipeline, and the histograms of each layer at depths 1 and 3, collected separately."""
     pipeline = Pipeline.from_model(tiny_model)
     pipeline = replace(pipeline, defaults=replace(pipeline.defaults, guidance_interval=INTERVAL))
     calibration = CalibrationInputs(("a red cube", "a green cube on a sphere"))
@@ -178,23 +181,23 @@ def calibrated(tiny_model: TextToImage) -> tuple[Pipeline, dict[int, dict[str, M
     return pipeline, found
 
 
-def test_ranges_are_those_of_whole_guided_trajectories(
+def test_calibration_ranges_cover_whole_guided_trajectories(
     tiny_model: TextToImage, calibrated: tuple[Pipeline, dict[int, dict[str, MagnitudeHistogram]]]
 ) -> None:
-    """The loop written out by hand: of every layer the largest value at all steps, of both branches."""
+    """A sampling loop written out here records the largest input of every layer over all steps and both branches."""
     pipeline, found = calibrated
     [tokenizer] = [prompts._tokenizer(part) for part in pipeline.text]
     defaults, largest = pipeline.defaults, dict.fromkeys(LAYERS, 0.0)
     transformer = copy.deepcopy(tiny_model.transformer)
 
-    def watch(name: str) -> Callable[[nn.Module, tuple[torch.Tensor]], None]:
+    def record_largest(name: str) -> Callable[[nn.Module, tuple[torch.Tensor]], None]:
         def hook(_: nn.Module, inputs: tuple[torch.Tensor]) -> None:
             largest[name] = max(largest[name], float(inputs[0].abs().max()))
 
         return hook
 
     for name in LAYERS:
-        transformer.get_submodule(name).register_forward_pre_hook(watch(name))
+        transformer.get_submodule(name).register_forward_pre_hook(record_largest(name))
     for row, prompt in enumerate(("a red cube", "a green cube on a sphere"), start=1):
         ids = torch.tensor([tokenizer.encode_empty().ids, tokenizer.encode(prompt).ids])
         context, pooled = tiny_model.text_encoder(ids)
@@ -204,9 +207,11 @@ def test_ranges_are_those_of_whole_guided_trajectories(
         ) -> np.ndarray:
             latents = torch.from_numpy(np.concatenate([x, x]).astype(np.float32))
             out, _ = transformer(latents, torch.full((2,), timestep), context, pooled, 3)
-            without, given = out.numpy()
+            unconditional, conditional = out.numpy()
             guided = INTERVAL[0] <= timestep / 1000 <= INTERVAL[1]
-            return (without + defaults.guidance * (given - without) if guided else given)[None]
+            return (
+                unconditional + defaults.guidance * (conditional - unconditional) if guided else conditional
+            )[None]
 
         sampler = FLOW_SAMPLERS[defaults.sampler]
         noise = batch_noise([SEED + row], pipeline.model.latent_shape)
@@ -215,10 +220,10 @@ def test_ranges_are_those_of_whole_guided_trajectories(
         assert histogram.max == pytest.approx(largest[name], rel=1e-4)
 
 
-def test_each_depth_has_ranges_of_its_own(
+def test_each_depth_has_its_own_ranges(
     calibrated: tuple[Pipeline, dict[int, dict[str, MagnitudeHistogram]]],
 ) -> None:
-    """Which is why all are calibrated: what comes behind a block that thinks longer is something else."""
+    """So all depths are calibrated: layers after a block that thinks longer get other inputs."""
     shallow, deep = (calibrated[1][depth] for depth in (1, 3))
     assert shallow["blocks.0.visual.proj"].max != deep["blocks.0.visual.proj"].max
     assert shallow["blocks.0.visual.qkv"].counts.sum() == deep["blocks.0.visual.qkv"].counts.sum()
@@ -230,7 +235,8 @@ def test_calibration_with_classes() -> None:
     assert not set(subjects.calibration) & set(subjects.comparison)
     assert set(subjects.calibration) <= set(range(pipeline.model.classes))
     rows = CalibrationInputs(subjects.calibration).rows(pipeline)
-    assert rows["class_id"][0] == pipeline.model.classes  # no class
+    # The null class.
+    assert rows["class_id"][0] == pipeline.model.classes
     transformer = pipeline.transformer()
     layers = block_linears(transformer)
     histograms = {name: MagnitudeHistogram() for name in layers}
@@ -238,23 +244,29 @@ def test_calibration_with_classes() -> None:
     assert all(one.max > 0 for one in histograms.values())
 
 
-def test_prompts_are_ones_that_the_model_can_read(tiny_model: TextToImage) -> None:
+def test_default_prompts_use_words_that_the_model_knows(tiny_model: TextToImage) -> None:
     pipeline = Pipeline.from_model(tiny_model)
-    assert all(default_prompts(pipeline, 4))  # its own random words: it does not know those of captions
+    # This model does not know the words of the captions, so its prompts are random words of its vocabulary.
+    assert all(default_prompts(pipeline, 4))
     from samples.shapes.captions import vocabulary
 
     [part] = pipeline.text
-    words = {**part.vocabulary, "tokens": ["<pad>", "<bos>", "<eos>", "<unk>", *vocabulary()]}
-    knows = replace(pipeline, text=(replace(part, vocabulary={**words, "text_tokens": 24}),))
-    subjects = choose_subjects(knows)
+    vocabulary_of_captions = {
+        **part.vocabulary,
+        "tokens": ["<pad>", "<bos>", "<eos>", "<unk>", *vocabulary()],
+    }
+    with_caption_words = replace(
+        pipeline, text=(replace(part, vocabulary={**vocabulary_of_captions, "text_tokens": 24}),)
+    )
+    subjects = choose_subjects(with_caption_words)
     assert len({*subjects.calibration, *subjects.comparison}) == 16
-    assert subjects == choose_subjects(knows)
+    assert subjects == choose_subjects(with_caption_words)
 
 
-# The layer, and the graph that it becomes
+# The int8 layer and its graph
 
 
-def test_a_layer_in_int8_is_near_the_layer() -> None:
+def test_int8_layer_is_close_to_the_float32_layer() -> None:
     torch.manual_seed(0)
     layer, x = nn.Linear(64, 48), torch.randn(2, 5, 64)
     with torch.no_grad():
@@ -265,7 +277,7 @@ def test_a_layer_in_int8_is_near_the_layer() -> None:
     assert closer < close < 0.03 < coarse
 
 
-def test_the_graph_is_symmetric_int8_in_these_layers_alone(
+def test_graph_is_symmetric_int8_only_in_the_selected_layers(
     int8_export: tuple[Path, Summary], tiny_model: TextToImage
 ) -> None:
     parameters = {
@@ -276,7 +288,7 @@ def test_the_graph_is_symmetric_int8_in_these_layers_alone(
         kinds = [node.op_type for node in graph.node]
         assert kinds.count("QuantizeLinear") == len(LAYERS)
         assert kinds.count("DequantizeLinear") == 2 * len(LAYERS)
-        made_by = {node.output[0]: node for node in graph.node}
+        producers = {node.output[0]: node for node in graph.node}
         for node in graph.node:
             if node.op_type == "QuantizeLinear":
                 scale, zero = (stored[name] for name in node.input[1:])
@@ -285,27 +297,27 @@ def test_the_graph_is_symmetric_int8_in_these_layers_alone(
         weights = {name for name, value in stored.items() if value.dtype == np.int8 and value.ndim == 2}
         assert {name.removeprefix("transformer.").removesuffix(".weight") for name in weights} == LAYERS
         for node in graph.node:
-            if node.op_type == "MatMul" and (right := made_by.get(node.input[1])) is not None:
-                if right.op_type != "DequantizeLinear":
+            if node.op_type == "MatMul" and (producer := producers.get(node.input[1])) is not None:
+                if producer.op_type != "DequantizeLinear":
                     continue
-                assert onnx.helper.get_attribute_value(right.attribute[0]) == 1
-                name = right.input[0].removesuffix(".weight")
-                values = stored[right.input[0]].astype(np.float32) * stored[right.input[1]]
+                assert onnx.helper.get_attribute_value(producer.attribute[0]) == 1
+                name = producer.input[0].removesuffix(".weight")
+                values = stored[producer.input[0]].astype(np.float32) * stored[producer.input[1]]
                 original = parameters[f"{name}.weight"].T
-                half = stored[right.input[1]] / 2
-                assert (np.abs(values - original) <= 1.001 * half).all()
-                assert made_by[node.input[0]].op_type == "DequantizeLinear"
-        kept = [name for name in stored if ".thinking." in name or ".gate." in name]
-        assert len([name for name in kept if name.endswith((".a", ".b"))]) == 4
-        for name in kept:
+                half_step = stored[producer.input[1]] / 2
+                assert (np.abs(values - original) <= 1.001 * half_step).all()
+                assert producers[node.input[0]].op_type == "DequantizeLinear"
+        float32_names = [name for name in stored if ".thinking." in name or ".gate." in name]
+        assert len([name for name in float32_names if name.endswith((".a", ".b"))]) == 4
+        for name in float32_names:
             np.testing.assert_array_equal(stored[name], parameters[name])
     assert not [v for v in tensors(int8_export[0] / CONDITIONS).values() if v.dtype == np.int8]
 
 
-def test_every_engine_computes_what_pytorch_computes_in_int8(
+def test_cpu_engines_match_pytorch_in_int8(
     int8_export: tuple[Path, Summary], tiny_model: TextToImage
 ) -> None:
-    """Far nearer than int8 is to float32: the graph means what the layers mean."""
+    """Much closer than int8 is to float32, so the graph computes what the layers do."""
     out, _ = int8_export
     pipeline = Pipeline.from_model(tiny_model)
     calibration = CalibrationInputs(choose_subjects(pipeline).calibration)
@@ -329,9 +341,7 @@ def test_every_engine_computes_what_pytorch_computes_in_int8(
 
 
 @pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
-def test_every_cpu_engine_is_within_the_promised_tolerance(
-    int8_export: tuple[Path, Summary], name: str
-) -> None:
+def test_cpu_engines_are_within_the_int8_tolerances(int8_export: tuple[Path, Summary], name: str) -> None:
     bundle = Bundle.open(int8_export[0])
     assert bundle.manifest.precision == "int8"
     reports = verify_bundle(bundle, resolve(name))
@@ -351,7 +361,7 @@ def test_onnx_runtime_multiplies_in_int8(int8_export: tuple[Path, Summary], tmp_
     assert "DequantizeLinear" not in kinds
 
 
-def test_the_bundle_generates_and_its_report_compares_it_with_fp32(int8_export: tuple[Path, Summary]) -> None:
+def test_bundle_generates_and_its_report_compares_it_with_fp32(int8_export: tuple[Path, Summary]) -> None:
     out, summary = int8_export
     [image] = Generator.load(out, engine="onnxruntime")("a red cube")
     assert np.asarray(image).std() > 0
@@ -360,7 +370,8 @@ def test_the_bundle_generates_and_its_report_compares_it_with_fp32(int8_export: 
     assert (report.precision, report.layers) == ("int8", len(LAYERS))
     assert [one.depth for one in report.depths] == [1, 2]
     for one in report.depths:
-        assert one.calls == 4 * one.images  # steps
+        # There are 4 steps per image.
+        assert one.calls == 4 * one.images
         assert 0 < one.error_median <= one.error_worst < 0.1
         assert one.agreement is not None and one.agreement > 0.95
         assert 30 < one.psnr_worst_db <= one.psnr_median_db
@@ -370,10 +381,10 @@ def test_the_bundle_generates_and_its_report_compares_it_with_fp32(int8_export: 
     assert "score: not measured, this model does not know the words of the shapes world" in text
 
 
-# Weights alone
+# Weight-only int8
 
 
-def test_weights_alone_take_a_quarter(tiny_model: TextToImage, tmp_path: Path) -> None:
+def test_weight_only_int8_stores_all_large_weights_in_int8(tiny_model: TextToImage, tmp_path: Path) -> None:
     options = Int8Options(accept_loss=True)
     summary = export_bundle(
         Pipeline.from_model(tiny_model), tmp_path / "w", depth=1, precision="int8-weights", int8=options
@@ -395,23 +406,24 @@ def test_weights_alone_take_a_quarter(tiny_model: TextToImage, tmp_path: Path) -
     assert (tmp_path / "w/transformer/weights.data").stat().st_size < 0.40 * float_bytes
     layers = {**block_linears(tiny_model.transformer), **modulations(tiny_model.transformer)}
     stored = {**tensors(tmp_path / "w" / transformer_name(1)), **tensors(tmp_path / "w" / CONDITIONS)}
-    in_int8 = sum(v.nbytes for v in stored.values() if v.dtype == np.int8 and v.ndim == 2)
-    assert in_int8 == sum(layer.weight.numel() for layer in layers.values())
-    assert leftovers(tmp_path) == ["w"]
+    int8_bytes = sum(v.nbytes for v in stored.values() if v.dtype == np.int8 and v.ndim == 2)
+    assert int8_bytes == sum(layer.weight.numel() for layer in layers.values())
+    assert entry_names(tmp_path) == ["w"]
 
 
-# Refusals
+# Rejections
 
 
 def with_outliers(model: TextToImage) -> TextToImage:
-    """Blocks that matter, and in float32 are well: one channel is huge before layers whose weights do not read it."""
+    """Make int8 fail where float32 works: one channel is huge before layers whose weights for it are zero."""
     with torch.no_grad():
         for block in model.transformer.blocks:
             for stream in (block.visual, block.text):
                 if not hasattr(stream, "proj"):
                     continue
                 width = stream.proj.in_features
-                for gate in (2, 5):  # of attention and MLP
+                # The gates of attention and MLP.
+                for gate in (2, 5):
                     stream.modulation.bias[gate * width : (gate + 1) * width] = 1
                 stream.mlp_in.bias[0], stream.mlp_out.weight[:, 0] = 1e4, 0
                 stream.mlp_in.weight[0] = 0
@@ -419,23 +431,23 @@ def with_outliers(model: TextToImage) -> TextToImage:
     return model
 
 
-def test_a_model_with_outliers_is_refused(tmp_path: Path) -> None:
+def test_rejects_a_model_with_outliers(tmp_path: Path) -> None:
     pipeline = Pipeline.from_model(with_outliers(one_block()))
     with pytest.raises(EngineFailed, match=r"transformer depth 1 with a relative error of .*tolerance 6e-02"):
         export_bundle(pipeline, tmp_path / "x", depth=1, precision="int8", int8=Int8Options(accept_loss=True))
-    assert leftovers(tmp_path) == []
+    assert entry_names(tmp_path) == []
 
 
 @pytest.fixture
 def slow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """int8 takes twice as long, everywhere."""
+    """int8 takes twice as long as fp32 in every engine."""
     monkeypatch.setattr(
         quantiser, "speed", lambda int8, fp32, engine: SpeedReport(engine.name, 1, 2, 1.0, 2.0)
     )
 
 
 @pytest.mark.usefixtures("slow")
-def test_a_slower_bundle_is_refused_and_deleted_unless_accepted(tmp_path: Path) -> None:
+def test_slower_bundle_is_rejected_and_deleted_unless_accepted(tmp_path: Path) -> None:
     ckpt, out = tmp_path / "model.pt", tmp_path / "bundle"
     checkpoint.save(one_block(), ckpt)
     arguments = ["--ckpt", str(ckpt), "--depth", "1", "--out", str(out), "--precision", "int8"]
@@ -443,12 +455,13 @@ def test_a_slower_bundle_is_refused_and_deleted_unless_accepted(tmp_path: Path) 
     assert (result.exit_code, result.stdout) == (7, "")
     [line] = [line for line in result.stderr.splitlines() if line.startswith("error:")]
     assert "expected of int8" in line and "2.00 ms per call" in line and "--accept-loss" in line
-    assert "same route" in result.stderr and "PSNR" in result.stderr  # what it was judged by
-    assert leftovers(tmp_path) == ["model.pt"]
+    # The measurements behind the rejection are reported.
+    assert "same route" in result.stderr and "PSNR" in result.stderr
+    assert entry_names(tmp_path) == ["model.pt"]
     result = CliRunner().invoke(main, [*arguments, "--accept-loss"])
     assert (result.exit_code, result.stdout) == (0, f"{out}\n")
     assert "accepted: expected of int8" in result.stderr
-    assert leftovers(tmp_path) == ["bundle", "model.pt"]
+    assert entry_names(tmp_path) == ["bundle", "model.pt"]
     assert Bundle.open(out).manifest.precision == "int8"
 
 
@@ -464,50 +477,51 @@ REPORT = Report(
 )
 
 
-def test_verdict() -> None:
+def test_verdict_on_score_speed_and_size() -> None:
     assert rejection(REPORT) is None
     assert rejection(replace(REPORT, score=NotScored("of a reason"))) is None
     assert isinstance(REPORT.score, ScoreReport)
-    less = replace(REPORT.score, change=Estimate(-0.02, -0.04, -0.01, 20))
-    lost = replace(REPORT, score=less)
-    assert "-2.0 points of ShapesEval in a (95% interval -4.0 to -1.0)" in str(rejection(lost))
-    few = replace(REPORT, score=replace(less, change=Estimate(-0.02, -0.02, -0.02, 19)))
-    for text in (str(rejection(few)), as_text(few)):
+    worse_score = replace(REPORT.score, change=Estimate(-0.02, -0.04, -0.01, 20))
+    lossy = replace(REPORT, score=worse_score)
+    assert "-2.0 points of ShapesEval in a (95% interval -4.0 to -1.0)" in str(rejection(lossy))
+    few_images = replace(REPORT, score=replace(worse_score, change=Estimate(-0.02, -0.02, -0.02, 19)))
+    for text in (str(rejection(few_images)), as_text(few_images)):
         assert "95% interval not known, too few images" in text
     assert "90.0 in fp32 in b, 89.5 in int8 in a, -0.5 points" in as_text(REPORT)
-    # The best engine with fp32 is the one to beat, whichever it is.
-    beaten = replace(REPORT, speeds=(SpeedReport("a", 1, 2, 10.0, 8.5), SpeedReport("b", 1, 2, 8.0, 9.0)))
-    assert "8.50 ms per call in a, while fp32 takes 8.00 ms in b" in str(rejection(beaten))
-    weights = replace(beaten, precision="int8-weights")
-    assert rejection(weights) is None  # which are not for speed
-    assert "50% of fp32's bytes" in str(rejection(replace(weights, sizes={"transformer": (100, 50)})))
+    # int8 has to be faster than fp32 in its fastest engine.
+    slower = replace(REPORT, speeds=(SpeedReport("a", 1, 2, 10.0, 8.5), SpeedReport("b", 1, 2, 8.0, 9.0)))
+    assert "8.50 ms per call in a, while fp32 takes 8.00 ms in b" in str(rejection(slower))
+    weight_only = replace(slower, precision="int8-weights")
+    # Weight-only int8 is for size, not speed.
+    assert rejection(weight_only) is None
+    assert "50% of fp32's bytes" in str(rejection(replace(weight_only, sizes={"transformer": (100, 50)})))
     assert "same" in as_text(REPORT)
 
 
-def test_a_score_is_paired_and_a_wrong_image_lowers_it(
+def test_score_is_paired_and_wrong_images_lower_it(
     int8_export: tuple[Path, Summary], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bundle, drew = Bundle.open(int8_export[0]), []
-    asked = scoring._prompt_questions(4)[:8]
-    answers = iter([[True] * 8, [True, True, True, False] + [False, True, True, True]])
+    bundle, engines = Bundle.open(int8_export[0]), []
+    questions = scoring._prompt_questions(4)[:8]
+    results = iter([[True] * 8, [True, True, True, False] + [False, True, True, True]])
 
-    def correct(generator: Generator, asked: object) -> list[bool]:
-        drew.append(generator.engine.name)
-        return next(answers)
+    def correct(generator: Generator, questions: object) -> list[bool]:
+        engines.append(generator.engine.name)
+        return next(results)
 
-    monkeypatch.setattr(scoring, "questions_for", lambda generator, per_row: asked)
+    monkeypatch.setattr(scoring, "questions_for", lambda generator, per_row: questions)
     monkeypatch.setattr(scoring, "_correct", correct)
-    made = scoring.score(bundle, resolve("onnxruntime"), bundle, resolve("openvino"), 4)
-    assert isinstance(made, ScoreReport)
-    assert (made.images, made.fp32, made.int8, made.change.smallest_row) == (8, 1.0, 0.75, 4)
-    assert made.change.mean == -0.25 and made.change.low < -0.25 < made.change.high
-    assert drew == ["openvino", "onnxruntime"] == [made.fp32_engine, made.int8_engine]
+    report = scoring.score(bundle, resolve("onnxruntime"), bundle, resolve("openvino"), 4)
+    assert isinstance(report, ScoreReport)
+    assert (report.images, report.fp32, report.int8, report.change.smallest_row) == (8, 1.0, 0.75, 4)
+    assert report.change.mean == -0.25 and report.change.low < -0.25 < report.change.high
+    assert engines == ["openvino", "onnxruntime"] == [report.fp32_engine, report.int8_engine]
 
 
-def test_a_score_is_taken_on_the_engines_that_are_judged_by_their_speed(
+def test_score_uses_the_fastest_engine_of_each_precision(
     int8_export: tuple[Path, Summary], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """int8 is fastest in one engine, fp32 in another; a loss in a third would say nothing of either."""
+    """int8 may be fastest in one engine and fp32 in another; a score in a third one would say nothing about either."""
     milliseconds = {"onnxruntime": (5.0, 9.0), "openvino": (8.0, 4.0), "openvino-bf16": (6.0, 6.0)}
     monkeypatch.setattr(quantiser, "available_engines", lambda: [resolve(name) for name in milliseconds])
     monkeypatch.setattr(
@@ -515,67 +529,73 @@ def test_a_score_is_taken_on_the_engines_that_are_judged_by_their_speed(
     )
     monkeypatch.setattr(quantiser, "compare_with_fp32", lambda *_: None)
     monkeypatch.setattr(quantiser, "score", lambda *arguments: arguments)
-    bundle, made = (
+    bundle, int8_quantiser = (
         Bundle.open(int8_export[0]),
         quantiser.Quantiser(Pipeline.from_model(one_block()), "int8", Int8Options()),
     )
-    score: Any = made.report(bundle, bundle, lambda task: nullcontext()).score
+    score: Any = int8_quantiser.report(bundle, bundle, lambda task: nullcontext()).score
     assert [score[1].name, score[3].name] == ["openvino", "onnxruntime"]
 
 
-def asking(**facts: Any) -> Generator:
-    """A generator as `questions_for` sees it: of classes, unless `text` is given."""
+def fake_class_generator(**facts: Any) -> Generator:
+    """A fake class-conditional generator with what `questions_for` reads: its manifest has the given fields."""
     return cast(Generator, SimpleNamespace(text=None, manifest=SimpleNamespace(**facts)))
 
 
-def test_the_reason_for_no_score_is_reported(
+def test_reason_for_no_score_is_reported(
     int8_export: tuple[Path, Summary], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def why(generator: Generator, per_row: int = 4) -> str:
+    def reason(generator: Generator, per_row: int = 4) -> str:
         found = scoring.questions_for(generator, per_row)
         assert isinstance(found, NotScored)
         return found.reason
 
-    words = Generator(Bundle.open(int8_export[0]), resolve("onnxruntime"))
-    assert "does not know the words" in why(words)
-    assert "because of --score-prompts 0" in why(words, per_row=0)
-    others = asking(name="dit", model=SimpleNamespace(classes=32))
-    assert "the scene parser only knows the classes of shape-classes" in why(others)
-    any_text = cast(Generator, SimpleNamespace(text=SimpleNamespace(tokenizers=[words.text, object()])))
-    assert "the scene parser only knows the shapes world" in why(any_text)
+    shapes_generator = Generator(Bundle.open(int8_export[0]), resolve("onnxruntime"))
+    assert "does not know the words" in reason(shapes_generator)
+    assert "because of --score-prompts 0" in reason(shapes_generator, per_row=0)
+    other_classes = fake_class_generator(name="dit", model=SimpleNamespace(classes=32))
+    assert "the scene parser only knows the classes of shape-classes" in reason(other_classes)
+    any_text = cast(
+        Generator, SimpleNamespace(text=SimpleNamespace(tokenizers=[shapes_generator.text, object()]))
+    )
+    assert "the scene parser only knows the shapes world" in reason(any_text)
     monkeypatch.setitem(sys.modules, "samples.shapes.prompt_list", None)
-    assert "in the folder samples of a checkout" in why(words)
+    assert "in the folder samples of a checkout" in reason(shapes_generator)
 
 
-def test_the_sample_of_classes_gets_as_many_images_of_each_shape() -> None:
+def test_class_score_has_equally_many_images_of_each_shape() -> None:
     from samples.shapes.classes import CLASSES, name_of_class
 
-    made = scoring.questions_for(asking(name="shape-classes", model=SimpleNamespace(classes=32)), 12)
-    assert isinstance(made, list)
-    assert Counter(question.row for question in made) == dict.fromkeys({shape for _, shape in CLASSES}, 12)
-    assert len({(question.row, question.arguments["seed"]) for question in made}) == 48
-    for question in made:
+    questions = scoring.questions_for(
+        fake_class_generator(name="shape-classes", model=SimpleNamespace(classes=32)), 12
+    )
+    assert isinstance(questions, list)
+    assert Counter(question.row for question in questions) == dict.fromkeys(
+        {shape for _, shape in CLASSES}, 12
+    )
+    assert len({(question.row, question.arguments["seed"]) for question in questions}) == 48
+    for question in questions:
         assert question.row in name_of_class(question.arguments["class_id"])
         assert question.prompt.groups[0].shape == question.row
 
 
-def test_the_comparison_finds_differences(int8_export: tuple[Path, Summary], tiny_bundle: Path) -> None:
-    """Held against itself nothing does; int8 does a little; a graph that cannot take the inputs is an error."""
+def test_comparison_with_fp32_finds_differences(int8_export: tuple[Path, Summary], tiny_bundle: Path) -> None:
+    """fp32 compared with itself shows none, int8 shows small ones; a graph that cannot take the inputs is an error."""
     fp32, int8, engine = Bundle.open(tiny_bundle), Bundle.open(int8_export[0]), resolve("onnxruntime")
     same = measure.compare_with_fp32(fp32, fp32, engine, 2, ["a red cube"])
     assert (same.error_worst, same.agreement, same.psnr_worst_db) == (0.0, 1.0, float("inf"))
-    near = measure.compare_with_fp32(int8, fp32, engine, 2, ["a red cube"])
-    assert 0 < near.error_median < 0.02 and near.psnr_worst_db < float("inf")
+    small = measure.compare_with_fp32(int8, fp32, engine, 2, ["a red cube"])
+    assert 0 < small.error_median < 0.02 and small.psnr_worst_db < float("inf")
     totals = measure.ComparisonTotals()
-    wrong = measure._PairedSession(
+    mismatched = measure._PairedSession(
         engine.open(fp32.transformer(1, engine.variant)), engine.open(fp32.conditions), "velocity", totals
     )
     golden = np.load(tiny_bundle / "golden/golden.npz")
     with pytest.raises(EngineFailed):
-        wrong.run({name: golden[name] for name in fp32.manifest.model.transformer_inputs})
+        mismatched.run({name: golden[name] for name in fp32.manifest.model.transformer_inputs})
 
 
-def test_options_that_cannot_be_used(tiny_model: TextToImage, tmp_path: Path) -> None:
+def test_rejects_invalid_int8_options(tiny_model: TextToImage, tmp_path: Path) -> None:
     ckpt = tmp_path / "model.pt"
     checkpoint.save(tiny_model, ckpt)
     classes = tmp_path / "classes.pt"
@@ -586,7 +606,7 @@ def test_options_that_cannot_be_used(tiny_model: TextToImage, tmp_path: Path) ->
     bad.write_text("a red cube\n\na purple elephant\n")
     blank.write_text("\n \n")
     latin.write_bytes("a caf\xe9".encode("latin-1"))
-    before = leftovers(tmp_path)
+    before = entry_names(tmp_path)
     for model, precision, option, reason in (
         (ckpt, "int8", ["--calibration", bad], r"bad, line 3: expected words .* found 'purple'"),
         (ckpt, "int8", ["--calibration", blank], "expected prompts in .*, one per line, found none"),
@@ -609,16 +629,16 @@ def test_options_that_cannot_be_used(tiny_model: TextToImage, tmp_path: Path) ->
         assert result.exit_code == 2, result.output
         [line] = [line for line in result.stderr.splitlines() if line.startswith("error:")]
         assert re.search(reason, line), line
-        assert leftovers(tmp_path) == before
+        assert entry_names(tmp_path) == before
 
 
-def test_arguments_are_checked_before_a_model_is_read(
+def test_arguments_are_checked_before_the_model_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checkpoint, "load", lambda path: pytest.fail("a checkpoint was read"))
-    prompts, there = tmp_path / "prompts", tmp_path / "there"
+    prompts, existing = tmp_path / "prompts", tmp_path / "there"
     prompts.write_text("\n")
-    there.mkdir()
+    existing.mkdir()
     for options, reason in (
         (("--depth", 0), "expected a depth of 1 or more, found 0"),
         (("--precision", "int4"), "expected a precision of fp32"),
@@ -630,31 +650,31 @@ def test_arguments_are_checked_before_a_model_is_read(
         (("--precision", "int8", "--calibration", prompts), "one per line, found none"),
         (("--precision", "int8", "--calibration", tmp_path / "none"), "No such file"),
         (("--precision", "int8-weights", "--calibration", prompts), "expected no calibration prompts"),
-        (("--out", there), "expected a new folder"),
+        (("--out", existing), "expected a new folder"),
     ):
         result = CliRunner().invoke(main, ["--ckpt", "model.pt", *map(str, options)])
         assert result.exit_code == 2 and reason in result.stderr, result.output
 
 
-def test_calibration_uses_the_file_of_prompts(tiny_model: TextToImage, tmp_path: Path) -> None:
+def test_calibration_uses_the_prompt_file(tiny_model: TextToImage, tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("a red cube\n\n  two green sphere \n")
     pipeline = Pipeline.from_model(tiny_model)
     assert choose_subjects(pipeline, file).calibration == ("a red cube", "two green sphere")
 
 
-def test_an_error_in_the_report_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupt_during_the_report_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*arguments: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(exporter, "complete_fp32_bundle", interrupted)
     with pytest.raises(KeyboardInterrupt):
         export_bundle(Pipeline.from_model(one_block()), tmp_path / "x", precision="int8")
-    assert leftovers(tmp_path) == []
+    assert entry_names(tmp_path) == []
 
 
 def test_calibration_prompts_are_encoded_in_float32(tiny_model: TextToImage) -> None:
-    """A model that is stored in half precision is calibrated as it computes in float32."""
+    """Also those of a model stored in half precision."""
     pipeline = Pipeline.from_model(tiny_model)
     [part] = pipeline.text
     half, inputs = (
@@ -667,5 +687,5 @@ def test_calibration_prompts_are_encoded_in_float32(tiny_model: TextToImage) -> 
     assert text_golden(part, half)[f"{part.spec.folder}.context"].dtype == np.float32
 
 
-def test_refused_carries_what_was_measured() -> None:
+def test_refused_exception_carries_the_summary() -> None:
     assert Refused("expected x, found y", "a summary").summary == "a summary"

@@ -1,4 +1,4 @@
-"""The recursive sparse module against the paper's equations, written out token by token."""
+"""The recursive sparse module compared with the paper's equations, written out token by token."""
 
 from dataclasses import replace
 
@@ -25,7 +25,7 @@ THINKING = ThinkingSpec(blocks=(1,), experts=3, rank=4, max_depth=3)
 
 
 def randomised(model: MMDiT, seed: int = 0) -> MMDiT:
-    """Every parameter away from its special start: outputs at zero would hide what lies behind them."""
+    """Move every parameter away from its initial value: outputs initialised to zero would hide errors before them."""
     torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -43,7 +43,7 @@ def inputs(batch: int = 2) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     )
 
 
-def test_operator_is_each_tokens_own_product() -> None:
+def test_routed_lora_multiplies_each_token_by_its_own_expert() -> None:
     torch.manual_seed(0)
     x, a, b = torch.randn(2, 7, 6), torch.randn(3, 6, 2), torch.randn(3, 2, 5)
     expert = torch.randint(3, (2, 7))
@@ -54,27 +54,27 @@ def test_operator_is_each_tokens_own_product() -> None:
             torch.testing.assert_close(found[i, n], x[i, n] @ a[e] @ b[e])
 
 
-def test_operator_with_empty_experts_and_one_that_takes_all() -> None:
+def test_routed_lora_with_all_tokens_on_one_expert() -> None:
     x, a, b = torch.randn(1, 4, 6), torch.randn(5, 6, 2), torch.randn(5, 2, 3)
     found = routed_lora(x, torch.full((1, 4), 3), a, b)
     torch.testing.assert_close(found, x @ a[3] @ b[3])
 
 
-def test_operator_is_well_formed() -> None:
+def test_routed_lora_passes_opcheck() -> None:
     x, expert = torch.randn(2, 3, 4), torch.randint(2, (2, 3))
     torch.library.opcheck(
         torch.ops.tpx.RoutedLora.default, (x, expert, torch.randn(2, 4, 1), torch.randn(2, 1, 5))
     )
 
 
-def test_training_form_equals_the_operator_on_one_hot_weights() -> None:
+def test_mixed_lora_with_one_hot_weights_equals_routed_lora() -> None:
     x, a, b = torch.randn(2, 7, 6), torch.randn(3, 6, 2), torch.randn(3, 2, 5)
     expert = torch.randint(3, (2, 7))
     mixed = mixed_lora(x, F.one_hot(expert, 3).float(), a, b)
     torch.testing.assert_close(mixed, routed_lora(x, expert, a, b))
 
 
-def test_fresh_module_changes_nothing_at_any_depth() -> None:
+def test_untrained_thinking_changes_nothing_at_any_depth() -> None:
     base = randomised(MMDiT(MMDiTSpec(**SPEC)))
     thinking = MMDiT(MMDiTSpec(**SPEC, thinking=THINKING)).eval()
     thinking.load_state_dict(base.state_dict(), strict=False)
@@ -89,8 +89,10 @@ def gate_condition(gate: Gate, y: Tensor) -> Tensor:
     return gate.condition(F.silu(y)).unsqueeze(1)
 
 
-def paper(block: JointBlock, x: Tensor, c: Tensor, y: Tensor, depth: int) -> tuple[Tensor, list[Tensor]]:
-    """q, k, v of the last step and all routes, as method.md writes the recursion, one token at a time."""
+def paper_recursion(
+    block: JointBlock, x: Tensor, c: Tensor, y: Tensor, depth: int
+) -> tuple[Tensor, list[Tensor]]:
+    """q, k, v of the last step and all routes: the recursion of method.md, one token at a time."""
     thinking = block.thinking
     assert isinstance(thinking, Thinking)
     act = F.silu(y).unsqueeze(1)
@@ -115,34 +117,36 @@ def paper(block: JointBlock, x: Tensor, c: Tensor, y: Tensor, depth: int) -> tup
     return qkv + block.visual.qkv(x_in), routes
 
 
-def test_recursion_is_the_papers() -> None:
+def test_recursion_matches_the_papers_equations() -> None:
     model = randomised(MMDiT(MMDiTSpec(**SPEC, thinking=THINKING)))
     block = model.blocks[1]
     assert isinstance(block, JointBlock) and block.thinking
     torch.manual_seed(2)
     x, c, y = torch.randn(2, 16, 64), torch.randn(2, 5, 64), torch.randn(2, 64)
     for depth in (1, 2, 3):
-        seen: list[Tensor] = []
-        handle = block.thinking.register_forward_hook(lambda _, __, out, seen=seen: seen.append(out[0]))
+        outputs: list[Tensor] = []
+        handle = block.thinking.register_forward_hook(
+            lambda _, __, out, outputs=outputs: outputs.append(out[0])
+        )
         act = F.silu(y).unsqueeze(1)
         modulations = [*block.visual.modulation(act).chunk(6, -1), *block.text.modulation(act).chunk(6, -1)]
         _, _, routes = block(x, c, modulations, gate_condition(block.thinking.gate, y), depth)
         handle.remove()
-        expected, expected_routes = paper(block, x, c, y, depth)
-        torch.testing.assert_close(seen[0], expected, rtol=1e-4, atol=1e-5)
+        expected, expected_routes = paper_recursion(block, x, c, y, depth)
+        torch.testing.assert_close(outputs[0], expected, rtol=1e-4, atol=1e-5)
         assert all(torch.equal(a, b) for a, b in zip(routes, expected_routes, strict=True))
         assert len(routes) == depth
 
 
-def test_depth_changes_the_answer_and_the_number_of_routes() -> None:
+def test_depth_changes_the_prediction_and_the_number_of_routes() -> None:
     model = randomised(MMDiT(MMDiTSpec(**SPEC, thinking=THINKING)))
-    answers = [model(*inputs(), depth) for depth in (1, 2, 3)]
-    assert [routes.shape for _, routes in answers] == [(2, depth, 16) for depth in (1, 2, 3)]
-    assert not torch.allclose(answers[0][0], answers[1][0], rtol=1e-3)
-    assert not torch.allclose(answers[1][0], answers[2][0], rtol=1e-3)
+    outputs = [model(*inputs(), depth) for depth in (1, 2, 3)]
+    assert [routes.shape for _, routes in outputs] == [(2, depth, 16) for depth in (1, 2, 3)]
+    assert not torch.allclose(outputs[0][0], outputs[1][0], rtol=1e-3)
+    assert not torch.allclose(outputs[1][0], outputs[2][0], rtol=1e-3)
 
 
-def test_routes_depend_on_token_time_and_condition() -> None:
+def test_routes_depend_on_latents_timestep_and_condition() -> None:
     model = randomised(MMDiT(MMDiTSpec(**SPEC, thinking=THINKING)), seed=3)
     latents, time, context, pooled = inputs()
     routes = model(latents, time, context, pooled, 2)[1]
@@ -153,23 +157,25 @@ def test_routes_depend_on_token_time_and_condition() -> None:
     assert isinstance(block, JointBlock) and block.thinking
     tokens = torch.randn(1, 16, 64)
     gate = block.thinking.gate
-    quiet, loud = (gate(tokens, gate_condition(gate, y)) for y in (torch.zeros(1, 64), torch.ones(1, 64)))
-    assert not torch.allclose(quiet, loud)
+    logits_at_zeros, logits_at_ones = (
+        gate(tokens, gate_condition(gate, y)) for y in (torch.zeros(1, 64), torch.ones(1, 64))
+    )
+    assert not torch.allclose(logits_at_zeros, logits_at_ones)
 
 
-def test_a_gate_that_does_not_see_the_condition_has_no_layer_for_it() -> None:
-    blind = replace(THINKING, gate_sees_condition=False)
-    model = randomised(MMDiT(MMDiTSpec(**SPEC, thinking=blind)))
+def test_gate_that_ignores_the_condition_has_no_layer_for_it() -> None:
+    spec = replace(THINKING, gate_sees_condition=False)
+    model = randomised(MMDiT(MMDiTSpec(**SPEC, thinking=spec)))
     assert not [name for name in model.state_dict() if "gate.condition" in name]
-    seen: list[Tensor | None] = []
+    conditions: list[Tensor | None] = []
     for block in model.blocks:
         if block.thinking:
-            block.thinking.gate.register_forward_hook(lambda _, given, __: seen.append(given[1]))
+            block.thinking.gate.register_forward_hook(lambda _, args, __: conditions.append(args[1]))
     model(*inputs(), 2)
-    assert seen == [None, None]
+    assert conditions == [None, None]
 
 
-def test_training_reaches_gate_experts_and_modulations() -> None:
+def test_every_thinking_parameter_gets_a_gradient() -> None:
     model = randomised(MMDiT(MMDiTSpec(**SPEC, thinking=THINKING))).train()
     model(*inputs(), 3)[0].square().mean().backward()
     thinking = model.blocks[1].thinking
@@ -178,38 +184,38 @@ def test_training_reaches_gate_experts_and_modulations() -> None:
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
 
 
-def test_gumbel_draws_are_close_to_the_softmax_at_the_papers_temperature() -> None:
-    """argmax(logits + Gumbel noise) picks expert e with chance softmax(logits)_e, whatever the temperature."""
+def test_gumbel_routes_are_distributed_as_the_gates_softmax() -> None:
+    """argmax(logits + Gumbel noise) picks expert e with probability softmax(logits)_e, at any temperature."""
     torch.manual_seed(0)
     thinking = Thinking(8, ThinkingSpec(experts=3, rank=2, max_depth=1)).train()
     tokens, y = torch.randn(1, 1, 8), torch.zeros(1, 8)
     with torch.no_grad():
-        seen = gate_condition(thinking.gate, y)
-        chances = thinking.gate(tokens, seen).softmax(-1)[0, 0]
+        condition = gate_condition(thinking.gate, y)
+        probabilities = thinking.gate(tokens, condition).softmax(-1)[0, 0]
         _, routes = thinking(
-            tokens.expand(1, 20_000, 8), seen, 1, lambda: torch.zeros(1, 20_000, 24), lambda qkv: qkv
+            tokens.expand(1, 20_000, 8), condition, 1, lambda: torch.zeros(1, 20_000, 24), lambda qkv: qkv
         )
-    drawn = torch.bincount(routes[0].flatten(), minlength=3) / 20_000
-    torch.testing.assert_close(drawn, chances, atol=0.015, rtol=0)
+    frequencies = torch.bincount(routes[0].flatten(), minlength=3) / 20_000
+    torch.testing.assert_close(frequencies, probabilities, atol=0.015, rtol=0)
 
 
-def test_an_image_does_not_depend_on_its_batch() -> None:
-    """Tokens of all samples are grouped by expert; each must come back to its own."""
+def test_prediction_does_not_depend_on_the_batch() -> None:
+    """Tokens of all samples are grouped by expert; each result must return to its own token."""
     model = make_tiny(THINKING).transformer
     torch.manual_seed(4)
     latents, time = torch.randn(3, 4, 8, 8), torch.rand(3) * 1000
     context, pooled = torch.randn(3, 12, 32), torch.randn(3, 32)
-    together = model(latents, time, context, pooled, 3)[0]
-    alone = torch.cat(
+    batched = model(latents, time, context, pooled, 3)[0]
+    single = torch.cat(
         [
             model(latents[i : i + 1], time[i : i + 1], context[i : i + 1], pooled[i : i + 1], 3)[0]
             for i in range(3)
         ]
     )
-    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(batched, single, rtol=1e-4, atol=1e-5)
 
 
-def test_operator_under_autocast_keeps_the_type_of_its_input() -> None:
+def test_routed_lora_under_autocast_keeps_the_input_dtype() -> None:
     x, a, b = torch.randn(2, 7, 6), torch.randn(3, 6, 2), torch.randn(3, 2, 5)
     expert = torch.randint(3, (2, 7))
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -52,18 +52,18 @@ QUICK = ("--rank", "4", "--batch", "4", "--warmup", "0", "--precision", "fp32", 
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """Models this small only wait for a second one."""
+    """Models this small are no faster with a second thread."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 
 
-# Tiny bases and images.
+# Tiny bases and images
 
 
 def randomise(module: nn.Module) -> nn.Module:
-    """Norms and biases too, so that nothing stands at a start where it has no effect."""
+    """Randomise norms and biases too, so that no parameter keeps an initial value that has no effect."""
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             if parameter.ndim == 1:
@@ -92,7 +92,7 @@ def save_vae(folder: Path, channels: int, scale: float) -> Any:
 
 
 def write_tokenizers(folder: Path) -> None:
-    """CLIP's without a merge, and T5's of letters: transformers' files, small."""
+    """Write small tokenizers in the formats of transformers: CLIP's without merges, and T5's with single letters only."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     letters = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
     words = letters + [letter + "</w>" for letter in letters] + ["<|startoftext|>", "<|endoftext|>"]
@@ -164,7 +164,7 @@ def sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def dit(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An original DiT checkpoint as narrow as they come, of 16 x 16 pixels and 4 classes; `vae` lies beside it."""
+    """An original DiT checkpoint of the smallest released width, for 16 x 16 pixels and 4 classes, with its VAE in `vae`."""
     folder = tmp_path_factory.mktemp("dit")
     torch.manual_seed(1)
     spec = DiTSpec(latent_size=8, width=384, heads=6, blocks=2, classes=4)
@@ -187,7 +187,7 @@ def draw(colour: str, kind: str) -> Image.Image:
 
 
 def save_images(folder: Path) -> Path:
-    """Eight images next to their captions."""
+    """Save eight images with a caption file each."""
     folder.mkdir(parents=True)
     for colour in COLOURS:
         for kind in KINDS:
@@ -197,12 +197,12 @@ def save_images(folder: Path) -> Path:
 
 
 @pytest.fixture
-def captioned(tmp_path: Path) -> Path:
+def captioned_images(tmp_path: Path) -> Path:
     return save_images(tmp_path / "images")
 
 
 @pytest.fixture
-def classed(tmp_path: Path) -> Path:
+def class_folders(tmp_path: Path) -> Path:
     """Two images of each of four classes, in folders whose names sort in the order of COLOURS."""
     for number, colour in enumerate(COLOURS):
         for kind in KINDS:
@@ -216,14 +216,14 @@ def tpx_train(*arguments: object) -> Result:
     return CliRunner().invoke(main, [str(each) for each in arguments])
 
 
-def trained(*arguments: object) -> Result:
+def run_ok(*arguments: object) -> Result:
     result = tpx_train(*arguments)
     assert result.exit_code == 0, result.output
     return result
 
 
-def refusal(*arguments: object) -> str:
-    """The one line that a command is refused with, which it wrote nothing for."""
+def error_line(*arguments: object) -> str:
+    """The single error line of a command that fails with nothing on stdout."""
     result = tpx_train(*arguments)
     assert result.exit_code not in (0, 1) and result.stdout == "", result.output
     [line] = [line for line in result.stderr.splitlines() if not line.startswith(("images ", "text "))]
@@ -231,7 +231,7 @@ def refusal(*arguments: object) -> str:
     return line
 
 
-def files(folder: Path) -> dict[str, str]:
+def file_hashes(folder: Path) -> dict[str, str]:
     return {
         path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in folder.rglob("*")
@@ -239,10 +239,10 @@ def files(folder: Path) -> dict[str, str]:
     }
 
 
-def on_tiny(
+def tiny_thinking_model(
     spec: MMDiTSpec | DiTSpec | None = None, precision: str = "fp32", device: str = "cpu"
 ) -> nn.Module:
-    """A random base with experts that matter."""
+    """A random base with random experts, whose outputs are not zero."""
     torch.manual_seed(0)
     spec = spec or MMDiTSpec(
         latent_size=8, width=32, heads=2, blocks=3, context_tokens=5, context_width=16, pooled_width=8
@@ -260,42 +260,42 @@ def conditioning(batch: int = 2) -> tuple[Tensor, Tensor]:
     return torch.randn(batch, 5, 16), torch.randn(batch, 8)
 
 
-# The whole way.
+# End to end
 
 
-def test_sd3_from_images_to_a_bundle(sd3: Path, captioned: Path, tmp_path: Path) -> None:
-    before, out = files(sd3), tmp_path / "out/tpx.safetensors"
+def test_sd3_training_from_images_to_a_bundle(sd3: Path, captioned_images: Path, tmp_path: Path) -> None:
+    before, out = file_hashes(sd3), tmp_path / "out/tpx.safetensors"
     out.parent.mkdir()
-    result = trained(
-        *("--base", sd3, "--data", captioned, "--out", out, "--image-size", 32, "--blocks", "0,1"),
+    result = run_ok(
+        *("--base", sd3, "--data", captioned_images, "--out", out, "--image-size", 32, "--blocks", "0,1"),
         *("--steps", 50, "--lr", "2e-2", *QUICK),
     )  # fmt: skip
     assert result.stdout.strip() == str(out)
-    assert files(sd3) == before, "the base is read, never written"
+    assert file_hashes(sd3) == before, "the base is read, never written"
     thinking, tensors, info = load_adapters(out)
     assert thinking == ThinkingSpec((0, 1), experts=2, rank=4, max_depth=2, temperature=5.0)
     assert all(value.dtype == torch.float32 for value in tensors.values())
     training = info.training
     assert info.base == "tiny-sd3.5" and training["base_sha256"] == fingerprint.base_fingerprint(sd3)
     assert (training["steps"], training["batch"], training["lr"], training["pictures"]) == (50, 4, 2e-2, 8)
-    # The same images, noise and noise levels, by the adapters as they are read back.
-    losses = [_loss(sd3, captioned, out, adapters) for adapters in (None, out)]
+    # The same images, noise and noise levels, with the adapters read back from the file.
+    losses = [_evaluation_loss(sd3, captioned_images, out, adapters) for adapters in (None, out)]
     assert losses == pytest.approx([training["loss_before"], training["loss_after"]], rel=1e-4)
     assert losses[1] < 0.9 * losses[0]
     assert f"base {losses[0]:.4f}, with adapters {losses[1]:.4f}" in result.stderr
 
     with pytest.warns(DifferentBaseWarning, match="^the adapters were trained with T5$"):
-        opened = open_base(sd3, image_size_px=32, adapters=out, t5=False)
-    export_bundle(opened, tmp_path / "bundle")
+        pipeline = open_base(sd3, image_size_px=32, adapters=out, t5=False)
+    export_bundle(pipeline, tmp_path / "bundle")
     assert Bundle.open(tmp_path / "bundle").manifest.model.thinking_blocks == (0, 1)
-    drawn = Generator.load(tmp_path / "bundle", engine="onnxruntime")("a red disc", steps=2, depth=2)
-    assert drawn[0].size == (32, 32)
+    images = Generator.load(tmp_path / "bundle", engine="onnxruntime")("a red disc", steps=2, depth=2)
+    assert images[0].size == (32, 32)
 
 
-def _loss(
+def _evaluation_loss(
     base: Path, images: Path, out: Path, adapters: Path | None, components: Path | None = None
 ) -> float:
-    """The loss of an opened base in evaluation mode, with the cache of its training."""
+    """The evaluation loss of a base, with or without adapters, on the cache of their training run."""
     size = None if components else 32
     pipeline = open_base(base, components, size, adapters)
     cache, name = Cache(out.with_name(f"{out.name}.cache")), fingerprint.base_fingerprint(base, components)
@@ -309,148 +309,159 @@ def _loss(
     return loop.evaluate(loop.Job(pipeline.transformer(), train.objective_of(pipeline), data, settings))
 
 
-def test_dit_from_folders_of_classes(dit: Path, classed: Path, tmp_path: Path) -> None:
-    before, out = files(dit), tmp_path / "tpx.safetensors"
+def test_dit_training_from_class_folders(dit: Path, class_folders: Path, tmp_path: Path) -> None:
+    before, out = file_hashes(dit), tmp_path / "tpx.safetensors"
     base = ("--base", dit / "dit.safetensors", "--components", dit)
-    trained(
-        *(*base, "--data", classed, "--out", out, "--steps", 40, "--lr", "1e-2", "--depth", "random"), *QUICK
+    run_ok(
+        *(*base, "--data", class_folders, "--out", out, "--steps", 40, "--lr", "1e-2", "--depth", "random"),
+        *QUICK,
     )
-    assert files(dit) == before
+    assert file_hashes(dit) == before
     thinking, _, info = load_adapters(out)
     training = info.training
     assert thinking.blocks == (1,), "the paper's blocks are beyond this base, so its middle one"
     assert (training["objective"], training["image_size_px"], training["pictures"]) == ("epsilon", 16, 8)
-    losses = [_loss(dit / "dit.safetensors", classed, out, adapters, dit) for adapters in (None, out)]
+    losses = [
+        _evaluation_loss(dit / "dit.safetensors", class_folders, out, adapters, dit)
+        for adapters in (None, out)
+    ]
     assert losses == pytest.approx([training["loss_before"], training["loss_after"]], rel=1e-4)
     assert losses[1] < 0.95 * losses[0]
 
 
-def test_the_module_is_a_command() -> None:
-    done = subprocess.run(
+def test_module_runs_as_a_command() -> None:
+    process = subprocess.run(
         [sys.executable, "-m", "tpx_export.training.cli", "--help"],
         capture_output=True,
         text=True,
         check=True,
     )
-    assert "--gradient-checkpointing" in done.stdout and done.stderr == ""
+    assert "--gradient-checkpointing" in process.stdout and process.stderr == ""
 
 
-# Stopping and going on.
+# Interrupting and resuming
 
 
 @pytest.fixture
-def dit_run(dit: Path, classed: Path) -> tuple[object, ...]:
-    return ("--base", dit / "dit.safetensors", "--components", dit, "--data", classed, *QUICK)
+def dit_arguments(dit: Path, class_folders: Path) -> tuple[object, ...]:
+    return ("--base", dit / "dit.safetensors", "--components", dit, "--data", class_folders, *QUICK)
 
 
-def test_a_run_that_was_stopped_ends_as_one_that_was_not(
-    dit_run: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_resumed_run_equals_an_uninterrupted_one(
+    dit_arguments: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, parts = tmp_path / "whole.safetensors", tmp_path / "parts.safetensors"
-    command = (*dit_run, "--steps", 6, "--depth", "random", "--cache", tmp_path / "cache")
-    trained(*command, "--out", whole)
-    train_step, taken = loop.train_step, []
+    uninterrupted, resumed = tmp_path / "whole.safetensors", tmp_path / "parts.safetensors"
+    command = (*dit_arguments, "--steps", 6, "--depth", "random", "--cache", tmp_path / "cache")
+    run_ok(*command, "--out", uninterrupted)
+    train_step, steps = loop.train_step, []
 
-    def interrupted(job: loop.Job, run: state.Run) -> float:
-        taken.append(run.step)
+    def interrupt_at_step_2(job: loop.Job, run: state.Run) -> float:
+        steps.append(run.step)
         if run.step == 2:
-            signal.raise_signal(signal.SIGINT)  # Ctrl-C in the middle of a step
+            # Ctrl-C in the middle of a step.
+            signal.raise_signal(signal.SIGINT)
         return train_step(job, run)
 
-    monkeypatch.setattr(loop, "train_step", interrupted)
-    stopped = tpx_train(*command, "--out", parts)
-    held = tmp_path / "parts.safetensors.state.pt"
+    monkeypatch.setattr(loop, "train_step", interrupt_at_step_2)
+    stopped = tpx_train(*command, "--out", resumed)
+    state_file = tmp_path / "parts.safetensors.state.pt"
     assert stopped.exit_code == 130 and stopped.stdout == ""
     last = stopped.stderr.splitlines()[-1]
-    assert last == f"error: cancelled after 3 of 6 steps, saved in {held}; the same command resumes the run"
-    assert held.exists() and not parts.exists()
+    assert (
+        last
+        == f"error: cancelled after 3 of 6 steps, saved in {state_file}; the same command resumes the run"
+    )
+    assert state_file.exists() and not resumed.exists()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    monkeypatch.setattr(loop, "train_step", lambda job, run: taken.append(run.step) or train_step(job, run))
-    trained(*command, "--out", parts)
-    assert taken == [0, 1, 2, 3, 4, 5]
-    expected, found = load_file(whole), load_file(parts)
+    monkeypatch.setattr(loop, "train_step", lambda job, run: steps.append(run.step) or train_step(job, run))
+    run_ok(*command, "--out", resumed)
+    assert steps == [0, 1, 2, 3, 4, 5]
+    expected, found = load_file(uninterrupted), load_file(resumed)
     assert expected.keys() == found.keys()
     for name, value in expected.items():
         assert torch.equal(found[name], value), name
-    assert load_adapters(parts).info == load_adapters(whole).info
+    assert load_adapters(resumed).info == load_adapters(uninterrupted).info
 
-    # A finished run is at its end; asked for more steps, it goes on and is the longer run.
-    trained(*command, "--out", parts)
-    assert len(taken) == 6
+    # A finished run has nothing left to do; with more --steps it continues and equals a longer run.
+    run_ok(*command, "--out", resumed)
+    assert len(steps) == 6
     longer = tmp_path / "longer.safetensors"
-    trained(*dit_run, "--depth", "random", "--cache", tmp_path / "cache", "--steps", 8, "--out", parts)
-    trained(*dit_run, "--depth", "random", "--cache", tmp_path / "cache", "--steps", 8, "--out", longer)
-    assert files(tmp_path)["parts.safetensors"] == files(tmp_path)["longer.safetensors"]
-    assert "--steps of 8 or more" in refusal(*command, "--out", parts)
+    run_ok(*dit_arguments, "--depth", "random", "--cache", tmp_path / "cache", "--steps", 8, "--out", resumed)
+    run_ok(*dit_arguments, "--depth", "random", "--cache", tmp_path / "cache", "--steps", 8, "--out", longer)
+    assert file_hashes(tmp_path)["parts.safetensors"] == file_hashes(tmp_path)["longer.safetensors"]
+    assert "--steps of 8 or more" in error_line(*command, "--out", resumed)
 
 
-def test_a_state_is_kept_every_two_minutes(
-    dit_run: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_state_is_saved_periodically_and_at_the_end(
+    dit_arguments: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved: list[int] = []
     monkeypatch.setattr(loop, "SAVE_EVERY_S", 0.0)
     monkeypatch.setattr(loop.state, "save", lambda run, identity, path: saved.append(run.step))
-    trained(*dit_run, "--steps", 2, "--out", tmp_path / "tpx.safetensors")
+    run_ok(*dit_arguments, "--steps", 2, "--out", tmp_path / "tpx.safetensors")
     assert saved == [1, 2, 2]
 
 
-def test_a_run_with_other_settings_is_not_resumed(
-    dit_run: tuple[object, ...], dit: Path, classed: Path, tmp_path: Path
+def test_rejects_resuming_with_other_settings_files_or_a_damaged_state(
+    dit_arguments: tuple[object, ...], dit: Path, class_folders: Path, tmp_path: Path
 ) -> None:
-    command = (*dit_run, "--steps", 1, "--out", tmp_path / "tpx.safetensors")
-    trained(*command)
+    command = (*dit_arguments, "--steps", 1, "--out", tmp_path / "tpx.safetensors")
+    run_ok(*command)
     for option, value in (
         ("--rank", 8), ("--experts", 3), ("--max-depth", 1), ("--temperature", 1.0), ("--blocks", "0"), ("--batch", 2),
         ("--lr", 1e-3), ("--warmup", 1), ("--weight-decay", 0.1), ("--seed", 1), ("--precision", "bf16"),
         ("--caption-dropout", 0.5), ("--depth", "random"),
     ):  # fmt: skip
-        message = refusal(*command, option, value)
+        message = error_line(*command, option, value)
         assert f"expected {option} " in message and str(value) in message and "the run saved in " in message
-    trained(*command, "--no-gradient-checkpointing")  # which changes nothing
-    draw("black", "disc").save(classed / "0-red" / "disc.png")
-    assert "expected the images and captions of the run" in refusal(*command)
+    # Gradient checkpointing does not change the result, so it may differ.
+    run_ok(*command, "--no-gradient-checkpointing")
+    draw("black", "disc").save(class_folders / "0-red" / "disc.png")
+    assert "expected the images and captions of the run" in error_line(*command)
     other = load_file(dit / "dit.safetensors")
     save_file({**other, "pos_embed": other["pos_embed"] + 1}, tmp_path / "dit.safetensors")
-    assert "expected the base files of the run" in refusal(*command, "--base", tmp_path / "dit.safetensors")
-    held = tmp_path / "tpx.safetensors.state.pt"
-    whole = held.read_bytes()
-    for damage in (b"", whole[: len(whole) // 2], b"nothing of the kind", pickle.dumps(Path("x"))):
-        held.write_bytes(damage)
-        assert f"expected the state of a training run in {held}" in refusal(*command)
-    held.unlink()
-    assert "without the state of its run" in refusal(*command)
+    assert "expected the base files of the run" in error_line(
+        *command, "--base", tmp_path / "dit.safetensors"
+    )
+    state_file = tmp_path / "tpx.safetensors.state.pt"
+    content = state_file.read_bytes()
+    for damaged in (b"", content[: len(content) // 2], b"nothing of the kind", pickle.dumps(Path("x"))):
+        state_file.write_bytes(damaged)
+        assert f"expected the state of a training run in {state_file}" in error_line(*command)
+    state_file.unlink()
+    assert "without the state of its run" in error_line(*command)
 
 
-# Losses, gradients, precision.
+# Losses, gradients, precision
 
 
 class Recorder(nn.Module):
-    """A model that returns a fixed answer and records its inputs."""
+    """A model that returns a fixed output and records its inputs."""
 
-    def __init__(self, answer: Tensor) -> None:
+    def __init__(self, output: Tensor) -> None:
         super().__init__()
         self.patch_in = nn.Linear(1, 1)
-        self.answer, self.given = answer, ()
+        self.output, self.inputs = output, ()
 
-    def forward(self, *given: Any) -> tuple[Tensor, None]:
-        self.given = given
-        return self.answer, None
+    def forward(self, *inputs: Any) -> tuple[Tensor, None]:
+        self.inputs = inputs
+        return self.output, None
 
 
-def test_the_flow_loss_is_sd3s() -> None:
+def test_flow_loss_matches_the_formula_of_sd3() -> None:
     torch.manual_seed(0)
     clean, model, shift = torch.randn(4, 2, 3, 3), Recorder(torch.randn(4, 2, 3, 3)), 3.0
     found = FlowLoss(shift)(model, clean, conditioning(4), 2, torch.Generator().manual_seed(7))
-    latents, timestep, context, pooled, depth = model.given
-    stream = torch.Generator().manual_seed(7)
-    normal, noise = torch.randn(4, generator=stream), torch.randn(4, 2, 3, 3, generator=stream)
+    latents, timestep, context, pooled, depth = model.inputs
+    generator = torch.Generator().manual_seed(7)
+    normal, noise = torch.randn(4, generator=generator), torch.randn(4, 2, 3, 3, generator=generator)
     total = 0.0
     for i in range(4):
-        even = 1 / (1 + math.exp(-normal[i]))
-        sigma = shift * even / (1 + (shift - 1) * even)
+        unshifted = 1 / (1 + math.exp(-normal[i]))
+        sigma = shift * unshifted / (1 + (shift - 1) * unshifted)
         assert timestep[i] == pytest.approx(1000 * sigma, rel=1e-5)
         torch.testing.assert_close(latents[i], (1 - sigma) * clean[i] + sigma * noise[i])
-        total += float(((model.answer[i] - (noise[i] - clean[i])) ** 2).mean()) / 4
+        total += float(((model.output[i] - (noise[i] - clean[i])) ** 2).mean()) / 4
     assert found.item() == pytest.approx(total, rel=1e-5)
     assert depth == 2 and context.shape == (4, 5, 16) and pooled.shape == (4, 8)
 
@@ -458,25 +469,25 @@ def test_the_flow_loss_is_sd3s() -> None:
 def test_sigma_is_logit_normal_and_shifted() -> None:
     model, count = Recorder(torch.zeros(1)), 20_000
     FlowLoss(3.0)(model, torch.zeros(count, 1, 1, 1), (), 1, torch.Generator().manual_seed(0))
-    sigma = model.given[1].double() / 1000
-    even = sigma / (3 - 2 * sigma)
-    logit = torch.log(even / (1 - even))
+    sigma = model.inputs[1].double() / 1000
+    unshifted = sigma / (3 - 2 * sigma)
+    logit = torch.log(unshifted / (1 - unshifted))
     assert abs(logit.mean()) < 0.03 and abs(logit.std() - 1) < 0.03
 
 
-def test_the_diffusion_loss_is_that_of_dits_training() -> None:
-    """Against torch.distributions, with means and variances written out from 2006.11239 and 2102.09672."""
+def test_variational_bound_matches_the_formulas_of_dits_training() -> None:
+    """Compared with torch.distributions, with means and variances from arXiv 2006.11239 and 2102.09672."""
     beta = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
     abar = torch.cumprod(1 - beta, 0)
     torch.manual_seed(0)
     clean, epsilon, noise = (torch.randn(3, 2, 4, 4) for _ in range(3))
-    clean, share = clean.clamp(-0.9, 0.9), torch.rand(3, 2, 4, 4) * 2 - 1
+    clean, fraction = clean.clamp(-0.9, 0.9), torch.rand(3, 2, 4, 4) * 2 - 1
     t = torch.tensor([1, 500, 999])
-    found = variational_bound(clean, noise, epsilon, share, t)
+    found = variational_bound(clean, noise, epsilon, fraction, t)
     for i, step in enumerate(t.tolist()):
         now, before = abar[step], abar[step - 1]
         noisy = now.sqrt() * clean[i] + (1 - now).sqrt() * noise[i]
-        least = beta[step] * (1 - before) / (1 - now)
+        min_variance = beta[step] * (1 - before) / (1 - now)
 
         def mean(x0: Tensor, now: Tensor = now, before: Tensor = before, noisy: Tensor = noisy) -> Tensor:
             alpha = now / before
@@ -484,62 +495,62 @@ def test_the_diffusion_loss_is_that_of_dits_training() -> None:
                 before.sqrt() * (1 - alpha) / (1 - now) * x0 + alpha.sqrt() * (1 - before) / (1 - now) * noisy
             )
 
-        guess = (noisy - (1 - now).sqrt() * epsilon[i]) / now.sqrt()
-        deviation = least ** ((1 - share[i]) / 4) * beta[step] ** ((1 + share[i]) / 4)
-        truth = torch.distributions.Normal(mean(clean[i]), least.sqrt().expand_as(guess))
-        model = torch.distributions.Normal(mean(guess), deviation)
+        predicted_x0 = (noisy - (1 - now).sqrt() * epsilon[i]) / now.sqrt()
+        deviation = min_variance ** ((1 - fraction[i]) / 4) * beta[step] ** ((1 + fraction[i]) / 4)
+        truth = torch.distributions.Normal(mean(clean[i]), min_variance.sqrt().expand_as(predicted_x0))
+        model = torch.distributions.Normal(mean(predicted_x0), deviation)
         expected = torch.distributions.kl_divergence(truth, model).mean() / math.log(2)
         assert found[i].item() == pytest.approx(expected.item(), rel=1e-4)
 
-    # At t = 0: the likelihood of a bin, from below -1 + 1/255 and above 1 - 1/255 without end.
+    # At t = 0: the likelihood of the bin of each value; those of -1 and 1 extend to infinity.
     clean = torch.tensor([[-1.0, -0.3, 0.4, 1.0]]).view(1, 1, 2, 2)
-    epsilon, noise, share = (torch.randn(1, 1, 2, 2) * 0.3 for _ in range(3))
+    epsilon, noise, fraction = (torch.randn(1, 1, 2, 2) * 0.3 for _ in range(3))
     error = (epsilon - noise).double() * ((1 - abar[0]) / abar[0]).sqrt()
-    least = torch.log(beta[1] * (1 - abar[0]) / (1 - abar[1]))
-    deviation = ((least + (share + 1) / 2 * (beta[0].log() - least)) / 2).exp()
+    min_variance = torch.log(beta[1] * (1 - abar[0]) / (1 - abar[1]))
+    deviation = ((min_variance + (fraction + 1) / 2 * (beta[0].log() - min_variance)) / 2).exp()
     normal = torch.distributions.Normal(clean - error, deviation)
     above, below = normal.cdf(clean + 1 / 255), normal.cdf(clean - 1 / 255)
     above[clean == 1], below[clean == -1] = 1.0, 0.0
     expected = -(above - below).log2().mean()
-    assert variational_bound(clean, noise, epsilon, share, torch.tensor([0])).item() == pytest.approx(
+    assert variational_bound(clean, noise, epsilon, fraction, torch.tensor([0])).item() == pytest.approx(
         expected.item(), rel=1e-4
     )
 
 
-def test_the_bound_trains_only_the_variance() -> None:
+def test_variational_bound_trains_only_the_variance() -> None:
     torch.manual_seed(0)
-    answer = torch.randn(2, 8, 4, 4, requires_grad=True)
-    clean, model = torch.randn(2, 4, 4, 4), Recorder(answer)
-    noise_of = lambda: torch.Generator().manual_seed(3)  # noqa: E731
-    [whole] = torch.autograd.grad(DiffusionLoss(True)(model, clean, (), 1, noise_of()), answer)
-    model.answer = answer[:, :4]
-    [simple] = torch.autograd.grad(DiffusionLoss(False)(model, clean, (), 1, noise_of()), answer)
-    torch.testing.assert_close(whole[:, :4], simple[:, :4])
-    assert whole[:, 4:].abs().min() > 0 and not simple[:, 4:].any()
+    output = torch.randn(2, 8, 4, 4, requires_grad=True)
+    clean, model = torch.randn(2, 4, 4, 4), Recorder(output)
+    new_generator = lambda: torch.Generator().manual_seed(3)  # noqa: E731
+    [with_bound] = torch.autograd.grad(DiffusionLoss(True)(model, clean, (), 1, new_generator()), output)
+    model.output = output[:, :4]
+    [without_bound] = torch.autograd.grad(DiffusionLoss(False)(model, clean, (), 1, new_generator()), output)
+    torch.testing.assert_close(with_bound[:, :4], without_bound[:, :4])
+    assert with_bound[:, 4:].abs().min() > 0 and not without_bound[:, 4:].any()
 
 
-def test_embedders_of_a_low_base_keep_their_values() -> None:
-    """They stay in float32, and were not rounded on the way."""
-    full, low = on_tiny().state_dict(), on_tiny(precision="bf16").state_dict()
-    kept = [name for name in full if name.startswith(("time.", "pooled."))]
-    assert len(kept) == 8
-    for name in kept:
-        assert torch.equal(low[name], full[name]), name
-    assert low["blocks.0.visual.qkv.weight"].dtype == torch.bfloat16
+def test_embedders_of_a_bf16_base_keep_their_float32_values() -> None:
+    """They stay in float32 and are never rounded to bfloat16."""
+    fp32, bf16 = tiny_thinking_model().state_dict(), tiny_thinking_model(precision="bf16").state_dict()
+    embedders = [name for name in fp32 if name.startswith(("time.", "pooled."))]
+    assert len(embedders) == 8
+    for name in embedders:
+        assert torch.equal(bf16[name], fp32[name]), name
+    assert bf16["blocks.0.visual.qkv.weight"].dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_gradient_checkpointing_changes_neither_loss_nor_gradients(precision: str) -> None:
-    """With routes drawn at random: they are drawn again alike."""
+    """With random routes: the second forward pass draws the same ones."""
     torch.manual_seed(5)
     clean, conditions = torch.randn(2, 4, 8, 8), conditioning()
     results, forwards = [], []
-    for again in (False, True):
-        model = on_tiny(precision=precision)
+    for checkpointed in (False, True):
+        model = tiny_thinking_model(precision=precision)
         blocks: Any = model.blocks
         count: list[int] = []
         blocks[1].text.mlp_in.register_forward_hook(lambda *_, count=count: count.append(1))
-        if again:
+        if checkpointed:
             checkpoint_blocks(model)
         torch.manual_seed(11)
         loss = FlowLoss(3.0)(model, clean, conditions, 2, torch.Generator().manual_seed(7))
@@ -548,22 +559,22 @@ def test_gradient_checkpointing_changes_neither_loss_nor_gradients(precision: st
         forwards.append(len(count))
         assert not any(p.grad is not None for name, p in model.named_parameters() if ".thinking." not in name)
     assert forwards == [1, 2], "the block is computed again for its gradient"
-    (loss, gradients), (loss_again, gradients_again) = results
-    assert torch.equal(loss, loss_again)
+    (loss, gradients), (loss_checkpointed, gradients_checkpointed) = results
+    assert torch.equal(loss, loss_checkpointed)
     for name, gradient in gradients.items():
         assert gradient is not None and gradient.abs().max() > 0, name
-        assert torch.equal(gradient, gradients_again[name]), name
+        assert torch.equal(gradient, gradients_checkpointed[name]), name
     torch.manual_seed(12)
     other = FlowLoss(3.0)(model, clean, conditions, 2, torch.Generator().manual_seed(7))
     assert not torch.equal(loss, other), "routes are noisy, or this test could not fail"
 
 
-def test_a_step_moves_the_adapters_and_nothing_else(sd3: Path, captioned: Path, tmp_path: Path) -> None:
+def test_training_step_changes_only_the_adapters(sd3: Path, captioned_images: Path, tmp_path: Path) -> None:
     pipeline = open_base(sd3, image_size_px=32, t5=False)
     base = pipeline.transformer()
     stored = {name: value.clone() for name, value in base.state_dict().items()}
     model = thinking_model(base, ThinkingSpec((0, 1), 2, 4, 2), "fp32", "cpu", 0)
-    keys = encode_images(read_folder(captioned), pipeline, "base", Cache(tmp_path / "cache"), "cpu")
+    keys = encode_images(read_folder(captioned_images), pipeline, "base", Cache(tmp_path / "cache"), "cpu")
     captions = encode_captions(["", "a disc"], pipeline, "base", Cache(tmp_path / "cache"), "cpu")
     data = Data(pipeline.model, Cache(tmp_path / "cache"), tuple(keys.values()), ("a disc",) * 8, captions)
     settings = Settings(ThinkingSpec((0, 1), 2, 4, 2), warmup=0, lr=1e-2, precision="fp32")
@@ -573,19 +584,19 @@ def test_a_step_moves_the_adapters_and_nothing_else(sd3: Path, captioned: Path, 
     before = {name: p.detach().clone() for name, p in parameters.items()}
     for _ in range(3):
         loop.train_step(job, run)
-    now = model.state_dict()
-    assert all(torch.equal(now[name], value) for name, value in stored.items())
-    assert now.keys() - stored.keys() == {name for name in now if ".thinking." in name}
+    after = model.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in stored.items())
+    assert after.keys() - stored.keys() == {name for name in after if ".thinking." in name}
     assert all(not torch.equal(parameters[name], value) for name, value in before.items())
     assert {id(p) for group in run.optimizer.param_groups for p in group["params"]} == set(
         map(id, parameters.values())
     )
-    # The average: each parameter once more, weighed 1/10, 2/11, 3/12 ... at the first steps.
+    # The moving average of the parameters follows them.
     assert all(run.ema[name].sub(value).abs().max() > 0 for name, value in before.items())
 
 
-def test_bf16_rounds_the_base_and_neither_adapters_nor_gates() -> None:
-    model = on_tiny(precision="bf16")
+def test_bf16_rounds_the_base_but_not_adapters_or_embedders() -> None:
+    model = tiny_thinking_model(precision="bf16")
     kinds = {name: p.dtype for name, p in model.named_parameters()}
     assert kinds["blocks.0.visual.qkv.weight"] == torch.bfloat16
     for name in ("blocks.0.thinking.a", "blocks.0.thinking.gate.token.weight", "time.linear_1.weight"):
@@ -594,8 +605,8 @@ def test_bf16_rounds_the_base_and_neither_adapters_nor_gates() -> None:
     assert loss.dtype == torch.float32
 
 
-def test_a_step_leaves_nothing_on_the_cpu() -> None:
-    """Meta tensors, which refuse to meet the CPU's, stand in for a GPU's."""
+def test_training_step_keeps_all_tensors_on_the_device() -> None:
+    """Meta tensors, which cannot be combined with CPU tensors, stand in for those of a GPU."""
     for spec, objective, conditions in (
         (None, FlowLoss(3.0), tuple(value.to("meta") for value in conditioning())),
         (
@@ -604,7 +615,7 @@ def test_a_step_leaves_nothing_on_the_cpu() -> None:
             (torch.zeros(2, device="meta").long(),),
         ),
     ):
-        model = checkpoint_blocks(on_tiny(spec, "bf16", "meta"))  # type: ignore[arg-type]
+        model = checkpoint_blocks(tiny_thinking_model(spec, "bf16", "meta"))  # type: ignore[arg-type]
         clean = torch.zeros(2, 4, 8, 8, device="meta")
         objective(model, clean, conditions, 2, torch.Generator()).backward()  # type: ignore[operator]
         assert {str(p.grad.device) for p in adapter_parameters(model).values() if p.grad is not None} == {
@@ -614,23 +625,24 @@ def test_a_step_leaves_nothing_on_the_cpu() -> None:
         CLIPText(CLIPTextSpec(vocabulary=20, layers=1, width=8, heads=2, projection=8)).half().to("meta")
     )
     with pytest.raises(RuntimeError, match="expected device meta"):
-        encoder(torch.zeros(1, 5, device="meta").long())  # it makes its mask where tensors are made
+        # The encoder creates its mask on the default device.
+        encoder(torch.zeros(1, 5, device="meta").long())
     with torch.no_grad(), in_float32(encoder), torch.device("meta"):
         assert encoder(torch.tensor([[1, 2, 3]]))[0].device.type == "meta"
 
 
-def test_a_loss_that_is_not_finite_stops(sd3: Path) -> None:
-    model = on_tiny()
+def test_training_stops_at_a_non_finite_loss(sd3: Path) -> None:
+    model = tiny_thinking_model()
     nn.init.constant_(model.patch_out.bias, math.inf)  # type: ignore[arg-type, union-attr]
     parameters = adapter_parameters(model)
     settings = Settings(ThinkingSpec((0, 2), 3, 4, 2))
     run = state.Run(parameters, loop._optimizer(parameters, settings))
 
-    class Some(Data):
+    class RandomBatches(Data):
         def batch(self, rows: Any, dropped: Any, device: str) -> Any:
             return torch.randn(4, 4, 8, 8), conditioning(4)
 
-    data = Some(None, None, ("a", "b"), ("", ""), {})  # type: ignore[arg-type]
+    data = RandomBatches(None, None, ("a", "b"), ("", ""), {})  # type: ignore[arg-type]
     before = {name: p.detach().clone() for name, p in parameters.items()}
     with pytest.raises(
         loop.TrainingFailed, match=r"expected a finite loss, found inf .* at step 1; use a lower --lr"
@@ -639,97 +651,102 @@ def test_a_loss_that_is_not_finite_stops(sd3: Path) -> None:
     assert run.step == 0 and all(torch.equal(parameters[name], value) for name, value in before.items())
 
 
-# Images, captions and the cache.
+# Images, captions and the cache
 
 
-def test_images_and_captions_are_encoded_as_diffusers_and_transformers_do(
-    sd3: Path, captioned: Path, tmp_path: Path
+def test_encoded_images_and_captions_match_diffusers_and_transformers(
+    sd3: Path, captioned_images: Path, tmp_path: Path
 ) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from diffusers import AutoencoderKL
         from transformers import CLIPTextModelWithProjection, T5EncoderModel
     pipeline, cache = open_base(sd3, image_size_px=32), Cache(tmp_path / "cache")
-    keys = encode_images(read_folder(captioned), pipeline, "base", cache, "cpu")
-    path = captioned / "blue-disc.png"
-    pixels = np.asarray(Image.open(path).crop((4, 0, 36, 32)), np.float32)  # 40 x 32, cut about its middle
+    keys = encode_images(read_folder(captioned_images), pipeline, "base", cache, "cpu")
+    path = captioned_images / "blue-disc.png"
+    # The centre crop of an image of 40 x 32 pixels.
+    pixels = np.asarray(Image.open(path).crop((4, 0, 36, 32)), np.float32)
     image = torch.from_numpy(pixels / 127.5 - 1).permute(2, 0, 1).unsqueeze(0)
     vae = AutoencoderKL.from_pretrained(sd3 / "vae")
     with torch.no_grad():
         latents = (vae.encode(image).latent_dist.mode() - 0.1) * 0.3
     found = cache.get(keys[Example(path, "a blue disc")])["latents"]
-    assert (found - latents[0]).abs().max() < 2e-3 * latents.abs().max()  # it is kept in float16
+    # The cache is in float16.
+    assert (found - latents[0]).abs().max() < 2e-3 * latents.abs().max()
 
     captions = encode_captions(["", "a blue disc"], pipeline, "base", cache, "cpu")
     data = Data(pipeline.model, cache, tuple(keys.values()), ("a blue disc",) * 8, captions)
     _, (context, pooled) = data.batch([0, 1], [False, True], "cpu")
-    expected, whole = torch.zeros(2, 333, 48), torch.zeros(2, 40)
-    place = 0
-    for part, kind in zip(pipeline.text, (CLIPTextModelWithProjection,) * 2 + (T5EncoderModel,), strict=True):
+    expected_context, expected_pooled = torch.zeros(2, 333, 48), torch.zeros(2, 40)
+    offset = 0
+    for part, model_class in zip(
+        pipeline.text, (CLIPTextModelWithProjection,) * 2 + (T5EncoderModel,), strict=True
+    ):
         tokenizer = make_tokenizer(part.vocabulary, Path())
         ids = torch.tensor([tokenizer.encode(text).ids for text in ("a blue disc", "")])
         with torch.no_grad():
-            outputs = kind.from_pretrained(sd3 / part.spec.folder)(ids, output_hidden_states=True)
+            outputs = model_class.from_pretrained(sd3 / part.spec.folder)(ids, output_hidden_states=True)
         if width := part.spec.pooled_width:
-            expected[:, :77, place : place + width] = outputs.hidden_states[-2]
-            whole[:, place : place + width] = outputs.text_embeds
-            place += width
+            expected_context[:, :77, offset : offset + width] = outputs.hidden_states[-2]
+            expected_pooled[:, offset : offset + width] = outputs.text_embeds
+            offset += width
         else:
-            expected[:, 77:] = outputs.last_hidden_state
-    assert (context - expected).abs().max() < 5e-3 and (pooled - whole).abs().max() < 5e-3
+            expected_context[:, 77:] = outputs.last_hidden_state
+    assert (context - expected_context).abs().max() < 5e-3 and (pooled - expected_pooled).abs().max() < 5e-3
     assert (context[0] - context[1]).abs().max() > 0.1
 
 
-def test_the_cache_is_used_until_its_sources_change(
-    sd3: Path, captioned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_cache_is_used_until_its_sources_change(
+    sd3: Path, captioned_images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cache = Cache(tmp_path / "cache")
 
-    def encoded(size: int = 32, base: str = "base") -> tuple[str, ...]:
+    def encode(size: int = 32, base: str = "base") -> tuple[str, ...]:
         pipeline = open_base(sd3, image_size_px=size, t5=False)
-        keys = encode_images(read_folder(captioned), pipeline, base, cache, "cpu")
+        keys = encode_images(read_folder(captioned_images), pipeline, base, cache, "cpu")
         encode_captions([str(example.condition) for example in keys], pipeline, base, cache, "cpu")
-        message = capsys.readouterr().err.splitlines()
-        return tuple(line for line in message if line.split()[-1].split("/")[0] == line.split("/")[-1])
+        lines = capsys.readouterr().err.splitlines()
+        return tuple(line for line in lines if line.split()[-1].split("/")[0] == line.split("/")[-1])
 
-    assert encoded() == ("images 8/8", "text encoder 8/8", "text encoder 2 8/8")
-    assert encoded() == ()
-    draw("black", "disc").save(captioned / "red-disc.png")
-    (captioned / "red-disc.txt").write_text("a black disc")
-    assert encoded() == ("images 1/1", "text encoder 1/1", "text encoder 2 1/1")
-    assert encoded(size=24) == ("images 8/8",)
-    assert encoded(base="other") == ("images 8/8", "text encoder 8/8", "text encoder 2 8/8")
+    assert encode() == ("images 8/8", "text encoder 8/8", "text encoder 2 8/8")
+    assert encode() == ()
+    draw("black", "disc").save(captioned_images / "red-disc.png")
+    (captioned_images / "red-disc.txt").write_text("a black disc")
+    assert encode() == ("images 1/1", "text encoder 1/1", "text encoder 2 1/1")
+    assert encode(size=24) == ("images 8/8",)
+    assert encode(base="other") == ("images 8/8", "text encoder 8/8", "text encoder 2 8/8")
     [entry, *_] = sorted((tmp_path / "cache").rglob("*.safetensors"))
     entry.write_bytes(entry.read_bytes()[:50])
     with pytest.raises(BadInput, match="missing or damaged; delete the folder"):
         cache.get(entry.stem)
 
 
-def test_numbers_beyond_float16_are_kept(tmp_path: Path) -> None:
+def test_cache_keeps_values_beyond_the_float16_range(tmp_path: Path) -> None:
     cache, values = Cache(tmp_path / "cache"), torch.tensor([1e6, -3.0])
     cache.put(key("x"), {"large": values, "small": values[1:]})
-    kept = cache.get(key("x"))
-    assert torch.equal(kept["large"], values) and torch.equal(kept["small"], values[1:])
+    cached = cache.get(key("x"))
+    assert torch.equal(cached["large"], values) and torch.equal(cached["small"], values[1:])
 
 
-def test_the_fingerprint_is_of_names_and_content(sd3: Path, tmp_path: Path) -> None:
+def test_fingerprint_changes_with_file_content(sd3: Path, tmp_path: Path) -> None:
     copied = tmp_path / "copied"
     shutil.copytree(sd3, copied)
-    whole = fingerprint.base_fingerprint(sd3)
-    assert fingerprint.base_fingerprint(copied) == whole and len(whole) == 64
+    original = fingerprint.base_fingerprint(sd3)
+    assert fingerprint.base_fingerprint(copied) == original and len(original) == 64
     config = copied / "vae/config.json"
     config.write_text(config.read_text().replace('"scaling_factor": 0.3', '"scaling_factor": 0.4'))
-    assert fingerprint.base_fingerprint(copied) not in (whole, fingerprint.base_fingerprint(sd3, copied))
+    assert fingerprint.base_fingerprint(copied) not in (original, fingerprint.base_fingerprint(sd3, copied))
     large = tmp_path / "large.safetensors"
     large.write_bytes(bytes(20 << 20))
-    empty = fingerprint.base_fingerprint(large)
-    with large.open("r+b") as file:  # a changed part of 1%
+    before = fingerprint.base_fingerprint(large)
+    # A change of 1% of the file is noticed, although large files are only sampled.
+    with large.open("r+b") as file:
         file.seek(10 << 20)
         file.write(bytes([1]) * (200 << 10))
-    assert fingerprint.base_fingerprint(large) != empty
+    assert fingerprint.base_fingerprint(large) != before
 
 
-def test_the_fingerprint_is_not_of_what_lies_beside_the_base(sd3: Path, tmp_path: Path) -> None:
+def test_fingerprint_ignores_other_files_in_the_base_folder(sd3: Path, tmp_path: Path) -> None:
     copied = tmp_path / "copied"
     shutil.copytree(sd3, copied)
     for name in (
@@ -744,24 +761,26 @@ def test_the_fingerprint_is_not_of_what_lies_beside_the_base(sd3: Path, tmp_path
     assert fingerprint.base_fingerprint(copied) == fingerprint.base_fingerprint(sd3)
     (copied / "model_index.json").write_text("{}")
     assert fingerprint.base_fingerprint(copied) != fingerprint.base_fingerprint(sd3)
-    # A part by itself has its weights at the root, where only what is named can be told from them.
-    alone, out = copied / "transformer", copied / "transformer/adapters-of-mine.safetensors"
-    before = fingerprint.base_fingerprint(alone)
-    out.write_text("new")
-    assert fingerprint.base_fingerprint(alone) != before == fingerprint.base_fingerprint(alone, exclude=[out])
+    # A single part has its weights at the top level, where adapters are ignored only if they are excluded by path.
+    part, adapters = copied / "transformer", copied / "transformer/adapters-of-mine.safetensors"
+    before = fingerprint.base_fingerprint(part)
+    adapters.write_text("new")
+    assert (
+        fingerprint.base_fingerprint(part) != before == fingerprint.base_fingerprint(part, exclude=[adapters])
+    )
 
 
-def test_a_run_inside_the_bases_folder_goes_on(dit: Path, classed: Path, tmp_path: Path) -> None:
+def test_run_inside_the_base_folder_can_be_resumed(dit: Path, class_folders: Path, tmp_path: Path) -> None:
     copied = tmp_path / "copied"
     shutil.copytree(dit, copied)
-    shutil.copytree(classed, copied / "images")
+    shutil.copytree(class_folders, copied / "images")
     command = ("--base", copied / "dit.safetensors", "--components", copied, *QUICK)
     command += ("--data", copied / "images", "--out", copied / "tpx.safetensors")
-    trained(*command, "--steps", 1)
-    entries = files(copied / "tpx.safetensors.cache")
-    trained(*command, "--steps", 2)
+    run_ok(*command, "--steps", 1)
+    entries = file_hashes(copied / "tpx.safetensors.cache")
+    run_ok(*command, "--steps", 2)
     assert load_adapters(copied).info.training["steps"] == 2
-    assert files(copied / "tpx.safetensors.cache") == entries
+    assert file_hashes(copied / "tpx.safetensors.cache") == entries
 
 
 def test_each_epoch_has_every_image_once() -> None:
@@ -769,10 +788,11 @@ def test_each_epoch_has_every_image_once() -> None:
     seen = [row for step in range(10) for row in data.rows(0, step, 3)]
     assert all(sorted(seen[i : i + 5]) == list(range(5)) for i in range(0, 30, 5))
     assert seen[:5] != seen[5:10] and data.rows(0, 3, 3) == seen[9:12] != data.rows(1, 3, 3)
-    assert len(data.rows(0, 0, 12)) == 12  # more than there are
+    # A batch may be larger than the data set.
+    assert len(data.rows(0, 0, 12)) == 12
 
 
-def test_dropped_rows_are_unconditional(dit_run: tuple[object, ...], tmp_path: Path) -> None:
+def test_dropped_rows_are_unconditional(dit_arguments: tuple[object, ...], tmp_path: Path) -> None:
     folder = tmp_path / "classes"
     examples = read_folder(folder, 4)
     spec = dataclasses.make_dataclass("Spec", ["classes"])(4)
@@ -783,32 +803,32 @@ def test_dropped_rows_are_unconditional(dit_run: tuple[object, ...], tmp_path: P
     assert ids.tolist() == [0, 4, 3]
 
 
-def test_layouts_of_captions(captioned: Path, tmp_path: Path) -> None:
-    (captioned / "red-disc.txt").write_text("\ufeffa red\n  disc\n", encoding="utf-8")
-    (captioned / "red-square.txt").write_text("")
-    (captioned / "inside").mkdir()
+def test_reads_captions_from_text_files_or_metadata(captioned_images: Path, tmp_path: Path) -> None:
+    (captioned_images / "red-disc.txt").write_text("\ufeffa red\n  disc\n", encoding="utf-8")
+    (captioned_images / "red-square.txt").write_text("")
+    (captioned_images / "inside").mkdir()
     for name in ("more.JPG", ".hidden.png"):
-        shutil.copy(captioned / "blue-disc.png", captioned / "inside" / name)
-    (captioned / "inside/more.txt").write_text("more")
-    found = {example.path.name: example.condition for example in read_folder(captioned)}
+        shutil.copy(captioned_images / "blue-disc.png", captioned_images / "inside" / name)
+    (captioned_images / "inside/more.txt").write_text("more")
+    found = {example.path.name: example.condition for example in read_folder(captioned_images)}
     assert len(found) == 9 and found["more.JPG"] == "more"
     assert found["red-disc.png"] == "a red disc" and found["red-square.png"] == ""
     lines = [
         {"file_name": "inside/more.JPG", "text": "in a list", "other": 1},
         {"file_name": "blue-disc.png", "text": ""},
     ]
-    (captioned / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
-    assert read_folder(captioned) == [
-        Example(captioned / "inside/more.JPG", "in a list"),
-        Example(captioned / "blue-disc.png", ""),
+    (captioned_images / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    assert read_folder(captioned_images) == [
+        Example(captioned_images / "inside/more.JPG", "in a list"),
+        Example(captioned_images / "blue-disc.png", ""),
     ]
 
 
-def test_images_in_hugging_faces_cache_are_links(captioned: Path, tmp_path: Path) -> None:
+def test_reads_symlinked_images_but_none_outside_the_folder(captioned_images: Path, tmp_path: Path) -> None:
     snapshot, blob = tmp_path / "snapshots/1f0c", tmp_path / "blobs/5d41"
     snapshot.mkdir(parents=True)
     blob.parent.mkdir()
-    shutil.copy(captioned / "red-disc.png", blob)
+    shutil.copy(captioned_images / "red-disc.png", blob)
     (snapshot / "red-disc.png").symlink_to("../../blobs/5d41")
     (snapshot / "metadata.jsonl").write_text('{"file_name": "red-disc.png", "text": "a red disc"}\n')
     assert read_folder(snapshot) == [Example(snapshot / "red-disc.png", "a red disc")]
@@ -818,21 +838,22 @@ def test_images_in_hugging_faces_cache_are_links(captioned: Path, tmp_path: Path
             read_folder(snapshot)
 
 
-def test_layouts_of_classes(classed: Path) -> None:
-    assert [example.condition for example in read_folder(classed, 4)] == [0, 0, 1, 1, 2, 2, 3, 3]
+def test_reads_classes_from_folder_names_or_metadata(class_folders: Path) -> None:
+    assert [example.condition for example in read_folder(class_folders, 4)] == [0, 0, 1, 1, 2, 2, 3, 3]
     with pytest.raises(
         BadInput, match=r"each of the base's 10 classes .* found 4 with names such as '0-red'"
     ):
-        read_folder(classed, 10)  # who knows which of the ten they are
-    for path in list(classed.iterdir()):
-        path.rename(classed / str(3 - int(path.name[0])))
-    classes = {example.path.parent.name: example.condition for example in read_folder(classed, 10)}
+        # Four folders with other names cannot be matched to ten classes.
+        read_folder(class_folders, 10)
+    for path in list(class_folders.iterdir()):
+        path.rename(class_folders / str(3 - int(path.name[0])))
+    classes = {example.path.parent.name: example.condition for example in read_folder(class_folders, 10)}
     assert classes == {"0": 0, "1": 1, "2": 2, "3": 3}
-    (classed / "3").rename(classed / "10")
+    (class_folders / "3").rename(class_folders / "10")
     with pytest.raises(BadInput, match=r"classes 0\.\.9 .* found 10"):
-        read_folder(classed, 10)
-    (classed / "metadata.jsonl").write_text('{"file_name": "0/disc.png", "class_id": 9}\n')
-    assert [example.condition for example in read_folder(classed, 10)] == [9]
+        read_folder(class_folders, 10)
+    (class_folders / "metadata.jsonl").write_text('{"file_name": "0/disc.png", "class_id": 9}\n')
+    assert [example.condition for example in read_folder(class_folders, 10)] == [9]
 
 
 @pytest.mark.parametrize(
@@ -847,11 +868,11 @@ def test_layouts_of_classes(classed: Path) -> None:
         ('{"file_name": "a\\u0000b.png", "text": "x"}', "line 2"),
     ],
 )
-def test_a_bad_line_of_metadata_is_named(captioned: Path, line: str, message: str) -> None:
-    draw("red", "disc").save(captioned.parent / "secret.png")
-    (captioned / "metadata.jsonl").write_text(f'{{"file_name": "red-disc.png", "text": ""}}\n{line}\n')
+def test_error_names_the_bad_metadata_line(captioned_images: Path, line: str, message: str) -> None:
+    draw("red", "disc").save(captioned_images.parent / "secret.png")
+    (captioned_images / "metadata.jsonl").write_text(f'{{"file_name": "red-disc.png", "text": ""}}\n{line}\n')
     with pytest.raises(BadInput, match=r"expected .* found") as caught:
-        read_folder(captioned)
+        read_folder(captioned_images)
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -860,10 +881,10 @@ def test_truncated_captions_are_counted(
 ) -> None:
     pipeline = open_base(sd3, image_size_px=32)
     encode_captions(["", "x" * 100], pipeline, "base", Cache(tmp_path / "cache"), "cpu")
-    message = [line for line in capsys.readouterr().err.splitlines() if "truncates" in line]
-    assert [line.split()[0] for line in message] == ["text_encoder", "text_encoder_2"]
-    assert "truncates 1 of 2 captions" in message[0]
-    # Both CLIPs read the same ids where nothing is filled up, and do not answer alike.
+    lines = [line for line in capsys.readouterr().err.splitlines() if "truncates" in line]
+    assert [line.split()[0] for line in lines] == ["text_encoder", "text_encoder_2"]
+    assert "truncates 1 of 2 captions" in lines[0]
+    # Without padding both CLIPs read the same token ids, but their outputs differ and are cached separately.
     [first, second, _] = encode_captions(["x" * 100], pipeline, "base", Cache(tmp_path / "cache"), "cpu")[
         "x" * 100
     ]
@@ -871,40 +892,40 @@ def test_truncated_captions_are_counted(
     assert widths == [(77, 16), (77, 24)]
 
 
-# Refusals.
+# Errors
 
 
 def test_broken_images_are_named_or_skipped(
-    dit_run: tuple[object, ...], classed: Path, tmp_path: Path
+    dit_arguments: tuple[object, ...], class_folders: Path, tmp_path: Path
 ) -> None:
-    command = (*dit_run, "--steps", 1, "--out", tmp_path / "tpx.safetensors")
-    whole = (classed / "0-red/disc.png").read_bytes()
-    (classed / "1-green/half.png").write_bytes(whole[: len(whole) // 2])
-    (classed / "2-blue/empty.png").write_bytes(b"")
-    message = refusal(*command)
+    command = (*dit_arguments, "--steps", 1, "--out", tmp_path / "tpx.safetensors")
+    content = (class_folders / "0-red/disc.png").read_bytes()
+    (class_folders / "1-green/half.png").write_bytes(content[: len(content) // 2])
+    (class_folders / "2-blue/empty.png").write_bytes(b"")
+    message = error_line(*command)
     assert (
         "half.png" in message and "--skip-broken" in message and not (tmp_path / "tpx.safetensors").exists()
     )
-    result = trained(*command, "--skip-broken")
+    result = run_ok(*command, "--skip-broken")
     skipped = [line for line in result.stderr.splitlines() if line.startswith("skipped: ")]
     assert len(skipped) == 2 and "half.png" in skipped[0] and "empty.png" in skipped[1]
     assert load_adapters(tmp_path / "tpx.safetensors").info.training["pictures"] == 8
-    for path in classed.rglob("*.png"):
+    for path in class_folders.rglob("*.png"):
         path.write_bytes(b"")
-    other = (*dit_run, "--out", tmp_path / "other.safetensors", "--skip-broken")
+    other = (*dit_arguments, "--out", tmp_path / "other.safetensors", "--skip-broken")
     result = tpx_train(*other)
     assert result.exit_code == 2 and "found none among 10" in result.stderr.splitlines()[-1]
 
 
-def test_refusals_are_one_line_and_leave_nothing(
-    dit: Path, dit_run: tuple[object, ...], classed: Path, tmp_path: Path
+def test_errors_are_one_line_and_leave_no_files(
+    dit: Path, dit_arguments: tuple[object, ...], class_folders: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "tpx.safetensors"
-    command, before = (*dit_run, "--out", out), files(tmp_path)
+    command, before = (*dit_arguments, "--out", out), file_hashes(tmp_path)
     for arguments, message in (
         (("--base", tmp_path / "none"), "nothing there"),
-        (("--base", classed), "transformer/config.json"),
-        (("--components", classed), "vae/config.json"),
+        (("--base", class_folders), "transformer/config.json"),
+        (("--components", class_folders), "vae/config.json"),
         (("--data", tmp_path / "none"), "a folder of images"),
         (("--data", dit), "folders named by numbers"),
         (("--out", tmp_path / "tpx.bin"), "--out to end in .safetensors"),
@@ -932,55 +953,56 @@ def test_refusals_are_one_line_and_leave_nothing(
         (("--device", "tpu"), "--device cpu or cuda"),
         *(() if torch.cuda.is_available() else ((("--device", "cuda"), "a GPU that torch can use"),)),
     ):  # fmt: skip
-        assert message in refusal(*command, *arguments), arguments
-    assert files(tmp_path) == before
+        assert message in error_line(*command, *arguments), arguments
+    assert file_hashes(tmp_path) == before
     out.mkdir()
-    assert "found the folder" in refusal(*command)
+    assert "found the folder" in error_line(*command)
     out.rmdir()
     out.write_bytes(b"something dear")
-    assert "found" in refusal(*command) and out.read_bytes() == b"something dear"
+    assert "found" in error_line(*command) and out.read_bytes() == b"something dear"
     (tmp_path / "empty").mkdir()
-    assert "found no images" in refusal(
+    assert "found no images" in error_line(
         *command, "--data", tmp_path / "empty", "--out", tmp_path / "x.safetensors"
     )
 
 
-def test_a_size_that_the_base_has_no_positions_for_is_refused_before_anything_is_encoded(
-    sd3: Path, captioned: Path, tmp_path: Path
+def test_rejects_an_unsupported_image_size_before_encoding(
+    sd3: Path, captioned_images: Path, tmp_path: Path
 ) -> None:
-    before = files(tmp_path)
-    command = ("--base", sd3, "--data", captioned, "--out", tmp_path / "tpx.safetensors", *QUICK)
+    before = file_hashes(tmp_path)
+    command = ("--base", sd3, "--data", captioned_images, "--out", tmp_path / "tpx.safetensors", *QUICK)
     for arguments, found in (((), 512), (("--image-size", 52), 52)):
-        message = refusal(*command, *arguments)
+        message = error_line(*command, *arguments)
         assert (
             "expected an image size of 4..48 pixels in steps of 4" in message and f"found {found};" in message
         )
-    assert files(tmp_path) == before
+    assert file_hashes(tmp_path) == before
 
 
-def test_a_caption_that_is_missing_is_named(captioned: Path) -> None:
-    (captioned / "red-disc.txt").unlink()
+def test_error_names_a_missing_or_undecodable_caption(captioned_images: Path) -> None:
+    (captioned_images / "red-disc.txt").unlink()
     with pytest.raises(BadInput, match=r"caption of .*red-disc.png in red-disc.txt, found no such file"):
-        read_folder(captioned)
-    (captioned / "red-disc.txt").write_bytes(b"\xff\xfe\xff")
+        read_folder(captioned_images)
+    (captioned_images / "red-disc.txt").write_bytes(b"\xff\xfe\xff")
     with pytest.raises(BadInput, match=r"caption in UTF-8 in .*red-disc.txt"):
-        read_folder(captioned)
+        read_folder(captioned_images)
 
 
-def test_the_papers_blocks_are_those_that_a_base_has() -> None:
-    paper = thinking_spec(2, 128, 2, 5.0, None)
-    assert paper == ThinkingSpec((4, 8, 12), experts=2, rank=128, max_depth=2, temperature=5.0)
-    assert limit_to_base(paper, 24, explicit=False) == paper
-    assert limit_to_base(paper, 10, explicit=False).blocks == (4, 8)
-    assert limit_to_base(paper, 4, explicit=False).blocks == (2,)
+def test_default_thinking_blocks_are_limited_to_those_of_the_base() -> None:
+    spec = thinking_spec(2, 128, 2, 5.0, None)
+    assert spec == ThinkingSpec((4, 8, 12), experts=2, rank=128, max_depth=2, temperature=5.0)
+    assert limit_to_base(spec, 24, explicit=False) == spec
+    assert limit_to_base(spec, 10, explicit=False).blocks == (4, 8)
+    assert limit_to_base(spec, 4, explicit=False).blocks == (2,)
     with pytest.raises(TpxError, match=r"--blocks within 0\.\.9 \(this base's\), found '4,8,12'"):
-        limit_to_base(paper, 10, explicit=True)
+        limit_to_base(spec, 10, explicit=True)
     assert thinking_spec(1, 1, 1, 1.0, " 7, 3").blocks == (3, 7)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "I;16"])
-def test_images_of_every_mode_are_read(mode: str, tmp_path: Path) -> None:
+def test_reads_images_of_every_mode(mode: str, tmp_path: Path) -> None:
     Image.new(mode, (40, 30)).save(tmp_path / "x.png")
     pixels = _pixels(tmp_path / "x.png", (16, 16))
     assert pixels.shape == (3, 16, 16)
-    assert pixels.unique().tolist() == [1.0 if mode == "RGBA" else -1.0]  # transparent is white
+    # Transparent pixels become white.
+    assert pixels.unique().tolist() == [1.0 if mode == "RGBA" else -1.0]
