@@ -486,7 +486,7 @@ def test_full_size_models_have_the_released_parameter_counts_and_names(
     assert needed | {"pos_embed"} == names
 
 
-def test_stored_positions_are_initialised_with_the_computed_ones(reference: Any) -> None:
+def test_stored_positions_are_initialised_with_the_computed_ones() -> None:
     """Computed positions are not part of the state dict, as in the sample model."""
     spec = MMDiTSpec(latent_size=8, width=64, heads=2, blocks=1)
     computed, stored = MMDiT(spec), MMDiT(replace(spec, stored_positions=True))

@@ -372,11 +372,14 @@ def test_rejects_an_invalid_clip_config_in_one_line(
         ({"num_heads": 0}, "num_heads in 1"),
     ],
 )
-def test_rejects_an_invalid_t5_config(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_rejects_an_invalid_t5_config_in_one_line(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
     reference_t5().save_pretrained(tmp_path)
     edit_config(tmp_path, **changes)
-    with pytest.raises(CheckpointInvalid, match=message):
+    with pytest.raises(CheckpointInvalid, match=message) as caught:
         load_t5(tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("text", [None, "{", "[1]", "\0\0"])

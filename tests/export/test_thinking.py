@@ -2,10 +2,11 @@
 
 from dataclasses import replace
 
+import pytest
 import torch
 import torch.nn.functional as F
 from tiny import make_tiny
-from torch import Tensor
+from torch import Tensor, nn
 
 from tpx_export.model import MMDiT, MMDiTSpec, ThinkingSpec
 from tpx_export.model.mmdit import JointBlock, attention, modulate
@@ -197,6 +198,26 @@ def test_gumbel_routes_are_distributed_as_the_gates_softmax() -> None:
         )
     frequencies = torch.bincount(routes[0].flatten(), minlength=3) / 20_000
     torch.testing.assert_close(frequencies, probabilities, atol=0.015, rtol=0)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 5.0])
+def test_straight_through_gradients_are_those_of_the_softmax_at_the_temperature(temperature: float) -> None:
+    """The forward pass uses the sampled expert alone; the backward pass that of the soft weights (Jang et al. 2017)."""
+    torch.manual_seed(1)
+    spec = ThinkingSpec(experts=3, rank=2, max_depth=1, temperature=temperature)
+    thinking = Thinking(8, spec).train()
+    nn.init.normal_(thinking.b)
+    tokens = torch.randn(1, 6, 8)
+    condition = gate_condition(thinking.gate, torch.zeros(1, 8)).detach()
+    bias = thinking.gate.out.bias
+    torch.manual_seed(2)
+    delta, _ = thinking(tokens, condition, 1, lambda: torch.zeros(1, 6, 24), lambda qkv: qkv)
+    (gradient,) = torch.autograd.grad(delta.sum(), bias)
+    outputs = F.layer_norm(tokens, (8,)).unsqueeze(1) @ thinking.a @ thinking.b
+    torch.manual_seed(2)
+    weights = F.gumbel_softmax(thinking.gate(tokens, condition), tau=temperature)
+    (expected,) = torch.autograd.grad((weights * outputs.sum(-1).transpose(1, 2).detach()).sum(), bias)
+    torch.testing.assert_close(gradient, expected)
 
 
 def test_prediction_does_not_depend_on_the_batch() -> None:

@@ -631,7 +631,7 @@ def test_training_step_keeps_all_tensors_on_the_device() -> None:
         assert encoder(torch.tensor([[1, 2, 3]]))[0].device.type == "meta"
 
 
-def test_training_stops_at_a_non_finite_loss(sd3: Path) -> None:
+def test_training_stops_at_a_non_finite_loss() -> None:
     model = tiny_thinking_model()
     nn.init.constant_(model.patch_out.bias, math.inf)  # type: ignore[arg-type, union-attr]
     parameters = adapter_parameters(model)
@@ -728,7 +728,7 @@ def test_cache_keeps_values_beyond_the_float16_range(tmp_path: Path) -> None:
     assert torch.equal(cached["large"], values) and torch.equal(cached["small"], values[1:])
 
 
-def test_fingerprint_changes_with_file_content(sd3: Path, tmp_path: Path) -> None:
+def test_fingerprint_changes_with_names_and_content(sd3: Path, tmp_path: Path) -> None:
     copied = tmp_path / "copied"
     shutil.copytree(sd3, copied)
     original = fingerprint.base_fingerprint(sd3)
@@ -736,6 +736,10 @@ def test_fingerprint_changes_with_file_content(sd3: Path, tmp_path: Path) -> Non
     config = copied / "vae/config.json"
     config.write_text(config.read_text().replace('"scaling_factor": 0.3', '"scaling_factor": 0.4'))
     assert fingerprint.base_fingerprint(copied) not in (original, fingerprint.base_fingerprint(sd3, copied))
+    shutil.copyfile(sd3 / "vae/config.json", config)
+    assert fingerprint.base_fingerprint(copied) == original
+    config.rename(config.with_name("other.json"))
+    assert fingerprint.base_fingerprint(copied) != original
     large = tmp_path / "large.safetensors"
     large.write_bytes(bytes(20 << 20))
     before = fingerprint.base_fingerprint(large)
