@@ -601,7 +601,7 @@ def test_progress_is_thread_safe() -> None:
     assert progress.fraction == 0.5
 
 
-def test_cuda_that_does_not_start_gives_a_one_line_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_that_does_not_start_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail_to_start(logger: object) -> None:
         raise TypeError("pybind11::init(): factory function returned nullptr")
 

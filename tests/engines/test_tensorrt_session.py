@@ -197,7 +197,7 @@ def test_arrays_need_not_be_contiguous(open_session: Open) -> None:
         ({"more": np.zeros(2)}, "expected the inputs context, ids, x, found context, ids, more, x"),
     ],
 )
-def test_wrong_inputs_give_a_one_line_error(
+def test_wrong_inputs_are_reported_and_the_session_stays_usable(
     open_session: Open, driver: FakeDriver, change: dict[str, np.ndarray], message: str
 ) -> None:
     session = open_session()
