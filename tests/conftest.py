@@ -1,4 +1,4 @@
-"""A small random model and its bundles, which most tests run on, and the signals that end a command politely."""
+"""Shared fixtures: a small random model, its exported bundles, and the signals that a command stops cleanly on."""
 
 import pickle
 import signal
@@ -23,7 +23,7 @@ Export = tuple[Path, Summary]
 
 @pytest.fixture(scope="session")
 def shared_folder(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
-    """A folder that all test processes share: those of pytest-xdist lie side by side."""
+    """A folder that all test processes share: the parent of the folders that pytest-xdist gives its workers."""
     folder = tmp_path_factory.getbasetemp()
     return folder.parent if hasattr(request.config, "workerinput") else folder
 
@@ -42,14 +42,16 @@ def tiny_model() -> TextToImage:
 
 @pytest.fixture(scope="session")
 def export_once(tiny_model: TextToImage, shared_folder: Path) -> Callable[..., Export]:
-    """Exports the tiny model under a name, in whichever of the test processes asks first."""
+    """Exports the tiny model once for each name; other calls and other test processes reuse the export."""
 
     def export(name: str, **options: Any) -> Export:
-        out, made = shared_folder / name / "tiny", shared_folder / f"{name}.pickle"
+        out, pickled_summary = shared_folder / name / "tiny", shared_folder / f"{name}.pickle"
         with FileLock(shared_folder / f"{name}.lock"):
-            if not made.exists():
-                made.write_bytes(pickle.dumps(export_bundle(Pipeline.from_model(tiny_model), out, **options)))
-        return out, pickle.loads(made.read_bytes())
+            if not pickled_summary.exists():
+                pickled_summary.write_bytes(
+                    pickle.dumps(export_bundle(Pipeline.from_model(tiny_model), out, **options))
+                )
+        return out, pickle.loads(pickled_summary.read_bytes())
 
     return export
 
@@ -67,25 +69,25 @@ def tiny_bundle(tiny_export: Export) -> Path:
 
 @pytest.fixture(scope="session")
 def half_export(export_once: Callable[..., Export]) -> Export:
-    """In float16, with depths 1..3."""
+    """The tiny model in float16, with depths 1..3."""
     return export_once("fp16", precision="fp16")
 
 
 @pytest.fixture(scope="session")
 def int8_export(export_once: Callable[..., Export]) -> Export:
-    """In int8 with depths 1 and 2, kept whatever it costs: so small a model gains nothing."""
+    """The tiny model in int8, with depths 1 and 2. `accept_loss`, because so small a model gains nothing from int8."""
     return export_once("int8", depth=2, precision="int8", int8=Int8Options(accept_loss=True))
 
 
 @pytest.fixture(params=["SIGINT", "SIGTERM", "SIGHUP"])
 def how(request: pytest.FixtureRequest) -> Iterator[signal.Signals]:
-    """Each signal that ends a command politely, also where the tests themselves run under nohup, which ignores one."""
+    """Each signal that a command stops cleanly on, with its default handler, because nohup makes tests ignore SIGHUP."""
     if not hasattr(signal, request.param):
         pytest.skip(f"this system has no {request.param}")
-    asked = signal.Signals[request.param]
-    if asked == signal.SIGINT:
-        yield asked
+    signal_number = signal.Signals[request.param]
+    if signal_number == signal.SIGINT:
+        yield signal_number
         return
-    before = signal.signal(asked, signal.SIG_DFL)
-    yield asked
-    signal.signal(asked, before)
+    before = signal.signal(signal_number, signal.SIG_DFL)
+    yield signal_number
+    signal.signal(signal_number, before)

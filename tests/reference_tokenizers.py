@@ -1,4 +1,4 @@
-"""Tokenizer files and prompts that the project does not contain, and folders of them as diffusers has them."""
+"""Published tokenizer files and prompts that the project does not contain, and tokenizer folders in diffusers' layout."""
 
 import gzip
 import json
@@ -14,7 +14,7 @@ BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 
 
 def need(path: Path) -> Path:
-    """`path`, or a skipped test."""
+    """Return `path`; skip the test if there is no such file."""
     if not path.is_file():
         pytest.skip(f"needs {path.parent.name}/{path.name} in the folder TPX_DATA")
     return path
@@ -28,7 +28,7 @@ def prompts() -> list[str]:
 
 
 def token(content: str, normalized: bool) -> dict[str, object]:
-    """A special token as tokenizer_config.json describes it."""
+    """A special token in the form of tokenizer_config.json."""
     flags = dict.fromkeys(("lstrip", "rstrip", "single_word"), False)
     return {"content": content, "normalized": normalized, "special": True, **flags}
 
@@ -38,16 +38,20 @@ def published_config(pad: str) -> dict[str, object]:
     tokens = {"49406": token(BOS, True), "49407": token(EOS, False)}
     if pad == "!":
         tokens = {"0": token("!", False)} | tokens
-    named = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": pad}
-    return {"added_tokens_decoder": tokens, "tokenizer_class": "CLIPTokenizer", **named}
+    special_tokens = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": pad}
+    return {"added_tokens_decoder": tokens, "tokenizer_class": "CLIPTokenizer", **special_tokens}
 
 
 def clip_folder(folder: Path, **files: object) -> Path:
-    """vocab.json and merges.txt out of OpenAI's file, and JSON files by name."""
+    """Write vocab.json and merges.txt made from OpenAI's file, and each of `files` as NAME.json."""
     folder.mkdir(parents=True)
     lines = gzip.decompress(need(OPENAI).read_bytes()).decode().split("\n")[1 : 49152 - 256 - 2 + 1]
-    shown = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    characters = [chr(code) for code in shown] + [chr(256 + i) for i in range(256 - len(shown))]
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
+    characters = [chr(code) for code in printable] + [chr(256 + i) for i in range(256 - len(printable))]
     tokens = characters + [character + "</w>" for character in characters]
     tokens += ["".join(line.split()) for line in lines] + [BOS, EOS]
     write(folder, vocab={name: i for i, name in enumerate(tokens)}, **files)
@@ -56,13 +60,13 @@ def clip_folder(folder: Path, **files: object) -> Path:
 
 
 def t5_folder(folder: Path) -> Path:
-    """Nothing but spiece.model."""
+    """A folder with only spiece.model."""
     folder.mkdir(parents=True)
     shutil.copy(need(SPIECE), folder)
     return folder
 
 
 def write(folder: Path, **files: object) -> None:
-    """Write every object to NAME.json."""
+    """Write each of `files` to NAME.json."""
     for name, value in files.items():
         (folder / f"{name}.json").write_text(json.dumps(value), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The built wheel: what is in it, and that its runtime draws a picture where torch and onnx cannot be imported."""
+"""The built wheel: its contents, and that its runtime generates an image where torch and onnx cannot be imported."""
 
 import os
 import subprocess
@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-DRAW = """
+GENERATE = """
 import sys
 
-class Refuse:
+class ImportBlocker:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in {"torch", "onnx", "onnxscript", "tpx_export", "tpx_engines", "safetensors"}:
-            raise ImportError(f"the runtime asked for {name}")
+            raise ImportError(f"the runtime imported {name}")
 
-sys.meta_path.insert(0, Refuse())
+sys.meta_path.insert(0, ImportBlocker())
 import tpx_runtime
 from tpx_runtime.cli import run
 print(tpx_runtime.__file__)
@@ -46,7 +46,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_holds_three_packages_and_no_weights(wheel: Path) -> None:
+def test_contains_three_packages_and_no_weights(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if not name.startswith("tpx-")} == {
         "tpx_runtime",
@@ -57,11 +57,13 @@ def test_holds_three_packages_and_no_weights(wheel: Path) -> None:
     assert wheel.stat().st_size < 400_000
 
 
-def test_runtime_of_the_wheel_needs_no_torch(wheel: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+def test_the_runtime_in_the_wheel_works_without_torch_and_onnx(
+    wheel: Path, tiny_bundle: Path, tmp_path: Path
+) -> None:
     installed, out = tmp_path / "installed", tmp_path / "cube.png"
     zipfile.ZipFile(wheel).extractall(installed)
     result = subprocess.run(
-        [sys.executable, "-c", DRAW, "a red cube on a blue sphere", str(tiny_bundle), str(out)],
+        [sys.executable, "-c", GENERATE, "a red cube on a blue sphere", str(tiny_bundle), str(out)],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(installed)},
         capture_output=True,

@@ -1,4 +1,4 @@
-"""What tests share is the graph of an equal module alone."""
+"""Tests share a traced graph only between equal modules: the fingerprints of all others differ."""
 
 import copy
 
@@ -11,23 +11,27 @@ from tpx_export.model import ThinkingSpec
 from tpx_export.model.text_to_image import TextToImage
 
 
-def of(model: TextToImage, depth: int = 1, rows: int = 2) -> str:
+def fingerprint_of(model: TextToImage, depth: int = 1, rows: int = 2) -> str:
     inputs = {"latents": torch.zeros(rows, 8, 8, 8)}
     return fingerprint(Graph(TransformerGraph(model.transformer, depth, True), inputs, ("velocity",)))
 
 
-def test_equal_modules_are_one_and_every_difference_is_seen(tiny_model: TextToImage) -> None:
+def test_equal_modules_share_a_fingerprint_and_different_ones_do_not(tiny_model: TextToImage) -> None:
     thinking = tiny_model.spec.transformer.thinking
     assert thinking is not None
-    assert of(tiny_model) == of(make_tiny(thinking)) == of(copy.deepcopy(tiny_model))
+    assert (
+        fingerprint_of(tiny_model)
+        == fingerprint_of(make_tiny(thinking))
+        == fingerprint_of(copy.deepcopy(tiny_model))
+    )
     changed = copy.deepcopy(tiny_model)
     changed.transformer.blocks[1].visual.proj.weight[0, 0] += 1e-3
-    others = [
-        of(changed),
-        of(copy.deepcopy(tiny_model).half()),
-        of(tiny_model, depth=2),
-        of(tiny_model, rows=3),
-        # No weight differs, nor any shape.
-        of(make_tiny(ThinkingSpec(**{**vars(thinking), "temperature": 2.0}))),
+    different = [
+        fingerprint_of(changed),
+        fingerprint_of(copy.deepcopy(tiny_model).half()),
+        fingerprint_of(tiny_model, depth=2),
+        fingerprint_of(tiny_model, rows=3),
+        # The same weights and shapes, but another attribute.
+        fingerprint_of(make_tiny(ThinkingSpec(**{**vars(thinking), "temperature": 2.0}))),
     ]
-    assert len({of(tiny_model), *others}) == 1 + len(others)
+    assert len({fingerprint_of(tiny_model), *different}) == 1 + len(different)

@@ -1,4 +1,4 @@
-"""A small random model in which every weight matters."""
+"""Small random models in which every weight affects the output."""
 
 import torch
 
@@ -19,7 +19,7 @@ WORDS = ("a", "an", "and", "blue", "cube", "green", "on", "red", "sphere", "two"
 
 
 def make_tiny(thinking: ThinkingSpec | None, seed: int = 0) -> TextToImage:
-    """A random text-to-image model of 64x64 pixels and 16 visual tokens, in which every weight matters."""
+    """A random text-to-image model of 64x64 pixels and 16 visual tokens, in which every weight affects the output."""
     torch.manual_seed(seed)
     spec = TextToImageSpec(
         name="tiny",
@@ -44,13 +44,14 @@ def make_tiny(thinking: ThinkingSpec | None, seed: int = 0) -> TextToImage:
     model = TextToImage(spec)
     with torch.no_grad():
         for parameter in model.transformer.parameters():
-            if not parameter.any():  # zero-initialised outputs would hide every error behind them
+            # Zero-initialised output layers would hide every error in the layers before them.
+            if not parameter.any():
                 parameter.normal_(std=0.1)
     return model.eval().requires_grad_(False)
 
 
 def make_tiny_classes(classes: int) -> ClassToImage:
-    """A random class-to-image model of 64x64 pixels and 16 visual tokens, in which every weight matters."""
+    """A random class-to-image model of 64x64 pixels and 16 visual tokens, in which every weight affects the output."""
     torch.manual_seed(0)
     spec = ClassToImageSpec(
         name="tiny-classes",
@@ -68,9 +69,9 @@ def make_tiny_classes(classes: int) -> ClassToImage:
         ),
         defaults=Defaults(sampler="ddim", steps=3, guidance=2.0, depth=2),
     )
-    made = ClassToImage(spec)
+    model = ClassToImage(spec)
     with torch.no_grad():
-        for parameter in made.transformer.parameters():
+        for parameter in model.transformer.parameters():
             if not parameter.any():
                 parameter.normal_(std=0.1)
-    return made.eval().requires_grad_(False)
+    return model.eval().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Tracing equal modules once: tests export the same small models dozens of times, and a graph takes seconds."""
+"""Traces equal modules only once: tests export the same small models dozens of times, and tracing takes seconds."""
 
 import hashlib
 import os
@@ -17,11 +17,11 @@ LARGEST_BYTES = 8 << 20
 
 
 def fingerprint(graph: Graph) -> str:
-    """SHA-256 of everything that tracing depends on but the code: classes, attributes, weights, shapes and names."""
+    """SHA-256 of everything but the code that tracing depends on: classes, attributes, weights, shapes and names."""
     digest = hashlib.sha256()
     for name, module in graph.module.named_modules():
-        own = {key: value for key, value in vars(module).items() if not key.startswith("_")}
-        digest.update(pickle.dumps((name, type(module), own)))
+        attributes = {key: value for key, value in vars(module).items() if not key.startswith("_")}
+        digest.update(pickle.dumps((name, type(module), attributes)))
     tensors = {**dict(graph.module.named_parameters()), **dict(graph.module.named_buffers())}
     for name, tensor in tensors.items():
         digest.update(repr((name, tensor.dtype, tuple(tensor.shape))).encode())
@@ -32,7 +32,7 @@ def fingerprint(graph: Graph) -> str:
 
 
 def traced_once(trace: Callable[[Graph], ir.Model], folder: Path) -> Callable[[Graph], ir.Model]:
-    """`trace`, which looks first whether any test process has left the graph of an equal module in `folder`."""
+    """`trace` with a cache in `folder`, shared by all test processes, of the graphs of equal modules."""
     folder.mkdir(exist_ok=True)
 
     def traced(graph: Graph) -> ir.Model:
@@ -42,9 +42,9 @@ def traced_once(trace: Callable[[Graph], ir.Model], folder: Path) -> Callable[[G
         if path.exists():
             return ir.from_proto(onnx.load_model(path))
         model = trace(graph)
-        own = path.with_suffix(f".{os.getpid()}")
-        onnx.save_model(ir.to_proto(model), own)
-        own.replace(path)
+        temporary = path.with_suffix(f".{os.getpid()}")
+        onnx.save_model(ir.to_proto(model), temporary)
+        temporary.replace(path)
         return model
 
     return traced

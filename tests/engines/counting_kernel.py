@@ -1,4 +1,4 @@
-"""The counting part of the `tpx::RoutedLora` kernel: results do not show a wrong count, which writes past the output."""
+"""Only the counting part of the `tpx::RoutedLora` kernel: wrong counts make it write past the output, unseen in results."""
 
 import torch
 import triton
@@ -22,7 +22,7 @@ def counting_kernel(  # type: ignore[no-untyped-def]
 
 
 def counts(ids: torch.Tensor, experts: int) -> list[int]:
-    """Counts of the first 512 `ids` by expert, padded to a power of two."""
+    """The count of each expert in the first 512 `ids`; the number of experts is padded to a power of two."""
     padded = triton.next_power_of_2(experts)
     out = torch.full((padded,), -1, dtype=torch.int32)
     counting_kernel[(1,)](ids, len(ids), out, experts, padded, 4, CHUNK)

@@ -1,7 +1,7 @@
 """A fake CUDA driver: device memory is host memory, and a stream runs nothing until it is synchronised.
 
-So reading a result too early, or changing pinned memory before it is copied, gives wrong numbers. Every entry is a real C
-callback with the types of cuda.h, so truncated pointers and swapped arguments have the same effect as in the real driver.
+So reading a result too early, or changing pinned memory before it is copied, gives wrong numbers. Every function is a real
+C callback with the types of cuda.h, so truncated pointers and swapped arguments have the same effect as in the real driver.
 """
 
 import ctypes
@@ -17,14 +17,15 @@ Work = Callable[[], None]
 
 
 class FakeDriver:
-    """`calls` counts calls by entry; `fail[name]` is the error code that the next call of that entry returns."""
+    """`calls` counts calls by function; `fail[name]` is the error code that the next call of this function returns."""
 
     def __init__(self, capability: tuple[int, int] = (8, 9), name: bytes = b"NVIDIA L4") -> None:
         self.capability, self.name = capability, name
         self.calls: Counter[str] = Counter()
         self.order: list[str] = []
         self.fail: dict[str, int] = {}
-        self.device: dict[int, Any] = {}  # allocations by address
+        # Allocations by address.
+        self.device: dict[int, Any] = {}
         self.host: dict[int, Any] = {}
         self.streams: dict[int, list[Work]] = {}
         self.graphs: dict[int, list[Work]] = {}
@@ -63,7 +64,7 @@ class FakeDriver:
     def held(self) -> dict[str, int]:
         """Number of resources of each kind that have not been freed."""
         kinds = ("device", "host", "streams", "graphs", "launchable")
-        return {name: len(kept) for name in kinds if (kept := getattr(self, name))}
+        return {name: len(resources) for name in kinds if (resources := getattr(self, name))}
 
     def _make(self, name: str, function: Callable[..., int], *types: Any) -> None:
         def entry(*arguments: Any) -> int:
@@ -112,8 +113,8 @@ class FakeDriver:
         if stream not in self.streams:
             return 400
         work, self.streams[stream] = self.streams[stream], []
-        for one in work:
-            one()
+        for task in work:
+            task()
         return 0
 
     def _allocate(self, kept: dict[int, Any]) -> Callable[[Any, int], int]:

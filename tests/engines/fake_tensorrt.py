@@ -1,6 +1,6 @@
 """A fake TensorRT: an engine is the name of a numpy function, which runs on the memory at the given addresses.
 
-A test checks that the real bindings have all its names.
+test_tensorrt_api.py checks that the real bindings have all of its names.
 """
 
 import ctypes
@@ -21,7 +21,7 @@ Ports = dict[str, tuple[str, tuple[int, ...]]]  # name -> (kind, shape); -1 is t
 
 @dataclass
 class FakeEngineFunction:
-    """The function of an engine; the shapes of the outputs are those of its ports with the batch of the inputs."""
+    """The function of an engine. Its outputs have the shapes in `outputs`, with the batch size of the inputs."""
 
     function: Callable[..., dict[str, Any]]
     inputs: Ports
@@ -29,7 +29,8 @@ class FakeEngineFunction:
 
 
 class FakeTensorRt(SimpleNamespace):
-    """The module. `refuse` names what fails next: "runtime", "deserialize", "context", "shape", "address", "execute".
+    """The module. `refuse` holds what fails at its next use: "runtime", "deserialize", "context", "shape", "address" or
+    "execute".
 
     `compiled` is the content of the runtime cache when the next session closes.
     """
@@ -78,9 +79,9 @@ class FakeTensorRt(SimpleNamespace):
                     fake.alive.remove("runtime")
 
         class ICudaEngine:
-            def __init__(self, made: FakeEngineFunction, log: Any) -> None:
-                self.ports = {**made.inputs, **made.outputs}
-                self._made, self._log = made, log
+            def __init__(self, function: FakeEngineFunction, log: Any) -> None:
+                self.ports = {**function.inputs, **function.outputs}
+                self._function, self._log = function, log
                 self.num_io_tensors = len(self.ports)
                 fake.alive.append("engine")
 
@@ -94,7 +95,7 @@ class FakeTensorRt(SimpleNamespace):
                 return Dims(self.ports[name][1])
 
             def get_tensor_mode(self, name: str) -> TensorIOMode:
-                return TensorIOMode.INPUT if name in self._made.inputs else TensorIOMode.OUTPUT
+                return TensorIOMode.INPUT if name in self._function.inputs else TensorIOMode.OUTPUT
 
             def create_runtime_config(self) -> "IRuntimeConfig":
                 return IRuntimeConfig()
@@ -103,7 +104,11 @@ class FakeTensorRt(SimpleNamespace):
                 if config:
                     specialised = config.dynamic_shapes_kernel_specialization_strategy
                     fake.strategies.append((config.cuda_graph_strategy, specialised))
-                return None if fake._fails("context", self._log) else IExecutionContext(self._made, self._log)
+                return (
+                    None
+                    if fake._fails("context", self._log)
+                    else IExecutionContext(self._function, self._log)
+                )
 
             def __del__(self) -> None:
                 assert "runtime" in fake.alive
@@ -145,8 +150,8 @@ class FakeTensorRt(SimpleNamespace):
                 fake.alive.remove("cache")
 
         class IExecutionContext:
-            def __init__(self, made: FakeEngineFunction, log: Any) -> None:
-                self._made, self._log = made, log
+            def __init__(self, function: FakeEngineFunction, log: Any) -> None:
+                self._function, self._log = function, log
                 self._shapes: dict[str, tuple[int, ...]] = {}
                 self._addresses: dict[str, int] = {}
                 fake.alive.append("context")
@@ -157,7 +162,7 @@ class FakeTensorRt(SimpleNamespace):
 
             def get_tensor_shape(self, name: str) -> "Dims":
                 rows = next(iter(self._shapes.values()))[0]
-                return Dims(rows if size == -1 else size for size in self._made.outputs[name][1])
+                return Dims(rows if size == -1 else size for size in self._function.outputs[name][1])
 
             def set_tensor_address(self, name: str, memory: int) -> bool:
                 self._addresses[name] = memory
@@ -166,17 +171,17 @@ class FakeTensorRt(SimpleNamespace):
             def execute_async_v3(self, stream_handle: int) -> bool:
                 if fake._fails("execute", self._log):
                     return False
-                made, addresses, shapes = self._made, dict(self._addresses), dict(self._shapes)
-                outputs = {name: self.get_tensor_shape(name) for name in self._made.outputs}
+                function, addresses, shapes = self._function, dict(self._addresses), dict(self._shapes)
+                outputs = {name: self.get_tensor_shape(name) for name in self._function.outputs}
 
                 def work() -> None:
                     fake.executed.append(shapes)
-                    given = {
+                    arrays = {
                         name: fake._at(addresses[name], kind, shapes[name])
-                        for name, (kind, _) in made.inputs.items()
+                        for name, (kind, _) in function.inputs.items()
                     }
-                    for name, value in made.function(**given).items():
-                        kind = made.outputs[name][0]
+                    for name, value in function.function(**arrays).items():
+                        kind = function.outputs[name][0]
                         fake._at(addresses[name], kind, tuple(outputs[name]))[...] = value
 
                 fake.driver.enqueue(stream_handle, work)

@@ -70,9 +70,9 @@ class FakeBuilder:
         return f"{path} {batch} {capability}".encode()
 
 
-def press(progress: Progress, how: signal.Signals = signal.SIGINT) -> None:
-    """Press Ctrl-C, and wait until the main thread has received it."""
-    signal.pthread_kill(threading.main_thread().ident or 0, how)
+def press_ctrl_c(progress: Progress, signal_number: signal.Signals = signal.SIGINT) -> None:
+    """Send Ctrl-C or another signal to the main thread, and wait until it was received."""
+    signal.pthread_kill(threading.main_thread().ident or 0, signal_number)
     assert progress._stop.wait(60)
 
 
@@ -86,7 +86,7 @@ def builder(monkeypatch: pytest.MonkeyPatch) -> FakeBuilder:
 
 @pytest.fixture
 def tpx_build(tiny_bundle: Path, tmp_path: Path) -> Callable[..., Result]:
-    """Runs tpx-build of the tiny bundle for sm89 with an empty cache and more arguments."""
+    """Runs tpx-build of the tiny bundle with an empty cache and more arguments, by default for sm89."""
 
     def run(*arguments: str) -> Result:
         gpu = [] if "--gpu" in arguments else ["--gpu", "sm89"]
@@ -97,19 +97,21 @@ def tpx_build(tiny_bundle: Path, tmp_path: Path) -> Callable[..., Result]:
     return run
 
 
-def origins(result: Result) -> list[str]:
-    """The last column of the table, by graph."""
+def engine_origins(result: Result) -> list[str]:
+    """The last column of the table, "build" or "cache", for each graph."""
     assert result.exit_code == 0, result.output
     lines = result.stderr.splitlines()[-len(GRAPHS) :]
     assert [line[:22].strip() for line in lines] == GRAPHS
     return [line.split()[-1] for line in lines]
 
 
-def test_builds_once(builder: FakeBuilder, tpx_build: Callable[..., Result], tmp_path: Path) -> None:
+def test_builds_every_graph_once_and_then_uses_the_cache(
+    builder: FakeBuilder, tpx_build: Callable[..., Result], tmp_path: Path
+) -> None:
     first = tpx_build()
-    assert origins(first) == ["build"] * len(GRAPHS)
+    assert engine_origins(first) == ["build"] * len(GRAPHS)
     assert first.stdout == f"{tmp_path / 'cache'}\n"
-    assert origins(tpx_build()) == ["cache"] * len(GRAPHS)
+    assert engine_origins(tpx_build()) == ["cache"] * len(GRAPHS)
     assert builder.built == [
         "text_encoder/model",
         "transformer/conditions",
@@ -122,36 +124,36 @@ def test_builds_once(builder: FakeBuilder, tpx_build: Callable[..., Result], tmp
 
 
 @pytest.mark.parametrize("arguments", [["--batch", "1,4"], ["--gpu", "sm120"]])
-def test_another_batch_or_gpu_is_built_and_replaces_nothing(
+def test_another_batch_or_gpu_is_built_without_replacing_engines(
     builder: FakeBuilder, tpx_build: Callable[..., Result], arguments: list[str]
 ) -> None:
     tpx_build()
-    assert origins(tpx_build(*arguments)) == ["build"] * len(GRAPHS)
-    assert origins(tpx_build()) == ["cache"] * len(GRAPHS)
+    assert engine_origins(tpx_build(*arguments)) == ["build"] * len(GRAPHS)
+    assert engine_origins(tpx_build()) == ["cache"] * len(GRAPHS)
 
 
-def test_another_version_is_built_again_and_says_why(
+def test_another_version_is_rebuilt_with_a_reason(
     builder: FakeBuilder, tpx_build: Callable[..., Result]
 ) -> None:
     tpx_build()
     builder.version = "1.7.2.3"
     result = tpx_build()
-    assert origins(result) == ["build"] * len(GRAPHS)
+    assert engine_origins(result) == ["build"] * len(GRAPHS)
     assert result.stderr.count("expected version '1.7.2.3', found '1.7.1.116'") == len(GRAPHS)
 
 
-def test_only_a_damaged_engine_is_built_again(
+def test_only_the_damaged_engine_is_rebuilt(
     builder: FakeBuilder, tpx_build: Callable[..., Result], tmp_path: Path
 ) -> None:
     tpx_build()
     (damaged,) = (tmp_path / "cache").glob("transformer-depth-2.*")
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
     result = tpx_build()
-    assert origins(result) == ["cache"] * 3 + ["build"] + ["cache"] * 3
+    assert engine_origins(result) == ["cache"] * 3 + ["build"] + ["cache"] * 3
     assert result.stderr.startswith(f"building again: {damaged}: expected SHA-256 ")
 
 
-def test_a_failed_build_keeps_what_was_built(
+def test_a_failed_build_keeps_the_engines_built_before(
     builder: FakeBuilder, tpx_build: Callable[..., Result], tmp_path: Path
 ) -> None:
     def fail(progress: Progress) -> None:
@@ -161,62 +163,64 @@ def test_a_failed_build_keeps_what_was_built(
     result = tpx_build()
     assert (result.exit_code, result.stdout) == (5, "")
     assert "error: cannot build it\n" in result.stderr
-    assert origins(tpx_build()) == ["cache"] * 2 + ["build"] * 5
+    assert engine_origins(tpx_build()) == ["cache"] * 2 + ["build"] * 5
 
 
 def test_ctrl_c_stops_the_builder_and_the_next_run_continues(
     builder: FakeBuilder, tpx_build: Callable[..., Result], tmp_path: Path, how: signal.Signals
 ) -> None:
-    builder.at, builder.then = 2, partial(press, how=how)
+    builder.at, builder.then = 2, partial(press_ctrl_c, signal_number=how)
     result = tpx_build()
     assert (result.exit_code, result.stdout) == (130, "")
-    left = f"error: cancelled; 2 of 7 engines are in {tmp_path / 'cache'}, run the same command to continue\n"
-    assert result.stderr.endswith(left)
+    message = (
+        f"error: cancelled; 2 of 7 engines are in {tmp_path / 'cache'}, run the same command to continue\n"
+    )
+    assert result.stderr.endswith(message)
     names = sorted(path.name for path in (tmp_path / "cache").iterdir())
     assert [name.split(".")[0] for name in names] == ["text-encoder", "transformer-conditions"]
-    assert origins(tpx_build()) == ["cache"] * 2 + ["build"] * 5
+    assert engine_origins(tpx_build()) == ["cache"] * 2 + ["build"] * 5
 
 
 def test_an_engine_finished_after_ctrl_c_is_stored(
     builder: FakeBuilder, tpx_build: Callable[..., Result]
 ) -> None:
-    def too_late(progress: Progress) -> None:
-        press(progress)
+    def finish_despite_ctrl_c(progress: Progress) -> None:
+        press_ctrl_c(progress)
         progress._stop = threading.Event()
 
-    builder.at, builder.then = 1, too_late
+    builder.at, builder.then = 1, finish_despite_ctrl_c
     result = tpx_build()
     assert result.exit_code == 130
     assert "error: cancelled; 2 of 7 engines are in " in result.stderr
-    assert origins(tpx_build()) == ["cache"] * 2 + ["build"] * 5
+    assert engine_origins(tpx_build()) == ["cache"] * 2 + ["build"] * 5
 
 
-def test_a_second_ctrl_c_does_not_wait(
+def test_a_second_ctrl_c_exits_immediately(
     builder: FakeBuilder, tpx_build: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hold, left = threading.Event(), []
+    exited, exit_codes = threading.Event(), []
 
-    def busy(progress: Progress) -> None:
-        press(progress)
+    def press_twice_and_wait(progress: Progress) -> None:
+        press_ctrl_c(progress)
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
-        hold.wait()
+        exited.wait()
 
-    def leave(code: int) -> None:
-        left.append(code)
-        hold.set()
+    def fake_exit(code: int) -> None:
+        exit_codes.append(code)
+        exited.set()
         raise SystemExit(code)
 
-    monkeypatch.setattr(os, "_exit", leave)
-    builder.at, builder.then = 1, busy
+    monkeypatch.setattr(os, "_exit", fake_exit)
+    builder.at, builder.then = 1, press_twice_and_wait
     result = tpx_build()
-    assert left == [130]
+    assert exit_codes == [130]
     assert "error: stopped; finished engines are in " in result.stderr
-    assert origins(tpx_build())[:2] == ["cache", "build"]
+    assert engine_origins(tpx_build())[:2] == ["cache", "build"]
 
 
 def test_the_signal_handler_is_restored(builder: FakeBuilder, tpx_build: Callable[..., Result]) -> None:
     before = signal.getsignal(signal.SIGINT)
-    builder.at, builder.then = 0, press
+    builder.at, builder.then = 0, press_ctrl_c
     assert tpx_build().exit_code == 130
     assert signal.getsignal(signal.SIGINT) is before
 
@@ -224,7 +228,7 @@ def test_the_signal_handler_is_restored(builder: FakeBuilder, tpx_build: Callabl
 @pytest.mark.parametrize(
     ("text", "batch"), [("1,4", (1, 4)), ("2", (2, 2)), ("3,3", (3, 3)), ("1,9999", (1, 9999))]
 )
-def test_reads_a_batch(text: str, batch: tuple[int, int]) -> None:
+def test_parses_a_batch_range(text: str, batch: tuple[int, int]) -> None:
     assert parse_batch(text) == batch
 
 
@@ -232,7 +236,7 @@ def test_reads_a_batch(text: str, batch: tuple[int, int]) -> None:
     "text",
     ["", "0", "0,1", "4,1", "1,", ",1", "1,2,3", "1-4", "1, 4", "-1,2", "a", "1.5", "1,10000", "１,４"],
 )
-def test_refuses_a_batch(text: str) -> None:
+def test_rejects_an_invalid_batch_range(text: str) -> None:
     with pytest.raises(BadInput, match="expected --batch MIN,MAX with 1 <= MIN <= MAX <= 9999, such as"):
         parse_batch(text)
 
@@ -255,7 +259,7 @@ def test_refuses_a_batch(text: str) -> None:
         ),
     ],
 )
-def test_refuses_arguments(
+def test_rejects_invalid_arguments(
     builder: FakeBuilder, tpx_build: Callable[..., Result], arguments: list[str], message: str
 ) -> None:
     result = tpx_build(*arguments)
@@ -265,7 +269,7 @@ def test_refuses_arguments(
     assert result.stderr.count("\n") == 1
 
 
-def test_openvino_refuses_the_cache_option(tiny_bundle: Path, tmp_path: Path) -> None:
+def test_openvino_rejects_the_cache_option(tiny_bundle: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(
         main, [str(tiny_bundle), "--engine", "openvino-bf16", "--cache", str(tmp_path / "cache")]
     )
@@ -285,7 +289,7 @@ def test_openvino_is_built_once_and_then_cached(tiny_bundle: Path, tmp_path: Pat
     assert again.exit_code == 0 and "build" not in again.stderr.split("from")[-1]
 
 
-def test_requires_the_gpu_option_without_a_gpu(builder: FakeBuilder, tiny_bundle: Path) -> None:
+def test_requires_the_gpu_option_on_a_machine_without_a_gpu(builder: FakeBuilder, tiny_bundle: Path) -> None:
     result = CliRunner().invoke(main, [str(tiny_bundle)])
     assert result.exit_code == 2
     assert result.stderr == (
@@ -294,10 +298,10 @@ def test_requires_the_gpu_option_without_a_gpu(builder: FakeBuilder, tiny_bundle
     )
 
 
-def test_uses_the_local_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    here = Gpu(89, "NVIDIA L4", "580.65.06")
-    monkeypatch.setattr(target, "local_gpu", lambda: here)
-    assert choose_gpu(RTX, None) == choose_gpu(RTX, "sm89") == here
+def test_chooses_the_local_gpu_unless_another_is_requested(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = Gpu(89, "NVIDIA L4", "580.65.06")
+    monkeypatch.setattr(target, "local_gpu", lambda: gpu)
+    assert choose_gpu(RTX, None) == choose_gpu(RTX, "sm89") == gpu
     assert choose_gpu(RTX, "sm86") == Gpu(86)
     monkeypatch.setattr(target, "local_gpu", lambda: Gpu(90, "NVIDIA H100", None))
     assert choose_gpu(RTX, "sm89") == Gpu(89)
@@ -307,15 +311,15 @@ def test_uses_the_local_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         choose_gpu(RTX, None)
 
 
-L4 = Gpu(89, "NVIDIA L4", "580.65.06")
+LOCAL_GPU = Gpu(89, "NVIDIA L4", "580.65.06")
 
 
-class TestFull:
+class TestFullTensorRt:
     """--engine tensorrt: for the GPU in the machine, with a timing cache and the plugin."""
 
     @pytest.fixture(autouse=True)
-    def here(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(target, "local_gpu", lambda: L4)
+    def the_local_gpu_is_an_l4(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(target, "local_gpu", lambda: LOCAL_GPU)
 
     @pytest.fixture
     def tpx_build(self, tiny_bundle: Path, tmp_path: Path, builder: FakeBuilder) -> Callable[..., Result]:
@@ -325,38 +329,41 @@ class TestFull:
 
     @pytest.fixture
     def plugin(self, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-        """Makes TensorRT accept the plugin; the capabilities that it was registered for."""
+        """Makes the plugin usable, and returns the list of capabilities that it was registered for."""
         registered: list[int] = []
-        for where in (module, cli):
+        for target_module in (module, cli):
             monkeypatch.setattr(
-                where, "plugin_problem", lambda flavour, capability, bundle: None, raising=False
+                target_module, "plugin_problem", lambda flavour, capability, bundle: None, raising=False
             )
         monkeypatch.setattr(routed_lora_choice, "plugin_problem", lambda flavour, capability, bundle: None)
         monkeypatch.setattr(module, "register_once", registered.append)
         return registered
 
-    def test_reuses_its_timing_cache(
+    def test_reuses_timing_caches_separately_with_and_without_the_plugin(
         self, builder: FakeBuilder, tpx_build: Callable[..., Result], plugin: list[int], tmp_path: Path
     ) -> None:
-        assert origins(tpx_build()) == ["build"] * len(GRAPHS)
-        routed = [path.startswith("transformer/depth") for path in builder.built]
-        before = [routed[:number].count(routed[number]) for number in range(len(GRAPHS))]
+        assert engine_origins(tpx_build()) == ["build"] * len(GRAPHS)
+        uses_plugin = [path.startswith("transformer/depth") for path in builder.built]
+        earlier_builds = [uses_plugin[:number].count(uses_plugin[number]) for number in range(len(GRAPHS))]
         # Builds with and without the plugin have different timing caches.
-        assert builder.timings == [b"+" * number for number in before]
-        plugins = ("", f".{routed_lora_choice.plugin_hash()[:12]}")
-        kept = [tmp_path / f"cache/tensorrt.11.4.0.106.sm89{of}.timings" for of in plugins]
-        assert [len(path.read_bytes()) for path in kept] == [routed.count(False), routed.count(True)]
-        assert origins(tpx_build()) == ["cache"] * len(GRAPHS)
+        assert builder.timings == [b"+" * number for number in earlier_builds]
+        suffixes = ("", f".{routed_lora_choice.plugin_hash()[:12]}")
+        cache_files = [tmp_path / f"cache/tensorrt.11.4.0.106.sm89{suffix}.timings" for suffix in suffixes]
+        assert [len(path.read_bytes()) for path in cache_files] == [
+            uses_plugin.count(False),
+            uses_plugin.count(True),
+        ]
+        assert engine_origins(tpx_build()) == ["cache"] * len(GRAPHS)
 
     def test_only_transformers_contain_the_plugin(
         self, builder: FakeBuilder, tpx_build: Callable[..., Result], plugin: list[int]
     ) -> None:
         tpx_build()
-        routed = [path.startswith("transformer/depth") for path in builder.built]
-        assert builder.plugins == routed
-        assert plugin == [89] * sum(routed)
+        uses_plugin = [path.startswith("transformer/depth") for path in builder.built]
+        assert builder.plugins == uses_plugin
+        assert plugin == [89] * sum(uses_plugin)
 
-    def test_another_plugin_builds_the_transformers_again(
+    def test_a_changed_plugin_rebuilds_only_the_transformers(
         self,
         builder: FakeBuilder,
         tpx_build: Callable[..., Result],
@@ -366,11 +373,11 @@ class TestFull:
         tpx_build()
         monkeypatch.setattr(module, "plugin_hash", lambda: "fedcba9876543210")
         result = tpx_build()
-        again = [graph.startswith("transformer depth") for graph in GRAPHS]
-        assert origins(result) == ["build" if one else "cache" for one in again]
-        assert result.stderr.count("expected plugin 'fedcba9876543210', found '") == sum(again)
+        rebuilt = [graph.startswith("transformer depth") for graph in GRAPHS]
+        assert engine_origins(result) == ["build" if is_rebuilt else "cache" for is_rebuilt in rebuilt]
+        assert result.stderr.count("expected plugin 'fedcba9876543210', found '") == sum(rebuilt)
 
-    def test_says_when_it_builds_without_the_plugin(
+    def test_prints_a_notice_when_it_builds_without_the_plugin(
         self,
         builder: FakeBuilder,
         tpx_build: Callable[..., Result],
@@ -393,9 +400,10 @@ class TestFull:
         kernel = pytest.importorskip("tpx_engines.routed_lora_kernel", reason="triton is not installed")
         monkeypatch.setattr(routed_lora_choice, "bindings", lambda flavour: None)
         monkeypatch.setattr(routed_lora_choice, "find_spec", lambda name: name)
-        monkeypatch.setattr(kernel, "MAX_RANK", 3)  # the tiny bundle's is 4
+        # The rank in the tiny bundle is 4.
+        monkeypatch.setattr(kernel, "MAX_RANK", 3)
         result = tpx_build()
-        assert origins(result) == ["build"] * len(GRAPHS)
+        assert engine_origins(result) == ["build"] * len(GRAPHS)
         notice = "notice: building without the routing plugin: expected adapters of rank 1 to 3, found 4\n"
         assert result.stderr.startswith(notice)
         assert not any(builder.plugins)
@@ -411,7 +419,7 @@ class TestFull:
             "found NVIDIA L4 (sm89); build on the machine that will run it\n"
         )
 
-    def test_needs_a_gpu(
+    def test_requires_a_gpu(
         self, builder: FakeBuilder, tpx_build: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(target, "local_gpu", lambda: None)
@@ -423,7 +431,7 @@ class TestFull:
         )
 
 
-def test_reasons_against_the_plugin(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plugin_problem_gives_the_reason(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton", reason="expected the package triton, found none")
     bundle = Bundle.open(tiny_bundle)
     assert routed_lora_choice.plugin_problem(RTX, 89, bundle) == "TensorRT for RTX takes no plugins"
@@ -454,7 +462,7 @@ def test_the_plugin_hash_depends_on_its_sources(tmp_path: Path, monkeypatch: pyt
     assert routed_lora_choice.plugin_hash() != first
 
 
-def test_the_rank_is_read_from_the_nodes(tiny_bundle: Path, tmp_path: Path) -> None:
+def test_adapter_rank_is_read_from_the_graph(tiny_bundle: Path, tmp_path: Path) -> None:
     bundle = Bundle.open(tiny_bundle)
     assert [adapter_rank(bundle.transformer(depth)) for depth in bundle.manifest.model.depths] == [4, 4, 4]
     assert adapter_rank(bundle.vae_decoder) == 0
@@ -474,12 +482,14 @@ def test_refuses_to_build_without_enough_memory(
         in (result.stderr)
     )
     monkeypatch.setattr(module, "available_bytes", lambda: None)
-    assert origins(tpx_build()) == ["build"] * len(GRAPHS)
+    assert engine_origins(tpx_build()) == ["build"] * len(GRAPHS)
     monkeypatch.setattr(module, "available_bytes", lambda: 0)
-    assert origins(tpx_build()) == ["cache"] * len(GRAPHS)
+    assert engine_origins(tpx_build()) == ["cache"] * len(GRAPHS)
 
 
-def test_counts_the_weights_of_a_graph_once(builder: FakeBuilder, tiny_bundle: Path, tmp_path: Path) -> None:
+def test_weight_bytes_are_those_of_the_graph_and_its_weights_file(
+    builder: FakeBuilder, tiny_bundle: Path, tmp_path: Path
+) -> None:
     bundle = Bundle.open(tiny_bundle, verify=False)
     tasks = module.plan(bundle, EngineCache(tmp_path), (1, 2), Gpu(89), RTX)
     sizes = {path.name: path.stat().st_size for path in (tiny_bundle / "transformer").iterdir()}
@@ -487,13 +497,14 @@ def test_counts_the_weights_of_a_graph_once(builder: FakeBuilder, tiny_bundle: P
 
 
 def test_input_shapes_come_from_the_bundle(tiny_bundle: Path) -> None:
-    found = {
+    shapes = {
         name: inputs
         for name, (_, inputs) in module.graphs_to_build(Bundle.open(tiny_bundle, verify=False)).items()
     }
-    row = 64 * (12 * 3 - 2) + 2 * 64  # modulations of three blocks and the output, and two gates
-    denoise = {"latents": (None, 4, 8, 8), "conditions": (None, row), "context": (None, 12, 32)}
-    assert found == {
+    # Modulations of three blocks and the output, and two gates.
+    conditions_width = 64 * (12 * 3 - 2) + 2 * 64
+    denoise = {"latents": (None, 4, 8, 8), "conditions": (None, conditions_width), "context": (None, 12, 32)}
+    assert shapes == {
         "text_encoder": {"ids": (None, 12)},
         "transformer conditions": {"timestep": (None,), "pooled": (None, 32)},
         **dict.fromkeys(TRANSFORMERS, denoise),
@@ -502,34 +513,36 @@ def test_input_shapes_come_from_the_bundle(tiny_bundle: Path) -> None:
     }
 
 
-def test_every_text_encoder_is_built(tmp_path: Path) -> None:
+def test_every_text_encoder_is_a_graph_to_build(tmp_path: Path) -> None:
     root = make_bundle(tmp_path / "three", THREE_ENCODERS)
-    found = module.graphs_to_build(Bundle.open(root))
-    assert [found[f"text_encoder{number}"] for number in ("", "_2", "_3")] == [
+    graphs = module.graphs_to_build(Bundle.open(root))
+    assert [graphs[f"text_encoder{number}"] for number in ("", "_2", "_3")] == [
         (root / "text_encoder/model.onnx", {"ids": (None, 8)}),
         (root / "text_encoder_2/model.onnx", {"ids": (None, 8)}),
         (root / "text_encoder_3/model.onnx", {"ids": (None, 13)}),
     ]
-    assert found["transformer depth 2"][1]["context"] == (None, 21, 16)
-    assert found["transformer conditions"][1]["pooled"] == (None, 19)
+    assert graphs["transformer depth 2"][1]["context"] == (None, 21, 16)
+    assert graphs["transformer conditions"][1]["pooled"] == (None, 19)
 
 
 def test_a_class_conditional_model_has_a_class_input(tmp_path: Path) -> None:
-    found = module.graphs_to_build(Bundle.open(make_bundle(tmp_path / "classes", CLASSES)))
+    graphs = module.graphs_to_build(Bundle.open(make_bundle(tmp_path / "classes", CLASSES)))
     transformers = ["transformer conditions", "transformer depth 1"]
-    assert list(found) == [*transformers, "vae_decoder", "vae_encoder"]
-    conditions, denoise = (found[name][1] for name in transformers)
+    assert list(graphs) == [*transformers, "vae_decoder", "vae_encoder"]
+    conditions, denoise = (graphs[name][1] for name in transformers)
     assert conditions == {"timestep": (None,), "class_id": (None,)}
     assert denoise == {"latents": (None, 4, 2, 3), "conditions": (None, 11)}
 
 
-def test_a_bundle_without_image_encoder(tmp_path: Path) -> None:
+def test_a_bundle_without_an_image_encoder_has_no_encoder_to_build(tmp_path: Path) -> None:
     bundle = without_encoder(make_bundle(tmp_path / "paper"))
     assert "vae_encoder" not in module.graphs_to_build(bundle)
     assert "vae_decoder" in module.graphs_to_build(bundle)
 
 
-def test_needs_the_libraries(monkeypatch: pytest.MonkeyPatch, tpx_build: Callable[..., Result]) -> None:
+def test_reports_missing_tensorrt_libraries(
+    monkeypatch: pytest.MonkeyPatch, tpx_build: Callable[..., Result]
+) -> None:
     monkeypatch.setattr(tensorrt_flavours, "find_spec", lambda name: None)
     bindings.cache_clear()
     result = tpx_build()
@@ -539,11 +552,11 @@ def test_needs_the_libraries(monkeypatch: pytest.MonkeyPatch, tpx_build: Callabl
 
 
 def test_progress_never_decreases() -> None:
-    progress, seen = Progress(), [0.0]
+    progress, fractions = Progress(), [0.0]
 
     def step(name: str) -> None:
         assert progress.step(name)
-        seen.append(progress.fraction)
+        fractions.append(progress.fraction)
 
     progress.start("all", None, 2)
     progress.start("part", "all", 4)
@@ -552,16 +565,17 @@ def test_progress_never_decreases() -> None:
         step("part")
     progress.finish("part")
     assert progress.phase == "all"
-    for _ in range(3):  # one more than announced
+    # One step more than announced.
+    for _ in range(3):
         step("all")
     step("unknown")
-    assert seen == [0, 0.125, 0.25, 0.375, 0.5, 0.5, 1, 1, 1]
+    assert fractions == [0, 0.125, 0.25, 0.375, 0.5, 0.5, 1, 1, 1]
     progress._stop.set()
     assert not progress.step("all")
 
 
-def test_progress_from_several_threads() -> None:
-    progress, failed = Progress(), []
+def test_progress_is_thread_safe() -> None:
+    progress, errors = Progress(), []
 
     def report(thread: int) -> None:
         try:
@@ -571,7 +585,7 @@ def test_progress_from_several_threads() -> None:
                 progress.step(name)
                 progress.finish(name)
         except Exception as error:
-            failed.append(error)
+            errors.append(error)
 
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
@@ -583,15 +597,15 @@ def test_progress_from_several_threads() -> None:
             thread.join()
     finally:
         sys.setswitchinterval(interval)
-    assert failed == []
+    assert errors == []
     assert progress.fraction == 0.5
 
 
-def test_cuda_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(logger: object) -> None:
+def test_cuda_that_does_not_start_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail_to_start(logger: object) -> None:
         raise TypeError("pybind11::init(): factory function returned nullptr")
 
-    trt = SimpleNamespace(Builder=refuse, IProgressMonitor=object)
+    trt = SimpleNamespace(Builder=fail_to_start, IProgressMonitor=object)
     logger = SimpleNamespace(take_message=lambda: "CUDA initialization failure with error: 35")
     monkeypatch.setattr(tensorrt, "bindings", lambda flavour: trt)
     monkeypatch.setattr(tensorrt, "get_logger", lambda flavour: logger)
@@ -602,16 +616,16 @@ def test_cuda_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.fixture
-def real() -> None:
+def rtx_libraries() -> None:
     try:
         bindings(RTX)
     except EngineUnavailable as missing:
         pytest.skip(str(missing))
 
 
-@pytest.mark.usefixtures("real")
+@pytest.mark.usefixtures("rtx_libraries")
 def test_builds_the_tiny_bundle(tpx_build: Callable[..., Result], tiny_bundle: Path, tmp_path: Path) -> None:
-    assert origins(tpx_build("--batch", "1,4")) == ["build"] * len(GRAPHS)
+    assert engine_origins(tpx_build("--batch", "1,4")) == ["build"] * len(GRAPHS)
     assert len(list((tmp_path / "cache").iterdir())) == len(GRAPHS)
     bundle, cache = Bundle.open(tiny_bundle), EngineCache(tmp_path / "cache")
     for task in module.plan(bundle, cache, (1, 4), Gpu(89), RTX):
@@ -620,7 +634,7 @@ def test_builds_the_tiny_bundle(tpx_build: Callable[..., Result], tiny_bundle: P
         assert len(engine) > task.weight_bytes / 4, task.key.graph
 
 
-@pytest.mark.usefixtures("real")
+@pytest.mark.usefixtures("rtx_libraries")
 def test_ctrl_c_cancels_a_real_build(
     tpx_build: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -628,7 +642,7 @@ def test_ctrl_c_cancels_a_real_build(
 
     def step_and_press(progress: Progress, name: str) -> bool:
         if not progress.cancelled:
-            press(progress)
+            press_ctrl_c(progress)
         return step(progress, name)
 
     monkeypatch.setattr(Progress, "step", step_and_press)
@@ -638,7 +652,7 @@ def test_ctrl_c_cancels_a_real_build(
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-@pytest.mark.usefixtures("real")
+@pytest.mark.usefixtures("rtx_libraries")
 def test_the_monitor_reports_and_stops_a_build(tiny_bundle: Path) -> None:
     path, inputs = module.graphs_to_build(Bundle.open(tiny_bundle, verify=False))["text_encoder"]
     progress = Progress()

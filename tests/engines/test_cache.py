@@ -1,4 +1,4 @@
-"""The engine cache: it loads only undamaged engines of the requested key, and reports why others do not match."""
+"""The engine cache loads only undamaged engines of the requested key, and reports why others do not match."""
 
 import errno
 import json
@@ -43,12 +43,12 @@ ENGINE = bytes(range(256)) * 3
 
 @pytest.fixture
 def cache(tmp_path: Path) -> EngineCache:
-    made = EngineCache(tmp_path / "tiny.engines")
-    made.prepare()
-    return made
+    engine_cache = EngineCache(tmp_path / "tiny.engines")
+    engine_cache.prepare()
+    return engine_cache
 
 
-def test_every_field_has_another_value() -> None:
+def test_other_has_a_different_value_for_every_field() -> None:
     assert OTHER.keys() == {field.name for field in fields(Key)}
 
 
@@ -61,7 +61,7 @@ def test_stores_and_loads_an_engine(cache: EngineCache) -> None:
 
 
 @pytest.mark.parametrize("field", OTHER)
-def test_names_the_field_that_differs(cache: EngineCache, field: str) -> None:
+def test_reports_the_field_that_differs(cache: EngineCache, field: str) -> None:
     other = replace(KEY, **{field: OTHER[field]})
     cache.store(KEY, ENGINE).replace(cache.path(other))
     with pytest.raises(Stale) as caught:
@@ -69,11 +69,11 @@ def test_names_the_field_that_differs(cache: EngineCache, field: str) -> None:
     message = str(caught.value)
     assert message.count("expected") == 1
     expected, found = (key.to_json()[field] for key in (other, KEY))
-    for word, value in (("expected " + field, expected), ("found", found)):
-        assert f"{word} {value!r}"[:30] in message
+    for prefix, value in (("expected " + field, expected), ("found", found)):
+        assert f"{prefix} {value!r}"[:30] in message
 
 
-def test_names_all_fields_that_differ(cache: EngineCache) -> None:
+def test_reports_all_fields_that_differ(cache: EngineCache) -> None:
     cache.store(KEY, ENGINE).replace(cache.path(Key(**OTHER)))
     with pytest.raises(Stale) as caught:
         cache.load(Key(**OTHER))
@@ -81,7 +81,9 @@ def test_names_all_fields_that_differ(cache: EngineCache) -> None:
 
 
 @pytest.mark.parametrize("field", ["bundle", "version", "gpu", "driver", "plugin"])
-def test_another_bundle_version_or_gpu_replaces_the_file(cache: EngineCache, field: str) -> None:
+def test_another_bundle_version_gpu_driver_or_plugin_replaces_the_file(
+    cache: EngineCache, field: str
+) -> None:
     other = replace(KEY, **{field: OTHER[field]})
     assert cache.store(KEY, ENGINE) == cache.store(other, ENGINE)
     assert cache.load(other) == ENGINE
@@ -95,15 +97,15 @@ def test_other_keys_have_their_own_file(cache: EngineCache, field: str) -> None:
     assert (cache.load(KEY), cache.load(other)) == (ENGINE, b"other")
 
 
-def test_an_engine_built_without_a_gpu_serves_any_of_its_capability(cache: EngineCache) -> None:
-    ahead = replace(KEY, gpu=None, driver=None)
-    cache.store(ahead, ENGINE)
+def test_an_engine_built_without_a_gpu_loads_on_any_of_its_capability(cache: EngineCache) -> None:
+    key_without_gpu = replace(KEY, gpu=None, driver=None)
+    cache.store(key_without_gpu, ENGINE)
     assert cache.load(KEY) == ENGINE
     cache.store(KEY, ENGINE)
-    assert cache.load(ahead) == ENGINE
+    assert cache.load(key_without_gpu) == ENGINE
 
 
-def test_the_plugin_is_not_compared_when_running(cache: EngineCache) -> None:
+def test_a_key_whose_plugin_is_none_matches_any_plugin(cache: EngineCache) -> None:
     cache.store(KEY, ENGINE)
     assert cache.load(replace(KEY, plugin=None)) == ENGINE
     with pytest.raises(Stale, match="expected plugin '', found '0123456789abcdef'"):
@@ -119,25 +121,25 @@ def test_a_new_engine_removes_the_old_kernels(cache: EngineCache) -> None:
 
 
 @pytest.mark.parametrize("flip", [0x01, 0x20])
-def test_notices_every_flipped_byte(cache: EngineCache, flip: int) -> None:
+def test_detects_every_flipped_byte(cache: EngineCache, flip: int) -> None:
     path = cache.store(KEY, ENGINE[:64])
-    whole = path.read_bytes()
-    for index in range(len(whole)):
-        damaged = bytearray(whole)
+    contents = path.read_bytes()
+    for index in range(len(contents)):
+        damaged = bytearray(contents)
         damaged[index] ^= flip
         path.write_bytes(damaged)
         with pytest.raises(Stale, match=r"\.engine: expected .*, found "):
             cache.load(KEY)
 
 
-def test_notices_every_wrong_length(cache: EngineCache) -> None:
+def test_detects_every_wrong_length(cache: EngineCache) -> None:
     path = cache.store(KEY, ENGINE[:64])
-    whole = path.read_bytes()
-    for length in range(len(whole)):
-        path.write_bytes(whole[:length])
+    contents = path.read_bytes()
+    for length in range(len(contents)):
+        path.write_bytes(contents[:length])
         with pytest.raises(Stale, match=r"\.engine: expected .*, found "):
             cache.load(KEY)
-    path.write_bytes(whole + b"\0")
+    path.write_bytes(contents + b"\0")
     with pytest.raises(Stale, match="expected an engine of 64 bytes, found 65"):
         cache.load(KEY)
 
@@ -163,13 +165,13 @@ def _file(version: int = module.VERSION, header: object = None, length: int | No
         (_file(header={"key": KEY.to_json(), "bytes": 0, "sha256": 1}), "expected SHA-256 1, found 'e3b0"),
     ],
 )
-def test_refuses_other_files(cache: EngineCache, contents: bytes, message: str) -> None:
+def test_rejects_invalid_files(cache: EngineCache, contents: bytes, message: str) -> None:
     cache.path(KEY).write_bytes(contents)
     with pytest.raises(Stale, match=message):
         cache.load(KEY)
 
 
-def test_refuses_an_unreadable_file(cache: EngineCache) -> None:
+def test_rejects_an_unreadable_file(cache: EngineCache) -> None:
     cache.path(KEY).mkdir()
     with pytest.raises(Stale, match="expected a file to read, found: Is a directory"):
         cache.load(KEY)
@@ -181,7 +183,7 @@ def test_refuses_an_unreadable_file(cache: EngineCache) -> None:
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
-def test_incomplete_files_do_not_appear(
+def test_a_failed_write_leaves_no_partial_file(
     cache: EngineCache, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
     cache.store(KEY, ENGINE)
@@ -196,7 +198,7 @@ def test_incomplete_files_do_not_appear(
     assert list(cache.folder.iterdir()) == [cache.path(KEY)]
 
 
-def test_timing_caches_are_by_version_and_capability(cache: EngineCache) -> None:
+def test_timing_caches_are_per_version_capability_engine_and_plugin(cache: EngineCache) -> None:
     assert cache.read_timing_cache(KEY) == b""
     cache.store_timing_cache(KEY, b"times")
     assert cache.read_timing_cache(replace(KEY, graph="vae_decoder", batch=(1, 8))) == b"times"
@@ -207,7 +209,7 @@ def test_timing_caches_are_by_version_and_capability(cache: EngineCache) -> None
     ]
 
 
-def test_refuses_an_impossible_folder(tmp_path: Path) -> None:
+def test_rejects_a_folder_that_cannot_be_created(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(
         BadInput, match=r"expected a writable folder for engines at .*file, found: File exists; choose"
@@ -215,7 +217,7 @@ def test_refuses_an_impossible_folder(tmp_path: Path) -> None:
         EngineCache(tmp_path / "file").prepare()
 
 
-def test_is_next_to_the_bundle_and_never_inside(
+def test_the_cache_is_beside_the_bundle_and_never_inside_it(
     tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = Bundle.open(tiny_bundle, verify=False)

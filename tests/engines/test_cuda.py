@@ -1,4 +1,4 @@
-"""The argument types of the driver functions, compared with NVIDIA's cuda.h, which comes with Triton."""
+"""The argument types of the driver functions, compared with NVIDIA's cuda.h, which comes with Triton. Also GPU tests."""
 
 import pickle
 import re
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tpx_runtime.engine import cuda, gpu
 from tpx_runtime.engine.cuda import NON_BLOCKING, OUT_OF_MEMORY, SIGNATURES, Buffer, CudaFailed, Driver, Graph
 from tpx_runtime.engine.gpu import find_gpu, local_gpu
 
@@ -45,36 +46,36 @@ def ctype(declared: str) -> Any:
 
 @pytest.mark.parametrize("name", SIGNATURES)
 def test_signatures_match_the_header(header: str, name: str) -> None:
-    plain = re.sub(r"_v\d$|WithFlags$", "", name)
-    if name != plain:
-        assert re.search(rf"#define {plain}\s+(__CUDA_API_PTSZ\()?{name}\b", header)
-    declared = re.search(rf"CUresult CUDAAPI {plain}\(([^)]*)\);", header)
+    name_in_header = re.sub(r"_v\d$|WithFlags$", "", name)
+    if name != name_in_header:
+        assert re.search(rf"#define {name_in_header}\s+(__CUDA_API_PTSZ\()?{name}\b", header)
+    declared = re.search(rf"CUresult CUDAAPI {name_in_header}\(([^)]*)\);", header)
     assert declared
-    assert SIGNATURES[name] == tuple(ctype(one) for one in declared[1].split(","))
+    assert SIGNATURES[name] == tuple(ctype(parameter) for parameter in declared[1].split(","))
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("CUDA_ERROR_NO_DEVICE", 100),
-        ("CUDA_ERROR_OUT_OF_MEMORY", 2),
-        ("CU_STREAM_NON_BLOCKING", 1),
-        ("CU_STREAM_CAPTURE_MODE_THREAD_LOCAL", 1),
-        ("CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR", 75),
-        ("CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR", 76),
+        ("CUDA_ERROR_NO_DEVICE", cuda.NO_DEVICE),
+        ("CUDA_ERROR_OUT_OF_MEMORY", OUT_OF_MEMORY),
+        ("CU_STREAM_NON_BLOCKING", NON_BLOCKING),
+        ("CU_STREAM_CAPTURE_MODE_THREAD_LOCAL", cuda._THREAD_LOCAL),
+        ("CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR", gpu._MAJOR),
+        ("CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR", gpu._MINOR),
     ],
 )
-def test_a_constant_equals_the_headers(header: str, name: str, value: int) -> None:
+def test_constants_match_the_header(header: str, name: str, value: int) -> None:
     found = re.search(rf"\b{name}\s*=\s*(\w+)", header)
     assert found
     assert int(found[1], 0) == value
 
 
-NO_GPU = "expected an NVIDIA GPU, found none"
+NO_GPU_REASON = "expected an NVIDIA GPU, found none"
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(local_gpu() is None, reason=NO_GPU)
+@pytest.mark.skipif(local_gpu() is None, reason=NO_GPU_REASON)
 class TestOnAGpu:
     @pytest.fixture
     def driver(self) -> Iterator[Driver]:
@@ -126,12 +127,12 @@ class TestOnAGpu:
         driver.call("cuStreamSynchronize", stream)
         buffer.free()
 
-    def test_out_of_memory_is_one_line(self, driver: Driver) -> None:
+    def test_out_of_memory_is_reported_with_advice(self, driver: Driver) -> None:
         with pytest.raises(CudaFailed, match="found CUDA_ERROR_OUT_OF_MEMORY; generate fewer images"):
             Buffer(driver, 1 << 50)
 
 
-def test_its_error_can_be_pickled() -> None:
+def test_cuda_failed_can_be_pickled() -> None:
     error = pickle.loads(pickle.dumps(CudaFailed("cuMemAlloc", OUT_OF_MEMORY, "CUDA_ERROR_OUT_OF_MEMORY")))
     assert (error.code, error.name) == (OUT_OF_MEMORY, "CUDA_ERROR_OUT_OF_MEMORY")
     assert "expected CUDA's cuMemAlloc to succeed" in str(error)

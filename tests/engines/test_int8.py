@@ -1,6 +1,6 @@
 """Which int8 graphs TensorRT for RTX accepts: QuantizeLinear and DequantizeLinear around the MatMuls of an MMDiT block.
 
-It reads and builds them without a GPU. Whether an engine then multiplies in int8, and how well, only a GPU can say.
+It parses and builds them without a GPU. Only a GPU can show whether an engine multiplies in int8, and how accurately.
 """
 
 from dataclasses import dataclass, field
@@ -33,11 +33,11 @@ class Style:
     activation_zero: int = 0
     weight: Any = np.int8
     per_channel: bool = True
-    transposed: bool = False  # the weight is [out, in], as in PyTorch, and transposed in the graph
+    # The weight is [out, in], as in PyTorch, and transposed in the graph.
+    transposed: bool = False
     scale: Any = np.float16
-    weight_from_float: bool = (
-        False  # a float weight with Quantize and Dequantize, instead of Dequantize alone
-    )
+    # A float weight with Quantize and Dequantize, instead of an int8 weight with Dequantize alone.
+    weight_from_float: bool = False
 
 
 @dataclass
@@ -80,10 +80,10 @@ class Graph:
             if style.weight_from_float
             else (rounded + zero.flat[0]).astype(style.weight)
         )
-        where = {"axis": axis} if style.per_channel else {}
+        axis_attribute = {"axis": axis} if style.per_channel else {}
         if style.weight_from_float:
-            stored = self.add("QuantizeLinear", stored, *grid, **where)
-        weight = self.add("DequantizeLinear", stored, *grid, **where)
+            stored = self.add("QuantizeLinear", stored, *grid, **axis_attribute)
+        weight = self.add("DequantizeLinear", stored, *grid, **axis_attribute)
         return self.add("Transpose", weight, perm=[1, 0]) if style.transposed else weight
 
     def heads(self, x: str, perm: list[int]) -> str:
@@ -101,18 +101,18 @@ def block(style: Style) -> onnx.ModelProto:
     q, k, v = (graph.add("Concat", *pair, axis=1) for pair in zip(*streams.values(), strict=True))
     scores = graph.add("MatMul", graph.heads(q, [0, 2, 1, 3]), graph.heads(k, [0, 2, 3, 1]))
     weights = graph.add("Softmax", graph.add("Mul", scores, graph.constant(np.float16(0.2))), axis=-1)
-    mixed = graph.add(
+    attended = graph.add(
         "Transpose", graph.add("MatMul", weights, graph.heads(v, [0, 2, 1, 3])), perm=[0, 2, 1, 3]
     )
-    flat = graph.add("Reshape", mixed, graph.constant(np.array([0, 0, WIDTH])))
+    flat = graph.add("Reshape", attended, graph.constant(np.array([0, 0, WIDTH])))
     hidden = graph.add("Gelu", graph.linear(flat, WIDTH), approximate="tanh")
     out = graph.add("Cast", graph.linear(hidden, WIDTH), to=TensorProto.FLOAT)
     inputs = [
         helper.make_tensor_value_info(n, TensorProto.FLOAT, ["b", *shape[1:]]) for n, shape in SHAPES.items()
     ]
     output = helper.make_tensor_value_info(out, TensorProto.FLOAT, ["b", TOKENS + TEXT, WIDTH])
-    made = helper.make_graph(graph.nodes, "block", inputs, [output], graph.constants)
-    return helper.make_model(made, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    graph_proto = helper.make_graph(graph.nodes, "block", inputs, [output], graph.constants)
+    return helper.make_model(graph_proto, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
 
 
 def build(style: Style, folder: Path, capability: int = 89) -> bytes:
@@ -134,7 +134,7 @@ def test_builds_symmetric_int8(tmp_path: Path, capability: int, transposed: bool
     [Style(per_channel=False), Style(scale=np.float16, weight_from_float=True)],
     ids=["one scale for a weight", "a float weight, quantised in the graph"],
 )
-def test_builds_other_variants(tmp_path: Path, style: Style) -> None:
+def test_builds_per_tensor_scales_and_float_weights(tmp_path: Path, style: Style) -> None:
     assert len(build(style, tmp_path)) > 10_000
 
 
@@ -147,7 +147,7 @@ def test_builds_other_variants(tmp_path: Path, style: Style) -> None:
     ],
     ids=["asymmetric int8", "uint8", "uint8 weights"],
 )
-def test_refuses_zero_points_and_uint8(tmp_path: Path, style: Style, reason: str) -> None:
+def test_rejects_zero_points_and_uint8(tmp_path: Path, style: Style, reason: str) -> None:
     with pytest.raises(EngineFailed, match=f"TensorRT for RTX cannot read it: .*{reason}"):
         build(style, tmp_path)
 
@@ -168,9 +168,9 @@ def test_int8_weights_are_stored_as_int8(tmp_path: Path) -> None:
             weight = graph.constant((values / 100).astype(np.float16))
         out = graph.add("Cast", graph.add("MatMul", x, weight), to=TensorProto.FLOAT)
         ports = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["b", 1024]) for name in ("x", out)]
-        made = helper.make_graph(graph.nodes, "linear", ports[:1], ports[1:], graph.constants)
+        graph_proto = helper.make_graph(graph.nodes, "linear", ports[:1], ports[1:], graph.constants)
         onnx.save(
-            helper.make_model(made, opset_imports=[helper.make_opsetid("", 20)], ir_version=10),
+            helper.make_model(graph_proto, opset_imports=[helper.make_opsetid("", 20)], ir_version=10),
             tmp_path / "x.onnx",
         )
         sizes[kind] = len(tensorrt.build(RTX, tmp_path / "x.onnx", {"x": (None, 1024)}))
@@ -178,10 +178,10 @@ def test_int8_weights_are_stored_as_int8(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("symmetric", "accepted"), [(True, True), (False, False)])
-def test_models_quantised_by_onnx_runtime_build_if_symmetric(
+def test_models_quantised_by_onnx_runtime_build_only_if_symmetric(
     tmp_path: Path, symmetric: bool, accepted: bool
 ) -> None:
-    """onnxruntime.quantization of a float model: QInt8 with ActivationSymmetric, or the parser refuses it."""
+    """onnxruntime.quantization of a float model: QInt8 with ActivationSymmetric, otherwise the parser rejects it."""
     quantization = pytest.importorskip("onnxruntime.quantization", reason="expected onnxruntime, found none")
     rng = np.random.default_rng(0)
     weight = numpy_helper.from_array(rng.standard_normal((WIDTH, WIDTH)).astype(np.float32), "w")
@@ -191,9 +191,9 @@ def test_models_quantised_by_onnx_runtime_build_if_symmetric(
         helper.make_node("Add", ["y", "b"], ["z"], name="a"),
     ]
     ports = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", WIDTH]) for name in "xz"]
-    made = helper.make_graph(nodes, "linear", ports[:1], ports[1:], [weight, bias])
+    graph_proto = helper.make_graph(nodes, "linear", ports[:1], ports[1:], [weight, bias])
     onnx.save(
-        helper.make_model(made, opset_imports=[helper.make_opsetid("", 20)], ir_version=10),
+        helper.make_model(graph_proto, opset_imports=[helper.make_opsetid("", 20)], ir_version=10),
         tmp_path / "x.onnx",
     )
     data = iter([{"x": rng.standard_normal((4, WIDTH)).astype(np.float32) + 1} for _ in range(4)])

@@ -1,7 +1,7 @@
-"""The plugin with TensorRT's own Python code, without TensorRT: its bindings are loaded with stubs of 9 C symbols.
+"""The plugin in TensorRT's own Python code, without its libraries: the bindings are loaded with stubs of 9 C symbols.
 
-The registry, dimensions and the expression builder, which the stubs lack, are small fakes; all code of `tensorrt.plugin`
-that checks and calls the plugin is NVIDIA's. Nothing is launched.
+The registry, the dimensions and the expression builder, which the stubs lack, are small fakes. All code of
+`tensorrt.plugin` that checks and calls the plugin is NVIDIA's. No kernel is launched.
 """
 
 import shutil
@@ -81,10 +81,10 @@ def _start(folder: Path) -> None:
 
 
 def _build(dtype: str, tactic: int, shapes: tuple[tuple[Any, ...], ...] = SHAPES) -> dict[str, Any]:
-    """Call the plugin as TensorRT does when it builds an engine; returns the launch as plain values."""
+    """Call the plugin as TensorRT does when it builds an engine, and return its answers as plain values."""
     trt: Any = globals()["trt"]
-    real = trt.DataType.HALF if dtype == "fp16" else trt.DataType.FLOAT
-    types = [real, trt.DataType.INT64, real, real]
+    real_type = trt.DataType.HALF if dtype == "fp16" else trt.DataType.FLOAT
+    types = [real_type, trt.DataType.INT64, real_type, real_type]
     creator = trt.get_plugin_registry().get_creator("RoutedLora", "1", "tpx")
     plugin = creator.create_plugin(
         "RoutedLora",
@@ -93,24 +93,25 @@ def _build(dtype: str, tactic: int, shapes: tuple[tuple[Any, ...], ...] = SHAPES
         trt.TensorRTPhase.BUILD,
         trt.QuickPluginCreationRequest.STRICT_AOT,
     )
-    got: dict[str, Any] = {"version": trt.__version__, "torch": "torch" in sys.modules}
-    got["output types"] = [t.name for t in plugin.get_output_data_types(types, [len(s) for s in shapes])]
+    answers: dict[str, Any] = {"version": trt.__version__, "torch": "torch" in sys.modules}
+    answers["output types"] = [t.name for t in plugin.get_output_data_types(types, [len(s) for s in shapes])]
     dims = [[_dimension(size) for size in shape] for shape in shapes]
     outputs = plugin.get_output_shapes(dims, [], Expressions())
-    got["output shapes"] = [[d.value for d in shape] for shape in outputs]
+    answers["output shapes"] = [[d.value for d in shape] for shape in outputs]
 
     descriptions = []
-    for shape, kind in zip([*shapes, (*shapes[0][:2], shapes[3][2])], [*types, real], strict=True):
-        one = trt.DynamicPluginTensorDesc()
-        one.desc.dims = trt.Dims([size if isinstance(size, int) else -1 for size in shape])
-        one.desc.type, one.desc.format = kind, trt.TensorFormat.LINEAR
-        descriptions.append(one)
-    offered = plugin.get_supported_format_combinations(descriptions, 4)
-    got["offered"] = [
-        [(one.type.name, one.format.name) for one in offered[i : i + 5]] for i in range(0, len(offered), 5)
+    for shape, data_type in zip([*shapes, (*shapes[0][:2], shapes[3][2])], [*types, real_type], strict=True):
+        description = trt.DynamicPluginTensorDesc()
+        description.desc.dims = trt.Dims([size if isinstance(size, int) else -1 for size in shape])
+        description.desc.type, description.desc.format = data_type, trt.TensorFormat.LINEAR
+        descriptions.append(description)
+    formats = plugin.get_supported_format_combinations(descriptions, 4)
+    answers["offered"] = [
+        [(description.type.name, description.format.name) for description in formats[i : i + 5]]
+        for i in range(0, len(formats), 5)
     ]
     plugin.configure_plugin(descriptions[:4], descriptions[4:])
-    got["tactics"] = sorted(plugin.get_valid_tactics())
+    answers["tactics"] = sorted(plugin.get_valid_tactics())
     plugin.set_tactic(tactic)
 
     class Scalars(dict[int, Any]):
@@ -118,11 +119,11 @@ def _build(dtype: str, tactic: int, shapes: tuple[tuple[Any, ...], ...] = SHAPES
 
     launch, scalars = SimpleNamespace(), Scalars()
     plugin.get_launch_params(dims, descriptions, 4, launch, scalars, Expressions())
-    got["launch"] = {name: value.expr.value for name, value in vars(launch).items()}
-    got["scalars"] = [(scalars[i].dtype.name, scalars[i].expr.value) for i in range(scalars.nbSymExprs)]
+    answers["launch"] = {name: value.expr.value for name, value in vars(launch).items()}
+    answers["scalars"] = [(scalars[i].dtype.name, scalars[i].expr.value) for i in range(scalars.nbSymExprs)]
     name, ptx = plugin.get_kernel([d.desc for d in descriptions[:4]], [d.desc for d in descriptions[4:]])
-    got["kernel"], got["ptx"] = name, ptx.decode()
-    return got
+    answers["kernel"], answers["ptx"] = name, ptx.decode()
+    return answers
 
 
 @pytest.fixture(scope="module")
@@ -141,19 +142,22 @@ def tensorrt(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProcessPoolEx
 
 @pytest.mark.parametrize(("dtype", "rows"), [("fp16", 64), ("fp32", 32)])
 @pytest.mark.parametrize("tactic", [1, 2])
-def test_builds_as_tensorrt_does(tensorrt: ProcessPoolExecutor, dtype: str, rows: int, tactic: int) -> None:
-    got = tensorrt.submit(_build, dtype, tactic).result()
-    real = {"fp16": "HALF", "fp32": "FLOAT"}[dtype]
-    assert got["output types"] == [real]
-    assert got["output shapes"] == [[2, 77, 72]]
-    line = "LINEAR"
-    assert sorted(got["offered"]) == [
-        [(one, line), ("INT64", line), (one, line), (one, line), (one, line)] for one in ("FLOAT", "HALF")
+def test_gives_tensorrt_its_types_shapes_formats_launch_and_kernel(
+    tensorrt: ProcessPoolExecutor, dtype: str, rows: int, tactic: int
+) -> None:
+    answers = tensorrt.submit(_build, dtype, tactic).result()
+    real_type = {"fp16": "HALF", "fp32": "FLOAT"}[dtype]
+    assert answers["output types"] == [real_type]
+    assert answers["output shapes"] == [[2, 77, 72]]
+    layout = "LINEAR"
+    assert sorted(answers["offered"]) == [
+        [(name, layout), ("INT64", layout), (name, layout), (name, layout), (name, layout)]
+        for name in ("FLOAT", "HALF")
     ]
-    assert got["tactics"] == [1, 2, 3, 6]
-    shared = got["launch"].pop("shared_mem")
+    assert answers["tactics"] == [1, 2, 3, 6]
+    shared = answers["launch"].pop("shared_mem")
     assert 0 < shared <= 48 * 1024
-    assert got["launch"] == {
+    assert answers["launch"] == {
         "grid_x": -(-154 // rows) + 2,
         "grid_y": tactic,
         "grid_z": 1,
@@ -161,26 +165,26 @@ def test_builds_as_tensorrt_does(tensorrt: ProcessPoolExecutor, dtype: str, rows
         "block_y": 1,
         "block_z": 1,
     }
-    assert got["scalars"] == [("INT32", 154)]
-    assert f".visible .entry {got['kernel']}(" in got["ptx"]
-    assert ".target sm_89" in got["ptx"]
-    assert not got["torch"], "building an engine must not need torch"
+    assert answers["scalars"] == [("INT32", 154)]
+    assert f".visible .entry {answers['kernel']}(" in answers["ptx"]
+    assert ".target sm_89" in answers["ptx"]
+    assert not answers["torch"], "building an engine must not need torch"
 
 
-def test_refuses_open_weights(tensorrt: ProcessPoolExecutor) -> None:
+def test_rejects_weights_of_dynamic_shape(tensorrt: ProcessPoolExecutor) -> None:
     shapes = (("batch", "tokens", 48), ("batch", "tokens"), ("batch", 48, 20), ("batch", 20, 72))
     with pytest.raises(BadInput, match=r"expected weights of static shape, found a \(-1, 48, 20\)"):
         tensorrt.submit(_build, "fp16", 1, shapes).result()
 
 
-def test_refuses_a_second_registration(tensorrt: ProcessPoolExecutor) -> None:
+def test_rejects_a_second_registration(tensorrt: ProcessPoolExecutor) -> None:
     from tpx_engines import routed_lora_plugin
 
     with pytest.raises(ValueError, match="already has a defin"):
         tensorrt.submit(routed_lora_plugin.register, 86).result()
 
 
-def test_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reports_missing_tensorrt_and_an_unsupported_capability(monkeypatch: pytest.MonkeyPatch) -> None:
     from tpx_engines import routed_lora_plugin
 
     monkeypatch.setitem(sys.modules, "tensorrt", None)

@@ -1,6 +1,6 @@
-"""The Triton kernel compared with the plain operator, in Triton's interpreter on the CPU; and its PTX.
+"""The Triton kernel compared with the plain operator, in Triton's interpreter on the CPU. Also the kernel's PTX.
 
-The interpreter must be chosen before `triton` is first imported, so the kernel runs in a process of its own.
+The interpreter must be chosen before `triton` is first imported, so the kernel runs in a separate process.
 """
 
 import ctypes
@@ -24,7 +24,8 @@ from tpx_runtime.errors import BadInput, EngineFailed
 if find_spec("triton") is None:
     pytest.skip("expected the package triton, found none; pip install triton", allow_module_level=True)
 
-REGISTERED: list[bool] = []  # in the interpreter process: before and after the import of the module
+# In the interpreter process: whether the kernel was registered before and after the import of the module.
+REGISTERED: list[bool] = []
 
 
 def _cuda_kernel() -> bool:
@@ -56,7 +57,7 @@ def _error(
     from tpx_engines.routed_lora_triton import routed_lora_triton
 
     torch.manual_seed(0)
-    # Not contiguous, like a slice of a model's tensor.
+    # Not contiguous, as a slice of a model's tensor may be.
     x = torch.randn(lead[1], lead[0], width, dtype=dtype).transpose(0, 1)
     expert = torch.tensor(used)[torch.randint(0, len(used), lead)]
     a = torch.randn(experts, width, rank, dtype=dtype) * width**-0.5
@@ -67,14 +68,19 @@ def _error(
     return float((found - expected).abs().max() / expected.abs().max()) if expected.numel() else 0.0
 
 
-def _refused(**changed: Any) -> None:
+def _call_kernel(**changed: Any) -> None:
     from tpx_engines.routed_lora_triton import routed_lora_triton
 
-    whole: dict[str, Any] = {"rank": 4, "dtype": torch.float32, "ids": torch.int64, "b_experts": 2} | changed
-    x = torch.zeros(1, 5, 16, dtype=whole["dtype"])
-    a = torch.zeros(2, 16, whole["rank"], dtype=whole["dtype"])
-    b = torch.zeros(whole["b_experts"], whole["rank"], 8, dtype=whole.get("b_dtype", whole["dtype"]))
-    routed_lora_triton(x, torch.zeros(1, 5, dtype=whole["ids"]), a, b)
+    options: dict[str, Any] = {
+        "rank": 4,
+        "dtype": torch.float32,
+        "ids": torch.int64,
+        "b_experts": 2,
+    } | changed
+    x = torch.zeros(1, 5, 16, dtype=options["dtype"])
+    a = torch.zeros(2, 16, options["rank"], dtype=options["dtype"])
+    b = torch.zeros(options["b_experts"], options["rank"], 8, dtype=options.get("b_dtype", options["dtype"]))
+    routed_lora_triton(x, torch.zeros(1, 5, dtype=options["ids"]), a, b)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +97,7 @@ CASES = {
     "plain": ((2, 32), 64, 16, 192, 4, (0, 1, 2, 3), 1),
     "odd sizes": ((3, 23), 41, 11, 83, 3, (0, 1, 2), 1),
     "empty experts": ((2, 50), 48, 8, 40, 6, (1, 4), 1),
-    "one takes all": ((2, 75), 32, 4, 36, 5, (3,), 1),
+    "all tokens to one expert": ((2, 75), 32, 4, 36, 5, (3,), 1),
     "one expert": ((1, 70), 32, 4, 36, 1, (0,), 1),
     "one token": ((1, 1), 32, 4, 36, 2, (1,), 1),
     "no tokens": ((2, 0), 32, 4, 36, 2, (0,), 1),
@@ -100,21 +106,21 @@ CASES = {
     "more splits than columns": ((2, 40), 32, 20, 24, 3, (0, 1, 2), 4),
     "several blocks of ids": ((1, 4300), 16, 4, 16, 2, (0, 1), 1),
     "more than eight experts": ((2, 150), 16, 4, 16, 19, (0, 7, 8, 15, 16, 18), 1),
-    "as many splits as fit": ((2, 40), 32, 20, 200, 3, (0, 1, 2), None),
+    "default number of splits": ((2, 40), 32, 20, 200, 3, (0, 1, 2), None),
 }
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float16, 2e-3)])
 @pytest.mark.parametrize("case", CASES)
-def test_agrees_with_the_operator(
+def test_matches_the_plain_operator(
     interpreter: ProcessPoolExecutor, case: str, dtype: torch.dtype, tolerance: float
 ) -> None:
     *sizes, splits = CASES[case]
     assert interpreter.submit(_error, *sizes, dtype, splits).result() < tolerance
 
 
-def _miscounted(experts: int, used: tuple[int, ...]) -> list[tuple[int, int]]:
-    """Expected and found counts of each case that differs."""
+def _wrong_counts(experts: int, used: tuple[int, ...]) -> list[tuple[int, int]]:
+    """The (expected, found) pairs that differ."""
     from counting_kernel import counts
 
     torch.manual_seed(0)
@@ -130,22 +136,20 @@ def _miscounted(experts: int, used: tuple[int, ...]) -> list[tuple[int, int]]:
 def test_counts_the_tokens_of_every_expert(
     interpreter: ProcessPoolExecutor, experts: int, used: tuple[int, ...]
 ) -> None:
-    assert interpreter.submit(_miscounted, experts, used).result() == []
+    assert interpreter.submit(_wrong_counts, experts, used).result() == []
 
 
 @pytest.mark.parametrize(
     ("tokens", "experts", "splits"),
     [(8192, 2, 1), (8192, 5, 1), (2048, 2, 4), (2048, 5, 3), (64, 1, 36), (20_000, 5, 1), (0, 1, 36)],
 )
-def test_splits_fill_132_multiprocessors_and_do_not_overflow_them(
-    tokens: int, experts: int, splits: int
-) -> None:
+def test_number_of_splits_for_132_multiprocessors(tokens: int, experts: int, splits: int) -> None:
     from tpx_engines.routed_lora_kernel import programs_for, splits_for
 
     assert splits_for(programs_for(tokens, experts, rows=64), 132, out=4608, columns=128) == splits
 
 
-def test_registers_on_import_and_not_before(interpreter: ProcessPoolExecutor) -> None:
+def test_the_cuda_kernel_is_registered_on_import_and_not_before(interpreter: ProcessPoolExecutor) -> None:
     assert interpreter.submit(_registered).result() == [False, True]
 
 
@@ -159,16 +163,16 @@ def test_registers_on_import_and_not_before(interpreter: ProcessPoolExecutor) ->
         ({"b_experts": 3}, r"expected x \[B, N, D\], .*, found \[\(1, 5, 16\), "),
     ],
 )
-def test_refuses_what_it_cannot_compute(
+def test_rejects_unsupported_inputs(
     interpreter: ProcessPoolExecutor, changed: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(BadInput, match=message):
-        interpreter.submit(_refused, **changed).result()
+        interpreter.submit(_call_kernel, **changed).result()
 
 
-def test_refuses_cpu_tensors_without_the_interpreter() -> None:
+def test_rejects_cpu_tensors_without_the_interpreter() -> None:
     with pytest.raises(BadInput, match="expected CUDA tensors, found cpu"):
-        _refused()
+        _call_kernel()
 
 
 @pytest.fixture
@@ -203,10 +207,10 @@ def test_compiles_to_ptx(tmp_path: Path, capability: int, dtype: str, target: st
     compiled = compile_ptx(Sizes(8, 1536, 128, 4608, dtype), capability)
     assert f".target {target}\n" in compiled.ptx
     assert f".version {'9.0' if capability >= 100 else '8.7'}\n" in compiled.ptx
-    found = re.search(rf"\.visible \.entry {compiled.name}\(([^)]*)\)", compiled.ptx)
-    assert found is not None
-    kinds = [re.match(r"\s*\.param (\.u\d+)", line)[1] for line in found[1].strip().split("\n")]  # type: ignore[index]
-    assert kinds == [".u64", ".u64", ".u64", ".u64", ".u32", ".u64"]
+    entry = re.search(rf"\.visible \.entry {compiled.name}\(([^)]*)\)", compiled.ptx)
+    assert entry is not None
+    parameter_types = [re.match(r"\s*\.param (\.u\d+)", line)[1] for line in entry[1].strip().split("\n")]  # type: ignore[index]
+    assert parameter_types == [".u64", ".u64", ".u64", ".u64", ".u32", ".u64"]
     assert compiled.threads == 128
     assert 0 < compiled.shared <= 48 * 1024
     assert ".file" not in compiled.ptx
@@ -214,16 +218,16 @@ def test_compiles_to_ptx(tmp_path: Path, capability: int, dtype: str, target: st
     path = tmp_path / "kernel.ptx"
     path.write_text(compiled.ptx)
     command = [assembler.path, "-v", f"-arch={target}", str(path), "-o", str(tmp_path / "kernel.cubin")]
-    said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-    assert "0 bytes spill stores, 0 bytes spill loads" in said
+    stderr = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    assert "0 bytes spill stores, 0 bytes spill loads" in stderr
 
 
-def test_refuses_ptx_that_uses_its_scratch() -> None:
+def test_rejects_ptx_that_uses_its_scratch_parameters() -> None:
     from tpx_engines.routed_lora_ptx import without_scratch
 
-    listed = ",\n".join(f"\t.param .u64 k_param_{i}" for i in range(3))
-    entry = f".visible .entry k(\n{listed}\n)\n{{\n\tld.param.b64 %rd1, [k_param_0];\n"
-    assert without_scratch(entry, 1) == entry.replace(listed, "\t.param .u64 k_param_0")
+    parameters = ",\n".join(f"\t.param .u64 k_param_{i}" for i in range(3))
+    entry = f".visible .entry k(\n{parameters}\n)\n{{\n\tld.param.b64 %rd1, [k_param_0];\n"
+    assert without_scratch(entry, 1) == entry.replace(parameters, "\t.param .u64 k_param_0")
     with pytest.raises(EngineFailed, match="expected 2 parameters and 2 unused ones, found 3"):
         without_scratch(entry, 2)
     with pytest.raises(EngineFailed, match=r"named \[1, 2\] times"):
@@ -232,7 +236,7 @@ def test_refuses_ptx_that_uses_its_scratch() -> None:
         without_scratch("", 1)
 
 
-def test_refuses_unknown_capability() -> None:
+def test_rejects_an_unknown_compute_capability() -> None:
     from tpx_engines.routed_lora_kernel import Sizes
     from tpx_engines.routed_lora_ptx import compile_ptx
 
@@ -245,20 +249,20 @@ def _benchmark(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
 
 
-def test_benchmark_runs_at_toy_size() -> None:
-    done = _benchmark("--toy", "--rounds", "1")
-    assert done.returncode == 0, done.stderr
-    rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| 80 |")]
+def test_the_benchmark_runs_at_toy_size() -> None:
+    result = _benchmark("--toy", "--rounds", "1")
+    assert result.returncode == 0, result.stderr
+    rows = [line.split(" | ") for line in result.stdout.splitlines() if line.startswith("| 80 |")]
     names = ["masked", "gathered", "triton", *(f"triton, splits {s}" for s in (1, 2, 4))]
     assert [(row[3], row[4]) for row in rows] == [(m, name) for m in ("2", "5") for name in names]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="expected no GPU, found one")
-def test_benchmark_refuses_without_a_gpu() -> None:
-    done = _benchmark()
-    assert done.returncode == 1
-    assert done.stderr.startswith("Error: expected an NVIDIA GPU and PyTorch with CUDA, found none; ")
-    assert done.stderr.count("\n") == 1
+def test_the_benchmark_gives_a_one_line_error_without_a_gpu() -> None:
+    result = _benchmark()
+    assert result.returncode == 1
+    assert result.stderr.startswith("Error: expected an NVIDIA GPU and PyTorch with CUDA, found none; ")
+    assert result.stderr.count("\n") == 1
 
 
 needs_gpu = pytest.mark.skipif(
@@ -281,7 +285,7 @@ def _relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float16, 4e-3), (torch.bfloat16, 3e-2)]
 )
-def test_runs_on_a_gpu(dtype: torch.dtype, tolerance: float) -> None:
+def test_matches_the_plain_operator_on_a_gpu(dtype: torch.dtype, tolerance: float) -> None:
     import tpx_engines.routed_lora_triton  # noqa: F401
 
     x, expert, a, b = _case()
@@ -296,20 +300,22 @@ def test_runs_on_a_gpu(dtype: torch.dtype, tolerance: float) -> None:
 @needs_gpu
 @pytest.mark.parametrize("splits", [1, 2, 4])
 @pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 1e-5), ("fp16", 4e-3)])
-def test_ptx_runs_on_a_gpu_as_tensorrt_launches_it(dtype: str, tolerance: float, splits: int) -> None:
+def test_ptx_launched_as_by_tensorrt_matches_the_plain_operator_on_a_gpu(
+    dtype: str, tolerance: float, splits: int
+) -> None:
     from tpx_engines.routed_lora_kernel import Sizes
     from tpx_engines.routed_lora_ptx import compile_ptx
 
     x, expert, a, b = _case()
-    kind = {"fp32": torch.float32, "fp16": torch.float16}[dtype]
-    given = [x.to("cuda", kind), expert.cuda(), a.to("cuda", kind), b.to("cuda", kind)]
-    out = torch.full((2, 1000, 1152), torch.nan, dtype=kind, device="cuda")
+    torch_dtype = {"fp32": torch.float32, "fp16": torch.float16}[dtype]
+    inputs = [x.to("cuda", torch_dtype), expert.cuda(), a.to("cuda", torch_dtype), b.to("cuda", torch_dtype)]
+    out = torch.full((2, 1000, 1152), torch.nan, dtype=torch_dtype, device="cuda")
     major, minor = torch.cuda.get_device_capability()
     compiled = compile_ptx(Sizes(5, 384, 64, 1152, dtype), 10 * major + minor)
     driver, module, kernel = ctypes.CDLL(DRIVER), ctypes.c_void_p(), ctypes.c_void_p()
     assert driver.cuModuleLoadData(ctypes.byref(module), compiled.ptx.encode()) == 0
     assert driver.cuModuleGetFunction(ctypes.byref(kernel), module, compiled.name.encode()) == 0
-    pointers = [ctypes.c_void_p(t.data_ptr()) for t in (*given, out)]
+    pointers = [ctypes.c_void_p(t.data_ptr()) for t in (*inputs, out)]
     values = [*pointers[:4], ctypes.c_int32(2000), pointers[4]]
     arguments = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
     grid = (-(-2000 // compiled.rows) + 4, splits, 1)

@@ -1,6 +1,6 @@
 """Every attribute and call that the code uses exists in TensorRT: mypy checks our sources against the real modules.
 
-The surface of TensorRT for RTX and of TensorRT 11 is read from the installed bindings, that of 10.16 was recorded by
+The interfaces of TensorRT for RTX and of TensorRT 11 are read from the installed bindings; that of 10.16 was recorded by
 surface.py. Every source file that contains `trt = bindings(...)` is checked. In a copy for mypy this statement becomes
 `import tensorrt as trt`, `ICudaEngine = Any` becomes an import of the real class, and functions that end in `_rtx` or
 `_full`, and classes that end in `Rtx` or `Full`, are emptied for the other flavour.
@@ -25,14 +25,16 @@ RECORDED = {"10.16": HERE / "tensorrt-10.16.1.11.surface"}
 INSTALLED = {"11.4": "tensorrt_bindings", "rtx": "tensorrt_rtx_bindings"}
 SURFACES = [*RECORDED, *INSTALLED]
 MODULES = {"trt", "trtp", "np", "npt", "cuda", "tensorrt", "Path", "threading", "ctypes"}
-OF_RTX = {  # members of IRuntimeConfig
+# Members of IRuntimeConfig that only TensorRT for RTX has.
+RTX_MEMBERS = {
     "cuda_graph_strategy",
     "dynamic_shapes_kernel_specialization_strategy",
     "create_runtime_cache",
     "set_runtime_cache",
 }
 USES = re.compile(r"= bindings\(|^\s*import tensorrt\b", re.MULTILINE)
-RUN_ELSEWHERE = "routed_lora_plugin.py"  # test_routed_lora_plugin.py, on NVIDIA's own tensorrt.plugin
+# test_routed_lora_plugin.py runs it with NVIDIA's own tensorrt.plugin.
+TESTED_ELSEWHERE = "routed_lora_plugin.py"
 SOURCES = [
     path
     for folder in (ROOT / "tpx_runtime", ROOT / "engines/tpx_engines")
@@ -43,8 +45,8 @@ SOURCES = [
 
 @pytest.fixture(scope="module")
 def surfaces(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Folders with a stub package `tensorrt`; those whose bindings are not installed are missing."""
-    made = {}
+    """Folders with a stub package `tensorrt`, without those whose bindings are not installed."""
+    folders = {}
     for name in SURFACES:
         folder = tmp_path_factory.mktemp(name) / "stubs"
         package = folder / "tensorrt"
@@ -61,21 +63,21 @@ def surfaces(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         (package / "plugin.pyi").write_text(
             "from typing import Any\ndef __getattr__(name: str) -> Any: ...\n"
         )
-        made[name] = folder
-    return made
+        folders[name] = folder
+    return folders
 
 
 def names(surface: Path) -> dict[str, set[str]]:
-    """The classes of a surface, with the names of their members."""
+    """The classes of an interface, with the names of their members."""
     tree = ast.parse((surface / "tensorrt/__init__.pyi").read_text(encoding="utf-8"))
-    found = {}
+    members = {}
     for node in tree.body:
         if isinstance(node, ast.ClassDef):
-            found[node.name] = {
-                getattr(one, "name", "") or ast.unparse(getattr(one, "target", ast.Constant(0)))
-                for one in node.body
+            members[node.name] = {
+                getattr(member, "name", "") or ast.unparse(getattr(member, "target", ast.Constant(0)))
+                for member in node.body
             }
-    return found
+    return members
 
 
 class ForMypy(ast.NodeTransformer):
@@ -96,23 +98,23 @@ class ForMypy(ast.NodeTransformer):
         pairs = [(target, node.value)]
         if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
             pairs = list(zip(target.elts, node.value.elts, strict=True))
-        made: list[ast.stmt] = []
+        statements: list[ast.stmt] = []
         for name, value in pairs:
-            taken = ast.unparse(value).startswith("bindings(")
-            one = self._import() if taken else ast.Assign([name], value)
-            made.append(ast.copy_location(one, node))
-        return made
+            is_import = ast.unparse(value).startswith("bindings(")
+            statement = self._import() if is_import else ast.Assign([name], value)
+            statements.append(ast.copy_location(statement, node))
+        return statements
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
         self.generic_visit(node)
-        taken = node.value is not None and ast.unparse(node.value).startswith("bindings(")
-        return ast.copy_location(self._import(), node) if taken else node
+        is_import = node.value is not None and ast.unparse(node.value).startswith("bindings(")
+        return ast.copy_location(self._import(), node) if is_import else node
 
     def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
         if node.name.endswith(self.emptied[1:].title()):
-            for one in node.body:
-                if isinstance(one, ast.FunctionDef):
-                    one.body = ast.parse("raise NotImplementedError").body
+            for member in node.body:
+                if isinstance(member, ast.FunctionDef):
+                    member.body = ast.parse("raise NotImplementedError").body
             return ast.fix_missing_locations(node)
         self.generic_visit(node)
         return node
@@ -128,11 +130,11 @@ class ForMypy(ast.NodeTransformer):
     def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
         """`x.run` becomes `(reveal_type(x), x.run)[1]`, except for modules, which mypy knows."""
         self.generic_visit(node)
-        known = ast.unparse(node.value) in MODULES or node.attr.startswith("__")
-        if not self.reveal or known or node.attr not in self.members or not isinstance(node.ctx, ast.Load):
+        skipped = ast.unparse(node.value) in MODULES or node.attr.startswith("__")
+        if not self.reveal or skipped or node.attr not in self.members or not isinstance(node.ctx, ast.Load):
             return node
-        asked = ast.Call(ast.Name("reveal_type"), [node.value], [])
-        return ast.Subscript(ast.Tuple([asked, node]), ast.Constant(1))
+        reveal_call = ast.Call(ast.Name("reveal_type"), [node.value], [])
+        return ast.Subscript(ast.Tuple([reveal_call, node]), ast.Constant(1))
 
     @staticmethod
     def _import() -> ast.stmt:
@@ -140,19 +142,23 @@ class ForMypy(ast.NodeTransformer):
 
 
 def check(
-    surface: Path, flavour: str, folder: Path, reveal: bool = False, instead: dict[str, str] | None = None
+    surface: Path,
+    flavour: str,
+    folder: Path,
+    reveal: bool = False,
+    replacements: dict[str, str] | None = None,
 ) -> list[str]:
-    """The output of mypy for all sources, after the replacements of `instead`.
+    """The output of mypy for all sources, after the text replacements.
 
     With `reveal`, only for sources that no other test runs with the real TensorRT.
     """
     shadows, modules = [], []
     for path in SOURCES:
-        if reveal and path.name == RUN_ELSEWHERE:
+        if reveal and path.name == TESTED_ELSEWHERE:
             continue
         text = path.read_text(encoding="utf-8")
-        for word, other in (instead or {}).items():
-            text = text.replace(word, other)
+        for old, new in (replacements or {}).items():
+            text = text.replace(old, new)
         transform = ForMypy(names(surface), "_full" if flavour == "rtx" else "_rtx", reveal)
         tree = ast.fix_missing_locations(transform.visit(ast.parse(text)))
         shadow = folder / f"{path.stem}-{path.parent.name}.py"
@@ -187,13 +193,13 @@ def test_every_call_exists_in_tensorrt(surfaces: dict[str, Path], name: str, fol
 
 
 def test_wrong_calls_are_detected(surfaces: dict[str, Path], folder: Path) -> None:
-    instead = {
+    replacements = {
         "execute_async_v3": "execute_async_v2",
         "trt.Runtime(": "trt.RunTime(",
         "set_tensor_address(name, ": "set_tensor_address(",
         "min_shape, max_shape, max_shape)": "min_shape, max_shape)",
     }
-    output = "\n".join(check(surfaces["10.16"], "10.16", folder, instead=instead))
+    output = "\n".join(check(surfaces["10.16"], "10.16", folder, replacements=replacements))
     assert '"IExecutionContext" has no attribute "execute_async_v2"' in output
     assert 'Module has no attribute "RunTime"' in output
     for call in ("set_tensor_address", "set_shape"):
@@ -201,7 +207,7 @@ def test_wrong_calls_are_detected(surfaces: dict[str, Path], folder: Path) -> No
 
 
 @pytest.mark.parametrize("name", ["10.16", "rtx"])
-def test_nothing_hides_from_the_check(surfaces: dict[str, Path], name: str, folder: Path) -> None:
+def test_no_object_of_tensorrt_has_type_any(surfaces: dict[str, Path], name: str, folder: Path) -> None:
     """Every object with an attribute of TensorRT has a known type; objects of type Any would not be checked."""
     if name not in surfaces:
         pytest.skip(f"expected the package {INSTALLED[name]} and gcc, found not both")
@@ -216,16 +222,16 @@ def test_finds_the_sources_that_use_tensorrt() -> None:
 
 
 @pytest.mark.parametrize("name", SURFACES)
-def test_the_fake_only_has_real_names(surfaces: dict[str, Path], name: str) -> None:
+def test_the_fake_has_only_names_that_exist_in_tensorrt(surfaces: dict[str, Path], name: str) -> None:
     if name not in surfaces:
         pytest.skip(f"expected the package {INSTALLED[name]} and gcc, found not both")
     real, fake = names(surfaces[name]), FakeTensorRt(FakeDriver())
     classes = {n: v for n, v in vars(fake).items() if isinstance(v, type)}
     if name != "rtx":
-        for one in ("CudaGraphStrategy", "DynamicShapesKernelSpecializationStrategy", "IRuntimeCache"):
-            del classes[one]
-        real["IRuntimeConfig"] |= OF_RTX
+        for class_name in ("CudaGraphStrategy", "DynamicShapesKernelSpecializationStrategy", "IRuntimeCache"):
+            del classes[class_name]
+        real["IRuntimeConfig"] |= RTX_MEMBERS
     assert classes.keys() <= real.keys()
     for class_name, kind in classes.items():
-        members = {one for one in vars(kind) if not one.startswith("_")}
+        members = {member for member in vars(kind) if not member.startswith("_")}
         assert members <= real[class_name], class_name

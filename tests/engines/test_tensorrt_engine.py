@@ -1,4 +1,4 @@
-"""tpx-run's engines tensorrt and tensorrt-rtx: the built engine is found and used, or one line says what to build."""
+"""The engines tensorrt and tensorrt-rtx: the built engine is found and used, or a one-line error says what to build."""
 
 import gc
 import importlib.util
@@ -32,7 +32,7 @@ from tpx_runtime.errors import EngineFailed, EngineUnavailable
 from tpx_runtime.generator import Generator
 
 VERSION = "1.7.1.116"
-HERE = Gpu(89, "NVIDIA L4", "580.65.06")
+LOCAL_GPU = Gpu(89, "NVIDIA L4", "580.65.06")
 NAMES = list(FLAVOURS)
 
 
@@ -44,24 +44,24 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
 
 
 @pytest.fixture
-def bundle(paper: Path) -> Bundle:
-    return Bundle.open(paper)
+def bundle(bundle_path: Path) -> Bundle:
+    return Bundle.open(bundle_path)
 
 
 @pytest.fixture
-def paper(tmp_path: Path) -> Path:
+def bundle_path(tmp_path: Path) -> Path:
     return make_bundle(tmp_path / "paper")
 
 
 @pytest.fixture
 def trt(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTensorRt]:
-    """TensorRT with an engine `text` that doubles its ids."""
+    """A fake TensorRT with an engine `text` that doubles its ids."""
     ids = {"ids": ("INT64", (-1, 9))}
     text = FakeEngineFunction(lambda ids: {"y": ids * 2}, ids, {"y": ("INT64", (-1, 9))})
     fake = FakeTensorRt(driver, VERSION, text=text)
     tensorrt_flavours.get_logger.cache_clear()
-    for where in (module, session_module, tensorrt_flavours):
-        monkeypatch.setattr(where, "bindings", lambda flavour: fake)
+    for target_module in (module, session_module, tensorrt_flavours):
+        monkeypatch.setattr(target_module, "bindings", lambda flavour: fake)
     modules, find_spec = {flavour.module for flavour in FLAVOURS.values()}, importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *of: name in modules or find_spec(name, *of)
@@ -79,16 +79,16 @@ def key(bundle: Bundle, graph: str = "text_encoder", engine: str = "tensorrt-rtx
         engine=engine,
         version=VERSION,
         capability="sm89",
-        gpu=HERE.name,
-        driver=HERE.driver,
+        gpu=LOCAL_GPU.name,
+        driver=LOCAL_GPU.driver,
         plugin="" if engine == "tensorrt-rtx" else "0123456789abcdef",
     )
 
 
-def store(bundle: Bundle, made: Key, engine: str = "text", folder: Path | None = None) -> Path:
+def store(bundle: Bundle, engine_key: Key, engine: str = "text", folder: Path | None = None) -> Path:
     cache = EngineCache.for_bundle(bundle, folder)
     cache.prepare()
-    return cache.store(made, json.dumps(engine).encode())
+    return cache.store(engine_key, json.dumps(engine).encode())
 
 
 class TestProblem:
@@ -99,7 +99,7 @@ class TestProblem:
         monkeypatch.setattr(module, "bindings", lambda flavour: None)
 
     @pytest.mark.parametrize("name", NAMES)
-    def test_none_with_a_driver_a_gpu_and_the_package(self, driver: FakeDriver, name: str) -> None:
+    def test_no_problem_with_a_driver_a_gpu_and_the_package(self, driver: FakeDriver, name: str) -> None:
         assert module.problem(name) is None
 
     @pytest.mark.parametrize("name", NAMES)
@@ -142,8 +142,7 @@ class TestProblem:
         )
 
     @pytest.mark.parametrize("name", NAMES)
-    def test_on_this_machine(self, name: str) -> None:
-        """On any machine the problem is one line."""
+    def test_the_problem_on_this_machine_is_one_line(self, name: str) -> None:
         problem = ENGINES[name].problem()
         if problem is not None:
             assert problem.startswith("expected ")
@@ -157,12 +156,12 @@ class TestBindings:
     """Loading the module and its libraries."""
 
     @pytest.fixture(autouse=True)
-    def afresh(self) -> Iterator[None]:
+    def clear_cache(self) -> Iterator[None]:
         bindings.cache_clear()
         yield
         bindings.cache_clear()
 
-    def test_names_the_package_that_is_missing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_reports_the_missing_package(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(tensorrt_flavours, "find_spec", lambda name: None)
         for flavour, package in ((RTX, "onnxruntime_ep_nv_tensorrt_rtx"), (FULL, "tensorrt")):
             with pytest.raises(EngineUnavailable) as caught:
@@ -173,7 +172,7 @@ class TestBindings:
             )
 
     @pytest.mark.parametrize("text", ["", "not a library"])
-    def test_names_the_library_that_is_missing_or_broken(
+    def test_reports_a_missing_or_broken_library(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
     ) -> None:
         package = tmp_path / "hollow"
@@ -186,7 +185,7 @@ class TestBindings:
         with pytest.raises(EngineUnavailable, match=f"expected libtensorrt_rtx.so {found}"):
             bindings(replace(RTX, library_package="hollow"))
 
-    def test_a_module_that_does_not_import_is_one_line(
+    def test_a_module_that_fails_to_import_gives_a_one_line_error(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         (tmp_path / "trt_broken.py").write_text("raise RuntimeError('libnvinfer.so.11:\\n not here')")
@@ -196,7 +195,7 @@ class TestBindings:
         ):
             bindings(replace(FULL, module="trt_broken"))
 
-    def test_an_older_tensorrt_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_rejects_an_older_tensorrt(self, monkeypatch: pytest.MonkeyPatch) -> None:
         old = FakeTensorRt(FakeDriver(), "10.13.3.9")
         monkeypatch.setattr(tensorrt_flavours, "find_spec", lambda name: object())
         monkeypatch.setattr(tensorrt_flavours.importlib, "import_module", lambda name: old)
@@ -206,7 +205,7 @@ class TestBindings:
             bindings(FULL)
 
 
-def open_text(bundle: Bundle, name: str = "tensorrt-rtx") -> np.ndarray:
+def run_text_encoder(bundle: Bundle, name: str = "tensorrt-rtx") -> np.ndarray:
     """The output of the text encoder's engine for two rows."""
     session = ENGINES[name].open(bundle.root / "text_encoder/model.onnx")
     return session.run({"ids": np.arange(18).reshape(2, 9)})["y"]
@@ -215,12 +214,12 @@ def open_text(bundle: Bundle, name: str = "tensorrt-rtx") -> np.ndarray:
 @pytest.mark.parametrize("name", NAMES)
 def test_uses_the_engine_that_was_built(trt: FakeTensorRt, bundle: Bundle, name: str) -> None:
     store(bundle, key(bundle, engine=name))
-    np.testing.assert_array_equal(open_text(bundle, name), np.arange(18).reshape(2, 9) * 2)
+    np.testing.assert_array_equal(run_text_encoder(bundle, name), np.arange(18).reshape(2, 9) * 2)
 
 
 def test_uses_an_engine_that_was_built_without_a_gpu(trt: FakeTensorRt, bundle: Bundle) -> None:
     store(bundle, replace(key(bundle), gpu=None, driver=None))
-    assert open_text(bundle).shape == (2, 9)
+    assert run_text_encoder(bundle).shape == (2, 9)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -228,7 +227,7 @@ def test_a_missing_engine_is_reported_with_the_build_command(
     trt: FakeTensorRt, bundle: Bundle, name: str
 ) -> None:
     with pytest.raises(EngineUnavailable) as caught:
-        open_text(bundle, name)
+        run_text_encoder(bundle, name)
     assert str(caught.value) == (
         f"expected an engine of text_encoder in {bundle.root}.engines (text-encoder.fp32.b*.{name}.sm89.engine), "
         f"found none; build it with `tpx-build {bundle.root} --engine {name}`"
@@ -239,36 +238,38 @@ def test_a_missing_engine_is_reported_with_the_build_command(
     ("field", "value"),
     [("bundle", "cd" * 32), ("version", "1.7.1.117"), ("gpu", "NVIDIA L40"), ("driver", "590.10")],
 )
-def test_names_the_difference_and_the_command_that_fixes_it(
+def test_reports_the_difference_and_the_build_command(
     trt: FakeTensorRt, bundle: Bundle, field: str, value: str
 ) -> None:
-    right = key(bundle)
-    path = store(bundle, replace(right, **{field: value}))
+    expected_key = key(bundle)
+    path = store(bundle, replace(expected_key, **{field: value}))
     with pytest.raises(EngineUnavailable) as caught:
-        open_text(bundle)
+        run_text_encoder(bundle)
     message = str(caught.value)
-    assert message.startswith(f"{path}: expected {field} '{getattr(right, field)[:30]}")
+    assert message.startswith(f"{path}: expected {field} '{getattr(expected_key, field)[:30]}")
     assert f", found '{value[:30]}" in message
     assert message.endswith(f"; build it again with `tpx-build {bundle.root} --engine tensorrt-rtx`")
     assert message.count("expected") == 1
 
 
-@pytest.mark.parametrize("engine", ["graph", "precision", "engine", "capability"])
-def test_does_not_mistake_another_file_for_its_own(trt: FakeTensorRt, bundle: Bundle, engine: str) -> None:
-    other = {"graph": "vae_decoder", "precision": "fp16", "engine": "tensorrt", "capability": "sm120"}
-    store(bundle, replace(key(bundle), **{engine: other[engine]}))
+@pytest.mark.parametrize("field", ["graph", "precision", "engine", "capability"])
+def test_ignores_engines_of_another_graph_precision_engine_or_capability(
+    trt: FakeTensorRt, bundle: Bundle, field: str
+) -> None:
+    other_values = {"graph": "vae_decoder", "precision": "fp16", "engine": "tensorrt", "capability": "sm120"}
+    store(bundle, replace(key(bundle), **{field: other_values[field]}))
     with pytest.raises(EngineUnavailable, match="found none; build it with"):
-        open_text(bundle)
+        run_text_encoder(bundle)
 
 
-def test_a_damaged_engine_is_not_loaded(trt: FakeTensorRt, bundle: Bundle) -> None:
+def test_rejects_a_damaged_engine(trt: FakeTensorRt, bundle: Bundle) -> None:
     path = store(bundle, key(bundle))
     path.write_bytes(path.read_bytes()[:-1] + b"?")
     with pytest.raises(EngineUnavailable, match=r"expected SHA-256 .*build it again with `tpx-build"):
-        open_text(bundle)
+        run_text_encoder(bundle)
 
 
-def test_takes_the_widest_range_of_batches_from_the_fewest_rows(trt: FakeTensorRt, bundle: Bundle) -> None:
+def test_prefers_the_lowest_minimum_batch_then_the_highest_maximum(trt: FakeTensorRt, bundle: Bundle) -> None:
     for batch in ((2, 8), (1, 2), (1, 4), (4, 4)):
         store(bundle, replace(key(bundle), batch=batch))
     session = ENGINES["tensorrt-rtx"].open(bundle.root / "text_encoder/model.onnx")
@@ -279,21 +280,21 @@ def test_takes_the_widest_range_of_batches_from_the_fewest_rows(trt: FakeTensorR
 def test_a_matching_engine_is_found_next_to_others(trt: FakeTensorRt, bundle: Bundle) -> None:
     store(bundle, replace(key(bundle), batch=(1, 8), version="1.7.0.1"))
     store(bundle, key(bundle))
-    assert open_text(bundle).shape == (2, 9)
+    assert run_text_encoder(bundle).shape == (2, 9)
 
 
-def test_the_folder_can_be_set_by_a_variable(
+def test_an_environment_variable_sets_the_engine_folder(
     trt: FakeTensorRt, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "else where"
     monkeypatch.setenv("TPX_ENGINES", str(folder))
     with pytest.raises(EngineUnavailable, match=f"--engine tensorrt-rtx --cache '{folder}'`"):
-        open_text(bundle)
+        run_text_encoder(bundle)
     store(bundle, key(bundle), folder=folder)
-    assert open_text(bundle).shape == (2, 9)
+    assert run_text_encoder(bundle).shape == (2, 9)
 
 
-def test_cuda_graphs_are_a_switch(
+def test_an_environment_variable_switches_cuda_graphs_on_and_off(
     trt: FakeTensorRt, driver: FakeDriver, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store(bundle, key(bundle, engine="tensorrt"))
@@ -305,32 +306,39 @@ def test_cuda_graphs_are_a_switch(
         assert driver.calls["cuStreamBeginCapture_v2"] == captures
 
 
-def test_names_graphs_as_tpx_build_does(bundle: Bundle) -> None:
+def test_graph_names_match_those_of_tpx_build(bundle: Bundle) -> None:
     assert {graph_name(path): path for path, _ in graphs_to_build(bundle).values()} == {
         graph: path for graph, (path, _) in graphs_to_build(bundle).items()
     }
 
 
 def test_local_gpu(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert local_gpu() == HERE
+    assert local_gpu() == LOCAL_GPU
     monkeypatch.setattr(cuda, "load_library", {cuda.DRIVER: driver}.get)
-    assert local_gpu() == replace(HERE, driver=None)
+    assert local_gpu() == replace(LOCAL_GPU, driver=None)
     driver.fail["cuInit"] = 100
     assert local_gpu() is None
     install(monkeypatch, None)
     assert local_gpu() is None
 
 
-def fill(trt: FakeTensorRt, bundle: Bundle, engine: str) -> None:
-    """Store a fake engine for every graph of a fake bundle."""
+def store_fake_engines(trt: FakeTensorRt, bundle: Bundle, engine: str) -> None:
+    """Store a fake engine for every graph of a fake bundle, with the graph's function and shapes."""
     graph_functions = functions(bundle.manifest)
     kinds = {np.dtype(np.int64): "INT64", np.dtype(np.float32): "FLOAT"}
     for graph, (path, shapes) in graphs_to_build(bundle).items():
         function = graph_functions[path.relative_to(bundle.root).as_posix()]
         dtypes = {name: np.int64 if name == "ids" else np.float32 for name in shapes}
-        given = {name: np.ones([size or 1 for size in shape], dtypes[name]) for name, shape in shapes.items()}
-        inputs = {name: (kinds[one.dtype], (-1, *one.shape[1:])) for name, one in given.items()}
-        outputs = {name: (kinds[one.dtype], (-1, *one.shape[1:])) for name, one in function(given).items()}
+        example_inputs = {
+            name: np.ones([size or 1 for size in shape], dtypes[name]) for name, shape in shapes.items()
+        }
+        inputs = {
+            name: (kinds[array.dtype], (-1, *array.shape[1:])) for name, array in example_inputs.items()
+        }
+        outputs = {
+            name: (kinds[array.dtype], (-1, *array.shape[1:]))
+            for name, array in function(example_inputs).items()
+        }
         trt.made[graph] = FakeEngineFunction(
             lambda function=function, **arrays: function(arrays), inputs, outputs
         )
@@ -338,8 +346,8 @@ def fill(trt: FakeTensorRt, bundle: Bundle, engine: str) -> None:
 
 
 @pytest.fixture
-def tpx_run(paper: Path, tmp_path: Path) -> Callable[..., Result]:
-    fixed = ["a red cube", "--bundle", str(paper), "--out", str(tmp_path / "out.png"), "--steps", "2"]
+def tpx_run(bundle_path: Path, tmp_path: Path) -> Callable[..., Result]:
+    fixed = ["a red cube", "--bundle", str(bundle_path), "--out", str(tmp_path / "out.png"), "--steps", "2"]
     return lambda *arguments: CliRunner().invoke(run, [*fixed, *arguments])
 
 
@@ -352,19 +360,19 @@ def test_generates_the_same_image_as_another_engine(
     name: str,
     tmp_path: Path,
 ) -> None:
-    fill(trt, bundle, name)
+    store_fake_engines(trt, bundle, name)
     result = tpx_run("--engine", name)
     assert result.exit_code == 0, result.output
     assert f"engine: {name}\n" in result.stderr
     [expected] = Generator(bundle, FakeEngine())("a red cube", steps=2)  # type: ignore[arg-type]
-    with Image.open(tmp_path / "out.png") as drawn:
-        np.testing.assert_array_equal(np.asarray(drawn), np.asarray(expected))
+    with Image.open(tmp_path / "out.png") as image:
+        np.testing.assert_array_equal(np.asarray(image), np.asarray(expected))
     gc.collect()
     assert driver.held == {}
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_without_engines_tpx_run_says_what_to_build(
+def test_tpx_run_without_engines_prints_the_build_command(
     trt: FakeTensorRt, tpx_run: Callable[..., Result], name: str, tmp_path: Path
 ) -> None:
     result = tpx_run("--engine", name)
@@ -389,16 +397,16 @@ def no_driver() -> None:
 
 
 @pytest.mark.usefixtures("rtx")
-@pytest.mark.parametrize("whole", [True, False])
-def test_real_libraries_without_a_driver_refuse_in_one_line(
-    no_driver: None, driver: FakeDriver, tmp_path: Path, whole: bool
+@pytest.mark.parametrize("valid", [True, False])
+def test_real_libraries_without_a_driver_give_a_one_line_error(
+    no_driver: None, driver: FakeDriver, tmp_path: Path, valid: bool
 ) -> None:
-    """A real engine in NVIDIA's own deserializer: its error is reported, and nothing is left behind."""
+    """NVIDIA's own library reports that the driver is missing, in one line, and no resources of the fake driver remain."""
     ports = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["b", 4]) for name in "xy"]
     graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "relu", ports[:1], ports[1:])
     path = tmp_path / "relu.onnx"
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
-    engine = build(RTX, path, {"x": (None, 4)}) if whole else b"no engine"
+    engine = build(RTX, path, {"x": (None, 4)}) if valid else b"no engine"
     with pytest.raises(EngineFailed) as caught:
         session_module.TensorRtSession(RTX, cuda.Driver(), engine, (1, 2), path, tmp_path / "kernels")
     message = str(caught.value)

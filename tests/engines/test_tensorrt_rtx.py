@@ -1,4 +1,4 @@
-"""TensorRT for RTX reads and builds every graph of a bundle; no GPU is needed for that."""
+"""TensorRT for RTX parses and builds every graph of a bundle, which needs no GPU."""
 
 import re
 import subprocess
@@ -35,9 +35,9 @@ def bundle(request: pytest.FixtureRequest) -> Bundle:
 
 @pytest.mark.parametrize("capability", [86, 89, 120])
 def test_builds_every_graph_at_every_depth(bundle: Bundle, capability: int) -> None:
-    made = graphs_to_build(bundle)
-    assert len(made) == 4 + len(bundle.manifest.model.depths)
-    for name, (path, inputs) in made.items():
+    graphs = graphs_to_build(bundle)
+    assert len(graphs) == 4 + len(bundle.manifest.model.depths)
+    for name, (path, inputs) in graphs.items():
         engine = tensorrt.build(RTX, path, inputs, capability=capability)
         assert len(engine) > 10_000, name
 
@@ -57,33 +57,33 @@ def sample_in_fp16(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 @pytest.mark.slow
 def test_builds_every_graph_of_the_sample_in_fp16(sample_in_fp16: Bundle) -> None:
     """Unlike the tiny bundle, it is large enough that the builder chooses between kernels."""
-    made = graphs_to_build(sample_in_fp16)
-    transformers = [f"transformer depth {depth}" for depth in (1, 2, 3)]
-    assert list(made) == [
+    graphs = graphs_to_build(sample_in_fp16)
+    transformer_names = [f"transformer depth {depth}" for depth in (1, 2, 3)]
+    assert list(graphs) == [
         "text_encoder",
         "transformer conditions",
-        *transformers,
+        *transformer_names,
         "vae_decoder",
         "vae_encoder",
     ]
     sizes = {
         name: len(tensorrt.build(RTX, path, inputs, (1, 4), capability=89))
-        for name, (path, inputs) in made.items()
+        for name, (path, inputs) in graphs.items()
     }
     weights = (sample_in_fp16.root / "transformer" / "weights.data").stat().st_size
     assert all(size > 10_000 for size in sizes.values())
-    assert all(sizes[name] < 1.5 * weights for name in transformers), (
+    assert all(sizes[name] < 1.5 * weights for name in transformer_names), (
         "weights are no longer in half precision"
     )
 
 
-def test_multiplies_float32_in_float32(tiny_bundle: Path) -> None:
+def test_float32_graphs_are_built_without_tf32(tiny_bundle: Path) -> None:
     """TF32, TensorRT's default, would reduce float32 mantissas to ten bits; the engine's metadata excludes it."""
     path, inputs = graphs_to_build(Bundle.open(tiny_bundle))["text_encoder"]
     assert re.findall(rb"tf32=\d", tensorrt.build(RTX, path, inputs)) == [b"tf32=0"]
 
 
-def test_its_libraries_are_not_loaded_globally() -> None:
+def test_rtx_libraries_are_not_loaded_globally() -> None:
     """Both flavours' libraries export the same names, so none may be loaded globally."""
     code = """
 import ctypes
@@ -96,7 +96,7 @@ print(hasattr(ctypes.CDLL(None), "getPluginRegistry"))
 
 
 @pytest.mark.parametrize("capability", RTX.capabilities or ())
-def test_builds_for_every_capability(tiny_bundle: Path, capability: int) -> None:
+def test_builds_for_every_capability_but_sm75(tiny_bundle: Path, capability: int) -> None:
     path, inputs = graphs_to_build(Bundle.open(tiny_bundle))["text_encoder"]
     if capability == 75:
         with pytest.raises(EngineFailed, match=r"cannot build it: .*SM75.*FP32 GEMM is not supported"):
@@ -105,7 +105,7 @@ def test_builds_for_every_capability(tiny_bundle: Path, capability: int) -> None
         assert tensorrt.build(RTX, path, inputs, capability=capability)
 
 
-def test_refuses_the_variant_of_large_models_for_cpus(tiny_bundle: Path, tmp_path: Path) -> None:
+def test_rejects_the_routing_variant_for_large_models_on_cpus(tiny_bundle: Path, tmp_path: Path) -> None:
     _, inputs = graphs_to_build(Bundle.open(tiny_bundle))["transformer depth 1"]
     model = onnx.load(tiny_bundle / transformer_name(1))
     model.functions.clear()
@@ -118,7 +118,7 @@ def test_refuses_the_variant_of_large_models_for_cpus(tiny_bundle: Path, tmp_pat
         tensorrt.build(RTX, path, inputs)
 
 
-def test_refuses_a_damaged_graph(tiny_bundle: Path, tmp_path: Path) -> None:
+def test_rejects_a_graph_whose_routing_function_is_missing(tiny_bundle: Path, tmp_path: Path) -> None:
     bundle = Bundle.open(tiny_bundle)
     _, inputs = graphs_to_build(bundle)["transformer depth 1"]
     model = onnx.load(tiny_bundle / transformer_name(1))
@@ -129,23 +129,24 @@ def test_refuses_a_damaged_graph(tiny_bundle: Path, tmp_path: Path) -> None:
         tensorrt.build(RTX, path, inputs)
 
 
-def test_refuses_unknown_capability(tiny_bundle: Path) -> None:
+def test_rejects_an_unknown_compute_capability(tiny_bundle: Path) -> None:
     with pytest.raises(BadInput, match="expected a compute capability of 75, 80, 86, 89, 120, 121, found 90"):
         tensorrt.build(RTX, tiny_bundle / "x.onnx", {}, capability=90)
 
 
 def test_a_graph_passed_as_bytes_finds_its_weights(tiny_bundle: Path) -> None:
     """Before TensorRT 10.15 the graph is passed as bytes without its function, and the path locates the weights."""
-    made = graphs_to_build(Bundle.open(tiny_bundle))
-    path, inputs = made["text_encoder"]
+    graphs = graphs_to_build(Bundle.open(tiny_bundle))
+    path, inputs = graphs["text_encoder"]
     assert len(tensorrt.build(RTX, path, inputs, plugin=True)) > 10_000
-    path, inputs = made["transformer depth 1"]
-    with pytest.raises(EngineFailed, match="Plugin not found"):  # RTX has no plugins
+    path, inputs = graphs["transformer depth 1"]
+    # RTX has no plugins.
+    with pytest.raises(EngineFailed, match="Plugin not found"):
         tensorrt.build(RTX, path, inputs, plugin=True)
 
 
 @pytest.mark.parametrize("data", [b"", b"damaged" * 100])
-def test_any_timing_cache_is_used_or_discarded(data: bytes) -> None:
+def test_an_empty_or_damaged_timing_cache_does_not_fail(data: bytes) -> None:
     """RTX has the functions of a timing cache, although they have no effect."""
     config = bindings(RTX).Builder(get_logger(RTX)).create_builder_config()
     tensorrt._set_timing_cache_full(config, TimingCache(data))

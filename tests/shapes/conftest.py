@@ -1,4 +1,4 @@
-"""Limits torch to one thread: on a busy machine, synchronising threads makes small operations take minutes."""
+"""Limits torch to one thread, because on a busy machine thread synchronisation makes small operations very slow."""
 
 from collections.abc import Iterator
 

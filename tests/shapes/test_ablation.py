@@ -1,4 +1,4 @@
-"""The ablation: comparable rows, runs, and the arithmetic of its tables. Also sweep and deepen."""
+"""The ablation: comparable rows, runs, and the computation of its tables. Also sweep and deepen."""
 
 import json
 from dataclasses import replace
@@ -22,7 +22,7 @@ from tpx_runtime.manifest import Defaults
 KINDS = ["counting", "colours"]
 
 
-def test_rows_differ_in_one_object_and_train_equal_experts() -> None:
+def test_rows_have_equal_total_rank_and_variants_differ_in_one_setting() -> None:
     specs = {name: spec for name, spec in ROWS.items() if spec}
     total_ranks = {name: spec.experts * spec.rank for name, spec in specs.items()}
     assert {name for name, rank in total_ranks.items() if rank != TOTAL_RANK} == {
@@ -43,7 +43,7 @@ def test_rows_differ_in_one_object_and_train_equal_experts() -> None:
 
 
 @pytest.mark.parametrize("modulation", [True, False])
-def test_trained_parameters_are_those_with_a_gradient(modulation: bool) -> None:
+def test_trained_parameters_counts_those_with_a_gradient(modulation: bool) -> None:
     base = MMDiT(MMDiTSpec(latent_size=4, width=32, heads=2, blocks=2))
     spec = ThinkingSpec(blocks=(1,), experts=2, rank=3, max_depth=2, modulation=modulation)
     model = with_thinking(base, spec)
@@ -51,18 +51,18 @@ def test_trained_parameters_are_those_with_a_gradient(modulation: bool) -> None:
     assert ablation.trained_parameters(model, spec) == expected > 0
 
 
-def finished(
+def write_finished_run(
     out: Path,
     row: str,
     seed: int,
     right: list[list[bool]],
-    lost: tuple[float, ...] = (0.1,),
+    losses: tuple[float, ...] = (0.1,),
     related: tuple[bool, ...] = (False, False, False),
 ) -> dict[str, Any]:
-    """Write the folder of a finished run: two prompts of each of two kinds, three with a relation, and losses of scenes."""
+    """Write the folder of a finished run: two prompts of each of two kinds, three with a relation, and losses by scene."""
     folder = out / f"{len(list(out.iterdir()))}"
     (folder / "eval").mkdir(parents=True)
-    np.save(folder / ablation.LOSSES, np.array(lost))
+    np.save(folder / ablation.LOSSES, np.array(losses))
     prompts = [
         {"row": KINDS[i // 2], "prompt": f"prompt {i}", "right": verdict} for i, verdict in enumerate(right)
     ]
@@ -70,7 +70,7 @@ def finished(
         {"row": kind, "prompt": "related", "right": [verdict] * 2}
         for kind, verdict in zip(ablation.RELATION_ROWS, related, strict=True)
     ]
-    score = sum(sum(one) / len(one) for one in right) / len(right)
+    score = sum(sum(verdict) / len(verdict) for verdict in right) / len(right)
     rows = {"overall": {"score": score}}
     report = {"list": "x", "images": 2, "seed": 0, "overall of": KINDS, "rows": rows, "prompts": prompts}
     (folder / "eval/report.json").write_text(json.dumps(report))
@@ -82,11 +82,11 @@ def finished(
 def test_the_table_pairs_each_row_with_lora_of_the_same_seeds(tmp_path: Path) -> None:
     yes, half, no = [True, True], [True, False], [False, False]
     results = [
-        finished(tmp_path, BASE, 0, [no, no, yes, yes], (0.3, 0.3)),
-        finished(tmp_path, LORA, 0, [half, no, yes, yes], (0.1, 0.2), (True, False, False)),
-        finished(tmp_path, LORA, 1, [half, half, yes, yes], (0.3, 0.4)),
-        finished(tmp_path, THINKING, 0, [yes, half, yes, yes], (0.05, 0.15), (True, False, True)),
-        finished(tmp_path, THINKING, 1, [yes, yes, yes, yes], (0.15, 0.25)),
+        write_finished_run(tmp_path, BASE, 0, [no, no, yes, yes], (0.3, 0.3)),
+        write_finished_run(tmp_path, LORA, 0, [half, no, yes, yes], (0.1, 0.2), (True, False, False)),
+        write_finished_run(tmp_path, LORA, 1, [half, half, yes, yes], (0.3, 0.4)),
+        write_finished_run(tmp_path, THINKING, 0, [yes, half, yes, yes], (0.05, 0.15), (True, False, True)),
+        write_finished_run(tmp_path, THINKING, 1, [yes, yes, yes, yes], (0.15, 0.25)),
     ]
     head, _, *lines = ablation.row_table(tmp_path, results).splitlines()
     cells = {row[1]: dict(zip(_cells(head), row, strict=True)) for row in map(_cells, lines)}
@@ -109,47 +109,56 @@ def test_pooled_differences_are_means_over_rows_and_common_seeds(tmp_path: Path)
     yes, no = [[True] * 2] * 4, [[False] * 2] * 4
     results = []
     for row, seed in (*((row, 0) for row in ROWS), (LORA, 1), (THINKING, 1), (ablation.RECURSIVE, 1)):
-        recurs = row in (ablation.RECURSIVE, "M=2, T=3") or (row == THINKING and seed == 1)
-        scene = (0.1, 0.3) if recurs else (0.2, 0.4)
-        results.append(finished(tmp_path, row, seed, yes if recurs else no, scene, (recurs, False, False)))
+        recursive = row in (ablation.RECURSIVE, "M=2, T=3") or (row == THINKING and seed == 1)
+        losses = (0.1, 0.3) if recursive else (0.2, 0.4)
+        results.append(
+            write_finished_run(
+                tmp_path, row, seed, yes if recursive else no, losses, (recursive, False, False)
+            )
+        )
 
-    def found(some: list[dict[str, Any]]) -> dict[str, list[str]]:
-        lines = map(_cells, ablation.pooled_table(tmp_path, some).splitlines()[2:])
+    def pooled(subset: list[dict[str, Any]]) -> dict[str, list[str]]:
+        lines = map(_cells, ablation.pooled_table(tmp_path, subset).splitlines()[2:])
         return {name: [cell.split(" ")[0] for cell in cells] for _, name, *cells, _ in lines}
 
-    rows = found(results)
+    rows = pooled(results)
     assert list(rows) == list(ablation.POOLED_COMPARISONS) and len(rows) == 9
     assert rows["T=3 minus T=1, all M"] == ["1", "+66.7", "+22.2", "-66.67"]
     assert rows["M=4 minus M=2, all T"] == ["1", "-33.3", "-11.1", "+33.33"]
     assert rows["M=4, T=3 minus M=1, T=3"] == ["2", "-50.0", "-16.7", "+50.00"]
     assert rows["M=4, T=3 minus no modulation"] == ["1", "+0.0", "+0.0", "+0.00"]
     assert rows["M=1, T=3 minus base"] == ["1", "+100.0", "+33.3", "-100.00"]
-    lacking = found([one for one in results if one["row"] != "M=2, T=2"])
-    assert set(rows) - set(lacking) == {"M=4 minus M=2, all T"}
+    rows_without_one_run = pooled([result for result in results if result["row"] != "M=2, T=2"])
+    assert set(rows) - set(rows_without_one_run) == {"M=4 minus M=2, all T"}
 
 
-def test_differences_by_seed_are_those_of_each_seed_with_an_interval_over_seeds(tmp_path: Path) -> None:
+def test_the_seed_table_has_the_difference_of_each_seed_and_an_interval(tmp_path: Path) -> None:
     yes, half, no = [True, True], [True, False], [False, False]
-    results = [finished(tmp_path, BASE, 0, [no] * 4)]  # one seed gives no interval over seeds
-    for seed, (right, lost) in enumerate((([no, no, yes, yes], 0.1), ([half, no, yes, yes], 0.2))):
-        results.append(finished(tmp_path, LORA, seed, [no, no, no, no], (0.3, 0.3)))
-        results.append(finished(tmp_path, THINKING, seed, right, (lost, lost), (seed == 0, False, False)))
-    results.append(finished(tmp_path, THINKING, 2, [no] * 4, (0.1, 0.1)))  # LoRA lacks this seed
-    [line] = ablation.seed_table(tmp_path, results).splitlines()[2:]
-    _, name, seeds, overall, relations, loss, _ = _cells(line)
+    results = [write_finished_run(tmp_path, BASE, 0, [no] * 4)]  # one seed gives no interval over seeds
+    for seed, (right, scene_loss) in enumerate((([no, no, yes, yes], 0.1), ([half, no, yes, yes], 0.2))):
+        results.append(write_finished_run(tmp_path, LORA, seed, [no, no, no, no], (0.3, 0.3)))
+        results.append(
+            write_finished_run(
+                tmp_path, THINKING, seed, right, (scene_loss, scene_loss), (seed == 0, False, False)
+            )
+        )
+    results.append(write_finished_run(tmp_path, THINKING, 2, [no] * 4, (0.1, 0.1)))  # LoRA lacks this seed
+    [row] = ablation.seed_table(tmp_path, results).splitlines()[2:]
+    _, name, seeds, overall, relations, loss, _ = _cells(row)
     assert (name, seeds) == ("M=4, T=3 minus LoRA", "0, 1")
     # Of two values the interval reaches 12.706 halves of their distance.
     assert overall == "+50.0, +62.5: +56.2 (-23.2 to +135.7)"
     assert relations.startswith("+33.3, +0.0: +16.7 (")
     assert loss.startswith("-200.00, -100.00: -150.00 (")
     text = ablation.tables(tmp_path, results)
-    assert line in text and ablation.INTERVALS_NOTE in text and "Parser errors" in text
+    assert row in text and ablation.INTERVALS_NOTE in text and "Parser errors" in text
 
 
-def test_the_interval_over_three_seeds_is_students() -> None:
-    found = ablation.mean_over_seeds([1.0, 2.0, 3.0])
-    assert (found.mean, found.low, found.high) == pytest.approx((2.0, -0.484, 4.484), abs=1e-3)
-    many = ablation.mean_over_seeds([0.0, 1.0] * 20)  # beyond the list of quantiles
+def test_the_interval_over_seeds_is_that_of_students_t() -> None:
+    interval = ablation.mean_over_seeds([1.0, 2.0, 3.0])
+    assert (interval.mean, interval.low, interval.high) == pytest.approx((2.0, -0.484, 4.484), abs=1e-3)
+    # More seeds than the list of quantiles has.
+    many = ablation.mean_over_seeds([0.0, 1.0] * 20)
     assert many.high - many.mean == pytest.approx(2.262 * np.std([0, 1] * 20, ddof=1) / 40**0.5)
 
 
@@ -157,7 +166,7 @@ def _cells(line: str) -> list[str]:
     return [cell.strip() for cell in line.split("|")]
 
 
-def test_a_finished_run_is_skipped_and_refused_with_other_settings(tmp_path: Path) -> None:
+def test_a_finished_run_is_skipped_and_rejected_with_other_settings(tmp_path: Path) -> None:
     nothing: Any = None
     experiment = Experiment(
         tmp_path, nothing, nothing, nothing, nothing, 6, 2, 0.1, 1, None, "x", "cpu", {"base steps": 9}
@@ -175,45 +184,48 @@ def test_a_finished_run_is_skipped_and_refused_with_other_settings(tmp_path: Pat
     )
     with pytest.raises(BadInput, match=message):
         ablation.run(replace(experiment, steps=7, images=2), LORA, 0)
-    (folder / "result.json").write_text(
-        json.dumps({"row": "LoRA"})
-    )  # from a version that did not record them
+    # From a version that did not record the settings.
+    (folder / "result.json").write_text(json.dumps({"row": "LoRA"}))
     with pytest.raises(BadInput, match=r"\(base steps None, steps None"):
         ablation.run(experiment, LORA, 0)
 
 
 def test_docs_quote_the_parser_errors_as_printed() -> None:
     page = (Path(__file__).parents[2] / "docs/replication.md").read_text(encoding="utf-8")
-    words = " ".join(page.split())
+    text = " ".join(page.split())
     for rows in (("overall", *ablation.RELATION_ROWS), ("overall",), ("colours",)):
-        assert evaluate.parser_error_line(*rows) in words, rows
+        assert evaluate.parser_error_line(*rows) in text, rows
 
 
-def test_numbers_with_commas() -> None:
+def test_parse_counts_reads_comma_separated_numbers() -> None:
     assert sweep.parse_counts("4,8") == (4, 8)
     assert sweep.parse_counts(None) == (None,)
-    for wrong in ("", "4,", "0", "a"):
+    for invalid in ("", "4,", "0", "a"):
         with pytest.raises(BadInput, match="expected whole numbers"):
-            sweep.parse_counts(wrong)
+            sweep.parse_counts(invalid)
 
 
-def test_a_cell_is_judged_once_with_its_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_repeated_cell_is_not_timed_again_and_other_settings_are_rejected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls: list[dict[str, Any]] = []
     timed: list[dict[str, Any]] = []
 
-    def draw(folder: Path, generator: object, **given: Any) -> None:
-        calls.append(given)
-        if folder.exists() and given != calls[0]:  # as for another bundle
+    def fake_run(folder: Path, generator: object, **arguments: Any) -> None:
+        calls.append(arguments)
+        # As for another bundle.
+        if folder.exists() and arguments != calls[0]:
             raise BadInput("expected the settings of the run")
         folder.mkdir(exist_ok=True)
         (folder / "report.json").write_text(json.dumps({"rows": {"overall": {"score": 0.5}}}))
 
-    monkeypatch.setattr(evaluate, "run", draw)
-    generator: Any = lambda *prompt, **given: timed.append(given)  # noqa: E731
+    monkeypatch.setattr(evaluate, "run", fake_run)
+    generator: Any = lambda *prompt, **arguments: timed.append(arguments)  # noqa: E731
     settings = {"sampler": "euler", "depth": 2, "steps": 4, "guidance_interval": (0.2, 0.7)}
     first = sweep.cell(generator, tmp_path, settings, images=1, limit=3)
     assert sweep.cell(generator, tmp_path, settings, images=1, limit=3) == first
-    assert calls == [{**settings, "images": 1, "limit": 3}] * 2  # the second finds all images generated
+    # The second run finds all images already generated.
+    assert calls == [{**settings, "images": 1, "limit": 3}] * 2
     assert len(timed) == 3
     with pytest.raises(BadInput, match="expected the settings of the run"):
         sweep.cell(generator, tmp_path, settings, images=2, limit=3)
@@ -237,21 +249,21 @@ def test_a_sweep_has_a_cell_for_every_combination(tmp_path: Path, monkeypatch: p
     flags += ["--cache-interval", "2"]
     result = CliRunner().invoke(sweep.main, flags)
     assert (result.exit_code, result.stdout) == (0, "the table\n")
-    same = {
+    common = {
         "sampler": "unipc",
         "depth": 3,
         "guidance": 3.0,
         "guidance_interval": (0.0, 1.0),
         "cache_interval": 2,
     }
-    given = [(4, 1), (4, 3), (8, 1), (8, 3)]
-    assert calls == [{**same, "steps": steps, "guidance_every": every} for steps, every in given]
+    combinations = [(4, 1), (4, 3), (8, 1), (8, 3)]
+    assert calls == [{**common, "steps": steps, "guidance_every": every} for steps, every in combinations]
 
 
-def test_the_sweeps_table_names_the_best_and_pairs_the_others(tmp_path: Path) -> None:
+def test_the_sweep_table_compares_every_cell_with_the_best(tmp_path: Path) -> None:
     cells = []
     for steps, right in ((4, [[False], [True], [True], [True]]), (8, [[True]] * 4)):
-        facts = finished(tmp_path, "x", 0, right)
+        facts = write_finished_run(tmp_path, "x", 0, right)
         (tmp_path / facts["folder"]).joinpath("eval/report.json").rename(
             tmp_path / facts["folder"] / "report.json"
         )

@@ -1,4 +1,4 @@
-"""Wrong input to the commands in samples/shapes gives a one-line error before any work."""
+"""Invalid input to the commands in samples/shapes gives a one-line error before any work is done."""
 
 import importlib
 import json
@@ -36,7 +36,7 @@ def files(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("command", "line"),
+    ("command", "message"),
     [
         ("curves a.csv --out none/x.png", "expected a folder none to write x.png into, found none"),
         ("curves a.csv --out x.foo", "expected an output name that ends in .png, found x.foo"),
@@ -47,49 +47,51 @@ def files(tmp_path: Path) -> Path:
         ("pictures run --first 0 --out x.png", "Invalid value for '--first'"),
     ],
 )
-def test_plots(files: Path, monkeypatch: pytest.MonkeyPatch, command: str, line: str) -> None:
+def test_plot_rejects_invalid_arguments_and_writes_nothing(
+    files: Path, monkeypatch: pytest.MonkeyPatch, command: str, message: str
+) -> None:
     monkeypatch.chdir(files)
     before = sorted(files.rglob("*"))
     result = CliRunner().invoke(plot.main, command.split())
     assert result.exit_code == 2, result.output
-    assert result.stderr.startswith(f"error: {line}") and result.stderr.count("\n") == 1
+    assert result.stderr.startswith(f"error: {message}") and result.stderr.count("\n") == 1
     assert sorted(files.rglob("*")) == before
 
 
-def test_an_unreadable_image(files: Path) -> None:
+def test_plot_rejects_an_unreadable_image(files: Path) -> None:
     (files / "run/0000.png").write_text("mine")
     arguments = ["pictures", str(files / "run"), "--kind", "counting", "--out", str(files / "x.png")]
     result = CliRunner().invoke(plot.main, arguments)
     assert result.exit_code == 2 and "found something else at" in result.stderr
 
 
-@pytest.mark.parametrize("lacking", ["sampler", "steps", "seconds an image", "rows", None])
-def test_a_sweep_without_what_is_plotted(files: Path, lacking: str | None) -> None:
+@pytest.mark.parametrize("missing", ["sampler", "steps", "seconds an image", "rows", None])
+def test_read_sweep_rejects_cells_without_the_plotted_values(files: Path, missing: str | None) -> None:
     assert read_sweep(files / "sweep.json", "steps")[0].x == 4
-    cells = [{key: value for key, value in CELL.items() if key != lacking}] if lacking else []
+    cells = [{key: value for key, value in CELL.items() if key != missing}] if missing else []
     (files / "sweep.json").write_text(json.dumps({"cells": cells}))
     with pytest.raises(BadInput, match="with cells that have steps, found none"):
         read_sweep(files / "sweep.json", "steps")
 
 
 @pytest.mark.parametrize(
-    ("out", "line"),
+    ("out", "message"),
     [
         ("none/x.safetensors", "expected a folder none to write x.safetensors into, found none; make it"),
         ("folder.pt", "expected folder.pt to be a file, found a folder"),
         ("x.foo", "expected --out ending in .safetensors or .pt, found x.foo"),
     ],
 )
-def test_a_place_for_the_deeper_checkpoint(
-    files: Path, monkeypatch: pytest.MonkeyPatch, out: str, line: str
+def test_deepen_rejects_an_invalid_output_path(
+    files: Path, monkeypatch: pytest.MonkeyPatch, out: str, message: str
 ) -> None:
     monkeypatch.chdir(files)
     result = CliRunner().invoke(deepen.main, ["--ckpt", str(deepen.__file__), "--out", out])
     assert result.exit_code == 2, result.output
-    assert result.stderr.startswith(f"error: {line}") and result.stderr.count("\n") == 1
+    assert result.stderr.startswith(f"error: {message}") and result.stderr.count("\n") == 1
 
 
-def test_a_place_for_the_classes_table_is_looked_for_before_the_bundle(
+def test_score_classes_checks_the_output_folder_before_the_bundle(
     files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(files)
@@ -106,7 +108,7 @@ def test_a_place_for_the_classes_table_is_looked_for_before_the_bundle(
     + [("train_parser", name) for name in ("steps", "pictures")]
     + [("sweep", "images"), ("score", "seeds"), ("score_classes", "seeds"), ("parser_errors", "renders")],
 )
-def test_a_count_of_none(module: str, option: str) -> None:
+def test_rejects_a_count_of_zero(module: str, option: str) -> None:
     command = importlib.import_module(f"samples.shapes.{module}").main
     result = CliRunner().invoke(command, [f"--{option}", "0"])
     assert result.exit_code == 2, result.output
@@ -115,7 +117,7 @@ def test_a_count_of_none(module: str, option: str) -> None:
 
 
 @pytest.mark.parametrize("module", ["ablation", "train", "train_classes", "train_parser"])
-def test_a_run_whose_folder_is_a_file(files: Path, module: str) -> None:
+def test_rejects_a_file_as_the_output_folder(files: Path, module: str) -> None:
     command = importlib.import_module(f"samples.shapes.{module}").main
     result = CliRunner().invoke(command, ["--out", str(files / "a.csv")])
     assert result.exit_code == 2, result.output
@@ -123,7 +125,7 @@ def test_a_run_whose_folder_is_a_file(files: Path, module: str) -> None:
     assert result.stderr.count("\n") == 1
 
 
-def test_the_ablations_engine_is_looked_for_before_the_training(tmp_path: Path) -> None:
+def test_the_ablation_checks_its_engine_before_it_trains(tmp_path: Path) -> None:
     command = importlib.import_module("samples.shapes.ablation").main
     result = CliRunner().invoke(command, ["--engine", "none", "--out", str(tmp_path / "out")])
     assert result.exit_code == 2 and result.stderr.startswith("error: expected an engine of ")

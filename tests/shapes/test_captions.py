@@ -1,4 +1,4 @@
-"""Captions express their prompts, and `satisfies` distinguishes right scenes from nearly right ones."""
+"""Captions express their prompts, and `satisfies` tells correct scenes from nearly correct ones."""
 
 import hashlib
 import itertools
@@ -104,11 +104,11 @@ def random_prompts(count: int, kind: str | None = None) -> Iterator[Prompt]:
         ([RED_CUBE, Group("cone", "orange")], "in front of", "a red cube in front of an orange cone"),
     ],
 )
-def test_plain_english(groups: list[Group], relation: str | None, text: str) -> None:
+def test_captions_are_plain_english(groups: list[Group], relation: str | None, text: str) -> None:
     assert caption(Prompt("any", tuple(groups), relation)) == text
 
 
-def test_captions_mean_their_prompts() -> None:
+def test_captions_parse_back_to_their_prompts() -> None:
     rng = random.Random(4)
     for prompt in random_prompts(3000):
         for text in (caption(prompt), caption(prompt, rng)):
@@ -123,10 +123,11 @@ def test_every_wording_is_used() -> None:
     assert {place[1] for text in texts if (place := PLACE.search(text))} == set(PLACES)
     words = {word for text in texts for word in re.findall(r"[,.]|[^\s,.]+", text)}
     assert words >= set(itertools.chain(*NOUNS.values(), COUNTS, OTHER_COLOURS, COLOURS))
-    assert set(vocabulary()) - words == {".", "next", "scene", "with"}  # words that users may type
+    # Words that users may type, but that captions do not use.
+    assert set(vocabulary()) - words == {".", "next", "scene", "with"}
 
 
-def test_the_text_encoder_can_read_every_caption() -> None:
+def test_the_vocabulary_covers_every_caption() -> None:
     words = vocabulary()
     assert words == sorted(set(words))
     spec = TextEncoderSpec((PAD, BOS, EOS, UNK, *words))
@@ -136,14 +137,15 @@ def test_the_text_encoder_can_read_every_caption() -> None:
         assert not tokenizer.encode(caption(prompt, rng)).unknown
 
 
-def test_a_seed_fixes_the_wording() -> None:
+def test_the_wording_depends_only_on_the_seed() -> None:
     for prompt in random_prompts(50):
         assert caption(prompt, random.Random(1)) == caption(prompt, random.Random(1))
     [prompt] = random_prompts(1)
     assert len({caption(prompt, random.Random(seed)) for seed in range(50)}) > 5
 
 
-SHAPE_OF_KIND = {  # the number of groups; of objects; whether colours are named; whether there is a relation
+# The number of groups, the numbers of objects, whether colours are named, whether there is a relation.
+FORM_OF_KIND = {
     "single object": (1, {1}, {False}, False),
     "two objects": (2, {2}, {False}, False),
     "counting": (1, {2, 3, 4}, {False, True}, False),
@@ -155,9 +157,9 @@ SHAPE_OF_KIND = {  # the number of groups; of objects; whether colours are named
 }
 
 
-@pytest.mark.parametrize("kind", SHAPE_OF_KIND)
-def test_kinds_of_prompts(kind: str) -> None:
-    groups, counts, coloured, related = SHAPE_OF_KIND[kind]
+@pytest.mark.parametrize("kind", FORM_OF_KIND)
+def test_prompts_have_the_form_of_their_kind(kind: str) -> None:
+    groups, counts, coloured, related = FORM_OF_KIND[kind]
     prompts = list(random_prompts(300, kind))
     for prompt in prompts:
         assert prompt.kind == kind
@@ -176,9 +178,9 @@ def test_a_list_names_two_to_four_coloured_objects() -> None:
     assert all(group.count == 1 and group.colour for prompt in prompts for group in prompt.groups)
 
 
-def test_geneval_has_six_kinds() -> None:
+def test_there_are_six_kinds_and_unknown_ones_are_rejected() -> None:
     assert len(KINDS) == 6
-    assert set(KINDS) < set(TRAINING_MIX) == {*SHAPE_OF_KIND, "list"}
+    assert set(KINDS) < set(TRAINING_MIX) == {*FORM_OF_KIND, "list"}
     with pytest.raises(ValueError, match=r"expected a kind of .*, found 'texture'"):
         prompt_of(random.Random(0), "texture")
 
@@ -191,11 +193,11 @@ def test_a_scene_satisfies_its_prompt() -> None:
         assert satisfies(scene[::-1], prompt), prompt
 
 
-def other(options: tuple[str, ...], than: str) -> str:
+def next_option(options: tuple[str, ...], than: str) -> str:
     return options[(options.index(than) + 1) % len(options)]
 
 
-def test_a_scene_with_one_object_changed_does_not() -> None:
+def test_a_scene_with_one_object_changed_does_not_satisfy_its_prompt() -> None:
     rng = random.Random(8)
     for prompt in random_prompts(1500):
         scene = scene_for(rng, prompt)
@@ -203,15 +205,15 @@ def test_a_scene_with_one_object_changed_does_not() -> None:
         before, obj, after = scene[:i], scene[i], scene[i + 1 :]
         assert not satisfies(before + after, prompt), prompt
         assert not satisfies((*scene, replace(obj, x=obj.x + 3)), prompt), prompt
-        reshaped = replace(obj, shape=other(SHAPES, obj.shape))
+        reshaped = replace(obj, shape=next_option(SHAPES, obj.shape))
         assert not satisfies((*before, reshaped, *after), prompt), prompt
-        recoloured = replace(obj, colour=other(tuple(COLOURS), obj.colour))
+        recoloured = replace(obj, colour=next_option(tuple(COLOURS), obj.colour))
         named = any(group.colour for group in prompt.groups)
         assert satisfies((*before, recoloured, *after), prompt) == (not named), prompt
 
 
 @pytest.mark.parametrize("kind", ["position", "attribution + position"])
-def test_a_scene_with_its_objects_exchanged_does_not(kind: str) -> None:
+def test_a_scene_with_its_objects_swapped_does_not_satisfy_its_prompt(kind: str) -> None:
     rng = random.Random(9)
     for prompt in random_prompts(300, kind):
         a, b = scene_for(rng, prompt)
@@ -221,7 +223,8 @@ def test_a_scene_with_its_objects_exchanged_does_not(kind: str) -> None:
         assert not satisfies(swapped, prompt), prompt
         assert not satisfies((a, b), replace(prompt, relation=INVERSE[prompt.relation])), prompt
         assert satisfies((a, b), replace(prompt, groups=(second, first), relation=INVERSE[prompt.relation]))
-        far = replace(a, x=b.x + 0.1, z=b.z + 0.1, y=a.y + 2)  # neither beside nor resting on it
+        # Neither beside the other object nor on it.
+        far = replace(a, x=b.x + 0.1, z=b.z + 0.1, y=a.y + 2)
         assert not satisfies((far, b), prompt), prompt
 
 
@@ -230,22 +233,22 @@ def row_of(*kinds: tuple[str, str]) -> Scene:
     return tuple(SceneObject(shape, colour, i - 1.5, 0.4, 0, 0.45) for i, (colour, shape) in enumerate(kinds))
 
 
-def test_exact_numbers_and_colours() -> None:
-    two_reds = Prompt("counting", (Group("cube", "red", 2),))
-    assert satisfies(row_of(("red", "cube"), ("red", "cube")), two_reds)
-    assert not satisfies(row_of(("red", "cube")), two_reds)
-    assert not satisfies(row_of(*[("red", "cube")] * 3), two_reds)
-    assert not satisfies(row_of(("red", "cube"), ("blue", "cube")), two_reds)
-    both = Prompt("list", (RED_CUBE, BLUE_CUBE))
-    assert satisfies(row_of(("blue", "cube"), ("red", "cube")), both)
-    assert not satisfies(row_of(("red", "cube"), ("red", "cube")), both)
-    crossed = Prompt("colour attribution", (RED_CUBE, Group("sphere", "blue")))
-    assert not satisfies(row_of(("blue", "cube"), ("red", "sphere")), crossed)
-    assert not satisfies((), two_reds)
+def test_satisfies_requires_exact_numbers_and_colours() -> None:
+    two_red_cubes = Prompt("counting", (Group("cube", "red", 2),))
+    assert satisfies(row_of(("red", "cube"), ("red", "cube")), two_red_cubes)
+    assert not satisfies(row_of(("red", "cube")), two_red_cubes)
+    assert not satisfies(row_of(*[("red", "cube")] * 3), two_red_cubes)
+    assert not satisfies(row_of(("red", "cube"), ("blue", "cube")), two_red_cubes)
+    red_and_blue_cube = Prompt("list", (RED_CUBE, BLUE_CUBE))
+    assert satisfies(row_of(("blue", "cube"), ("red", "cube")), red_and_blue_cube)
+    assert not satisfies(row_of(("red", "cube"), ("red", "cube")), red_and_blue_cube)
+    attributed = Prompt("colour attribution", (RED_CUBE, Group("sphere", "blue")))
+    assert not satisfies(row_of(("blue", "cube"), ("red", "sphere")), attributed)
+    assert not satisfies((), two_red_cubes)
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
-def test_an_open_colour_leaves_the_named_one_to_its_group(order: tuple[int, int]) -> None:
+def test_a_group_without_a_colour_leaves_named_colours_to_the_other_group(order: tuple[int, int]) -> None:
     groups = Group("cube"), RED_CUBE
     prompt = Prompt("any", (groups[order[0]], groups[order[1]]))
     assert satisfies(row_of(("red", "cube"), ("blue", "cube")), prompt)
@@ -253,12 +256,12 @@ def test_an_open_colour_leaves_the_named_one_to_its_group(order: tuple[int, int]
     assert not satisfies(row_of(("blue", "cube"), ("blue", "cube")), prompt)
 
 
-def test_a_relation_between_objects_alike_holds_either_way() -> None:
+def test_a_relation_between_equal_objects_holds_in_either_order() -> None:
     prompt = Prompt("any", (RED_CUBE, RED_CUBE), "left of")
     assert satisfies(row_of(("red", "cube"), ("red", "cube")), prompt)
 
 
-def test_colours_left_open_are_drawn() -> None:
+def test_unnamed_colours_are_chosen_at_random() -> None:
     rng = random.Random(10)
     scenes = [scene_for(rng, Prompt("counting", (Group("cube", None, 2),))) for _ in range(200)]
     assert {obj.colour for scene in scenes for obj in scene} == set(COLOURS)
@@ -276,8 +279,8 @@ def test_training_pairs_follow_the_mix() -> None:
         assert shares[kind] / len(pairs) == pytest.approx(share, abs=0.04), kind
 
 
-def test_the_stream_of_a_seed_never_changes() -> None:
-    """Cached latents belong to this stream of prompts; with another stream, all would be rendered again."""
+def test_the_training_prompts_of_a_seed_never_change() -> None:
+    """Cached latents belong to this sequence of prompts; with another one, all would have to be rendered again."""
     texts = [caption(prompt) for prompt, _ in itertools.islice(training_pairs(0), 2048)]
     assert texts[:4] == [
         "a cone and a sphere",

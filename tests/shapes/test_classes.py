@@ -1,4 +1,4 @@
-"""The class-conditional sample model: its classes, a training step, and its score."""
+"""The class-conditional sample model: its classes, training loss and score."""
 
 import json
 import random
@@ -40,7 +40,7 @@ def test_classes_are_every_colour_of_every_shape() -> None:
     )
 
 
-def test_a_scene_of_a_class_is_of_that_class_alone() -> None:
+def test_a_scene_of_a_class_satisfies_only_that_class() -> None:
     rng = random.Random(0)
     for class_id in range(len(CLASSES)):
         scene = scene_of_class(rng, class_id)
@@ -48,7 +48,9 @@ def test_a_scene_of_a_class_is_of_that_class_alone() -> None:
         assert satisfies(scene, prompt_of_class(class_id))
 
 
-def test_the_loss_tells_classes_apart_and_hides_some(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_loss_passes_the_class_labels_and_drops_some(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(torch, "compile", lambda model, **options: model)
     torch.manual_seed(0)
     model, labels = DiT(_SPEC), []
@@ -60,13 +62,13 @@ def test_the_loss_tells_classes_apart_and_hides_some(monkeypatch: pytest.MonkeyP
     )
     data = torch.randn(64, 4, 4, 4).half(), torch.arange(64) % len(CLASSES)
     loss_at = train_classes.diffusion_loss(model, data, TrainingRun(tmp_path, 1, 64, 0, "cpu"), depths=(1,))
-    first, again, other = loss_at(0), loss_at(0), loss_at(1)
-    assert first.item() == again.item() != other.item()
+    first, repeated, other = loss_at(0), loss_at(0), loss_at(1)
+    assert first.item() == repeated.item() != other.item()
     assert len(set(labels[0].tolist()) - {len(CLASSES)}) > 5
     assert 0 < int((torch.cat(labels) == len(CLASSES)).sum()) < 64
 
 
-def test_fresh_adapters_answer_as_the_base() -> None:
+def test_untrained_adapters_give_the_outputs_of_the_base() -> None:
     torch.manual_seed(0)
     base = DiT(_SPEC).requires_grad_(False).eval()
     with torch.no_grad():
@@ -78,7 +80,7 @@ def test_fresh_adapters_answer_as_the_base() -> None:
     assert all(".thinking." in name for name, p in adapted.named_parameters() if p.requires_grad)
 
 
-def test_the_score_is_the_share_of_right_images_by_shape() -> None:
+def test_the_score_is_the_share_of_correct_images_by_shape() -> None:
     image = Image.new("RGB", (4, 4))
     rows = [Row(prompt_of_class(c), [image] * 4, [c % 2 == 0, True, True, True]) for c in range(len(CLASSES))]
     result = report(rows)
@@ -90,29 +92,32 @@ def test_the_score_is_the_share_of_right_images_by_shape() -> None:
     assert "| **overall** | 32 | 128 | 87.5% |" in as_text(result)
 
 
-def test_the_shipped_checkpoint_draws_its_classes() -> None:
+def test_the_shipped_checkpoint_generates_its_classes() -> None:
     model = checkpoint.load(SHIPPED)
     assert isinstance(model, ClassToImage)
     assert model.spec.transformer.classes == len(CLASSES) and model.spec.transformer.max_depth == 3
     images_tensor = train_classes.sample(model.transformer.eval(), model.autoencoder.eval(), depth=3)
     pixels = ((images_tensor.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-    images, parser, right = [Image.fromarray(one) for one in pixels], Parser.load(), 0
+    images, parser, correct = [Image.fromarray(image) for image in pixels], Parser.load(), 0
     for index, class_id in enumerate([*train_classes.PREVIEW_CLASSES, *train_classes.PREVIEW_CLASSES]):
-        right += sum(judge(parser, prompt_of_class(class_id), [images[index]]).right)
-    assert right >= 15, right  # of 16; the checkpoint's score is 99.6%
+        correct += sum(judge(parser, prompt_of_class(class_id), [images[index]]).right)
+    # Of 16. The checkpoint's score is 99.6%.
+    assert correct >= 15, correct
 
 
-def test_the_table_is_printed_with_the_judges_errors(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_table_is_printed_with_the_parsers_errors(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     model = SimpleNamespace(classes=len(CLASSES))
     generator = create_autospec(
         Generator, instance=True, return_value=[Image.new("RGB", (128, 128), "lightgrey")]
     )
     generator.manifest = SimpleNamespace(model=model, sha256="b" * 64)
     monkeypatch.setattr(Generator, "load", lambda bundle, engine: generator)
-    record = tmp_path / "table.json"
-    result = CliRunner().invoke(score_classes.main, ["--seeds", "1", "--json", str(record)])
+    json_path = tmp_path / "table.json"
+    result = CliRunner().invoke(score_classes.main, ["--seeds", "1", "--json", str(json_path)])
     assert result.exit_code == 0, result.output
     *_, overall, empty, errors = result.stdout.splitlines()
     assert overall.startswith("| **overall** | 32 | 32 | 0.0% |")
     assert (empty, errors) == ("", parser_error_line("colours"))
-    assert json.loads(record.read_text())["rows"]["overall"]["images"] == 32
+    assert json.loads(json_path.read_text())["rows"]["overall"]["images"] == 32

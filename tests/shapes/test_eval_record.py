@@ -18,32 +18,34 @@ FACTS = json.loads(RECORD.read_text(encoding="utf-8"))
 PAGE = (Path(__file__).parents[2] / "docs/shapes-eval.md").read_text(encoding="utf-8")
 
 
-def test_the_record_is_of_the_shipped_weights_and_the_present_judge() -> None:
+def test_the_record_belongs_to_the_shipped_weights_and_parser() -> None:
     assert FACTS["weights_sha256"] == hash_file(SHIPPED), "new weights need a new record"
     assert (FACTS["parser_sha256"], FACTS["list"]) == (hash_file(WEIGHTS), LIST_NAME)
 
 
-def test_its_scores_are_those_of_its_verdicts_on_this_list() -> None:
+def test_the_recorded_scores_follow_from_the_recorded_verdicts() -> None:
     prompts, records = listed_prompts(), FACTS["prompts"]
-    assert [(one["row"], one["prompt"]) for one in records] == [(one.row, one.text) for one in prompts]
-    assert as_text(report(prompts, [one["right"] for one in records])) == as_text(FACTS["rows"])
+    assert [(entry["row"], entry["prompt"]) for entry in records] == [
+        (listed.row, listed.text) for listed in prompts
+    ]
+    assert as_text(report(prompts, [entry["right"] for entry in records])) == as_text(FACTS["rows"])
 
 
 @pytest.mark.parametrize("row", FACTS["rows"])
-def test_the_page_gives_the_recorded_figures(row: str) -> None:
+def test_the_docs_give_the_recorded_scores(row: str) -> None:
     found, name = FACTS["rows"][row], f"**{row}**" if row == "overall" else row
     score, low, high = (f"{100 * found[key]:.1f}" for key in ("score", "low", "high"))
     assert f"| {name} | {found['prompts']} | {score}% ({low} to {high}) |" in PAGE
 
 
-def test_the_page_gives_the_commands_of_the_record() -> None:
+def test_the_docs_give_the_commands_of_the_recorded_run() -> None:
     assert (FACTS["images"], FACTS["seed"]) == (4, 0)
     run = f"tpx-eval shapes --bundle bundles/shapes --engine {FACTS['engine']} --out out/shapes-eval"
     assert f"    {run}\n    tpx-eval compare samples/shapes/{RECORD.name} out/shapes-eval\n" in PAGE
 
 
-def test_the_page_shows_the_images_of_the_recorded_run() -> None:
-    """The caption of the strip names the wrong images, so that the strip cannot be of other weights."""
+def test_the_image_caption_in_the_docs_matches_the_record() -> None:
+    """The caption names the images that were judged wrong, so the images cannot be of other weights unnoticed."""
     shown = [one for one in FACTS["prompts"] if one["row"] == "counting"][:12]
     wrong = [one["prompt"].removeprefix("a photo of ") for one in shown if not one["right"][0]]
     sentence = (
@@ -52,7 +54,7 @@ def test_the_page_shows_the_images_of_the_recorded_run() -> None:
     assert sentence in PAGE
 
 
-def test_a_run_is_compared_with_the_record(tmp_path: Path) -> None:
+def test_a_run_can_be_compared_with_the_record(tmp_path: Path) -> None:
     run = {key: value for key, value in FACTS.items() if key != "weights_sha256"} | {
         "bundle_sha256": "b" * 64
     }
@@ -67,7 +69,7 @@ def test_a_run_is_compared_with_the_record(tmp_path: Path) -> None:
     assert result.stdout.startswith("A: the same settings\nB: the same settings\n")
 
 
-def test_a_whole_run_is_recorded_and_a_part_is_refused(
+def test_a_complete_run_is_recorded_and_a_partial_one_is_rejected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(eval_record, "RECORD", tmp_path / "record.json")

@@ -1,4 +1,4 @@
-"""ShapesEval: the fixed list, its arithmetic, and a run that can be interrupted."""
+"""ShapesEval: the fixed prompt list, the computation of scores, and runs that are interrupted and resumed."""
 
 import json
 import random
@@ -39,7 +39,7 @@ from tpx_runtime.settings import Settings
 LIST_SHA256 = "6f4a8b5939f0753747304824cd284fd3681bfe821048353070cd27ffc8210be5"
 
 
-def test_the_list_is_the_one_that_scores_were_measured_on() -> None:
+def test_the_prompt_list_has_not_changed() -> None:
     prompts = listed_prompts()
     assert fingerprint(prompts) == LIST_SHA256
     rows = Counter(listed.row for listed in prompts)
@@ -47,13 +47,13 @@ def test_the_list_is_the_one_that_scores_were_measured_on() -> None:
     assert len({(listed.row, listed.text) for listed in prompts}) == len(prompts)
 
 
-def test_the_model_knows_every_word() -> None:
+def test_the_vocabulary_contains_every_word() -> None:
     known = set(vocabulary())
     for listed in listed_prompts():
         assert set(listed.text.replace(",", " ,").split()) <= known, listed.text
 
 
-def test_only_the_last_row_asks_for_what_training_has_not_seen() -> None:
+def test_only_the_last_row_has_held_out_combinations() -> None:
     rng = random.Random(0)
     held_out: Counter[tuple[str, str, str | None]] = Counter()
     for listed in listed_prompts():
@@ -68,7 +68,8 @@ def test_only_the_last_row_asks_for_what_training_has_not_seen() -> None:
 def test_overall_is_the_unweighted_mean_of_the_six_kinds() -> None:
     prompts, right = [], []
     for number, kind in enumerate(KINDS):
-        for _ in range(number + 1):  # kinds of unequal size
+        # Kinds of unequal size.
+        for _ in range(number + 1):
             prompts.append(ListedPrompt(kind, listed_prompts()[0].prompt, ""))
             right.append([number < 3])
     prompts.append(ListedPrompt(SEEN_PAIRS, prompts[0].prompt, ""))
@@ -87,7 +88,7 @@ def wrong_cases(key: str) -> list[Case]:
     return [(number, which) for row in RECORD["rows"].values() for number, which in row[key]]
 
 
-def test_the_recorded_errors_are_of_this_parser_and_this_list() -> None:
+def test_the_recorded_errors_belong_to_this_parser_and_list() -> None:
     assert RECORD["parser sha256"] == hash_file(WEIGHTS)
     assert (RECORD["list"], RECORD["command"]) == (LIST_NAME, COMMAND)
     rows = Counter(listed.row for listed in listed_prompts())
@@ -97,8 +98,8 @@ def test_the_recorded_errors_are_of_this_parser_and_this_list() -> None:
     }
 
 
-def test_the_recorded_errors_are_the_real_ones_where_looked_at_again() -> None:
-    """Checks the recorded errors and forty other renders. On other machines, one in ten may be a borderline case."""
+def test_the_recorded_errors_are_reproduced_on_a_sample() -> None:
+    """Judges the recorded errors and forty other renders again; one error in ten may be borderline on other machines."""
     parser, prompts, rng = Parser.load(), listed_prompts(), random.Random(11)
     refused, accepted = wrong_cases("true refused"), wrong_cases("false accepted")
     others = [
@@ -106,12 +107,13 @@ def test_the_recorded_errors_are_the_real_ones_where_looked_at_again() -> None:
     ]
     cases = list(dict.fromkeys([*refused, *accepted, *others]))
     found = misjudged(parser, prompts, cases)
-    assert refused  # otherwise the test checks little
+    # Otherwise the test checks little.
+    assert refused
     assert len(set(found[0]) ^ set(refused)) <= 1 + len(refused) // 10
     assert len(set(found[1]) ^ set(accepted)) <= 1
 
 
-def test_the_page_gives_the_recorded_errors() -> None:
+def test_the_docs_give_the_recorded_errors() -> None:
     page = (Path(__file__).parents[2] / "docs/evaluation.md").read_text(encoding="utf-8")
     for row, error in parser_errors().items():
         name = "six kinds, mean" if row == "overall" else row
@@ -121,8 +123,8 @@ def test_the_page_gives_the_recorded_errors() -> None:
         )
 
 
-def test_a_blind_parser_is_found_wrong() -> None:
-    class Blind(Parser):
+def test_a_parser_that_sees_nothing_rejects_every_true_prompt() -> None:
+    class BlindParser(Parser):
         def __init__(self) -> None:
             pass
 
@@ -130,10 +132,10 @@ def test_a_blind_parser_is_found_wrong() -> None:
             return [()] * 4
 
     cases = [(number, 0) for number in (0, 200, 300, 600)]
-    assert misjudged(Blind(), listed_prompts(), cases) == (cases, [])
+    assert misjudged(BlindParser(), listed_prompts(), cases) == (cases, [])
 
 
-def test_the_renders_show_what_the_prompt_says_and_not_its_near_miss() -> None:
+def test_the_scene_of_a_case_satisfies_its_prompt_and_not_its_hard_negative() -> None:
     prompts = listed_prompts()
     for number in range(0, len(prompts), 5):
         prompt, negative, scene = build_case(prompts, (number, number % 16))
@@ -143,12 +145,12 @@ def test_the_renders_show_what_the_prompt_says_and_not_its_near_miss() -> None:
     assert build_case(prompts, (3, 0)) == build_case(prompts, (3, 0)) != build_case(prompts, (3, 1))
 
 
-def test_errors_of_another_parser_are_refused_before_anything_is_drawn(
+def test_rejects_errors_of_another_parser_before_generating(
     generated: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "errors.json").write_text(json.dumps({**RECORD, "parser sha256": "0" * 64}))
     monkeypatch.setattr(parser_errors, "__defaults__", (tmp_path / "errors.json",))
-    result = run(tmp_path / "a")
+    result = run_shapes_eval(tmp_path / "a")
     assert result.exit_code == 2
     assert result.stderr.startswith("error: expected errors.json to be measured with the present parser.onnx")
     assert not generated
@@ -156,7 +158,7 @@ def test_errors_of_another_parser_are_refused_before_anything_is_drawn(
 
 
 class FakeGenerator:
-    """Generates right images, but empty ones for prompts with "cone"; `generated` lists the prompts of its images."""
+    """Generates correct images, but empty ones for prompts with "cone"; `generated` has the prompts of its images."""
 
     manifest = SimpleNamespace(name="fake", sha256="b" * 64, model=SimpleNamespace(classes=0))
     engine = SimpleNamespace(name="fake")
@@ -209,7 +211,8 @@ class FakeGenerator:
 
 @pytest.fixture(scope="module")
 def shared_generator() -> FakeGenerator:
-    return FakeGenerator()  # caches its renders for all tests
+    # One for all tests, because it caches its renders.
+    return FakeGenerator()
 
 
 @pytest.fixture
@@ -226,21 +229,23 @@ def generated(generator: FakeGenerator) -> list[str]:
     return generator.generated
 
 
-def run(out: Path, *more: str) -> Result:
+def run_shapes_eval(out: Path, *more: str) -> Result:
     arguments = ["shapes", "--bundle", "none", "--out", str(out), "--limit", "2", "--images", "1", *more]
     return CliRunner().invoke(tpx_eval, arguments)
 
 
-def test_a_run_is_judged_reported_and_shown(generated: list[str], tmp_path: Path) -> None:
-    result = run(tmp_path / "a", "--images", "2")
+def test_a_run_writes_its_verdicts_to_a_report_and_a_page(generated: list[str], tmp_path: Path) -> None:
+    result = run_shapes_eval(tmp_path / "a", "--images", "2")
     assert result.exit_code == 0, result.output
-    facts = json.loads((tmp_path / "a/report.json").read_text())
+    saved_report = json.loads((tmp_path / "a/report.json").read_text())
     wrong = sum("cone" in text for text in generated)
     assert 0 < wrong < len(generated) == 32
-    rows = {name: row for name, row in facts["rows"].items() if name != "overall"}
+    rows = {name: row for name, row in saved_report["rows"].items() if name != "overall"}
     assert sum(row["score"] * row["images"] for row in rows.values()) == pytest.approx(32 - wrong)
-    assert list(facts["rows"]) == [*KINDS, "overall", SEEN_PAIRS, HELD_OUT_PAIRS]
-    assert [one["right"] for one in facts["prompts"]] == [["cone" not in text] * 2 for text in generated[::2]]
+    assert list(saved_report["rows"]) == [*KINDS, "overall", SEEN_PAIRS, HELD_OUT_PAIRS]
+    assert [one["right"] for one in saved_report["prompts"]] == [
+        ["cone" not in text] * 2 for text in generated[::2]
+    ]
     page = (tmp_path / "a/index.html").read_text(encoding="utf-8")
     assert page.count("<img") == len(list((tmp_path / "a").glob("*.png"))) == 16
     assert page.count("✗✗ 0/2</figcaption>") == wrong / 2
@@ -248,8 +253,8 @@ def test_a_run_is_judged_reported_and_shown(generated: list[str], tmp_path: Path
     assert page.count("<h2>") == 8
 
 
-def test_the_parsers_own_error_stands_beside_every_score(generated: list[str], tmp_path: Path) -> None:
-    result = run(tmp_path / "a")
+def test_every_score_is_given_with_the_parsers_error(generated: list[str], tmp_path: Path) -> None:
+    result = run_shapes_eval(tmp_path / "a")
     rows = json.loads((tmp_path / "a/report.json").read_text())["rows"]
     measured = RECORD["rows"]
     for row in (*KINDS, SEEN_PAIRS, HELD_OUT_PAIRS):
@@ -266,98 +271,106 @@ def test_the_parsers_own_error_stands_beside_every_score(generated: list[str], t
     assert rows["overall"]["parser"]["true_refused"] == pytest.approx(mean)
 
 
-def test_every_prompt_has_seeds_of_its_own_whatever_the_limit(
-    generator: FakeGenerator, tmp_path: Path
-) -> None:
-    places = {listed.text: number for number, listed in enumerate(listed_prompts())}
-    run(tmp_path / "a", "--images", "2", "--seed", "7")
+def test_every_prompt_has_its_own_seeds_whatever_the_limit(generator: FakeGenerator, tmp_path: Path) -> None:
+    index_of_text = {listed.text: number for number, listed in enumerate(listed_prompts())}
+    run_shapes_eval(tmp_path / "a", "--images", "2", "--seed", "7")
     seeds = [(job.prompt, job.seed) for job in generator.jobs]
     assert seeds == [
-        (job.prompt, 7 + 1000 * places[job.prompt] + i % 2) for i, job in enumerate(generator.jobs)
+        (job.prompt, 7 + 1000 * index_of_text[job.prompt] + i % 2) for i, job in enumerate(generator.jobs)
     ]
 
 
 def test_settings_reach_every_image_and_the_report(generator: FakeGenerator, tmp_path: Path) -> None:
     more = ("--sampler", "heun", "--steps", "7", "--guidance", "2.5", "--depth", "2")
     more += ("--guidance-interval", "0.2", "0.6", "--guidance-every", "3", "--cache-interval", "2")
-    assert run(tmp_path / "a", *more).exit_code == 0
+    assert run_shapes_eval(tmp_path / "a", *more).exit_code == 0
     used = {
         (job.sampler, job.steps, job.guidance, job.guidance_interval, job.depth) for job in generator.jobs
     }
     assert used == {("heun", 7, 2.5, (0.2, 0.6), 2)}
     assert {(job.guidance_every, job.cache_interval) for job in generator.jobs} == {(3, 2)}
-    facts = json.loads((tmp_path / "a/report.json").read_text())
-    assert [facts[key] for key in ("sampler", "steps", "guidance", "depth")] == ["heun", 7, 2.5, 2]
-    assert (facts["guidance_interval"], facts["guidance_every"], facts["cache_interval"]) == (
+    saved_report = json.loads((tmp_path / "a/report.json").read_text())
+    assert [saved_report[key] for key in ("sampler", "steps", "guidance", "depth")] == ["heun", 7, 2.5, 2]
+    assert (
+        saved_report["guidance_interval"],
+        saved_report["guidance_every"],
+        saved_report["cache_interval"],
+    ) == (
         [0.2, 0.6],
         3,
         2,
     )
-    assert (facts["bundle_sha256"], facts["engine"], facts["seed"]) == ("b" * 64, "fake", 0)
-    assert facts["parser_sha256"] == hash_file(WEIGHTS)
+    assert (saved_report["bundle_sha256"], saved_report["engine"], saved_report["seed"]) == (
+        "b" * 64,
+        "fake",
+        0,
+    )
+    assert saved_report["parser_sha256"] == hash_file(WEIGHTS)
 
 
 @pytest.mark.parametrize("damage", ["garbage]", "[1, 2]", '{"a": [true]}', "[true"])
 def test_a_damaged_verdict_is_judged_again(generator: FakeGenerator, tmp_path: Path, damage: str) -> None:
-    uninterrupted = run(tmp_path / "a").stdout
+    uninterrupted = run_shapes_eval(tmp_path / "a").stdout
     verdicts = tmp_path / "a/verdicts.jsonl"
     lines = verdicts.read_text().splitlines()
     verdicts.write_text("\n".join([*lines[:3], damage, *lines[4:]]) + "\n")
-    result = run(tmp_path / "a")
+    result = run_shapes_eval(tmp_path / "a")
     assert (result.exit_code, result.stdout) == (0, uninterrupted)
     assert verdicts.read_text().splitlines() == lines
 
 
-def test_an_interrupted_run_goes_on_and_ends_the_same(generator: FakeGenerator, tmp_path: Path) -> None:
-    uninterrupted = run(tmp_path / "a").stdout.splitlines()[:-1]
+def test_an_interrupted_run_resumes_with_the_same_result(generator: FakeGenerator, tmp_path: Path) -> None:
+    uninterrupted = run_shapes_eval(tmp_path / "a").stdout.splitlines()[:-1]
     generator.generated.clear()
     generator.fails_at = 8
-    stopped = run(tmp_path / "b")
+    stopped = run_shapes_eval(tmp_path / "b")
     assert stopped.exit_code == 130
     assert "8 of 16 images are left; run the same command again to resume" in stopped.stderr
     verdicts = tmp_path / "b/verdicts.jsonl"
-    verdicts.write_text(verdicts.read_text() + "[tr")  # killed while writing
-    (tmp_path / "b/0006.png").unlink()  # its verdict and later ones are made again
+    # Killed while it was writing.
+    verdicts.write_text(verdicts.read_text() + "[tr")
+    # This verdict and all later ones are computed again.
+    (tmp_path / "b/0006.png").unlink()
     generator.generated.clear()
     generator.fails_at = None
-    assert run(tmp_path / "b").stdout.splitlines()[:-1] == uninterrupted
+    assert run_shapes_eval(tmp_path / "b").stdout.splitlines()[:-1] == uninterrupted
     assert len(generator.generated) == 16 - 6
     for name in ("verdicts.jsonl", "report.json", "index.html", "0006.png"):
         assert (tmp_path / "b" / name).read_bytes() == (tmp_path / "a" / name).read_bytes()
 
 
-def test_another_run_in_the_same_place_is_refused(generated: list[str], tmp_path: Path) -> None:
-    run(tmp_path / "a")
+def test_rejects_another_run_in_the_same_folder(generated: list[str], tmp_path: Path) -> None:
+    run_shapes_eval(tmp_path / "a")
     before = (tmp_path / "a/verdicts.jsonl").read_text()
-    result = run(tmp_path / "a", "--steps", "5")
+    result = run_shapes_eval(tmp_path / "a", "--steps", "5")
     assert result.exit_code == 2
     assert "(steps 20), found steps 5; use those, or another --out" in result.stderr
     (tmp_path / "a/verdicts.jsonl").write_text("something else\n")
-    assert run(tmp_path / "a").exit_code == 2
+    assert run_shapes_eval(tmp_path / "a").exit_code == 2
     (tmp_path / "a/verdicts.jsonl").write_text(before)
-    assert run(tmp_path / "a").exit_code == 0
+    assert run_shapes_eval(tmp_path / "a").exit_code == 0
 
 
-def test_two_runs_compare(generated: list[str], tmp_path: Path) -> None:
-    run(tmp_path / "a")
-    run(tmp_path / "b", "--depth", "2")
+def test_two_runs_can_be_compared(generated: list[str], tmp_path: Path) -> None:
+    run_shapes_eval(tmp_path / "a")
+    run_shapes_eval(tmp_path / "b", "--depth", "2")
     lines = compare(Report.load(tmp_path / "a"), Report.load(tmp_path / "b"))
     assert [line.name for line in lines] == [*KINDS, "overall", SEEN_PAIRS, HELD_OUT_PAIRS]
-    facts = json.loads((tmp_path / "a/report.json").read_text())
+    saved_report = json.loads((tmp_path / "a/report.json").read_text())
     for line in lines:
-        assert line.first == line.second == pytest.approx(facts["rows"][line.name]["score"])
+        assert line.first == line.second == pytest.approx(saved_report["rows"][line.name]["score"])
         assert line.change.mean == line.change.low == line.change.high == 0
 
 
-def test_a_place_that_cannot_be_written_is_refused(generated: list[str], tmp_path: Path) -> None:
+def test_rejects_a_folder_that_cannot_be_written(generated: list[str], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    result = run(tmp_path / "file")
+    result = run_shapes_eval(tmp_path / "file")
     assert result.exit_code == 2
     assert result.stderr.startswith("error: expected to write into")
     assert not generated
 
 
-def test_the_module_that_is_run_is_the_same_command() -> None:
+def test_python_m_evaluate_is_the_same_command() -> None:
     assert evaluate.main is tpx_eval.commands["shapes"]
     command = [sys.executable, "-m", "samples.shapes.evaluate", "--bundle", "none", "--engine", "nothing"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -366,6 +379,6 @@ def test_the_module_that_is_run_is_the_same_command() -> None:
     assert len(result.stderr.splitlines()) == 1
 
 
-def test_evaluating_imports_no_torch() -> None:
+def test_evaluate_does_not_import_torch() -> None:
     code = "import sys, samples.shapes.evaluate, tpx_runtime.generator; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -14,30 +14,31 @@ from samples.shapes.fit import atomic_save, fit, step_generator, warmup_cosine
 from tpx_runtime.errors import BadInput
 
 STEPS = 12
-RATES = (0.05, 0.01)  # of the weight (AdamW) and of the bias (SGD with momentum)
+# Learning rates of the weight (AdamW) and of the bias (SGD with momentum).
+RATES = (0.05, 0.01)
 
 
 class Killed(BaseException):
-    """Raised in place of a kill; nothing catches it."""
+    """Simulates a killed process: nothing catches it."""
 
 
 class Task:
-    """Trains a linear layer to sum its inputs; the loss of step `stop`, if given, raises `by`."""
+    """Trains a linear layer to sum its inputs; the loss of step `stop`, if given, raises `error`."""
 
-    def __init__(self, stop: int | None = None, by: type[BaseException] = Killed) -> None:
+    def __init__(self, stop: int | None = None, error: type[BaseException] = Killed) -> None:
         torch.manual_seed(1)
         self.module = nn.Linear(3, 1)
         self.optimizers: list[torch.optim.Optimizer] = [
             torch.optim.AdamW([self.module.weight], lr=RATES[0]),
             torch.optim.SGD([self.module.bias], lr=RATES[1], momentum=0.9),
         ]
-        self.stop, self.by = stop, by
+        self.stop, self.error = stop, error
         self.seen: list[int] = []
         self.rates: list[list[float]] = []
 
     def loss_at(self, step: int) -> Tensor:
         if step == self.stop:
-            raise self.by
+            raise self.error
         self.seen.append(step)
         self.rates.append([optimizer.param_groups[0]["lr"] for optimizer in self.optimizers])
         inputs = torch.randn(8, 3, generator=step_generator(0, step))
@@ -52,8 +53,8 @@ class Task:
 
 
 def assert_same(a: nn.Module, b: nn.Module) -> None:
-    for (name, one), (_, other) in zip(a.state_dict().items(), b.state_dict().items(), strict=True):
-        assert torch.equal(one, other), name
+    for (name, value), (_, expected) in zip(a.state_dict().items(), b.state_dict().items(), strict=True):
+        assert torch.equal(value, expected), name
 
 
 def uninterrupted(tmp_path: Path) -> tuple[Task, nn.Module]:
@@ -63,28 +64,29 @@ def uninterrupted(tmp_path: Path) -> tuple[Task, nn.Module]:
     return task, ema
 
 
-@pytest.mark.parametrize(("by", "save_every_s"), [(Killed, -1.0), (KeyboardInterrupt, 1000.0)])
-def test_a_stopped_run_ends_where_an_unbroken_one_does(
-    tmp_path: Path, by: type[BaseException], save_every_s: float
+@pytest.mark.parametrize(("error", "save_every_s"), [(Killed, -1.0), (KeyboardInterrupt, 1000.0)])
+def test_a_resumed_run_ends_like_an_uninterrupted_one(
+    tmp_path: Path, error: type[BaseException], save_every_s: float
 ) -> None:
     reference, ema = uninterrupted(tmp_path)
     state = tmp_path / "state.pt"
-    seen = []
+    steps_by_process = []
     for stop in (5, 6, None):
-        task = Task(stop, by)  # like a new process: only the file is left
+        # Like a new process, which has only the saved file.
+        task = Task(stop, error)
         if stop:
-            with pytest.raises(by):
+            with pytest.raises(error):
                 task.run(state, save_every_s=save_every_s)
         else:
             resumed = task.run(state, save_every_s=save_every_s)
-        seen.append(task.seen)
-    assert seen == [list(range(5)), [5], list(range(6, STEPS))]
+        steps_by_process.append(task.seen)
+    assert steps_by_process == [list(range(5)), [5], list(range(6, STEPS))]
     assert_same(task.module, reference.module)
     assert_same(resumed, ema)
     assert task.rates == reference.rates[6:]
 
 
-def test_a_killed_run_goes_back_to_its_last_save(tmp_path: Path) -> None:
+def test_a_killed_run_resumes_from_its_last_save(tmp_path: Path) -> None:
     reference, ema = uninterrupted(tmp_path)
     state = tmp_path / "state.pt"
     with pytest.raises(KeyboardInterrupt):
@@ -98,7 +100,7 @@ def test_a_killed_run_goes_back_to_its_last_save(tmp_path: Path) -> None:
     assert_same(task.module, reference.module)
 
 
-def test_ctrl_c_while_progress_is_drawn_repeats_no_step(tmp_path: Path) -> None:
+def test_ctrl_c_in_the_show_callback_repeats_no_step(tmp_path: Path) -> None:
     reference, ema = uninterrupted(tmp_path)
     state = tmp_path / "state.pt"
 
@@ -114,23 +116,23 @@ def test_ctrl_c_while_progress_is_drawn_repeats_no_step(tmp_path: Path) -> None:
     assert_same(task.module, reference.module)
 
 
-def test_ctrl_c_between_two_optimizers_takes_the_step_whole(tmp_path: Path, how: signal.Signals) -> None:
+def test_ctrl_c_between_two_optimizers_completes_the_step(tmp_path: Path, how: signal.Signals) -> None:
     reference, ema = uninterrupted(tmp_path)
     state, task = tmp_path / "state.pt", Task()
     step = task.optimizers[0].step
 
-    def pressed() -> None:
+    def step_and_interrupt() -> None:
         step()
         if len(task.seen) == 5:
             signal.raise_signal(how)
 
-    task.optimizers[0].step = pressed  # type: ignore[method-assign, assignment]
+    task.optimizers[0].step = step_and_interrupt  # type: ignore[method-assign, assignment]
     with pytest.raises(KeyboardInterrupt):
         task.run(state, save_every_s=1000)
-    again = Task()
-    assert_same(again.run(state), ema)
-    assert_same(again.module, reference.module)
-    assert again.seen == list(range(5, STEPS))
+    resumed = Task()
+    assert_same(resumed.run(state), ema)
+    assert_same(resumed.module, reference.module)
+    assert resumed.seen == list(range(5, STEPS))
 
 
 @pytest.mark.parametrize(
@@ -143,7 +145,7 @@ def test_ctrl_c_between_two_optimizers_takes_the_step_whole(tmp_path: Path, how:
         ({"weight": 3.0}, r"\(first weights [0-9a-f]{16}\), found first weights [0-9a-f]{16}"),
     ],
 )
-def test_the_state_of_another_run_is_refused(tmp_path: Path, change: dict[str, float], message: str) -> None:
+def test_rejects_the_state_of_another_run(tmp_path: Path, change: dict[str, float], message: str) -> None:
     state = tmp_path / "state.pt"
     Task().run(state)
     before = state.read_bytes()
@@ -157,14 +159,14 @@ def test_the_state_of_another_run_is_refused(tmp_path: Path, change: dict[str, f
     assert state.read_bytes() == before
 
 
-def test_a_finished_run_returns_at_once(tmp_path: Path) -> None:
+def test_a_finished_run_returns_without_training(tmp_path: Path) -> None:
     state = tmp_path / "state.pt"
     first = Task()
     ema = first.run(state, save_every_s=1000)
     before = state.read_bytes()
-    again = Task(stop=0)
-    assert_same(again.run(state), ema)
-    assert_same(again.module, first.module)
+    second = Task(stop=0)
+    assert_same(second.run(state), ema)
+    assert_same(second.module, first.module)
     assert state.read_bytes() == before
 
 
@@ -179,7 +181,8 @@ def test_ema_follows_the_weights(tmp_path: Path) -> None:
 
     ema = task.run(tmp_path / "state.pt", loss_at, ema_decay=0.6)
     for step, weight in enumerate([*weights[1:], task.module.weight.detach()]):
-        decay = min(0.6, (step + 1) / (step + 10))  # as in `train_step`
+        # As in `train_step`.
+        decay = min(0.6, (step + 1) / (step + 10))
         average = decay * average + (1 - decay) * weight
     assert isinstance(ema, nn.Linear)
     torch.testing.assert_close(ema.weight.detach(), average)
@@ -187,7 +190,7 @@ def test_ema_follows_the_weights(tmp_path: Path) -> None:
     assert not torch.equal(ema.weight, task.module.weight)
 
 
-def test_frozen_parameters_stay(tmp_path: Path) -> None:
+def test_frozen_parameters_do_not_change(tmp_path: Path) -> None:
     task = Task()
     task.module.bias.requires_grad_(False)
     bias, weight = task.module.bias.clone(), task.module.weight.detach().clone()
@@ -198,7 +201,7 @@ def test_frozen_parameters_stay(tmp_path: Path) -> None:
     assert not torch.equal(task.module.weight, weight)
 
 
-def test_each_optimizer_keeps_its_own_rate(tmp_path: Path) -> None:
+def test_each_optimizer_keeps_its_own_learning_rate(tmp_path: Path) -> None:
     task, _ = uninterrupted(tmp_path)
     for step, rates in enumerate(task.rates):
         assert rates == pytest.approx([rate * warmup_cosine(step, STEPS) for rate in RATES])
@@ -224,13 +227,13 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path, bad: float) -> N
     assert all(value.isfinite().all() for part in ("module", "ema") for value in saved[part].values())
 
 
-def test_progress_tells_the_mean_of_the_last_losses(
+def test_progress_prints_the_mean_of_the_last_losses(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     state = tmp_path / "state.pt"
     losses: dict[int, float] = {}
 
-    def watched(task: Task) -> Callable[[int], Tensor]:
+    def recorded_loss(task: Task) -> Callable[[int], Tensor]:
         def loss_at(step: int) -> Tensor:
             loss = task.loss_at(step)
             losses[step] = loss.item()
@@ -247,27 +250,25 @@ def test_progress_tells_the_mean_of_the_last_losses(
 
     task = Task(6, KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
-        task.run(state, watched(task), log_every=4)
+        task.run(state, recorded_loss(task), log_every=4)
     assert printed() == [("4/12", mean(0, 4))]
     task = Task()
-    task.run(state, watched(task), log_every=4)
-    assert printed() == [
-        ("8/12", mean(6, 8)),
-        ("12/12", mean(8, 12)),
-    ]  # the first is only over steps since the resumption
+    task.run(state, recorded_loss(task), log_every=4)
+    # The first mean is only of the steps since the run was resumed.
+    assert printed() == [("8/12", mean(6, 8)), ("12/12", mean(8, 12))]
 
 
-def test_show_is_given_the_average(tmp_path: Path) -> None:
-    shown: list[int] = []
-    given: list[nn.Module] = []
+def test_show_receives_the_averaged_module(tmp_path: Path) -> None:
+    shown_steps: list[int] = []
+    shown_modules: list[nn.Module] = []
 
     def show(module: nn.Module, step: int) -> None:
-        shown.append(step)
-        given.append(module)
+        shown_steps.append(step)
+        shown_modules.append(module)
 
     ema = Task().run(tmp_path / "state.pt", show=show, show_every=5)
-    assert shown == [5, 10]
-    assert all(module is ema for module in given)
+    assert shown_steps == [5, 10]
+    assert all(module is ema for module in shown_modules)
 
 
 def test_warmup_then_cosine() -> None:
@@ -281,19 +282,20 @@ def test_warmup_then_cosine() -> None:
     assert factors[100:] == sorted(factors[100:], reverse=True)
 
 
-def test_streams_of_steps() -> None:
-    def draw(seed: int, step: int) -> Tensor:
+def test_step_generators_depend_only_on_seed_and_step() -> None:
+    def random_values(seed: int, step: int) -> Tensor:
         return torch.rand(100, generator=step_generator(seed, step))
 
-    first = draw(3, 7)
-    torch.rand(5)  # the global generator is independent
-    assert torch.equal(first, draw(3, 7))
-    assert not torch.equal(first, draw(3, 8))
-    assert not torch.equal(first, draw(4, 7))
-    assert draw(-1, 0).isfinite().all()
+    first = random_values(3, 7)
+    # The global generator is independent.
+    torch.rand(5)
+    assert torch.equal(first, random_values(3, 7))
+    assert not torch.equal(first, random_values(3, 8))
+    assert not torch.equal(first, random_values(4, 7))
+    assert random_values(-1, 0).isfinite().all()
 
 
-def test_save_whole_makes_its_folder_and_replaces(tmp_path: Path) -> None:
+def test_atomic_save_creates_its_folder_and_replaces_the_file(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "er" / "state.pt"
     for value in (1, 2):
         atomic_save({"value": torch.tensor(value)}, path)
@@ -301,18 +303,18 @@ def test_save_whole_makes_its_folder_and_replaces(tmp_path: Path) -> None:
         assert list(path.parent.iterdir()) == [path]
 
 
-def test_save_whole_keeps_the_old_file_when_it_is_stopped(
+def test_atomic_save_keeps_the_old_file_when_interrupted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "state.pt"
     atomic_save({"value": 1}, path)
 
-    def half(value: object, file: Path) -> None:
+    def write_half_and_stop(value: object, file: Path) -> None:
         Path(file).write_bytes(b"half")
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", half)
+        patch.setattr(torch, "save", write_half_and_stop)
         with pytest.raises(Killed):
             atomic_save({"value": 2}, path)
     assert torch.load(path, weights_only=True) == {"value": 1}

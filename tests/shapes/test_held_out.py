@@ -1,4 +1,4 @@
-"""The loss on held-out scenes: the training loss, with the same noise for every model."""
+"""The loss on held-out scenes: the training loss with the same noise for every model."""
 
 import numpy as np
 import pytest
@@ -47,14 +47,16 @@ def test_sigmas_are_evenly_spaced_quantiles_of_the_training_distribution() -> No
     assert torch.equal(held_out.sigmas(999), held_out.sigmas(999))
 
 
-def test_the_loss_of_zero_output_is_the_mean_square_of_the_velocity(data: TrainingData, base: MMDiT) -> None:
+def test_the_loss_of_a_zero_output_is_the_mean_square_of_the_velocity(
+    data: TrainingData, base: MMDiT
+) -> None:
     found = held_out.losses(base, data, depth=1)
     noise = torch.randn(data.latents.shape, generator=held_out.step_generator(0, 1))
     expected = (noise - data.latents.float()).square().mean((1, 2, 3))
     assert found == pytest.approx(expected.double().numpy(), rel=1e-5)
 
 
-def test_untrained_adapters_have_the_loss_of_their_base_and_trained_ones_do_not(
+def test_untrained_adapters_have_the_loss_of_their_base_and_changed_ones_do_not(
     data: TrainingData, base: MMDiT
 ) -> None:
     for parameter in base.parameters():
@@ -71,6 +73,6 @@ def test_untrained_adapters_have_the_loss_of_their_base_and_trained_ones_do_not(
 
 
 def test_without_thinking_returns_the_base(base: MMDiT) -> None:
-    again = without_thinking(with_thinking(base, ThinkingSpec(blocks=(0,), experts=2, rank=4)))
-    assert again.spec == base.spec
-    assert all(torch.equal(value, again.state_dict()[name]) for name, value in base.state_dict().items())
+    restored = without_thinking(with_thinking(base, ThinkingSpec(blocks=(0,), experts=2, rank=4)))
+    assert restored.spec == base.spec
+    assert all(torch.equal(value, restored.state_dict()[name]) for name, value in base.state_dict().items())

@@ -27,19 +27,20 @@ def autoencoder(monkeypatch: pytest.MonkeyPatch) -> Autoencoder:
     return Autoencoder(AutoencoderSpec(32, 4, (16, 16, 8))).eval()
 
 
-def test_latents_are_those_of_the_prompts_scenes(tmp_path: Path, autoencoder: Autoencoder) -> None:
+def test_latents_encode_the_scenes_of_their_prompts(tmp_path: Path, autoencoder: Autoencoder) -> None:
     prompts, z = latents.load_shard(tmp_path, 3, 7, autoencoder)
     assert (z.shape, z.dtype) == ((COUNT, 4, 4, 4), torch.float16)
     pairs = list(itertools.islice(training_pairs(7 * 1_000_003 + 3), COUNT))
     assert prompts == [prompt for prompt, _ in pairs]
     with torch.no_grad():
         expected = autoencoder.encode(render([scene for _, scene in pairs], 32) * 2 - 1)
-    off = (z.float()[:, None] - expected).abs().amax((2, 3, 4))  # between each latent and each scene's
-    assert off.argmin(1).tolist() == list(range(COUNT))
-    assert off.diagonal().max() < 0.05 * expected.abs().max()
+    # Between each latent and that of each scene.
+    difference = (z.float()[:, None] - expected).abs().amax((2, 3, 4))
+    assert difference.argmin(1).tolist() == list(range(COUNT))
+    assert difference.diagonal().max() < 0.05 * expected.abs().max()
 
 
-def test_a_shard_is_made_once(
+def test_a_shard_is_rendered_once_per_index_and_autoencoder(
     tmp_path: Path, autoencoder: Autoencoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = latents.load_shard(tmp_path, 0, 0, autoencoder)
@@ -47,18 +48,20 @@ def test_a_shard_is_made_once(
     again = latents.load_shard(tmp_path, 0, 0, autoencoder)
     assert again[0] == first[0]
     assert torch.equal(again[1], first[1])
-    with pytest.raises(NameError):  # another shard has to be rendered
+    # Another shard has to be rendered.
+    with pytest.raises(NameError):
         latents.load_shard(tmp_path, 1, 0, autoencoder)
     with torch.no_grad():
         next(autoencoder.encoder.parameters()).add_(0.1)
-    with pytest.raises(NameError):  # and so has this one after a change of the autoencoder
+    # So does this one after the autoencoder has changed.
+    with pytest.raises(NameError):
         latents.load_shard(tmp_path, 0, 0, autoencoder)
 
 
-def test_a_shard_of_another_mix_is_another_shard(tmp_path: Path, autoencoder: Autoencoder) -> None:
-    usual, _ = latents.load_shard(tmp_path, 0, 0, autoencoder)
+def test_another_mix_is_stored_in_another_shard(tmp_path: Path, autoencoder: Autoencoder) -> None:
+    default, _ = latents.load_shard(tmp_path, 0, 0, autoencoder)
     cubes, _ = latents.load_shard(tmp_path, 0, 0, autoencoder, {"counting": 1.0})
-    assert {prompt.kind for prompt in cubes} == {"counting"} != {prompt.kind for prompt in usual}
+    assert {prompt.kind for prompt in cubes} == {"counting"} != {prompt.kind for prompt in default}
     assert len(list(tmp_path.iterdir())) == 2
 
 

@@ -1,4 +1,4 @@
-"""The scene parser on fresh renders, and the scores computed with it."""
+"""The scene parser on new renders, and the scores computed with it."""
 
 import json
 import random
@@ -35,7 +35,8 @@ from tpx_runtime.generator import Generator
 
 EVALUATION_SIZE = 128
 PROMPTS = score.SINGLES + score.PAIRS
-WRONG_PROMPTS = dict(zip(PROMPTS, PROMPTS[1:] + PROMPTS[:1], strict=True))  # for each prompt, a wrong one
+# For each prompt, another one.
+WRONG_PROMPTS = dict(zip(PROMPTS, PROMPTS[1:] + PROMPTS[:1], strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -47,19 +48,19 @@ def pixels(scenes: list[Scene]) -> np.ndarray:
     return to_uint8(render(scenes))
 
 
-def named(scenes: list[Scene]) -> list[list[tuple[str, str]]]:
+def shapes_and_colours(scenes: list[Scene]) -> list[list[tuple[str, str]]]:
     return [sorted((obj.shape, obj.colour) for obj in scene) for scene in scenes]
 
 
 def heat_with(*values: tuple[int, int, float]) -> np.ndarray:
-    """A heat map [1, CELLS, CELLS] of zeros with the given (row, column, value)."""
+    """A heat map [1, CELLS, CELLS] that is 0 except for the given (row, column, value)."""
     heat = np.zeros((1, CELLS, CELLS), np.float32)
     for row, column, value in values:
         heat[0, row, column] = value
     return heat
 
 
-def test_reads_fresh_renders(parser: Parser) -> None:
+def test_parses_new_renders(parser: Parser) -> None:
     # parser.json records at least 99% on 2048 renders. On 128 renders the standard deviation is 0.9%, so a threshold
     # two of them lower, 97%, still detects a parser that is clearly worse.
     pairs, image = evaluation_set(EVALUATION_SIZE, seed=7, fast=False)
@@ -69,43 +70,43 @@ def test_reads_fresh_renders(parser: Parser) -> None:
     assert result["refused"] >= 0.99, result
 
 
-def test_recorded_accuracy_meets_the_standard() -> None:
+def test_the_recorded_accuracy_meets_the_requirements() -> None:
     record = json.loads(RECORD.read_text())
     assert record["fresh renders"] >= 2000
     assert min(record["same objects"], record["satisfied"], record["refused"]) >= 0.99
     assert WEIGHTS.stat().st_size < 3_000_000
 
 
-def test_the_bare_ground_is_an_empty_scene(parser: Parser) -> None:
+def test_the_empty_ground_is_parsed_as_an_empty_scene(parser: Parser) -> None:
     assert parser.parse(pixels([()])) == [()]
 
 
-def test_arrays_images_and_batches_read_alike(parser: Parser) -> None:
+def test_arrays_images_and_batches_give_the_same_result(parser: Parser) -> None:
     rng = random.Random(1)
     array = pixels([random_pair(rng)[1] for _ in range(3)])
     large = [Image.fromarray(one.repeat(2, axis=0).repeat(2, axis=1)) for one in array]
-    seen = named(parser.parse(array, batch_size=2))
-    assert seen == named(parser.parse([Image.fromarray(one) for one in array]))
-    assert seen == named(parser.parse(large))
+    expected = shapes_and_colours(parser.parse(array, batch_size=2))
+    assert expected == shapes_and_colours(parser.parse([Image.fromarray(one) for one in array]))
+    assert expected == shapes_and_colours(parser.parse(large))
     assert parser.parse([]) == []
 
 
-def test_refuses_other_arrays(parser: Parser) -> None:
+def test_rejects_arrays_of_another_size(parser: Parser) -> None:
     with pytest.raises(ValueError, match="expected images uint8"):
         parser.parse(np.zeros((1, 64, 64, 3), np.uint8))
 
 
-def test_peaks_are_local_maxima_hottest_first() -> None:
+def test_peaks_are_local_maxima_highest_first() -> None:
     heat = heat_with((0, 0, 0.7), (10, 10, 0.9), (10, 11, 0.8), (20, 31, 0.95), (25, 5, 0.1))
     assert peaks(heat) == [[(20, 31), (10, 10), (0, 0)]]
 
 
-def test_too_many_objects_are_not_cut_to_fit() -> None:
+def test_too_many_objects_give_one_peak_more_than_the_maximum() -> None:
     heat = heat_with(*((5, 4 * i, 0.9 - 0.01 * i) for i in range(MAX_OBJECTS + 3)))
     assert len(peaks(heat)[0]) == MAX_OBJECTS + 1
 
 
-def test_decode_reads_each_answer_at_the_peak() -> None:
+def test_decode_reads_every_output_at_the_peak() -> None:
     shape = np.zeros((1, len(SHAPES), CELLS, CELLS), np.float32)
     colour = np.zeros((1, len(COLOURS), CELLS, CELLS), np.float32)
     place = np.zeros((1, 4, CELLS, CELLS), np.float32)
@@ -115,7 +116,7 @@ def test_decode_reads_each_answer_at_the_peak() -> None:
     assert (obj.x, obj.y, obj.z, obj.size) == (0.25, 0.5, -1.0, 0.5)
 
 
-def test_the_scene_does_not_satisfy_a_hard_negative() -> None:
+def test_a_scene_does_not_satisfy_its_hard_negative() -> None:
     rng = random.Random(3)
     for _ in range(200):
         prompt, scene = random_pair(rng)
@@ -156,7 +157,8 @@ def test_score_command(
     def generate(prompt: str, *, num_images: int, **settings: object) -> list[Image.Image]:
         return [images[prompt]] * num_images
 
-    generator = create_autospec(Generator, instance=True, side_effect=generate)  # raises for other arguments
+    # Raises for arguments that Generator does not have.
+    generator = create_autospec(Generator, instance=True, side_effect=generate)
     load = create_autospec(Generator.load, return_value=generator)
     monkeypatch.setattr(Generator, "load", load)
     out = tmp_path / "page.png"
@@ -173,19 +175,20 @@ def test_score_command(
     assert generator.call_args.kwargs == {"num_images": 2, "steps": None, "guidance": None, "depth": None}
 
 
-def test_make_score_asks_for_the_standard_which_a_lost_third_of_the_pairs_misses() -> None:
+def test_make_score_requires_over_two_thirds_of_the_shipped_models_scores() -> None:
     makefile = (Path(__file__).parents[2] / "Makefile").read_text()
     assert f"--require {score.REQUIRED_PERCENT[0]:.0f} {score.REQUIRED_PERCENT[1]:.0f}\n" in makefile
     page = (Path(__file__).parents[2] / "docs/sample-model.md").read_text(encoding="utf-8")
-    shipped = [
-        float(found) for found in re.findall(r"^\| \*\*.*\*\* \| \*\*(.*)%\*\* \|$", page, re.MULTILINE)
+    shipped_scores = [
+        float(score_percent)
+        for score_percent in re.findall(r"^\| \*\*.*\*\* \| \*\*(.*)%\*\* \|$", page, re.MULTILINE)
     ]
-    assert len(shipped) == 2
-    for found, required in zip(shipped, score.REQUIRED_PERCENT, strict=True):
-        assert found * 2 / 3 < required < found
+    assert len(shipped_scores) == 2
+    for score_percent, required in zip(shipped_scores, score.REQUIRED_PERCENT, strict=True):
+        assert score_percent * 2 / 3 < required < score_percent
 
 
-def test_score_asks_for_nothing_held_out() -> None:
+def test_score_prompts_have_no_held_out_combination() -> None:
     for prompt in score.PAIRS:
         a, b = prompt.groups
         assert prompt.relation
@@ -193,13 +196,13 @@ def test_score_asks_for_nothing_held_out() -> None:
         assert (b.colour, b.shape, INVERSE[prompt.relation]) not in HELD_OUT, caption(prompt)
 
 
-def test_score_imports_no_torch() -> None:
+def test_score_does_not_import_torch() -> None:
     code = "import sys, samples.shapes.score, tpx_runtime.generator; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_an_exported_network_gives_the_outputs_of_pytorch(tmp_path: Path) -> None:
+def test_the_exported_network_matches_pytorch(tmp_path: Path) -> None:
     torch.manual_seed(0)
     network = ParserNetwork().eval()
     export(network, tmp_path / "parser.onnx")
@@ -214,12 +217,12 @@ def test_an_exported_network_gives_the_outputs_of_pytorch(tmp_path: Path) -> Non
         np.testing.assert_allclose(output, value.numpy(), atol=1e-4)
 
 
-def test_reads_renders_that_the_shipped_autoencoder_reconstructs(parser: Parser) -> None:
+def test_parses_renders_reconstructed_by_the_shipped_autoencoder(parser: Parser) -> None:
     pairs, image = evaluation_set(16, seed=7, fast=False)
     reconstructed = reconstruct(SHIPPED, image)
     assert reconstructed.min() >= 0 and reconstructed.max() <= 1
     assert evaluate_parser(parser, pairs, to_uint8(reconstructed), seed=7)["same objects"] >= 0.8
 
 
-def test_weights_name_nothing_of_the_machine_that_made_them() -> None:
+def test_weights_contain_no_source_file_names() -> None:
     assert b".py" not in WEIGHTS.read_bytes()

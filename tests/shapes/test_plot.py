@@ -1,4 +1,4 @@
-"""Plots and image sheets from files like those of real runs."""
+"""Plots and image sheets made from files like those of real runs."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from tpx_runtime.errors import BadInput
 PROMPTS = [("colours", "a red cube"), ("position", "a cube on a cone"), ("position", "a cone left of a cube")]
 
 
-def run_of_shapes_eval(folder: Path, shade: int, prompts: list[tuple[str, str]] = PROMPTS) -> str:
+def write_run(folder: Path, shade: int, prompts: list[tuple[str, str]] = PROMPTS) -> str:
     """Write a run with two images per prompt, the first of grey value `shade` plus the prompt's number."""
     folder.mkdir()
     listed = [{"row": row, "prompt": prompt, "right": [True, False]} for row, prompt in prompts]
@@ -34,8 +34,8 @@ def run_of_shapes_eval(folder: Path, shade: int, prompts: list[tuple[str, str]] 
     return str(folder)
 
 
-def test_the_sheet_has_the_first_image_of_each_prompt_and_a_row_per_run(tmp_path: Path) -> None:
-    runs = [run_of_shapes_eval(tmp_path / name, shade) for name, shade in (("a", 10), ("b", 20))]
+def test_the_sheet_has_the_first_image_of_each_prompt_in_a_row_per_run(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / name, shade) for name, shade in (("a", 10), ("b", 20))]
     out = tmp_path / "sheet.png"
     result = CliRunner().invoke(main, ["pictures", *runs, "--kind", "position", "--out", str(out)])
     assert result.exit_code == 0, result.output
@@ -52,10 +52,10 @@ def test_the_sheet_has_the_first_image_of_each_prompt_and_a_row_per_run(tmp_path
         ("position", [PROMPTS[0], PROMPTS[2], PROMPTS[1]], "found other prompts in each"),
     ],
 )
-def test_runs_that_do_not_pair_are_one_line(
+def test_runs_that_cannot_be_paired_give_a_one_line_error(
     tmp_path: Path, kind: str, other: list[tuple[str, str]], message: str
 ) -> None:
-    runs = [run_of_shapes_eval(tmp_path / "a", 0), run_of_shapes_eval(tmp_path / "b", 0, other)]
+    runs = [write_run(tmp_path / "a", 0), write_run(tmp_path / "b", 0, other)]
     result = CliRunner().invoke(
         main, ["pictures", *runs, "--kind", kind, "--out", str(tmp_path / "sheet.png")]
     )
@@ -64,7 +64,7 @@ def test_runs_that_do_not_pair_are_one_line(
     assert not (tmp_path / "sheet.png").exists()
 
 
-def test_a_curve_counts_a_step_that_was_written_twice_once(tmp_path: Path) -> None:
+def test_read_curve_keeps_the_last_value_of_a_repeated_step(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("50,0.3\n100,0.2\n100,0.25\n150,0.1\n")
     assert read_curve(tmp_path / "a.csv") == {50: 0.3, 100: 0.25, 150: 0.1}
     (tmp_path / "b.csv").write_text("step,loss\n")
@@ -73,7 +73,7 @@ def test_a_curve_counts_a_step_that_was_written_twice_once(tmp_path: Path) -> No
             read_curve(tmp_path / name)
 
 
-def test_plots_are_drawn_and_bad_files_are_one_line(tmp_path: Path) -> None:
+def test_plots_are_written_and_a_wrong_file_gives_an_error(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     (tmp_path / "a.csv").write_text("50,0.3\n100,0.2\n")
     overall = {"score": 0.5, "low": 0.4, "high": 0.6}
@@ -87,7 +87,7 @@ def test_plots_are_drawn_and_bad_files_are_one_line(tmp_path: Path) -> None:
         ["sweep", "sweep.json", "--against", "steps"],
     ):
         out = tmp_path / f"{command[0]}.png"
-        arguments = [str(tmp_path / one) if "." in one else one for one in command]
+        arguments = [str(tmp_path / argument) if "." in argument else argument for argument in command]
         result = CliRunner().invoke(main, [*arguments, "--out", str(out)])
         assert result.exit_code == 0, result.output
         with Image.open(out) as image:

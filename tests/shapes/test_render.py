@@ -1,4 +1,4 @@
-"""The renderer against independent geometry: ray marching with inside tests."""
+"""The renderer compared with an independent implementation: ray marching with tests of whether a point is inside."""
 
 import itertools
 import math
@@ -32,7 +32,7 @@ SIDE = 48
 Floats = npt.NDArray[np.float64]
 
 
-def standing(
+def object_on_ground(
     shape: str, colour: str = "red", x: float = 0.0, z: float = 0.0, size: float = 0.6, yaw: float = 0.0
 ) -> SceneObject:
     return SceneObject(shape, colour, x, HALF_HEIGHT[shape] * size, z, size, yaw)
@@ -102,17 +102,18 @@ def paint(colour: str, light: Floats) -> tuple[Floats, Floats, Floats]:
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("x", "z", "yaw"), [(0, 0, 0), (-0.9, 0.8, 0.5), (1.1, -1.0, -0.6)])
-def test_silhouettes(shape: str, x: float, z: float, yaw: float) -> None:
-    scene = (standing(shape, "blue", x, z, yaw=yaw),)
+def test_silhouettes_match_the_geometry(shape: str, x: float, z: float, yaw: float) -> None:
+    scene = (object_on_ground(shape, "blue", x, z, yaw=yaw),)
     ids, light = visible(scene), linear(scene)
-    blue = light[..., 2] > 1.4 * light[..., 0]  # the ground is warm
+    # The ground is more red than blue.
+    blue = light[..., 2] > 1.4 * light[..., 0]
     assert (blue == (ids == 0))[away_from_edges(ids)].all()
     assert (blue & (ids == 0)).sum() > 0.88 * (blue | (ids == 0)).sum()
 
 
 @pytest.mark.parametrize(("x", "z"), [(0, 0), (-1.2, 0.7), (1.3, -1.2)])
-def test_a_sphere_is_where_project_says(x: float, z: float) -> None:
-    ball = standing("sphere", "blue", x, z)
+def test_a_sphere_is_rendered_where_project_puts_it(x: float, z: float) -> None:
+    ball = object_on_ground("sphere", "blue", x, z)
     light = linear((ball,), 80)
     rows, columns = np.nonzero(light[..., 2] > 1.4 * light[..., 0])
     u, v, depth = project(ball.x, ball.y, ball.z)
@@ -123,13 +124,14 @@ def test_a_sphere_is_where_project_says(x: float, z: float) -> None:
 
 
 @pytest.mark.parametrize("colour", COLOURS)
-def test_a_big_cube_shows_its_colour(colour: str) -> None:
-    box = standing("cube", colour, size=1.0)
+def test_the_face_of_a_cube_has_its_colour(colour: str) -> None:
+    box = object_on_ground("cube", colour, size=1.0)
     light = linear((box,))[pixel(0, 0.8, 0.8)]
-    k, w, rest = paint(colour, light)
-    assert rest < 1e-3
+    k, w, residual = paint(colour, light)
+    assert residual < 1e-3
     assert 0.3 < k < 1.3
-    assert w == pytest.approx(0, abs=0.01)  # no highlight on that face
+    # There is no highlight on this face.
+    assert w == pytest.approx(0, abs=0.01)
     if colour == "red":
         assert light[0] > 10 * max(light[1:])
 
@@ -137,12 +139,12 @@ def test_a_big_cube_shows_its_colour(colour: str) -> None:
 @pytest.mark.parametrize("normal", [(0, 1, 0), (0, 0, 1), (-math.sin(0.6), 0, math.cos(0.6))])
 def test_faces_are_lit_by_lamberts_law(normal: tuple[float, float, float]) -> None:
     yaw = -math.atan2(normal[0], normal[2]) if normal[1] == 0 else 0.0
-    box = standing("cube", "green", size=1.0, yaw=yaw)
+    box = object_on_ground("cube", "green", size=1.0, yaw=yaw)
     face = np.array((box.x, box.y, box.z)) + 0.8 * np.array(normal)
-    towards = np.subtract(LAMP, face)
-    cosine = max(0.0, towards @ normal / np.linalg.norm(towards))
-    k, _, rest = paint("green", linear((box,))[pixel(*face)])
-    assert rest < 1e-3
+    to_lamp = np.subtract(LAMP, face)
+    cosine = max(0.0, to_lamp @ normal / np.linalg.norm(to_lamp))
+    k, _, residual = paint("green", linear((box,))[pixel(*face)])
+    assert residual < 1e-3
     assert k == pytest.approx(0.30 + 0.12 * normal[1] + 0.78 * cosine, rel=0.02)
 
 
@@ -154,14 +156,16 @@ def test_faces_are_lit_by_lamberts_law(normal: tuple[float, float, float]) -> No
         ("cone", -1.3, 1.3),
     ],
 )
-def test_shadows_fall_where_no_lamp_is_seen(shape: str, x: float, z: float) -> None:
-    """Ground that sees no point of the lamp has only ambient light; ground that sees all of it has all of its light."""
-    obj = SceneObject(shape, "black", x, 1.2, z, 0.6, 0.3)  # above the ground, so that its shadow is visible
+def test_shadows_fall_where_the_lamp_is_hidden(shape: str, x: float, z: float) -> None:
+    """Ground from which no point of the lamp is visible has only ambient light; where all are visible, it is fully lit."""
+    # Above the ground, so that its shadow is visible.
+    obj = SceneObject(shape, "black", x, 1.2, z, 0.6, 0.3)
     points = CAMERA + view(SIDE) * (-CAMERA[1] / view(SIDE)[..., 1:2])
-    turns = np.arange(8) * math.tau / 8
-    rim = LAMP + LAMP_RADIUS * np.stack([np.cos(turns), 0 * turns, np.sin(turns)], axis=1)
-    way = np.linspace(0, 0.4, 200)[:, None] * (rim[:, None] - points[:, :, None, None])
-    blocked = inside(obj, points[:, :, None, None] + way).any(-1).sum(-1)  # [SIDE, SIDE], 0..8
+    angles = np.arange(8) * math.tau / 8
+    rim = LAMP + LAMP_RADIUS * np.stack([np.cos(angles), 0 * angles, np.sin(angles)], axis=1)
+    ray_offsets = np.linspace(0, 0.4, 200)[:, None] * (rim[:, None] - points[:, :, None, None])
+    # For each pixel, how many of the 8 points on the lamp's rim are hidden.
+    blocked = inside(obj, points[:, :, None, None] + ray_offsets).any(-1).sum(-1)
     ids = visible((obj,))
     ground = away_from_edges(ids) & (ids == -1)
     dark, bright = (ground & away_from_edges(blocked) & (blocked == count) for count in (8, 0))
@@ -169,15 +173,14 @@ def test_shadows_fall_where_no_lamp_is_seen(shape: str, x: float, z: float) -> N
     assert dark.sum() > 10
     assert bright.sum() > 1000
     assert soft.sum() > 15
-    kept = (linear((obj,)) / linear(())).mean(-1)
-    towards = LAMP - points
-    lamp = 0.78 * towards[..., 1] / np.linalg.norm(towards, axis=-1)
-    share = (
-        kept * (0.42 + lamp) - 0.42
-    ) / lamp  # of the lamp; the ambient light is a little lower under the object too
-    assert abs(share[dark]).max() < 0.1
-    assert share[bright].min() > 0.85
-    assert 0.05 < share[soft].min() < share[soft].max() < 0.95
+    ratio = (linear((obj,)) / linear(())).mean(-1)
+    to_lamp = LAMP - points
+    lamp_light = 0.78 * to_lamp[..., 1] / np.linalg.norm(to_lamp, axis=-1)
+    # The visible share of the lamp's light. Ambient light is slightly lower under the object too.
+    lamp_share = (ratio * (0.42 + lamp_light) - 0.42) / lamp_light
+    assert abs(lamp_share[dark]).max() < 0.1
+    assert lamp_share[bright].min() > 0.85
+    assert 0.05 < lamp_share[soft].min() < lamp_share[soft].max() < 0.95
 
 
 def test_the_ground_is_grey_and_brightest_in_the_middle() -> None:
@@ -188,7 +191,7 @@ def test_the_ground_is_grey_and_brightest_in_the_middle() -> None:
 
 
 def test_the_nearer_object_hides_the_farther() -> None:
-    near, far = standing("cube", "red", z=0.9), standing("cylinder", "blue", z=-0.6)
+    near, far = object_on_ground("cube", "red", z=0.9), object_on_ground("cylinder", "blue", z=-0.6)
     both = linear((near, far))
     ids = visible((near, far))
     assert {-1, 0, 1} == set(ids.flat)
@@ -205,7 +208,7 @@ CROWDS = [
 ]
 
 
-def test_every_object_of_a_scene_is_in_view_in_its_colour() -> None:
+def test_every_object_of_a_scene_is_visible_in_its_colour() -> None:
     rng = random.Random(3)
     scenes = [scatter(rng, kinds) for kinds in CROWDS]
     scenes += [
@@ -215,18 +218,19 @@ def test_every_object_of_a_scene_is_in_view_in_its_colour() -> None:
     ]
     for scene in scenes:
         ids, light = visible(scene), linear(scene)
-        plain = away_from_edges(ids) & (light.max(-1) < 0.99)  # without clipped highlights
+        # Without clipped highlights.
+        usable = away_from_edges(ids) & (light.max(-1) < 0.99)
         for i, obj in enumerate(scene):
             assert (ids == i).sum() > 0.3 * (visible((obj,)) == 0).sum(), scene
-            _, _, rest = paint(obj.colour, light[plain & (ids == i)])
-            assert rest.max() < 2e-3, scene
+            _, _, residual = paint(obj.colour, light[usable & (ids == i)])
+            assert residual.max() < 2e-3, scene
 
 
 def training_scenes(count: int) -> list[Scene]:
     return [scene for _, scene in itertools.islice(training_pairs(21), count)]
 
 
-def test_form_and_range() -> None:
+def test_images_have_the_expected_shape_dtype_and_range() -> None:
     images = render(training_scenes(8), 32)
     assert (images.shape, images.dtype) == ((8, 3, 32, 32), torch.float32)
     assert 0 <= images.min() < 0.2
@@ -240,33 +244,34 @@ def test_a_batch_equals_single_images() -> None:
     assert (alone[1:] - alone[:1]).abs().amax((1, 2, 3)).min() > 0.2
 
 
-def test_a_scene_always_looks_the_same() -> None:
+def test_rendering_is_deterministic_and_accepts_packed_scenes() -> None:
     scenes = training_scenes(4)
     first = render(scenes, 32)
     assert torch.equal(first, render(scenes, 32))
     assert torch.equal(first, render(pack(scenes), 32))
 
 
-def test_sizes_show_the_same_scene() -> None:
+def test_different_image_sizes_show_the_same_scene() -> None:
     [large], [small] = render(training_scenes(1), 64), render(training_scenes(1), 32)
     assert (large.unflatten(1, (32, 2)).unflatten(3, (32, 2)).mean((2, 4)) - small).abs().mean() < 0.01
 
 
-def test_everything_is_made_on_the_device() -> None:
-    images = render(training_scenes(2), 32, "meta")  # raises for tensors of another device
+def test_all_tensors_are_created_on_the_device() -> None:
+    # Raises if a tensor is on another device.
+    images = render(training_scenes(2), 32, "meta")
     assert (images.device.type, images.shape) == ("meta", (2, 3, 32, 32))
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
-def test_compiled_it_draws_the_same() -> None:
+def test_compiled_rendering_gives_the_same_images() -> None:
     scenes = training_scenes(2)
     torch.testing.assert_close(render(scenes, 16, fast=True), render(scenes, 16), rtol=0, atol=1e-4)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
-def test_cuda_draws_what_the_cpu_draws() -> None:
+def test_cuda_renders_the_same_images_as_the_cpu() -> None:
     scenes = training_scenes(4)
     difference = (render(scenes, 64, "cuda").cpu() - render(scenes, 64)).abs()
     assert difference.mean() < 1e-4

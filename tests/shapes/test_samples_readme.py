@@ -1,4 +1,4 @@
-"""samples/README.md agrees with the code and the records."""
+"""samples/README.md agrees with the code and the recorded results."""
 
 import json
 import re
@@ -12,15 +12,16 @@ PAGE = (Path(__file__).parents[2] / "samples" / "README.md").read_text(encoding=
 COMMANDS = re.findall(r"^    (python -m .*)$", PAGE, re.MULTILINE)
 
 
-def test_lists_what_is_held_out() -> None:
-    def place(entry: tuple[str, str, str]) -> tuple[int, str, str]:
+def test_lists_the_held_out_combinations() -> None:
+    def sort_key(entry: tuple[str, str, str]) -> tuple[int, str, str]:
         return world.RELATIONS.index(entry[2]), *entry[:2]
 
     rows = [
-        f"| {colour} {shape} | {relation} |" for colour, shape, relation in sorted(world.HELD_OUT, key=place)
+        f"| {colour} {shape} | {relation} |"
+        for colour, shape, relation in sorted(world.HELD_OUT, key=sort_key)
     ]
-    head = "| object | is never seen … another object |\n| --- | --- |\n"
-    assert head + "\n".join(rows) + "\n\n" in PAGE
+    table_head = "| object | is never seen … another object |\n| --- | --- |\n"
+    assert table_head + "\n".join(rows) + "\n\n" in PAGE
 
 
 def test_names_every_shape_colour_and_relation() -> None:
@@ -29,7 +30,7 @@ def test_names_every_shape_colour_and_relation() -> None:
         assert name in introduction, name
 
 
-def test_gives_the_parsers_recorded_accuracy() -> None:
+def test_gives_the_recorded_accuracy_of_the_parser() -> None:
     record = json.loads(RECORD.read_text())
     assert f"| on {record['fresh renders']} fresh renders | |\n" in PAGE
     parts = re.findall(r"^\| .* \| (\d+\.\d+%) \|$", PAGE, re.MULTILINE)
@@ -37,12 +38,12 @@ def test_gives_the_parsers_recorded_accuracy() -> None:
     assert record["command"] == COMMAND in COMMANDS
 
 
-def test_says_how_to_train_and_to_score() -> None:
+def test_gives_the_commands_to_train_and_to_score() -> None:
     modules = ["samples.shapes." + name for name in ("train", "train_parser", "score", "evaluate", "sweep")]
     assert [command.split()[2] for command in COMMANDS] == modules
 
 
-def test_names_files_that_exist() -> None:
-    named = re.findall(r"`(shapes/[\w.]+)`", PAGE)
-    assert len(named) > 3
-    assert all((RECORD.parents[1] / name).is_file() for name in named)
+def test_all_files_that_it_names_exist() -> None:
+    file_names = re.findall(r"`(shapes/[\w.]+)`", PAGE)
+    assert len(file_names) > 3
+    assert all((RECORD.parents[1] / name).is_file() for name in file_names)

@@ -1,4 +1,4 @@
-"""Relations between hand-placed objects, and properties of random scenes."""
+"""Relations between objects at fixed positions, and properties of random scenes."""
 
 import itertools
 import math
@@ -54,11 +54,15 @@ def relations(a: SceneObject, b: SceneObject) -> set[str]:
         (cube(0.3, 0.3), set()),
         (cube(0, 0, 0.8), {"on"}),
         (cube(0, 0, 1.0), {"on"}),
-        (cube(-0.4, 0, 0.8), {"on"}),  # off centre, yet "on" and not "left of"
+        # Off centre, but "on" and not "left of".
+        (cube(-0.4, 0, 0.8), {"on"}),
         (cube(0.3, -0.3, 0.8, shape="cone"), {"on"}),
-        (cube(-0.5, 0, 0.8), {"left of"}),  # its centre is beyond the other's edge
-        (cube(0, 0, 1.1), set()),  # floats above it
-        (cube(0, 0, 0.5), set()),  # inside the other
+        # Its centre is beyond the other's edge.
+        (cube(-0.5, 0, 0.8), {"left of"}),
+        # Floats above the other.
+        (cube(0, 0, 1.1), set()),
+        # Overlaps the other.
+        (cube(0, 0, 0.5), set()),
         (cube(0, 0, -0.8), {"under"}),
     ],
 )
@@ -68,12 +72,12 @@ def test_relations_to_a_cube_at_the_origin(a: SceneObject, expected: set[str]) -
     assert relations(b, a) == {INVERSE[relation] for relation in expected}
 
 
-def test_inverse_pairs_up_the_relations() -> None:
+def test_inverse_maps_every_relation_to_its_opposite() -> None:
     assert set(INVERSE) == set(INVERSE.values()) == set(RELATIONS)
     assert all(INVERSE[INVERSE[relation]] == relation != INVERSE[relation] for relation in RELATIONS)
 
 
-def test_no_other_relation_is_known() -> None:
+def test_holds_rejects_an_unknown_relation() -> None:
     with pytest.raises(ValueError, match=r"expected a relation of .*, found 'above'"):
         holds("above", cube(0, 0), cube(1, 0))
 
@@ -88,19 +92,21 @@ def test_no_other_relation_is_known() -> None:
         (cube(-1, 0, 0, "purple"), cube(0, 0), True),
         (cube(1, 0, 0, "purple"), cube(0, 0), False),
         (cube(0, 1, 0, "red", "cone"), cube(0, 0), True),
-        (cube(0, 0, 0.8), cube(0, 0, 0, "orange"), True),  # the lower one is held out
+        # The lower one is held out.
+        (cube(0, 0, 0.8), cube(0, 0, 0, "orange"), True),
     ],
 )
-def test_is_held_out(a: SceneObject, b: SceneObject, expected: bool) -> None:
+def test_is_held_out_in_either_order(a: SceneObject, b: SceneObject, expected: bool) -> None:
     assert is_held_out((a, b)) is expected
     assert is_held_out((b, a)) is expected
     assert not is_held_out((a,))
 
 
-def test_any_two_of_a_scene_can_be_what_is_held_out() -> None:
+def test_any_pair_of_objects_in_a_scene_can_be_held_out() -> None:
     harmless = cube(-1, 0, 0, "blue"), cube(0, 0, 0, "red"), cube(1, 0, 0, "cyan")
     assert not is_held_out(harmless)
-    purple = cube(0.5, 0, 0, "purple")  # only left of the last one
+    # Left of only the last one.
+    purple = cube(0.5, 0, 0, "purple")
     for scene in itertools.permutations((*harmless, purple)):
         assert is_held_out(scene)
 
@@ -130,17 +136,23 @@ def seen_combinations() -> set[tuple[str, str, str]]:
     }
 
 
-def test_training_never_shows_what_is_held_out(seen_combinations: set[tuple[str, str, str]]) -> None:
+def test_training_scenes_contain_no_held_out_combination(
+    seen_combinations: set[tuple[str, str, str]],
+) -> None:
     assert not seen_combinations & HELD_OUT
 
 
-def test_training_shows_everything_else(seen_combinations: set[tuple[str, str, str]]) -> None:
-    every = set(itertools.product(COLOURS, SHAPES, RELATIONS))
-    assert {t for t in every if t[1:] != ("cone", "under")} - HELD_OUT == seen_combinations
+def test_training_scenes_contain_every_other_combination(
+    seen_combinations: set[tuple[str, str, str]],
+) -> None:
+    all_combinations = set(itertools.product(COLOURS, SHAPES, RELATIONS))
+    assert {
+        combination for combination in all_combinations if combination[1:] != ("cone", "under")
+    } - HELD_OUT == seen_combinations
 
 
 @pytest.mark.parametrize(("colour", "shape", "relation"), sorted(HELD_OUT))
-def test_what_is_held_out_can_be_drawn(colour: str, shape: str, relation: str) -> None:
+def test_scene_for_can_make_held_out_combinations(colour: str, shape: str, relation: str) -> None:
     assert colour in COLOURS
     rng = random.Random(2)
     for other in SHAPES:
@@ -152,7 +164,7 @@ def test_what_is_held_out_can_be_drawn(colour: str, shape: str, relation: str) -
         assert is_held_out(scene)
 
 
-def test_project_is_a_camera_at_its_place() -> None:
+def test_project_is_a_pinhole_camera() -> None:
     eye, target = np.array(CAMERA), np.array(LOOK_AT)
     ahead = (target - eye) / np.linalg.norm(target - eye)
     right = np.cross(ahead, (0, 1, 0))
@@ -168,24 +180,24 @@ def test_project_is_a_camera_at_its_place() -> None:
 
 def outline(obj: SceneObject) -> Iterator[tuple[float, float, float]]:
     """The outermost points of the surface."""
-    turns = [obj.yaw + math.pi * k / 8 for k in range(16)]
+    angles = [obj.yaw + math.pi * k / 8 for k in range(16)]
     if obj.shape == "sphere":
-        for turn, tilt in itertools.product(turns, np.linspace(-1.5, 1.5, 9)):
-            flat = obj.size * math.cos(tilt)
+        for angle, elevation in itertools.product(angles, np.linspace(-1.5, 1.5, 9)):
+            radius_xz = obj.size * math.cos(elevation)
             yield (
-                obj.x + flat * math.cos(turn),
-                obj.y + obj.size * math.sin(tilt),
-                obj.z + flat * math.sin(turn),
+                obj.x + radius_xz * math.cos(angle),
+                obj.y + obj.size * math.sin(elevation),
+                obj.z + radius_xz * math.sin(angle),
             )
         return
-    reach = {"cube": 0.8 * math.sqrt(2), "cylinder": 0.8, "cone": 1.0}[obj.shape] * obj.size
-    for turn in turns[2::4] if obj.shape == "cube" else turns:
+    radius = {"cube": 0.8 * math.sqrt(2), "cylinder": 0.8, "cone": 1.0}[obj.shape] * obj.size
+    for angle in angles[2::4] if obj.shape == "cube" else angles:
         for y in (obj.bottom,) if obj.shape == "cone" else (obj.bottom, obj.top):
-            yield obj.x + reach * math.cos(turn), y, obj.z + reach * math.sin(turn)
+            yield obj.x + radius * math.cos(angle), y, obj.z + radius * math.sin(angle)
 
 
 @pytest.mark.parametrize("count", range(1, MAX_OBJECTS + 1))
-def test_scattered_objects_stand_apart_in_the_image(count: int) -> None:
+def test_scattered_objects_are_apart_and_inside_the_image(count: int) -> None:
     rng = random.Random(count)
     for _ in range(150):
         kinds = [(rng.choice(SHAPES), rng.choice(tuple(COLOURS))) for _ in range(count)]
@@ -219,13 +231,14 @@ def test_relate_puts_the_first_in_relation_to_the_second(relation: str, a: str, 
             upper, lower = (first, second) if relation == "on" else (second, first)
             assert (upper.x, upper.z, upper.bottom) == pytest.approx((lower.x, lower.z, lower.top))
             assert lower.bottom == pytest.approx(0)
-        else:  # much farther along the relation's axis than across it
+        else:
+            # Much farther along the relation's axis than across it.
             dx, dz = abs(first.x - second.x), abs(first.z - second.z)
             assert max(dx, dz) > 1.5 * min(dx, dz)
             assert (dx > dz) == (relation in ("left of", "right of"))
 
 
 @pytest.mark.parametrize(("relation", "a", "b"), [("on", "cube", "cone"), ("under", "cone", "cube")])
-def test_a_cone_carries_nothing(relation: str, a: str, b: str) -> None:
+def test_relate_puts_nothing_on_a_cone(relation: str, a: str, b: str) -> None:
     with pytest.raises(ValueError, match=r"expected a support of .* under 'cube', found 'cone'"):
         relate(random.Random(0), relation, (a, "red"), (b, "blue"))

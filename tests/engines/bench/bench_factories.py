@@ -1,4 +1,4 @@
-"""Factories of runners that need no engine; worker processes import them by name.
+"""Factories of runners that need no engine. Worker processes import them by name.
 
 Each appends its process id to options["log"], so that tests can see which processes were started.
 """

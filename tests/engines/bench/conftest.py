@@ -1,4 +1,4 @@
-"""Fixtures for plans of configurations that need no engine, in real worker processes."""
+"""Fixtures for benchmark plans whose configurations need no engine, but run in real worker processes."""
 
 import os
 from collections.abc import Callable
@@ -38,20 +38,20 @@ SETTINGS: dict[str, Any] = {
 
 @pytest.fixture(autouse=True)
 def every_core(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Remove thread limits of this machine, which tpx-bench refuses."""
+    """Remove the limits on threads that are set on this machine, because tpx-bench rejects them."""
     for name in THREAD_VARIABLES:
         monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture(autouse=True)
 def factories(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let worker processes import the factories of these tests."""
+    """Let worker processes import bench_factories."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]))
 
 
 @pytest.fixture
 def configuration(tmp_path: Path) -> Callable[..., Configuration]:
-    """A configuration named like its factory."""
+    """Makes a configuration with the name of its factory."""
 
     def make(factory: str, **options: Any) -> Configuration:
         fields = {name: options.pop(name) for name in ("compiles", "problem", "packages") if name in options}
@@ -79,7 +79,7 @@ def plan(tmp_path: Path) -> Callable[..., Plan]:
 
 @pytest.fixture
 def record(tmp_path: Path) -> Callable[..., Record]:
-    """The record in this test's file, new or continued."""
+    """Opens the record in this test's results file, a new one or the existing one."""
     return lambda **changes: Record.begin(tmp_path / "bench.json", {**SETTINGS, **changes})
 
 

@@ -1,4 +1,4 @@
-"""Baselines generate the same image as the bundle: same model, sampler and noise, in another framework."""
+"""Baselines generate the same image as the bundle, with the same model, sampler and noise in another framework."""
 
 import shutil
 from collections.abc import Callable, Sequence
@@ -39,15 +39,22 @@ def workload(
     )
 
 
-def test_a_checkpoint_fits_the_bundle_of_its_model(tiny_model: TextToImage, tmp_path: Path) -> None:
+def test_require_fits_accepts_only_the_checkpoint_of_the_bundles_model(
+    tiny_model: TextToImage, tmp_path: Path
+) -> None:
     checkpoint.save(tiny_model, ckpt := tmp_path / "tiny.safetensors")
-    made = Pipeline.from_model(tiny_model)
-    parts, defaults = (made.text[0].spec,), replace(made.defaults, depth=1)
+    pipeline = Pipeline.from_model(tiny_model)
+    text_encoders, defaults = (pipeline.text[0].spec,), replace(pipeline.defaults, depth=1)
     manifest = replace(
-        FAKE, name="tiny", model=made.model, text_encoders=parts, latent=made.latent, defaults=defaults
+        FAKE,
+        name="tiny",
+        model=pipeline.model,
+        text_encoders=text_encoders,
+        latent=pipeline.latent,
+        defaults=defaults,
     )
     require_fits(ckpt, manifest)
-    require_fits(ckpt, replace(manifest, model=replace(made.model, depths=(1, 2))))
+    require_fits(ckpt, replace(manifest, model=replace(pipeline.model, depths=(1, 2))))
     others = {
         r"name 'tiny'\), found .* with name 'tiny-classes'": make_tiny_classes(3),
         r"experts 3\), found .* with experts 5": make_tiny(ThinkingSpec((0, 2), 5, 4, 3)),
@@ -68,31 +75,34 @@ def similarity(a: Runner, b: Runner, images: int = 2) -> float:
     return min(psnr_db(*pair) for pair in zip(first, second, strict=True))
 
 
-def test_eager_pytorch_draws_the_bundles_picture(workload: Workload) -> None:
+def test_eager_pytorch_generates_the_bundles_image(workload: Workload) -> None:
     bundle = engine_runner(workload, {"engine": "onnxruntime"})
     eager = eager_runner(workload, {"name": "eager", "precision": "fp32"})
-    same = similarity(bundle, eager)
-    assert same > 55
-    low = eager_runner(workload, {"name": "eager", "precision": "bf16"})
-    assert 15 < similarity(eager, low) < same  # another precision changes the image, but not its content
-    other = eager_runner(replace(workload, seed=6), {"name": "eager", "precision": "fp32"})
-    assert similarity(eager, other) < 30
+    same_db = similarity(bundle, eager)
+    assert same_db > 55
+    bf16 = eager_runner(workload, {"name": "eager", "precision": "bf16"})
+    # Another precision changes the image, but not its content.
+    assert 15 < similarity(eager, bf16) < same_db
+    other_seed = eager_runner(replace(workload, seed=6), {"name": "eager", "precision": "fp32"})
+    assert similarity(eager, other_seed) < 30
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
-def test_without_guidance_there_is_one_branch(workload: Workload, guidance: float) -> None:
-    conditioning = replace(workload, guidance=guidance)
+def test_eager_pytorch_matches_the_bundle_with_and_without_guidance(
+    workload: Workload, guidance: float
+) -> None:
+    guided = replace(workload, guidance=guidance)
     assert (
         similarity(
-            engine_runner(conditioning, {"engine": "onnxruntime"}),
-            eager_runner(conditioning, {"name": "", "precision": "fp32"}),
+            engine_runner(guided, {"engine": "onnxruntime"}),
+            eager_runner(guided, {"name": "", "precision": "fp32"}),
             1,
         )
         > 55
     )
 
 
-def test_the_naive_export_draws_the_bundles_picture(workload: Workload, tmp_path: Path) -> None:
+def test_the_naive_export_generates_the_bundles_image(workload: Workload, tmp_path: Path) -> None:
     naive.export(str(workload.ckpt), [3], str(tmp_path))
     exported = replace(workload, export_folder=tmp_path)
     bundle = engine_runner(workload, {"engine": "onnxruntime"})
@@ -102,8 +112,8 @@ def test_the_naive_export_draws_the_bundles_picture(workload: Workload, tmp_path
     assert graph_flops(tmp_path / "transformer-depth-3.onnx", 2) > 0
 
 
-def test_compiling_takes_the_fastest_setting(workload: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
-    takes = {"default": 2.0, "freezing": 1.0, "freezing + max-autotune": 3.0}
+def test_compiling_chooses_the_fastest_setting(workload: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
+    call_seconds = {"default": 2.0, "freezing": 1.0, "freezing + max-autotune": 3.0}
     tried: list[Any] = []
     clock = SimpleNamespace(now=0.0, perf_counter=lambda: clock.now)
 
@@ -112,7 +122,7 @@ def test_compiling_takes_the_fastest_setting(workload: Workload, monkeypatch: py
         tried.append(name)
 
         def run(*inputs: Any) -> Any:
-            clock.now += takes[name]
+            clock.now += call_seconds[name]
             return module(*inputs)
 
         return run
@@ -121,9 +131,11 @@ def test_compiling_takes_the_fastest_setting(workload: Workload, monkeypatch: py
     monkeypatch.setattr(torch, "compile", compile_)
     runner = compiled.compiled_runner(workload, {"name": "compiled", "precision": "fp32"})
     assert runner.notes["setting"] == "freezing"
-    assert tried == [*compiled.SETTINGS, "freezing"]  # the last is the decoder
-    assert runner.notes["tried"] == {name: 1e3 * seconds for name, seconds in takes.items()}
-    assert runner.notes["compile_s"] == 2.0  # the first calls of the transformer and of the decoder
+    # The last is the decoder.
+    assert tried == [*compiled.SETTINGS, "freezing"]
+    assert runner.notes["tried"] == {name: 1e3 * seconds for name, seconds in call_seconds.items()}
+    # The first calls of the transformer and of the decoder.
+    assert runner.notes["compile_s"] == 2.0
     assert similarity(runner, eager_runner(workload, {"name": "eager", "precision": "fp32"}), 1) == np.inf
     tried.clear()
     compiled.compiled_runner(
@@ -132,7 +144,7 @@ def test_compiling_takes_the_fastest_setting(workload: Workload, monkeypatch: py
     assert tried == ["default", "default"]
 
 
-def test_the_peak_is_of_the_precision_that_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_peak_is_measured_in_the_requested_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tpx_engines.bench.peak.SIDE", 256)
     single, half = gemm("fp32"), gemm("bf16")
     assert single["flops"] > 1e8 and half["flops"] > 1e7
@@ -142,7 +154,7 @@ def test_the_peak_is_of_the_precision_that_was_asked_for(monkeypatch: pytest.Mon
     assert gemm("bf16") == {"flops": 0.0, "by": ""}
 
 
-def test_a_psnr_is_that_of_its_definition() -> None:
+def test_psnr_matches_its_definition() -> None:
     from PIL import Image
 
     grey: Sequence[Image.Image] = [Image.new("RGB", (4, 4), (level,) * 3) for level in (100, 110)]
@@ -151,7 +163,7 @@ def test_a_psnr_is_that_of_its_definition() -> None:
     assert psnr_db(grey[0], Image.new("RGB", (5, 4))) == 0
 
 
-def test_engines_of_another_bundle_carry_its_precision_and_its_path(
+def test_configurations_of_another_bundle_have_its_precision_and_path(
     workload: Workload, tmp_path: Path
 ) -> None:
     (own,), (other,) = (
@@ -166,30 +178,30 @@ def test_engines_of_another_bundle_carry_its_precision_and_its_path(
     assert (other.name, other.precision) == ("TPX int8, openvino", "int8")
     assert other.options == {"engine": "openvino", "cache_interval": 1, "bundle": str(tmp_path)}
     options = {"engine": "onnxruntime", "cache_interval": 1}
-    (drawn,), _ = engine_runner(workload, options).draw(1)
+    (image,), _ = engine_runner(workload, options).draw(1)
     shutil.copytree(workload.bundle, moved := tmp_path / "moved")
     runner = engine_runner(replace(workload, bundle=tmp_path), {**options, "bundle": str(moved)})
-    assert runner.draw(1)[0][0].tobytes() == drawn.tobytes()
+    assert runner.draw(1)[0][0].tobytes() == image.tobytes()
 
 
-def test_cached_steps_are_a_configuration_of_their_own(
+def test_every_cache_interval_is_a_separate_configuration(
     workload: Workload, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full, cached = engines(["onnxruntime"], [2], [1, 2], "fp32")
     assert (full.name, cached.name) == ("TPX, onnxruntime", "TPX, onnxruntime, cache interval 2")
     assert cached.cache_interval == 2
-    for one, expected_calls in ((full, 5), (cached, 3)):
-        sample = sample_of(engine_runner(replace(workload, steps=5), one.options), monkeypatch)
+    for measured, expected_calls in ((full, 5), (cached, 3)):
+        sample = denoising_sample(engine_runner(replace(workload, steps=5), measured.options), monkeypatch)
         assert len(sample.routes) == expected_calls
 
 
-def sample_of(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> Sample:
-    """What the denoising loop returns when the runner draws one image."""
+def denoising_sample(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> Sample:
+    """The result of the denoising loop when the runner generates one image."""
     samples: list[Sample] = []
     generate = runner.generator.generate_latents
 
-    def record(*given: Any) -> Sample:
-        samples.append(generate(*given))
+    def record(*arguments: Any) -> Sample:
+        samples.append(generate(*arguments))
         return samples[-1]
 
     monkeypatch.setattr(runner.generator, "generate_latents", record)
@@ -198,13 +210,16 @@ def sample_of(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> Sample:
     return sample
 
 
-def test_the_version_recorded_is_that_of_the_package_as_it_is_installed() -> None:
-    packages = {one.options["engine"]: one.packages for one in engines([], [1], [1], "fp32")}
+def test_configurations_name_the_installed_distribution_packages() -> None:
+    packages = {
+        configuration.options["engine"]: configuration.packages
+        for configuration in engines([], [1], [1], "fp32")
+    }
     assert packages["onnxruntime"] == ("tpx", "onnxruntime")
     assert packages["onnxruntime-cuda"] == ("tpx", "onnxruntime-gpu")
 
 
-def test_a_timed_picture_computes_its_own_conditions(
+def test_every_timed_image_computes_its_own_conditions(
     tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Conditions are not reused from the previous image, because a baseline computes them at every step."""
@@ -224,11 +239,11 @@ def test_a_timed_picture_computes_its_own_conditions(
     opened: list[Path] = []
     open_graph = runner.generator.denoiser._graphs.open
 
-    def watched(path: Path) -> Any:
+    def recording_open(path: Path) -> Any:
         opened.append(path)
         return open_graph(path)
 
-    monkeypatch.setattr(runner.generator.denoiser._graphs, "open", watched)
+    monkeypatch.setattr(runner.generator.denoiser._graphs, "open", recording_open)
     for _ in range(3):
         runner.draw(1)
     assert [path.name for path in opened].count("conditions.onnx") == 3

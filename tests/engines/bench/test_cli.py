@@ -1,4 +1,4 @@
-"""tpx-bench: arguments, table and plot, and Ctrl-C, which leaves nothing behind."""
+"""tpx-bench: its arguments, table and plot, and that Ctrl-C leaves no process or file behind."""
 
 import os
 import shutil
@@ -49,7 +49,7 @@ def bundle(tmp_path: Path) -> Path:
 def bench(
     bundle: Path, configuration: Callable[..., Configuration], monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Result]:
-    """tpx-bench of a bundle whose only engine is a factory of these tests."""
+    """Runs tpx-bench on a bundle whose only engine is a factory of these tests."""
     monkeypatch.setattr(
         "tpx_engines.bench.configurations.engines",
         lambda names, depths, cache_intervals, precision, also=None: [configuration("right")],
@@ -63,18 +63,19 @@ def bench(
     return invoke
 
 
-def test_prints_a_table_and_draws_it(bench: Callable[..., Result], tmp_path: Path) -> None:
+def test_prints_and_plots_a_table(bench: Callable[..., Result], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     result = bench("--plot", str(tmp_path / "bench.png"))
     assert result.exit_code == 0, result.output
     assert result.stdout.startswith("# fake (fp32), 12x8 pixels\n")
     (row,) = [line for line in result.stdout.splitlines() if line.startswith("| right | ")]
-    assert "| same image | - |" in row  # the fake bundle has no graph whose operations could be counted
+    # The fake bundle has no graph whose operations could be counted.
+    assert "| same image | - |" in row
     with Image.open(tmp_path / "bench.png") as image:
         assert image.width > 500
 
 
-def test_a_plot_without_matplotlib_is_refused_before_the_work(
+def test_rejects_a_plot_without_matplotlib_before_measuring(
     bench: Callable[..., Result],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -102,7 +103,7 @@ def test_a_plot_without_matplotlib_is_refused_before_the_work(
         (["--json", "nowhere/at/all.json"], "expected to write nowhere/at/all.json"),
     ],
 )
-def test_bad_arguments_are_one_line(
+def test_invalid_arguments_give_a_one_line_error_before_measuring(
     bench: Callable[..., Result], arguments: list[str], message: str, started: Callable[[], list[int]]
 ) -> None:
     result = bench(*arguments)
@@ -112,7 +113,7 @@ def test_bad_arguments_are_one_line(
 
 
 @pytest.mark.parametrize("name", ["TPX_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"])
-def test_fewer_threads_than_cores_are_refused(
+def test_rejects_a_limit_on_the_number_of_threads(
     bench: Callable[..., Result], started: Callable[[], list[int]], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setenv(name, "1")
@@ -122,7 +123,7 @@ def test_fewer_threads_than_cores_are_refused(
     assert started() == []
 
 
-def test_a_checkpoint_of_another_model_is_refused_before_the_work(
+def test_rejects_the_checkpoint_of_another_model_before_measuring(
     bench: Callable[..., Result], tiny_model: TextToImage, tmp_path: Path, started: Callable[[], list[int]]
 ) -> None:
     checkpoint.save(tiny_model, tmp_path / "tiny.safetensors")
@@ -135,7 +136,7 @@ def test_a_checkpoint_of_another_model_is_refused_before_the_work(
     assert started() == []
 
 
-def test_a_checkpoint_without_pytorch_is_refused_before_the_work(
+def test_rejects_a_checkpoint_without_pytorch_before_measuring(
     bench: Callable[..., Result],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -148,11 +149,11 @@ def test_a_checkpoint_without_pytorch_is_refused_before_the_work(
     assert result.stderr.startswith("error: expected PyTorch for --ckpt, found none; ")
 
 
-def test_checkpoints_are_those_that_the_exporter_reads() -> None:
+def test_checkpoint_suffixes_are_those_of_the_exporter() -> None:
     assert CHECKPOINTS == SUFFIXES
 
 
-def test_an_unknown_engine_or_baseline_is_one_line(bundle: Path, tmp_path: Path) -> None:
+def test_rejects_an_unknown_engine_or_baseline(bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "model.pt").touch()
     for option, name in (("--engine", "warp"), ("--baseline", "warp")):
         ckpt = ["--ckpt", str(tmp_path / "model.pt")] if option == "--baseline" else []
@@ -161,7 +162,7 @@ def test_an_unknown_engine_or_baseline_is_one_line(bundle: Path, tmp_path: Path)
         assert result.stderr.startswith(f"error: expected a{'n' * (option == '--engine')} {option[2:]} of ")
 
 
-def test_nothing_that_runs_is_an_error_with_the_reasons_above(
+def test_fails_with_the_reasons_if_no_configuration_runs(
     bench: Callable[..., Result], configuration: Callable[..., Configuration], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     failing = configuration("right", problem="expected a GPU, found none")
@@ -175,22 +176,24 @@ def test_nothing_that_runs_is_an_error_with_the_reasons_above(
     assert "error: expected at least one of 1 configurations to run here" in result.stderr
 
 
-def test_a_bundle_of_classes_draws_its_first_class(tmp_path: Path, bench: Callable[..., Result]) -> None:
+def test_a_class_conditional_bundle_is_measured_with_class_0(
+    tmp_path: Path, bench: Callable[..., Result]
+) -> None:
     classes = make_bundle(tmp_path / "classes", CLASSES)
     result = CliRunner().invoke(main, [str(classes), "--rounds", "1", "--batch", "1"])
     assert result.exit_code == 0, result.output
     assert "class 0, seed 0, 20 steps of ddim" in result.stdout
 
 
-def test_another_precision_is_measured_beside(
+def test_also_measures_a_bundle_of_another_precision(
     bundle: Path, tmp_path: Path, configuration: Callable[..., Configuration], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[tuple[str, Path | None]] = []
+    calls: list[tuple[str, Path | None]] = []
 
     def engines(
         names: object, depths: object, cache_intervals: object, precision: str, also: Path | None = None
     ) -> list[Configuration]:
-        asked.append((precision, also))
+        calls.append((precision, also))
         return [configuration("wrong" if also else "right")]
 
     monkeypatch.setattr("tpx_engines.bench.configurations.engines", engines)
@@ -198,10 +201,10 @@ def test_another_precision_is_measured_beside(
     arguments = [str(bundle), "--rounds", "1", "--batch", "1", "--prompt", "a cube"]
     result = CliRunner().invoke(main, [*arguments, "--also", str(half)])
     assert result.exit_code == 0, result.output
-    assert asked == [("fp32", None), ("fp16", half.resolve())]
+    assert calls == [("fp32", None), ("fp16", half.resolve())]
     assert "| right | " in result.stdout and "| wrong | " in result.stdout
-    again = shutil.copytree(half, tmp_path / "again")
-    result = CliRunner().invoke(main, [*arguments, "--also", str(half), "--also", str(again)])
+    second_copy = shutil.copytree(half, tmp_path / "again")
+    result = CliRunner().invoke(main, [*arguments, "--also", str(half), "--also", str(second_copy)])
     assert result.exit_code == 2
     assert "expected --also of different precisions, found fp16 twice; measure one of them" in result.stderr
     result = CliRunner().invoke(main, [*arguments, "--also", str(bundle)])
@@ -221,22 +224,22 @@ def test_ctrl_c_leaves_no_process_and_no_file_behind(
         stderr=subprocess.PIPE,
         text=True,
     )
-    ends = time.monotonic() + 60
-    while len(started()) < 2 and process.poll() is None and time.monotonic() < ends:
+    deadline = time.monotonic() + 60
+    while len(started()) < 2 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
     workers = started()
-    assert len(workers) == 2 and all(map(alive, workers))
+    assert len(workers) == 2 and all(map(is_alive, workers))
     process.send_signal(how)
-    _, said = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert said.endswith(
+    assert stderr.endswith(
         f"error: cancelled; run the same command to continue from {tmp_path / 'bench.json'}\n"
     )
-    assert not any(map(alive, workers))
+    assert not any(map(is_alive, workers))
     assert list((tmp_path / "scratch").iterdir()) == []
 
 
-def alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -1,4 +1,4 @@
-"""Operations of a graph, compared with counts by hand."""
+"""The number of operations of a graph, compared with counts by hand."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ def count(text: str, tmp_path: Path, rows: int = 2, functions: tuple[onnx.Functi
     return graph_flops(tmp_path / "graph.onnx", rows)
 
 
-def test_a_matrix_product_is_two_operations_for_each_of_its_terms(tmp_path: Path) -> None:
+def test_a_matrix_product_counts_two_operations_per_term(tmp_path: Path) -> None:
     text = "g (float[batch, 5, 3] x, float[3, 7] w) => (float[batch, 5, 7] y) { y = MatMul(x, w) }"
     model = parse_model(_HEAD + text)
     del model.graph.input[1]
@@ -38,16 +38,18 @@ def test_attention_counts_scores_and_values(tmp_path: Path) -> None:
     assert count(text, tmp_path) == 2 * (2 * 4 * 5 * 6) * 3 + 2 * (2 * 4 * 5 * 3) * 6
 
 
-def test_a_transposed_gemm_and_a_convolution_count_their_terms(tmp_path: Path) -> None:
-    turned = "g (float[batch, 5] x, float[batch, 7] w) => (float[5, 7] y) { y = Gemm <transA = 1> (x, w) }"
-    assert count(turned, tmp_path, rows=2) == 2 * (5 * 7) * 2
-    grouped = """g (float[batch, 4, 6, 6] x, float[batch, 2, 3, 3] w) => (float[batch, 8, 4, 4] y) {
+def test_a_transposed_gemm_and_a_convolution_count_two_operations_per_term(tmp_path: Path) -> None:
+    transposed = (
+        "g (float[batch, 5] x, float[batch, 7] w) => (float[5, 7] y) { y = Gemm <transA = 1> (x, w) }"
+    )
+    assert count(transposed, tmp_path, rows=2) == 2 * (5 * 7) * 2
+    grouped_conv = """g (float[batch, 4, 6, 6] x, float[batch, 2, 3, 3] w) => (float[batch, 8, 4, 4] y) {
         y = Conv <group = 2> (x, w)
     }"""
-    assert count(grouped, tmp_path, rows=8) == 2 * (8 * 8 * 4 * 4) * (2 * 3 * 3)
+    assert count(grouped_conv, tmp_path, rows=8) == 2 * (8 * 8 * 4 * 4) * (2 * 3 * 3)
 
 
-def test_a_routed_token_counts_its_own_expert_alone(tmp_path: Path) -> None:
+def test_a_routed_token_counts_only_its_own_expert(tmp_path: Path) -> None:
     from tpx_export.routing import masked
 
     text = """g (float[batch, 5, 3] x, int64[batch, 5] e, float[batch, 3, 2] a, float[batch, 2, 9] b)
@@ -55,7 +57,7 @@ def test_a_routed_token_counts_its_own_expert_alone(tmp_path: Path) -> None:
     assert count(text, tmp_path, 4, (masked(),)) == 2 * (4 * 5) * (3 * 2 + 2 * 9)
 
 
-def test_shapes_that_hang_on_values_are_not_counted(tmp_path: Path) -> None:
+def test_shapes_that_depend_on_values_are_reported_as_not_countable(tmp_path: Path) -> None:
     text = """g (float[batch, 3] x, float[batch, 7] w) => (float[n, 7] y) {
         at = NonZero(x)
         some = Cast <to = 1> (at)
@@ -67,16 +69,19 @@ def test_shapes_that_hang_on_values_are_not_counted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
-def test_the_tiny_transformer_counts_as_its_layers_do(tiny_bundle: Path, depth: int) -> None:
+def test_the_tiny_transformer_matches_a_count_by_hand(tiny_bundle: Path, depth: int) -> None:
     width, visual, text, experts, rank, hidden, patch = 64, 16, 12, 3, 4, 64, 16
     both = visual + text
-    conditions = 256 * width + 32 * width + 2 * width * width  # embedders of time and pooled
-    conditions += (12 * 3 - 4 + 2) * width * width  # modulations: the last text stream has 2 parts of 6
-    conditions += 2 * width * hidden  # what the gates of two thinking blocks see
-    ends = visual * patch * width * 2 + text * 32 * width
+    # Embedders of the timestep and the pooled text.
+    conditions = 256 * width + 32 * width + 2 * width * width
+    # Modulations: the last text stream has 2 parts of 6.
+    conditions += (12 * 3 - 4 + 2) * width * width
+    # The condition as input of the gates of two thinking blocks.
+    conditions += 2 * width * hidden
+    input_and_output_layers = visual * patch * width * 2 + text * 32 * width
     linear = 3 * (both * 3 + visual * 9) * width * width + 2 * text * 9 * width * width
     attention = 2 * (2 * both * both + visual * both) * width
     expert = visual * (width * hidden + hidden * experts + rank * (width + 3 * width))
     thinking = 2 * (depth * expert + (depth - 1) * 2 * visual * both * width)
-    by_hand = 2 * (conditions + ends + linear + attention + thinking)
+    by_hand = 2 * (conditions + input_and_output_layers + linear + attention + thinking)
     assert transformer_flops(Bundle.open(tiny_bundle), depth, rows=6) == 6 * by_hand
