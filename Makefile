@@ -1,4 +1,4 @@
-# make demo   from a fresh clone to a picture: environment, export of the sample model, one prompt
+# make demo   from a fresh clone to an image: environment, export of the sample model, one prompt
 # make test   the tests         make lint   ruff and mypy         make clean   what the others made
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv

@@ -2,7 +2,7 @@
 
     python -m samples.shapes.plot curves runs/ablation/*/adapters.state.csv --out docs/images/ablation-curves.png
     python -m samples.shapes.plot sweep out/depths/sweep.json --against depth --out docs/images/depth.png
-    python -m samples.shapes.plot pictures runs/ablation/*/eval --kind position --out docs/images/ablation.png
+    python -m samples.shapes.plot images runs/ablation/*/eval --kind position --out docs/images/ablation.png
 
 Plots need matplotlib.
 """
@@ -140,7 +140,7 @@ def sweep(file: Path, against: str, out: Path) -> None:
     click.echo(out)
 
 
-@main.command("pictures", cls=TpxCommand)
+@main.command("images", cls=TpxCommand)
 @click.argument("runs", type=click.Path(path_type=Path), nargs=-1, required=True)
 @click.option("--kind", default="position", show_default=True, help="Row of ShapesEval to take prompts from.")
 @click.option("--first", type=click.IntRange(1), default=12, show_default=True, help="Number of prompts.")

@@ -331,7 +331,7 @@ def reconstruct(checkpoint: Path, image: Tensor) -> Tensor:
 @click.option("--steps", type=click.IntRange(1), default=2200)
 @click.option("--seed", type=click.IntRange(0), default=0)
 @click.option(
-    "--pictures", "count", type=click.IntRange(1), default=2048, help="Fresh renders for the evaluation."
+    "--images", "count", type=click.IntRange(1), default=2048, help="Fresh renders for the evaluation."
 )
 @click.option(
     "--autoencoder",

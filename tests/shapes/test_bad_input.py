@@ -42,9 +42,9 @@ def files(tmp_path: Path) -> Path:
         ("curves a.csv --out x.foo", "expected an output name that ends in .png, found x.foo"),
         ("curves a.csv --out folder.png", "expected folder.png to be a file, found a folder"),
         ("sweep sweep.json --against steps --out none/x.png", "expected a folder none"),
-        ("pictures run --kind counting --out none/x.png", "expected a folder none"),
-        ("pictures run --kind counting --out x.png", "expected the images of run beside its report"),
-        ("pictures run --first 0 --out x.png", "Invalid value for '--first'"),
+        ("images run --kind counting --out none/x.png", "expected a folder none"),
+        ("images run --kind counting --out x.png", "expected the images of run beside its report"),
+        ("images run --first 0 --out x.png", "Invalid value for '--first'"),
     ],
 )
 def test_plot_rejects_invalid_arguments_and_writes_nothing(
@@ -60,7 +60,7 @@ def test_plot_rejects_invalid_arguments_and_writes_nothing(
 
 def test_plot_rejects_an_unreadable_image(files: Path) -> None:
     (files / "run/0000.png").write_text("mine")
-    arguments = ["pictures", str(files / "run"), "--kind", "counting", "--out", str(files / "x.png")]
+    arguments = ["images", str(files / "run"), "--kind", "counting", "--out", str(files / "x.png")]
     result = CliRunner().invoke(plot.main, arguments)
     assert result.exit_code == 2 and "found something else at" in result.stderr
 
@@ -105,7 +105,7 @@ def test_score_classes_checks_the_output_folder_before_the_bundle(
     [("ablation", name) for name in ("base-steps", "steps", "batch", "images", "seeds", "shards", "limit")]
     + [("train", name) for name in ("text-steps", "adapter-steps", "batch", "shards")]
     + [("train_classes", name) for name in ("steps", "adapter-steps", "batch")]
-    + [("train_parser", name) for name in ("steps", "pictures")]
+    + [("train_parser", name) for name in ("steps", "images")]
     + [("sweep", "images"), ("score", "seeds"), ("score_classes", "seeds"), ("parser_errors", "renders")],
 )
 def test_rejects_a_count_of_zero(module: str, option: str) -> None:

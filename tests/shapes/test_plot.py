@@ -37,7 +37,7 @@ def write_run(folder: Path, shade: int, prompts: list[tuple[str, str]] = PROMPTS
 def test_the_sheet_has_the_first_image_of_each_prompt_in_a_row_per_run(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / name, shade) for name, shade in (("a", 10), ("b", 20))]
     out = tmp_path / "sheet.png"
-    result = CliRunner().invoke(main, ["pictures", *runs, "--kind", "position", "--out", str(out)])
+    result = CliRunner().invoke(main, ["images", *runs, "--kind", "position", "--out", str(out)])
     assert result.exit_code == 0, result.output
     assert result.stdout.splitlines() == ["a cube on a cone", "a cone left of a cube", str(out)]
     sheet = np.asarray(Image.open(out))[..., 0]
@@ -56,9 +56,7 @@ def test_runs_that_cannot_be_paired_give_a_one_line_error(
     tmp_path: Path, kind: str, other: list[tuple[str, str]], message: str
 ) -> None:
     runs = [write_run(tmp_path / "a", 0), write_run(tmp_path / "b", 0, other)]
-    result = CliRunner().invoke(
-        main, ["pictures", *runs, "--kind", kind, "--out", str(tmp_path / "sheet.png")]
-    )
+    result = CliRunner().invoke(main, ["images", *runs, "--kind", kind, "--out", str(tmp_path / "sheet.png")])
     assert result.exit_code == 2
     assert result.stderr.count("\n") == 1 and message in result.stderr
     assert not (tmp_path / "sheet.png").exists()

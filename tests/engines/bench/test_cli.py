@@ -99,7 +99,7 @@ def test_rejects_a_plot_without_matplotlib_before_measuring(
         (["--baseline", "PyTorch eager fp32"], "expected --ckpt with --baseline"),
         (["--ckpt", "nowhere.safetensors"], "expected a checkpoint in --ckpt, found no file"),
         (["--ckpt", __file__], "ending in .safetensors or .pt in --ckpt, found test_cli.py"),
-        (["--plot", "picture.jpg"], "expected an output name that ends in .png"),
+        (["--plot", "image.jpg"], "expected an output name that ends in .png"),
         (["--json", "nowhere/at/all.json"], "expected to write nowhere/at/all.json"),
     ],
 )
