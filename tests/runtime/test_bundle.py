@@ -1,4 +1,4 @@
-"""Opening a bundle: any byte that is not as exported is found, named, and told how to mend."""
+"""Opening a bundle: any changed byte is detected, and the error names the file and the remedy."""
 
 import os
 import re
@@ -15,14 +15,14 @@ from tpx_runtime.errors import BundleInvalid
 
 from .fakes import CLASSES, FAKE, THREE_ENCODERS, make_bundle, seal, without_encoder
 
-MEND = "copy the bundle again or export it again"
+REMEDY = "copy the bundle again or export it again"
 FILES = ["transformer/weights.data", "text_encoder/model.onnx", "vae_decoder/model.onnx"]
 FILES += ["vae_encoder/model.onnx", "transformer/conditions.onnx"]
 FILES += ["tokenizer/vocab.json", SCHEDULER, "golden/golden.npz"]
-FILES += [transformer_name(depth, one) for depth in (1, 2, 4) for one in ("operator", "plain")]
+FILES += [transformer_name(depth, variant) for depth in (1, 2, 4) for variant in ("operator", "plain")]
 
 
-def refusal(root: Path, verify: bool = True) -> str:
+def open_error(root: Path, verify: bool = True) -> str:
     with pytest.raises(BundleInvalid) as caught:
         Bundle.open(root, verify)
     return str(caught.value)
@@ -34,7 +34,7 @@ def flip_a_byte(path: Path, position: int) -> None:
     path.write_bytes(data)
 
 
-def test_opens_what_was_exported(fake_bundle: Path) -> None:
+def test_opens_an_exported_bundle(fake_bundle: Path) -> None:
     bundle = Bundle.open(fake_bundle)
     assert sorted(bundle.manifest.files) == sorted(FILES)
     assert bundle.hash == Bundle.open(str(fake_bundle), verify=False).hash == bundle.manifest.sha256
@@ -49,7 +49,7 @@ def test_opens_what_was_exported(fake_bundle: Path) -> None:
     assert bundle.vocabulary(encoder) == fake_bundle / "tokenizer/vocab.json"
 
 
-def test_a_bundle_may_lack_the_encoder_of_images(fake_bundle: Path) -> None:
+def test_the_vae_encoder_is_optional(fake_bundle: Path) -> None:
     without_encoder(fake_bundle)
     assert Bundle.open(fake_bundle).vae_encoder is None
 
@@ -57,168 +57,168 @@ def test_a_bundle_may_lack_the_encoder_of_images(fake_bundle: Path) -> None:
 @pytest.mark.parametrize(
     "name", [f"{part}{number}" for part in ("text_encoder", "tokenizer") for number in ("", "_2", "_3")]
 )
-def test_every_text_encoder_and_tokenizer_must_be_there(three_encoders: Path, name: str) -> None:
+def test_every_text_encoder_and_tokenizer_file_is_required(three_encoders: Path, name: str) -> None:
     Bundle.open(three_encoders)
     file = "vocab.json" if name.startswith("tokenizer") else "model.onnx"
     (three_encoders / name / file).unlink()
     seal(three_encoders, THREE_ENCODERS)
     assert (
-        refusal(three_encoders)
+        open_error(three_encoders)
         == f"{three_encoders}: expected the file {name}/{file}, found no such entry; export it again"
     )
 
 
-def test_a_model_of_classes_has_no_text_encoder(classes: Path) -> None:
+def test_a_class_conditional_bundle_has_no_text_encoder(classes: Path) -> None:
     bundle = Bundle.open(classes)
     assert bundle.manifest.model == CLASSES.model
     assert not any(name.startswith(("text_encoder", "tokenizer")) for name in bundle.manifest.files)
 
 
-def test_weighs_a_folder(fake_bundle: Path) -> None:
+def test_weight_bytes_sums_the_files_of_a_folder(fake_bundle: Path) -> None:
     bundle = Bundle.open(fake_bundle)
     assert bundle.weight_bytes("transformer") == 800  # seven graphs over one file of weights
     assert bundle.weight_bytes("text_encoder") == 100
     assert bundle.weight_bytes("text") == 0
 
 
-def test_a_real_bundle_opens_and_any_flipped_byte_in_it_is_found(copy: Path) -> None:
+def test_a_flipped_byte_in_any_file_of_a_real_bundle_is_detected(copy: Path) -> None:
     for name in Bundle.open(copy).manifest.files:
         for position in (0, (copy / name).stat().st_size // 2, -1):
             flip_a_byte(copy / name, position)
-            assert re.search(f"{re.escape(str(copy / name))}: expected SHA-256 ", refusal(copy))
+            assert re.search(f"{re.escape(str(copy / name))}: expected SHA-256 ", open_error(copy))
             flip_a_byte(copy / name, position)
     Bundle.open(copy)
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_flipped_byte_is_found(fake_bundle: Path, name: str) -> None:
+def test_a_flipped_byte_is_detected(fake_bundle: Path, name: str) -> None:
     flip_a_byte(fake_bundle / name, 50)
     assert re.fullmatch(
-        f"{re.escape(str(fake_bundle / name))}: expected SHA-256 .{{12}}…, found .{{12}}…; {MEND}",
-        refusal(fake_bundle),
+        f"{re.escape(str(fake_bundle / name))}: expected SHA-256 .{{12}}…, found .{{12}}…; {REMEDY}",
+        open_error(fake_bundle),
     )
-    Bundle.open(fake_bundle, verify=False)  # which looks at sizes alone
+    Bundle.open(fake_bundle, verify=False)  # checks only sizes
 
 
 @pytest.mark.parametrize("verify", [False, True])
 @pytest.mark.parametrize("name", FILES)
-def test_a_missing_truncated_or_longer_file_is_found(fake_bundle: Path, name: str, verify: bool) -> None:
+def test_a_missing_truncated_or_longer_file_is_detected(fake_bundle: Path, name: str, verify: bool) -> None:
     data = (fake_bundle / name).read_bytes()
-    for other in (data[:-1], data + b"\n", b""):
-        (fake_bundle / name).write_bytes(other)
-        assert refusal(fake_bundle, verify) == (
-            f"{fake_bundle / name}: expected {len(data)} bytes, found {len(other)}; {MEND}"
+    for changed in (data[:-1], data + b"\n", b""):
+        (fake_bundle / name).write_bytes(changed)
+        assert open_error(fake_bundle, verify) == (
+            f"{fake_bundle / name}: expected {len(data)} bytes, found {len(changed)}; {REMEDY}"
         )
     (fake_bundle / name).unlink()
-    assert f"expected a file of {len(data)} bytes, found: No such file" in refusal(fake_bundle, verify)
+    assert f"expected a file of {len(data)} bytes, found: No such file" in open_error(fake_bundle, verify)
     (fake_bundle / name).mkdir()
-    assert f"expected a file of {len(data)} bytes, found something else" in refusal(fake_bundle, verify)
+    assert f"expected a file of {len(data)} bytes, found something else" in open_error(fake_bundle, verify)
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_file_that_the_manifest_forgot_is_named_before_any_work(fake_bundle: Path, name: str) -> None:
+def test_a_required_file_missing_from_the_manifest_is_named(fake_bundle: Path, name: str) -> None:
     (fake_bundle / name).unlink()
     seal(fake_bundle)
-    # Only the graphs know of their weights, and not every bundle can start from an image.
+    # Only the graphs refer to their weights, and the VAE encoder is optional.
     if name in ("transformer/weights.data", "vae_encoder/model.onnx"):
         Bundle.open(fake_bundle)
     else:
         assert (
-            refusal(fake_bundle)
+            open_error(fake_bundle)
             == f"{fake_bundle}: expected the file {name}, found no such entry; export it again"
         )
 
 
-def test_a_graph_of_another_depth_is_not_in_the_bundle(fake_bundle: Path) -> None:
+def test_rejects_a_depth_that_is_not_in_the_bundle(fake_bundle: Path) -> None:
     with pytest.raises(BundleInvalid, match=r"the file transformer/depth-3\.onnx, found no such entry"):
         Bundle.open(fake_bundle).transformer(3)
 
 
-def test_a_file_beside_the_listed_ones_changes_nothing(fake_bundle: Path) -> None:
+def test_unlisted_files_are_ignored(fake_bundle: Path) -> None:
     (fake_bundle / "engine-cache").mkdir()
     (fake_bundle / "engine-cache/x").write_text("x")
     Bundle.open(fake_bundle)
 
 
-def test_another_version_is_refused_with_a_way_out(fake_bundle: Path) -> None:
+def test_rejects_another_format_version_with_advice(fake_bundle: Path) -> None:
     text = (fake_bundle / MANIFEST).read_text()
     (fake_bundle / MANIFEST).write_text(text.replace('"version": 5', '"version": 3'))
-    assert refusal(fake_bundle) == (
+    assert open_error(fake_bundle) == (
         f"{fake_bundle}{os.sep}manifest.json: expected format version 5, found 3; "
         "export the bundle again with this tpx, or install the tpx that wrote it"
     )
 
 
-def test_a_manifest_changed_by_hand_is_found(fake_bundle: Path) -> None:
+def test_a_manifest_edited_by_hand_is_detected(fake_bundle: Path) -> None:
     text = (fake_bundle / MANIFEST).read_text()
     (fake_bundle / MANIFEST).write_text(text.replace('"steps": 3', '"steps": 4'))
-    assert "the file was changed after the export: restore it or export again" in refusal(fake_bundle)
+    assert "the file was changed after the export: restore it or export again" in open_error(fake_bundle)
 
 
-def test_what_is_no_bundle_is_refused(tmp_path: Path) -> None:
+def test_rejects_a_path_that_is_not_a_bundle(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "empty").mkdir()
     for name in ("missing", "empty", "file"):
-        assert refusal(tmp_path / name) == (
+        assert open_error(tmp_path / name) == (
             f"expected a bundle (a folder with manifest.json) at {tmp_path / name}, found none; "
             "make one with `make demo` or `tpx-export`"
         )
     (tmp_path / "manifest.json").mkdir()
-    assert "manifest.json: expected a file to read, found: Is a directory" in refusal(tmp_path)
-    assert "found: File name too long" in refusal(tmp_path / ("n" * 300))
+    assert "manifest.json: expected a file to read, found: Is a directory" in open_error(tmp_path)
+    assert "found: File name too long" in open_error(tmp_path / ("n" * 300))
 
 
-def test_a_manifest_of_other_bytes_is_refused(fake_bundle: Path) -> None:
+def test_rejects_a_manifest_that_is_not_utf8(fake_bundle: Path) -> None:
     (fake_bundle / MANIFEST).write_bytes(b"\xff\xfe")
-    assert "expected UTF-8 text, found other bytes" in refusal(fake_bundle)
+    assert "expected UTF-8 text, found other bytes" in open_error(fake_bundle)
 
 
-def test_a_path_out_of_the_bundle_is_refused_although_its_hash_is_right(fake_bundle: Path) -> None:
+def test_rejects_a_file_path_outside_the_bundle(fake_bundle: Path) -> None:
     (fake_bundle.parent / "secret").write_text("x")
     text = (fake_bundle / MANIFEST).read_text().replace('"tokenizer/vocab.json"', '"../secret"')
     (fake_bundle / MANIFEST).write_text(text)
-    assert "expected file paths inside the bundle, found '../secret'" in refusal(fake_bundle)
+    assert "expected file paths inside the bundle, found '../secret'" in open_error(fake_bundle)
 
 
-def test_an_unreadable_file_is_named(fake_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_names_an_unreadable_file(fake_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(path: Path) -> str:
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(bundle_module, "hash_file", fail)
-    assert f"expected a file to read, found: Input/output error; {MEND}" in refusal(fake_bundle)
+    assert f"expected a file to read, found: Input/output error; {REMEDY}" in open_error(fake_bundle)
 
 
-def test_every_file_is_hashed_once_and_none_before_all_sizes_are_right(
+def test_each_file_is_hashed_once_and_only_if_all_sizes_match(
     fake_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hashed: list[Path] = []
 
-    def count(path: Path) -> str:
+    def recording_hash(path: Path) -> str:
         hashed.append(path)
         return hash_file(path)
 
-    monkeypatch.setattr(bundle_module, "hash_file", count)
+    monkeypatch.setattr(bundle_module, "hash_file", recording_hash)
     Bundle.open(fake_bundle)
     assert sorted(hashed) == sorted(fake_bundle / name for name in FILES)
     hashed.clear()
     Bundle.open(fake_bundle, verify=False)
-    (fake_bundle / "vae_encoder/model.onnx").write_bytes(b"")  # the last in order
-    refusal(fake_bundle)
+    (fake_bundle / "vae_encoder/model.onnx").write_bytes(b"")  # the last file in the manifest
+    open_error(fake_bundle)
     assert hashed == []
 
 
-def test_hashing_holds_no_file_in_memory(tmp_path: Path) -> None:
+def test_hashing_does_not_read_the_whole_file_into_memory(tmp_path: Path) -> None:
     with (tmp_path / "large").open("wb") as file:
         file.truncate(2**26)
     tracemalloc.start()
-    found = hash_file(tmp_path / "large")
+    digest = hash_file(tmp_path / "large")
     peak_bytes = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert found == "3b6a07d0d404fab4e23b6d34bc6696a6a312dd92821332385e5af7c01c421351"
+    assert digest == "3b6a07d0d404fab4e23b6d34bc6696a6a312dd92821332385e5af7c01c421351"
     assert peak_bytes < 2**21
 
 
-def test_describes_every_file_but_the_manifest(fake_bundle: Path) -> None:
+def test_describe_files_lists_every_file_except_the_manifest(fake_bundle: Path) -> None:
     files = describe_files(fake_bundle)
     assert list(files) == sorted(FILES)
     assert files["transformer/weights.data"].bytes == 100
@@ -239,14 +239,14 @@ def test_describes_every_file_but_the_manifest(fake_bundle: Path) -> None:
         ('{"shift": 1e300}', "expected a shift in 0.01..100, found 1e+300"),
     ],
 )
-def test_refuses_a_schedule(fake_bundle: Path, text: str, message: str) -> None:
+def test_rejects_an_invalid_scheduler_shift(fake_bundle: Path, text: str, message: str) -> None:
     (fake_bundle / SCHEDULER).write_text(text)
     with pytest.raises(BundleInvalid) as caught:
         _ = Bundle(fake_bundle, replace(FAKE, files=describe_files(fake_bundle))).schedule_shift
     assert str(caught.value) == f"{fake_bundle / SCHEDULER}: {message}"
 
 
-def test_a_moved_bundle_is_the_same_bundle(fake_bundle: Path, tmp_path: Path) -> None:
+def test_a_moved_or_rebuilt_bundle_has_the_same_hash(fake_bundle: Path, tmp_path: Path) -> None:
     identity = Bundle.open(fake_bundle).hash
     shutil.move(fake_bundle, tmp_path / "elsewhere")
     assert Bundle.open(tmp_path / "elsewhere").hash == identity

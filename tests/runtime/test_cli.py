@@ -1,4 +1,4 @@
-"""The commands: what a person and a script get to see, for work that succeeds and for every way to fail."""
+"""The commands tpx-run, tpx-verify and tpx-info: output and exit codes on success and for each kind of error."""
 
 import json
 import os
@@ -32,12 +32,12 @@ from tpx_runtime.verify import PartReport, load_golden
 from .fakes import CLASSES, THREE_ENCODERS, FakeEngine, seal, vae_decoder, vae_encoder, without_encoder
 
 PROMPT = "a red cube on a blue sphere"
-NAMED = "a-red-cube-on-a-blue-sphere-0.png"
+DEFAULT_NAME = "a-red-cube-on-a-blue-sphere-0.png"
 
 
 @pytest.fixture(autouse=True)
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Every test runs in an empty folder, without a bundle that is found by itself."""
+def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Run every test in an empty folder, where no bundle is found by default."""
     folder = tmp_path / "elsewhere"
     folder.mkdir()
     monkeypatch.chdir(folder)
@@ -47,7 +47,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def bundled(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def default_bundle(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("TPX_BUNDLE", str(tiny_bundle))
     return tiny_bundle
 
@@ -60,8 +60,8 @@ def verify(*arguments: object) -> Result:
     return CliRunner().invoke(cli.verify, [str(argument) for argument in arguments])
 
 
-def require_refusal(result: Result, exit_code: int, message: str) -> None:
-    """One line on stderr that says `message`, nothing on stdout, and the exit code of its kind."""
+def assert_error(result: Result, exit_code: int, message: str) -> None:
+    """Check for one error line on stderr that contains `message`, nothing on stdout, and the exit code."""
     assert isinstance(result.exception, SystemExit), result.exception
     assert result.exit_code == exit_code
     (line,) = result.stderr.splitlines()
@@ -70,33 +70,33 @@ def require_refusal(result: Result, exit_code: int, message: str) -> None:
     assert result.stdout == ""
 
 
-# tpx-run, when all is well
+# tpx-run: successful runs
 
 
-def test_stdout_is_the_path_alone_and_the_rest_is_on_stderr(bundled: Path, elsewhere: Path) -> None:
+def test_stdout_has_only_the_path_and_stderr_the_progress(default_bundle: Path, workdir: Path) -> None:
     result = run(PROMPT)
     assert result.exit_code == 0
-    assert result.stdout == f"{NAMED}\n"
+    assert result.stdout == f"{DEFAULT_NAME}\n"
     assert result.stderr == "engine: onnxruntime (chosen by auto)\ndenoising\n"
-    with Image.open(NAMED) as image:
+    with Image.open(DEFAULT_NAME) as image:
         assert (image.format, image.mode, image.size) == ("PNG", "RGB", (64, 64))
         facts = json.loads(image.text["tpx"])
         assert image.text["parameters"].startswith(
             f"{PROMPT}\nSteps: 4, Sampler: euler, CFG scale: 2.0, Seed: 0"
         )
     assert facts["prompt"] == PROMPT
-    assert facts["bundle_sha256"] == Bundle.open(bundled).hash
-    assert [path.name for path in elsewhere.iterdir()] == [NAMED]
+    assert facts["bundle_sha256"] == Bundle.open(default_bundle).hash
+    assert [path.name for path in workdir.iterdir()] == [DEFAULT_NAME]
 
 
-def test_draws_what_the_generator_draws(bundled: Path) -> None:
+def test_gives_the_same_image_as_the_generator(default_bundle: Path) -> None:
     options = {"seed": 5, "steps": 3, "guidance": 1.5, "sampler": "dpmpp2m", "depth": 2}
     flags = [f"--{name}={value}" for name, value in options.items()]
     flags += ["--guidance-interval", "0", "0.9", "--guidance-every", "2", "--cache-interval", "3"]
     result = run(PROMPT, *flags, "--negative-prompt", "green", "--out", "a.png", "--engine", "onnxruntime")
     assert result.exit_code == 0
     assert result.stderr == "engine: onnxruntime\ndenoising\n"
-    (expected,) = Generator.load(bundled, "onnxruntime")(
+    (expected,) = Generator.load(default_bundle, "onnxruntime")(
         PROMPT,
         negative_prompt="green",
         guidance_interval=(0.0, 0.9),
@@ -113,58 +113,58 @@ def test_draws_what_the_generator_draws(bundled: Path) -> None:
     assert facts["negative_prompt"] == "green"
 
 
-def test_several_images_make_a_grid_of_the_next_seeds(bundled: Path) -> None:
+def test_several_images_form_a_grid_with_consecutive_seeds(default_bundle: Path) -> None:
     assert run(PROMPT, "-n", 3, "--seed", 7, "--steps", 2, "--out", "a.png").exit_code == 0
-    alone = Generator.load(bundled, "onnxruntime")(PROMPT, seed=8, steps=2)[0]
+    single = Generator.load(default_bundle, "onnxruntime")(PROMPT, seed=8, steps=2)[0]
     with Image.open("a.png") as image:
         assert image.size == (128, 128)
         second = np.asarray(image)[:64, 64:].astype(int)
         assert (np.asarray(image)[64:, 64:] == 255).all()
         assert json.loads(image.text["tpx"])["seed"] == 7
-    assert np.abs(second - np.asarray(alone)).max() <= 1
+    assert np.abs(second - np.asarray(single)).max() <= 1
 
 
-def test_batch_size_is_how_many_are_drawn_at_once(
-    fake_bundle: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+def test_batch_size_sets_how_many_images_are_generated_at_once(
+    fake_bundle: Path, workdir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = FakeEngine()
-    fake(monkeypatch, engine)
+    use_engine(monkeypatch, engine)
     command = ("red cube", "--bundle", fake_bundle, "-n", 3, "--out", "a.png")
     assert run(*command, "--batch-size", 2).exit_code == 0
-    drawn = [len(inputs["latents"]) for name, inputs in engine.calls if name.startswith("vae_decoder")]
-    assert drawn == [2, 1]
-    assert len(engine.opened) == len(set(engine.opened))  # kept for the second batch
-    require_refusal(run(*command, "--force", "--batch-size", 0), 2, "'--batch-size': 0 is not in the range")
+    decoded = [len(inputs["latents"]) for name, inputs in engine.calls if name.startswith("vae_decoder")]
+    assert decoded == [2, 1]
+    assert len(engine.opened) == len(set(engine.opened))  # graphs are kept for the second batch
+    assert_error(run(*command, "--force", "--batch-size", 0), 2, "'--batch-size': 0 is not in the range")
 
 
-def test_one_batch_has_one_graph_in_memory_at_a_time(
-    fake_bundle: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_single_batch_keeps_one_graph_in_memory_at_a_time(
+    fake_bundle: Path, workdir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    beside: list[list[str]] = []
+    in_memory: list[list[str]] = []
     engine = FakeEngine(
-        {"vae_decoder/model.onnx": lambda x: (beside.append(engine.alive), vae_decoder(x))[1]}
+        {"vae_decoder/model.onnx": lambda x: (in_memory.append(engine.alive), vae_decoder(x))[1]}
     )
-    fake(monkeypatch, engine)
+    use_engine(monkeypatch, engine)
     assert (
         run("red cube", "--bundle", fake_bundle, "-n", 2, "--batch-size", 2, "--out", "a.png").exit_code == 0
     )
-    assert beside == [["vae_decoder/model.onnx"]]
+    assert in_memory == [["vae_decoder/model.onnx"]]
 
 
-def test_seed_in_the_name_is_a_file_for_each_image(bundled: Path, elsewhere: Path) -> None:
+def test_seed_in_the_output_name_writes_one_file_per_image(default_bundle: Path, workdir: Path) -> None:
     command = (PROMPT, "-n", 3, "--seed", 7, "--steps", 2, "--batch-size", 2, "--out", "a-{seed}.png")
     result = run(*command)
     assert result.stdout.split() == ["a-7.png", "a-8.png", "a-9.png"]
     assert run(PROMPT, "--seed", 8, "--steps", 2, "--out", "alone.png").exit_code == 0
     for seed in (7, 8, 9):
-        with Image.open(f"a-{seed}.png") as image, Image.open("alone.png") as alone:
+        with Image.open(f"a-{seed}.png") as image, Image.open("alone.png") as single:
             assert json.loads(image.info["tpx"])["seed"] == seed
-            apart = np.abs(np.asarray(image).astype(int) - np.asarray(alone)).max()
-            assert apart <= 1 if seed == 8 else apart > 1
+            difference = np.abs(np.asarray(image).astype(int) - np.asarray(single)).max()
+            assert difference <= 1 if seed == 8 else difference > 1
     Path("a-7.png").unlink()
-    require_refusal(run(*command), 2, "expected a new file, found a-8.png there already; add --force")
+    assert_error(run(*command), 2, "expected a new file, found a-8.png there already; add --force")
     assert not Path("a-7.png").exists()
-    assert run("red cube", "--bundle", bundled, "--out", "b-{seed}.png").stdout == "b-0.png\n"
+    assert run("red cube", "--bundle", default_bundle, "--out", "b-{seed}.png").stdout == "b-0.png\n"
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_seed_in_the_name_is_a_file_for_each_image(bundled: Path, elsewhere: Pat
         ("x" * 300, "x" * 60 + "-0.png"),
     ],
 )
-def test_names_made_of_prompts(prompt: str, name: str) -> None:
+def test_default_file_names_come_from_prompts(prompt: str, name: str) -> None:
     (output,) = choose_output_files(None, [prompt], [0], False)
     assert output.path == Path(name)
 
@@ -184,25 +184,25 @@ PROMPTS = ["red cube", "blue sphere", "red cube"]
 
 
 @pytest.fixture
-def prompts_txt(elsewhere: Path) -> Path:
-    path = elsewhere / "prompts.txt"
+def prompts_txt(workdir: Path) -> Path:
+    path = workdir / "prompts.txt"
     path.write_text("\ufeffred cube\n\n  blue sphere\nred cube", encoding="utf-8")
     return path
 
 
 @pytest.mark.parametrize("piped", [False, True])
-def test_a_files_prompts_are_drawn_in_one_process(
-    bundled: Path, prompts_txt: Path, monkeypatch: pytest.MonkeyPatch, piped: bool
+def test_generates_an_image_for_each_prompt_of_a_file_or_stdin(
+    default_bundle: Path, prompts_txt: Path, monkeypatch: pytest.MonkeyPatch, piped: bool
 ) -> None:
-    given = None if not piped else prompts_txt.read_bytes()
+    stdin = None if not piped else prompts_txt.read_bytes()
     arguments = ["--prompts", "-" if piped else str(prompts_txt), "--steps", "2", "--seed", "3"]
-    result = CliRunner().invoke(cli.run, [*arguments, "--engine", "onnxruntime"], input=given)
+    result = CliRunner().invoke(cli.run, [*arguments, "--engine", "onnxruntime"], input=stdin)
     assert result.exit_code == 0, result.output
     assert result.stdout.split() == ["red-cube-3.png", "blue-sphere-3.png", "red-cube-3-2.png"]
-    expected = Generator.load(bundled, "onnxruntime")(PROMPTS, steps=2, seed=3)
-    for name, prompt, input_image in zip(result.stdout.split(), PROMPTS, expected, strict=True):
+    expected = Generator.load(default_bundle, "onnxruntime")(PROMPTS, steps=2, seed=3)
+    for name, prompt, expected_image in zip(result.stdout.split(), PROMPTS, expected, strict=True):
         with Image.open(name) as image:
-            np.testing.assert_array_equal(np.asarray(image), np.asarray(input_image))
+            np.testing.assert_array_equal(np.asarray(image), np.asarray(expected_image))
             assert json.loads(image.info["tpx"])["prompt"] == prompt
 
 
@@ -218,25 +218,25 @@ def test_a_files_prompts_are_drawn_in_one_process(
         ),
     ],
 )
-def test_each_prompt_has_a_file_or_one_for_each_seed(
+def test_each_prompt_gets_one_file_or_one_per_seed(
     fake_bundle: Path,
-    elsewhere: Path,
+    workdir: Path,
     monkeypatch: pytest.MonkeyPatch,
     out: str | None,
     names: list[str],
     sizes: list[tuple[int, int]],
 ) -> None:
-    fake(monkeypatch, FakeEngine())
-    (elsewhere / "prompts.txt").write_text("red cube\nblue sphere\n")
+    use_engine(monkeypatch, FakeEngine())
+    (workdir / "prompts.txt").write_text("red cube\nblue sphere\n")
     flags = [] if out is None else ["--out", out]
     result = run("--prompts", "prompts.txt", "--bundle", fake_bundle, "-n", 2, "--steps", 1, *flags)
     assert result.exit_code == 0, result.output
     assert result.stdout.split() == [f"{name}.png" for name in names]
-    found = []
+    found_sizes = []
     for name in result.stdout.split():
         with Image.open(name) as image:
-            found.append(image.size)
-    assert found == sizes
+            found_sizes.append(image.size)
+    assert found_sizes == sizes
 
 
 @pytest.mark.parametrize(
@@ -260,17 +260,17 @@ def test_each_prompt_has_a_file_or_one_for_each_seed(
         (["--prompts", "prompts.txt", "--out", "{prompt}.png"], "expected a file for each of 3 prompts"),
     ],
 )
-def test_prompts_that_have_no_place_are_refused(
-    bundled: Path, prompts_txt: Path, arguments: list[str], message: str
+def test_rejects_bad_prompt_files_and_output_names_for_prompts(
+    default_bundle: Path, prompts_txt: Path, arguments: list[str], message: str
 ) -> None:
     (prompts_txt.parent / "empty.txt").write_text(" \n")
     (prompts_txt.parent / "wrong.txt").write_text("red cube\n\na zebra\n")
-    before = sorted(path.name for path in prompts_txt.parent.iterdir())
-    require_refusal(run(*arguments), 2, message)
-    assert sorted(path.name for path in prompts_txt.parent.iterdir()) == before
+    files_before = sorted(path.name for path in prompts_txt.parent.iterdir())
+    assert_error(run(*arguments), 2, message)
+    assert sorted(path.name for path in prompts_txt.parent.iterdir()) == files_before
 
 
-def test_an_image_is_drawn_again_from_its_settings(bundled: Path) -> None:
+def test_like_reproduces_an_image_from_its_metadata(default_bundle: Path) -> None:
     flags = ["--seed", "5", "--steps", "3", "--guidance", "2.5", "--guidance-interval", "0.2", "0.9"]
     flags += ["--sampler", "heun", "--depth", "2", "--negative-prompt", "green", "--guidance-every", "2"]
     assert run(PROMPT, *flags, "--out", "a.png").exit_code == 0
@@ -288,7 +288,9 @@ def test_an_image_is_drawn_again_from_its_settings(bundled: Path) -> None:
     assert "notice" not in again.stderr
 
 
-def test_prompts_of_a_file_take_the_other_settings_of_the_image(bundled: Path, prompts_txt: Path) -> None:
+def test_prompts_of_a_file_take_the_other_settings_of_the_image(
+    default_bundle: Path, prompts_txt: Path
+) -> None:
     assert run(PROMPT, "--steps", 2, "--seed", 5, "--out", "a.png").exit_code == 0
     result = run("--like", "a.png", "--prompts", prompts_txt)
     assert result.exit_code == 0, result.output
@@ -299,40 +301,40 @@ def test_prompts_of_a_file_take_the_other_settings_of_the_image(bundled: Path, p
     assert len(result.stdout.split()) == 3
 
 
-def test_an_image_of_another_bundle_is_told(
-    fake_bundle: Path, bundled: Path, monkeypatch: pytest.MonkeyPatch
+def test_like_prints_a_notice_for_an_image_of_another_bundle(
+    fake_bundle: Path, default_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert run(PROMPT, "--steps", 1, "--out", "a.png").exit_code == 0
-    fake(monkeypatch, FakeEngine())
+    use_engine(monkeypatch, FakeEngine())
     result = run("--like", "a.png", "--bundle", fake_bundle, "--depth", 1, "--out", "b.png", "red cube")
     assert result.exit_code == 0, result.output
     assert "notice: the image of --like was generated with another bundle, 'tiny'\n" in result.stderr
 
 
 @pytest.mark.parametrize("metadata", [None, "{", "[1]"])
-def test_an_image_without_settings_is_refused(bundled: Path, metadata: str | None) -> None:
-    input_image = Image.new("RGB", (8, 8))
-    input_image.info.update({"tpx": metadata} if metadata else {})
-    save_png(input_image, "a.png")
+def test_like_rejects_an_image_without_settings(default_bundle: Path, metadata: str | None) -> None:
+    image = Image.new("RGB", (8, 8))
+    image.info.update({"tpx": metadata} if metadata else {})
+    save_png(image, "a.png")
     message = "expected a PNG that tpx-run wrote, found a.png without its settings; name another"
-    require_refusal(run("--like", "a.png"), 2, message)
-    require_refusal(run("--like", "none.png"), 2, "expected an image in none.png, found: No such file")
+    assert_error(run("--like", "a.png"), 2, message)
+    assert_error(run("--like", "none.png"), 2, "expected an image in none.png, found: No such file")
 
 
 @pytest.mark.parametrize("out", [None, "a.png"])
-def test_a_file_that_comes_while_it_draws_is_kept(
-    fake_bundle: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch, out: str | None
+def test_a_file_created_during_generation_is_not_overwritten(
+    fake_bundle: Path, workdir: Path, monkeypatch: pytest.MonkeyPatch, out: str | None
 ) -> None:
-    engine = fake(monkeypatch, FakeEngine())
-    decode, theirs = engine.functions["vae_decoder/model.onnx"], elsewhere / (out or "red-cube-0.png")
+    engine = use_engine(monkeypatch, FakeEngine())
+    decode, other_file = engine.functions["vae_decoder/model.onnx"], workdir / (out or "red-cube-0.png")
 
-    def meanwhile(inputs: Arrays) -> Arrays:
-        theirs.write_text("theirs")
+    def decode_and_create_file(inputs: Arrays) -> Arrays:
+        other_file.write_text("theirs")
         return decode(inputs)
 
-    engine.functions["vae_decoder/model.onnx"] = meanwhile
+    engine.functions["vae_decoder/model.onnx"] = decode_and_create_file
     result = run("red cube", "--bundle", fake_bundle, *(["--out", out] if out else []))
-    assert theirs.read_text() == "theirs"
+    assert other_file.read_text() == "theirs"
     if out:
         assert result.exit_code == 2
         assert "expected a new file, found a.png there already; add --force" in result.stderr
@@ -341,7 +343,7 @@ def test_a_file_that_comes_while_it_draws_is_kept(
 
 
 @pytest.mark.parametrize("closed", ["2>&-", "<&-"])
-def test_a_closed_stream_is_no_trouble(tiny_bundle: Path, elsewhere: Path, closed: str) -> None:
+def test_runs_with_closed_stdin_or_stderr(tiny_bundle: Path, workdir: Path, closed: str) -> None:
     command = f"{sys.executable} -c 'from tpx_runtime.cli import run; run()' --bundle {tiny_bundle} --steps 1"
     prompt = "--prompts -" if closed == "<&-" else "'red cube'"
     result = subprocess.run(f"{command} {prompt} {closed}", shell=True, capture_output=True, text=True)
@@ -352,7 +354,7 @@ def test_a_closed_stream_is_no_trouble(tiny_bundle: Path, elsewhere: Path, close
         assert (result.returncode, result.stdout) == (0, "red-cube-0.png\n")
 
 
-def test_a_name_that_the_terminal_cannot_show_is_shown_otherwise(tiny_bundle: Path, elsewhere: Path) -> None:
+def test_a_file_name_that_stdout_cannot_encode_is_escaped(tiny_bundle: Path, workdir: Path) -> None:
     code = "from tpx_runtime.cli import run; run()"
     arguments = ["--bundle", str(tiny_bundle), "--steps", "1", "--out", "\u7ea2.png", "red cube"]
     result = subprocess.run(
@@ -362,30 +364,30 @@ def test_a_name_that_the_terminal_cannot_show_is_shown_otherwise(tiny_bundle: Pa
         env={**os.environ, "PYTHONIOENCODING": "cp1252"},
     )
     assert (result.returncode, result.stdout) == (0, "\\u7ea2.png\n"), result.stderr
-    assert (elsewhere / "\u7ea2.png").exists()
+    assert (workdir / "\u7ea2.png").exists()
 
 
-def test_force_replaces_a_file(bundled: Path) -> None:
+def test_force_overwrites_a_file(default_bundle: Path) -> None:
     Path("a.png").write_text("before")
     assert run(PROMPT, "--steps", 1, "--out", "a.png", "--force").exit_code == 0
     with Image.open("a.png") as image:
         assert image.size == (64, 64)
 
 
-def test_the_bundle_named_wins_over_the_environment(
+def test_the_bundle_option_overrides_the_environment(
     tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TPX_BUNDLE", "/no/such/place")
     assert run(PROMPT, "--steps", 1, "--bundle", tiny_bundle).exit_code == 0
-    require_refusal(run(PROMPT), 3, "expected a bundle (a folder with manifest.json) at /no/such/place")
+    assert_error(run(PROMPT), 3, "expected a bundle (a folder with manifest.json) at /no/such/place")
 
 
-def test_the_sample_bundle_of_this_folder_is_found(
-    tiny_bundle: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_sample_bundle_in_the_current_folder_is_found(
+    tiny_bundle: Path, workdir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cli, "SAMPLE_BUNDLE", Path("bundles/shapes"))
-    (elsewhere / "bundles").mkdir()
-    (elsewhere / "bundles/shapes").symlink_to(tiny_bundle)
+    (workdir / "bundles").mkdir()
+    (workdir / "bundles/shapes").symlink_to(tiny_bundle)
     assert cli.find_bundle(None) == Path("bundles/shapes")
     assert run(PROMPT, "--steps", 1).exit_code == 0
 
@@ -397,7 +399,7 @@ def test_help_names_every_sampler_and_engine() -> None:
     assert all(name in " ".join(verify("--help").stdout.split()) for name in ENGINES)
 
 
-# tpx-run, from an image
+# tpx-run: image-to-image and inpainting
 
 
 @pytest.fixture
@@ -408,13 +410,13 @@ def start_png() -> Path:
 
 
 @pytest.mark.parametrize("strength", [None, 0.3, 1.0])
-def test_starts_from_an_image_as_the_generator_does(
-    bundled: Path, start_png: Path, strength: float | None
+def test_image_to_image_gives_the_same_image_as_the_generator(
+    default_bundle: Path, start_png: Path, strength: float | None
 ) -> None:
     flags = [] if strength is None else ["--strength", strength]
     assert run(PROMPT, "--image", start_png, *flags, "--seed", 3, "--out", "a.png").exit_code == 0
     with Image.open(start_png) as input_image, pytest.warns(ImageResized):
-        (expected,) = Generator.load(bundled, "onnxruntime")(
+        (expected,) = Generator.load(default_bundle, "onnxruntime")(
             PROMPT, image=input_image, strength=strength, seed=3
         )
     with Image.open("a.png") as image:
@@ -423,7 +425,9 @@ def test_starts_from_an_image_as_the_generator_does(
         assert f"Denoising strength: {strength or 0.6}" in image.text["parameters"]
 
 
-def test_paints_where_the_mask_is_white_and_nowhere_else(bundled: Path, start_png: Path) -> None:
+def test_inpainting_changes_pixels_only_where_the_mask_is_white(
+    default_bundle: Path, start_png: Path
+) -> None:
     mask = Image.new("1", (120, 90))
     mask.paste(1, (0, 0, 60, 90))
     mask.save("mask.png")
@@ -434,55 +438,57 @@ def test_paints_where_the_mask_is_white_and_nowhere_else(bundled: Path, start_pn
         in result.stderr
     )
     with Image.open(start_png) as input_image, pytest.warns(ImageResized):
-        kept = np.asarray(Generator.load(bundled, "onnxruntime").edit(input_image).image)
+        kept = np.asarray(Generator.load(default_bundle, "onnxruntime").edit(input_image).image)
     with Image.open("a.png") as image:
         np.testing.assert_array_equal(np.asarray(image)[:, 32:], kept[:, 32:])
         assert (np.asarray(image)[:, :32] != kept[:, :32]).mean() > 0.5
 
 
-def test_images_that_were_drawn_before_an_interrupt_are_kept_and_named(
-    fake_bundle: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+def test_images_finished_before_an_interrupt_are_kept_and_printed(
+    fake_bundle: Path, workdir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = fake(monkeypatch, FakeEngine())
-    draw = engine.functions["vae_decoder/model.onnx"]
+    engine = use_engine(monkeypatch, FakeEngine())
+    decode = engine.functions["vae_decoder/model.onnx"]
 
     def interrupted(inputs: Arrays) -> Arrays:
         if len([name for name, _ in engine.calls if name.startswith("vae_decoder")]) > 2:
             raise KeyboardInterrupt
-        return draw(inputs)
+        return decode(inputs)
 
     engine.functions["vae_decoder/model.onnx"] = interrupted
     result = run("red cube", "--bundle", fake_bundle, "-n", 6, "--batch-size", 2, "--out", "a-{seed}.png")
     assert result.exit_code == 130
     assert result.stdout.split() == [f"a-{seed}.png" for seed in range(4)]
     assert result.stderr.splitlines()[-1] == "error: cancelled"
-    assert sorted(path.name for path in elsewhere.iterdir()) == result.stdout.split()
+    assert sorted(path.name for path in workdir.iterdir()) == result.stdout.split()
 
 
-def test_a_random_seed_is_said_and_is_the_images(fake_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake(monkeypatch, FakeEngine())
+def test_a_random_seed_is_printed_and_stored_in_the_image(
+    fake_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_engine(monkeypatch, FakeEngine())
     seeds = set()
     for _ in range(2):
         result = run("red cube", "--bundle", fake_bundle, "--seed", "random")
-        (said,) = [line for line in result.stderr.splitlines() if line.startswith("seed: ")]
-        assert result.stdout == f"red-cube-{said.removeprefix('seed: ')}.png\n"
+        (seed_line,) = [line for line in result.stderr.splitlines() if line.startswith("seed: ")]
+        assert result.stdout == f"red-cube-{seed_line.removeprefix('seed: ')}.png\n"
         with Image.open(result.stdout.strip()) as image:
             seeds.add(json.loads(image.info["tpx"])["seed"])
-        assert f"{max(seeds)}" in said or f"{min(seeds)}" in said
+        assert f"{max(seeds)}" in seed_line or f"{min(seeds)}" in seed_line
     assert len(seeds) == 2
 
 
-def test_hashes_may_be_left_unread(tiny_bundle: Path, tmp_path: Path) -> None:
+def test_no_verify_skips_the_hashes(tiny_bundle: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(tiny_bundle, tmp_path / "copy")
     content = bytearray((copy / "vae_decoder/weights.data").read_bytes())
     content[0] ^= 1
     (copy / "vae_decoder/weights.data").write_bytes(content)
-    require_refusal(run(PROMPT, "--bundle", copy), 3, "expected SHA-256")
+    assert_error(run(PROMPT, "--bundle", copy), 3, "expected SHA-256")
     assert run(PROMPT, "--bundle", copy, "--no-verify").exit_code == 0
-    require_refusal(run(PROMPT, "--bundle", copy, "--engine", "x"), 2, "expected an engine of auto")
+    assert_error(run(PROMPT, "--bundle", copy, "--engine", "x"), 2, "expected an engine of auto")
 
 
-def test_an_image_may_be_replaced_by_what_is_made_of_it(bundled: Path, start_png: Path) -> None:
+def test_force_allows_overwriting_the_input_image(default_bundle: Path, start_png: Path) -> None:
     before = start_png.read_bytes()
     assert run(PROMPT, "--image", start_png, "--out", start_png).exit_code == 2
     assert start_png.read_bytes() == before
@@ -492,7 +498,7 @@ def test_an_image_may_be_replaced_by_what_is_made_of_it(bundled: Path, start_png
 
 
 class Bar:
-    """Stands in for click's, and counts."""
+    """A stand-in for click's progress bar that counts the steps."""
 
     bars: ClassVar[list["Bar"]] = []
 
@@ -520,30 +526,30 @@ class Bar:
         (("--sampler", "heun"), 10),
     ],
 )
-def test_the_bar_counts_the_steps_that_are_taken(
+def test_the_progress_bar_counts_the_steps_taken(
     fake_bundle: Path, start_png: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[object, ...], steps: int
 ) -> None:
-    fake(monkeypatch, FakeEngine())
+    use_engine(monkeypatch, FakeEngine())
     monkeypatch.setattr(Bar, "bars", [])
     monkeypatch.setattr(cli.click, "progressbar", Bar)
     assert run("red cube", "--bundle", fake_bundle, "--steps", 10, *flags).exit_code == 0
     assert [(bar.length, bar.done) for bar in Bar.bars] == [(steps, steps)]
 
 
-def test_a_bundle_without_encoder_of_images_says_so(
+def test_rejects_an_image_for_a_bundle_without_vae_encoder(
     fake_bundle: Path, start_png: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fake(monkeypatch, FakeEngine())
+    use_engine(monkeypatch, FakeEngine())
     without_encoder(fake_bundle)
     message = "expected a bundle with a vae_encoder to start from an image, found fake without one; leave out"
-    require_refusal(run("red cube", "--bundle", fake_bundle, "--image", start_png), 2, message)
+    assert_error(run("red cube", "--bundle", fake_bundle, "--image", start_png), 2, message)
 
 
-# tpx-run, of classes
+# tpx-run: class-conditional bundles
 
 
-def test_draws_a_class(classes: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = fake(monkeypatch, FakeEngine(manifest=CLASSES))
+def test_generates_an_image_of_a_class(classes: Path, workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = use_engine(monkeypatch, FakeEngine(manifest=CLASSES))
     result = run("--class", 7, "--bundle", classes)
     assert result.exit_code == 0
     assert result.stdout == "class-7-0.png\n"
@@ -553,8 +559,8 @@ def test_draws_a_class(classes: Path, elsewhere: Path, monkeypatch: pytest.Monke
         assert image.text["parameters"].startswith("class 7\nSteps: 3, Sampler: ddim, ")
     assert facts["class_id"] == 7
     assert "strength" not in facts
-    made = [inputs["class_id"] for name, inputs in engine.calls if name == "transformer/conditions.onnx"]
-    assert {tuple(np.unique(told)) for told in made} == {(7, 13)}
+    class_ids = [inputs["class_id"] for name, inputs in engine.calls if name == "transformer/conditions.onnx"]
+    assert {tuple(np.unique(ids)) for ids in class_ids} == {(7, 13)}
 
 
 @pytest.mark.parametrize(
@@ -588,25 +594,25 @@ def test_draws_a_class(classes: Path, elsewhere: Path, monkeypatch: pytest.Monke
         ),
     ],
 )
-def test_refuses_what_does_not_fit_classes(
+def test_rejects_options_that_do_not_fit_a_class_conditional_bundle(
     classes: Path,
     start_png: Path,
-    elsewhere: Path,
+    workdir: Path,
     monkeypatch: pytest.MonkeyPatch,
     arguments: list[str],
     message: str,
 ) -> None:
-    engine = fake(monkeypatch, FakeEngine(manifest=CLASSES))
-    require_refusal(run(*arguments, "--bundle", classes), 2, message)
+    engine = use_engine(monkeypatch, FakeEngine(manifest=CLASSES))
+    assert_error(run(*arguments, "--bundle", classes), 2, message)
     assert engine.opened == []
-    assert list(elsewhere.iterdir()) == [elsewhere / "start.png"]
+    assert list(workdir.iterdir()) == [workdir / "start.png"]
 
 
-# tpx-run, with several text encoders
+# tpx-run: several text encoders
 
 
-def test_t5_can_be_left_out(three_encoders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = fake(monkeypatch, FakeEngine(manifest=THREE_ENCODERS))
+def test_no_t5_leaves_out_the_t5_encoder(three_encoders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = use_engine(monkeypatch, FakeEngine(manifest=THREE_ENCODERS))
     assert run("red cube", "--bundle", three_encoders, "--no-t5").exit_code == 0
     assert not any(name.startswith("text_encoder_3") for name in engine.opened)
     with Image.open("red-cube-0.png") as image:
@@ -615,8 +621,8 @@ def test_t5_can_be_left_out(three_encoders: Path, monkeypatch: pytest.MonkeyPatc
     assert any(name.startswith("text_encoder_3") for name in engine.opened)
 
 
-class Short:
-    """A tokenizer that reads five words."""
+class TruncatingTokenizer:
+    """A tokenizer that truncates after five words."""
 
     text_tokens = 8
 
@@ -630,13 +636,14 @@ class Short:
         return Encoding([0] * 8, [])
 
 
-def test_a_prompt_that_is_cut_short_is_noticed_once_and_drawn(
+def test_a_truncated_prompt_gives_one_notice_per_run(
     three_encoders: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = fake(monkeypatch, FakeEngine(manifest=THREE_ENCODERS))
-    monkeypatch.setattr("tpx_runtime.conditioning.load_tokenizer", lambda path: Short())
+    engine = use_engine(monkeypatch, FakeEngine(manifest=THREE_ENCODERS))
+    monkeypatch.setattr("tpx_runtime.conditioning.load_tokenizer", lambda path: TruncatingTokenizer())
     command = ("a red\ncube on two spheres", "--bundle", three_encoders, "--no-t5", "-n", 3)
-    for _ in range(2):  # Python itself would keep quiet the second time
+    # Python itself would show a repeated warning only once.
+    for _ in range(2):
         result = run(*command)
         assert result.exit_code == 0
         assert result.stderr.splitlines() == [
@@ -648,11 +655,11 @@ def test_a_prompt_that_is_cut_short_is_noticed_once_and_drawn(
         assert result.stdout.startswith("a-red-cube-on-two-spheres-0")
 
 
-def test_a_notice_of_a_prompt_that_is_refused_after_all_is_not_given(
+def test_a_rejected_command_prints_no_truncation_notice(
     three_encoders: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fake(monkeypatch, FakeEngine(manifest=THREE_ENCODERS))
-    monkeypatch.setattr("tpx_runtime.conditioning.load_tokenizer", lambda path: Short())
+    use_engine(monkeypatch, FakeEngine(manifest=THREE_ENCODERS))
+    monkeypatch.setattr("tpx_runtime.conditioning.load_tokenizer", lambda path: TruncatingTokenizer())
     Image.new("RGB", (8, 8)).save("black.png")
     command = (
         "a red cube on two spheres",
@@ -662,10 +669,10 @@ def test_a_notice_of_a_prompt_that_is_refused_after_all_is_not_given(
         "--image",
         "black.png",
     )
-    require_refusal(run(*command, "--mask", "black.png"), 2, "expected a mask that is white where to repaint")
+    assert_error(run(*command, "--mask", "black.png"), 2, "expected a mask that is white where to repaint")
 
 
-# tpx-run, refused: one line, no traceback, nothing written
+# tpx-run: errors give one line, no traceback and no file
 
 
 @pytest.mark.parametrize(
@@ -772,24 +779,24 @@ def test_a_notice_of_a_prompt_that_is_refused_after_all_is_not_given(
         ([PROMPT, "--out", "folder.png", "--force"], "expected folder.png to be a file, found a folder"),
     ],
 )
-def test_refuses_bad_input(bundled: Path, elsewhere: Path, arguments: list[str], message: str) -> None:
+def test_rejects_bad_input(default_bundle: Path, workdir: Path, arguments: list[str], message: str) -> None:
     Path("here.png").write_text("before")
     Path("folder.png").mkdir()
     Image.new("RGB", (8, 8)).save("start.png")
-    require_refusal(run(*arguments), 2, message)
-    assert sorted(path.name for path in elsewhere.iterdir()) == ["folder.png", "here.png", "start.png"]
+    assert_error(run(*arguments), 2, message)
+    assert sorted(path.name for path in workdir.iterdir()) == ["folder.png", "here.png", "start.png"]
     assert Path("here.png").read_text() == "before"
 
 
-def test_no_bundle_anywhere_is_bad_input() -> None:
-    require_refusal(run(PROMPT), 2, "expected a bundle in --bundle, $TPX_BUNDLE or ")
+def test_rejects_a_run_without_any_bundle() -> None:
+    assert_error(run(PROMPT), 2, "expected a bundle in --bundle, $TPX_BUNDLE or ")
 
 
 @pytest.mark.parametrize(
     "arguments",
     [[PROMPT, "--class", "many"], [PROMPT, "--steps", "many"], [PROMPT, "--no-such"], [PROMPT, "more"]],
 )
-def test_usage_errors_are_one_line_too(arguments: list[str]) -> None:
+def test_usage_errors_are_one_line(arguments: list[str]) -> None:
     result = run(*arguments)
     assert result.exit_code == 2
     [line] = result.stderr.splitlines()
@@ -797,89 +804,94 @@ def test_usage_errors_are_one_line_too(arguments: list[str]) -> None:
     assert result.stdout == ""
 
 
-def test_a_group_says_in_one_line_which_command_it_lacks() -> None:
-    for arguments, said in (
+def test_usage_errors_of_a_command_group_are_one_line() -> None:
+    for arguments, message in (
         (["draw"], "No such command 'draw'"),
         (["geneval", "--images", "0"], "0 is not in"),
     ):
         result = CliRunner().invoke(evaluation, arguments)
         assert result.exit_code == 2
         [line] = result.stderr.splitlines()
-        assert line.startswith("error: ") and said in line and "; see " in line
+        assert line.startswith("error: ") and message in line and "; see " in line
     assert "Commands:" in CliRunner().invoke(evaluation, []).output
 
 
-def test_a_folder_that_cannot_be_written_to_is_refused(
-    bundled: Path, monkeypatch: pytest.MonkeyPatch
+def test_rejects_a_folder_without_write_permission(
+    default_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(dir: Path) -> None:
+    def deny(dir: Path) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("tempfile.TemporaryFile", refuse)  # root, who runs many tests, may write anywhere
-    require_refusal(run(PROMPT, "--out", "a.png"), 2, "a.png, found: Permission denied; choose another")
+    # Simulated, because root, which often runs the tests, may write anywhere.
+    monkeypatch.setattr("tempfile.TemporaryFile", deny)
+    assert_error(run(PROMPT, "--out", "a.png"), 2, "a.png, found: Permission denied; choose another")
 
 
-def test_a_damaged_bundle_is_refused(copy: Path) -> None:
+def test_rejects_a_damaged_bundle(copy: Path) -> None:
     weights = copy / "transformer/weights.data"
     data = bytearray(weights.read_bytes())
     data[1000] ^= 1
     weights.write_bytes(data)
-    require_refusal(run(PROMPT, "--bundle", copy), 3, f"{weights}: expected SHA-256 ")
+    assert_error(run(PROMPT, "--bundle", copy), 3, f"{weights}: expected SHA-256 ")
 
 
-def test_an_engine_that_is_not_there_is_refused(bundled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rejects_an_engine_that_is_not_installed(
+    default_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: None)
     message = (
         "expected the package openvino for engine openvino, found none; install it with `pip install 'tpx["
     )
-    require_refusal(run(PROMPT, "--engine", "openvino"), 4, message)
-    require_refusal(run(PROMPT), 4, "found none that runs here; install one with `pip install 'tpx[cpu]'`")
+    assert_error(run(PROMPT, "--engine", "openvino"), 4, message)
+    assert_error(run(PROMPT), 4, "found none that runs here; install one with `pip install 'tpx[cpu]'`")
 
 
-def fake(monkeypatch: pytest.MonkeyPatch, engine: FakeEngine) -> FakeEngine:
+def use_engine(monkeypatch: pytest.MonkeyPatch, engine: FakeEngine) -> FakeEngine:
     monkeypatch.setattr("tpx_runtime.engine.resolve", lambda name: engine)
     return engine
 
 
-def test_an_image_that_is_not_finite_is_an_engine_failure(
-    fake_bundle: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_non_finite_image_is_an_engine_failure(
+    fake_bundle: Path, workdir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    nothing = {"vae_decoder/model.onnx": lambda inputs: {"image": np.full((1, 3, 8, 12), np.nan, np.float32)}}
-    fake(monkeypatch, FakeEngine(nothing))
+    nan_decoder = {
+        "vae_decoder/model.onnx": lambda inputs: {"image": np.full((1, 3, 8, 12), np.nan, np.float32)}
+    }
+    use_engine(monkeypatch, FakeEngine(nan_decoder))
     result = run("red cube", "--bundle", fake_bundle)
     assert result.exit_code == 5
     assert result.stderr.splitlines()[-1].startswith("error: expected finite numbers in the image, found NaN")
-    assert list(elsewhere.iterdir()) == []
+    assert list(workdir.iterdir()) == []
 
 
-def test_a_full_disk_is_told_and_leaves_nothing(
-    fake_bundle: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_full_disk_is_reported_and_leaves_no_file(
+    fake_bundle: Path, workdir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(self: Image.Image, path: Path, **_: object) -> None:
+    def fail(self: Image.Image, path: Path, **_: object) -> None:
         Path(path).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    fake(monkeypatch, FakeEngine())
-    monkeypatch.setattr(Image.Image, "save", full)
+    use_engine(monkeypatch, FakeEngine())
+    monkeypatch.setattr(Image.Image, "save", fail)
     result = run("red cube", "--bundle", fake_bundle)
     assert result.exit_code == 2
     assert result.stderr.splitlines()[-1] == (
         "error: expected to write red-cube-0.png, found: No space left on device; choose another place"
     )
-    assert list(elsewhere.iterdir()) == []
+    assert list(workdir.iterdir()) == []
 
 
-def test_a_free_name_is_found_and_force_takes_the_first(
-    fake_bundle: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+def test_existing_names_get_a_number_unless_force_is_given(
+    fake_bundle: Path, workdir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fake(monkeypatch, FakeEngine())
+    use_engine(monkeypatch, FakeEngine())
     command = ("A red cube.", "--bundle", fake_bundle)
     assert run(*command).stdout == "a-red-cube-0.png\n"
     assert run(*command).stdout == "a-red-cube-0-2.png\n"
     assert run(*command).stdout == "a-red-cube-0-3.png\n"
     assert run(*command, "--force").stdout == "a-red-cube-0.png\n"
     assert run(*command, "--seed", 1).stdout == "a-red-cube-1.png\n"
-    assert len(list(elsewhere.iterdir())) == 4
+    assert len(list(workdir.iterdir())) == 4
 
 
 @pytest.mark.parametrize(
@@ -891,31 +903,31 @@ def test_a_free_name_is_found_and_force_takes_the_first(
         "vae_decoder/model.onnx",
     ],
 )
-def test_ctrl_c_in_any_graph_ends_in_one_line(
-    fake_bundle: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch, graph: str
+def test_ctrl_c_in_any_graph_gives_a_one_line_error(
+    fake_bundle: Path, workdir: Path, monkeypatch: pytest.MonkeyPatch, graph: str
 ) -> None:
     def interrupt(inputs: object) -> dict[str, np.ndarray]:
         raise KeyboardInterrupt
 
-    fake(monkeypatch, FakeEngine({graph: interrupt}))
+    use_engine(monkeypatch, FakeEngine({graph: interrupt}))
     result = run("red cube", "--bundle", fake_bundle)
     assert result.exit_code == 130
     assert result.stderr.splitlines()[-1] == "error: cancelled"
     assert "Traceback" not in result.output
-    assert list(elsewhere.iterdir()) == []
+    assert list(workdir.iterdir()) == []
 
 
-def test_ctrl_c_while_writing_leaves_nothing(
-    fake_bundle: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+def test_ctrl_c_while_writing_leaves_no_file(
+    fake_bundle: Path, workdir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(self: Image.Image, path: Path, **_: object) -> None:
         Path(path).write_bytes(b"half")
         raise KeyboardInterrupt
 
-    fake(monkeypatch, FakeEngine())
+    use_engine(monkeypatch, FakeEngine())
     monkeypatch.setattr(Image.Image, "save", interrupt)
     assert run("red cube", "--bundle", fake_bundle).exit_code == 130
-    assert list(elsewhere.iterdir()) == []
+    assert list(workdir.iterdir()) == []
 
 
 def start(*arguments: object) -> subprocess.Popen[str]:
@@ -935,7 +947,9 @@ def start(*arguments: object) -> subprocess.Popen[str]:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one process")
-def test_a_real_signal_while_denoising(tiny_bundle: Path, elsewhere: Path, how: signal.Signals) -> None:
+def test_a_signal_while_denoising_cancels_the_run(
+    tiny_bundle: Path, workdir: Path, how: signal.Signals
+) -> None:
     with start(PROMPT, "--bundle", tiny_bundle, "--steps", 1000, "--out", "a.png") as process:
         assert process.stderr is not None
         for line in process.stderr:
@@ -946,10 +960,10 @@ def test_a_real_signal_while_denoising(tiny_bundle: Path, elsewhere: Path, how: 
     assert process.returncode == 130
     assert errors == "error: cancelled\n"
     assert output == ""
-    assert list(elsewhere.iterdir()) == []
+    assert list(workdir.iterdir()) == []
 
 
-def test_a_name_that_is_no_text_is_written_and_printed_as_well_as_can_be(tiny_bundle: Path) -> None:
+def test_a_file_name_that_is_not_utf8_is_printed_with_a_replacement(tiny_bundle: Path) -> None:
     name = os.fsdecode(b"caf\xe9.png")
     with start(PROMPT, "--bundle", tiny_bundle, "--steps", 1, "--out", name) as process:
         output, errors = process.communicate(timeout=60)
@@ -957,18 +971,18 @@ def test_a_name_that_is_no_text_is_written_and_printed_as_well_as_can_be(tiny_bu
     assert Path(name).is_file()
 
 
-def test_threads_are_those_asked_for(
-    fake_bundle: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_threads_option_overrides_the_environment(
+    fake_bundle: Path, workdir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fake(monkeypatch, FakeEngine())
+    use_engine(monkeypatch, FakeEngine())
     monkeypatch.setenv("TPX_THREADS", "7")
     assert run(PROMPT, "--bundle", fake_bundle).exit_code == 0
     assert os.environ["TPX_THREADS"] == "7"
     assert run(PROMPT, "--bundle", fake_bundle, "--threads", 2).exit_code == 0
     assert os.environ["TPX_THREADS"] == "2"
-    require_refusal(run(PROMPT, "--bundle", fake_bundle, "--threads", 0), 2, "Invalid value for '--threads'")
+    assert_error(run(PROMPT, "--bundle", fake_bundle, "--threads", 0), 2, "Invalid value for '--threads'")
     monkeypatch.setenv("TPX_THREADS", "all")
-    require_refusal(run(PROMPT, "--bundle", fake_bundle), 2, "expected TPX_THREADS to be a whole number")
+    assert_error(run(PROMPT, "--bundle", fake_bundle), 2, "expected TPX_THREADS to be a whole number")
 
 
 # tpx-verify
@@ -991,11 +1005,11 @@ def test_verify_prints_a_table_and_exits_with_zero(tiny_bundle: Path) -> None:
     assert len({len(row) for row in rows}) == 1
 
 
-def test_verify_finds_the_bundle_of_the_environment(bundled: Path) -> None:
+def test_verify_uses_the_bundle_from_the_environment(default_bundle: Path) -> None:
     assert verify("--engine", "onnxruntime").exit_code == 0
 
 
-def test_table_is_aligned_and_shouts_where_something_is_wrong() -> None:
+def test_the_table_is_aligned_and_marks_failed_parts() -> None:
     reports = [
         PartReport("text_encoder", 3.21e-7, 1e-4),
         PartReport("transformer depth 1", 0.031, 1e-4, 0.5, 0.99),
@@ -1009,7 +1023,7 @@ def test_table_is_aligned_and_shouts_where_something_is_wrong() -> None:
     ]
 
 
-def test_verify_fails_where_a_part_is_out_of_tolerance(copy: Path) -> None:
+def test_verify_fails_if_a_part_is_out_of_tolerance(copy: Path) -> None:
     arrays = load_golden(Bundle.open(copy))
     arrays["image"] = arrays["image"] + np.float32(0.1)
     manifest = Bundle.open(copy).manifest
@@ -1018,39 +1032,39 @@ def test_verify_fails_where_a_part_is_out_of_tolerance(copy: Path) -> None:
     result = verify(copy, "--engine", "onnxruntime")
     assert result.exit_code == 5
     assert result.stdout.splitlines()[-1].endswith("NO")
-    announced, line = result.stderr.splitlines()
-    assert announced == "engine: onnxruntime"
+    engine_line, line = result.stderr.splitlines()
+    assert engine_line == "engine: onnxruntime"
     assert line.startswith(
         "error: expected the golden outputs from engine onnxruntime, found vae_decoder with "
     )
 
 
-def test_verify_refuses_a_damaged_bundle_without_running_it(copy: Path) -> None:
+def test_verify_rejects_a_damaged_or_missing_bundle(copy: Path) -> None:
     (copy / "vae_decoder/model.onnx").write_bytes(b"")
-    require_refusal(verify(copy), 3, "vae_decoder/model.onnx: expected ")
-    require_refusal(verify("nowhere"), 3, "expected a bundle (a folder with manifest.json) at nowhere")
-    require_refusal(verify(), 2, "expected a bundle in --bundle, $TPX_BUNDLE or ")
+    assert_error(verify(copy), 3, "vae_decoder/model.onnx: expected ")
+    assert_error(verify("nowhere"), 3, "expected a bundle (a folder with manifest.json) at nowhere")
+    assert_error(verify(), 2, "expected a bundle in --bundle, $TPX_BUNDLE or ")
 
 
-def test_verify_of_all_engines_goes_on_after_one_that_cannot_or_fails(
+def test_verify_all_engines_continues_after_unusable_and_failing_engines(
     fake_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(inputs: object) -> dict[str, np.ndarray]:
+    def fail(inputs: object) -> dict[str, np.ndarray]:
         raise EngineFailed("depth-2.onnx: refused")
 
-    def twice(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def doubled(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return {"latents": 2 * vae_encoder(inputs)["latents"]}
 
     unusable = FakeEngine(name="unusable", reason="expected luck, found none")
-    refusing = FakeEngine({"transformer/depth-2.onnx": refuse}, name="refusing")
-    wrong = FakeEngine({"vae_encoder/model.onnx": twice}, name="wrong")
+    failing = FakeEngine({"transformer/depth-2.onnx": fail}, name="refusing")
+    wrong = FakeEngine({"vae_encoder/model.onnx": doubled}, name="wrong")
     good = FakeEngine(name="good")
 
     def verify_on(*engines: FakeEngine) -> Result:
         monkeypatch.setattr("tpx_runtime.engine.ENGINES", {engine.name: engine for engine in engines})
         return verify(fake_bundle, "--all-engines")
 
-    result = verify_on(unusable, refusing, wrong, good)
+    result = verify_on(unusable, failing, wrong, good)
     assert result.exit_code == 5
     assert result.stderr == "error: depth-2.onnx: refused\n"
     head, *blocks = result.stdout.rstrip().split("\n\n")
@@ -1068,22 +1082,20 @@ def test_verify_of_all_engines_goes_on_after_one_that_cannot_or_fails(
     assert result.stderr.startswith("error: expected one of the engines ")
 
 
-def test_verify_of_all_engines_names_none(fake_bundle: Path) -> None:
-    require_refusal(
+def test_verify_rejects_all_engines_together_with_engine(fake_bundle: Path) -> None:
+    assert_error(
         verify(fake_bundle, "--all-engines", "--engine", "openvino"),
         2,
         "expected --engine or --all-engines, found both",
     )
 
 
-def test_verify_knows_an_engine_that_is_none_before_it_reads_the_bundle(fake_bundle: Path) -> None:
+def test_verify_rejects_an_unknown_engine_before_opening_the_bundle(fake_bundle: Path) -> None:
     (fake_bundle / "manifest.json").unlink()
-    require_refusal(verify(fake_bundle, "--engine", "luck"), 2, "expected an engine of auto, ")
+    assert_error(verify(fake_bundle, "--engine", "luck"), 2, "expected an engine of auto, ")
 
 
-def test_verify_of_all_engines_tries_every_engine_there_is(
-    fake_bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_verify_all_engines_tries_every_engine(fake_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Engine, "problem", lambda self: f"no {self.package}")
     result = verify(fake_bundle, "--all-engines")
     assert [name for name in ENGINES if f"\n{name}\nnot usable: no " in result.stdout] == list(ENGINES)
@@ -1094,7 +1106,7 @@ def test_verify_can_be_interrupted(fake_bundle: Path, monkeypatch: pytest.Monkey
     def interrupt(inputs: object) -> dict[str, np.ndarray]:
         raise KeyboardInterrupt
 
-    fake(monkeypatch, FakeEngine({"vae_decoder/model.onnx": interrupt}))
+    use_engine(monkeypatch, FakeEngine({"vae_decoder/model.onnx": interrupt}))
     result = verify(fake_bundle)
     assert result.exit_code == 130
     assert result.stderr.splitlines()[-1].startswith("error: cancelled")
@@ -1107,8 +1119,8 @@ def info(*arguments: object) -> Result:
     return CliRunner().invoke(cli.info, [str(argument) for argument in arguments])
 
 
-def test_info_says_what_runs_here_what_auto_takes_and_what_the_bundle_is(
-    bundled: Path, monkeypatch: pytest.MonkeyPatch
+def test_info_shows_usable_engines_the_auto_choice_and_the_bundle(
+    default_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engines = {name: replace(ENGINES["onnxruntime"], name=name) for name in ("away", "first", "second")}
     monkeypatch.setattr("tpx_runtime.info.ENGINES", engines)
@@ -1120,7 +1132,7 @@ def test_info_says_what_runs_here_what_auto_takes_and_what_the_bundle_is(
     assert lines["tpx"].startswith(f"tpx {tpx_runtime.__version__}, Python 3.")
     assert lines["away"].split(maxsplit=1)[1] == "no   expected a driver, found none"
     assert "selected by --engine auto" in lines["first"] and "auto" not in lines["second"]
-    opened = Bundle.open(bundled)
+    opened = Bundle.open(default_bundle)
     assert lines["identity"].split()[1] == opened.hash
     assert lines["outputs"].split(maxsplit=1)[1] == "64x64 pixels, predicts velocity"
     assert lines["thinking"].endswith("depth 1, 2, 3")
@@ -1128,22 +1140,22 @@ def test_info_says_what_runs_here_what_auto_takes_and_what_the_bundle_is(
     assert lines["inputs"].endswith(", image-to-image")
 
 
-def test_info_needs_no_bundle_but_refuses_one_that_is_none(elsewhere: Path) -> None:
+def test_info_needs_no_bundle_but_rejects_a_path_that_is_not_one(workdir: Path) -> None:
     result = info()
     assert result.exit_code == 0
     assert "\nno bundle: expected a bundle in " in result.stdout
     result = info("nothing-here")
     assert result.exit_code == 3
-    assert "onnxruntime " in result.stdout  # all the same
+    assert "onnxruntime " in result.stdout  # listed nevertheless
     assert result.stderr.startswith("error: expected a bundle (a folder with manifest.json) at nothing-here")
 
 
-def test_info_offers_images_to_start_from_where_they_can_be_drawn(classes: Path) -> None:
+def test_info_offers_no_image_to_image_for_a_class_conditional_bundle(classes: Path) -> None:
     (line,) = [line for line in info(classes).stdout.splitlines() if line.startswith("inputs")]
     assert line.endswith("classes 0 to 12")
 
 
-def test_info_counts_what_was_compiled(tiny_bundle: Path, tmp_path: Path) -> None:
+def test_info_shows_the_size_of_the_compiled_engines(tiny_bundle: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(tiny_bundle, copy)
     assert f"compiled{'':<10}nothing" in info(copy).stdout
@@ -1152,10 +1164,14 @@ def test_info_counts_what_was_compiled(tiny_bundle: Path, tmp_path: Path) -> Non
     assert f"{tmp_path / 'copy.engines'}, 2.5 MB (safe to delete)" in info(copy).stdout
 
 
-def test_every_command_says_its_version() -> None:
+def test_every_command_prints_its_version() -> None:
     scripts = entry_points(group="console_scripts")
-    mine = {one.name: one.load() for one in scripts if one.dist is not None and one.dist.name == "tpx"}
-    assert {"tpx-run", "tpx-info", "tpx-export", "tpx-eval"} <= mine.keys()
-    for name, command in mine.items():
+    commands = {
+        script.name: script.load()
+        for script in scripts
+        if script.dist is not None and script.dist.name == "tpx"
+    }
+    assert {"tpx-run", "tpx-info", "tpx-export", "tpx-eval"} <= commands.keys()
+    for name, command in commands.items():
         result = CliRunner().invoke(command, ["--version"])
         assert (result.exit_code, result.stdout) == (0, f"tpx {tpx_runtime.__version__}\n"), name

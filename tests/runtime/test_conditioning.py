@@ -1,4 +1,4 @@
-"""What the transformer is told: SD3's rule for several encoders, classes, memory, and what is remembered."""
+"""Conditioning of the transformer: several text encoders as in Stable Diffusion 3, classes, memory and caching."""
 
 import warnings
 from dataclasses import replace
@@ -40,100 +40,101 @@ def ids_of(words: str, tokens: int) -> list[int]:
     return framed + [0] * (tokens - len(framed))
 
 
-def said(words: list[str]) -> Arrays:
-    """Stable Diffusion 3's rule, step by step as its authors' pipeline has it."""
+def expected_conditioning(prompts: list[str]) -> Arrays:
+    """The conditioning of Stable Diffusion 3, computed step by step as in its authors' pipeline."""
     ids = {
-        spec: np.array([ids_of(text, spec.tokens) for text in words]) for spec in THREE_ENCODERS.text_encoders
+        spec: np.array([ids_of(prompt, spec.tokens) for prompt in prompts])
+        for spec in THREE_ENCODERS.text_encoders
     }
-    one, two, three_encoders = (encoder(spec)({"ids": ids[spec]}) for spec in THREE_ENCODERS.text_encoders)
-    clip = np.concatenate([one["context"], two["context"]], axis=-1)
-    clip = np.pad(clip, ((0, 0), (0, 0), (0, three_encoders["context"].shape[-1] - clip.shape[-1])))
+    first, second, third = (encoder(spec)({"ids": ids[spec]}) for spec in THREE_ENCODERS.text_encoders)
+    clip = np.concatenate([first["context"], second["context"]], axis=-1)
+    clip = np.pad(clip, ((0, 0), (0, 0), (0, third["context"].shape[-1] - clip.shape[-1])))
     return {
-        "context": np.concatenate([clip, three_encoders["context"]], axis=-2),
-        "pooled": np.concatenate([one["pooled"], two["pooled"]], axis=-1),
+        "context": np.concatenate([clip, third["context"]], axis=-2),
+        "pooled": np.concatenate([first["pooled"], second["pooled"]], axis=-1),
     }
 
 
-# Joining the encoders' answers
+# Combining the encoders' outputs
 
 
-def test_contexts_that_pool_lie_side_by_side_and_the_other_below() -> None:
-    one, two, three_encoders = normal(2, 8, 5), normal(2, 8, 7), normal(2, 13, 16)
-    pooled_one, pooled_two = normal(2, 9), normal(2, 10)
-    made = combine([(one, pooled_one), (two, pooled_two), (three_encoders, None)], THREE_ENCODERS.model)
-    assert made["context"].shape == (2, 21, 16)
-    assert made["context"].dtype == made["pooled"].dtype == np.float32
-    np.testing.assert_array_equal(made["context"][:, :8, :5], one)
-    np.testing.assert_array_equal(made["context"][:, :8, 5:12], two)
-    assert not made["context"][:, :8, 12:].any()
-    np.testing.assert_array_equal(made["context"][:, 8:], three_encoders)
-    np.testing.assert_array_equal(made["pooled"][:, :9], pooled_one)
-    np.testing.assert_array_equal(made["pooled"][:, 9:], pooled_two)
+def test_combine_joins_pooling_encoders_by_width_and_others_by_tokens() -> None:
+    first, second, third = normal(2, 8, 5), normal(2, 8, 7), normal(2, 13, 16)
+    first_pooled, second_pooled = normal(2, 9), normal(2, 10)
+    combined = combine([(first, first_pooled), (second, second_pooled), (third, None)], THREE_ENCODERS.model)
+    assert combined["context"].shape == (2, 21, 16)
+    assert combined["context"].dtype == combined["pooled"].dtype == np.float32
+    np.testing.assert_array_equal(combined["context"][:, :8, :5], first)
+    np.testing.assert_array_equal(combined["context"][:, :8, 5:12], second)
+    assert not combined["context"][:, :8, 12:].any()
+    np.testing.assert_array_equal(combined["context"][:, 8:], third)
+    np.testing.assert_array_equal(combined["pooled"][:, :9], first_pooled)
+    np.testing.assert_array_equal(combined["pooled"][:, 9:], second_pooled)
 
 
-def test_an_encoder_that_pools_nothing_may_be_named_first() -> None:
-    one, two, three_encoders = (
+def test_combine_accepts_an_encoder_without_pooled_output_first() -> None:
+    first, second, third = (
         (normal(2, 8, 5), normal(2, 9)),
         (normal(2, 8, 7), normal(2, 10)),
         normal(2, 13, 16),
     )
-    expected = combine([one, two, (three_encoders, None)], THREE_ENCODERS.model)
-    made = combine([(three_encoders, None), one, two], THREE_ENCODERS.model)
-    np.testing.assert_array_equal(made["context"], expected["context"])
-    np.testing.assert_array_equal(made["pooled"], expected["pooled"])
+    expected = combine([first, second, (third, None)], THREE_ENCODERS.model)
+    combined = combine([(third, None), first, second], THREE_ENCODERS.model)
+    np.testing.assert_array_equal(combined["context"], expected["context"])
+    np.testing.assert_array_equal(combined["pooled"], expected["pooled"])
 
 
-def test_encoders_that_do_not_pool_lie_below_one_another() -> None:
+def test_combine_joins_encoders_without_pooled_output_by_tokens() -> None:
     width = THREE_ENCODERS.model.context_width
     model = replace(THREE_ENCODERS.model, context_tokens=9)
-    one, three_encoders, four = (
+    first, second, third = (
         (normal(2, 3, 4), normal(2, 3)),
         normal(2, 2, width),
         normal(2, 3, width),
     )
-    context = combine([one, (three_encoders, None), (four, None)], model)["context"]
-    np.testing.assert_array_equal(context[:, 3:5], three_encoders)
-    np.testing.assert_array_equal(context[:, 5:8], four)
+    context = combine([first, (second, None), (third, None)], model)["context"]
+    np.testing.assert_array_equal(context[:, 3:5], second)
+    np.testing.assert_array_equal(context[:, 5:8], third)
     assert not context[:, 8:].any() and not context[:, :3, 4:].any()
 
 
-def test_a_single_encoder_says_what_it_says(tiny_bundle: Path) -> None:
+def test_combine_leaves_the_output_of_a_single_encoder_unchanged(tiny_bundle: Path) -> None:
     context, pooled = normal(3, 12, 32), normal(3, 32)
-    made = combine([(context, pooled)], Bundle.open(tiny_bundle, verify=False).manifest.model)
-    np.testing.assert_array_equal(made["context"], context)
-    np.testing.assert_array_equal(made["pooled"], pooled)
+    combined = combine([(context, pooled)], Bundle.open(tiny_bundle, verify=False).manifest.model)
+    np.testing.assert_array_equal(combined["context"], context)
+    np.testing.assert_array_equal(combined["pooled"], pooled)
 
 
-def test_prompts_are_told_by_three_encoders(three_encoders: Path, engine: FakeEngine) -> None:
-    made = conditioner(three_encoders, engine)(["red cube", "a blue sphere", "red cube"])
-    expected = said(["red cube", "a blue sphere", "red cube"])
-    np.testing.assert_array_equal(made["context"], expected["context"])
-    np.testing.assert_array_equal(made["pooled"], expected["pooled"])
+def test_three_encoders_encode_each_distinct_prompt_once(three_encoders: Path, engine: FakeEngine) -> None:
+    outputs = conditioner(three_encoders, engine)(["red cube", "a blue sphere", "red cube"])
+    expected = expected_conditioning(["red cube", "a blue sphere", "red cube"])
+    np.testing.assert_array_equal(outputs["context"], expected["context"])
+    np.testing.assert_array_equal(outputs["pooled"], expected["pooled"])
     assert [len(inputs["ids"]) for _, inputs in engine.calls] == [2, 2, 2]
 
 
-def test_no_prompt_is_an_empty_one(three_encoders: Path, engine: FakeEngine) -> None:
-    made = conditioner(three_encoders, engine)([None])
-    np.testing.assert_array_equal(made["context"], said([""])["context"])
+def test_none_is_encoded_as_the_empty_prompt(three_encoders: Path, engine: FakeEngine) -> None:
+    outputs = conditioner(three_encoders, engine)([None])
+    np.testing.assert_array_equal(outputs["context"], expected_conditioning([""])["context"])
 
 
-def test_t5_left_out_leaves_zeros(three_encoders: Path, engine: FakeEngine) -> None:
-    without = conditioner(three_encoders, engine, t5=False)
-    made, expected = without(["red cube"]), said(["red cube"])
-    assert made["context"].shape == (1, 21, 16)
-    np.testing.assert_array_equal(made["context"][:, :8], expected["context"][:, :8])
-    assert not made["context"][:, 8:].any()
-    np.testing.assert_array_equal(made["pooled"], expected["pooled"])
+def test_leaving_out_t5_leaves_zeros_in_its_place(three_encoders: Path, engine: FakeEngine) -> None:
+    without_t5 = conditioner(three_encoders, engine, t5=False)
+    outputs, expected = without_t5(["red cube"]), expected_conditioning(["red cube"])
+    assert outputs["context"].shape == (1, 21, 16)
+    np.testing.assert_array_equal(outputs["context"][:, :8], expected["context"][:, :8])
+    assert not outputs["context"][:, 8:].any()
+    np.testing.assert_array_equal(outputs["pooled"], expected["pooled"])
     assert engine.opened == ["text_encoder/model.onnx", "text_encoder_2/model.onnx"]
-    assert without.left_out == ["text_encoder_3"]
+    assert without_t5.left_out == ["text_encoder_3"]
 
 
-def test_the_image_without_t5_is_another_and_says_so(three_encoders: Path, engine: FakeEngine) -> None:
+def test_an_image_without_t5_differs_and_records_it(three_encoders: Path, engine: FakeEngine) -> None:
     bundle = Bundle.open(three_encoders)
-    whole, without = (Generator(bundle, engine, t5)("red cube")[0] for t5 in (True, False))  # type: ignore[arg-type]
-    assert (np.asarray(whole) != np.asarray(without)).any()
-    assert '"left_out": ["text_encoder_3"]' in without.info["tpx"]
-    assert "left_out" not in whole.info["tpx"]
+    with_t5, without_t5 = (Generator(bundle, engine, t5)("red cube")[0] for t5 in (True, False))  # type: ignore[arg-type]
+    assert (np.asarray(with_t5) != np.asarray(without_t5)).any()
+    assert '"left_out": ["text_encoder_3"]' in without_t5.info["tpx"]
+    assert "left_out" not in with_t5.info["tpx"]
 
 
 def test_the_vocabulary_of_every_encoder_is_checked(three_encoders: Path, engine: FakeEngine) -> None:
@@ -153,7 +154,7 @@ def test_the_vocabulary_of_every_encoder_is_checked(three_encoders: Path, engine
         ("text_encoder_3", "context", r"\(1, 13, 16\)"),
     ],
 )
-def test_an_answer_of_another_shape_is_refused(
+def test_rejects_an_encoder_output_of_the_wrong_shape(
     three_encoders: Path, engine: FakeEngine, path: str, key: str, shape: str
 ) -> None:
     function = engine.functions[f"{path}/model.onnx"]
@@ -164,68 +165,69 @@ def test_an_answer_of_another_shape_is_refused(
         conditioner(three_encoders, engine)(["red cube"])
 
 
-# What is kept
+# Caching and memory
 
 
 def test_a_prompt_is_encoded_once(three_encoders: Path, engine: FakeEngine) -> None:
-    tell = conditioner(three_encoders, engine)
-    first = tell(["red cube", None])
-    again = tell([None, "red cube", "a sphere"])
+    encode = conditioner(three_encoders, engine)
+    first = encode(["red cube", None])
+    again = encode([None, "red cube", "a sphere"])
     assert [len(inputs["ids"]) for _, inputs in engine.calls] == [2, 2, 2, 1, 1, 1]
     np.testing.assert_array_equal(first["context"][0], again["context"][1])
-    again["context"][:] = 7  # what is handed out is the caller's own
-    np.testing.assert_array_equal(tell(["red cube"])["context"], first["context"][:1])
+    again["context"][:] = 7  # the returned arrays are copies
+    np.testing.assert_array_equal(encode(["red cube"])["context"], first["context"][:1])
     assert len(engine.calls) == 6
 
 
-def test_only_the_latest_prompts_are_kept(
+def test_only_the_most_recent_prompts_are_cached(
     three_encoders: Path, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(conditioning, "_MAX_CACHED_PROMPTS", 2)
-    tell = conditioner(three_encoders, engine, t5=False)
+    encode = conditioner(three_encoders, engine, t5=False)
 
-    def encoded(*prompts: str | None) -> bool:
+    def runs_encoders(*prompts: str | None) -> bool:
         before = len(engine.calls)
-        tell(prompts)
+        encode(prompts)
         return len(engine.calls) > before
 
-    assert encoded("red cube", None)
-    assert encoded("a sphere", None)
-    assert not encoded("a sphere", None)
-    assert encoded("red cube", None)
-    assert not encoded("red cube", None)  # what every batch needs is not the oldest for having come first
-    assert encoded("red", "blue", "two", "cube")  # more at once than are kept
-    assert not encoded("cube")
+    assert runs_encoders("red cube", None)
+    assert runs_encoders("a sphere", None)
+    assert not runs_encoders("a sphere", None)
+    assert runs_encoders("red cube", None)
+    # None, which every call uses, is not evicted although it was the first to be cached.
+    assert not runs_encoders("red cube", None)
+    assert runs_encoders("red", "blue", "two", "cube")  # more than the cache holds
+    assert not runs_encoders("cube")
 
 
-def test_encoders_are_opened_when_first_used_and_kept(three_encoders: Path, engine: FakeEngine) -> None:
-    tell = conditioner(three_encoders, engine)
+def test_encoders_are_opened_on_first_use_and_kept(three_encoders: Path, engine: FakeEngine) -> None:
+    encode = conditioner(three_encoders, engine)
     assert engine.opened == []
-    tell(["red cube"])
-    tell(["a sphere"])
+    encode(["red cube"])
+    encode(["a sphere"])
     assert engine.opened == [f"text_encoder{number}/model.onnx" for number in ("", "_2", "_3")]
     assert engine.alive == engine.opened
 
 
 @pytest.mark.parametrize(("memory", "kept"), [(599, False), (600, False), (601, True), (None, True)])
-def test_encoders_of_over_half_of_the_memory_are_released_one_by_one(
+def test_encoders_larger_than_half_the_memory_are_released_one_by_one(
     three_encoders: Path,
     engine: FakeEngine,
     monkeypatch: pytest.MonkeyPatch,
     memory: int | None,
     kept: bool,
 ) -> None:
-    """The three encoder graphs have 100 bytes each."""
+    """Each of the three encoder graphs has 100 bytes."""
     monkeypatch.setattr(conditioning, "available_bytes", lambda: memory)
     alive: list[int] = []
     open_graph = engine.open
     monkeypatch.setattr(engine, "open", lambda path: (alive.append(len(engine.alive)), open_graph(path))[1])
-    made = conditioner(three_encoders, engine)(["red cube"])
+    outputs = conditioner(three_encoders, engine)(["red cube"])
     assert alive == ([0, 1, 2] if kept else [0, 0, 0])
-    np.testing.assert_array_equal(made["context"], said(["red cube"])["context"])
+    np.testing.assert_array_equal(outputs["context"], expected_conditioning(["red cube"])["context"])
 
 
-def test_little_memory_changes_no_image_and_loads_each_encoder_once(
+def test_low_memory_changes_no_image_and_loads_each_encoder_once(
     three_encoders: Path, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = Bundle.open(three_encoders)
@@ -241,20 +243,20 @@ def test_little_memory_changes_no_image_and_loads_each_encoder_once(
     assert engine.alive == [*transformers, "vae_decoder/model.onnx"]
 
 
-def test_memory_is_asked_without_the_encoder_that_is_left_out(
+def test_the_memory_check_ignores_an_encoder_that_is_left_out(
     three_encoders: Path, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(conditioning, "available_bytes", lambda: 401)
-    tell = conditioner(three_encoders, engine, t5=False)
-    tell(["red cube"])
+    encode = conditioner(three_encoders, engine, t5=False)
+    encode(["red cube"])
     assert len(engine.alive) == 2
 
 
 # Prompts that are too long
 
 
-class Short:
-    """A tokenizer that cuts, as CLIP's does: a word is a token."""
+class TruncatingTokenizer:
+    """A tokenizer that truncates, as CLIP's does; each word is a token."""
 
     def __init__(self, text_tokens: int) -> None:
         self.text_tokens = text_tokens
@@ -269,10 +271,12 @@ class Short:
 
 
 @pytest.fixture
-def cutting(three_encoders: Path, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> Generator:
-    """Of three encoders two read 8 words, the third 13."""
+def truncating(three_encoders: Path, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> Generator:
+    """A generator with three encoders, of which two read 8 words and the third 13."""
     lengths = {spec.tokenizer: spec.tokens for spec in THREE_ENCODERS.text_encoders}
-    monkeypatch.setattr(conditioning, "load_tokenizer", lambda path: Short(lengths[path.parent.name]))
+    monkeypatch.setattr(
+        conditioning, "load_tokenizer", lambda path: TruncatingTokenizer(lengths[path.parent.name])
+    )
     return Generator(Bundle.open(three_encoders), engine)  # type: ignore[arg-type]
 
 
@@ -292,35 +296,33 @@ def cutting(three_encoders: Path, engine: FakeEngine, monkeypatch: pytest.Monkey
         ),
     ],
 )
-def test_a_prompt_that_is_cut_short_is_worth_a_notice(
-    cutting: Generator, words: int, notice: str | None
-) -> None:
+def test_a_truncated_prompt_gives_one_warning(truncating: Generator, words: int, notice: str | None) -> None:
     prompt = " ".join(["word"] * words)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        jobs = cutting.plan([prompt, prompt], num_images=2)
+        jobs = truncating.plan([prompt, prompt], num_images=2)
     assert len(jobs) == 4
     assert [str(warning.message) for warning in caught] == ([notice] if notice else [])
     assert all(warning.category is PromptTruncated for warning in caught)
-    assert all(warning.filename == __file__ for warning in caught)  # where the caller is told to look
+    assert all(warning.filename == __file__ for warning in caught)  # points at the caller's line
 
 
-def test_a_negative_prompt_is_noticed_once_for_all_prompts(cutting: Generator) -> None:
+def test_a_truncated_negative_prompt_gives_one_warning_for_all_prompts(truncating: Generator) -> None:
     with pytest.warns(PromptTruncated) as caught:
-        cutting.plan(["red cube", "a sphere"], negative_prompt="no " * 9)
+        truncating.plan(["red cube", "a sphere"], negative_prompt="no " * 9)
     assert len(caught) == 1
 
 
-def test_drawing_what_was_planned_says_nothing_more(cutting: Generator) -> None:
+def test_generating_planned_jobs_gives_no_further_warning(truncating: Generator) -> None:
     with pytest.warns(PromptTruncated):
-        jobs = cutting.plan("word " * 9)
-    assert len(cutting.generate(jobs)) == 1  # a warning would be an error here
+        jobs = truncating.plan("word " * 9)
+    assert len(truncating.generate(jobs)) == 1  # a warning would be an error here
 
 
 # Classes
 
 
-def test_classes_become_numbers_and_none_the_one_after_the_last() -> None:
-    made = ClassConditioner(13)([3, None, 0, 12])
-    assert made["class_id"].dtype == np.int64
-    np.testing.assert_array_equal(made["class_id"], [3, 13, 0, 12])
+def test_classes_become_ids_and_none_becomes_the_null_class() -> None:
+    outputs = ClassConditioner(13)([3, None, 0, 12])
+    assert outputs["class_id"].dtype == np.int64
+    np.testing.assert_array_equal(outputs["class_id"], [3, 13, 0, 12])

@@ -1,6 +1,6 @@
-"""Diffusion samplers: DiT's own sampling written out once more in torch, diffusers where it means the same, closed forms.
+"""Diffusion samplers against DiT's sampling reimplemented in torch, diffusers where it is equivalent, and closed forms.
 
-`respaced_betas` to `original_sample` are the reference: respacing, posterior and learned variance in the terms of DiT's
+`original_timesteps` and `original_sample` are the reference: respacing, posterior and learned variance in the terms of DiT's
 sampling (Nichol and Dhariwal, 2102.09672), with float32 coefficients as there.
 """
 
@@ -40,11 +40,11 @@ def noise_of(seeds: list[int], shape: tuple[int, ...]) -> Callable[[int], Array]
 
 
 def original_timesteps(steps: int) -> list[int]:
-    place, found = 0.0, set()
+    position, timesteps = 0.0, set()
     for _ in range(steps):
-        found.add(round(place))
-        place += 999 / (steps - 1) if steps > 1 else 1
-    return sorted(found)
+        timesteps.add(round(position))
+        position += 999 / (steps - 1) if steps > 1 else 1
+    return sorted(timesteps)
 
 
 def original_sample(
@@ -54,28 +54,28 @@ def original_sample(
     noise_at: Callable[[int], Tensor],
     learned: bool = True,
 ) -> Iterator[Tensor]:
-    use = original_timesteps(steps)
-    last, betas = 1.0, []
-    for t in use:
-        betas.append(1 - ABAR[t] / last)
-        last = ABAR[t]
+    timesteps = original_timesteps(steps)
+    previous_abar, betas = 1.0, []
+    for t in timesteps:
+        betas.append(1 - ABAR[t] / previous_abar)
+        previous_abar = ABAR[t]
     beta = np.array(betas)
     abar = np.cumprod(1 - beta)
     abar_prev = np.append(1.0, abar[:-1])
     variance = beta * (1 - abar_prev) / (1 - abar)
-    log_least = np.log(np.append(variance[1], variance[1:]))
-    log_most = np.log(beta)
+    log_min_variance = np.log(np.append(variance[1], variance[1:]))
+    log_max_variance = np.log(beta)
     for count, i in enumerate(reversed(range(steps)), start=1):
-        out = model(x, torch.full((len(x),), use[i]))
+        out = model(x, torch.full((len(x),), timesteps[i]))
         eps = out[:, : x.shape[1]]
         x0 = float(np.float32(np.sqrt(1 / abar[i]))) * x - float(np.float32(np.sqrt(1 / abar[i] - 1))) * eps
         c0 = np.float32(beta[i] * np.sqrt(abar_prev[i]) / (1 - abar[i]))
         cx = np.float32((1 - abar_prev[i]) * np.sqrt(1 - beta[i]) / (1 - abar[i]))
         mean = float(c0) * x0 + float(cx) * x
         if learned:
-            share = (out[:, x.shape[1] :] + 1) / 2
-            log_variance = share * float(np.float32(log_most[i])) + (1 - share) * float(
-                np.float32(log_least[i])
+            fraction = (out[:, x.shape[1] :] + 1) / 2
+            log_variance = fraction * float(np.float32(log_max_variance[i])) + (1 - fraction) * float(
+                np.float32(log_min_variance[i])
             )
         else:  # "fixed large"
             log_variance = torch.full_like(x, np.log(np.append(variance[1], beta[1:]))[i])
@@ -85,7 +85,7 @@ def original_sample(
 
 
 def wavy(x: Tensor, t: Tensor) -> Tensor:
-    """Epsilon and variance without meaning, curved in x and in time, epsilon near x at high noise as a model's is."""
+    """An arbitrary epsilon and variance, nonlinear in x and time; epsilon is close to x at high noise, as a model's is."""
     time = t.to(x.dtype).reshape(-1, 1, 1, 1) / 1000
     eps = time * x + (1 - time) * torch.sin(2 * x + 3 * time)
     return torch.cat([eps, torch.cos(3 * x + time)], dim=1)
@@ -98,16 +98,16 @@ def in_numpy(model: Callable[[Tensor, Tensor], Tensor]) -> Model:
 # Schedules.
 
 
-def test_respacing_is_the_originals_for_every_count() -> None:
+def test_respacing_matches_the_original_for_every_number_of_steps() -> None:
     for steps in range(2, 1001):
-        found = respaced(steps)
-        assert found == original_timesteps(steps)
-        assert len(found) == steps
-        assert (found[0], found[-1]) == (0, 999)
+        timesteps = respaced(steps)
+        assert timesteps == original_timesteps(steps)
+        assert len(timesteps) == steps
+        assert (timesteps[0], timesteps[-1]) == (0, 999)
 
 
-def test_respacing_adds_the_stride_up() -> None:
-    """At 43 steps the 21st is 499.5, which the original's sum misses from below and a product meets."""
+def test_respacing_sums_the_stride_as_the_original_does() -> None:
+    """At 43 steps the 21st timestep is 499.5, but the original's running sum is slightly less; a product is exact."""
     assert respaced(43)[21] == 499
     assert round(21 * 999 / 42) == 500
 
@@ -118,7 +118,7 @@ def test_respacing_of_250_and_of_every_timestep() -> None:
     assert respaced(2) == [0, 999]
 
 
-def test_one_step_starts_where_the_noise_is() -> None:
+def test_a_single_step_starts_at_the_noisiest_timestep() -> None:
     """The original's rule would give timestep 0, which leaves noise as it is."""
     assert respaced(1) == [999]
     noise = gaussian_noise(0, (1, 2, 3, 3))
@@ -129,9 +129,9 @@ def test_one_step_starts_where_the_noise_is() -> None:
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 10, 43, 250, 999, 1000])
-def test_schedule_has_the_cumulative_products_of_the_betas(steps: int) -> None:
+def test_schedule_sigmas_come_from_the_cumulative_products_of_the_betas(steps: int) -> None:
     schedule = respaced_schedule(steps)
-    assert schedule == respaced_schedule(steps, 3.0)  # flows alone are shifted
+    assert schedule == respaced_schedule(steps, 3.0)  # the shift applies only to flow models
     assert schedule.timesteps == [float(t) for t in reversed(respaced(steps))]
     assert len(schedule.sigmas) == steps + 1
     assert schedule.sigmas[-1] == 0
@@ -144,24 +144,24 @@ def test_schedule_has_the_cumulative_products_of_the_betas(steps: int) -> None:
 
 @pytest.mark.parametrize("name", list(DIFFUSION_SAMPLERS))
 @pytest.mark.parametrize("steps", [1, 2, 7])
-def test_shows_the_model_the_original_timesteps_once_each(name: str, steps: int) -> None:
-    seen: list[float] = []
-    asked: list[int] = []
+def test_calls_the_model_once_at_each_timestep(name: str, steps: int) -> None:
+    timesteps: list[float] = []
+    noise_steps: list[int] = []
     noise = gaussian_noise(3, (2, 1, 2, 2))
     before = noise.copy()
 
     def prediction(x: Array, timestep: float) -> Array:
-        seen.append(timestep)
+        timesteps.append(timestep)
         return np.concatenate([x, 0 * x], axis=1)
 
     def noise_at(step: int) -> Array:
-        asked.append(step)
+        noise_steps.append(step)
         return batch_noise([3, 4], (1, 2, 2), step)
 
     sampler = DIFFUSION_SAMPLERS[name]
     path = list(sampler.denoise(prediction, noise, sampler.schedule(steps, 1.0), noise_at))
-    assert seen == [float(t) for t in reversed(respaced(steps))]
-    assert asked == (list(range(1, steps)) if name == "ddpm" else [])  # none at the last step
+    assert timesteps == [float(t) for t in reversed(respaced(steps))]
+    assert noise_steps == (list(range(1, steps)) if name == "ddpm" else [])  # none at the last step
     assert len(path) == steps
     assert all(x.dtype == np.float32 and x.shape == noise.shape for x in path)
     assert (noise == before).all()
@@ -172,7 +172,7 @@ def test_shows_the_model_the_original_timesteps_once_each(name: str, steps: int)
 
 @pytest.mark.parametrize("learned", [True, False])
 @pytest.mark.parametrize("steps", [2, 10, 43, 250])
-def test_ddpm_is_the_originals_sampling(steps: int, learned: bool) -> None:
+def test_ddpm_matches_the_original_sampling(steps: int, learned: bool) -> None:
     shape, seeds = (3, 4, 4), [1, 2]
     start, noise_at = batch_noise(seeds, shape), noise_of(seeds, shape)
 
@@ -189,12 +189,12 @@ def test_ddpm_is_the_originals_sampling(steps: int, learned: bool) -> None:
             learned,
         )
     )
-    for x, wanted in zip(found, expected, strict=True):
-        assert np.abs(x - wanted.numpy()).max() <= 1e-4 * np.abs(wanted.numpy()).max()
+    for x, reference in zip(found, expected, strict=True):
+        assert np.abs(x - reference.numpy()).max() <= 1e-4 * np.abs(reference.numpy()).max()
 
 
-def test_250_steps_with_guidance_on_three_channels_are_the_originals() -> None:
-    """DiT's forward_with_cfg guides epsilon of channels 0..2; channel 3 and the variances stay the conditional branch's."""
+def test_ddpm_with_guidance_on_three_channels_matches_the_original() -> None:
+    """DiT's forward_with_cfg guides epsilon in channels 0..2; channel 3 and the variances are the conditional branch's."""
     shape, seeds = (4, 3, 3), [5, 6]
     start, noise_at = batch_noise(seeds, shape), noise_of(seeds, shape)
 
@@ -202,28 +202,28 @@ def test_250_steps_with_guidance_on_three_channels_are_the_originals() -> None:
         return wavy(x, t) + (0.1 * torch.sin(x.repeat(1, 2, 1, 1)) if conditional else 0.0)
 
     def original(x: Tensor, t: Tensor) -> Tensor:
-        half = x[: len(x) // 2]  # the copies of x in both halves start from the first
-        given, free = branch(half, t[: len(half)], True), branch(half, t[: len(half)], False)
-        eps = free[:, :3] + 4.0 * (given[:, :3] - free[:, :3])
-        return torch.cat([torch.cat([eps, given[:, 3:]], 1), torch.cat([eps, free[:, 3:]], 1)])
+        half = x[: len(x) // 2]  # both branches start from the first half
+        cond, uncond = branch(half, t[: len(half)], True), branch(half, t[: len(half)], False)
+        eps = uncond[:, :3] + 4.0 * (cond[:, :3] - uncond[:, :3])
+        return torch.cat([torch.cat([eps, cond[:, 3:]], 1), torch.cat([eps, uncond[:, 3:]], 1)])
 
     def prediction(x: Array, t: float) -> Array:
-        given, free = (in_numpy(lambda x, t, c=c: branch(x, t, c))(x, t) for c in (True, False))
-        return apply_guidance(free, given, 4.0, 3)
+        cond, uncond = (in_numpy(lambda x, t, c=c: branch(x, t, c))(x, t) for c in (True, False))
+        return apply_guidance(uncond, cond, 4.0, 3)
 
     *_, found = ddpm(prediction, start, respaced_schedule(250), noise_at)
-    twice = torch.from_numpy(np.concatenate([start, start])).double()
+    doubled = torch.from_numpy(np.concatenate([start, start])).double()
     *_, expected = original_sample(
-        original, twice, 250, lambda step: torch.from_numpy(noise_at(step)).double().repeat(2, 1, 1, 1)
+        original, doubled, 250, lambda step: torch.from_numpy(noise_at(step)).double().repeat(2, 1, 1, 1)
     )
-    wanted = expected[:2].numpy()
-    assert np.abs(found - wanted).max() <= 1e-4 * np.abs(wanted).max()
+    reference = expected[:2].numpy()
+    assert np.abs(found - reference).max() <= 1e-4 * np.abs(reference).max()
 
 
 @pytest.mark.parametrize("steps", [10, 50, 250])
 def test_ddpm_agrees_with_diffusers(steps: int) -> None:
-    """DDPMScheduler steps between the timesteps that it visits; with spacing "linspace" these are the original's, but for
-    rounded halves, which these counts have not."""
+    """DDPMScheduler steps between the timesteps that it visits. With spacing "linspace" these are the original ones,
+    except where halves are rounded, which does not occur for these numbers of steps."""
     from diffusers import DDPMScheduler
 
     scheduler = DDPMScheduler(
@@ -232,13 +232,13 @@ def test_ddpm_agrees_with_diffusers(steps: int) -> None:
     scheduler.set_timesteps(steps)
     schedule = respaced_schedule(steps)
     assert scheduler.timesteps.tolist() == schedule.timesteps
-    generator, same = torch.Generator().manual_seed(0), torch.Generator().manual_seed(0)
+    generator, same_generator = torch.Generator().manual_seed(0), torch.Generator().manual_seed(0)
     start = torch.from_numpy(gaussian_noise(1, (2, 3, 4, 4)))
     path = ddpm(
         in_numpy(wavy),
         start.numpy(),
         schedule,
-        lambda step: torch.randn(start.shape, generator=same).numpy(),
+        lambda step: torch.randn(start.shape, generator=same_generator).numpy(),
     )
     x = start
     for timestep, found in zip(scheduler.timesteps, path, strict=True):
@@ -246,35 +246,36 @@ def test_ddpm_agrees_with_diffusers(steps: int) -> None:
         assert np.abs(found - x.numpy()).max() <= 2e-4 * x.abs().max()
 
 
-MEAN, SPREAD = 0.4, 0.6  # of the data, in a world where all pixels are normal
+# The mean and standard deviation of data in which all pixels are normally distributed.
+MEAN, DEVIATION = 0.4, 0.6
 
 
-def exact(x: Array, timestep: float, schedule_steps: int) -> Array:
-    """Epsilon of normal data, and the range at which a respaced step has the variance of the true reverse step."""
+def exact_model(x: Array, timestep: float, schedule_steps: int) -> Array:
+    """The exact epsilon of normal data, and the output that gives a respaced step the variance of the true reverse step."""
     t = int(timestep)
-    rising = respaced(schedule_steps)
-    place = rising.index(t)
-    abar, next_abar = ABAR[t], ABAR[rising[place - 1]] if place else 1.0
-    total = abar * SPREAD**2 + 1 - abar
-    eps = math.sqrt(1 - abar) * (x - math.sqrt(abar) * MEAN) / total
+    timesteps = respaced(schedule_steps)
+    index = timesteps.index(t)
+    abar, next_abar = ABAR[t], ABAR[timesteps[index - 1]] if index else 1.0
+    variance = abar * DEVIATION**2 + 1 - abar
+    eps = math.sqrt(1 - abar) * (x - math.sqrt(abar) * MEAN) / variance
     beta = 1 - abar / next_abar
     posterior = beta * (1 - next_abar) / (1 - abar)
-    spread_of_x0 = SPREAD**2 * (1 - abar) / total
-    true = posterior + (beta * math.sqrt(next_abar) / (1 - abar)) ** 2 * spread_of_x0
-    share = math.log(true / posterior) / math.log(beta / posterior) if place else 0.5
-    assert 0 <= share <= 1
-    return np.concatenate([eps, np.full_like(x, 2 * share - 1)], axis=1)
+    variance_of_x0 = DEVIATION**2 * (1 - abar) / variance
+    true_variance = posterior + (beta * math.sqrt(next_abar) / (1 - abar)) ** 2 * variance_of_x0
+    fraction = math.log(true_variance / posterior) / math.log(beta / posterior) if index else 0.5
+    assert 0 <= fraction <= 1
+    return np.concatenate([eps, np.full_like(x, 2 * fraction - 1)], axis=1)
 
 
 @pytest.mark.parametrize("steps", [5, 250])
-def test_samples_of_an_exact_model_have_the_datas_statistics(steps: int) -> None:
-    """With the exact epsilon and variance every step is exact whatever its width: the marginals are N(alpha m, alpha^2 s^2 +
-    sigma^2). Bound: five standard errors of 16,384 values, and what the start (N(0, 1), not quite q) and the noiseless
-    last step (abar_0 = 0.9999) leave, 0.003."""
+def test_samples_of_an_exact_model_have_the_statistics_of_the_data(steps: int) -> None:
+    """With the exact epsilon and variance, steps of any size are exact: the marginals are N(alpha m, alpha^2 s^2 + sigma^2).
+    Tolerance: five standard errors of 16,384 values, plus 0.003 for the approximate start (N(0, 1) instead of q) and for
+    the last step without noise (abar_0 = 0.9999)."""
     shape, seeds = (1, 64, 64), [10, 11, 12, 13]
     schedule = respaced_schedule(steps)
     path = ddpm(
-        lambda x, t: exact(x, t, steps).astype(np.float32),
+        lambda x, t: exact_model(x, t, steps).astype(np.float32),
         batch_noise(seeds, shape),
         schedule,
         noise_of(seeds, shape),
@@ -282,7 +283,7 @@ def test_samples_of_an_exact_model_have_the_datas_statistics(steps: int) -> None
     count = len(seeds) * math.prod(shape)
     for x, sigma in zip(path, schedule.sigmas[1:], strict=True):
         alpha = math.sqrt(1 - sigma**2)
-        deviation = math.hypot(alpha * SPREAD, sigma)
+        deviation = math.hypot(alpha * DEVIATION, sigma)
         assert abs(x.mean() - alpha * MEAN) < 5 * deviation / math.sqrt(count) + 0.003
         assert abs(x.std() - deviation) < 5 * deviation / math.sqrt(2 * count) + 0.003
     standard = (x - x.mean()) / x.std()
@@ -292,14 +293,14 @@ def test_samples_of_an_exact_model_have_the_datas_statistics(steps: int) -> None
     assert abs(neighbours) < 5 / math.sqrt(count)
 
 
-@pytest.mark.parametrize("share", [-1.0, 1.0])
-def test_learned_range_ends_at_the_posteriors_variance_and_at_beta(share: float) -> None:
+@pytest.mark.parametrize("output", [-1.0, 1.0])
+def test_learned_variance_ranges_from_the_posterior_variance_to_beta(output: float) -> None:
     timesteps = [700, 400, 0]
     a, b = ABAR[700], ABAR[400]
     beta = 1 - a / b
-    variance = beta if share == 1 else beta * (1 - b) / (1 - a)
+    variance = beta if output == 1 else beta * (1 - b) / (1 - a)
     x = np.zeros((1, 1, 1, 1))
-    model = lambda x, t: np.concatenate([0 * x, 0 * x + share], axis=1)  # noqa: E731
+    model = lambda x, t: np.concatenate([0 * x, 0 * x + output], axis=1)  # noqa: E731
     first = next(ddpm(model, x, schedule_at(timesteps), lambda step: np.ones((1, 1, 1, 1))))
     assert first.item() == pytest.approx(math.sqrt(variance), rel=1e-9)
 
@@ -309,8 +310,8 @@ def test_learned_range_ends_at_the_posteriors_variance_and_at_beta(share: float)
 
 @pytest.mark.parametrize(("steps", "spacing"), [(1000, "leading"), (50, "trailing"), (4, "trailing")])
 def test_ddim_agrees_with_diffusers(steps: int, spacing: str) -> None:
-    """DDIMScheduler steps by 1000 // N whatever it visits. With spacing "leading" and N = 1000 it visits what we do; its
-    "trailing" timesteps end at 1000 / N - 1, and then data, which schedule_at follows too."""
+    """DDIMScheduler always steps by 1000 // N. With spacing "leading" and N = 1000 it visits our timesteps; its "trailing"
+    timesteps end at 1000 / N - 1, followed by the data, and schedule_at follows those too."""
     from diffusers import DDIMScheduler
 
     scheduler = DDIMScheduler(beta_schedule="linear", clip_sample=False, timestep_spacing=spacing)
@@ -329,17 +330,17 @@ def test_ddim_agrees_with_diffusers(steps: int, spacing: str) -> None:
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5, 20])
-def test_ddim_is_exact_where_the_data_is_one_point(steps: int) -> None:
-    """All of x0 known: x = alpha x0 + sigma noise with the same noise all along."""
-    goal, noise = np.array([0.7, -2.0]).reshape(1, 2, 1, 1), np.array([1.5, 0.1]).reshape(1, 2, 1, 1)
+def test_ddim_is_exact_for_data_of_a_single_point(steps: int) -> None:
+    """With x0 known, x = alpha x0 + sigma noise with the same noise at every step."""
+    x0, noise = np.array([0.7, -2.0]).reshape(1, 2, 1, 1), np.array([1.5, 0.1]).reshape(1, 2, 1, 1)
     schedule = respaced_schedule(steps)
 
     def line(sigma: float) -> Array:
-        return math.sqrt(1 - sigma**2) * goal + sigma * noise
+        return math.sqrt(1 - sigma**2) * x0 + sigma * noise
 
     def epsilon(x: Array, timestep: float) -> Array:
         abar = ABAR[int(timestep)]
-        return (x - math.sqrt(abar) * goal) / math.sqrt(1 - abar)
+        return (x - math.sqrt(abar) * x0) / math.sqrt(1 - abar)
 
     path = ddim(epsilon, line(schedule.sigmas[0]), schedule)
     for x, sigma in zip(path, schedule.sigmas[1:], strict=True):
@@ -347,14 +348,15 @@ def test_ddim_is_exact_where_the_data_is_one_point(steps: int) -> None:
 
 
 def test_ddim_converges_to_the_flow_of_normal_data() -> None:
-    """The deterministic flow keeps the number of deviations from the mean: x_T -> m + s z. Halved steps, halved error."""
+    """The deterministic flow keeps the distance from the mean in standard deviations: x_T -> m + s z. Twice as many steps
+    halve the error."""
     z = np.linspace(-2, 2, 9).reshape(1, 1, 3, 3)
     abar = ABAR[999]
-    start = math.sqrt(abar) * MEAN + math.hypot(math.sqrt(abar) * SPREAD, math.sqrt(1 - abar)) * z
+    start = math.sqrt(abar) * MEAN + math.hypot(math.sqrt(abar) * DEVIATION, math.sqrt(1 - abar)) * z
 
     def error(steps: int) -> float:
-        *_, x = ddim(lambda x, t: exact(x, t, steps), start, respaced_schedule(steps))
-        return float(np.abs(x - (MEAN + SPREAD * z)).max())
+        *_, x = ddim(lambda x, t: exact_model(x, t, steps), start, respaced_schedule(steps))
+        return float(np.abs(x - (MEAN + DEVIATION * z)).max())
 
     assert error(1000) < 0.004
     assert error(125) / error(250) == pytest.approx(2, abs=0.2)
@@ -364,7 +366,7 @@ def test_ddim_converges_to_the_flow_of_normal_data() -> None:
 # The noise of each step.
 
 
-def test_first_stream_is_what_gaussian_noise_always_was() -> None:
+def test_stream_zero_is_the_default_noise() -> None:
     np.testing.assert_array_equal(gaussian_noise(42, (7,), 0), gaussian_noise(42, (7,)))
     np.testing.assert_allclose(
         gaussian_noise(42, (5,)), [0.69011146, 1.7191701, -1.585883, 1.2368302, -0.87805885], rtol=3e-7
@@ -372,8 +374,8 @@ def test_first_stream_is_what_gaussian_noise_always_was() -> None:
 
 
 @pytest.mark.parametrize("stream", [1, 249, MAX_SEED])
-def test_a_stream_is_philox_from_a_counter_of_its_own(stream: int) -> None:
-    words = philox_block((stream << 192) + 1, 7)  # numpy counts before it draws
+def test_each_stream_is_philox_from_its_own_counter(stream: int) -> None:
+    words = philox_block((stream << 192) + 1, 7)  # numpy increments the counter before it draws
     expected = []
     for first, second in (words[:2], words[2:]):
         radius = math.sqrt(-2 * math.log(1 - (first >> 11) * 2.0**-53))
@@ -382,7 +384,7 @@ def test_a_stream_is_philox_from_a_counter_of_its_own(stream: int) -> None:
     np.testing.assert_allclose(gaussian_noise(7, (4,), stream), expected, rtol=2e-7)
 
 
-def test_steps_and_seeds_share_no_noise() -> None:
+def test_noise_of_different_steps_and_seeds_is_uncorrelated() -> None:
     rows = [gaussian_noise(seed, (20_000,), step) for seed in (0, 1) for step in range(4)]
     correlations = np.corrcoef(rows) - np.eye(len(rows))
     assert np.abs(correlations).max() < 5 / math.sqrt(20_000)
@@ -390,10 +392,10 @@ def test_steps_and_seeds_share_no_noise() -> None:
 
 
 @pytest.mark.parametrize("name", list(DIFFUSION_SAMPLERS))
-def test_an_image_is_the_same_in_any_batch(name: str) -> None:
+def test_a_sample_does_not_depend_on_its_batch(name: str) -> None:
     shape, sampler = (2, 3, 3), DIFFUSION_SAMPLERS[name]
 
-    def draw(seeds: list[int]) -> Array:
+    def sample(seeds: list[int]) -> Array:
         *_, x = sampler.denoise(
             lambda x, t: np.concatenate([np.sin(x), np.cos(x)], axis=1),
             batch_noise(seeds, shape),
@@ -402,7 +404,7 @@ def test_an_image_is_the_same_in_any_batch(name: str) -> None:
         )
         return x
 
-    together = draw([8, 9, MAX_SEED])
+    together = sample([8, 9, MAX_SEED])
     for row, seed in zip(together, [8, 9, MAX_SEED], strict=True):
-        np.testing.assert_array_equal(row, draw([seed])[0])
+        np.testing.assert_array_equal(row, sample([seed])[0])
     assert np.abs(together[0] - together[1]).max() > 0.1

@@ -1,4 +1,4 @@
-"""Choosing an engine, or the reason why it cannot be used; errors of real engines for a broken graph."""
+"""Selecting an engine, or the reason why it cannot be used; errors of real engines for broken graphs and inputs."""
 
 import importlib
 import importlib.util
@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from tpx_runtime.engine import AUTO, ENGINES, Engine, cuda, engine_errors, one_line, output, resolve
+from tpx_runtime.engine import AUTO, ENGINES, Engine, checked_output, cuda, engine_errors, one_line, resolve
 from tpx_runtime.errors import BadInput, EngineFailed, EngineUnavailable
 
 REAL = ["onnxruntime", "openvino"]
@@ -32,24 +32,24 @@ def hide(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_the_engine_asked_for_is_the_engine_used(name: str) -> None:
+def test_resolve_returns_the_requested_engine(name: str) -> None:
     assert resolve(name) is ENGINES[name]
     assert ENGINES[name].problem() is None
 
 
-def test_auto_takes_the_first_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str] = []
+def test_auto_selects_the_first_usable_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    checked: list[str] = []
 
     def problem(engine: Engine) -> str | None:
-        asked.append(engine.name)
+        checked.append(engine.name)
         return None if engine.name == "onnxruntime" else "no"
 
     monkeypatch.setattr(Engine, "problem", problem)
     assert resolve().name == "onnxruntime"
-    assert asked == list(ENGINES)[: list(ENGINES).index("onnxruntime") + 1]
+    assert checked == list(ENGINES)[: list(ENGINES).index("onnxruntime") + 1]
 
 
-def test_auto_passes_over_what_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_skips_an_engine_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     hide(monkeypatch, "onnxruntime")
     assert resolve(AUTO).name == "openvino"
 
@@ -65,7 +65,7 @@ def test_auto_without_any_engine_says_what_to_install(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("name", ["tensorflow", "", "ONNXRUNTIME", "a\nb" * 100, None, ["openvino"]])
-def test_an_unknown_name_is_refused(name: str) -> None:
+def test_rejects_an_unknown_engine_name(name: str) -> None:
     with pytest.raises(BadInput) as caught:
         resolve(name)
     message = str(caught.value)
@@ -75,7 +75,9 @@ def test_an_unknown_name_is_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", list(ENGINES))
-def test_an_engine_that_is_not_installed_names_its_extra(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_for_an_engine_not_installed_names_its_extra(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine = ENGINES[name]
     hide(monkeypatch, engine.package)
     with pytest.raises(EngineUnavailable) as caught:
@@ -92,9 +94,9 @@ def test_every_extra_exists_and_installs_the_package() -> None:
     for engine in ENGINES.values():
         # A package may have another name than its distribution, known only if it is installed.
         distributions = packages_distributions().get(engine.package, [engine.package])
-        wanted = [requirement.replace("-", "_") for requirement in extras[engine.extra]]
+        requirements = [requirement.replace("-", "_") for requirement in extras[engine.extra]]
         names = [found.replace("-", "_").removesuffix("_bindings") for found in distributions]
-        assert any(name.startswith(found) for name in wanted for found in names), engine.name
+        assert any(name.startswith(found) for name in requirements for found in names), engine.name
 
 
 @pytest.mark.parametrize(
@@ -104,17 +106,17 @@ def test_every_extra_exists_and_installs_the_package() -> None:
         AttributeError("libtbb.so.12: cannot open shared object file"),
     ],
 )
-def test_a_package_that_does_not_import_is_a_problem(
+def test_a_package_that_fails_to_import_is_reported(
     error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import_module = importlib.import_module
 
-    def broken(name: str, package: str | None = None) -> object:
+    def failing_import(name: str, package: str | None = None) -> object:
         if name == ".openvino":
             raise error
         return import_module(name, package)
 
-    monkeypatch.setattr(importlib, "import_module", broken)
+    monkeypatch.setattr(importlib, "import_module", failing_import)
     with pytest.raises(EngineUnavailable) as caught:
         resolve("openvino")
     assert str(caught.value) == (
@@ -127,26 +129,26 @@ class TestThreads:
     """CPU engines use every core unless TPX_THREADS limits them."""
 
     @pytest.mark.parametrize(("value", "threads"), [(None, 0), ("", 0), (" 3 ", 3)])
-    def test_onnxruntime_uses_that_many(
+    def test_onnxruntime_uses_the_given_number(
         self, value: str | None, threads: int, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         import onnxruntime
 
         threads_seen: list[int] = []
-        load = onnxruntime.InferenceSession
+        create = onnxruntime.InferenceSession
 
-        def watched(path: str, options: onnxruntime.SessionOptions, providers: object) -> object:
+        def recording(path: str, options: onnxruntime.SessionOptions, providers: object) -> object:
             threads_seen.append(options.intra_op_num_threads)
-            return load(path, options, providers=providers)
+            return create(path, options, providers=providers)
 
-        monkeypatch.setattr(onnxruntime, "InferenceSession", watched)
+        monkeypatch.setattr(onnxruntime, "InferenceSession", recording)
         monkeypatch.delenv("TPX_THREADS", raising=False)
         if value is not None:
             monkeypatch.setenv("TPX_THREADS", value)
         ENGINES["onnxruntime"].open(tiny_bundle / "text_encoder/model.onnx")
         assert threads_seen == [threads]
 
-    def test_openvino_uses_that_many_and_does_not_split_for_one(
+    def test_openvino_uses_the_given_number_and_does_not_split_for_one(
         self, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         from tpx_runtime.engine import openvino, openvino_static
@@ -165,7 +167,7 @@ class TestThreads:
 
     @pytest.mark.parametrize("value", ["0", "-1", "two", "1.5", "1025"])
     @pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
-    def test_an_invalid_number_is_one_line(
+    def test_rejects_an_invalid_number(
         self, name: str, value: str, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("TPX_THREADS", value)
@@ -176,14 +178,14 @@ class TestThreads:
 class TestCuda:
     """onnxruntime-cuda on a machine or with a package that cannot run it: never a silent fallback."""
 
-    def test_a_package_without_cuda_is_a_problem(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_package_without_cuda_is_reported(self, monkeypatch: pytest.MonkeyPatch) -> None:
         import onnxruntime
 
         monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
         with pytest.raises(EngineUnavailable, match=r"found one without; .*pip install 'tpx\[gpu\]'"):
             resolve("onnxruntime-cuda")
 
-    def test_a_machine_without_driver_is_a_problem(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_missing_driver_is_reported(self, monkeypatch: pytest.MonkeyPatch) -> None:
         import onnxruntime
 
         monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
@@ -195,7 +197,7 @@ class TestCuda:
             "use the engine onnxruntime"
         )
 
-    def test_a_driver_without_a_gpu_is_a_problem_and_auto_passes_on(
+    def test_a_driver_without_a_gpu_is_reported_and_auto_skips_the_engine(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         import onnxruntime
@@ -225,7 +227,9 @@ class TestCuda:
 
 @pytest.mark.parametrize("name", REAL)
 @pytest.mark.parametrize("content", [b"", b"no graph", None])
-def test_a_graph_that_does_not_load_is_one_line(name: str, content: bytes | None, tmp_path: Path) -> None:
+def test_a_graph_that_does_not_load_gives_a_one_line_error(
+    name: str, content: bytes | None, tmp_path: Path
+) -> None:
     path = tmp_path / "model.onnx"
     if content is not None:
         path.write_bytes(content)
@@ -244,7 +248,9 @@ def test_a_graph_that_does_not_load_is_one_line(name: str, content: bytes | None
         {"other": np.zeros((1, 12), np.int64)},
     ],
 )
-def test_wrong_inputs_are_one_line(name: str, inputs: dict[str, np.ndarray], tiny_bundle: Path) -> None:
+def test_wrong_inputs_give_a_one_line_error(
+    name: str, inputs: dict[str, np.ndarray], tiny_bundle: Path
+) -> None:
     session = ENGINES[name].open(tiny_bundle / "text_encoder/model.onnx")
     with pytest.raises(EngineFailed, match=f"{name} could not run it: ") as caught:
         session.run(inputs)
@@ -262,7 +268,7 @@ class Foreign(Exception):
 Foreign.__module__ = "engine.inner"
 
 
-def test_errors_of_others_propagate() -> None:
+def test_engine_errors_are_converted_and_others_propagate() -> None:
     with pytest.raises(TimeLimit), engine_errors(Path("a.onnx"), "engine", "run"):
         raise TimeLimit
     for error in (RuntimeError("bad\nshape"), Foreign("bad\nshape"), ValueError("bad\nshape")):
@@ -273,7 +279,7 @@ def test_errors_of_others_propagate() -> None:
             raise error
 
 
-def test_too_little_memory_is_reported_with_advice() -> None:
+def test_a_memory_error_is_reported_with_advice() -> None:
     with (
         pytest.raises(EngineFailed, match=r"Failed to allocate memory; if memory is short, generate"),
         engine_errors(Path("a.onnx"), "engine", "run"),
@@ -282,29 +288,29 @@ def test_too_little_memory_is_reported_with_advice() -> None:
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_runs_a_graph_at_any_batch(name: str, tiny_bundle: Path) -> None:
+def test_runs_a_graph_at_any_batch_size(name: str, tiny_bundle: Path) -> None:
     session = ENGINES[name].open(tiny_bundle / "text_encoder/model.onnx")
     ids = np.arange(36).reshape(3, 12) % 16
     together = session.run({"ids": ids})
     assert together["context"].shape == (3, 12, 32)
     assert together["context"].dtype == np.float32
     for row in range(3):
-        alone = session.run({"ids": ids[row : row + 1]})
+        single = session.run({"ids": ids[row : row + 1]})
         for key in ("context", "pooled"):
-            np.testing.assert_allclose(alone[key][0], together[key][row], rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(single[key][0], together[key][row], rtol=1e-4, atol=1e-5)
     assert not np.shares_memory(together["context"], session.run({"ids": ids})["context"])
 
 
 def test_output_is_checked_by_name_and_shape() -> None:
     outputs = {"image": np.zeros((2, 3))}
-    assert output(outputs, "image", (2, 3)) is outputs["image"]
+    assert checked_output(outputs, "image", (2, 3)) is outputs["image"]
     with pytest.raises(EngineFailed, match=r"expected an output image of shape \(3, 2\), found \(2, 3\)"):
-        output(outputs, "image", (3, 2))
+        checked_output(outputs, "image", (3, 2))
     with pytest.raises(EngineFailed, match=r"expected an output velocity of shape \(1,\), found none"):
-        output(outputs, "velocity", (1,))
+        checked_output(outputs, "velocity", (1,))
 
 
-def test_one_line_of_a_long_error() -> None:
+def test_one_line_joins_and_shortens_a_long_error() -> None:
     assert one_line(RuntimeError("a\n  b\t c")) == "a b c"
     assert len(one_line(RuntimeError("x" * 10_000))) == 300
 
@@ -329,7 +335,7 @@ signal.raise_signal(signal.SIGINT)
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_ctrl_c_works_after_graphs_were_released_in_any_order(name: str, tiny_bundle: Path) -> None:
+def test_ctrl_c_works_after_graphs_were_released(name: str, tiny_bundle: Path) -> None:
     """OpenVINO sets a signal stack for the thread; if that has been freed, the next signal crashes."""
     code = RELEASE_AND_INTERRUPT.format(name=name, bundle=str(tiny_bundle))
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

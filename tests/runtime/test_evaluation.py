@@ -1,4 +1,4 @@
-"""tpx-eval: the layouts that evaluators read, runs that go on, counts, and paired comparison."""
+"""tpx-eval: output layouts for the evaluators, resumed runs, file counts, and paired comparison of reports."""
 
 import hashlib
 import json
@@ -38,7 +38,7 @@ GENEVAL_LINES = [
 ]
 DPG_LINES = [json.dumps({"item_id": f"item_{n}", "prompt": p}).encode() for n, p in enumerate(PROMPTS)]
 COMMANDS = ("geneval", "dpg")
-SIDES = (12, 8)  # width, height of the fake bundle's images
+IMAGE_SIZE = (12, 8)  # width, height of the fake bundle's images
 DATA = Path(os.environ.get("TPX_DATA") or Path(__file__).parents[3] / "shared" / "data")
 
 
@@ -54,7 +54,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
 
 @pytest.fixture
 def prompts(tmp_path: Path) -> dict[str, Path]:
-    """The prompts' file of each command."""
+    """The prompt file of each command."""
     paths = {name: tmp_path / f"{name}.jsonl" for name in COMMANDS}
     for name, lines in (("geneval", GENEVAL_LINES), ("dpg", DPG_LINES)):
         paths[name].write_bytes(b"\n".join(lines) + b"\n")
@@ -66,16 +66,25 @@ Run = Callable[..., Result]
 
 @pytest.fixture
 def run(engine: FakeEngine, fake_bundle: Path, prompts: dict[str, Path]) -> Run:
-    def invoke(command: str, out: Path, *more: str, prompts_at: Path | None = None) -> Result:
-        asked = prompts_at or prompts[command]
-        arguments = [command, "--prompts", str(asked), "--bundle", str(fake_bundle), "--out", str(out), *more]
+    def invoke(command: str, out: Path, *options: str, prompts_at: Path | None = None) -> Result:
+        path = prompts_at or prompts[command]
+        arguments = [
+            command,
+            "--prompts",
+            str(path),
+            "--bundle",
+            str(fake_bundle),
+            "--out",
+            str(out),
+            *options,
+        ]
         return CliRunner().invoke(cli.main, arguments)
 
     return invoke
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file below, hidden ones too."""
+    """The SHA-256 of every file in the folder and below, including hidden ones."""
     return {
         path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in folder.rglob("*")
@@ -84,7 +93,7 @@ def hashes(folder: Path) -> dict[str, str]:
 
 
 def error_of(result: Result, code: int) -> str:
-    """The one line of an error; more would be a traceback."""
+    """The error line, after a check of the exit code and that there is no traceback."""
     assert result.exit_code == code, (result.output, result.exception)
     line = result.stderr.splitlines()[-1]
     assert line.startswith("error: ")
@@ -92,32 +101,32 @@ def error_of(result: Result, code: int) -> str:
     return line
 
 
-def as_geneval_reads(out: Path) -> dict[tuple[str, str], list[str]]:
-    """What GenEval's evaluator would score: of each folder's (name, prompt) the images."""
-    found = {}
+def read_like_geneval(out: Path) -> dict[tuple[str, str], list[str]]:
+    """The images that GenEval's evaluator would score, by (folder name, prompt)."""
+    images_of = {}
     for folder in sorted(os.listdir(out)):
         if not os.path.isdir(out / folder) or not folder.isdigit():
             continue
         prompt = json.loads((out / folder / "metadata.jsonl").read_text())["prompt"]
         images = os.listdir(out / folder / "samples")
-        found[folder, prompt] = sorted(p for p in images if re.match(r"\d+\.png", p))
-    return found
+        images_of[folder, prompt] = sorted(name for name in images if re.match(r"\d+\.png", name))
+    return images_of
 
 
-def test_geneval_is_laid_out_as_its_evaluator_reads_it(run: Run, tmp_path: Path) -> None:
+def test_geneval_output_has_the_layout_its_evaluator_reads(run: Run, tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = run("geneval", out, "--seed", "5")
     assert result.exit_code == 0, result.output
     images = [f"000{i}.png" for i in range(4)]
-    assert as_geneval_reads(out) == {(f"0000{j}", prompt): images for j, prompt in enumerate(PROMPTS)}
+    assert read_like_geneval(out) == {(f"0000{j}", prompt): images for j, prompt in enumerate(PROMPTS)}
     for number, line in enumerate(GENEVAL_LINES):
         assert (out / f"0000{number}/metadata.jsonl").read_bytes() == line
-    assert len(hashes(out)) == 4 * (4 + 1) + 1  # and tpx-eval.json, where no evaluator looks
+    assert len(hashes(out)) == 4 * (4 + 1) + 1  # plus tpx-eval.json, which the evaluator ignores
     assert result.stdout == f"expected 16 files in {out}, found 16\n"
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_image_i_of_each_prompt_is_that_of_seed_plus_i(
+def test_image_i_of_each_prompt_has_seed_plus_i(
     run: Run, fake_bundle: Path, engine: FakeEngine, tmp_path: Path, command: str
 ) -> None:
     out = tmp_path / "out"
@@ -125,20 +134,22 @@ def test_image_i_of_each_prompt_is_that_of_seed_plus_i(
     generator = Generator(Bundle.open(fake_bundle), engine)
     for number, prompt in enumerate(PROMPTS):
         for i in range(4):
-            [wanted] = generator(prompt, seed=5 + i, steps=2, guidance=2.0, depth=4)
+            [expected] = generator(prompt, seed=5 + i, steps=2, guidance=2.0, depth=4)
             if command == "geneval":
                 with Image.open(out / f"0000{number}/samples/000{i}.png") as found:
-                    assert found.tobytes() == wanted.tobytes()
+                    assert found.tobytes() == expected.tobytes()
                     facts = json.loads(found.info["tpx"])
                     assert (facts["prompt"], facts["seed"]) == (prompt, 5 + i)
                 continue
-            x, y = i % 2 * SIDES[0], i // 2 * SIDES[1]
+            x, y = i % 2 * IMAGE_SIZE[0], i // 2 * IMAGE_SIZE[1]
             with Image.open(out / f"item_{number}.png") as sheet:
-                assert sheet.size == (2 * SIDES[0], 2 * SIDES[1])
-                assert sheet.crop((x, y, x + SIDES[0], y + SIDES[1])).tobytes() == wanted.tobytes()
+                assert sheet.size == (2 * IMAGE_SIZE[0], 2 * IMAGE_SIZE[1])
+                assert (
+                    sheet.crop((x, y, x + IMAGE_SIZE[0], y + IMAGE_SIZE[1])).tobytes() == expected.tobytes()
+                )
 
 
-def test_dpg_puts_nothing_but_images_into_its_folder(run: Run, tmp_path: Path) -> None:
+def test_dpg_writes_only_images_into_its_folder(run: Run, tmp_path: Path) -> None:
     result = run("dpg", tmp_path / "out")
     assert result.exit_code == 0, result.output
     assert set(os.listdir(tmp_path / "out")) == {f"item_{n}.png" for n in range(4)}
@@ -146,7 +157,7 @@ def test_dpg_puts_nothing_but_images_into_its_folder(run: Run, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_mark_at_the_beginning_of_a_file_is_no_part_of_a_prompt(
+def test_a_byte_order_mark_in_a_prompt_file_is_ignored(
     run: Run, prompts: dict[str, Path], tmp_path: Path, command: str
 ) -> None:
     assert run(command, tmp_path / "a").exit_code == 0
@@ -155,7 +166,7 @@ def test_a_mark_at_the_beginning_of_a_file_is_no_part_of_a_prompt(
     assert hashes(tmp_path / "a") == hashes(tmp_path / "b")
 
 
-def test_dpg_reads_a_folder_of_texts_like_json_lines(
+def test_dpg_reads_a_folder_of_text_files_like_json_lines(
     run: Run, prompts: dict[str, Path], tmp_path: Path
 ) -> None:
     folder = tmp_path / "prompts"
@@ -171,7 +182,7 @@ def test_dpg_reads_a_folder_of_texts_like_json_lines(
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_what_is_whole_is_kept_and_the_rest_drawn_the_same(
+def test_a_resumed_run_keeps_complete_images_and_regenerates_the_rest(
     run: Run, engine: FakeEngine, tmp_path: Path, command: str
 ) -> None:
     out = tmp_path / "out"
@@ -179,10 +190,10 @@ def test_what_is_whole_is_kept_and_the_rest_drawn_the_same(
     before = hashes(out)
     images = sorted(out.rglob("*.png"))
     images[0].unlink()
-    images[1].write_bytes(images[1].read_bytes()[:-30])  # copied by halves
+    images[1].write_bytes(images[1].read_bytes()[:-30])  # truncated
     times = {path: path.stat().st_mtime_ns for path in images[2:]}
     engine.calls.clear()
-    result = run(command, out, "--batch-size", "1")  # which changes no image
+    result = run(command, out, "--batch-size", "1")  # the batch size changes no image
     assert result.exit_code == 0, result.output
     assert f"{len(images) - 2} of {len(images)} files exist already" in result.stderr
     assert hashes(out) == before
@@ -191,18 +202,18 @@ def test_what_is_whole_is_kept_and_the_rest_drawn_the_same(
     assert decoded == 2 * (1 if command == "geneval" else 4)
 
 
-def test_an_image_that_is_cut_or_changed_anywhere_is_not_whole(tmp_path: Path) -> None:
+def test_is_complete_png_detects_truncated_and_changed_files(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     noise = np.random.default_rng(0).integers(0, 256, (12, 12, 3), np.uint8)
     Image.fromarray(noise).save(path)
-    whole = path.read_bytes()
+    complete = path.read_bytes()
     assert is_complete_png(path)
-    for length in range(0, len(whole) - 12):  # the last 12 bytes are the end mark, which says nothing
-        path.write_bytes(whole[:length])
+    for length in range(0, len(complete) - 12):  # the last 12 bytes are the end marker, without data
+        path.write_bytes(complete[:length])
         assert not is_complete_png(path), length
-    for place in range(0, len(whole) - 12, 7):
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
-        assert not is_complete_png(path), place
+    for position in range(0, len(complete) - 12, 7):
+        path.write_bytes(complete[:position] + bytes([complete[position] ^ 0x55]) + complete[position + 1 :])
+        assert not is_complete_png(path), position
     assert not is_complete_png(tmp_path)
     assert not is_complete_png(tmp_path / "none.png")
 
@@ -217,7 +228,7 @@ def test_an_image_that_is_cut_or_changed_anywhere_is_not_whole(tmp_path: Path) -
         (("--images", "2"), "(images 4), found images 2;"),
     ],
 )
-def test_other_settings_in_the_same_folder_are_refused(
+def test_rejects_other_settings_in_the_same_folder(
     run: Run, tmp_path: Path, command: str, more: tuple[str, ...], found: str
 ) -> None:
     out = tmp_path / "out"
@@ -227,7 +238,7 @@ def test_other_settings_in_the_same_folder_are_refused(
     assert hashes(tmp_path) == before
 
 
-def test_other_prompts_another_bundle_or_engine_in_the_same_folder_are_refused(
+def test_rejects_other_prompts_or_another_engine_in_the_same_folder(
     run: Run, prompts: dict[str, Path], engine: FakeEngine, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
@@ -239,20 +250,20 @@ def test_other_prompts_another_bundle_or_engine_in_the_same_folder_are_refused(
     assert "(prompts_sha256 " in error_of(run("geneval", out), 2)
 
 
-def test_naming_the_default_settings_is_the_same_run(run: Run, tmp_path: Path) -> None:
+def test_explicit_default_settings_are_the_same_run(run: Run, tmp_path: Path) -> None:
     assert run("geneval", tmp_path / "out").exit_code == 0
     again = run("geneval", tmp_path / "out", "--steps", "3", "--sampler", "euler", "--guidance", "3")
     assert again.exit_code == 0, again.output
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_limit_can_grow(run: Run, tmp_path: Path, command: str) -> None:
+def test_the_limit_can_change_between_runs(run: Run, tmp_path: Path, command: str) -> None:
     assert run(command, tmp_path / "a", "--limit", "2").exit_code == 0
-    few = hashes(tmp_path / "a")
+    limited = hashes(tmp_path / "a")
     assert run(command, tmp_path / "a").exit_code == 0
     assert run(command, tmp_path / "b").exit_code == 0
     assert hashes(tmp_path / "a") == hashes(tmp_path / "b")
-    assert len([name for name in few if name.endswith(".png")]) == (8 if command == "geneval" else 2)
+    assert len([name for name in limited if name.endswith(".png")]) == (8 if command == "geneval" else 2)
     shorter = run(command, tmp_path / "a", "--limit", "2")
     assert shorter.exit_code == 0
     assert (
@@ -261,7 +272,7 @@ def test_a_limit_can_grow(run: Run, tmp_path: Path, command: str) -> None:
     )
 
 
-def test_an_error_with_arguments_of_its_own_says_how_many_are_left_too() -> None:
+def test_resumable_adds_the_remaining_count_to_an_error_with_own_arguments() -> None:
     def run() -> None:
         with resumable(16) as advance:
             advance(6)
@@ -277,7 +288,7 @@ def test_an_error_with_arguments_of_its_own_says_how_many_are_left_too() -> None
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_ctrl_c_says_how_many_are_left_and_the_run_goes_on(
+def test_ctrl_c_reports_the_remaining_images_and_the_run_can_resume(
     run: Run, engine: FakeEngine, tmp_path: Path, command: str
 ) -> None:
     decoder, batches = engine.functions["vae_decoder/model.onnx"], iter(range(99))
@@ -300,9 +311,7 @@ def test_ctrl_c_says_how_many_are_left_and_the_run_goes_on(
     assert hashes(tmp_path / "a") == hashes(tmp_path / "b")
 
 
-def test_an_engine_that_fails_half_way_says_what_is_left(
-    run: Run, engine: FakeEngine, tmp_path: Path
-) -> None:
+def test_an_engine_failure_reports_the_remaining_images(run: Run, engine: FakeEngine, tmp_path: Path) -> None:
     decoder, batches = engine.functions["vae_decoder/model.onnx"], iter(range(99))
     engine.functions["vae_decoder/model.onnx"] = lambda inputs: {
         "image": decoder(inputs)["image"] * (np.nan if next(batches) else 1)
@@ -314,11 +323,11 @@ def test_an_engine_that_fails_half_way_says_what_is_left(
 
 
 @pytest.mark.parametrize("command", [*COMMANDS, "shapes"])
-def test_a_bundle_of_classes_is_refused_for_what_it_is(
+def test_rejects_a_class_conditional_bundle(
     engine: FakeEngine, classes: Path, prompts: dict[str, Path], tmp_path: Path, command: str
 ) -> None:
-    asked = ["--prompts", str(prompts[command])] if command in prompts else []
-    arguments = [command, *asked, "--bundle", str(classes), "--out", str(tmp_path / "out")]
+    options = ["--prompts", str(prompts[command])] if command in prompts else []
+    arguments = [command, *options, "--bundle", str(classes), "--out", str(tmp_path / "out")]
     line = error_of(CliRunner().invoke(cli.main, arguments), 2)
     assert re.search(r"expected a bundle that takes prompts, found \S+, which has \d+ classes;", line)
     assert "--class" not in line and not (tmp_path / "out").exists()
@@ -327,14 +336,14 @@ def test_a_bundle_of_classes_is_refused_for_what_it_is(
 
 @pytest.fixture
 def mixed(tmp_path: Path) -> Path:
-    """GenEval lines of which the second and the fourth hold words that the model does not know."""
+    """GenEval lines of which the second and the fourth contain words unknown to the model."""
     path = tmp_path / "mixed.jsonl"
     texts = ["a red cube", "a zebra", "a sphere", "a bench and a " * 9]
     path.write_text("\n".join(json.dumps({"tag": "colors", "prompt": text}) for text in texts))
     return path
 
 
-def test_unreadable_prompts_are_found_before_anything_is_drawn(
+def test_unreadable_prompts_are_reported_before_any_generation(
     run: Run, engine: FakeEngine, mixed: Path, tmp_path: Path
 ) -> None:
     line = error_of(run("geneval", tmp_path / "out", prompts_at=mixed), 2)
@@ -344,11 +353,13 @@ def test_unreadable_prompts_are_found_before_anything_is_drawn(
     assert not engine.calls
 
 
-def test_skipped_prompts_are_named_and_the_others_drawn(run: Run, mixed: Path, tmp_path: Path) -> None:
+def test_skip_unreadable_names_skipped_prompts_and_generates_the_others(
+    run: Run, mixed: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     result = run("geneval", out, "--skip-unreadable", prompts_at=mixed)
     assert result.exit_code == 0, result.output
-    assert [folder for folder, _ in as_geneval_reads(out)] == ["00000", "00002"]  # numbers of the file
+    assert [folder for folder, _ in read_like_geneval(out)] == ["00000", "00002"]  # numbered as in the file
     assert "skipped 00001 'a zebra'" in result.stderr
     assert "skipped 2 of 4 prompts; the evaluator does not report this" in result.stderr
     record = json.loads((out / "tpx-eval.json").read_text())
@@ -357,18 +368,19 @@ def test_skipped_prompts_are_named_and_the_others_drawn(run: Run, mixed: Path, t
     assert record["files"] == {"expected": 8, "found": 8, "strange": 0}
 
 
-def test_what_the_model_says_of_a_prompt_is_told_and_kept(
+def test_warnings_about_prompts_are_printed_and_recorded(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = Generator.plan
 
-    def cuts(self: Generator, prompt: str, **settings: Any) -> list[Settings]:
+    def plan_with_warning(self: Generator, prompt: str, **settings: Any) -> list[Settings]:
         if "on a" in prompt:
             warnings.warn(f"{prompt!r} is cut short", UserWarning, stacklevel=1)
         return plan(self, prompt, **settings)
 
-    monkeypatch.setattr(Generator, "plan", cuts)
-    for _ in range(2):  # again, for Python would say the same warning but once
+    monkeypatch.setattr(Generator, "plan", plan_with_warning)
+    # Twice, because Python itself would show a repeated warning only once.
+    for _ in range(2):
         result = run("geneval", tmp_path / "out")
         assert result.exit_code == 0, result.output
         assert (
@@ -380,7 +392,7 @@ def test_what_the_model_says_of_a_prompt_is_told_and_kept(
     ]
 
 
-def test_a_model_that_reads_no_prompt_draws_none(run: Run, mixed: Path, tmp_path: Path) -> None:
+def test_rejects_a_file_without_any_readable_prompt(run: Run, mixed: Path, tmp_path: Path) -> None:
     mixed.write_text(
         "\n".join(line for line in mixed.read_text().splitlines() if "zebra" in line or "bench" in line)
     )
@@ -391,7 +403,7 @@ def test_a_model_that_reads_no_prompt_draws_none(run: Run, mixed: Path, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "message"),
     [
         (("--steps", "0"), "expected steps"),
         (("--sampler", "none"), "expected a sampler"),
@@ -400,35 +412,37 @@ def test_a_model_that_reads_no_prompt_draws_none(run: Run, mixed: Path, tmp_path
         (("--guidance", "nan"), "expected guidance"),
     ],
 )
-def test_a_bad_setting_is_not_called_an_unreadable_prompt(
-    run: Run, tmp_path: Path, more: tuple[str, ...], said: str
+def test_a_bad_setting_is_not_reported_as_an_unreadable_prompt(
+    run: Run, tmp_path: Path, more: tuple[str, ...], message: str
 ) -> None:
     line = error_of(run("geneval", tmp_path / "out", "--skip-unreadable", *more), 2)
-    assert line.startswith(f"error: {said}")
+    assert line.startswith(f"error: {message}")
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("command", "place"), [("geneval", "00001/samples/0002.png"), ("dpg", "item_1.png")])
-def test_a_missing_image_is_named_and_the_run_fails(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, place: str
+@pytest.mark.parametrize(
+    ("command", "missing"), [("geneval", "00001/samples/0002.png"), ("dpg", "item_1.png")]
+)
+def test_a_missing_image_is_named_and_fails_the_run(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, missing: str
 ) -> None:
     save = generation.save_png
     monkeypatch.setattr(
-        generation, "save_png", lambda image, path: None if str(path).endswith(place) else save(image, path)
+        generation, "save_png", lambda image, path: None if str(path).endswith(missing) else save(image, path)
     )
     out = tmp_path / "out"
     count = 16 if command == "geneval" else 4
     line = error_of(run(command, out), 1)
-    assert f"expected {count} files in {out}, found {count - 1}, missing {out / place};" in line
+    assert f"expected {count} files in {out}, found {count - 1}, missing {out / missing};" in line
     monkeypatch.undo()
 
 
-def test_images_that_no_run_asked_for_are_told(run: Run, tmp_path: Path) -> None:
+def test_unexpected_images_in_the_folder_are_reported(run: Run, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert run("geneval", out).exit_code == 0
     shutil.copytree(out / "00000", out / "00099")
     (out / "notes").mkdir()
-    (out / "00000/samples/grid.png").write_bytes(b"")  # neither is read
+    (out / "00000/samples/grid.png").write_bytes(b"")  # the evaluator reads neither this nor notes
     again = run("geneval", out)
     assert again.exit_code == 0
     assert "4 unexpected files in the folder would be scored too: " in again.stderr
@@ -436,7 +450,7 @@ def test_images_that_no_run_asked_for_are_told(run: Run, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_folder_of_others_is_refused(run: Run, tmp_path: Path, command: str) -> None:
+def test_rejects_a_folder_with_other_files(run: Run, tmp_path: Path, command: str) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "holiday.png").write_bytes(b"mine")
@@ -445,7 +459,7 @@ def test_a_folder_of_others_is_refused(run: Run, tmp_path: Path, command: str) -
     assert hashes(tmp_path) == before
 
 
-def test_a_record_without_its_images_binds_nobody(run: Run, tmp_path: Path) -> None:
+def test_a_record_without_its_images_is_ignored(run: Run, tmp_path: Path) -> None:
     assert run("dpg", tmp_path / "out").exit_code == 0
     shutil.rmtree(tmp_path / "out")
     result = run("dpg", tmp_path / "out", "--steps", "2")
@@ -453,13 +467,13 @@ def test_a_record_without_its_images_binds_nobody(run: Run, tmp_path: Path) -> N
     assert json.loads((tmp_path / "out.tpx-eval.json").read_text())["settings"]["steps"] == 2
 
 
-def test_a_damaged_record_is_refused(run: Run, tmp_path: Path) -> None:
+def test_rejects_a_damaged_record(run: Run, tmp_path: Path) -> None:
     assert run("geneval", tmp_path / "out").exit_code == 0
     (tmp_path / "out/tpx-eval.json").write_text('{"settings": 3}')
     assert "expected the settings of a run" in error_of(run("geneval", tmp_path / "out"), 2)
 
 
-def test_the_record_says_what_was_drawn_with_what(run: Run, fake_bundle: Path, tmp_path: Path) -> None:
+def test_the_record_contains_all_settings(run: Run, fake_bundle: Path, tmp_path: Path) -> None:
     assert run("geneval", tmp_path / "out", "--steps", "2", "--seed", "7").exit_code == 0
     settings = json.loads((tmp_path / "out/tpx-eval.json").read_text())["settings"]
     assert len(settings.pop("prompts_sha256")) == 64
@@ -506,7 +520,7 @@ GOOD_ID = '{"item_id": "%s", "prompt": "a cube"}\n'
         ("dpg", (GOOD_ID % "Aa" + GOOD_ID % "aA").encode()),
     ],
 )
-def test_what_are_no_prompts_is_refused_in_one_line(
+def test_rejects_an_invalid_prompt_file_in_one_line(
     run: Run, tmp_path: Path, command: str, content: bytes
 ) -> None:
     path = tmp_path / "prompts.jsonl"
@@ -519,7 +533,7 @@ def test_what_are_no_prompts_is_refused_in_one_line(
 
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("name", ["none.jsonl", "empty", "x" * 300])
-def test_prompts_that_are_not_there_are_refused(run: Run, tmp_path: Path, command: str, name: str) -> None:
+def test_rejects_a_missing_or_empty_prompt_path(run: Run, tmp_path: Path, command: str, name: str) -> None:
     (tmp_path / "empty").mkdir()
     error_of(run(command, tmp_path / "out", prompts_at=tmp_path / name), 2)
     assert not (tmp_path / "out").exists()
@@ -527,14 +541,16 @@ def test_prompts_that_are_not_there_are_refused(run: Run, tmp_path: Path, comman
 
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("name", ["file", "file/below", "x" * 300])
-def test_places_that_cannot_be_written_are_refused(run: Run, tmp_path: Path, command: str, name: str) -> None:
+def test_rejects_an_output_path_that_cannot_be_written(
+    run: Run, tmp_path: Path, command: str, name: str
+) -> None:
     (tmp_path / "file").write_text("mine")
     error_of(run(command, tmp_path / name), 2)
     assert (tmp_path / "file").read_text() == "mine"
 
 
-class ReadsAll:
-    """A generator that reads every prompt and draws one-coloured images, whose colour is the seed."""
+class FakeGenerator:
+    """A generator that accepts every prompt and returns images of a single colour, which is the seed."""
 
     manifest = SimpleNamespace(name="all", sha256="a" * 64)
     engine = SimpleNamespace(name="fake")
@@ -552,23 +568,23 @@ def data(name: str) -> Path:
     return DATA / name
 
 
-def test_all_of_genevals_prompts_make_its_layout(tmp_path: Path) -> None:
+def test_all_geneval_prompts_give_the_expected_layout(tmp_path: Path) -> None:
     path = data("geneval/evaluation_metadata.jsonl")
-    generation.run(GENEVAL, read_geneval(path), tmp_path / "out", ReadsAll())  # type: ignore[arg-type]
+    generation.run(GENEVAL, read_geneval(path), tmp_path / "out", FakeGenerator())  # type: ignore[arg-type]
     lines = path.read_bytes().splitlines()
-    read = as_geneval_reads(tmp_path / "out")
-    assert len(read) == len(lines) == 553
-    assert set(map(tuple, read.values())) == {("0000.png", "0001.png", "0002.png", "0003.png")}
+    found = read_like_geneval(tmp_path / "out")
+    assert len(found) == len(lines) == 553
+    assert set(map(tuple, found.values())) == {("0000.png", "0001.png", "0002.png", "0003.png")}
     for number, line in enumerate(lines):
         assert (tmp_path / f"out/{number:05d}/metadata.jsonl").read_bytes() == line
         assert json.dumps(json.loads(line)).encode() == line  # what GenEval's own generator writes
 
 
-def test_all_of_dpg_benchs_prompts_make_its_layout(tmp_path: Path) -> None:
+def test_all_dpg_bench_prompts_give_the_expected_layout(tmp_path: Path) -> None:
     path = data("dpg/dpg_prompts.jsonl")
     items = read_dpg(path)
     assert any("\n" in item.prompt for item in items)
-    generation.run(DPG, items, tmp_path / "out", ReadsAll())  # type: ignore[arg-type]
+    generation.run(DPG, items, tmp_path / "out", FakeGenerator())  # type: ignore[arg-type]
     ids = {json.loads(line)["item_id"] for line in path.read_text(encoding="utf-8").splitlines()}
     assert {name.split(".")[0] for name in os.listdir(tmp_path / "out")} == ids
     assert len(ids) == 1065
@@ -579,7 +595,7 @@ def test_all_of_dpg_benchs_prompts_make_its_layout(tmp_path: Path) -> None:
     assert sorted(read_dpg(folder), key=lambda item: item.name) == sorted(items, key=lambda item: item.name)
 
 
-def test_a_real_bundle_is_drawn_by_the_module_that_is_run(
+def test_running_the_module_generates_images_from_a_real_bundle(
     tiny_bundle: Path, prompts: dict[str, Path], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
@@ -604,27 +620,27 @@ def test_a_real_bundle_is_drawn_by_the_module_that_is_run(
     assert "images 8/8" in result.stderr
 
 
-def test_reading_the_arguments_needs_neither_numpy_nor_an_engine() -> None:
+def test_the_command_line_imports_neither_numpy_nor_an_engine() -> None:
     code = "import sys, tpx_runtime.evaluation.cli; sys.exit(bool({'numpy', 'PIL', 'onnxruntime'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 @pytest.mark.parametrize(
-    ("missing", "code", "said"),
+    ("missing", "code", "message"),
     [
         ("samples", 2, "found no samples; run `python -m samples.shapes.evaluate` in the checkout"),
         ("samples.shapes.evaluate", 2, "found no samples.shapes.evaluate;"),
         ("onnxruntime", 4, "pip install 'tpx[cpu]'"),
     ],
 )
-def test_shapes_without_its_checkout_or_engine_is_one_line(
-    monkeypatch: pytest.MonkeyPatch, missing: str, code: int, said: str
+def test_shapes_without_its_checkout_or_engine_gives_a_one_line_error(
+    monkeypatch: pytest.MonkeyPatch, missing: str, code: int, message: str
 ) -> None:
-    def refuse(name: str) -> None:
+    def fail(name: str) -> None:
         raise ModuleNotFoundError(f"No module named {missing!r}", name=missing)
 
-    monkeypatch.setattr(cli, "importlib", SimpleNamespace(import_module=refuse))
-    assert said in error_of(CliRunner().invoke(cli.main, ["shapes"]), code)
+    monkeypatch.setattr(cli, "importlib", SimpleNamespace(import_module=fail))
+    assert message in error_of(CliRunner().invoke(cli.main, ["shapes"]), code)
 
 
 ROWS = ("one", "two")
@@ -644,7 +660,7 @@ def write_report(path: Path, right: dict[str, np.ndarray], **changes: object) ->
 
 @pytest.fixture
 def pair(tmp_path: Path) -> tuple[Path, Path]:
-    """Two runs of 200 prompts of very unequal difficulty; the second is right in 8 more images of each row's 400."""
+    """Two runs of 200 prompts of very different difficulty; the second is right in 8 more images of each row's 400."""
     rng = np.random.default_rng(3)
     first = {row: np.repeat(rng.random((100, 1)) < 0.5, 4, axis=1) for row in (*ROWS, "extra")}
     second = {row: right.copy() for row, right in first.items()}
@@ -655,31 +671,33 @@ def pair(tmp_path: Path) -> tuple[Path, Path]:
     return write_report(tmp_path / "a.json", first), tmp_path / "b"
 
 
-def test_a_paired_difference_is_seen_where_the_scores_scatter_more(pair: tuple[Path, Path]) -> None:
+def test_a_paired_difference_has_a_narrower_interval_than_the_scores(pair: tuple[Path, Path]) -> None:
     a, b = map(Report.load, pair)
     overall = next(line for line in compare(a, b) if line.name == "overall")
     assert overall.change.mean == pytest.approx(overall.second - overall.first) == pytest.approx(8 / 400)
     assert 0 < overall.change.low < 8 / 400 < overall.change.high
-    alone = [np.array([s for s, (r, _) in zip(a.shares, a.prompts, strict=True) if r == row]) for row in ROWS]
-    unpaired = bootstrap(alone)
+    first_shares = [
+        np.array([s for s, (r, _) in zip(a.shares, a.prompts, strict=True) if r == row]) for row in ROWS
+    ]
+    unpaired = bootstrap(first_shares)
     assert overall.change.high - overall.change.low < 0.4 * (unpaired.high - unpaired.low)
 
 
-def test_compare_prints_each_row_and_what_differs(pair: tuple[Path, Path]) -> None:
+def test_compare_prints_each_row_and_the_settings_that_differ(pair: tuple[Path, Path]) -> None:
     result = CliRunner().invoke(cli.main, ["compare", *map(str, pair)])
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
     assert lines[:2] == ["A: steps 20", "B: steps 5"]
     assert [line.split(" | ")[0] for line in lines[5:9]] == ["| one", "| two", "| **overall**", "| extra"]
-    assert lines[8].endswith("| +0.0 | +0.0 to +0.0 |")  # alike there
+    assert lines[8].endswith("| +0.0 | +0.0 to +0.0 |")  # equal in both runs
     assert "The overall difference is significant" in lines[-1]
     same = CliRunner().invoke(cli.main, ["compare", str(pair[0]), str(pair[0])])
     assert "is not significant" in same.stdout
 
 
 @pytest.mark.parametrize("few", [1, MIN_PROMPTS - 1])
-def test_too_few_prompts_have_no_interval_and_no_verdict(tmp_path: Path, few: int) -> None:
-    """The bootstrap of one prompt draws it again and again: an interval of no width leaves out 0."""
+def test_too_few_prompts_give_no_interval_and_no_verdict(tmp_path: Path, few: int) -> None:
+    """Resampling a single prompt gives an interval of zero width, which would exclude 0."""
     right = {"one": np.zeros((few, 4)), "two": np.zeros((MIN_PROMPTS, 4))}
     write_report(tmp_path / "a.json", right)
     right["one"] = np.repeat([[1, 1, 0, 0]], few, axis=0)
@@ -697,16 +715,18 @@ def test_too_few_prompts_have_no_interval_and_no_verdict(tmp_path: Path, few: in
     assert f"found {few};" in result.stdout
 
 
-def test_runs_that_do_not_pair_are_refused(pair: tuple[Path, Path], tmp_path: Path) -> None:
+def test_compare_rejects_runs_with_other_seeds_images_or_prompts(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
     first = Report.load(pair[0])
     few = {row: np.ones((3, 4)) for row in ROWS}
-    for changes, said in (
+    for changes, message in (
         ({"seed": 1}, "the same seed, found 0 and 1"),
         ({"images": 2}, "the same images"),
         ({}, "of the same prompts, found 300 and 6"),
     ):
         other = Report.load(write_report(tmp_path / "other.json", few, **changes))
-        with pytest.raises(BadInput, match=said):
+        with pytest.raises(BadInput, match=message):
             compare(first, other)
 
 
@@ -716,7 +736,7 @@ def test_runs_that_do_not_pair_are_refused(pair: tuple[Path, Path], tmp_path: Pa
     + [b'{"prompts": [], "overall of": ["a"], "rows": {}}', b'{"prompts": [], "overall of": [], "rows": {}}']
     + [b'{"prompts": [{"row": "a", "prompt": "p", "right": []}], "overall of": ["a"], "rows": {}}'],
 )
-def test_what_is_no_report_is_refused_in_one_line(
+def test_compare_rejects_an_invalid_report_in_one_line(
     pair: tuple[Path, Path], tmp_path: Path, content: bytes
 ) -> None:
     path = tmp_path / "other.json"
@@ -724,19 +744,19 @@ def test_what_is_no_report_is_refused_in_one_line(
     error_of(CliRunner().invoke(cli.main, ["compare", str(pair[0]), str(path)]), 2)
 
 
-def test_a_report_that_is_not_there_is_refused(pair: tuple[Path, Path], tmp_path: Path) -> None:
+def test_compare_rejects_a_missing_report(pair: tuple[Path, Path], tmp_path: Path) -> None:
     for path in (tmp_path / "none.json", tmp_path, tmp_path / ("x" * 300)):
         error_of(CliRunner().invoke(cli.main, ["compare", str(path), str(pair[0])]), 2)
 
 
-def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
-    rng, inside = np.random.default_rng(5), 0
+def test_the_interval_covers_the_true_mean_at_about_its_nominal_rate() -> None:
+    rng, covered = np.random.default_rng(5), 0
     for _ in range(200):
         estimate = bootstrap([1.0 * (rng.random(60) < chance) for chance in (0.3, 0.5, 0.9)])
-        inside += estimate.low <= (0.3 + 0.5 + 0.9) / 3 <= estimate.high
-    assert 0.89 <= inside / 200 <= 0.99
+        covered += estimate.low <= (0.3 + 0.5 + 0.9) / 3 <= estimate.high
+    assert 0.89 <= covered / 200 <= 0.99
 
 
-def test_rows_weigh_alike_whatever_their_size() -> None:
+def test_rows_have_equal_weight_regardless_of_size() -> None:
     estimate = bootstrap([np.ones(2), np.zeros(50)])
     assert (estimate.mean, estimate.low, estimate.high) == (0.5, 0.5, 0.5)

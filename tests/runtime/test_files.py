@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files that are written atomically: completely or not at all."""
 
 import errno
 import os
@@ -9,8 +9,8 @@ import pytest
 from tpx_runtime.files import atomic_file
 
 
-def test_it_takes_the_place_of_what_was_there(tmp_path: Path) -> None:
-    path = tmp_path / ("a" * 251 + ".png")  # as long as a name may be
+def test_replaces_an_existing_file(tmp_path: Path) -> None:
+    path = tmp_path / ("a" * 251 + ".png")  # the longest name allowed
     for content in (b"one", b"two"):
         with atomic_file(path) as part:
             part.write_bytes(content)
@@ -20,7 +20,7 @@ def test_it_takes_the_place_of_what_was_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
-def test_an_error_leaves_what_was_there(tmp_path: Path, error: type[BaseException]) -> None:
+def test_an_error_leaves_the_old_file(tmp_path: Path, error: type[BaseException]) -> None:
     path = tmp_path / "a"
     path.write_bytes(b"one")
 
@@ -35,7 +35,7 @@ def test_an_error_leaves_what_was_there(tmp_path: Path, error: type[BaseExceptio
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_it_has_the_permissions_of_a_new_file_whoever_writes_it(tmp_path: Path) -> None:
+def test_has_the_permissions_of_a_new_file_however_it_is_written(tmp_path: Path) -> None:
     (tmp_path / "new").touch()
     with atomic_file(tmp_path / "a") as part:
         part.unlink()
@@ -43,21 +43,21 @@ def test_it_has_the_permissions_of_a_new_file_whoever_writes_it(tmp_path: Path) 
     assert (tmp_path / "a").stat().st_mode == (tmp_path / "new").stat().st_mode
 
 
-def test_a_place_without_a_name_is_an_error() -> None:
+def test_a_path_without_a_name_is_an_error() -> None:
     with pytest.raises(IsADirectoryError), atomic_file(Path()):
         pass
 
 
-def test_two_at_once_do_not_meet(tmp_path: Path) -> None:
+def test_two_writers_at_once_do_not_interfere(tmp_path: Path) -> None:
     path = tmp_path / "a"
     with atomic_file(path) as first, atomic_file(path) as second:
         first.write_bytes(b"first")
         second.write_bytes(b"second")
-    assert path.read_bytes() == b"first"  # which ended last
+    assert path.read_bytes() == b"first"  # the block that ended last
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_place_that_is_a_folder_is_an_error_and_nothing_is_left(tmp_path: Path) -> None:
+def test_a_folder_as_target_is_an_error_and_leaves_no_file(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
 
     def write() -> None:
@@ -70,14 +70,14 @@ def test_a_place_that_is_a_folder_is_an_error_and_nothing_is_left(tmp_path: Path
 
 
 @pytest.mark.parametrize("links", [True, False])
-def test_without_replace_what_came_meanwhile_stays(
+def test_without_replace_a_file_created_meanwhile_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
 ) -> None:
-    def refuse(source: Path, target: Path) -> None:
+    def fail(source: Path, target: Path) -> None:
         raise OSError(errno.EPERM, "no links here")
 
     if not links:
-        monkeypatch.setattr(os, "link", refuse)
+        monkeypatch.setattr(os, "link", fail)
     path = tmp_path / "a"
 
     def write(content: bytes, meanwhile: bytes | None = None) -> None:

@@ -1,4 +1,4 @@
-"""The generator: on the fake engine what it asks of each graph, on real ones what comes out."""
+"""The generator: the inputs it gives each graph (with the fake engine) and its images (with real engines)."""
 
 import json
 import time
@@ -47,10 +47,10 @@ def levels(image: Image.Image) -> np.ndarray:
     return np.asarray(image).astype(int)
 
 
-def same(ours: Sequence[Image.Image], others: Sequence[Image.Image], within: int = 0) -> bool:
-    """Whether images agree to `within` of 255 levels."""
-    return len(ours) == len(others) and all(
-        np.abs(levels(a) - levels(b)).max() <= within for a, b in zip(ours, others, strict=True)
+def same(first: Sequence[Image.Image], second: Sequence[Image.Image], within: int = 0) -> bool:
+    """Whether all pixels differ by at most `within` of 255 levels."""
+    return len(first) == len(second) and all(
+        np.abs(levels(a) - levels(b)).max() <= within for a, b in zip(first, second, strict=True)
     )
 
 
@@ -73,24 +73,26 @@ def calls(engine: FakeEngine, name: str) -> list[Arrays]:
     return [inputs for called, inputs in engine.calls if called.startswith(name)]
 
 
-# What it computes, against the same steps written out
+# Results, compared with the same steps written out
 
 
-def test_an_image_is_encoder_loop_and_decoder(generator: Generator, engine: FakeEngine) -> None:
+def test_an_image_comes_from_text_encoder_sampling_loop_and_decoder(
+    generator: Generator, engine: FakeEngine
+) -> None:
     (image,) = generator("red cube", seed=5)
     ids = np.array([[1, TOKENS.index("red"), TOKENS.index("cube"), 2, 0, 0, 0, 0, 0]])
-    nothing = np.array([[1, 2, 0, 0, 0, 0, 0, 0, 0]])
-    said, unsaid = text_encoder({"ids": ids}), text_encoder({"ids": nothing})
+    empty_ids = np.array([[1, 2, 0, 0, 0, 0, 0, 0, 0]])
+    positive, negative = text_encoder({"ids": ids}), text_encoder({"ids": empty_ids})
 
     def velocity(x: Array, timestep: float) -> Array:
         times = np.array([timestep], np.float32)
-        towards, away = (
+        cond, uncond = (
             transformer(2)({"latents": x, **branch, **conditions()({"timestep": times, **branch})})[
                 "velocity"
             ]
-            for branch in (said, unsaid)
+            for branch in (positive, negative)
         )
-        return away + 3.0 * (towards - away)
+        return uncond + 3.0 * (cond - uncond)
 
     *_, latents = FLOW_SAMPLERS["euler"].sample(
         velocity, batch_noise([5], MODEL.latent_shape), FLOW_SAMPLERS["euler"].schedule(3, 3.0)
@@ -103,7 +105,7 @@ def test_an_image_is_encoder_loop_and_decoder(generator: Generator, engine: Fake
     assert decoded["latents"].dtype == np.float32
 
 
-def test_graphs_are_opened_when_first_used_and_once(generator: Generator, engine: FakeEngine) -> None:
+def test_graphs_are_opened_once_on_first_use(generator: Generator, engine: FakeEngine) -> None:
     generator.plan("red cube")
     assert engine.opened == []
     generator("red cube")
@@ -114,7 +116,7 @@ def test_graphs_are_opened_when_first_used_and_once(generator: Generator, engine
     assert engine.opened[4:] == ["transformer/depth-4.onnx"]
 
 
-def test_closing_releases_every_graph_and_the_next_use_loads_them_again(fake_bundle: Path) -> None:
+def test_close_releases_every_graph_and_the_next_use_opens_them_again(fake_bundle: Path) -> None:
     engine = FakeEngine()
     with Generator(Bundle.open(fake_bundle), engine) as generator:  # type: ignore[arg-type]
         images = generator("red cube")
@@ -130,31 +132,31 @@ def test_closing_releases_every_graph_and_the_next_use_loads_them_again(fake_bun
 
 
 @pytest.mark.parametrize("keep", [True, False])
-def test_what_is_not_kept_is_let_go_before_the_next_is_opened(fake_bundle: Path, keep: bool) -> None:
+def test_without_keep_a_graph_is_released_before_the_next_is_opened(fake_bundle: Path, keep: bool) -> None:
     engine = FakeEngine()
     generator = Generator(Bundle.open(fake_bundle), engine, keep=keep)  # type: ignore[arg-type]
-    beside: dict[str, list[str]] = {}  # each graph when it ran: those in memory
+    in_memory: dict[str, list[str]] = {}  # the graphs in memory while each graph ran
 
-    def spied(name: str, function: Function) -> Function:
-        return lambda inputs: (beside.setdefault(name, engine.alive), function(inputs))[1]
+    def recording(name: str, function: Function) -> Function:
+        return lambda inputs: (in_memory.setdefault(name, engine.alive), function(inputs))[1]
 
-    engine.functions = {name: spied(name, function) for name, function in engine.functions.items()}
+    engine.functions = {name: recording(name, function) for name, function in engine.functions.items()}
     images = generator("red cube", image=Image.new("RGB", (12, 8), "red"), num_images=2)
     order = [VAE_ENCODER, "text_encoder/model.onnx", CONDITIONS, transformer_name(2), VAE_DECODER]
-    assert list(beside) == engine.opened == order
+    assert list(in_memory) == engine.opened == order
     if keep:
-        assert [len(names) for names in beside.values()] == [1, 2, 3, 4, 5]
+        assert [len(names) for names in in_memory.values()] == [1, 2, 3, 4, 5]
     else:
-        assert list(beside.values()) == [[name] for name in order]
+        assert list(in_memory.values()) == [[name] for name in order]
     assert engine.alive == (sorted(order) if keep else [])
     assert len(images) == 2
     again = generator("red cube", image=Image.new("RGB", (12, 8), "red"), num_images=2)
     assert same(images, again)
-    assert len(engine.opened) == (5 if keep else 8)  # the prompt and its conditions are known
+    assert len(engine.opened) == (5 if keep else 8)  # the prompt and its conditions are cached
 
 
 @pytest.mark.parametrize(
-    ("then", "made"),
+    ("changes", "computed_rows"),
     [
         ({"seed": 6}, 0),
         ({"depth": 4}, 0),
@@ -166,25 +168,30 @@ def test_what_is_not_kept_is_let_go_before_the_next_is_opened(fake_bundle: Path,
         ({"num_images": 2}, 6),
     ],
 )
-def test_what_timestep_and_prompt_decide_is_made_again_only_for_others(
-    then: dict[str, object], made: int, fake_bundle: Path, generator: Generator, engine: FakeEngine
+def test_conditions_are_computed_again_only_for_other_timesteps_or_prompts(
+    changes: dict[str, object],
+    computed_rows: int,
+    fake_bundle: Path,
+    generator: Generator,
+    engine: FakeEngine,
 ) -> None:
-    asked = {"prompt": "red cube", "seed": 5, **then}
+    settings = {"prompt": "red cube", "seed": 5, **changes}
     generator("red cube", seed=5)
     engine.calls.clear()
-    images = generator(**asked)  # type: ignore[arg-type]
-    assert sum(len(inputs["timestep"]) for inputs in calls(engine, "transformer/conditions")) == made
+    images = generator(**settings)  # type: ignore[arg-type]
+    assert sum(len(inputs["timestep"]) for inputs in calls(engine, "transformer/conditions")) == computed_rows
     fresh = Generator(Bundle.open(fake_bundle), FakeEngine())  # type: ignore[arg-type]
-    assert same(images, fresh(**asked))  # type: ignore[arg-type]
+    assert same(images, fresh(**settings))  # type: ignore[arg-type]
 
 
-def test_an_engine_that_wants_it_gets_the_plain_variant(generator: Generator, engine: FakeEngine) -> None:
+def test_an_engine_can_require_the_plain_variant(generator: Generator, engine: FakeEngine) -> None:
     engine.variant = "plain"
-    with pytest.raises(KeyError, match=r"transformer/depth-2.plain.onnx"):  # the fake has no such function
+    # The fake engine has no function for it.
+    with pytest.raises(KeyError, match=r"transformer/depth-2.plain.onnx"):
         generator("red cube")
 
 
-def test_guidance_one_runs_no_second_branch(generator: Generator, engine: FakeEngine) -> None:
+def test_guidance_one_runs_only_the_prompt_branch(generator: Generator, engine: FakeEngine) -> None:
     generator("red cube", guidance=1)
     assert {len(inputs["latents"]) for inputs in calls(engine, DENOISE)} == {1}
     assert [len(inputs["ids"]) for inputs in calls(engine, "text_encoder")] == [1]
@@ -193,17 +200,17 @@ def test_guidance_one_runs_no_second_branch(generator: Generator, engine: FakeEn
     assert {len(inputs["latents"]) for inputs in calls(engine, DENOISE)} == {2}
 
 
-def test_guidance_acts_in_its_interval(generator: Generator, engine: FakeEngine) -> None:
-    """Where there are two branches there are two rows."""
+def test_guidance_applies_only_within_its_interval(generator: Generator, engine: FakeEngine) -> None:
+    """A guided step has two rows, one for each branch."""
     generator("red cube", steps=8, guidance_interval=(0.6, 0.9))
-    (asked,) = calls(engine, CONDITIONS)
-    timesteps = dict.fromkeys(asked["timestep"].tolist())
+    (condition_inputs,) = calls(engine, CONDITIONS)
+    timesteps = dict.fromkeys(condition_inputs["timestep"].tolist())
     rows = [len(inputs["latents"]) for inputs in calls(engine, DENOISE)]
     assert rows == [2 if 600 <= timestep <= 900 else 1 for timestep in timesteps]
     assert rows[0] == rows[-1] == 1 and 2 in rows
 
 
-def test_guidance_is_kept_between_every_few_steps(generator: Generator, engine: FakeEngine) -> None:
+def test_guidance_every_reuses_guidance_between_steps(generator: Generator, engine: FakeEngine) -> None:
     generator("red cube", steps=6, guidance_every=2)
     assert [len(inputs["latents"]) for inputs in calls(engine, DENOISE)] == [2, 2, 2, 1, 2, 1]
     engine.calls.clear()
@@ -211,28 +218,28 @@ def test_guidance_is_kept_between_every_few_steps(generator: Generator, engine: 
     assert [len(inputs["latents"]) for inputs in calls(engine, DENOISE)] == [2, 2, 2, 2, 2, 1, 1, 2, 2, 1, 1]
 
 
-def test_cached_steps_call_nothing_and_have_no_conditions(generator: Generator, engine: FakeEngine) -> None:
-    counted: list[tuple[int, int]] = []
+def test_cached_steps_call_no_graph_and_need_no_conditions(generator: Generator, engine: FakeEngine) -> None:
+    progress: list[tuple[int, int]] = []
     generator(
-        "red cube", steps=10, cache_interval=3, callback=lambda step, total, _: counted.append((step, total))
+        "red cube", steps=10, cache_interval=3, callback=lambda step, total, _: progress.append((step, total))
     )
     assert [len(inputs["latents"]) for inputs in calls(engine, DENOISE)] == [2] * 6
-    (asked,) = calls(engine, CONDITIONS)
-    assert len(set(asked["timestep"].tolist())) == 6
-    assert counted == [(step, 10) for step in range(1, 11)]
+    (condition_inputs,) = calls(engine, CONDITIONS)
+    assert len(set(condition_inputs["timestep"].tolist())) == 6
+    assert progress == [(step, 10) for step in range(1, 11)]
     sample = generator.generate_latents(generator.plan("red cube", steps=10, cache_interval=3))
     assert len(sample.routes) == 6
 
 
 def test_a_batch_with_cached_steps_equals_single_images(generator: Generator) -> None:
     both = generator(["red cube", "blue sphere"], steps=6, cache_interval=2)
-    alone = [generator(prompt, steps=6, cache_interval=2)[0] for prompt in ("red cube", "blue sphere")]
+    single = [generator(prompt, steps=6, cache_interval=2)[0] for prompt in ("red cube", "blue sphere")]
     full = generator(["red cube", "blue sphere"], steps=6)
-    assert [image.tobytes() for image in both] == [image.tobytes() for image in alone]
+    assert [image.tobytes() for image in both] == [image.tobytes() for image in single]
     assert [image.tobytes() for image in both] != [image.tobytes() for image in full]
 
 
-def test_an_interval_that_holds_no_step_is_refused(generator: Generator, engine: FakeEngine) -> None:
+def test_rejects_a_guidance_interval_without_any_step(generator: Generator, engine: FakeEngine) -> None:
     message = r"contains one of the steps' noise levels \(1, [0-9.]+, [0-9.]+\), found \(0.1, 0.2\); widen it"
     with pytest.raises(BadInput, match=message):
         generator("red cube", guidance_interval=(0.1, 0.2))
@@ -242,8 +249,8 @@ def test_an_interval_that_holds_no_step_is_refused(generator: Generator, engine:
     assert len(generator("red cube", guidance_interval=(0.0, 0.2))) == 1
 
 
-def test_an_interval_that_holds_none_of_an_edit_s_steps_is_refused(generator: Generator) -> None:
-    """The first steps, which it holds, are those that an edit leaves out."""
+def test_rejects_a_guidance_interval_without_any_step_of_an_edit(generator: Generator) -> None:
+    """The interval contains only the first steps, which an edit skips."""
     settings: dict[str, Any] = {"steps": 10, "guidance_interval": (0.9, 1.0), "negative_prompt": "a sphere"}
     generator.plan("red cube", **settings)
     generator.plan("red cube", **settings, strength=1.0)
@@ -253,19 +260,21 @@ def test_an_interval_that_holds_none_of_an_edit_s_steps_is_refused(generator: Ge
 
 def test_the_negative_prompt_is_the_first_branch(generator: Generator, engine: FakeEngine) -> None:
     generator("red cube", negative_prompt="a blue sphere")
-    said, expected = (
+    positive, negative = (
         text_encoder({"ids": np.array([generator.text.tokenizers[0].encode(text).ids])})
         for text in ("red cube", "a blue sphere")
     )
     for inputs in calls(engine, DENOISE):
-        np.testing.assert_array_equal(inputs["context"][:1], expected["context"])
+        np.testing.assert_array_equal(inputs["context"][:1], negative["context"])
     (inputs,) = calls(engine, CONDITIONS)
     assert {row.tobytes() for row in inputs["pooled"]} == {
-        branch["pooled"].tobytes() for branch in (said, expected)
+        branch["pooled"].tobytes() for branch in (positive, negative)
     }
 
 
-def test_images_of_one_prompt_share_one_row_of_the_encoder(generator: Generator, engine: FakeEngine) -> None:
+def test_images_of_one_prompt_share_one_row_of_the_text_encoder(
+    generator: Generator, engine: FakeEngine
+) -> None:
     generator(["red cube", "a sphere"], num_images=3, guidance=1)
     (inputs,) = calls(engine, "text_encoder")
     assert len(inputs["ids"]) == 2
@@ -304,7 +313,7 @@ def test_latents_come_with_the_routes_of_every_call(generator: Generator) -> Non
         ("depth", 1, "2 and 1"),
     ],
 )
-def test_jobs_have_one_loop_whatever_the_batches(
+def test_rejects_jobs_with_different_loop_settings_at_any_batch_size(
     generator: Generator, engine: FakeEngine, name: str, value: Any, found: str
 ) -> None:
     jobs = generator.plan("red cube") + generator.plan("red cube", **{name: value})
@@ -317,16 +326,14 @@ def test_jobs_have_one_loop_whatever_the_batches(
     assert engine.calls == []
 
 
-def test_jobs_of_another_model_are_refused(
-    generator: Generator, by_class: Generator, engine: FakeEngine
-) -> None:
+def test_rejects_jobs_of_another_model(generator: Generator, by_class: Generator, engine: FakeEngine) -> None:
     with pytest.raises(BadInput, match="expected a sampler of euler, heun, dpmpp2m, unipc, found 'ddim'"):
         generator.generate(by_class.plan(class_id=3))
     assert engine.calls == []
 
 
-def test_numpy_s_numbers_are_python_s(generator: Generator, by_class: Generator) -> None:
-    """Whose sums do not wrap round."""
+def test_numpy_numbers_are_converted_to_python_numbers(generator: Generator, by_class: Generator) -> None:
+    """Sums of Python's integers do not overflow."""
     jobs = generator.plan("red cube", seed=np.uint8(254), num_images=np.int64(3), steps=np.int32(2))  # type: ignore[arg-type]
     assert [job.seed for job in jobs] == [254, 255, 256]
     (job,) = by_class.plan(class_id=np.int64(3))  # type: ignore[arg-type]
@@ -335,17 +342,17 @@ def test_numpy_s_numbers_are_python_s(generator: Generator, by_class: Generator)
 
 
 @pytest.mark.parametrize("negative", [[], 0, False])
-def test_a_negative_prompt_is_text_or_none(generator: Generator, negative: Any) -> None:
+def test_a_negative_prompt_must_be_text_or_none(generator: Generator, negative: Any) -> None:
     with pytest.raises(BadInput, match="expected negative_prompt to be text, found "):
         generator.plan("red cube", negative_prompt=negative)
     assert generator.plan("red cube", negative_prompt=None)[0].negative_prompt == ""
 
 
-def test_no_jobs_are_no_images(generator: Generator) -> None:
+def test_no_jobs_give_no_images(generator: Generator) -> None:
     assert generator.generate([]) == []
 
 
-def test_defaults_are_the_bundles(generator: Generator) -> None:
+def test_defaults_come_from_the_bundle(generator: Generator) -> None:
     assert generator.plan("red cube") == [Settings("red cube", "", 0, 3, 3.0, "euler", 2)]
     limited = replace(FAKE.defaults, guidance_interval=(0.0, 0.5))
     generator.manifest = replace(FAKE, defaults=limited)
@@ -363,7 +370,7 @@ def test_plans_each_prompt_with_each_seed(generator: Generator) -> None:
     ]
 
 
-def test_images_carry_their_settings(generator: Generator) -> None:
+def test_images_have_their_settings_as_metadata(generator: Generator) -> None:
     images = generator(["red cube", "a sphere"], seed=3, num_images=2)
     facts = [json.loads(image.info["tpx"]) for image in images]
     assert [(fact["prompt"], fact["seed"]) for fact in facts] == [
@@ -376,7 +383,7 @@ def test_images_carry_their_settings(generator: Generator) -> None:
     assert {fact["bundle_sha256"] for fact in facts} == {generator.bundle.hash}
 
 
-# Models of classes, which are diffusions
+# Class-conditional diffusion models
 
 
 @pytest.fixture
@@ -390,15 +397,15 @@ def by_class(classes: Path, class_engine: FakeEngine) -> Generator:
 
 
 @pytest.mark.parametrize("name", list(DIFFUSION_SAMPLERS))
-def test_a_class_is_a_diffusion_of_guided_epsilon(by_class: Generator, name: str) -> None:
-    """Written out: three channels guided, the null class in the other branch, and each step's noise of its own stream."""
+def test_an_image_of_a_class_is_diffusion_with_guided_epsilon(by_class: Generator, name: str) -> None:
+    """Three channels are guided, the other branch has the null class, and each step's noise has its own stream."""
     model, seeds = CLASSES.model, [5, 6]
 
     def epsilon(x: Array, timestep: float) -> Array:
         times = np.full(2, timestep, np.float32)
         tables = (conditions(model)({"timestep": times, "class_id": np.array([c, c])}) for c in (7, 13))
-        towards, away = (transformer(1, model)({"latents": x, **table})["epsilon"] for table in tables)
-        return np.concatenate([away[:, :3] + 4.0 * (towards - away)[:, :3], towards[:, 3:]], axis=1)
+        cond, uncond = (transformer(1, model)({"latents": x, **table})["epsilon"] for table in tables)
+        return np.concatenate([uncond[:, :3] + 4.0 * (cond - uncond)[:, :3], cond[:, 3:]], axis=1)
 
     sampler = DIFFUSION_SAMPLERS[name]
     *_, latents = sampler.denoise(
@@ -416,7 +423,7 @@ def test_a_class_is_a_diffusion_of_guided_epsilon(by_class: Generator, name: str
 
 
 @pytest.mark.parametrize("name", list(DIFFUSION_SAMPLERS))
-def test_every_image_has_its_own_noise_whatever_its_batch(by_class: Generator, name: str) -> None:
+def test_every_image_has_its_own_noise_in_any_batch(by_class: Generator, name: str) -> None:
     jobs = by_class.plan(class_id=7, sampler=name, steps=9, num_images=5)
     together = by_class.generate_latents(jobs).latents
     for row, job in enumerate(jobs):
@@ -425,13 +432,15 @@ def test_every_image_has_its_own_noise_whatever_its_batch(by_class: Generator, n
     assert same(by_class.generate(jobs, batch_size=2), by_class.generate(jobs))
 
 
-def test_a_seed_is_the_same_image_although_steps_add_noise(by_class: Generator) -> None:
+def test_a_seed_reproduces_the_image_although_steps_add_noise(by_class: Generator) -> None:
     first, again, other = (by_class(class_id=7, sampler="ddpm", steps=9, seed=seed) for seed in (1, 1, 2))
     assert same(first, again)
     assert not same(first, other)
 
 
-def test_without_guidance_no_null_class_is_asked(by_class: Generator, class_engine: FakeEngine) -> None:
+def test_without_guidance_the_null_class_is_not_computed(
+    by_class: Generator, class_engine: FakeEngine
+) -> None:
     by_class(class_id=7, guidance=1)
     (inputs,) = calls(class_engine, CONDITIONS)
     assert inputs["class_id"].tolist() == [7] * 3
@@ -443,7 +452,7 @@ def test_without_guidance_no_null_class_is_asked(by_class: Generator, class_engi
     assert {len(inputs["conditions"]) for inputs in calls(class_engine, DENOISE)} == {4}
 
 
-def test_a_class_needs_no_prompt_and_an_empty_one_is_none(by_class: Generator) -> None:
+def test_a_class_needs_no_prompt_and_accepts_an_empty_one(by_class: Generator) -> None:
     assert by_class.plan(class_id=0) == [Settings("", "", 0, 3, 3.0, "ddim", 1, class_id=0)]
     assert by_class.plan("", class_id=0) == by_class.plan(class_id=0)
     assert json.loads(by_class(class_id=12)[0].info["tpx"])["class_id"] == 12
@@ -469,7 +478,7 @@ def test_a_class_needs_no_prompt_and_an_empty_one_is_none(by_class: Generator) -
         ),
     ],
 )
-def test_refuses_arguments_of_a_class_before_any_work(
+def test_rejects_invalid_class_arguments_before_opening_a_graph(
     by_class: Generator, class_engine: FakeEngine, arguments: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(BadInput) as caught:
@@ -478,7 +487,7 @@ def test_refuses_arguments_of_a_class_before_any_work(
     assert class_engine.opened == []
 
 
-def test_a_model_of_prompts_has_no_classes(generator: Generator, engine: FakeEngine) -> None:
+def test_a_text_to_image_model_rejects_a_class(generator: Generator, engine: FakeEngine) -> None:
     for arguments in ({"class_id": 3}, {"class_id": 3, "prompt": "red cube"}):
         with pytest.raises(
             BadInput, match=r"a prompt and no class .this bundle takes prompts., found class 3; le"
@@ -487,7 +496,7 @@ def test_a_model_of_prompts_has_no_classes(generator: Generator, engine: FakeEng
     assert engine.opened == []
 
 
-# What it refuses
+# Invalid arguments, bundles and outputs
 
 
 @pytest.mark.parametrize(
@@ -508,7 +517,7 @@ def test_a_model_of_prompts_has_no_classes(generator: Generator, engine: FakeEng
         (["red", ""], "expected a prompt with words, found none in ''"),
     ],
 )
-def test_refuses_a_prompt_before_any_work(
+def test_rejects_an_invalid_prompt_before_opening_a_graph(
     generator: Generator, engine: FakeEngine, prompt: Any, message: str
 ) -> None:
     with pytest.raises(BadInput) as caught:
@@ -539,7 +548,7 @@ def test_refuses_a_prompt_before_any_work(
         ({"negative_prompt": "blue", "guidance": 1.0}, "expected no negative prompt at guidance 1"),
     ],
 )
-def test_refuses_arguments_before_any_work(
+def test_rejects_invalid_arguments_before_opening_a_graph(
     generator: Generator, engine: FakeEngine, arguments: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(BadInput) as caught:
@@ -548,14 +557,14 @@ def test_refuses_arguments_before_any_work(
     assert engine.opened == []
 
 
-def test_refuses_a_vocabulary_of_another_length(fake_bundle: Path, engine: FakeEngine) -> None:
+def test_rejects_a_vocabulary_of_another_length(fake_bundle: Path, engine: FakeEngine) -> None:
     write_vocabulary(fake_bundle, text_tokens=10)
     with pytest.raises(BundleInvalid, match=r"expected text_tokens 9 as in the manifest, found 10; export"):
         Generator(seal(fake_bundle), engine)  # type: ignore[arg-type]
 
 
 def broken(key: str, value: object) -> dict[str, Callable[[Arrays], Arrays]]:
-    """The graph that gives `key`, giving `value` instead, or nothing where that is None."""
+    """The graph with the output `key`, changed to return `value` instead, or without that output if `value` is None."""
     name, function = {
         "context": ("text_encoder/model.onnx", text_encoder),
         "conditions": (CONDITIONS, conditions()),
@@ -584,7 +593,7 @@ def broken(key: str, value: object) -> dict[str, Callable[[Arrays], Arrays]]:
         ("conditions", "latents of step 1"),
     ],
 )
-def test_numbers_that_are_no_image_are_an_error_and_no_warning(
+def test_non_finite_outputs_are_an_error_without_a_warning(
     fake_bundle: Path, key: str, what: str, value: float
 ) -> None:
     generator = Generator(Bundle.open(fake_bundle), FakeEngine(broken(key, value)))  # type: ignore[arg-type]
@@ -596,14 +605,14 @@ def test_numbers_that_are_no_image_are_an_error_and_no_warning(
     )
 
 
-def test_numbers_that_grow_out_of_float32_are_an_error_and_no_warning(fake_bundle: Path) -> None:
+def test_float32_overflow_is_an_error_without_a_warning(fake_bundle: Path) -> None:
     generator = Generator(Bundle.open(fake_bundle), FakeEngine(broken("velocity", 3e38)))  # type: ignore[arg-type]
     with pytest.raises(EngineFailed, match="expected finite numbers in the latents of step 1, found NaN or"):
         generator("red cube", sampler="heun", guidance=1)
 
 
 @pytest.mark.parametrize("key", ["context", "conditions", "velocity", "image"])
-def test_an_output_that_is_not_there_is_an_error(fake_bundle: Path, key: str) -> None:
+def test_a_missing_output_is_an_error(fake_bundle: Path, key: str) -> None:
     generator = Generator(Bundle.open(fake_bundle), FakeEngine(broken(key, None)))  # type: ignore[arg-type]
     with pytest.raises(EngineFailed, match=f"expected an output {key} of shape .* found none; export"):
         generator("red cube")
@@ -612,7 +621,7 @@ def test_an_output_that_is_not_there_is_an_error(fake_bundle: Path, key: str) ->
 # The callback
 
 
-def test_the_callback_counts_over_all_batches(generator: Generator) -> None:
+def test_the_callback_counts_steps_over_all_batches(generator: Generator) -> None:
     seen: list[tuple[int, int, tuple[int, ...]]] = []
 
     def callback(step: int, total: int, latents: Array) -> None:
@@ -625,37 +634,41 @@ def test_the_callback_counts_over_all_batches(generator: Generator) -> None:
     assert {found[1:] for _, _, found in seen} == {shape}
 
 
-@pytest.mark.parametrize("no", [False, np.False_])
-def test_a_callback_that_says_no_cancels(generator: Generator, engine: FakeEngine, no: bool) -> None:
+@pytest.mark.parametrize("returned", [False, np.False_])
+def test_a_callback_that_returns_false_cancels(
+    generator: Generator, engine: FakeEngine, returned: bool
+) -> None:
     with pytest.raises(Cancelled, match=r"cancelled at step 2 of 3$") as caught:
-        generator("red cube", callback=lambda step, total, latents: no if step == 2 else True)
+        generator("red cube", callback=lambda step, total, latents: returned if step == 2 else True)
     assert caught.value.exit_code == 130
     assert len(calls(engine, DENOISE)) == 2
     assert calls(engine, "vae_decoder") == []
 
 
-def test_steps_of_a_cancelled_call_are_counted_as_the_callback_counts_them(generator: Generator) -> None:
+def test_a_cancelled_call_counts_steps_as_the_callback_does(generator: Generator) -> None:
     with pytest.raises(Cancelled, match=r"cancelled at step 5 of 9$"):
         generator("red cube", num_images=3, batch_size=1, callback=lambda step, *_: step < 5)
 
 
-def test_images_are_there_as_soon_as_their_batch_is(generator: Generator, engine: FakeEngine) -> None:
-    drawn = generator.stream(generator.plan("red cube", num_images=3), batch_size=2)
-    first = next(drawn)
+def test_stream_yields_the_images_of_each_batch_as_soon_as_it_is_done(
+    generator: Generator, engine: FakeEngine
+) -> None:
+    images = generator.stream(generator.plan("red cube", num_images=3), batch_size=2)
+    first = next(images)
     assert len(calls(engine, "vae_decoder")) == 1
-    assert same([first, *drawn], generator("red cube", num_images=3))
+    assert same([first, *images], generator("red cube", num_images=3))
     assert [len(inputs["latents"]) for inputs in calls(engine, "vae_decoder")][:2] == [2, 1]
 
 
-def test_threads_take_turns_and_a_callback_may_decode(fake_bundle: Path) -> None:
-    """A graph that is asked by two at once answers neither, as OpenVINO does."""
-    busy, answer = Lock(), transformer(2)
+def test_threads_take_turns_and_a_callback_can_decode(fake_bundle: Path) -> None:
+    """A graph that is called by two threads at once fails for both, as with OpenVINO."""
+    lock, denoise = Lock(), transformer(2)
 
     def exclusive(inputs: Arrays) -> Arrays:
-        assert busy.acquire(blocking=False), "busy"
+        assert lock.acquire(blocking=False), "busy"
         time.sleep(0.002)
-        busy.release()
-        return answer(inputs)
+        lock.release()
+        return denoise(inputs)
 
     engine = FakeEngine({"transformer/depth-2.onnx": exclusive})
     shared = Generator(Bundle.open(fake_bundle), engine)  # type: ignore[arg-type]
@@ -670,12 +683,12 @@ def test_threads_take_turns_and_a_callback_may_decode(fake_bundle: Path) -> None
     assert [image.shape for image in seen] == [(1, 3, *MODEL.image_size_px)] * 3
 
 
-@pytest.mark.parametrize("answer", [None, True, 0, ""])
-def test_any_other_answer_goes_on(generator: Generator, answer: Any) -> None:
-    assert len(generator("red cube", callback=lambda *_: answer)) == 1
+@pytest.mark.parametrize("returned", [None, True, 0, ""])
+def test_a_callback_that_returns_anything_else_continues(generator: Generator, returned: Any) -> None:
+    assert len(generator("red cube", callback=lambda *_: returned)) == 1
 
 
-def test_an_error_in_the_callback_comes_out_as_it_is(generator: Generator) -> None:
+def test_an_error_in_the_callback_propagates(generator: Generator) -> None:
     def fail(*_: object) -> None:
         raise ZeroDivisionError("mine")
 
@@ -686,7 +699,7 @@ def test_an_error_in_the_callback_comes_out_as_it_is(generator: Generator) -> No
 # On a real bundle
 
 
-def test_the_package_names_what_a_user_needs() -> None:
+def test_the_package_exports_its_public_names() -> None:
     assert tpx_runtime.Generator is Generator
     assert issubclass(BadInput, tpx_runtime.TpxError)
     assert isinstance(tpx_runtime.__version__, str)
@@ -694,7 +707,7 @@ def test_the_package_names_what_a_user_needs() -> None:
         _ = tpx_runtime.Nothing
 
 
-def test_the_same_seed_is_the_same_image(real: Generator, tiny_bundle: Path) -> None:
+def test_the_same_seed_gives_the_same_image(real: Generator, tiny_bundle: Path) -> None:
     first, again, other = (real("a red cube", seed=seed) for seed in (3, 3, 4))
     assert first[0].size == (64, 64)
     assert first[0].mode == "RGB"
@@ -722,26 +735,26 @@ def test_prompt_depth_sampler_and_guidance_each_change_the_image(real: Generator
 def test_batch_size_changes_no_image(real: Generator, sampler: str) -> None:
     prompts = ["a red cube", "two blue cube"]
 
-    def draw(batch_size: int) -> list[Image.Image]:
+    def generate(batch_size: int) -> list[Image.Image]:
         return real(prompts, num_images=3, sampler=sampler, steps=3, batch_size=batch_size)
 
-    alone = [real(one, seed=seed, sampler=sampler, steps=3)[0] for one in prompts for seed in range(3)]
+    single = [real(prompt, seed=seed, sampler=sampler, steps=3)[0] for prompt in prompts for seed in range(3)]
     for batch_size in (1, 4, 100):
-        # Sums of another batch may round otherwise in their last bit, and so may one level of 255.
-        assert same(draw(batch_size), alone, within=1)
+        # In another batch, sums may be rounded differently in their last bit, which may change a level by one.
+        assert same(generate(batch_size), single, within=1)
 
 
-def test_latents_of_a_batch_are_those_of_separate_runs(real: Generator) -> None:
+def test_latents_of_a_batch_equal_those_of_separate_runs(real: Generator) -> None:
     jobs = real.plan(["a red cube", "two blue cube"], num_images=2)
     together = real.generate_latents(jobs)
     for row, job in enumerate(jobs):
-        alone = real.generate_latents([job])
-        np.testing.assert_allclose(alone.latents[0], together.latents[row], rtol=1e-3, atol=1e-4)
-        for one, many in zip(alone.routes, together.routes, strict=True):
+        single = real.generate_latents([job])
+        np.testing.assert_allclose(single.latents[0], together.latents[row], rtol=1e-3, atol=1e-4)
+        for one, many in zip(single.routes, together.routes, strict=True):
             np.testing.assert_array_equal(one[0], many[row])
 
 
-def test_two_engines_draw_the_same_image(real: Generator, tiny_bundle: Path) -> None:
+def test_two_engines_generate_the_same_image(real: Generator, tiny_bundle: Path) -> None:
     other = Generator.load(tiny_bundle, "openvino")
     assert same(real("a red cube", num_images=2), other("a red cube", num_images=2), within=1)
     assert json.loads(other("a red cube")[0].info["tpx"])["engine"] == "openvino"
@@ -756,6 +769,6 @@ def test_a_callback_cannot_change_the_image(generator: Generator) -> None:
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_jobs_may_come_one_by_one(generator: Generator, batch_size: int) -> None:
+def test_stream_accepts_an_iterator_of_jobs(generator: Generator, batch_size: int) -> None:
     jobs = generator.plan("red cube", num_images=3)
     assert len(list(generator.stream(iter(jobs), batch_size))) == 3  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Images: numbers to colours, the grid, and a file that is whole, with its settings, or not there."""
+"""Images: conversion to pixels, the grid, and PNG files with their settings, written completely or not at all."""
 
 import stat
 from pathlib import Path
@@ -13,7 +13,7 @@ from tpx_runtime.errors import BadInput
 from tpx_runtime.images import check_png_writable, grid, save_png, to_pil
 
 
-def plain(colour: str, size: tuple[int, int] = (3, 2)) -> Image.Image:
+def solid(colour: str, size: tuple[int, int] = (3, 2)) -> Image.Image:
     return Image.new("RGB", size, colour)
 
 
@@ -21,12 +21,12 @@ def plain(colour: str, size: tuple[int, int] = (3, 2)) -> Image.Image:
     ("value", "level"),
     [(-1, 0), (1, 255), (0, 128), (-7, 0), (7, 255), (0.5, 191), (-1 + 0.9 / 255, 0), (-1 + 1.1 / 255, 1)],
 )
-def test_levels(value: float, level: int) -> None:
+def test_values_are_scaled_and_clipped_to_levels(value: float, level: int) -> None:
     pixels = np.full((3, 1, 1), value, np.float32)
     assert to_pil(pixels).getpixel((0, 0)) == (level, level, level)
 
 
-def test_channels_rows_and_columns_are_where_they_belong() -> None:
+def test_channels_rows_and_columns_keep_their_places() -> None:
     pixels = np.full((3, 2, 5), -1, np.float32)
     pixels[0, 0, 4] = 1  # red, top right
     pixels[2, 1, 0] = 1  # blue, bottom left
@@ -40,30 +40,30 @@ def test_channels_rows_and_columns_are_where_they_belong() -> None:
 @pytest.mark.parametrize(
     ("count", "size"), [(1, (3, 2)), (2, (6, 2)), (3, (6, 4)), (4, (6, 4)), (5, (9, 4)), (10, (12, 6))]
 )
-def test_grid_is_as_square_as_can_be(count: int, size: tuple[int, int]) -> None:
-    assert grid([plain("red")] * count).size == size
+def test_grid_is_as_square_as_possible(count: int, size: tuple[int, int]) -> None:
+    assert grid([solid("red")] * count).size == size
 
 
-def test_grid_runs_row_by_row_and_leaves_the_rest_white() -> None:
-    sheet = grid([plain("red"), plain("lime"), plain("blue")])
+def test_grid_is_filled_row_by_row_and_the_rest_is_white() -> None:
+    sheet = grid([solid("red"), solid("lime"), solid("blue")])
     corners = [sheet.getpixel(at) for at in ((0, 0), (3, 0), (0, 2), (5, 3))]
     assert corners == [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)]
 
 
-def test_grid_keeps_the_metadata_of_the_first() -> None:
-    first = plain("red")
+def test_grid_keeps_the_metadata_of_the_first_image() -> None:
+    first = solid("red")
     first.info["tpx"] = '{"seed": 5}'
-    assert grid([first, plain("blue")]).info == {"tpx": '{"seed": 5, "num_images": 2}'}
+    assert grid([first, solid("blue")]).info == {"tpx": '{"seed": 5, "num_images": 2}'}
     assert grid([first]) is first
-    assert grid([plain("red"), plain("blue")]).info == {}
+    assert grid([solid("red"), solid("blue")]).info == {}
 
 
 @settings(max_examples=50, deadline=None, database=None)
 @given(st.text(st.characters(codec="utf-8", exclude_characters="\0")))
-def test_metadata_comes_back(text: str) -> None:
+def test_metadata_survives_saving_and_opening(text: str) -> None:
     import tempfile
 
-    image = plain("red")
+    image = solid("red")
     image.info |= {"parameters": text, "tpx": f'"{text}"', "other": "left out"}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "a.png")
@@ -73,52 +73,52 @@ def test_metadata_comes_back(text: str) -> None:
             assert found.getpixel((0, 0)) == (255, 0, 0)
 
 
-def test_saves_with_the_permissions_of_any_new_file(tmp_path: Path) -> None:
+def test_saves_with_the_permissions_of_a_new_file(tmp_path: Path) -> None:
     (tmp_path / "ordinary").touch()
-    save_png(plain("red"), tmp_path / "a.png")
+    save_png(solid("red"), tmp_path / "a.png")
     modes = {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
     assert len(modes) == 1
 
 
-def test_a_long_name_fits(tmp_path: Path) -> None:
+def test_saves_under_the_longest_name_allowed(tmp_path: Path) -> None:
     path = tmp_path / ("n" * 251 + ".png")
     check_png_writable(path)
-    save_png(plain("red"), path)
+    save_png(solid("red"), path)
     assert path.is_file()
 
 
 @pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-@pytest.mark.parametrize("there_before", [False, True])
-def test_what_fails_half_way_leaves_what_was_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: BaseException, there_before: bool
+@pytest.mark.parametrize("existed", [False, True])
+def test_a_failed_write_leaves_the_folder_unchanged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: BaseException, existed: bool
 ) -> None:
     path = tmp_path / "a.png"
-    if there_before:
+    if existed:
         path.write_text("before")
 
-    def half(self: Image.Image, file: Path, **_: object) -> None:
+    def fail_half_way(self: Image.Image, file: Path, **_: object) -> None:
         Path(file).write_bytes(b"\x89PNG half")
         raise failure
 
-    monkeypatch.setattr(Image.Image, "save", half)
+    monkeypatch.setattr(Image.Image, "save", fail_half_way)
     with pytest.raises((BadInput, KeyboardInterrupt)) as caught:
-        save_png(plain("red"), path)
-    assert [entry.name for entry in tmp_path.iterdir()] == (["a.png"] if there_before else [])
-    assert not there_before or path.read_text() == "before"
+        save_png(solid("red"), path)
+    assert [entry.name for entry in tmp_path.iterdir()] == (["a.png"] if existed else [])
+    assert not existed or path.read_text() == "before"
     if isinstance(failure, OSError):
         assert f"expected to write {path}, found: No space left on device" in str(caught.value)
 
 
-def test_an_error_of_pillow_itself_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_pillow_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(self: Image.Image, file: Path, **_: object) -> None:
         raise OSError("encoder error -2 when writing image file")
 
     monkeypatch.setattr(Image.Image, "save", fail)
     with pytest.raises(BadInput, match="found: encoder error -2"):
-        save_png(plain("red"), tmp_path / "a.png")
+        save_png(solid("red"), tmp_path / "a.png")
 
 
-def test_check_writable_leaves_nothing(tmp_path: Path) -> None:
+def test_check_png_writable_leaves_no_file(tmp_path: Path) -> None:
     check_png_writable(tmp_path / "a.png")
     check_png_writable(tmp_path / "a.PNG")
     assert list(tmp_path.iterdir()) == []
@@ -136,7 +136,7 @@ def test_check_writable_leaves_nothing(tmp_path: Path) -> None:
         ("n" * 300 + ".png", "found: File name too long; choose another"),
     ],
 )
-def test_refuses_a_place(tmp_path: Path, name: str, message: str) -> None:
+def test_check_png_writable_rejects_an_unusable_path(tmp_path: Path, name: str, message: str) -> None:
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "file").touch()
     with pytest.raises(BadInput) as caught:
@@ -144,10 +144,13 @@ def test_refuses_a_place(tmp_path: Path, name: str, message: str) -> None:
     assert message in str(caught.value)
 
 
-def test_refuses_a_folder_without_the_right_to_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(dir: Path) -> None:
+def test_check_png_writable_rejects_a_folder_without_write_permission(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def deny(dir: Path) -> None:
         raise PermissionError(13, "Permission denied", str(dir))
 
-    monkeypatch.setattr("tempfile.TemporaryFile", refuse)  # root, who runs many tests, may write anywhere
+    # Simulated, because root, which often runs the tests, may write anywhere.
+    monkeypatch.setattr("tempfile.TemporaryFile", deny)
     with pytest.raises(BadInput, match="found: Permission denied; choose another"):
         check_png_writable(tmp_path / "a.png")

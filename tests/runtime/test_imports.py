@@ -1,4 +1,4 @@
-"""What the runtime may import, and when: numpy, Pillow, click and one engine, none before it is needed."""
+"""What the runtime may import: numpy, Pillow, click and one engine, each only when it is needed."""
 
 import ast
 import os
@@ -16,7 +16,7 @@ ENGINES = {"onnxruntime", "openvino"}
 
 
 def loaded_after(code: str, folder: Path) -> set[str]:
-    """Top names and whole names of the modules that a fresh process holds when it has run `code`."""
+    """The top-level and full names of the modules that a new process has imported after running `code`."""
     report = "\nimport sys\nprint('|'.join(sys.modules))"
     environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
     result = subprocess.run(
@@ -47,7 +47,7 @@ assert not verify([{bundle!r}, "--engine", {engine!r}], standalone_mode=False)
     [(RUN, "onnxruntime"), (GENERATE, "onnxruntime"), (VERIFY, "onnxruntime"), (RUN, "openvino")],
     ids=["tpx-run", "Generator", "tpx-verify", "tpx-run with OpenVINO"],
 )
-def test_an_image_needs_one_engine_and_neither_torch_nor_onnx(
+def test_running_a_bundle_imports_one_engine_and_neither_torch_nor_onnx(
     tiny_bundle: Path, tmp_path: Path, code: str, engine: str
 ) -> None:
     loaded = loaded_after(code.format(bundle=str(tiny_bundle), engine=engine), tmp_path)
@@ -56,39 +56,39 @@ def test_an_image_needs_one_engine_and_neither_torch_nor_onnx(
     assert not loaded & (ENGINES - {engine})
 
 
-@pytest.mark.parametrize("wanted", [None, "0"])
-def test_onnx_runtime_is_told_to_report_nothing_unless_somebody_wants_it(
-    tiny_bundle: Path, tmp_path: Path, wanted: str | None
+@pytest.mark.parametrize("preset", [None, "0"])
+def test_onnxruntime_telemetry_is_disabled_unless_the_variable_is_set(
+    tiny_bundle: Path, tmp_path: Path, preset: str | None
 ) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
     environment |= {"PYTHONPATH": str(PACKAGE.parent), "HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)}
-    environment |= {"ORT_DISABLE_TELEMETRY": wanted} if wanted else {}
+    environment |= {"ORT_DISABLE_TELEMETRY": preset} if preset else {}
     code = GENERATE.format(bundle=str(tiny_bundle), engine="onnxruntime")
     code += "\nimport os\nprint(os.environ['ORT_DISABLE_TELEMETRY'])"
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert (result.returncode, result.stdout) == (0, f"{wanted or 1}\n"), result.stderr
-    assert wanted or not list(tmp_path.iterdir())
+    assert (result.returncode, result.stdout) == (0, f"{preset or 1}\n"), result.stderr
+    assert preset or not list(tmp_path.iterdir())
 
 
-def test_reading_the_arguments_needs_neither_numpy_nor_an_engine(tmp_path: Path) -> None:
+def test_importing_the_command_line_imports_neither_numpy_nor_an_engine(tmp_path: Path) -> None:
     loaded = loaded_after("import tpx_runtime.cli", tmp_path)
     assert "click" in loaded
     assert not loaded & (ENGINES | {"numpy", "PIL", "importlib.metadata"})
 
 
-def test_the_main_module_needs_no_engine_and_no_command_line(tmp_path: Path) -> None:
+def test_importing_the_generator_imports_neither_an_engine_nor_click(tmp_path: Path) -> None:
     loaded = loaded_after("from tpx_runtime import Generator", tmp_path)
     assert not loaded & (ENGINES | {"click"})
 
 
-def test_the_package_itself_is_next_to_nothing(tmp_path: Path) -> None:
+def test_importing_the_package_imports_no_library(tmp_path: Path) -> None:
     assert not loaded_after("import tpx_runtime", tmp_path) & (ENGINES | LIBRARIES)
 
 
 @pytest.mark.parametrize(
     "path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.relative_to(PACKAGE).as_posix()
 )
-def test_source_imports_only_what_it_may(path: Path) -> None:
+def test_source_imports_only_allowed_packages(path: Path) -> None:
     """No torch and no onnx, not even inside a function that no test runs."""
     allowed = set(sys.stdlib_module_names) | LIBRARIES | {"tpx_runtime"}
     if path.parent.name == "engine":

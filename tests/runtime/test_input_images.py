@@ -1,4 +1,4 @@
-"""Images that users bring: of any size, mode and orientation, damaged, or none at all."""
+"""Input images from users: of any size, mode and orientation, damaged, or not images at all."""
 
 import io
 import warnings
@@ -30,7 +30,7 @@ def generator(fake_bundle: Path) -> Generator:
 
 
 def ramp() -> Image.Image:
-    """12 x 8 pixels, no two of one colour."""
+    """12 x 8 pixels, each of another colour."""
     rows, columns = np.mgrid[:8, :12]
     return Image.fromarray(np.stack([rows * 30, columns * 20, rows * 10 + columns], axis=2).astype(np.uint8))
 
@@ -45,48 +45,48 @@ def saved(image: Image.Image, format: str = "PNG", **options: Any) -> io.BytesIO
 # Any image that Pillow reads
 
 
-def test_an_image_of_the_models_size_is_taken_as_it_is(generator: Generator) -> None:
+def test_an_image_of_the_models_size_is_unchanged(generator: Generator) -> None:
     np.testing.assert_array_equal(np.asarray(generator.edit(ramp()).image), np.asarray(ramp()))
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV"])
-def test_every_mode_becomes_rgb(generator: Generator, mode: str) -> None:
+def test_every_mode_is_converted_to_rgb(generator: Generator, mode: str) -> None:
     source = ramp().convert("L").convert("RGBA").convert("P").convert("PA") if mode == "PA" else ramp()
     edit = generator.edit(source.convert(mode))
     assert (edit.image.mode, edit.image.size) == ("RGB", (12, 8))
     assert edit.latents.shape == (1, 4, 2, 3)
 
 
-def test_greys_keep_their_levels(generator: Generator) -> None:
+def test_grey_levels_are_kept(generator: Generator) -> None:
     grey = ramp().convert("L")
     found = np.asarray(generator.edit(grey).image)
     for channel in range(3):
         np.testing.assert_array_equal(found[..., channel], np.asarray(grey))
 
 
-@pytest.mark.parametrize("kind", [np.uint16, np.int32])
-def test_sixteen_bits_become_eight_and_are_not_clipped(kind: type) -> None:
-    deep = Image.fromarray((np.arange(0, 256).reshape(16, 16) * 257).astype(kind))
-    assert deep.mode.startswith("I")
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32])
+def test_sixteen_bit_levels_are_scaled_to_eight_bits_and_not_clipped(dtype: type) -> None:
+    image = Image.fromarray((np.arange(0, 256).reshape(16, 16) * 257).astype(dtype))
+    assert image.mode.startswith("I")
     np.testing.assert_array_equal(
-        np.asarray(flatten_to_rgb(deep, "white"))[..., 0], np.arange(256).reshape(16, 16)
+        np.asarray(flatten_to_rgb(image, "white"))[..., 0], np.arange(256).reshape(16, 16)
     )
-    if kind is np.uint16:  # which PNG files have
-        assert flatten_to_rgb(Image.open(saved(deep)), "white").getpixel((15, 15)) == WHITE
+    if dtype is np.uint16:  # the type that PNG files can have
+        assert flatten_to_rgb(Image.open(saved(image)), "white").getpixel((15, 15)) == WHITE
 
 
-def test_eight_bits_that_stand_in_thirty_two_are_eight() -> None:
+def test_eight_bit_levels_in_a_32_bit_image_are_kept() -> None:
     levels = np.arange(0, 256).reshape(16, 16)
-    made = flatten_to_rgb(Image.fromarray(levels.astype(np.int32)), "white")
-    np.testing.assert_array_equal(np.asarray(made)[..., 0], levels)
+    converted = flatten_to_rgb(Image.fromarray(levels.astype(np.int32)), "white")
+    np.testing.assert_array_equal(np.asarray(converted)[..., 0], levels)
 
 
-def test_what_is_transparent_takes_the_background() -> None:
+def test_transparent_pixels_get_the_background_colour() -> None:
     image = Image.new("RGBA", (2, 1), (*RED, 255))
     image.putpixel((1, 0), (*RED, 0))
     for background, colour in (("white", WHITE), ("black", BLACK)):
-        made = flatten_to_rgb(image, background)
-        assert (made.getpixel((0, 0)), made.getpixel((1, 0))) == (RED, colour)
+        flattened = flatten_to_rgb(image, background)
+        assert (flattened.getpixel((0, 0)), flattened.getpixel((1, 0))) == (RED, colour)
     palette = Image.open(saved(image.convert("P"), transparency=b"\x00" * 256))
     assert flatten_to_rgb(palette, "white").getpixel((0, 0)) == WHITE
 
@@ -104,7 +104,7 @@ def test_what_is_transparent_takes_the_background() -> None:
         (8, lambda pixels: np.rot90(pixels)),
     ],
 )
-def test_an_image_is_turned_as_its_camera_was_held(orientation: int, turn: Any) -> None:
+def test_the_exif_orientation_is_applied(orientation: int, turn: Any) -> None:
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
     photo = Image.open(saved(ramp(), exif=exif))
@@ -113,37 +113,37 @@ def test_an_image_is_turned_as_its_camera_was_held(orientation: int, turn: Any) 
 
 
 @pytest.mark.parametrize(("width", "height"), [(1, 1), (12, 80), (120, 8), (5, 7), (1200, 800)])
-def test_every_size_is_scaled_and_cropped_about_the_middle(
+def test_every_size_is_resized_and_cropped_around_the_centre(
     generator: Generator, width: int, height: int
 ) -> None:
     input_image = Image.new("RGB", (width, height), RED)
-    if width * 8 > height * 12:  # too wide: what is outside the middle 3 to 2 is cut off
+    if width * 8 > height * 12:  # too wide: columns outside the central 3:2 area are cropped
         kept = height * 12 / 8
         for x in range(width):
             if abs(x + 0.5 - width / 2) > kept / 2 + 0.5:
                 input_image.paste(BLACK, (x, 0, x + 1, height))
-    said = f"the input image of {width}x{height} pixels is resized and cropped to the model's 12x8"
-    with pytest.warns(ImageResized, match=said):
+    message = f"the input image of {width}x{height} pixels is resized and cropped to the model's 12x8"
+    with pytest.warns(ImageResized, match=message):
         found = np.asarray(generator.edit(input_image).image)
     assert found.shape == (8, 12, 3)
     np.testing.assert_array_equal(found[1:-1, 2:-2], np.broadcast_to(RED, (6, 8, 3)))
 
 
-def test_the_middle_is_the_middle() -> None:
+def test_the_crop_is_exactly_centred() -> None:
     stripes = np.zeros((8, 36, 3), np.uint8)
     stripes[:, 12:24] = RED
     found = np.asarray(resize_and_crop(Image.fromarray(stripes), SIZE))
     np.testing.assert_array_equal(found, np.broadcast_to(RED, (8, 12, 3)))
 
 
-def test_pixels_are_minus_one_to_one() -> None:
+def test_to_pixels_scales_levels_to_minus_one_to_one() -> None:
     image = Image.new("RGB", (3, 2), (0, 255, 51))
     pixels = to_pixels(image)
     assert (pixels.shape, pixels.dtype) == ((1, 3, 2, 3), np.float32)
     np.testing.assert_allclose(pixels[0, :, 0, 0], [-1, 1, -0.6], atol=1e-6)
 
 
-def test_nothing_of_the_source_but_pixels_is_in_the_result(generator: Generator, tmp_path: Path) -> None:
+def test_metadata_of_the_input_image_is_not_in_the_result(generator: Generator, tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x010F] = "camera of a person"
     source = Image.open(saved(ramp(), "JPEG", exif=exif, icc_profile=b"profile", dpi=(300, 300)))
@@ -161,7 +161,7 @@ def test_nothing_of_the_source_but_pixels_is_in_the_result(generator: Generator,
 # Masks
 
 
-def test_a_mask_is_black_or_white() -> None:
+def test_a_mask_is_thresholded_to_black_or_white() -> None:
     mask = Image.fromarray(np.array([[0, 127, 128, 255]], np.uint8))
     np.testing.assert_array_equal(np.asarray(resize_and_crop_mask(mask, (1, 4))), [[0, 0, 255, 255]])
 
@@ -177,7 +177,7 @@ def test_a_mask_may_have_any_mode(generator: Generator, mode: str) -> None:
     np.testing.assert_array_equal(edit.latent_mask, [[[[True, True, False]] * 2]])
 
 
-def test_a_mask_that_is_transparent_paints_nothing_there(generator: Generator) -> None:
+def test_transparent_pixels_of_a_mask_are_black(generator: Generator) -> None:
     mask = Image.new("RGBA", (12, 8), (255, 255, 255, 0))
     mask.paste((255, 255, 255, 255), (0, 0, 4, 8))
     edit = generator.edit(ramp(), mask)
@@ -186,10 +186,8 @@ def test_a_mask_that_is_transparent_paints_nothing_there(generator: Generator) -
 
 
 @pytest.mark.parametrize("size", [(12, 8), (48, 16), (6, 2), (480, 480)])
-def test_a_mask_lies_over_the_whole_image_whatever_its_size(
-    generator: Generator, size: tuple[int, int]
-) -> None:
-    """The image is 48 x 16, of which the middle half is drawn; the left third of the mask is white."""
+def test_a_mask_of_any_size_covers_the_whole_image(generator: Generator, size: tuple[int, int]) -> None:
+    """The image is 48 x 16, of which the central half is used; the left third of the mask is white."""
     input_image, mask = Image.new("RGB", (48, 16), RED), Image.new("L", size)
     mask.paste(255, (0, 0, size[0] // 3, size[1]))
     with pytest.warns(ImageResized):
@@ -200,8 +198,8 @@ def test_a_mask_lies_over_the_whole_image_whatever_its_size(
     assert columns[3:].tolist() == [0] * 9
 
 
-def test_a_mask_follows_an_image_that_is_turned(generator: Generator) -> None:
-    """Seen upright the image is 8 x 12, and the mask is painted over what is seen."""
+def test_a_mask_applies_to_the_image_after_exif_rotation(generator: Generator) -> None:
+    """The upright image is 8 x 12, and the mask refers to it."""
     exif = Image.Exif()
     exif[ORIENTATION] = 6
     photo = Image.open(saved(Image.new("RGB", (12, 8), RED), exif=exif))
@@ -213,7 +211,7 @@ def test_a_mask_follows_an_image_that_is_turned(generator: Generator) -> None:
     assert np.asarray(edit.mask).mean(0).tolist() == [255] * 6 + [0] * 6
 
 
-def test_a_black_mask_is_refused_before_any_work(generator: Generator) -> None:
+def test_rejects_a_black_mask_before_opening_a_graph(generator: Generator) -> None:
     for mask in (Image.new("L", (12, 8), 0), Image.new("L", (12, 8), 127), Image.new("RGBA", (12, 8))):
         with pytest.raises(
             BadInput, match="a mask that is white where to repaint, found no pixel that is at least half"
@@ -222,7 +220,7 @@ def test_a_black_mask_is_refused_before_any_work(generator: Generator) -> None:
     assert generator.engine.opened == []  # type: ignore[attr-defined]
 
 
-# What is no image
+# Invalid images
 
 
 @pytest.mark.parametrize(
@@ -234,23 +232,23 @@ def test_a_black_mask_is_refused_before_any_work(generator: Generator) -> None:
         (Image.new("RGB", (5, 0)), "expected an image, found one of 5x0 pixels"),
     ],
 )
-def test_refuses_what_is_no_image(generator: Generator, image: Any, message: str) -> None:
+def test_rejects_a_value_that_is_not_an_image(generator: Generator, image: Any, message: str) -> None:
     for arguments in ((image,), (ramp(), image)):
         with pytest.raises(BadInput) as caught:
             generator.edit(*arguments)
         assert message in str(caught.value)
 
 
-def test_an_image_that_was_opened_and_breaks_when_it_is_read_is_refused(generator: Generator) -> None:
+def test_rejects_an_open_image_that_cannot_be_decoded(generator: Generator) -> None:
     data = saved(ramp().resize((300, 200))).getvalue()
     with pytest.raises(BadInput, match="expected an image that converts to RGB"):
         generator.edit(Image.open(io.BytesIO(data[: len(data) // 2])))
 
 
-def test_opens_a_file(tmp_path: Path) -> None:
+def test_load_image_reads_a_file(tmp_path: Path) -> None:
     ramp().save(tmp_path / "a.webp", lossless=True)
     opened = load_image(tmp_path / "a.webp")
-    (tmp_path / "a.webp").unlink()  # it was read, not only opened
+    (tmp_path / "a.webp").unlink()  # the image was read, not only opened
     np.testing.assert_array_equal(np.asarray(opened), np.asarray(ramp()))
 
 
@@ -267,7 +265,9 @@ def test_opens_a_file(tmp_path: Path) -> None:
         ("bomb.png", "no readable image"),
     ],
 )
-def test_a_file_that_is_no_image_is_one_line(tmp_path: Path, name: str, reason: str) -> None:
+def test_load_image_rejects_a_file_that_is_not_an_image_in_one_line(
+    tmp_path: Path, name: str, reason: str
+) -> None:
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "text.png").write_text("no image")
     (tmp_path / "empty.png").touch()
@@ -277,7 +277,7 @@ def test_a_file_that_is_no_image_is_one_line(tmp_path: Path, name: str, reason: 
         (tmp_path / f"half.{format.replace('jpeg', 'jpg')}").write_bytes(data[: len(data) // 2])
     head = saved(noise).getvalue()
     huge = (100_000).to_bytes(4, "big")
-    (tmp_path / "bomb.png").write_bytes(head[:16] + huge * 2 + head[24:])  # says that it has 10^10 pixels
+    (tmp_path / "bomb.png").write_bytes(head[:16] + huge * 2 + head[24:])  # its header claims 10^10 pixels
     with pytest.raises(BadInput) as caught:
         load_image(tmp_path / name)
     expected = f"expected an image in {tmp_path / name}, found: {reason}; name a PNG, JPEG or WebP file"
@@ -285,7 +285,7 @@ def test_a_file_that_is_no_image_is_one_line(tmp_path: Path, name: str, reason: 
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_a_damaged_file_is_an_image_or_one_line(generator: Generator, tmp_path: Path, seed: int) -> None:
+def test_a_damaged_file_gives_an_image_or_bad_input(generator: Generator, tmp_path: Path, seed: int) -> None:
     rng, exif = np.random.default_rng(seed), Image.Exif()
     exif[ORIENTATION] = 6
     format = ("PNG", "JPEG", "GIF", "TIFF", "BMP", "WEBP", "TGA", "PPM")[seed % 8]
@@ -296,13 +296,15 @@ def test_a_damaged_file_is_an_image_or_one_line(generator: Generator, tmp_path: 
         data[position] = rng.integers(256)
     (tmp_path / "file").write_bytes(data)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow may warn of what it could still read
+        warnings.simplefilter("ignore")  # Pillow may warn about damage that it tolerates
         with suppress(BadInput):
             assert generator.edit(load_image(tmp_path / "file")).image.size == (12, 8)
 
 
-def test_a_large_photograph_is_no_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 60)  # Pillow warns above it, and refuses twice as much
+def test_a_large_photograph_is_not_rejected_as_a_decompression_bomb(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 60)  # Pillow warns above this and rejects twice as much
     ramp().save(tmp_path / "a.png")
     assert load_image(tmp_path / "a.png").size == (12, 8)
 
@@ -313,9 +315,9 @@ def test_a_large_photograph_is_no_bomb(tmp_path: Path, monkeypatch: pytest.Monke
         Image.fromarray(np.linspace(0, 1, 96, dtype=np.float32).reshape(8, 12)),
         Image.fromarray(np.full((8, 12), 1 << 30, np.int32)),
     ],
-    ids=["of floats", "of 32 bits"],
+    ids=["float", "32-bit"],
 )
-def test_levels_of_an_unknown_range_are_refused(image: Image.Image) -> None:
+def test_rejects_levels_of_an_unknown_range(image: Image.Image) -> None:
     with pytest.raises(
         BadInput,
         match=f"expected an image of 8 or 16 bits, found one of mode {image.mode} with unknown range",

@@ -1,4 +1,4 @@
-"""What a device is told of a loop ahead, and which loops it is not given."""
+"""Plans of sampling loops that a device runs, and which loops stay on the host."""
 
 from dataclasses import replace
 
@@ -17,7 +17,7 @@ from .fakes import CLASSES, MODEL, FakeSession, conditions
 
 rng = np.random.default_rng(4)
 LATENTS = rng.standard_normal((2, *MODEL.latent_shape)).astype(np.float32)
-TOLD = {
+CONDITIONING = {
     "context": rng.standard_normal((4, MODEL.context_tokens, MODEL.context_width)).astype(np.float32),
     "pooled": rng.standard_normal((2, MODEL.pooled_width)).astype(np.float32)[[0, 0, 1, 1]],
 }
@@ -30,52 +30,52 @@ def plan(job: Settings, model: ModelSpec = MODEL) -> tuple[LoopPlan | None, Cond
     sampler = SAMPLERS_FOR[model.prediction][job.sampler]
     schedule = sampler.schedule(job.steps, 3.0)
     rows = slice(2, None) if job.guidance == 1 else slice(None)
-    told = {"class_id": np.array([7, 7, 1, 1])} if model.classes else TOLD
-    told = {name: array[rows] for name, array in told.items()}
+    conditioning = {"class_id": np.array([7, 7, 1, 1])} if model.classes else CONDITIONING
+    conditioning = {name: array[rows] for name, array in conditioning.items()}
     table = Conditions(
-        lambda: FakeSession("conditions", conditions(model), []), model, told, schedule.timesteps
+        lambda: FakeSession("conditions", conditions(model), []), model, conditioning, schedule.timesteps
     )
-    return plan_loop(job, sampler, schedule, LATENTS, told, table, model), table
+    return plan_loop(job, sampler, schedule, LATENTS, conditioning, table, model), table
 
 
-def test_a_guided_loop_has_both_branches_and_each_call_s_conditions() -> None:
+def test_a_guided_loop_has_both_branches_and_the_conditions_of_each_call() -> None:
     found, table = plan(JOB)
     assert found is not None
     np.testing.assert_array_equal(found.latents, np.concatenate([LATENTS, LATENTS]))
     assert (found.num_images, found.ends, found.prediction) == (2, [1, 2, 3, 4], "velocity")
     assert set(found.context) == {"context"}
-    made, told = found.tables["table"], found.tables["condition_index"]
-    assert made.shape == (5, 2, MODEL.conditions_width)
+    rows, index = found.tables["table"], found.tables["condition_index"]
+    assert rows.shape == (5, 2, MODEL.conditions_width)
     schedule = SAMPLERS_FOR["velocity"]["euler"].schedule(4, 3.0)
     for call, timestep in enumerate(schedule.timesteps):
-        np.testing.assert_array_equal(made[call][told], table.for_timestep(timestep))
+        np.testing.assert_array_equal(rows[call][index], table.for_timestep(timestep))
     assert set(found.inputs) == {"latents", "conditions", "context"}
     np.testing.assert_array_equal(found.inputs["conditions"], table.for_timestep(schedule.timesteps[0]))
 
 
-def test_without_guidance_rows_are_images() -> None:
+def test_without_guidance_there_is_one_row_per_image() -> None:
     found, _ = plan(replace(JOB, guidance=1.0))
     assert found is not None
     np.testing.assert_array_equal(found.latents, LATENTS)
     np.testing.assert_array_equal(found.tables["mix"], np.eye(2))
 
 
-@pytest.mark.parametrize("calls", [{"guidance_interval": (0.0, 0.9)}, {"guidance_every": 2}])
-def test_calls_that_differ_in_their_branches_are_the_host_s(calls: dict[str, object]) -> None:
-    assert plan(replace(JOB, **calls))[0] is None  # type: ignore[arg-type]
+@pytest.mark.parametrize("settings", [{"guidance_interval": (0.0, 0.9)}, {"guidance_every": 2}])
+def test_loops_whose_calls_have_different_branches_stay_on_the_host(settings: dict[str, object]) -> None:
+    assert plan(replace(JOB, **settings))[0] is None  # type: ignore[arg-type]
     assert plan(replace(JOB, guidance_interval=(0.0, 1.0), guidance_every=1))[0] is not None
 
 
-def test_noise_on_the_way_is_the_host_s() -> None:
+def test_samplers_that_add_noise_stay_on_the_host() -> None:
     assert plan(replace(JOB, sampler="ddpm"), CLASSES.model)[0] is None
     assert plan(replace(JOB, sampler="ddim"), CLASSES.model)[0] is not None
 
 
-def test_what_is_too_large_for_a_device_is_the_host_s(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Five slots of four rows of latents, and of two of conditions, in four bytes each."""
+def test_loops_too_large_for_the_device_stay_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five slots, each of four rows of latents and two rows of conditions, with four bytes per number."""
     size = 4 * 5 * (4 * LATENTS[0].size + 2 * MODEL.conditions_width)
     monkeypatch.setattr(loop_plan, "MAX_BYTES", size)
     assert plan(JOB)[0] is not None
     monkeypatch.setattr(loop_plan, "MAX_BYTES", size - 1)
     found, table = plan(JOB)
-    assert found is None and not table._cached  # nothing was worked out for it
+    assert found is None and not table._cached  # no conditions were computed for it

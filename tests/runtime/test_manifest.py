@@ -1,4 +1,4 @@
-"""The manifest: there and back, and every refusal."""
+"""The manifest: round trip through JSON, and every error."""
 
 import json
 from collections.abc import Callable
@@ -17,7 +17,7 @@ GOOD = replace(FAKE, files={"tokenizer/vocab.json": FileEntry(3, "0" * 64)})
 Facts = dict[str, Any]
 
 
-def edited(edit: Callable[[Facts], object]) -> str:
+def edited_json(edit: Callable[[Facts], object]) -> str:
     facts = json.loads(GOOD.to_json())
     edit(facts)
     return json.dumps(facts)
@@ -33,26 +33,26 @@ def put(value: object, *keys: str | int) -> Callable[[Facts], None]:
 
 
 @pytest.mark.parametrize("manifest", [GOOD, THREE_ENCODERS, CLASSES], ids=lambda manifest: manifest.name)
-def test_comes_back_as_it_was(manifest: Manifest) -> None:
+def test_round_trip_through_json(manifest: Manifest) -> None:
     text = manifest.to_json()
     assert Manifest.from_json(text) == manifest
     assert Manifest.from_json(text).to_json() == text
 
 
-def test_is_its_facts_not_their_layout() -> None:
+def test_equality_and_hash_do_not_depend_on_the_json_layout() -> None:
     facts = json.loads(GOOD.to_json())
     shuffled = json.dumps(dict(reversed(facts.items())), separators=(",", ":"))
     assert Manifest.from_json(shuffled).sha256 == GOOD.sha256
-    whole = edited(put(2, "latent", "scale"))  # 2 and 2.0 are one number in JSON
-    assert Manifest.from_json(whole) == GOOD
+    integer_scale = edited_json(put(2, "latent", "scale"))  # 2 and 2.0 are one number in JSON
+    assert Manifest.from_json(integer_scale) == GOOD
 
 
-def test_every_fact_is_part_of_its_identity() -> None:
-    entry = {"a": FileEntry(3, "1" * 64)}
+def test_the_hash_depends_on_the_fields() -> None:
+    files = {"a": FileEntry(3, "1" * 64)}
     others = [
         replace(GOOD, name="other"),
         replace(GOOD, precision="fp16"),
-        replace(GOOD, files=entry),
+        replace(GOOD, files=files),
         replace(GOOD, model=replace(MODEL, guided_channels=3)),
         replace(GOOD, text_encoders=(replace(GOOD.text_encoders[0], folder="other"),)),
         replace(GOOD, tolerance=replace(GOOD.tolerance, transformer=1e-3)),
@@ -62,13 +62,13 @@ def test_every_fact_is_part_of_its_identity() -> None:
 
 @pytest.mark.parametrize("channels", [4, 8])
 def test_an_epsilon_model_may_predict_the_variance_too(channels: int) -> None:
-    """As often as it predicts it, or as a model of prompts."""
+    """With or without the variance, in class-conditional and in text-to-image models."""
     replace(CLASSES, model=replace(CLASSES.model, out_channels=channels))
     defaults = replace(GOOD.defaults, sampler="ddpm")
     replace(GOOD, model=replace(MODEL, prediction="epsilon", out_channels=channels), defaults=defaults)
 
 
-def test_a_model_that_does_not_think_is_fine() -> None:
+def test_accepts_a_model_without_thinking_blocks() -> None:
     plain = replace(GOOD, model=replace(MODEL, experts=0, thinking_blocks=()))
     assert Manifest.from_json(plain.to_json()) == plain
 
@@ -154,9 +154,9 @@ def test_a_model_that_does_not_think_is_fine() -> None:
         (put({"bytes": 1, "sha256": "0" * 64 + "\n"}, "files", "a"), "expected a SHA-256 for a"),
     ],
 )
-def test_refuses(edit: Callable[[Facts], None], message: str) -> None:
+def test_rejects_an_invalid_manifest(edit: Callable[[Facts], None], message: str) -> None:
     with pytest.raises(BundleInvalid) as caught:
-        Manifest.from_json(edited(edit))
+        Manifest.from_json(edited_json(edit))
     assert str(caught.value).startswith("manifest.json: expected ")
     assert message in str(caught.value)
     assert str(caught.value).isprintable()
@@ -166,7 +166,7 @@ def test_refuses(edit: Callable[[Facts], None], message: str) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"folder": "text_encoder"},  # its answers would overwrite the other's
+        {"folder": "text_encoder"},  # its outputs would overwrite those of the first encoder
         {"tokens": 9},
         {"context_width": 12},
         {"pooled_width": 9},
@@ -174,26 +174,26 @@ def test_refuses(edit: Callable[[Facts], None], message: str) -> None:
         {"context_width": -4},
     ],
 )
-def test_refuses_a_second_encoder_that_does_not_fit_the_first(changes: dict[str, Any]) -> None:
+def test_rejects_a_second_encoder_that_does_not_fit_the_first(changes: dict[str, Any]) -> None:
     first, second, third = THREE_ENCODERS.text_encoders
     with pytest.raises(BundleInvalid, match="that fill 21 x 16 and 19 pooled, found 3 of other sizes"):
         replace(THREE_ENCODERS, text_encoders=(first, replace(second, **changes), third))
 
 
 @pytest.mark.parametrize("changes", [{"tokens": 14}, {"context_width": 15}, {"context_width": 17}])
-def test_refuses_a_third_encoder_that_does_not_fit_below(changes: dict[str, Any]) -> None:
+def test_rejects_a_third_encoder_that_does_not_fit_the_context(changes: dict[str, Any]) -> None:
     first, second, third = THREE_ENCODERS.text_encoders
     with pytest.raises(BundleInvalid, match="found 3 of other sizes"):
         replace(THREE_ENCODERS, text_encoders=(first, second, replace(third, **changes)))
 
 
-def test_refuses_encoders_of_which_none_pools() -> None:
+def test_rejects_encoders_without_any_pooled_output() -> None:
     with pytest.raises(BundleInvalid, match="found 1 of other sizes"):
         replace(THREE_ENCODERS, text_encoders=THREE_ENCODERS.text_encoders[2:])
 
 
 @pytest.mark.parametrize("key", ["context_tokens", "context_width", "pooled_width"])
-def test_a_model_of_classes_is_told_nothing_else(key: str) -> None:
+def test_rejects_text_sizes_in_a_class_conditional_model(key: str) -> None:
     with pytest.raises(BundleInvalid, match="expected text sizes of 0 in a class-conditional model, found 3"):
         replace(CLASSES, model=replace(CLASSES.model, **{key: 3}))
 
@@ -217,7 +217,7 @@ def test_a_model_of_classes_is_told_nothing_else(key: str) -> None:
         "\ud800",
     ],
 )
-def test_refuses_a_path_that_could_leave_the_bundle(path: str) -> None:
+def test_rejects_a_path_that_could_leave_the_bundle(path: str) -> None:
     with pytest.raises(BundleInvalid, match="expected file paths inside the bundle"):
         replace(GOOD, files={path: FileEntry(1, "0" * 64)})
 
@@ -225,23 +225,23 @@ def test_refuses_a_path_that_could_leave_the_bundle(path: str) -> None:
 @pytest.mark.parametrize(
     "text", ["", "{", "null", "5", "[]", '"text"', "\0", "[" * 100_000, '{"a":' * 100_000]
 )
-def test_refuses_what_is_no_manifest(text: str) -> None:
+def test_rejects_text_that_is_not_a_manifest(text: str) -> None:
     with pytest.raises(BundleInvalid) as caught:
         Manifest.from_json(text)
     assert str(caught.value).isprintable()
 
 
 @pytest.mark.parametrize("depth", [500, 900, 950, 975, 990])
-def test_a_deep_value_is_refused_without_a_crash(depth: int) -> None:
-    text = edited(put(0, "name")).replace('"name": 0', f'"name": {"[" * depth}{"]" * depth}')
+def test_rejects_deeply_nested_json_without_a_crash(depth: int) -> None:
+    text = edited_json(put(0, "name")).replace('"name": 0', f'"name": {"[" * depth}{"]" * depth}')
     with pytest.raises(BundleInvalid):
         Manifest.from_json(text)
 
 
-def test_the_documented_example_is_one() -> None:
+def test_the_documented_example_is_a_valid_manifest() -> None:
     """The JSON of docs/bundle.md, once its hashes are filled in."""
     page = (Path(__file__).parents[2] / "docs/bundle.md").read_text(encoding="utf-8")
     facts = json.loads(page.split("```json\n")[1].split("```")[0])
     facts["files"] = {path: {**entry, "sha256": "0" * 64} for path, entry in facts["files"].items()}
     with pytest.raises(BundleInvalid, match="the file was changed after the export"):
-        Manifest.from_json(json.dumps(facts))  # nothing but the hash over its facts is missing
+        Manifest.from_json(json.dumps(facts))  # everything but the hash over the fields is valid

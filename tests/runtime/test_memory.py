@@ -1,4 +1,4 @@
-"""How much memory is left: the system's word, and a container's."""
+"""How much memory is available, according to the system and to a container's limit."""
 
 import os
 import sys
@@ -9,7 +9,7 @@ import pytest
 from tpx_runtime.memory import available_bytes
 
 
-def test_reads_what_memory_is_left(tmp_path: Path) -> None:
+def test_available_bytes_reads_meminfo_and_the_cgroup_limit(tmp_path: Path) -> None:
     assert available_bytes(tmp_path) is None
     (tmp_path / "proc").mkdir()
     (tmp_path / "proc/meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:    4000 kB\n")
@@ -23,7 +23,7 @@ def test_reads_what_memory_is_left(tmp_path: Path) -> None:
     assert available_bytes(tmp_path) == 2500
 
 
-def test_a_container_that_is_full_has_none_left(tmp_path: Path) -> None:
+def test_available_bytes_is_negative_in_a_container_over_its_limit(tmp_path: Path) -> None:
     (tmp_path / "proc").mkdir()
     (tmp_path / "proc/meminfo").write_text("MemAvailable:    4000 kB\n")
     group = tmp_path / "sys/fs/cgroup"
@@ -34,6 +34,6 @@ def test_a_container_that_is_full_has_none_left(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux says how much memory there is")
-def test_this_machine_has_less_than_all_its_memory() -> None:
+def test_available_bytes_of_this_machine_is_less_than_its_memory() -> None:
     found = available_bytes()
     assert found is not None and found < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,4 +1,4 @@
-"""Conditions ahead of the loop: what the graph says of each timestep, in few calls, whatever the sampler asks for."""
+"""Conditions computed ahead of the loop: the graph's outputs for all timesteps in few calls, with any sampler."""
 
 import numpy as np
 import pytest
@@ -23,12 +23,12 @@ def session(model: ModelSpec = MODEL) -> FakeSession:
     return FakeSession("conditions", conditions(model), [])
 
 
-def expected(told: Arrays, timestep: float, model: ModelSpec = MODEL) -> Array:
-    times = np.full(len(next(iter(told.values()))), timestep, np.float32)
-    return conditions(model)({"timestep": times, **told})["conditions"]
+def expected(conditioning: Arrays, timestep: float, model: ModelSpec = MODEL) -> Array:
+    times = np.full(len(next(iter(conditioning.values()))), timestep, np.float32)
+    return conditions(model)({"timestep": times, **conditioning})["conditions"]
 
 
-def test_all_steps_and_rows_are_made_in_one_call_when_first_asked_for() -> None:
+def test_all_steps_and_rows_are_computed_in_one_call_on_first_use() -> None:
     graph = session()
     table = Conditions(lambda: graph, MODEL, {"pooled": POOLED}, TIMES)
     assert graph.calls == []
@@ -41,29 +41,29 @@ def test_all_steps_and_rows_are_made_in_one_call_when_first_asked_for() -> None:
     }
 
 
-def test_rows_that_are_told_the_same_are_made_once_and_come_back_in_their_places() -> None:
+def test_equal_rows_are_computed_once_and_returned_in_their_places() -> None:
     graph = session()
-    told = {"pooled": POOLED[[2, 2, 0, 1, 0]]}
-    table = Conditions(lambda: graph, MODEL, told, TIMES)
+    conditioning = {"pooled": POOLED[[2, 2, 0, 1, 0]]}
+    table = Conditions(lambda: graph, MODEL, conditioning, TIMES)
     for timestep in reversed(TIMES):
-        np.testing.assert_array_equal(table.for_timestep(timestep), expected(told, timestep))
+        np.testing.assert_array_equal(table.for_timestep(timestep), expected(conditioning, timestep))
     assert sum(len(inputs["timestep"]) for _, inputs in graph.calls) == 3 * (4 + 3 + 2 + 1)
 
 
-def test_a_table_serves_a_loop_of_the_same_batch_and_steps() -> None:
-    told = {"pooled": POOLED[[2, 0, 2]]}
-    table = Conditions(session, MODEL, told, TIMES)
-    assert table.matches({"pooled": told["pooled"].copy()}, TIMES)
+def test_a_table_matches_only_the_same_batch_and_steps() -> None:
+    conditioning = {"pooled": POOLED[[2, 0, 2]]}
+    table = Conditions(session, MODEL, conditioning, TIMES)
+    assert table.matches({"pooled": conditioning["pooled"].copy()}, TIMES)
     for rows in ([2, 0, 1], [0, 2, 2], [2, 0], [2, 0, 2, 2]):
         assert not table.matches({"pooled": POOLED[rows]}, TIMES)
     for times in (TIMES[1:], TIMES[::-1], [*TIMES, 50.0]):
-        assert not table.matches(told, times)
+        assert not table.matches(conditioning, times)
 
 
-def test_classes_are_told_as_numbers() -> None:
-    graph, told = session(CLASSES.model), {"class_id": np.array([13, 13, 7, 2])}
-    table = Conditions(lambda: graph, CLASSES.model, told, TIMES)
-    np.testing.assert_array_equal(table.for_timestep(400.0), expected(told, 400.0, CLASSES.model))
+def test_classes_are_passed_as_integers() -> None:
+    graph, conditioning = session(CLASSES.model), {"class_id": np.array([13, 13, 7, 2])}
+    table = Conditions(lambda: graph, CLASSES.model, conditioning, TIMES)
+    np.testing.assert_array_equal(table.for_timestep(400.0), expected(conditioning, 400.0, CLASSES.model))
     assert graph.calls[0][1]["class_id"].dtype == np.int64
     assert len(graph.calls[0][1]["class_id"]) == 6
 
@@ -71,7 +71,7 @@ def test_classes_are_told_as_numbers() -> None:
 @pytest.mark.parametrize(
     ("steps_at_once", "calls"), [(0, [4] * 4), (1, [4] * 4), (2, [8, 8]), (3, [12, 4]), (4, [16]), (9, [16])]
 )
-def test_a_table_beyond_the_bound_is_made_some_steps_at_a_time(
+def test_a_table_over_the_size_limit_is_computed_a_few_steps_at_a_time(
     monkeypatch: pytest.MonkeyPatch, steps_at_once: int, calls: list[int]
 ) -> None:
     row = 4 * MODEL.conditions_width * len(POOLED)
@@ -87,7 +87,7 @@ def test_a_table_beyond_the_bound_is_made_some_steps_at_a_time(
     assert [len(inputs["timestep"]) for _, inputs in graph.calls] == calls
 
 
-def test_a_timestep_that_nobody_announced_is_exact_and_disturbs_nothing() -> None:
+def test_an_unplanned_timestep_is_exact_and_does_not_change_the_table() -> None:
     graph = session()
     table = Conditions(lambda: graph, MODEL, {"pooled": POOLED}, TIMES)
     for timestep in (1000.0, 850.25, 700.5, 850.25, 400.0):
@@ -97,28 +97,28 @@ def test_a_timestep_that_nobody_announced_is_exact_and_disturbs_nothing() -> Non
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 40])
 @pytest.mark.parametrize("name", [*FLOW_SAMPLERS, *DIFFUSION_SAMPLERS])
-def test_no_sampler_asks_for_a_timestep_outside_its_schedule(
+def test_no_sampler_requests_a_timestep_outside_its_schedule(
     name: str, steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each table is made once, even where memory holds those of one step alone."""
+    """Each timestep is computed once, even if the table holds only one step."""
     monkeypatch.setattr(modulation, "MAX_TABLE_BYTES", 0)
-    graph, told = session(), {"pooled": POOLED[:1]}
+    graph, conditioning = session(), {"pooled": POOLED[:1]}
     sampler = {**SAMPLERS_FOR["velocity"], **SAMPLERS_FOR["epsilon"]}[name]
     schedule = sampler.schedule(steps, 3.0)
-    table = Conditions(lambda: graph, MODEL, told, schedule.timesteps)
+    table = Conditions(lambda: graph, MODEL, conditioning, schedule.timesteps)
 
     def prediction(x: Array, timestep: float) -> Array:
-        np.testing.assert_array_equal(table.for_timestep(timestep), expected(told, timestep))
+        np.testing.assert_array_equal(table.for_timestep(timestep), expected(conditioning, timestep))
         return np.zeros_like(x)
 
     noise = np.ones((1, *MODEL.latent_shape), np.float32)
     assert len(list(sampler.denoise(prediction, noise, schedule, lambda step: noise))) == steps
-    asked = [float(inputs["timestep"][0]) for _, inputs in graph.calls]
-    assert asked == [float(np.float32(timestep)) for timestep in dict.fromkeys(schedule.timesteps)]
+    computed = [float(inputs["timestep"][0]) for _, inputs in graph.calls]
+    assert computed == [float(np.float32(timestep)) for timestep in dict.fromkeys(schedule.timesteps)]
 
 
 @pytest.mark.parametrize("shape", [(16, 10), (15, 11), (16,)])
-def test_a_table_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
+def test_rejects_conditions_of_the_wrong_shape(shape: tuple[int, ...]) -> None:
     graph = FakeSession("conditions", lambda inputs: {"conditions": np.zeros(shape, np.float32)}, [])
     table = Conditions(lambda: graph, MODEL, {"pooled": POOLED}, TIMES)
     with pytest.raises(EngineFailed, match=r"expected an output conditions of shape \(16, 11\), found \(1"):

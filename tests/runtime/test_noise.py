@@ -1,4 +1,4 @@
-"""Noise: fixed values, and Philox written out once more in plain integers to hold them against."""
+"""Noise: fixed values, and comparison with an implementation of Philox in Python integers."""
 
 import math
 
@@ -8,8 +8,8 @@ import pytest
 from tpx_runtime.noise import MAX_SEED, batch_noise, gaussian_noise
 
 MASK = 2**64 - 1
-# The first values of some seeds: these images must come out again in years, on any machine.
-FIRST = {
+# The first values of some seeds: images must remain reproducible for years, on any machine.
+FIRST_VALUES = {
     0: [0.0080886958, 0.15219213, -0.44680974, -0.19140381, -0.20389847],
     1: [0.49438775, -0.6922074, 0.57159382, 0.11316118, 2.0333381],
     42: [0.69011146, 1.7191701, -1.585883, 1.2368302, -0.87805885],
@@ -35,7 +35,7 @@ def philox_block(counter: int, key: int) -> list[int]:
 
 def reference(seed: int, size: int) -> list[float]:
     values: list[float] = []
-    block = 1  # numpy counts before it draws
+    block = 1  # numpy increments the counter before it draws
     while len(values) < size:
         words = philox_block(block, seed)
         for first, second in (words[:2], words[2:]):
@@ -57,16 +57,16 @@ def test_philox_known_answer() -> None:
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**32, 20260428, MAX_SEED])
-def test_agrees_with_the_written_out_generator(seed: int) -> None:
+def test_agrees_with_the_reference_generator(seed: int) -> None:
     np.testing.assert_allclose(gaussian_noise(seed, (41,)), reference(seed, 41), rtol=2e-7)
 
 
-@pytest.mark.parametrize("seed", list(FIRST))
+@pytest.mark.parametrize("seed", list(FIRST_VALUES))
 def test_fixed_values(seed: int) -> None:
-    np.testing.assert_allclose(gaussian_noise(seed, (5,)), FIRST[seed], rtol=3e-7)
+    np.testing.assert_allclose(gaussian_noise(seed, (5,)), FIRST_VALUES[seed], rtol=3e-7)
 
 
-def test_fills_in_c_order_whatever_the_shape() -> None:
+def test_fills_any_shape_in_c_order() -> None:
     flat = gaussian_noise(7, (24,))
     assert flat.dtype == np.float32
     np.testing.assert_array_equal(gaussian_noise(7, (2, 3, 4)), flat.reshape(2, 3, 4))
@@ -91,7 +91,7 @@ def test_is_normal_and_different_for_neighbouring_seeds() -> None:
     assert abs(np.corrcoef(a[::2], a[1::2])[0, 1]) < 0.02
 
 
-def test_does_not_depend_on_or_disturb_the_global_generator() -> None:
+def test_does_not_change_the_global_generator() -> None:
     np.random.seed(5)
     state = np.random.get_state()[1].tolist()
     gaussian_noise(0, (3,))

@@ -38,11 +38,11 @@ def uploads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     seen: list[tuple[int, ...]] = []
     update = ort.OrtValue.update_inplace
 
-    def counted(self: ort.OrtValue, array: np.ndarray) -> None:
+    def recording_update(self: ort.OrtValue, array: np.ndarray) -> None:
         seen.append(array.shape)
         update(self, array)
 
-    monkeypatch.setattr(ort.OrtValue, "update_inplace", counted)
+    monkeypatch.setattr(ort.OrtValue, "update_inplace", recording_update)
     return seen
 
 
@@ -53,7 +53,7 @@ def test_outputs_are_not_shared_with_the_session(bound: BoundSession) -> None:
     assert (first == 2).all() and (second == 3).all()
 
 
-def test_only_what_changed_is_uploaded_again(bound: BoundSession, uploads: list[tuple[int, ...]]) -> None:
+def test_only_changed_inputs_are_uploaded_again(bound: BoundSession, uploads: list[tuple[int, ...]]) -> None:
     x, y = np.ones((3, 2), np.float32), np.ones(2, np.float32)
     bound.run({"x": x, "y": y})
     assert uploads == [(3, 2), (2,)]
@@ -81,25 +81,25 @@ def test_each_set_of_shapes_keeps_buffers_up_to_a_limit(
         x = np.full((rows, 2), rows, np.float32)
         assert np.array_equal(bound.run({"x": x, "y": y})["sum"], x)
 
-    def written(rows: int) -> set[tuple[int, ...]]:
+    def uploaded(rows: int) -> set[tuple[int, ...]]:
         uploads.clear()
         run(rows)
         return set(uploads)
 
     for rows in range(1, MAX_BUFFER_SETS + 1):
-        assert written(rows) == {(rows, 2), (2,)}
-    assert written(1) == {(1, 2)}
+        assert uploaded(rows) == {(rows, 2), (2,)}
+    assert uploaded(1) == {(1, 2)}
     # It evicts 2 rows, the least recently used.
-    assert written(MAX_BUFFER_SETS + 1) == {(MAX_BUFFER_SETS + 1, 2), (2,)}
-    assert written(2) == {(2, 2), (2,)}
-    assert written(1) == {(1, 2)}
+    assert uploaded(MAX_BUFFER_SETS + 1) == {(MAX_BUFFER_SETS + 1, 2), (2,)}
+    assert uploaded(2) == {(2, 2), (2,)}
+    assert uploaded(1) == {(1, 2)}
 
 
 @pytest.mark.parametrize(
     "inputs",
     [{}, {"x": np.ones((1, 2), np.float32)}, {"x": np.ones((1, 2)), "y": np.ones(2, np.float32)}],
 )
-def test_wrong_inputs_are_one_line_and_the_next_call_works(
+def test_wrong_inputs_give_a_one_line_error_and_the_next_call_works(
     bound: BoundSession, inputs: dict[str, np.ndarray]
 ) -> None:
     good = {"x": np.ones((1, 2), np.float32), "y": np.ones(2, np.float32)}
@@ -115,11 +115,11 @@ class RecordingSession:
 
     def __init__(self) -> None:
         self._session = session()
-        self.asked: list[str | None] = []
+        self.graph_ids: list[str | None] = []
         self.released: list[int] = []
 
     def run_with_iobinding(self, binding: ort.IOBinding, options: ort.RunOptions | None) -> None:
-        self.asked.append(options and options.get_run_config_entry("gpu_graph_id"))
+        self.graph_ids.append(options and options.get_run_config_entry("gpu_graph_id"))
         self._session.run_with_iobinding(binding, options)
 
     def release_captured_graph(self, graph: int) -> None:
@@ -130,75 +130,77 @@ class RecordingSession:
 
 
 @pytest.mark.parametrize("graphs", [True, False])
-def test_each_set_of_shapes_is_captured_once_its_outputs_are_bound(graphs: bool) -> None:
+def test_each_set_of_shapes_is_captured_once_after_its_outputs_are_bound(graphs: bool) -> None:
     session_spy, y = RecordingSession(), np.ones(2, np.float32)
     bound = BoundSession(session_spy, Path("add.onnx"), "cpu", graphs)
     for rows in (1, 1, 1, 2, 2, 1):
         out = bound.run({"x": np.full((rows, 2), rows, np.float32), "y": y})["sum"]
         assert np.array_equal(out, np.full((rows, 2), rows + 1, np.float32))
-    assert session_spy.asked == (["-1", "0", "0", "-1", "1", "0"] if graphs else [None] * 6)
+    assert session_spy.graph_ids == (["-1", "0", "0", "-1", "1", "0"] if graphs else [None] * 6)
     for rows in range(3, 2 + MAX_BUFFER_SETS):
         bound.run({"x": np.ones((rows, 2), np.float32), "y": y})
     assert session_spy.released == ([1] if graphs else [])
     session_spy.released.clear()
     with pytest.raises(EngineFailed):
         bound.run({"x": np.ones((1, 2), np.float32)})
-    assert len(session_spy.released) == (
-        MAX_BUFFER_SETS + 1 if graphs else 0
-    )  # all, including those of the failed call
+    # All graphs are released, including those of the failed call.
+    assert len(session_spy.released) == (MAX_BUFFER_SETS + 1 if graphs else 0)
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+def requested_providers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The providers passed to a fake InferenceSession, which cannot capture large.onnx."""
     providers_seen: list[Any] = []
-    made = RecordingSession()
-    made.get_providers = lambda: ["CUDAExecutionProvider"]  # type: ignore[method-assign]
+    fake_session = RecordingSession()
+    fake_session.get_providers = lambda: ["CUDAExecutionProvider"]  # type: ignore[method-assign]
 
     def load(model: str, options: object, providers: list[Any]) -> Any:
         providers_seen.extend(providers)
         if "enable_cuda_graph" in providers[0][1] and "large" in model:
             raise RuntimeError("This session cannot use the graph capture feature")
-        return made
+        return fake_session
 
     monkeypatch.setattr(ort, "InferenceSession", load)
     return providers_seen
 
 
-@pytest.mark.parametrize(("wanted", "graphs"), [("1", True), ("0", False), (None, True), ("", True)])
+@pytest.mark.parametrize(("value", "graphs"), [("1", True), ("0", False), (None, True), ("", True)])
 def test_the_gpu_engine_binds_and_captures_graphs_by_default(
-    wanted: str | None, graphs: bool, asked: list[Any], monkeypatch: pytest.MonkeyPatch
+    value: str | None, graphs: bool, requested_providers: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("TPX_CUDA_GRAPHS", raising=False)
-    if wanted is not None:
-        monkeypatch.setenv("TPX_CUDA_GRAPHS", wanted)
+    if value is not None:
+        monkeypatch.setenv("TPX_CUDA_GRAPHS", value)
     opened = engine_module.open_session("onnxruntime-cuda", Path("small.onnx"))
     assert isinstance(opened, BoundSession)
     expected = {"use_tf32": "0"} | ({"enable_cuda_graph": "1"} if graphs else {})
-    assert asked == [("CUDAExecutionProvider", expected)]
+    assert requested_providers == [("CUDAExecutionProvider", expected)]
     assert (opened._device, opened._graphs) == ("cuda", graphs)
 
 
 def test_libraries_are_preloaded_once_without_output(
-    asked: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    requested_providers: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found: list[int] = []
-    monkeypatch.setattr(ort, "preload_dlls", lambda: (found.append(1), print("libcublas: none")))
+    preloads: list[int] = []
+    monkeypatch.setattr(ort, "preload_dlls", lambda: (preloads.append(1), print("libcublas: none")))
     engine_module._preload_libraries.cache_clear()
     for _ in range(2):
         engine_module.open_session("onnxruntime-cuda", Path("small.onnx"))
     engine_module._preload_libraries.cache_clear()
-    assert (found, capsys.readouterr().out) == ([1], "")
+    assert (preloads, capsys.readouterr().out) == ([1], "")
 
 
-def test_without_capture_kernels_are_launched_one_by_one(
-    asked: list[Any], monkeypatch: pytest.MonkeyPatch
+def test_a_graph_that_cannot_be_captured_runs_without_cuda_graphs(
+    requested_providers: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("TPX_CUDA_GRAPHS", raising=False)
     opened = engine_module.open_session("onnxruntime-cuda", Path("large.onnx"))
     assert isinstance(opened, BoundSession)
     assert not opened._graphs
-    assert ["enable_cuda_graph" in provider_options for _, provider_options in asked] == [True, False]
+    assert ["enable_cuda_graph" in provider_options for _, provider_options in requested_providers] == [
+        True,
+        False,
+    ]
     monkeypatch.setenv("TPX_CUDA_GRAPHS", "1")
     with pytest.raises(
         EngineFailed, match=r"large\.onnx: onnxruntime could not load it: This session cannot use"
@@ -215,20 +217,22 @@ def test_bound_buffers_give_the_same_image(tiny_bundle: Path, monkeypatch: pytes
         )
 
     monkeypatch.setattr(engine_module, "open_session", opened)
-    drawn = Generator.load(tiny_bundle, "onnxruntime")("a red cube", steps=3, num_images=3, batch_size=2)
-    assert [list(one.getdata()) for one in drawn] == [list(one.getdata()) for one in expected]
+    images = Generator.load(tiny_bundle, "onnxruntime")("a red cube", steps=3, num_images=3, batch_size=2)
+    assert [list(one.getdata()) for one in images] == [list(one.getdata()) for one in expected]
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(NO_GPU is not None, reason=str(NO_GPU))
 @pytest.mark.parametrize("graphs", ["1", "0"])
 @pytest.mark.parametrize("loop", ["1", "0"])
-def test_on_a_gpu(tiny_bundle: Path, graphs: str, loop: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_on_a_gpu_match_the_cpu(
+    tiny_bundle: Path, graphs: str, loop: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TPX_CUDA_GRAPHS", graphs)
     monkeypatch.setenv("TPX_DEVICE_LOOP", loop)
     bundle, engine = Bundle.open(tiny_bundle), ENGINES["onnxruntime-cuda"]
     assert all(part.ok for part in verify_bundle(bundle, engine))
-    drawn = Generator(bundle, engine)("a red cube", steps=3, num_images=3, batch_size=2)
+    images = Generator(bundle, engine)("a red cube", steps=3, num_images=3, batch_size=2)
     expected = Generator.load(tiny_bundle, "onnxruntime")("a red cube", steps=3, num_images=3, batch_size=2)
-    for one, other in zip(drawn, expected, strict=True):
+    for one, other in zip(images, expected, strict=True):
         assert np.abs(np.asarray(one, np.int16) - np.asarray(other, np.int16)).max() <= 1

@@ -30,7 +30,7 @@ class WithoutGraphs(ort.InferenceSession):
 
 
 @pytest.fixture(autouse=True)
-def on_bound_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def use_bound_sessions(monkeypatch: pytest.MonkeyPatch) -> None:
     def opened(engine_name: str, path: Path) -> BoundSession:
         return BoundSession(
             WithoutGraphs(str(path), providers=["CPUExecutionProvider"]), path, "cpu", graphs=True
@@ -45,11 +45,11 @@ def loops(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     started: list[object] = []
     start = engine_module.start_loop
 
-    def watched(transformer: Any, step: Any, plan: Any) -> Any:
+    def recording_start(transformer: Any, step: Any, plan: Any) -> Any:
         started.append(plan)
         return start(transformer, step, plan)
 
-    monkeypatch.setattr(engine_module, "start_loop", watched)
+    monkeypatch.setattr(engine_module, "start_loop", recording_start)
     monkeypatch.setenv("TPX_DEVICE_LOOP", "1")
     return started
 
@@ -58,7 +58,7 @@ def generator(bundle: Path, keep: bool = True) -> Generator:
     return Generator(Bundle.open(bundle), replace(ENGINES["onnxruntime"], has_device_loop=True), keep=keep)
 
 
-def same(found: Generator, expected: Generator, prompt: str = PROMPT, **settings: Any) -> None:
+def check_same(found: Generator, expected: Generator, prompt: str = PROMPT, **settings: Any) -> None:
     """Check that both give the same latents up to rounding, and the same routes."""
     jobs = found.plan(prompt, **settings)
     one, other = found.generate_latents(jobs), expected.generate_latents(jobs)
@@ -70,11 +70,11 @@ def same(found: Generator, expected: Generator, prompt: str = PROMPT, **settings
 
 @pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp2m", "unipc"])
 def test_latents_and_routes_equal_the_host_loop(tiny_bundle: Path, loops: list[object], sampler: str) -> None:
-    looping, host = generator(tiny_bundle), Generator.load(tiny_bundle, "onnxruntime")
+    on_device, host = generator(tiny_bundle), Generator.load(tiny_bundle, "onnxruntime")
     for number, settings in enumerate(
         ({"steps": 1}, {"steps": 4}, {"guidance": 1.0, "steps": 3}, {"num_images": 3, "depth": 1}), start=1
     ):
-        same(looping, host, sampler=sampler, **settings)
+        check_same(on_device, host, sampler=sampler, **settings)
         assert len(loops) == number
 
 
@@ -94,12 +94,12 @@ def test_each_step_uploads_only_the_index_of_the_call(
         fetched: np.ndarray = fetch(self)
         return fetched
 
-    drawing = generator(tiny_bundle)
-    jobs = drawing.plan(PROMPT, steps=5)
-    drawing.generate_latents(jobs)
+    on_device = generator(tiny_bundle)
+    jobs = on_device.plan(PROMPT, steps=5)
+    on_device.generate_latents(jobs)
     monkeypatch.setattr(ort.OrtValue, "update_inplace", up)
     monkeypatch.setattr(ort.OrtValue, "numpy", down)
-    sample = drawing.generate_latents(jobs)
+    sample = on_device.generate_latents(jobs)
     latents = (2, *sample.latents.shape[1:])
     assert uploads.count(()) == 6 and uploads[-5:] == [()] * 5
     assert uploads.count(latents) == 1
@@ -110,24 +110,24 @@ def test_each_step_uploads_only_the_index_of_the_call(
 def test_a_callback_gets_the_latents_of_each_step_and_can_stop(
     tiny_bundle: Path, loops: list[object]
 ) -> None:
-    looping, host = generator(tiny_bundle), Generator.load(tiny_bundle, "onnxruntime")
+    on_device, host = generator(tiny_bundle), Generator.load(tiny_bundle, "onnxruntime")
     seen: list[tuple[int, int, Array]] = []
     expected: list[tuple[int, int, Array]] = []
-    for drawing, shown in ((looping, seen), (host, expected)):
-        drawing.generate_latents(
-            drawing.plan(PROMPT, sampler="heun", steps=3), lambda *args, shown=shown: shown.append(args)
+    for one_generator, calls in ((on_device, seen), (host, expected)):
+        one_generator.generate_latents(
+            one_generator.plan(PROMPT, sampler="heun", steps=3), lambda *args, calls=calls: calls.append(args)
         )
     assert len(loops) == 1 and [one[:2] for one in seen] == [(1, 3), (2, 3), (3, 3)]
     for one, other in zip(seen, expected, strict=True):
         np.testing.assert_allclose(one[2], other[2], rtol=1e-4, atol=1e-4)
     with pytest.raises(Cancelled, match="cancelled at step 2 of 3"):
-        looping.generate_latents(looping.plan(PROMPT, steps=3), lambda step, total, latents: step < 2)
-    same(looping, host, steps=3)
+        on_device.generate_latents(on_device.plan(PROMPT, steps=3), lambda step, total, latents: step < 2)
+    check_same(on_device, host, steps=3)
 
 
-def test_sizes_and_steps_alternate(tiny_bundle: Path, loops: list[object]) -> None:
+def test_batch_sizes_and_numbers_of_steps_can_alternate(tiny_bundle: Path, loops: list[object]) -> None:
     """More sets of shapes than there are buffers, and the first ones again."""
-    looping, host = generator(tiny_bundle), Generator.load(tiny_bundle, "onnxruntime")
+    on_device, host = generator(tiny_bundle), Generator.load(tiny_bundle, "onnxruntime")
     for steps, images in [
         (2, 1),
         (3, 1),
@@ -135,28 +135,28 @@ def test_sizes_and_steps_alternate(tiny_bundle: Path, loops: list[object]) -> No
         *((2, 3 + more) for more in range(MAX_BUFFER_SETS)),
         (2, 1),
     ]:
-        same(looping, host, steps=steps, num_images=images)
-    same(looping, host, steps=2, guidance_every=2)  # on the host, in the buffers of the loop
-    same(looping, host, steps=3, cache_interval=2)
+        check_same(on_device, host, steps=steps, num_images=images)
+    check_same(on_device, host, steps=2, guidance_every=2)  # on the host, in the buffers of the loop
+    check_same(on_device, host, steps=3, cache_interval=2)
 
 
-def test_non_finite_latents_are_an_error_and_leave_nothing_behind(
+def test_non_finite_latents_are_an_error_and_do_not_affect_the_next_call(
     tiny_bundle: Path, loops: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    looping, host = generator(tiny_bundle), Generator.load(tiny_bundle, "onnxruntime")
-    same(looping, host, steps=3)
-    shape = looping.manifest.model.latent_shape
+    on_device, host = generator(tiny_bundle), Generator.load(tiny_bundle, "onnxruntime")
+    check_same(on_device, host, steps=3)
+    shape = on_device.manifest.model.latent_shape
     with monkeypatch.context() as patched:
         patched.setattr(
             "tpx_runtime.denoising.batch_noise", lambda seeds, _: np.full((1, *shape), np.nan, np.float32)
         )
         with pytest.raises(EngineFailed, match="expected finite numbers in the latents of step 3, found NaN"):
-            looping.generate_latents(looping.plan(PROMPT, steps=3))
-    same(looping, host, steps=3)
+            on_device.generate_latents(on_device.plan(PROMPT, steps=3))
+    check_same(on_device, host, steps=3)
 
 
 def test_prompts_guidance_and_seeds_share_buffers(tiny_bundle: Path, loops: list[object]) -> None:
-    looping, host = generator(tiny_bundle), Generator.load(tiny_bundle, "onnxruntime")
+    on_device, host = generator(tiny_bundle), Generator.load(tiny_bundle, "onnxruntime")
     for prompt, settings in (
         (PROMPT, {}),
         ("a blue sphere", {}),
@@ -166,51 +166,52 @@ def test_prompts_guidance_and_seeds_share_buffers(tiny_bundle: Path, loops: list
         (PROMPT, {"depth": 1}),  # another transformer, with buffers of its own
         (PROMPT, {}),
     ):
-        same(looping, host, prompt, steps=3, **settings)
+        check_same(on_device, host, prompt, steps=3, **settings)
     assert len(loops) == 7
 
 
 def test_graphs_are_released_without_keep(tiny_bundle: Path, loops: list[object]) -> None:
-    same(generator(tiny_bundle, keep=False), Generator.load(tiny_bundle, "onnxruntime"), steps=2)
+    check_same(generator(tiny_bundle, keep=False), Generator.load(tiny_bundle, "onnxruntime"), steps=2)
     assert len(loops) == 1
 
 
 def test_a_mask_needs_the_host_loop_and_an_image_does_not(tiny_bundle: Path, loops: list[object]) -> None:
-    drawing, host = generator(tiny_bundle), Generator.load(tiny_bundle, "onnxruntime")
-    height, width = drawing.manifest.model.image_size_px
+    on_device, host = generator(tiny_bundle), Generator.load(tiny_bundle, "onnxruntime")
+    height, width = on_device.manifest.model.image_size_px
     image = Image.effect_noise((width, height), 60).convert("RGB")
     mask = Image.new("L", image.size, "black")
     mask.paste("white", (0, 0, width // 2, height))
-    drawing(PROMPT, image=image, mask=mask, steps=4)
+    on_device(PROMPT, image=image, mask=mask, steps=4)
     assert loops == []
-    jobs = drawing.plan(PROMPT, steps=4, strength=0.5)
-    found = drawing.generate_latents(jobs, edit=drawing.edit(image)).latents
+    jobs = on_device.plan(PROMPT, steps=4, strength=0.5)
+    found = on_device.generate_latents(jobs, edit=on_device.edit(image)).latents
     expected = host.generate_latents(jobs, edit=host.edit(image)).latents
     assert len(loops) == 1
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_it_must_be_enabled_and_needs_a_bundle_with_the_step_graph(
+def test_the_device_loop_must_be_enabled_and_needs_the_step_graph(
     tiny_bundle: Path, loops: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert ENGINES["onnxruntime-cuda"].uses_device_loop and not ENGINES["onnxruntime"].uses_device_loop
-    older = generator(tiny_bundle)
-    monkeypatch.setattr(type(older.bundle), "step", None)
-    older(PROMPT, steps=2)
-    for said in ("0", ""):
-        monkeypatch.setenv("TPX_DEVICE_LOOP", said)
+    without_step = generator(tiny_bundle)
+    monkeypatch.setattr(type(without_step.bundle), "step", None)
+    without_step(PROMPT, steps=2)
+    for value in ("0", ""):
+        monkeypatch.setenv("TPX_DEVICE_LOOP", value)
         assert not ENGINES["onnxruntime-cuda"].uses_device_loop
         generator(tiny_bundle)(PROMPT, steps=2)
     assert loops == []
 
 
-def test_a_missing_output_is_one_line(tiny_bundle: Path, loops: list[object]) -> None:
-    drawing = generator(tiny_bundle)
-    drawing.generate_latents(drawing.plan(PROMPT, steps=2))
+def test_a_missing_output_is_an_error(tiny_bundle: Path, loops: list[object]) -> None:
+    on_device = generator(tiny_bundle)
+    on_device.generate_latents(on_device.plan(PROMPT, steps=2))
     (plan,) = loops
     wrong = replace(plan, prediction="speed")  # type: ignore[type-var]
     sessions = [
-        drawing._graphs.open(path) for path in (drawing.bundle.transformer(3, "plain"), drawing.bundle.step)
+        on_device._graphs.open(path)
+        for path in (on_device.bundle.transformer(3, "plain"), on_device.bundle.step)
     ]
     with pytest.raises(
         EngineFailed, match=r"expected an output speed of shape \(2, .*\), found none; export"
@@ -220,11 +221,12 @@ def test_a_missing_output_is_one_line(tiny_bundle: Path, loops: list[object]) ->
 
 def test_a_call_after_a_loop_uploads_its_inputs_again(tiny_bundle: Path, loops: list[Any]) -> None:
     """They are the arrays of the last call before the loop, which has overwritten their buffers since."""
-    drawing = generator(tiny_bundle)
-    drawing.generate_latents(drawing.plan(PROMPT, steps=2))
+    on_device = generator(tiny_bundle)
+    on_device.generate_latents(on_device.plan(PROMPT, steps=2))
     (plan,) = loops
     transformer, step = (
-        drawing._graphs.open(path) for path in (drawing.bundle.transformer(3, "plain"), drawing.bundle.step)
+        on_device._graphs.open(path)
+        for path in (on_device.bundle.transformer(3, "plain"), on_device.bundle.step)
     )
     inputs = plan.inputs
     before = transformer.run(inputs)
@@ -257,16 +259,16 @@ def test_the_benchmark_compares_both_loops(tiny_bundle: Path, loops: list[object
     assert device_loop.table([row]).splitlines()[2].startswith("| 2 | ")
 
 
-def test_a_callback_that_draws_is_refused_and_the_next_call_is_not(
+def test_rejects_a_callback_that_generates_and_the_next_call_works(
     tiny_bundle: Path, loops: list[object]
 ) -> None:
-    looping = generator(tiny_bundle)
+    on_device = generator(tiny_bundle)
 
-    def draw(step: int, total: int, latents: Array) -> None:
-        looping(PROMPT, steps=1)
+    def generate(step: int, total: int, latents: Array) -> None:
+        on_device(PROMPT, steps=1)
 
     with pytest.raises(
         BadInput, match="expected a callback that generates no images during a loop on the device"
     ):
-        looping(PROMPT, steps=3, callback=draw)
-    same(looping, Generator.load(tiny_bundle, "onnxruntime"), steps=3)
+        on_device(PROMPT, steps=3, callback=generate)
+    check_same(on_device, Generator.load(tiny_bundle, "onnxruntime"), steps=3)

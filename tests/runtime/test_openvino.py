@@ -62,29 +62,29 @@ def build(bundle: Path, rows: int, engine: str = "openvino", graph: str = GRAPH)
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """The graphs compiled (not loaded) so far: the batch of those with static shapes, "any" for dynamic shapes."""
-    made: list[object] = []
+    recorded: list[object] = []
     compile_static, compile_dynamic = openvino_static.compile_static, openvino.compile_dynamic
 
     def spy_static(
         core: ov.Core, path: Path, config: dict[str, str], shapes: openvino_static.Shapes, parts: int
     ) -> object:
-        made.append(shapes[0][1][0])
+        recorded.append(shapes[0][1][0])
         model = compile_static(core, path, config, shapes, parts)
         cores = core.get_property("CPU", "RANGE_FOR_STREAMS")[1]
         assert parts == 1 or model.get_property("NUM_STREAMS") == min(parts, cores)
         return model
 
-    def spy_any(*args: object) -> object:
-        made.append("any")
+    def spy_dynamic(*args: object) -> object:
+        recorded.append("any")
         return compile_dynamic(*args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(openvino_static, "compile_static", spy_static)
-    monkeypatch.setattr(openvino, "compile_dynamic", spy_any)
+    monkeypatch.setattr(openvino, "compile_dynamic", spy_dynamic)
     monkeypatch.setattr(openvino_static, "CALLS_BEFORE_COMPILING", 3)
-    return made
+    return recorded
 
 
-def same(session: Session, rows: int, copy: Path) -> None:
+def check_outputs(session: Session, rows: int, copy: Path) -> None:
     """Run `session` and compare the outputs with ONNX Runtime's."""
     found, expected = session.run(ids(rows)), ENGINES["onnxruntime"].open(copy / GRAPH).run(ids(rows))
     for name, array in expected.items():
@@ -92,7 +92,7 @@ def same(session: Session, rows: int, copy: Path) -> None:
 
 
 def flipped(file: Path) -> bytes:
-    """The content of a file with some of the weights changed."""
+    """The content of a file with some of its weights changed."""
     content = bytearray(file.read_bytes())
     middle = len(content) // 2
     content[middle : middle + 4000 : 4] = bytes(0x3E for _ in range(1000))
@@ -112,7 +112,7 @@ class TestCache:
     """The cache of graphs with dynamic shapes."""
 
     @pytest.mark.parametrize(
-        "damage", ["empty", "text", "cut", "flipped", "no checksum", "only that", "no graph"]
+        "damage", ["empty", "text", "truncated", "flipped", "no checksum", "only a checksum", "no graph"]
     )
     def test_a_damaged_file_is_compiled_again(self, damage: str, copy: Path, compiled: list[object]) -> None:
         resolve("openvino").open(copy / GRAPH)
@@ -120,16 +120,16 @@ class TestCache:
         content = blob.read_bytes()
         damaged = {
             "text": b"damaged",
-            "cut": content[:-1000],
+            "truncated": content[:-1000],
             "flipped": flipped(blob),
             "no checksum": content[:-4],
-            "only that": bytes(4),
+            "only a checksum": bytes(4),
             "no graph": b"damaged" + zlib.crc32(b"damaged").to_bytes(4, "little"),
         }
         blob.write_bytes(damaged.get(damage, b""))
-        same(resolve("openvino").open(copy / GRAPH), 2, copy)
+        check_outputs(resolve("openvino").open(copy / GRAPH), 2, copy)
         assert compiled == ["any", "any"]
-        same(resolve("openvino").open(copy / GRAPH), 2, copy)
+        check_outputs(resolve("openvino").open(copy / GRAPH), 2, copy)
         assert compiled == ["any", "any"]  # loaded from the new file
 
     def test_the_folder_can_be_set_by_a_variable(
@@ -155,7 +155,7 @@ class TestCache:
 
         openvino.open_store("openvino", copy / GRAPH).write(blob, Other())  # type: ignore[arg-type]
         gc.collect()
-        same(session, 2, copy)
+        check_outputs(session, 2, copy)
         assert compiled == ["any"]
 
     def test_concurrent_processes_do_not_interfere(self, copy: Path) -> None:
@@ -182,7 +182,7 @@ class TestCache:
         for _ in range(2):
             for threads in ("1", "2"):
                 monkeypatch.setenv("TPX_THREADS", threads)
-                same(resolve("openvino").open(copy / GRAPH), 2, copy)
+                check_outputs(resolve("openvino").open(copy / GRAPH), 2, copy)
         assert compiled == ["any", "any"]
 
     def test_two_bundles_in_one_folder_have_their_own_files(
@@ -194,7 +194,7 @@ class TestCache:
         (np.fromfile(weights, np.float32) * np.float32(0.5)).tofile(weights)
         for _ in range(2):
             for bundle in (copy, other):
-                same(resolve("openvino").open(bundle / GRAPH), 2, bundle)
+                check_outputs(resolve("openvino").open(bundle / GRAPH), 2, bundle)
         assert compiled == ["any", "any"]
 
     def test_a_bundle_of_links_has_its_cache_next_to_it(
@@ -203,7 +203,7 @@ class TestCache:
         """As in Hugging Face's cache. OpenVINO refuses linked weights, but a compiled graph does not need them."""
         replace_by_links(copy, tmp_path / "blobs", weights=False)
         for _ in range(2):
-            same(resolve("openvino").open(copy / GRAPH), 2, copy)
+            check_outputs(resolve("openvino").open(copy / GRAPH), 2, copy)
         assert compiled == ["any"]
         assert len(list(folder(copy).iterdir())) == 1
 
@@ -214,7 +214,7 @@ class TestCache:
             resolve("openvino").open(bundle / GRAPH)
         assert compiled == ["any"]
 
-    def test_linked_weights_are_one_line_with_advice(self, copy: Path, tmp_path: Path) -> None:
+    def test_linked_weights_give_a_one_line_error_with_advice(self, copy: Path, tmp_path: Path) -> None:
         replace_by_links(copy, tmp_path / "blobs", weights=True)
         with pytest.raises(EngineFailed) as caught:
             resolve("openvino").open(copy / GRAPH)
@@ -240,22 +240,22 @@ class TestCache:
             stated["files"]["text_encoder/weights.data"]["sha256"] = hash_file(weights)
             manifest.write_text(json.dumps(stated))
         session = resolve("openvino").open(copy / GRAPH)
-        same(session, 2, copy)
+        check_outputs(session, 2, copy)
         assert np.abs(session.run(ids(2))["context"] - old).max() > 0.1
 
     def test_graphs_run_without_a_cache(self, copy: Path) -> None:
         copy.with_name(f"{copy.name}.engines").write_text("a file where the folder should be")
-        same(resolve("openvino").open(copy / GRAPH), 2, copy)
+        check_outputs(resolve("openvino").open(copy / GRAPH), 2, copy)
 
     @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), MemoryError()])
     def test_a_graph_that_cannot_be_stored_runs(
         self, error: Exception, copy: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def write(*_: object) -> None:
+        def fail(*_: object) -> None:
             raise error
 
-        monkeypatch.setattr(Store, "write", write)
-        same(resolve("openvino").open(copy / GRAPH), 2, copy)
+        monkeypatch.setattr(Store, "write", fail)
+        check_outputs(resolve("openvino").open(copy / GRAPH), 2, copy)
 
     @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
     @pytest.mark.parametrize("at", ["write", "seek"])
@@ -293,7 +293,7 @@ class TestCache:
     def test_weights_are_written_without_a_copy_in_memory(self, copy: Path) -> None:
         """For a large bundle a copy might not fit in memory."""
 
-        class Watched:
+        class CheckedModel:
             def export_model(self, into: io.BytesIO) -> None:
                 model.export_model(into)
                 assert not io.BytesIO.getbuffer(into)
@@ -301,7 +301,7 @@ class TestCache:
         model = openvino.compile_dynamic(copy / GRAPH, openvino.compile_config("openvino", copy / GRAPH))
         store = openvino.open_store("openvino", copy / GRAPH)
         assert store.prepare()
-        store.write(store.dynamic_file, Watched())  # type: ignore[arg-type]
+        store.write(store.dynamic_file, CheckedModel())  # type: ignore[arg-type]
         assert store.dynamic_file.stat().st_size > (copy / "text_encoder/weights.data").stat().st_size // 2
 
     @needs_bf16
@@ -316,7 +316,7 @@ class TestStaticShapes:
     def test_a_frequent_shape_gets_a_static_graph(self, copy: Path, compiled: list[object]) -> None:
         session = resolve("openvino").open(copy / GRAPH)
         for rows in (2, 1, 2, 2, 2, 2):
-            same(session, rows, copy)
+            check_outputs(session, rows, copy)
         assert compiled == ["any", 2]
 
     def test_the_least_recently_used_graph_is_evicted(
@@ -328,9 +328,9 @@ class TestStaticShapes:
             session.run(ids(rows))
         assert compiled == ["any", 1, 2, 3]
         for rows in (1, 3, 2, 2):  # the calls of 2 are counted from zero again
-            same(session, rows, copy)
+            check_outputs(session, rows, copy)
         assert compiled == ["any", 1, 2, 3]
-        same(session, 2, copy)
+        check_outputs(session, 2, copy)
         assert compiled == ["any", 1, 2, 3, 2]
 
     def test_large_graphs_get_no_static_graph(
@@ -347,34 +347,34 @@ class TestStaticShapes:
         build(copy, 2)
         compiled.clear()
         session = resolve("openvino").open(copy / GRAPH)
-        same(session, 2, copy)
+        check_outputs(session, 2, copy)
         assert compiled == []
-        same(session, 1, copy)
+        check_outputs(session, 1, copy)
         assert compiled == ["any"]
 
-    @pytest.mark.parametrize("damage", ["empty", "text", "cut", "flipped", "unknown"])
+    @pytest.mark.parametrize("damage", ["empty", "text", "truncated", "flipped", "unknown"])
     def test_a_damaged_file_is_ignored(self, damage: str, copy: Path, compiled: list[object]) -> None:
         file = build(copy, 2)
         compiled.clear()
         if damage == "unknown":
             file.write_bytes(file.read_bytes()[:-4])  # without the checksum
         else:
-            damaged = {"empty": b"", "text": b"damaged", "cut": file.read_bytes()[:-1000]}
+            damaged = {"empty": b"", "text": b"damaged", "truncated": file.read_bytes()[:-1000]}
             file.write_bytes(damaged.get(damage) or flipped(file))
-        same(resolve("openvino").open(copy / GRAPH), 2, copy)
+        check_outputs(resolve("openvino").open(copy / GRAPH), 2, copy)
         assert compiled == ["any"]
 
-    def test_a_graph_of_other_weights_is_ignored(self, copy: Path, compiled: list[object]) -> None:
+    def test_a_graph_compiled_from_an_older_file_is_ignored(self, copy: Path, compiled: list[object]) -> None:
         stale = build(copy, 2)
         shutil.copyfile(copy / GRAPH, copy / "again")
         (copy / "again").replace(copy / GRAPH)  # the same content with another modification time
         compiled.clear()
-        same(resolve("openvino").open(copy / GRAPH), 2, copy)
+        check_outputs(resolve("openvino").open(copy / GRAPH), 2, copy)
         assert compiled == ["any"]
-        again = build(copy, 2)
-        assert again != stale
+        rebuilt = build(copy, 2)
+        assert rebuilt != stale
         compiled.clear()
-        same(resolve("openvino").open(copy / GRAPH), 2, copy)
+        check_outputs(resolve("openvino").open(copy / GRAPH), 2, copy)
         assert compiled == []
 
     def test_a_prebuilt_graph_does_not_hide_wrong_inputs(self, copy: Path) -> None:
@@ -390,7 +390,7 @@ class TestStaticShapes:
         for _ in range(5):
             with pytest.raises(EngineFailed, match="openvino could not run it"):
                 session.run({"ids": np.zeros((2, 3), np.int64)})
-        same(session, 2, copy)
+        check_outputs(session, 2, copy)
 
 
 @pytest.mark.parametrize(
@@ -411,9 +411,9 @@ def test_an_input_may_have_two_names_and_is_required_once(given: str, problem: s
 
         def create_infer_request(self) -> None: ...
 
-    wanted = "expected the inputs context/converted, latents, "
+    prefix = "expected the inputs context/converted, latents, "
     found = Graph(Compiled()).problem(dict.fromkeys(given.split(), np.zeros(1)))
-    assert found == (problem and wanted + problem)
+    assert found == (problem and prefix + problem)
 
 
 class TestHalves:
@@ -442,53 +442,53 @@ class TestHalves:
         self, cores: int, prebuilt: bool, copy: Path, compiled: list[object], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Prebuilt or compiled at run time, as halves or whole."""
-        original, asked = openvino_static.num_parts, []
+        original, parts = openvino_static.num_parts, []
         monkeypatch.setattr(
             openvino_static,
             "num_parts",
-            lambda _, *rest: asked.append(original(Cores(cores), *rest)) or asked[-1],
+            lambda _, *rest: parts.append(original(Cores(cores), *rest)) or parts[-1],
         )
         if prebuilt:
             build(copy, 4)
         session = resolve("openvino").open(copy / GRAPH)
         for _ in range(4):
-            same(session, 4, copy)
-        assert set(asked) == {cores}
+            check_outputs(session, 4, copy)
+        assert set(parts) == {cores}
         assert compiled == [4] if prebuilt else ["any", 4]
 
     def test_halves_and_whole_batches_have_different_files(self, copy: Path) -> None:
         store, shapes = openvino.open_store("openvino", copy / GRAPH), (("ids", (2, 12)),)
         assert store.static_file(shapes, 2) != store.static_file(shapes, 1)
 
-    @pytest.mark.parametrize("wrong", [np.nan, 1.0])
+    @pytest.mark.parametrize("error", [np.nan, 1.0])
     def test_parts_that_disagree_are_loaded_again(
-        self, wrong: float, copy: Path, compiled: list[object], monkeypatch: pytest.MonkeyPatch
+        self, error: float, copy: Path, compiled: list[object], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """OpenVINO sometimes creates parts of which one computes wrong values."""
-        two, taken, bad = 2, list[int](), [True, True, False]
+        two, loads, bad = 2, list[int](), [True, True, False]
 
         class SometimesWrong(StaticGraph):
             def __init__(self, model: ov.CompiledModel, parts: int) -> None:
                 super().__init__(model, parts)
-                self._bad = bad[len(taken)]
-                taken.append(parts)
+                self._bad = bad[len(loads)]
+                loads.append(parts)
 
             def run(self, inputs: Arrays) -> Arrays:
-                made = super().run(inputs)
+                outputs = super().run(inputs)
                 if self._bad:
-                    made["context"][len(made["context"]) // 2 :] += wrong
-                return made
+                    outputs["context"][len(outputs["context"]) // 2 :] += error
+                return outputs
 
         monkeypatch.setattr(openvino_static, "StaticGraph", SometimesWrong)
         monkeypatch.setattr(openvino_static, "num_parts", lambda *_: two)
         build(copy, 2)
-        same(resolve("openvino").open(copy / GRAPH), 2, copy)
-        assert taken == [two] * 3  # rejected twice, then accepted
+        check_outputs(resolve("openvino").open(copy / GRAPH), 2, copy)
+        assert loads == [two] * 3  # rejected twice, then accepted
         assert compiled == [2]
-        taken.clear()
+        loads.clear()
         bad[2] = True
-        same(resolve("openvino").open(copy / GRAPH), 2, copy)
-        assert taken == [two] * openvino_static.MAX_LOAD_ATTEMPTS
+        check_outputs(resolve("openvino").open(copy / GRAPH), 2, copy)
+        assert loads == [two] * openvino_static.MAX_LOAD_ATTEMPTS
         assert compiled == [2, "any"]
 
     def test_a_compiled_graph_whose_parts_disagree_is_not_used(
@@ -498,7 +498,7 @@ class TestHalves:
         monkeypatch.setattr(StaticGraph, "run", lambda self, inputs: pytest.fail("it was used"))
         session = resolve("openvino").open(copy / GRAPH)
         for _ in range(4):
-            same(session, 2, copy)
+            check_outputs(session, 2, copy)
         assert compiled == ["any", 2]
 
     def test_an_error_in_one_half_waits_for_the_other(self) -> None:
@@ -555,20 +555,20 @@ class TestArrays:
             np.testing.assert_array_equal(first[name], array)
 
     def test_arrays_need_not_be_contiguous(self, session: Session, copy: Path) -> None:
-        turned = {"ids": ids(2)["ids"][::-1, ::-1]}
-        straight = {"ids": np.ascontiguousarray(turned["ids"])}
-        for name, array in session.run(straight).items():
-            np.testing.assert_array_equal(session.run(turned)[name], array)
+        reversed_ids = {"ids": ids(2)["ids"][::-1, ::-1]}
+        contiguous = {"ids": np.ascontiguousarray(reversed_ids["ids"])}
+        for name, array in session.run(contiguous).items():
+            np.testing.assert_array_equal(session.run(reversed_ids)[name], array)
 
 
-def test_a_static_graph_refuses_another_dtype(copy: Path) -> None:
+def test_a_static_graph_rejects_another_dtype(copy: Path) -> None:
     build(copy, 2)
     with pytest.raises(EngineFailed, match=r"openvino could not run it: .*float64"):
         resolve("openvino").open(copy / GRAPH).run({"ids": np.full((2, 12), 1.5)})
 
 
 @pytest.mark.parametrize(("precision", "form"), [("bf16", "ERF"), ("f32", "TANH")])
-def test_gelu_is_by_erf_in_bf16_and_as_the_graph_has_it_in_f32(
+def test_gelu_uses_erf_in_bf16_and_tanh_as_in_the_graph_in_f32(
     precision: str, form: str, tiny_bundle: Path
 ) -> None:
     class Core:
@@ -612,7 +612,7 @@ class Cores:
         ("2027.0.0", True),
     ],
 )
-def test_a_version_without_the_attention_operator_is_refused(
+def test_rejects_a_version_without_the_attention_operator(
     version: str, known: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ov, "__version__", version)
@@ -625,7 +625,7 @@ def test_a_version_without_the_attention_operator_is_refused(
 
 
 class TestBf16:
-    def test_a_cpu_without_bf16_is_a_problem(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_cpu_without_bf16_is_reported(self, monkeypatch: pytest.MonkeyPatch) -> None:
         class Core:
             def get_property(self, device: str, name: str) -> list[str]:
                 return ["FP32", "INT8"]
@@ -640,7 +640,7 @@ class TestBf16:
         assert ENGINES["openvino"].problem() is None
 
     @needs_bf16
-    def test_it_computes_in_bf16_and_openvino_does_not(self, copy: Path) -> None:
+    def test_openvino_bf16_computes_in_bf16_and_openvino_does_not(self, copy: Path) -> None:
         exact = ENGINES["onnxruntime"].open(copy / GRAPH).run(ids(2))["context"]
         errors = {
             name: np.abs(resolve(name).open(copy / GRAPH).run(ids(2))["context"] - exact).max()
@@ -654,7 +654,7 @@ class TestBf16:
         assert openvino.compile_config(BF16, tiny_bundle / GRAPH)["INFERENCE_PRECISION_HINT"] == "bf16"
 
     @needs_bf16
-    def test_bf16_has_its_own_tolerance_and_openvino_the_bundles(self, tiny_bundle: Path) -> None:
+    def test_bf16_has_its_own_tolerance_except_for_the_conditions(self, tiny_bundle: Path) -> None:
         bundle = Bundle.open(tiny_bundle)
         reports = verify_bundle(bundle, resolve(BF16))
         require_ok(reports, BF16)
@@ -713,5 +713,5 @@ def test_there_is_one_core_per_process() -> None:
     """If an older Core is released first, the thread's signal stack is freed memory and the next Ctrl-C crashes."""
     root = Path(__file__).parents[2]
     folders = (root / "tpx_runtime", root / "engines", root / "export")
-    made = [path.name for folder in folders for path in folder.rglob("*.py") if "Core()" in path.read_text()]
-    assert made == ["openvino.py"]
+    files = [path.name for folder in folders for path in folder.rglob("*.py") if "Core()" in path.read_text()]
+    assert files == ["openvino.py"]

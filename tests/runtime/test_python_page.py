@@ -1,4 +1,4 @@
-"""docs/python.md: what it shows runs, and the exit codes that it lists are those of the classes."""
+"""docs/python.md: its examples run, and its exit codes are those of the error classes."""
 
 import re
 from pathlib import Path
@@ -14,7 +14,7 @@ from tpx_runtime.evaluation import generation
 PAGE = (Path(__file__).parents[2] / "docs" / "python.md").read_text(encoding="utf-8")
 
 
-def test_every_block_runs_from_top_to_bottom(
+def test_all_code_blocks_run_in_order(
     tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -28,7 +28,7 @@ def test_every_block_runs_from_top_to_bottom(
     assert capsys.readouterr().out.splitlines() == ["cancelled at step 3 of 6", *printed]
 
 
-def test_exit_codes_are_those_of_the_classes() -> None:
+def test_exit_codes_match_the_error_classes() -> None:
     rows = re.findall(r"^\| `(\w+)`.* \| (\d+) \|$", PAGE, re.MULTILINE)
     modules = (errors, checkpoint, verdict, loop, generation)
     known = {name: kind for module in modules for name, kind in vars(module).items()}

@@ -1,4 +1,4 @@
-"""A loop as weighted sums: whatever the model says, they give what the sampler gives."""
+"""A sampling loop as weighted sums, which equal the sampler's results for any model."""
 
 import numpy as np
 import pytest
@@ -12,12 +12,12 @@ rng = np.random.default_rng(0)
 MIXING = rng.standard_normal((24, 24)).astype(np.float32) / 4
 
 
-def said(latents: Array, timestep: float) -> Array:
-    """Neither linear nor the same at two timesteps."""
-    found: Array = np.tanh(latents.reshape(2, -1) @ MIXING + np.float32(timestep / 1000)).reshape(
+def model(latents: Array, timestep: float) -> Array:
+    """A model that is nonlinear and depends on the timestep."""
+    mixed: Array = np.tanh(latents.reshape(2, -1) @ MIXING + np.float32(timestep / 1000)).reshape(
         latents.shape
     )
-    return found + np.float32(0.5) * latents
+    return mixed + np.float32(0.5) * latents
 
 
 def no_noise(step: int) -> Array:
@@ -26,31 +26,31 @@ def no_noise(step: int) -> Array:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("steps", [1, 2, 3, 12, 50])
-def test_weighted_sums_are_what_the_sampler_makes(name: str, steps: int) -> None:
+def test_weighted_sums_equal_the_samplers_results(name: str, steps: int) -> None:
     schedule = SAMPLERS[name].schedule(steps, 3.0)
     first = rng.standard_normal((2, 4, 2, 3)).astype(np.float32)
-    asked: list[float] = []
+    timesteps: list[float] = []
 
-    def watched(latents: Array, timestep: float) -> Array:
-        asked.append(timestep)
-        return said(latents, timestep)
+    def recording_model(latents: Array, timestep: float) -> Array:
+        timesteps.append(timestep)
+        return model(latents, timestep)
 
-    expected = list(SAMPLERS[name].denoise(watched, first, schedule, no_noise))
+    expected = list(SAMPLERS[name].denoise(recording_model, first, schedule, no_noise))
     found = recurrence(SAMPLERS[name], schedule)
-    assert found is not None and found.timesteps == asked
-    history = np.zeros((len(asked) + 1, *first.shape), np.float32)
+    assert found is not None and found.timesteps == timesteps
+    history = np.zeros((len(timesteps) + 1, *first.shape), np.float32)
     history[0] = first
     latents = [np.tensordot(found.weights[0], history, 1)]
     for call, timestep in enumerate(found.timesteps, start=1):
-        history[call] = said(latents[-1], timestep)
+        history[call] = model(latents[-1], timestep)
         latents.append(np.tensordot(found.weights[call], history, 1))
-    assert len(found.ends) == steps and found.ends[-1] == len(asked)
+    assert len(found.ends) == steps and found.ends[-1] == len(timesteps)
     for end, one in zip(found.ends, expected, strict=True):
         np.testing.assert_allclose(latents[end], one, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_no_weight_is_of_what_has_not_been_said_yet(name: str) -> None:
+def test_weights_refer_only_to_earlier_predictions(name: str) -> None:
     found = recurrence(SAMPLERS[name], SAMPLERS[name].schedule(5, 3.0))
     assert found is not None
     assert found.weights.dtype == np.float32
@@ -63,5 +63,5 @@ def test_heun_ends_a_step_with_its_second_call() -> None:
     assert found is not None and found.ends == [2, 4, 5]
 
 
-def test_a_sampler_with_noise_of_its_own_is_none() -> None:
+def test_a_sampler_that_adds_noise_has_no_recurrence() -> None:
     assert recurrence(SAMPLERS["ddpm"], SAMPLERS["ddpm"].schedule(4, 1.0)) is None

@@ -1,4 +1,4 @@
-"""Samplers: schedules as diffusers has them, the order of each method, and steps worked out by hand."""
+"""Flow samplers: schedules as in diffusers, the order of convergence of each method, and steps computed by hand."""
 
 import math
 from itertools import pairwise
@@ -9,8 +9,8 @@ import pytest
 from tpx_runtime.sampling import TRAIN_TIMESTEPS, Array, Schedule
 from tpx_runtime.sampling.flow import FLOW_SAMPLERS, dpmpp2m, unipc
 
-# (sigma, timestep) at some steps, from diffusers 0.42.1's schedulers at shift 3; heun's are euler's, of which
-# every one but the first is shown twice.
+# (sigma, timestep) at some steps, from diffusers 0.42.1's schedulers at shift 3; heun's are euler's, with
+# every one but the first used twice.
 DIFFUSERS = {
     ("euler", 1): {0: (1, 1000)},
     ("dpmpp2m", 1): {0: (0.999666452, 999)},
@@ -67,7 +67,7 @@ NAMES = list(FLOW_SAMPLERS)
 
 
 @pytest.mark.parametrize(("name", "steps"), list(DIFFUSERS), ids=lambda value: str(value))
-def test_schedule_is_that_of_diffusers(name: str, steps: int) -> None:
+def test_schedule_matches_diffusers(name: str, steps: int) -> None:
     schedule = FLOW_SAMPLERS[name].schedule(steps, 3.0)
     assert len(schedule.sigmas) == steps + 1
     assert len(schedule.timesteps) == steps
@@ -84,14 +84,16 @@ def test_first_alpha_of_unipc_keeps_its_float32_rounding() -> None:
     )
 
 
-def test_heun_walks_the_schedule_of_euler() -> None:
+def test_heun_uses_the_schedule_of_euler() -> None:
     assert FLOW_SAMPLERS["heun"].schedule(10, 3.0) == FLOW_SAMPLERS["euler"].schedule(10, 3.0)
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("shift", [0.01, 0.3, 1.0, 3.0, 12.0, 100.0])
 @pytest.mark.parametrize("steps", [1, 2, 3, 50, TRAIN_TIMESTEPS])
-def test_every_allowed_schedule_falls_and_samples_finite_numbers(name: str, shift: float, steps: int) -> None:
+def test_every_allowed_schedule_decreases_and_gives_finite_samples(
+    name: str, shift: float, steps: int
+) -> None:
     schedule = FLOW_SAMPLERS[name].schedule(steps, shift)
     assert all(a > b for a, b in pairwise(schedule.sigmas))
     assert 0 <= min(schedule.timesteps) <= max(schedule.timesteps) <= 1000
@@ -101,19 +103,19 @@ def test_every_allowed_schedule_falls_and_samples_finite_numbers(name: str, shif
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("steps", [1, 2, 7])
-def test_shows_the_model_its_timesteps_once_each(name: str, steps: int) -> None:
-    seen: list[float] = []
+def test_calls_the_model_at_each_timestep_of_the_schedule(name: str, steps: int) -> None:
+    timesteps: list[float] = []
     noise = np.linspace(-1, 1, 6, dtype=np.float32).reshape(1, 2, 3)
     before = noise.copy()
 
     def velocity(x: Array, timestep: float) -> Array:
-        seen.append(timestep)
+        timesteps.append(timestep)
         return 0.2 * x
 
     schedule = FLOW_SAMPLERS[name].schedule(steps, 3.0)
     path = list(FLOW_SAMPLERS[name].sample(velocity, noise, schedule))
-    again = 2 if name == "heun" else 1
-    assert seen == [t for i, t in enumerate(schedule.timesteps) for _ in range(again if i else 1)]
+    calls = 2 if name == "heun" else 1
+    assert timesteps == [t for i, t in enumerate(schedule.timesteps) for _ in range(calls if i else 1)]
     assert len(path) == steps
     assert all(x.dtype == np.float32 and x.shape == noise.shape for x in path)
     assert (noise == before).all()
@@ -121,17 +123,17 @@ def test_shows_the_model_its_timesteps_once_each(name: str, steps: int) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("steps", [1, 2, 5, 20])
-def test_is_exact_where_the_data_is_one_point(name: str, steps: int) -> None:
-    """All of x0 known: the path is the straight line to it, and every method stays on it."""
-    goal, noise = np.array([0.7, -2.0]), np.array([1.5, 0.1])
+def test_is_exact_for_data_of_a_single_point(name: str, steps: int) -> None:
+    """With x0 known, the path is the straight line to it, and every method stays on that line."""
+    x0, noise = np.array([0.7, -2.0]), np.array([1.5, 0.1])
     schedule = FLOW_SAMPLERS[name].schedule(steps, 3.0)
     schedule = Schedule(schedule.sigmas, [1000 * sigma for sigma in schedule.sigmas[:-1]])
 
     def line(sigma: float) -> Array:
-        return (1 - sigma) * goal + sigma * noise
+        return (1 - sigma) * x0 + sigma * noise
 
     def velocity(x: Array, timestep: float) -> Array:
-        return (x - goal) / (timestep / 1000)
+        return (x - x0) / (timestep / 1000)
 
     path = FLOW_SAMPLERS[name].sample(velocity, line(schedule.sigmas[0]), schedule)
     for x, sigma in zip(path, schedule.sigmas[1:], strict=True):
@@ -140,19 +142,19 @@ def test_is_exact_where_the_data_is_one_point(name: str, steps: int) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_order_of_convergence(name: str) -> None:
-    """Twice the steps, a 2^order-th of the error, on a normal distribution's flow, solved in closed form."""
+    """Twice as many steps divide the error by 2^order, for the flow of normal data, which has a closed form."""
     mean, deviation = 0.3, 0.5
     z = np.array([-1.3, 0.2, 2.1])
 
-    def spread(sigma: float) -> float:
+    def std(sigma: float) -> float:
         return math.hypot((1 - sigma) * deviation, sigma)
 
     def solution(sigma: float) -> Array:
-        return (1 - sigma) * mean + spread(sigma) * z
+        return (1 - sigma) * mean + std(sigma) * z
 
     def velocity(x: Array, timestep: float) -> Array:
         sigma = timestep / 1000
-        slope = (sigma - (1 - sigma) * deviation**2) / spread(sigma) ** 2
+        slope = (sigma - (1 - sigma) * deviation**2) / std(sigma) ** 2
         return -mean + slope * (x - (1 - sigma) * mean)
 
     def error(steps: int) -> float:
@@ -166,11 +168,11 @@ def test_order_of_convergence(name: str) -> None:
 
 
 def field(x: float, timestep: float) -> float:
-    """A velocity without meaning, curved in x and in time."""
+    """An arbitrary velocity, nonlinear in x and time."""
     return math.sin(2 * x) + x * timestep / 500 - 0.4
 
 
-def walk(name: str, sigmas: list[float], start: float) -> list[float]:
+def sample_path(name: str, sigmas: list[float], start: float) -> list[float]:
     schedule = Schedule(sigmas, [1000 * sigma for sigma in sigmas[:-1]])
     path = FLOW_SAMPLERS[name].sample(
         lambda x, t: np.array([field(float(x[0]), t)]), np.array([start]), schedule
@@ -184,13 +186,15 @@ def test_euler_and_heun_steps_by_hand() -> None:
     slope = field(x, 1000 * a)
     euler_1 = x + (b - a) * slope
     heun_1 = x + (b - a) * (slope + field(euler_1, 1000 * b)) / 2
-    assert walk("euler", sigmas, x) == pytest.approx([euler_1, euler_1 - b * field(euler_1, 1000 * b)])
-    assert walk("heun", sigmas, x) == pytest.approx([heun_1, heun_1 + (end - b) * field(heun_1, 1000 * b)])
+    assert sample_path("euler", sigmas, x) == pytest.approx([euler_1, euler_1 - b * field(euler_1, 1000 * b)])
+    assert sample_path("heun", sigmas, x) == pytest.approx(
+        [heun_1, heun_1 + (end - b) * field(heun_1, 1000 * b)]
+    )
 
 
 def test_dpmpp2m_steps_by_hand() -> None:
-    """Algorithm 2 of arXiv:2211.01095, as it is printed there."""
-    s0, s1, s2, _ = sigmas = [0.85, 0.6, 0.2, 0.0]  # steps of unlike width in log-SNR
+    """Algorithm 2 of arXiv:2211.01095, as printed there."""
+    s0, s1, s2, _ = sigmas = [0.85, 0.6, 0.2, 0.0]  # steps of different sizes in log-SNR
     lambdas = [math.log((1 - sigma) / sigma) for sigma in (s0, s1, s2)]
     h1, h2 = lambdas[1] - lambdas[0], lambdas[2] - lambdas[1]
     x = 0.6
@@ -201,12 +205,12 @@ def test_dpmpp2m_steps_by_hand() -> None:
     d = (1 + 1 / (2 * r)) * m1 - 1 / (2 * r) * m0
     x2 = s2 / s1 * x1 - (1 - s2) * (math.exp(-h2) - 1) * d
     x3 = x2 - s2 * field(x2, 1000 * s2)  # to sigma = 0 the step is x0 itself
-    assert walk("dpmpp2m", sigmas, x) == pytest.approx([x1, x2, x3], rel=1e-12)
+    assert sample_path("dpmpp2m", sigmas, x) == pytest.approx([x1, x2, x3], rel=1e-12)
 
 
 def test_unipc_steps_by_hand() -> None:
     """UniPC-2 with B2(h) and its corrector in diffusers' terms, the 2 x 2 system solved by Cramer's rule."""
-    s0, s1, s2, _ = sigmas = [0.85, 0.6, 0.2, 0.0]  # steps of unlike width in log-SNR
+    s0, s1, s2, _ = sigmas = [0.85, 0.6, 0.2, 0.0]  # steps of different sizes in log-SNR
     lambdas = [math.log((1 - sigma) / sigma) for sigma in (s0, s1, s2)]
     h1, h2 = lambdas[1] - lambdas[0], lambdas[2] - lambdas[1]
     b1, b2 = math.expm1(-h1), math.expm1(-h2)
@@ -227,13 +231,13 @@ def test_unipc_steps_by_hand() -> None:
     rho_2 = (right_2 - r * right_1) / (1 - r)
     corrected_2 = base - (1 - s2) * b2 * (rho_1 * d1 + rho_2 * (m2 - m1))
     # The last step goes from the corrected state, but with the x0 of the predicted one.
-    assert walk("unipc", sigmas, x) == pytest.approx([predicted_1, predicted_2, m2], rel=1e-12)
-    assert walk("unipc", [*sigmas[:3], 0.1, 0.0], x)[2] == pytest.approx(
-        third(corrected_2, m1, m2, h2, s2, 0.1), rel=1e-12
+    assert sample_path("unipc", sigmas, x) == pytest.approx([predicted_1, predicted_2, m2], rel=1e-12)
+    assert sample_path("unipc", [*sigmas[:3], 0.1, 0.0], x)[2] == pytest.approx(
+        third_step(corrected_2, m1, m2, h2, s2, 0.1), rel=1e-12
     )
 
 
-def third(x: float, m1: float, m2: float, h2: float, sigma: float, next_sigma: float) -> float:
+def third_step(x: float, m1: float, m2: float, h2: float, sigma: float, next_sigma: float) -> float:
     """UniPC's predictor from the corrected state of the step before."""
     h3 = math.log((1 - next_sigma) / next_sigma) - math.log((1 - sigma) / sigma)
     growth = math.expm1(-h3)
@@ -241,11 +245,11 @@ def third(x: float, m1: float, m2: float, h2: float, sigma: float, next_sigma: f
     return next_sigma / sigma * x - (1 - next_sigma) * growth * (m2 + 0.5 * difference)
 
 
-def test_batch_rows_do_not_touch_each_other() -> None:
+def test_rows_of_a_batch_are_independent() -> None:
     rows = np.random.default_rng(1).standard_normal((3, 2)).astype(np.float32)
     for sampler in (dpmpp2m, unipc):
         schedule = FLOW_SAMPLERS[sampler.__name__].schedule(6, 3.0)
         *_, together = sampler(lambda x, t: np.sin(x), rows, schedule)
         for row in range(3):
-            *_, alone = sampler(lambda x, t: np.sin(x), rows[row : row + 1], schedule)
-            np.testing.assert_array_equal(together[row : row + 1], alone)
+            *_, single = sampler(lambda x, t: np.sin(x), rows[row : row + 1], schedule)
+            np.testing.assert_array_equal(together[row : row + 1], single)

@@ -1,4 +1,4 @@
-"""Settings: every refusal, and what is written into the file."""
+"""Settings: every validation error, and the metadata written into the file."""
 
 import json
 from dataclasses import replace
@@ -14,8 +14,8 @@ from tpx_runtime.settings import Settings
 
 from .fakes import CLASSES, FAKE
 
-BY = f", Version: tpx {__version__}"
-OF_CLASSES = Settings("", "", seed=7, steps=20, guidance=4.0, sampler="ddim", depth=1, class_id=3)
+VERSION_SUFFIX = f", Version: tpx {__version__}"
+GOOD_CLASS = Settings("", "", seed=7, steps=20, guidance=4.0, sampler="ddim", depth=1, class_id=3)
 GOOD = Settings("a red cube", "", seed=7, steps=20, guidance=4.0, sampler="heun", depth=2)
 
 
@@ -39,12 +39,12 @@ GOOD = Settings("a red cube", "", seed=7, steps=20, guidance=4.0, sampler="heun"
         {"strength": 0.01},
     ],
 )
-def test_accepts(changes: dict[str, object]) -> None:
+def test_accepts_valid_settings(changes: dict[str, object]) -> None:
     settings = replace(GOOD, **changes)
     assert settings.check(FAKE) is settings
 
 
-def test_numpys_numbers_and_what_json_makes_of_a_pair_are_pythons_own() -> None:
+def test_numpy_numbers_and_json_lists_are_converted_to_python_types() -> None:
     other = Settings(
         "a red cube",
         "",
@@ -112,7 +112,7 @@ def test_numpys_numbers_and_what_json_makes_of_a_pair_are_pythons_own() -> None:
         ({"sampler": "ddpm"}, "expected a sampler of euler, heun, dpmpp2m, unipc, found 'ddpm'"),
     ],
 )
-def test_refuses(changes: dict[str, object], message: str) -> None:
+def test_rejects_invalid_settings(changes: dict[str, object], message: str) -> None:
     with pytest.raises(BadInput) as caught:
         replace(GOOD, **changes).check(FAKE)
     assert message in str(caught.value)
@@ -141,13 +141,13 @@ def test_accepts_a_class() -> None:
         ({"depth": 2}, "expected a depth of 1 (this bundle's), found 2"),
     ],
 )
-def test_refuses_with_a_class(changes: dict[str, object], message: str) -> None:
+def test_rejects_settings_that_do_not_fit_a_class(changes: dict[str, object], message: str) -> None:
     with pytest.raises(BadInput) as caught:
         replace(CLASS, **changes).check(CLASSES)
     assert message in str(caught.value)
 
 
-def test_metadata_says_everything_that_decides_the_image() -> None:
+def test_metadata_contains_everything_that_determines_the_image() -> None:
     metadata = replace(GOOD, negative_prompt="blue").metadata(FAKE, "onnxruntime")
     assert json.loads(metadata["tpx"]) == {
         "prompt": "a red cube",
@@ -168,7 +168,8 @@ def test_metadata_says_everything_that_decides_the_image() -> None:
     }
     assert metadata["parameters"] == (
         "a red cube\nNegative prompt: blue\n"
-        "Steps: 20, Sampler: heun, CFG scale: 4.0, Seed: 7, Size: 12x8, Model: fake, Depth: 2" + BY
+        "Steps: 20, Sampler: heun, CFG scale: 4.0, Seed: 7, Size: 12x8, Model: fake, Depth: 2"
+        + VERSION_SUFFIX
     )
 
 
@@ -176,39 +177,39 @@ def test_metadata_without_a_negative_prompt_has_no_line_for_it() -> None:
     assert GOOD.metadata(FAKE, "x")["parameters"].startswith("a red cube\nSteps: 20, ")
 
 
-def test_metadata_says_where_guidance_acts() -> None:
+def test_metadata_contains_the_guidance_interval_and_frequency() -> None:
     metadata = replace(GOOD, guidance_interval=(0.2, 0.75)).metadata(FAKE, "x")
     assert json.loads(metadata["tpx"])["guidance_interval"] == [0.2, 0.75]
-    assert metadata["parameters"].endswith(f", Depth: 2, CFG interval: 0.2-0.75{BY}")
+    assert metadata["parameters"].endswith(f", Depth: 2, CFG interval: 0.2-0.75{VERSION_SUFFIX}")
     metadata = replace(GOOD, guidance_every=3).metadata(FAKE, "x")
     assert json.loads(metadata["tpx"])["guidance_every"] == 3
-    assert metadata["parameters"].endswith(f", Depth: 2, CFG every: 3{BY}")
+    assert metadata["parameters"].endswith(f", Depth: 2, CFG every: 3{VERSION_SUFFIX}")
 
 
-def test_metadata_says_which_steps_are_cached() -> None:
+def test_metadata_contains_the_cache_interval() -> None:
     metadata = replace(GOOD, cache_interval=2).metadata(FAKE, "x")
     assert json.loads(metadata["tpx"])["cache_interval"] == 2
-    assert metadata["parameters"].endswith(f", Depth: 2, Cache interval: 2{BY}")
+    assert metadata["parameters"].endswith(f", Depth: 2, Cache interval: 2{VERSION_SUFFIX}")
 
 
-def test_metadata_says_the_strength_and_what_was_left_out() -> None:
+def test_metadata_contains_the_strength_and_encoders_left_out() -> None:
     metadata = replace(GOOD, strength=0.7).metadata(FAKE, "x", left_out=["text_encoder_3"])
     facts = json.loads(metadata["tpx"])
     assert facts["strength"] == 0.7
     assert facts["left_out"] == ["text_encoder_3"]
     assert "class_id" not in facts
-    assert metadata["parameters"].endswith(f", Depth: 2, Denoising strength: 0.7{BY}")
+    assert metadata["parameters"].endswith(f", Depth: 2, Denoising strength: 0.7{VERSION_SUFFIX}")
 
 
-def test_metadata_says_the_class() -> None:
+def test_metadata_contains_the_class() -> None:
     metadata = CLASS.metadata(CLASSES, "x")
     assert json.loads(metadata["tpx"])["class_id"] == 12
     assert metadata["parameters"].startswith("class 12\nSteps: 20, ")
 
 
 @pytest.mark.parametrize("class_id", [0, CLASSES.model.classes - 1])
-def test_accepts_classes_of_the_model(class_id: int) -> None:
-    assert replace(OF_CLASSES, class_id=class_id).check(CLASSES).class_id == class_id
+def test_accepts_the_first_and_last_class(class_id: int) -> None:
+    assert replace(GOOD_CLASS, class_id=class_id).check(CLASSES).class_id == class_id
 
 
 @pytest.mark.parametrize(
@@ -224,8 +225,8 @@ def test_accepts_classes_of_the_model(class_id: int) -> None:
         (2**63, str(2**63)),
     ],
 )
-def test_refuses_what_is_no_class(class_id: Any, found: str) -> None:
+def test_rejects_an_invalid_class(class_id: Any, found: str) -> None:
     last = CLASSES.model.classes - 1
     message = rf"expected a class in 0\.\.{last} \(this bundle is class-conditional\), found {found}; name one with --c"
     with pytest.raises(BadInput, match=message):
-        replace(OF_CLASSES, class_id=class_id).check(CLASSES)
+        replace(GOOD_CLASS, class_id=class_id).check(CLASSES)

@@ -1,4 +1,4 @@
-"""Step caching: which steps reuse the previous prediction, and what samplers get there."""
+"""Step caching: which steps reuse the previous prediction, and the effect on samplers."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ def test_the_first_two_fifths_and_every_nth_step_after_them_are_computed(
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
-def test_the_first_of_a_few_steps_is_computed(steps: int) -> None:
+def test_the_first_step_is_always_computed(steps: int) -> None:
     assert TEN[0] not in cached_timesteps(TEN[:steps], 5, 3.0, ALL_NOISE_LEVELS)
 
 
@@ -36,7 +36,7 @@ def test_the_step_where_guidance_starts_or_ends_is_computed() -> None:
     assert cached_timesteps(TEN, 9, 1.0, (0.25, 0.45)) == set(TEN[4:])
 
 
-def test_a_cached_step_reuses_the_previous_prediction_and_calls_nothing() -> None:
+def test_a_cached_step_reuses_the_previous_prediction_without_a_call() -> None:
     calls: list[float] = []
 
     def predict(latents: Array, timestep: float) -> Array:
@@ -45,9 +45,9 @@ def test_a_cached_step_reuses_the_previous_prediction_and_calls_nothing() -> Non
 
     cached = CachedPrediction(predict, {3.0, 2.0})
     one, two = np.ones((1, 1, 2, 2), np.float32), np.full((1, 1, 2, 2), 2, np.float32)
-    given = [cached(one, 4.0), cached(two, 3.0), cached(two, 2.0), cached(two, 1.0)]
+    predictions = [cached(one, 4.0), cached(two, 3.0), cached(two, 2.0), cached(two, 1.0)]
     assert calls == [4.0, 1.0]
-    assert [float(prediction.mean()) for prediction in given] == [4.0, 4.0, 4.0, 2.0]
+    assert [float(prediction.mean()) for prediction in predictions] == [4.0, 4.0, 4.0, 2.0]
 
 
 @pytest.mark.parametrize("name", SAMPLERS_FOR["velocity"])
@@ -62,7 +62,7 @@ def test_caching_is_exact_for_a_straight_path(name: str) -> None:
         return noise - data
 
     cached = cached_timesteps(schedule.timesteps, 3, 3.0, ALL_NOISE_LEVELS)
-    *_, in_full = sampler.sample(lambda latents, timestep: noise - data, noise, schedule)
-    *_, last = sampler.sample(CachedPrediction(predict, cached), noise, schedule)
-    np.testing.assert_allclose(last, in_full, atol=1e-5)
+    *_, expected = sampler.sample(lambda latents, timestep: noise - data, noise, schedule)
+    *_, result = sampler.sample(CachedPrediction(predict, cached), noise, schedule)
+    np.testing.assert_allclose(result, expected, atol=1e-5)
     assert len(cached) == 4 and not cached & set(calls)

@@ -1,4 +1,4 @@
-"""The tokenizer: ids of known prompts, what it refuses and how, and that nothing else can happen."""
+"""The word tokenizer: ids of known prompts, error messages, and that any text gives one or the other."""
 
 import json
 from pathlib import Path
@@ -31,32 +31,32 @@ def test_case_and_spaces_do_not_matter(prompt: str) -> None:
     assert TOKENIZER.encode(prompt) == TOKENIZER.encode("red cube")
 
 
-def test_no_prompt_is_a_frame_of_padding() -> None:
+def test_encode_empty_gives_bos_eos_and_padding() -> None:
     assert TOKENIZER.encode_empty().ids == [BOS, EOS] + [PAD] * (LENGTH - 2)
 
 
-def test_unknown_words_become_unk_and_are_told_once_in_order() -> None:
+def test_unknown_words_become_unk_and_are_listed_once_in_order() -> None:
     encoding = TOKENIZER.encode("zebra red yak zebra")
     assert encoding.ids[1:5] == [UNK, TOKENS.index("red"), UNK, UNK]
     assert encoding.unknown == ["zebra", "yak"]
 
 
 @pytest.mark.parametrize("name", TOKENS[:4])
-def test_a_prompt_cannot_spell_a_special_token(name: str) -> None:
+def test_special_tokens_in_a_prompt_are_unknown_words(name: str) -> None:
     encoding = TOKENIZER.encode(f"red {name}")
     assert encoding.ids[2] == UNK
     assert encoding.unknown == [name]
 
 
 @pytest.mark.parametrize("prompt", ["", "   ", "\n", "...", ", ,", "🙂🙃", "🟥 🧊", "\u200b", "<<<>>>", "-"])
-def test_refuses_a_prompt_without_words(prompt: str) -> None:
+def test_rejects_a_prompt_without_words(prompt: str) -> None:
     with pytest.raises(
         BadInput, match=r"^expected a prompt with words, found none in .*; describe the image$"
     ):
         TOKENIZER.encode(prompt)
 
 
-def test_takes_as_many_words_as_fit_and_no_more() -> None:
+def test_rejects_more_words_than_fit() -> None:
     assert TOKENIZER.encode("red " * (LENGTH - 2)).ids[-1] == EOS
     with pytest.raises(
         BadInput, match=r"^expected a prompt of at most 7 words and punctuation marks, found 8; shorten it$"
@@ -67,13 +67,13 @@ def test_takes_as_many_words_as_fit_and_no_more() -> None:
 
 
 @pytest.mark.parametrize("prompt", ["red " * 2500, "," * 9999 + "a", "a" * 10_000])
-def test_a_prompt_of_ten_thousand_characters_ends_in_one_short_line(prompt: str) -> None:
+def test_the_error_for_a_very_long_prompt_is_short(prompt: str) -> None:
     with pytest.raises(BadInput) as caught:
         reject_unknown(TOKENIZER.encode(prompt), TOKENIZER)
     assert len(str(caught.value)) < 200
 
 
-def test_unknown_words_are_named_with_their_nearest() -> None:
+def test_the_error_names_unknown_words_with_similar_ones() -> None:
     with pytest.raises(BadInput) as caught:
         reject_unknown(TOKENIZER.encode("rde spheer quux"), TOKENIZER)
     assert str(caught.value) == (
@@ -82,20 +82,20 @@ def test_unknown_words_are_named_with_their_nearest() -> None:
     )
 
 
-def test_a_word_of_megabytes_is_not_matched_at_its_length(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[int] = []
-    monkeypatch.setattr("difflib.get_close_matches", lambda word, words, n: asked.append(len(word)) or [])
+def test_suggest_truncates_a_very_long_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths: list[int] = []
+    monkeypatch.setattr("difflib.get_close_matches", lambda word, words, n: lengths.append(len(word)) or [])
     assert TOKENIZER.suggest("x" * 10**6) == []
-    assert max(asked) <= 64
+    assert max(lengths) <= 64
 
 
-def test_only_the_first_unknown_words_are_named() -> None:
+def test_the_error_names_only_the_first_unknown_words() -> None:
     tokenizer = WordTokenizer(TOKENS, 20)
     with pytest.raises(BadInput, match=r"'x4' and 3 more; use other words$"):
         reject_unknown(tokenizer.encode(" ".join(f"x{i}" for i in range(8))), tokenizer)
 
 
-def test_known_words_are_not_refused() -> None:
+def test_accepts_known_words() -> None:
     reject_unknown(TOKENIZER.encode("red cube"), TOKENIZER)
 
 
@@ -105,7 +105,7 @@ def test_known_words_are_not_refused() -> None:
 @example("\ud800 red")
 @example("red\x00cube")
 @example("<eos>,<pad>")
-def test_any_text_gives_an_encoding_or_a_line(prompt: str) -> None:
+def test_any_text_gives_an_encoding_or_a_one_line_error(prompt: str) -> None:
     try:
         encoding = TOKENIZER.encode(prompt)
         reject_unknown(encoding, TOKENIZER)
@@ -121,7 +121,7 @@ def test_any_text_gives_an_encoding_or_a_line(prompt: str) -> None:
 
 @quick
 @given(st.lists(st.sampled_from(WORDS), min_size=1, max_size=LENGTH - 2))
-def test_ids_say_the_words_again(words: list[str]) -> None:
+def test_ids_map_back_to_the_words(words: list[str]) -> None:
     prompt = "".join(word.upper() + " " for word in words)
     if not any(word.isalnum() for word in words):
         with pytest.raises(BadInput):
@@ -161,7 +161,7 @@ def test_reads_the_vocabulary_of_a_bundle(fake_bundle: Path) -> None:
         ({"text_tokens": True}, "expected text_tokens of at least 3, found True"),
     ],
 )
-def test_refuses_a_vocabulary(fake_bundle: Path, changes: dict[str, object], message: str) -> None:
+def test_rejects_an_invalid_vocabulary(fake_bundle: Path, changes: dict[str, object], message: str) -> None:
     write_vocabulary(fake_bundle, **changes)
     path = fake_bundle / "tokenizer/vocab.json"
     with pytest.raises(BundleInvalid) as caught:
@@ -172,7 +172,7 @@ def test_refuses_a_vocabulary(fake_bundle: Path, changes: dict[str, object], mes
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", "5", '{"kind": "word"}', "[" * 100_000, json.dumps("word"), "\udcff"]
 )
-def test_refuses_what_is_no_vocabulary(tmp_path: Path, text: str) -> None:
+def test_rejects_a_file_that_is_not_a_vocabulary(tmp_path: Path, text: str) -> None:
     path = tmp_path / "vocab.json"
     path.write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(

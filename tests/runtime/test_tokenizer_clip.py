@@ -1,4 +1,4 @@
-"""CLIP's tokenizer on a vocabulary small enough to follow by hand, and what it refuses."""
+"""CLIP's tokenizer on a vocabulary small enough to follow by hand, and its error messages."""
 
 import json
 from pathlib import Path
@@ -27,9 +27,9 @@ FACTS: dict[str, Any] = {
 RED, CUBE = 512 + 1, 512 + 4
 
 
-def byte(character: str, ends: bool = True) -> int:
-    """Id of a printable ASCII character, as the vocabulary counts them."""
-    return ord(character) - ord("!") + 256 * ends
+def byte(character: str, ends_word: bool = True) -> int:
+    """The id of a printable ASCII character in CLIP's vocabulary."""
+    return ord(character) - ord("!") + 256 * ends_word
 
 
 def make(**changes: object) -> ClipTokenizer:
@@ -39,8 +39,8 @@ def make(**changes: object) -> ClipTokenizer:
 TOKENIZER = make()
 
 
-def said(prompt: str) -> list[int]:
-    """Ids of a prompt without its frame."""
+def ids_of(prompt: str) -> list[int]:
+    """The ids of a prompt without the start token, the end token and padding."""
     ids = make(text_tokens=100).encode(prompt).ids
     assert ids[0] == BOS
     return ids[1 : max(i for i, number in enumerate(ids) if number == EOS)]
@@ -58,74 +58,74 @@ def test_case_and_spaces_do_not_matter(prompt: str) -> None:
 
 
 @pytest.mark.parametrize("prompt", ["", " ", " \n\t\u3000"])
-def test_no_prompt_is_a_frame_of_padding(prompt: str) -> None:
+def test_an_empty_prompt_gives_bos_eos_and_padding(prompt: str) -> None:
     assert TOKENIZER.encode(prompt) == TOKENIZER.encode_empty()
     assert TOKENIZER.encode_empty().ids == [BOS, EOS] + [PAD] * 6
 
 
-def test_words_end_at_digits_marks_and_contractions() -> None:
-    assert said("red's 12,. red") == [
+def test_words_are_split_at_digits_punctuation_and_contractions() -> None:
+    assert ids_of("red's 12,. red") == [
         RED,
-        byte("'", ends=False),
+        byte("'", ends_word=False),
         byte("s"),
         byte("1"),
         byte("2"),
-        byte(",", ends=False),
+        byte(",", ends_word=False),
         byte("."),
         RED,
     ]
 
 
-def test_a_prompt_may_be_as_long_as_fits_and_loses_what_is_more() -> None:
+def test_a_prompt_is_truncated_to_fit_and_dropped_tokens_are_counted() -> None:
     full = TOKENIZER.encode("red " * 6)
     assert (full.ids, full.dropped) == ([BOS] + [RED] * 6 + [EOS], 0)
     more = TOKENIZER.encode("red " * 6 + "cube cube")
     assert (more.ids, more.dropped) == (full.ids, 2)
 
 
-def test_special_tokens_are_cut_out_as_they_are_written() -> None:
-    assert said("red<|startoftext|>!red") == [RED, BOS, PAD, RED]
-    assert BOS not in said("<|StartOfText|>")
+def test_special_tokens_are_matched_exactly() -> None:
+    assert ids_of("red<|startoftext|>!red") == [RED, BOS, PAD, RED]
+    assert BOS not in ids_of("<|StartOfText|>")
 
 
-def test_special_tokens_of_normalised_text_are_found_in_any_case() -> None:
-    assert said("red<cAT>red <CAT>") == [RED, 522, RED, 522]
+def test_normalised_special_tokens_are_matched_in_any_case() -> None:
+    assert ids_of("red<cAT>red <CAT>") == [RED, 522, RED, 522]
 
 
-def test_an_exclamation_mark_is_a_byte_where_it_is_not_special() -> None:
+def test_an_exclamation_mark_is_a_byte_if_it_is_not_special() -> None:
     ordinary = make(special={"<|endoftext|>": EOS}, pad=EOS)
     assert ordinary.encode("red!").ids == [BOS, RED, byte("!"), EOS, EOS, EOS, EOS, EOS]
 
 
-def test_letters_of_other_scripts_are_words_of_their_bytes() -> None:
-    assert len(said("é")) == 2
-    assert said("e\u0301") == said("é")
-    assert said("É") == said("é")
-    assert said("漢字1") == [*said("漢字"), byte("1")]
-    assert len(said("漢字")) == 6
+def test_letters_of_other_scripts_are_encoded_as_bytes() -> None:
+    assert len(ids_of("é")) == 2
+    assert ids_of("e\u0301") == ids_of("é")
+    assert ids_of("É") == ids_of("é")
+    assert ids_of("漢字1") == [*ids_of("漢字"), byte("1")]
+    assert len(ids_of("漢字")) == 6
 
 
-def test_a_final_sigma_is_as_any_other() -> None:
+def test_lower_gives_no_final_sigma_and_compose_joins_accents() -> None:
     assert lower("ΑΣ") == "ασ"
     assert compose("e\u0301") == "é"
 
 
-class Counting(dict[str, int]):
-    asked = 0
+class CountingDict(dict[str, int]):
+    lookups = 0
 
     def get(self, *arguments: Any) -> Any:
-        self.asked += 1
+        self.lookups += 1
         return super().get(*arguments)
 
 
-def test_a_word_of_thousands_of_characters_takes_a_few_look_ups_for_each() -> None:
+def test_a_very_long_word_takes_few_lookups_per_character() -> None:
     tokenizer = make()
-    tokenizer._ranks = ranks = Counting(tokenizer._ranks)
+    tokenizer._ranks = ranks = CountingDict(tokenizer._ranks)
     assert tokenizer.encode("cu" * 10_000).dropped == 10_001 - 6
-    assert ranks.asked < 5 * 20_000
+    assert ranks.lookups < 5 * 20_000
 
 
-def test_only_short_words_are_kept() -> None:
+def test_only_short_words_are_cached() -> None:
     tokenizer = make()
     tokenizer.encode("red " + "x" * 1000 + " red")
     assert tokenizer._cached_word.cache_info().currsize == 1
@@ -136,7 +136,7 @@ def test_only_short_words_are_kept() -> None:
 @example("\ud800 red")
 @example("red\x00cube")
 @example("<|endoftext|>")
-def test_any_text_gives_an_encoding_or_a_line(prompt: str) -> None:
+def test_any_text_gives_an_encoding_or_a_one_line_error(prompt: str) -> None:
     try:
         ids = TOKENIZER.encode(prompt).ids
     except BadInput as caught:
@@ -150,7 +150,7 @@ def test_any_text_gives_an_encoding_or_a_line(prompt: str) -> None:
     assert (line != "") == any("\ud800" <= character <= "\udfff" for character in prompt)
 
 
-def test_says_which_half_of_a_surrogate_pair_it_found() -> None:
+def test_the_error_names_a_lone_surrogate() -> None:
     with pytest.raises(
         BadInput, match=r"^expected a prompt in Unicode, found '\\udcff' in it; write it in UTF-8$"
     ):
@@ -172,7 +172,7 @@ def test_says_which_half_of_a_surrogate_pair_it_found() -> None:
         ({"special_normalized": {"x": -1}}, "expected an id in 0..16777215, found -1"),
     ],
 )
-def test_refuses_a_vocabulary(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+def test_rejects_an_invalid_vocabulary(tmp_path: Path, changes: dict[str, object], message: str) -> None:
     path = tmp_path / "vocab.json"
     path.write_text(json.dumps(FACTS | changes), encoding="utf-8")
     with pytest.raises(BundleInvalid) as caught:
@@ -181,12 +181,12 @@ def test_refuses_a_vocabulary(tmp_path: Path, changes: dict[str, object], messag
 
 
 @pytest.mark.parametrize("merge", ["", " ", "r", "r  e", "r e d", "q w</w> x", "é ñ", " e", "r "])
-def test_merges_that_say_nothing_do_nothing(merge: str) -> None:
+def test_unusable_merges_take_an_id_and_have_no_effect(merge: str) -> None:
     tokenizer = make(merges=[merge, *FACTS["merges"]])
     assert tokenizer.encode("Red cube").ids[1:3] == [RED + 1, CUBE + 1]
 
 
 @pytest.mark.parametrize("name", [name for name in FACTS if name != "kind"])
-def test_refuses_a_vocabulary_that_lacks_a_field(name: str) -> None:
+def test_rejects_a_vocabulary_that_lacks_a_field(name: str) -> None:
     with pytest.raises(BundleInvalid, match=f"vocab.json: expected {name}"):
         ClipTokenizer.from_vocab(Path("vocab.json"), {k: v for k, v in FACTS.items() if k != name})

@@ -1,4 +1,4 @@
-"""CLIP's and T5's tokenizers against those of transformers, which diffusers loads for Stable Diffusion 3: id for id."""
+"""CLIP's and T5's tokenizers give the same ids as those of transformers, which diffusers loads for Stable Diffusion 3."""
 
 import json
 from collections.abc import Callable
@@ -88,7 +88,7 @@ SPACES = [
     "\ufeff",
 ]
 MARKS = st.characters(categories=["Mn", "Mc", "Me"])
-ANY = st.characters(exclude_categories=["Cs"])  # every code point but halves of surrogate pairs
+ANY = st.characters(exclude_categories=["Cs"])  # every code point except surrogates
 PIECES = st.one_of(
     st.sampled_from([*CLIP_SPECIAL, *T5_SPECIAL]),
     st.sampled_from([*CLUSTERS, *SPACES]),
@@ -103,8 +103,8 @@ TEXTS = st.lists(PIECES, max_size=12).map("".join)
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Tokenizer, Reference]]:
-    """Ours, by way of a vocab.json, and theirs."""
+def both_tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Tokenizer, Reference]]:
+    """By name: our tokenizer, loaded from a vocab.json, and the reference."""
     root = tmp_path_factory.mktemp("tokenizers")
     plain = clip_folder(root / "plain")
     published = {
@@ -122,8 +122,8 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Tokenizer,
         path.write_text(json.dumps(fact), encoding="utf-8")
     ours = map(load_tokenizer, paths)
     return {
-        name: (mine, reference(their, mine.text_tokens))
-        for name, mine, their in zip(NAMES, ours, theirs, strict=True)
+        name: (our_tokenizer, reference(their_tokenizer, our_tokenizer.text_tokens))
+        for name, our_tokenizer, their_tokenizer in zip(NAMES, ours, theirs, strict=True)
     }
 
 
@@ -137,8 +137,10 @@ def reference(tokenizer: Callable[..., dict[str, list[int]]], length: int) -> Re
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_prompt_of_geneval_and_dpg(name: str, both: dict[str, tuple[Tokenizer, Reference]]) -> None:
-    ours, theirs = both[name]
+def test_ids_match_for_every_prompt_of_geneval_and_dpg(
+    name: str, both_tokenizers: dict[str, tuple[Tokenizer, Reference]]
+) -> None:
+    ours, theirs = both_tokenizers[name]
     texts = prompts()
     assert len(texts) == 1618
     for text in texts:
@@ -147,8 +149,8 @@ def test_every_prompt_of_geneval_and_dpg(name: str, both: dict[str, tuple[Tokeni
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_any_text(name: str, both: dict[str, tuple[Tokenizer, Reference]]) -> None:
-    ours, theirs = both[name]
+def test_ids_match_for_any_text(name: str, both_tokenizers: dict[str, tuple[Tokenizer, Reference]]) -> None:
+    ours, theirs = both_tokenizers[name]
 
     @settings(max_examples=400, deadline=None, database=None)
     @given(TEXTS)
@@ -172,7 +174,7 @@ WORDS = st.text("abc", min_size=1, max_size=14)
 
 @settings(max_examples=300, deadline=None, database=None)
 @given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), max_size=14), WORDS)
-def test_merges_of_any_vocabulary(choices: list[tuple[int, int]], word: str) -> None:
+def test_clip_ids_match_for_any_merges(choices: list[tuple[int, int]], word: str) -> None:
     known, merges = ["a", "b", "a</w>", "b</w>", "c", "c</w>"], []
     for left, right in choices:
         pair = (known[left % len(known)], known[right % len(known)])
@@ -193,8 +195,8 @@ def test_merges_of_any_vocabulary(choices: list[tuple[int, int]], word: str) -> 
     st.dictionaries(st.text("ab▁", min_size=1, max_size=4), st.integers(-6, 0), max_size=14),
     st.text("abc▁ ", max_size=14),
 )
-def test_pieces_of_any_vocabulary(extra: dict[str, int], text: str) -> None:
-    """Whole scores make many paths equally good, so that the order of search shows."""
+def test_t5_ids_match_for_any_pieces(extra: dict[str, int], text: str) -> None:
+    """Integer scores make many paths equally good, which tests the order of the search."""
     scores = {"<pad>": 0.0, "</s>": 0.0, "<unk>": 0.0} | {
         piece: float(score) for piece, score in extra.items()
     }
@@ -207,12 +209,14 @@ def test_pieces_of_any_vocabulary(extra: dict[str, int], text: str) -> None:
     assert ours.encode(text).ids == ids + [0] * (40 - len(ids))
 
 
-def test_t5_is_sentencepiece_on_the_prompts(both: dict[str, tuple[Tokenizer, Reference]]) -> None:
+def test_t5_ids_match_sentencepiece_for_every_prompt(
+    both_tokenizers: dict[str, tuple[Tokenizer, Reference]],
+) -> None:
     sentencepiece = pytest.importorskip(
         "sentencepiece", reason="needs sentencepiece (pip install 'tpx[parity]')"
     )
     processor = sentencepiece.SentencePieceProcessor(model_file=str(need(SPIECE)))
-    ours = both["t5"][0]
+    ours = both_tokenizers["t5"][0]
     for text in prompts():
         ids = [*processor.encode(text)[: ours.text_tokens - 1], 1]
         assert ours.encode(text).ids == ids + [0] * (ours.text_tokens - len(ids)), text

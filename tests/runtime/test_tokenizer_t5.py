@@ -1,4 +1,4 @@
-"""T5's tokenizer on a vocabulary small enough to follow by hand, how vocab.json is told apart, and what is refused."""
+"""T5's tokenizer on a vocabulary small enough to follow by hand, error messages, and the kinds of vocab.json."""
 
 import json
 from pathlib import Path
@@ -48,8 +48,8 @@ def make(**changes: object) -> T5Tokenizer:
 TOKENIZER = make()
 
 
-def said(prompt: str) -> list[int]:
-    """Ids of a prompt before </s>."""
+def ids_of(prompt: str) -> list[int]:
+    """The ids of a prompt before </s>."""
     ids = make(text_tokens=100).encode(prompt).ids
     end = max(i for i, number in enumerate(ids) if number == EOS)
     assert set(ids[end + 1 :]) <= {PAD}
@@ -63,75 +63,75 @@ def test_ids_of_a_prompt() -> None:
 
 
 def test_the_most_probable_path_wins() -> None:
-    """▁red is worth -9.5, ▁ + re + d -10."""
-    assert said("red") == [RED]
+    """The score of ▁red is -9.5, that of ▁ + re + d is -10."""
+    assert ids_of("red") == [RED]
     scores = [*FACTS["scores"]]
     scores[RED] = -10.5
     assert make(scores=scores).encode("red").ids[:3] == [START, RE, D]
 
 
-def test_an_unknown_character_costs_ten_more_than_the_worst_piece_and_neighbours_count_as_one() -> None:
-    assert said("xyzd") == [START, UNK, D]
-    assert said("xyz d w") == [START, UNK, START, D, START, UNK]
+def test_adjacent_unknown_characters_become_one_unknown_token() -> None:
+    assert ids_of("xyzd") == [START, UNK, D]
+    assert ids_of("xyz d w") == [START, UNK, START, D, START, UNK]
 
 
 def test_case_matters_and_spaces_do_not() -> None:
-    assert said("  a\n\tred\x85") == said("a red")
-    assert said("Red") == [START, UNK, D]
+    assert ids_of("  a\n\tred\x85") == ids_of("a red")
+    assert ids_of("Red") == [START, UNK, D]
 
 
-def test_a_written_word_mark_starts_a_word() -> None:
-    assert said("a▁red") == said("a red")
-    assert said("▁red") == said("red")
+def test_a_word_mark_in_the_prompt_starts_a_word() -> None:
+    assert ids_of("a▁red") == ids_of("a red")
+    assert ids_of("▁red") == ids_of("red")
 
 
 @pytest.mark.parametrize("prompt", ["", " ", " \n\t\u3000\x01"])
-def test_no_prompt_is_an_end_and_padding(prompt: str) -> None:
+def test_an_empty_prompt_gives_eos_and_padding(prompt: str) -> None:
     assert TOKENIZER.encode(prompt) == TOKENIZER.encode_empty()
     assert TOKENIZER.encode_empty().ids == [EOS] + [PAD] * 7
 
 
-def test_a_prompt_may_be_as_long_as_fits_and_loses_what_is_more() -> None:
+def test_a_prompt_is_truncated_to_fit_and_dropped_tokens_are_counted() -> None:
     full = TOKENIZER.encode("red " * 7)
     assert (full.ids, full.dropped) == ([RED] * 7 + [EOS], 0)
     more = TOKENIZER.encode("red " * 7 + "cube")
     assert (more.ids, more.dropped) == (full.ids, 2)
 
 
-def test_special_tokens_are_cut_out_before_the_text_is_normalised() -> None:
-    assert said("red<extra_id_0>red</s>a") == [RED, EXTRA, RED, EOS, A_RED]
-    assert said("＜extra_id_0＞") == [START, EXTRA]  # a piece of a word, as for the library
+def test_special_tokens_are_matched_before_normalisation() -> None:
+    assert ids_of("red<extra_id_0>red</s>a") == [RED, EXTRA, RED, EOS, A_RED]
+    assert ids_of("＜extra_id_0＞") == [START, EXTRA]  # an ordinary piece, as in the library
 
 
-def test_graphemes_are_normalised_as_a_whole_where_they_are_short() -> None:
+def test_short_graphemes_are_normalised_as_a_whole() -> None:
     charmap = Charmap(FACTS["charmap"])
     assert charmap("e\u0301 ½ \u0340") == "é 1/2 \u0300"
-    assert charmap("e\u0301\u0323") == "é"  # what lies behind the key is lost
+    assert charmap("e\u0301\u0323") == "é"  # characters after the matched key are dropped
     assert charmap("½\u0323x") == "1/2x"
     assert charmap("e\u0301\u0323\u0323") == "e\u0301\u0323\u0323"  # 7 bytes: character by character
     assert charmap("\u0600e\u0301") == "\u0600e\u0301"  # an Arabic number sign joins what comes after it
-    assert charmap("\xade\u0301\xad\u0340\u0301") == "\xadé\xad\u0300"  # a control joins nothing
+    assert charmap("\xade\u0301\xad\u0340\u0301") == "\xadé\xad\u0300"  # control characters join nothing
 
 
-def test_a_word_of_thousands_of_characters_is_looked_at_piece_by_piece() -> None:
-    class Counting(dict[str, float]):
-        asked = 0
+def test_a_very_long_word_takes_few_lookups_per_character() -> None:
+    class CountingDict(dict[str, float]):
+        lookups = 0
 
         def get(self, *arguments: Any) -> Any:
-            self.asked += 1
+            self.lookups += 1
             return super().get(*arguments)
 
     tokenizer = make()
-    tokenizer._scores = scores = Counting(tokenizer._scores)
+    tokenizer._scores = scores = CountingDict(tokenizer._scores)
     assert tokenizer.encode("cube" * 5000).dropped == 5001 - 7
-    assert scores.asked <= 20_001 * len("<extra_id_0>")
+    assert scores.lookups <= 20_001 * len("<extra_id_0>")
 
 
 @settings(max_examples=300, deadline=None, database=None)
 @given(st.text(st.characters(), max_size=60))
 @example("\ud800 red")
 @example("</s>")
-def test_any_text_gives_an_encoding_or_a_line(prompt: str) -> None:
+def test_any_text_gives_an_encoding_or_a_one_line_error(prompt: str) -> None:
     try:
         ids = TOKENIZER.encode(prompt).ids
     except BadInput as caught:
@@ -160,7 +160,7 @@ def test_any_text_gives_an_encoding_or_a_line(prompt: str) -> None:
         ({"kind": ["t5"]}, 'expected a vocabulary of kind "word", "clip" or "t5", found [\'t5\']'),
     ],
 )
-def test_refuses_a_vocabulary(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+def test_rejects_an_invalid_vocabulary(tmp_path: Path, changes: dict[str, object], message: str) -> None:
     path = tmp_path / "vocab.json"
     path.write_text(json.dumps(FACTS | changes), encoding="utf-8")
     with pytest.raises(BundleInvalid) as caught:
@@ -169,14 +169,14 @@ def test_refuses_a_vocabulary(tmp_path: Path, changes: dict[str, object], messag
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "5", "{}", "[" * 100_000, '"kind"', "\udcff"])
-def test_refuses_what_is_no_vocabulary(tmp_path: Path, text: str) -> None:
+def test_rejects_a_file_that_is_not_a_vocabulary(tmp_path: Path, text: str) -> None:
     path = tmp_path / "vocab.json"
     path.write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(BundleInvalid, match="expected JSON with a kind of vocabulary, found none"):
         load_tokenizer(path)
 
 
-def test_the_kind_says_which_tokenizer_it_is(tmp_path: Path, fake_bundle: Path) -> None:
+def test_the_kind_of_vocabulary_selects_the_tokenizer(tmp_path: Path, fake_bundle: Path) -> None:
     path = tmp_path / "vocab.json"
     write_vocabulary(fake_bundle)
     assert isinstance(load_tokenizer(fake_bundle / "tokenizer/vocab.json"), WordTokenizer)

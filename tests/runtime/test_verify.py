@@ -1,4 +1,4 @@
-"""Verification: golden outputs hold on real engines, and whatever is wrong is a part that is not ok."""
+"""Verification: real engines reproduce the golden outputs, and every error is reported for its part."""
 
 import shutil
 from collections.abc import Callable
@@ -43,7 +43,7 @@ PARTS = ["text_encoder", "transformer conditions", *TRANSFORMERS, "vae_decoder",
 
 
 def tamper(root: Path, **arrays: np.ndarray | None) -> Bundle:
-    """The bundle with other golden arrays, None for none of that name, and a manifest that agrees."""
+    """The bundle with changed golden arrays, without those that are None, and with a matching manifest."""
     changed = {**golden(), **arrays}
     np.savez(root / GOLDEN, **{name: array for name, array in changed.items() if array is not None})
     return seal(root)
@@ -55,7 +55,7 @@ def wrong_parts(bundle: Bundle, engine: object = None) -> list[str]:
     return [report.part for report in reports if not report.ok]
 
 
-def test_the_engine_that_made_the_golden_arrays_agrees_with_them(fake_bundle: Path) -> None:
+def test_the_engine_that_made_the_golden_arrays_reproduces_them(fake_bundle: Path) -> None:
     reports = verify_bundle(Bundle.open(fake_bundle), FakeEngine())  # type: ignore[arg-type]
     assert [(report.part, report.error, report.ok) for report in reports] == [
         (part, 0, True) for part in PARTS
@@ -65,7 +65,7 @@ def test_the_engine_that_made_the_golden_arrays_agrees_with_them(fake_bundle: Pa
 
 
 @pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
-def test_a_real_export_holds_on_a_real_engine(tiny_bundle: Path, name: str) -> None:
+def test_a_real_bundle_passes_on_a_real_engine(tiny_bundle: Path, name: str) -> None:
     reports = verify_bundle(Bundle.open(tiny_bundle), resolve(name))
     assert all(report.ok for report in reports)
     assert all(report.error < 1e-5 for report in reports)
@@ -83,37 +83,37 @@ def test_a_real_export_holds_on_a_real_engine(tiny_bundle: Path, name: str) -> N
         ("encoder_latents", "vae_encoder"),
     ],
 )
-def test_one_changed_golden_number_is_noticed(fake_bundle: Path, name: str, part: str) -> None:
+def test_one_changed_golden_number_is_detected(fake_bundle: Path, name: str, part: str) -> None:
     array = golden()[name].copy()
     array.flat[-1] += 1e-3 * np.abs(array).max()
     found = wrong_parts(tamper(fake_bundle, **{name: array}))
     assert part in found
-    # The golden image is also what the encoder is given.
+    # The golden image is also the input of the VAE encoder.
     assert set(found) - {part} <= ({"vae_encoder"} if name == "image" else set())
 
 
 @pytest.mark.parametrize("name", ["context", "latents", "conditions"])
-def test_a_changed_input_of_the_transformer_is_noticed_at_every_depth(fake_bundle: Path, name: str) -> None:
+def test_a_changed_input_of_the_transformer_is_detected_at_every_depth(fake_bundle: Path, name: str) -> None:
     found = wrong_parts(tamper(fake_bundle, **{name: golden()[name] * np.float32(1.1)}))
     assert found == (["transformer conditions"] if name == "conditions" else []) + TRANSFORMERS
 
 
 @pytest.mark.parametrize("name", ["pooled", "timestep"])
-def test_a_changed_input_of_the_conditions_is_noticed_there(fake_bundle: Path, name: str) -> None:
-    """Depths are fed the golden conditions, so that a fault is found in the graph that has it."""
+def test_a_changed_input_of_the_conditions_is_reported_for_them_alone(fake_bundle: Path, name: str) -> None:
+    """The transformers get the golden conditions, so that an error is reported for the graph that causes it."""
     assert wrong_parts(tamper(fake_bundle, **{name: golden()[name] * np.float32(1.1)})) == [
         "transformer conditions"
     ]
 
 
-def test_a_change_within_tolerance_is_fine(fake_bundle: Path) -> None:
+def test_a_change_within_tolerance_passes(fake_bundle: Path) -> None:
     velocity = golden()["velocity_2"] * np.float32(1 + 5e-5)
     assert wrong_parts(tamper(fake_bundle, velocity_2=velocity)) == []
 
 
-def test_too_many_tokens_at_another_expert_are_noticed(fake_bundle: Path) -> None:
+def test_too_many_tokens_routed_to_another_expert_are_detected(fake_bundle: Path) -> None:
     routes = golden()["routes_2"].copy()
-    routes.flat[: routes.size // 20] ^= 1  # 5 % differ, 10 % may
+    routes.flat[: routes.size // 20] ^= 1  # 5 % differ, 10 % are allowed
     assert wrong_parts(tamper(fake_bundle, routes_2=routes)) == []
     routes.flat[: routes.size // 5] ^= 1
     assert wrong_parts(tamper(fake_bundle, routes_2=routes)) == ["transformer depth 2"]
@@ -130,8 +130,8 @@ def test_a_tampered_real_bundle_fails(copy: Path) -> None:
     assert [report.part for report in reports if not report.ok] == ["transformer depth 3"]
 
 
-def giving(function: Function, **changes: object) -> Function:
-    """`function` with other outputs; None leaves one out."""
+def with_outputs(function: Function, **changes: object) -> Function:
+    """`function` with changed outputs, without those that are None."""
 
     def run(inputs: Arrays) -> Arrays:
         outputs = function(inputs)
@@ -169,20 +169,20 @@ def giving(function: Function, **changes: object) -> Function:
         ("latents", "vae_encoder/model.onnx", vae_encoder, "vae_encoder"),
     ],
 )
-def test_wrong_outputs_are_not_ok_and_no_warning(
+def test_wrong_outputs_fail_without_a_warning(
     fake_bundle: Path, key: str, name: str, function: Callable, part: str, change: Callable | None
 ) -> None:
-    engine = FakeEngine({name: giving(function, **{key: change})})
+    engine = FakeEngine({name: with_outputs(function, **{key: change})})
     assert wrong_parts(Bundle.open(fake_bundle), engine) == [part]
 
 
 @pytest.mark.parametrize("change", [None, lambda routes: routes[:, :1], lambda routes: 1 - routes])
-def test_wrong_routes_are_not_ok(fake_bundle: Path, change: Callable | None) -> None:
-    engine = FakeEngine({"transformer/depth-1.onnx": giving(transformer(1), routes=change)})
+def test_wrong_routes_fail(fake_bundle: Path, change: Callable | None) -> None:
+    engine = FakeEngine({"transformer/depth-1.onnx": with_outputs(transformer(1), routes=change)})
     assert wrong_parts(Bundle.open(fake_bundle), engine) == ["transformer depth 1"]
 
 
-def test_a_bundle_without_encoder_of_images_is_verified_without_it(fake_bundle: Path) -> None:
+def test_a_bundle_without_vae_encoder_is_verified_without_that_part(fake_bundle: Path) -> None:
     tamper(fake_bundle, encoder_latents=None)
     reports = verify_bundle(without_encoder(fake_bundle), FakeEngine())  # type: ignore[arg-type]
     assert [report.part for report in reports] == PARTS[:-1]
@@ -207,15 +207,15 @@ def test_three_text_encoders_are_three_parts(three_encoders: Path) -> None:
 
 
 @pytest.mark.parametrize("number", ["", "_2", "_3"])
-def test_a_wrong_encoder_is_found_by_its_name(three_encoders: Path, number: str) -> None:
+def test_a_wrong_text_encoder_is_reported_by_its_name(three_encoders: Path, number: str) -> None:
     path = f"text_encoder{number}/model.onnx"
     engine = FakeEngine(manifest=THREE_ENCODERS)
-    engine.functions[path] = giving(engine.functions[path], context=lambda array: array * 1.001)
+    engine.functions[path] = with_outputs(engine.functions[path], context=lambda array: array * 1.001)
     reports = verify_bundle(Bundle.open(three_encoders), engine)  # type: ignore[arg-type]
     assert [report.part for report in reports if not report.ok] == [f"text_encoder{number}"]
 
 
-def test_a_model_of_classes_is_held_to_its_epsilon(classes: Path) -> None:
+def test_a_class_conditional_bundle_is_verified_by_its_epsilon(classes: Path) -> None:
     def reports(engine: FakeEngine) -> list[PartReport]:
         return verify_bundle(Bundle.open(classes), engine)  # type: ignore[arg-type]
 
@@ -228,11 +228,11 @@ def test_a_model_of_classes_is_held_to_its_epsilon(classes: Path) -> None:
     ]
     assert all(report.ok and report.routing_agreement is None for report in reports(engine))
     path = "transformer/depth-1.onnx"
-    engine.functions[path] = giving(engine.functions[path], epsilon=lambda array: array[:, :4])
+    engine.functions[path] = with_outputs(engine.functions[path], epsilon=lambda array: array[:, :4])
     assert [report.part for report in reports(engine) if not report.ok] == ["transformer depth 1"]
 
 
-def test_a_model_that_does_not_think_needs_no_routes(fake_bundle: Path) -> None:
+def test_a_model_without_thinking_blocks_needs_no_routes(fake_bundle: Path) -> None:
     tamper(fake_bundle, routes_1=None, routes_2=None, routes_4=None)
     plain = replace(FAKE.model, experts=0, thinking_blocks=())
     bundle = seal(fake_bundle, replace(FAKE, model=plain))
@@ -252,9 +252,9 @@ def test_a_missing_golden_array_is_named(fake_bundle: Path, name: str) -> None:
         verify_bundle(tamper(fake_bundle, **{name: None}), FakeEngine())  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("content", ["empty", "text", "array", "cut", "pickle"])
-def test_golden_that_is_no_archive_of_arrays_is_refused(fake_bundle: Path, content: str) -> None:
-    path, whole = fake_bundle / GOLDEN, (fake_bundle / GOLDEN).read_bytes()
+@pytest.mark.parametrize("content", ["empty", "text", "array", "truncated", "pickle"])
+def test_rejects_a_golden_file_that_is_not_an_archive_of_arrays(fake_bundle: Path, content: str) -> None:
+    path, original = fake_bundle / GOLDEN, (fake_bundle / GOLDEN).read_bytes()
     if content == "array":
         with path.open("wb") as file:
             np.save(file, np.zeros(3))
@@ -262,21 +262,23 @@ def test_golden_that_is_no_archive_of_arrays_is_refused(fake_bundle: Path, conte
         with path.open("wb") as file:
             np.savez(file, ids=np.array([{}], dtype=object))
     else:
-        path.write_bytes({"empty": b"", "text": b"no archive", "cut": whole[: len(whole) // 2]}[content])
+        path.write_bytes(
+            {"empty": b"", "text": b"no archive", "truncated": original[: len(original) // 2]}[content]
+        )
     with pytest.raises(BundleInvalid, match=r"golden\.npz: expected arrays by name, found none \("):
         load_golden(seal(fake_bundle))
 
 
 def test_relative_error() -> None:
-    one = np.array([1.0, -4.0], np.float32)
-    assert relative_error(one, one) == 0
-    assert relative_error(np.array([1.0, -3.0]), one) == 0.25
+    expected = np.array([1.0, -4.0], np.float32)
+    assert relative_error(expected, expected) == 0
+    assert relative_error(np.array([1.0, -3.0]), expected) == 0.25
     assert relative_error(np.zeros(2), np.zeros(2)) == 0
     assert relative_error(np.ones(2), np.zeros(2)) == np.inf
-    assert relative_error(one, np.array([1.0, np.nan])) == np.inf
+    assert relative_error(expected, np.array([1.0, np.nan])) == np.inf
     assert relative_error(np.array([np.inf, 1.0]), np.array([np.inf, 1.0])) == np.inf
-    assert relative_error(one[:1], one) == np.inf
-    assert relative_error(None, one) == np.inf
+    assert relative_error(expected[:1], expected) == np.inf
+    assert relative_error(None, expected) == np.inf
     assert relative_error(np.float32([3e38]), np.float32([-3e38])) == np.inf
 
 
@@ -288,7 +290,7 @@ def test_routing_agreement() -> None:
     assert routing_agreement(None, routes) == 0
 
 
-def test_the_limits_themselves_are_ok() -> None:
+def test_values_at_the_limits_pass() -> None:
     assert PartReport("a", error=1e-4, tolerance=1e-4, routing_agreement=0.9, min_agreement=0.9).ok
     assert not PartReport("a", error=1.1e-4, tolerance=1e-4).ok
     assert not PartReport("a", error=0, tolerance=1e-4, routing_agreement=0.89, min_agreement=0.9).ok
@@ -309,7 +311,7 @@ def test_the_error_names_the_first_wrong_part_and_counts_the_others() -> None:
         require_ok([good, plain], "openvino")
 
 
-def test_the_step_between_two_calls_is_verified_where_an_engine_loops(tiny_bundle: Path) -> None:
+def test_the_step_graph_is_verified_for_an_engine_with_a_device_loop(tiny_bundle: Path) -> None:
     bundle, engine = Bundle.open(tiny_bundle), resolve("onnxruntime")
     assert "scheduler step" not in [report.part for report in verify_bundle(bundle, engine)]
     report = verify_bundle(bundle, replace(engine, has_device_loop=True))[-1]
@@ -319,21 +321,19 @@ def test_the_step_between_two_calls_is_verified_where_an_engine_loops(tiny_bundl
 @pytest.mark.parametrize(
     ("node", "other"), [("GreaterOrEqual", "Greater"), ("MatMul", "Add"), ("Where", None), ("Gather", None)]
 )
-def test_a_step_that_does_something_else_is_not_ok(
-    tiny_bundle: Path, tmp_path: Path, node: str, other: str | None
-) -> None:
-    """Another operator in the place of the last of that name, or its first two values given the other way round."""
+def test_a_wrong_step_graph_fails(tiny_bundle: Path, tmp_path: Path, node: str, other: str | None) -> None:
+    """The last node of a type has another operator, swapped inputs (Where) or a negated input (Gather)."""
     root = shutil.copytree(tiny_bundle, tmp_path / "tiny")
     graph = onnx.load(root / STEP)
-    changed = [one for one in graph.graph.node if one.op_type == node][-1]
+    changed = [candidate for candidate in graph.graph.node if candidate.op_type == node][-1]
     if other:
         changed.op_type = other
     elif node == "Where":
         changed.input[1], changed.input[2] = changed.input[2], changed.input[1]
     else:
         changed.input[0] = "conditions_before"
-        turned = onnx.helper.make_node("Neg", ["ahead"], ["conditions_before"])
-        graph.graph.node.insert(len(graph.graph.node) - 1, turned)
+        negated = onnx.helper.make_node("Neg", ["ahead"], ["conditions_before"])
+        graph.graph.node.insert(len(graph.graph.node) - 1, negated)
     onnx.save_model(graph, root / STEP)
     engine, bundle = resolve("onnxruntime"), seal(root)
     try:
@@ -343,5 +343,5 @@ def test_a_step_that_does_something_else_is_not_ok(
     assert not report.ok
 
 
-def test_a_bundle_without_a_step_has_none_to_verify(fake_bundle: Path) -> None:
+def test_a_bundle_without_a_step_graph_has_none_to_verify(fake_bundle: Path) -> None:
     assert verify_step(Bundle.open(fake_bundle), FakeEngine()) == []  # type: ignore[arg-type]
