@@ -2,8 +2,9 @@
 
     python -m benchmarks.cheaper_steps [--bundle bundles/shapes] [--engine onnxruntime] [--sampler euler] [--steps 20]
 
-The settings are interleaved; times are medians, and ratios are medians of the ratios of each round. PSNR to the image of all
-steps in full is measured on every 24th prompt of ShapesEval, which includes all of its kinds.
+The settings are interleaved; times are medians, and ratios are medians of the ratios of each round. PSNR is measured on every
+24th prompt of ShapesEval, which includes all of its kinds, to the image of all steps in full, by the bundle itself or by
+`--reference`.
 """
 
 import itertools
@@ -25,6 +26,7 @@ FULL = "all in full"
 
 @click.command(cls=TpxCommand)
 @click.option("--bundle", default="bundles/shapes", show_default=True)
+@click.option("--reference", help="Bundle that generates the images to compare with.  [default: BUNDLE]")
 @click.option("--engine", default="auto", show_default=True)
 @click.option("--sampler", help="[default: the bundle's]")
 @click.option("--steps", type=int, help="[default: the bundle's]")
@@ -35,6 +37,7 @@ FULL = "all in full"
 @click.option("--rounds", type=click.IntRange(1), default=9, show_default=True)
 def main(
     bundle: str,
+    reference: str | None,
     engine: str,
     sampler: str | None,
     steps: int | None,
@@ -60,7 +63,7 @@ def main(
 
     # The first round compiles.
     times = interleaved(itertools.product(batches, settings), measure, rounds, warm_up=1)
-    images = {name: generator(PSNR_PROMPTS, **chosen) for name, chosen in settings.items()}
+    expected = (Generator.load(reference, engine) if reference else generator)(PSNR_PROMPTS, **full)
     job = generator.plan(PROMPT, **full)[0]
     print(f"{generator.engine.name}, {job.steps} steps of {job.sampler}, medians of {rounds} rounds\n")
     head = [f"s per image, batch {batch} | relative to {FULL}" for batch in batches]
@@ -72,8 +75,9 @@ def main(
             own, whole = times[batch, name], times[batch, FULL]
             ratio = median(a / b for a, b in zip(own, whole, strict=True))
             cells += [f"{median(own):.3f}", f"{ratio:.2f}"]
-        psnrs = [psnr_db(a, b) for a, b in zip(images[name], images[FULL], strict=True)]
-        cells += ["", ""] if name == FULL else [f"{median(psnrs):.1f}", f"{min(psnrs):.1f}"]
+        images = generator(PSNR_PROMPTS, **settings[name])
+        psnrs = [psnr_db(image, other) for image, other in zip(images, expected, strict=True)]
+        cells += [f"{median(psnrs):.1f}", f"{min(psnrs):.1f}"]
         print(f"| {' | '.join(cells)} |")
 
 
