@@ -2,9 +2,8 @@
 
     python -m benchmarks.cheaper_steps [--bundle bundles/shapes] [--engine onnxruntime] [--sampler euler] [--steps 20]
 
-The settings are interleaved; times are medians, and ratios are medians of the ratios of each round. PSNR is measured on every
-24th prompt of ShapesEval, which includes all of its kinds, to the image of all steps in full, by the bundle itself or by
-`--reference`.
+The settings are interleaved; times are medians, and ratios are medians of the ratios of each round. PSNR is to the image of
+all steps in full, by the bundle itself or by `--reference`, on every 24th prompt of ShapesEval, which includes every kind.
 """
 
 import itertools
