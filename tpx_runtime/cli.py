@@ -51,7 +51,7 @@ cache_interval = click.option(
     default=1,
     show_default=True,
     metavar="N",
-    help="After two fifths of the steps, call the model at every Nth step only; the steps between cost nothing.",
+    help="After two fifths of the steps, call the model at every Nth step only and reuse its prediction between.",
 )
 
 
@@ -148,7 +148,7 @@ def _print_paths_on_exit() -> Iterator[list[Path]]:
     is_eager=True,
     expose_value=False,
     callback=_apply_like,
-    help="PNG written by tpx-run whose settings become the defaults of the other options.",
+    help="PNG written by tpx-run whose settings become the defaults of the other options; not its prompt with --prompts.",
 )
 @click.option("--bundle", help="Folder of the bundle.  [default: $TPX_BUNDLE, else bundles/shapes]")
 @click.option(

@@ -182,7 +182,7 @@ class Denoiser:
         conditions = self._cached_conditions(batch.conditioning, [t for t in timesteps if t not in cached])
         # Computed before the transformer is opened, so that both graphs need not be in memory at once.
         conditions.for_timestep(timesteps[0])
-        plan = None if cached else self._loop_plan(batch, conditions)
+        plan = self._loop_plan(batch, conditions)
         transformer = self._graphs.open(self.bundle.transformer(job.depth, engine.variant))
         if plan:
             routes: list[Routes] = []

@@ -204,8 +204,8 @@ class Generator:
         Image i of each prompt has seed `seed + i`, so that a batch equals separate runs. Guidance acts only at noise levels
         in `guidance_interval` (0..1), and after the first two fifths of those steps is computed only at every
         `guidance_every`-th one and reused in between; steps without it cost half. After the first two fifths of all steps
-        the model is called only at every `cache_interval`-th one; the others reuse its prediction, which costs nothing.
-        Raises BadInput.
+        the model is called only at every `cache_interval`-th one, and the others reuse its prediction. Both count all steps
+        that run, so with both settings one is best a multiple of the other. Raises BadInput.
         """
         num_images = check_int("num_images", num_images, 1, MAX_IMAGES)
         seed = check_int("seed", seed, 0, MAX_SEED - num_images + 1)

@@ -42,9 +42,12 @@ def is_guided(timestep: float, guidance: float, interval: tuple[float, float]) -
 
 
 def skipped_timesteps(timesteps: Sequence[float], every: int) -> frozenset[float]:
-    """All `timesteps` but the first two fifths, where the layout is decided, and every `every`-th of the others."""
-    later = timesteps[math.ceil(2 * len(timesteps) / 5) :]
-    return frozenset(t for i, t in enumerate(later, start=1) if i % every)
+    """All `timesteps` but the first two fifths, where the layout is decided, and every `every`-th of the others.
+
+    A timestep that occurs twice, as the rounded ones of long schedules do, is not skipped if one of them is not.
+    """
+    first = math.ceil(2 * len(timesteps) / 5)
+    return frozenset(timesteps).difference(timesteps[:first], timesteps[first + every - 1 :: every])
 
 
 def reused_timesteps(

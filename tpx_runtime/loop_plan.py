@@ -9,6 +9,7 @@ from .modulation import Conditions
 from .sampling import Array, Sampler, Schedule
 from .sampling.recurrence import recurrence
 from .settings import Settings
+from .step_cache import cached_timesteps
 
 MAX_BYTES = 1 << 30  # of device memory for the history and the conditions of a loop
 
@@ -24,12 +25,13 @@ def plan_loop(
 ) -> LoopPlan | None:
     """The plan of a loop from `latents` [B, C, H, W]; None if the loop cannot run on the device.
 
-    It cannot with a stochastic sampler, with guidance that is not computed at every step, or if it would take more than
-    MAX_BYTES of device memory.
+    It cannot with a stochastic sampler, with guidance that is not computed at every step, with cached steps, or if it would
+    take more than MAX_BYTES of device memory.
     """
     guidance = job.guidance, job.guidance_interval
     uniform = job.guidance == 1 or all(is_guided(t, *guidance) for t in schedule.timesteps)
-    if not uniform or reused_timesteps(schedule.timesteps, *guidance, job.guidance_every):
+    cached = cached_timesteps(schedule.timesteps, job.cache_interval, *guidance)
+    if not uniform or cached or reused_timesteps(schedule.timesteps, *guidance, job.guidance_every):
         return None
     found = recurrence(sampler, schedule)
     if found is None:

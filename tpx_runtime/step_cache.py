@@ -18,7 +18,7 @@ def cached_timesteps(
 ) -> frozenset[float]:
     """The timesteps at which the previous prediction is reused.
 
-    The model is called at the first two fifths of the steps, then at every `interval`-th one, and wherever guidance starts
+    The model is called in the first two fifths of the steps, then at every `interval`-th one, and wherever guidance starts
     or ends.
     """
 
@@ -30,7 +30,7 @@ def cached_timesteps(
 
 
 class CachedPrediction:
-    """`predict` [B, C, H, W], except at the timesteps in `cached`, which must not include the first: the previous result."""
+    """Calls `predict`, but returns its previous result at the timesteps in `cached`, which must not include the first."""
 
     def __init__(self, predict: Prediction, cached: Collection[float]) -> None:
         self._predict, self._cached = predict, cached

@@ -218,6 +218,11 @@ def test_guidance_every_reuses_guidance_between_steps(generator: Generator, engi
     assert [len(inputs["latents"]) for inputs in calls(engine, DENOISE)] == [2, 2, 2, 2, 2, 1, 1, 2, 2, 1, 1]
 
 
+def test_guidance_every_few_steps_counts_cached_steps_too(generator: Generator, engine: FakeEngine) -> None:
+    generator("red cube", steps=10, cache_interval=2, guidance_every=4)
+    assert [len(inputs["latents"]) for inputs in calls(engine, DENOISE)] == [2, 2, 2, 2, 1, 2, 1]
+
+
 def test_cached_steps_call_no_graph_and_need_no_conditions(generator: Generator, engine: FakeEngine) -> None:
     progress: list[tuple[int, int]] = []
     generator(

@@ -60,7 +60,9 @@ def test_without_guidance_there_is_one_row_per_image() -> None:
     np.testing.assert_array_equal(found.tables["mix"], np.eye(2))
 
 
-@pytest.mark.parametrize("settings", [{"guidance_interval": (0.0, 0.9)}, {"guidance_every": 2}])
+@pytest.mark.parametrize(
+    "settings", [{"guidance_interval": (0.0, 0.9)}, {"guidance_every": 2}, {"cache_interval": 2}]
+)
 def test_loops_whose_calls_have_different_branches_stay_on_the_host(settings: dict[str, object]) -> None:
     assert plan(replace(JOB, **settings))[0] is None  # type: ignore[arg-type]
     assert plan(replace(JOB, guidance_interval=(0.0, 1.0), guidance_every=1))[0] is not None

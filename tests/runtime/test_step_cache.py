@@ -30,6 +30,13 @@ def test_the_first_step_is_always_computed(steps: int) -> None:
     assert TEN[0] not in cached_timesteps(TEN[:steps], 5, 3.0, ALL_NOISE_LEVELS)
 
 
+def test_a_timestep_that_a_computed_step_shares_is_not_cached() -> None:
+    """Rounded timesteps of long schedules repeat."""
+    assert cached_timesteps([5.0, 5.0, 5.0], 3, 3.0, ALL_NOISE_LEVELS) == set()
+    assert cached_timesteps([5.0, 4.0, 3.0, 2.0, 2.0, 1.0], 3, 3.0, ALL_NOISE_LEVELS) == {2.0}
+    assert cached_timesteps([5.0, 4.0, 3.0, 2.0, 1.0, 1.0], 2, 3.0, ALL_NOISE_LEVELS) == {2.0}
+
+
 def test_the_step_where_guidance_starts_or_ends_is_computed() -> None:
     """Otherwise it would reuse a prediction without guidance, or with guidance that has ended."""
     assert cached_timesteps(TEN, 9, 3.0, (0.25, 0.45)) == {600.0, 500.0, 300.0, 100.0}

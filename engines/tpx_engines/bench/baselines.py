@@ -19,18 +19,19 @@ from tpx_runtime.manifest import Manifest
 from .runner import Runner, Workload
 from .sampling import BaselineGenerator, Network
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+BASELINE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Denoiser(nn.Module):
     """The whole transformer at one depth: latents [B, C, H, W], timestep [B], conditioning -> prediction.
 
-    With weights in bf16, as `torch_dtype` of other libraries stores them; gates, embedders and the timestep stay float32.
+    In bf16 the weights are stored in bf16, as with `torch_dtype` in other libraries; gates, embedders and the timestep stay
+    float32.
     """
 
     def __init__(self, pipeline: Pipeline, depth: int, precision: str = "fp32") -> None:
         super().__init__()
-        self.transformer, self.depth, self.dtype = pipeline.transformer(), depth, DTYPES[precision]
+        self.transformer, self.depth, self.dtype = pipeline.transformer(), depth, BASELINE_DTYPES[precision]
         cast_weights(self.transformer, self.dtype)
 
     def forward(self, latents: Tensor, timestep: Tensor, *conditioning: Tensor) -> Tensor:
@@ -45,7 +46,7 @@ class Decoder(nn.Module):
     def __init__(self, pipeline: Pipeline, precision: str = "fp32") -> None:
         super().__init__()
         self.decoder = cast(nn.Module, pipeline.autoencoder().decoder)
-        self.dtype = DTYPES[precision]
+        self.dtype = BASELINE_DTYPES[precision]
         cast_weights(self.decoder, self.dtype)
 
     def forward(self, latents: Tensor) -> Tensor:
@@ -105,7 +106,7 @@ def text_encoders(pipeline: Pipeline, precision: str) -> dict[str, Network]:
     """The text encoders, by their folder in the bundle."""
     encoders = {part.spec.folder: part.load().eval() for part in pipeline.text}
     for encoder in encoders.values():
-        cast_weights(encoder, DTYPES[precision])
+        cast_weights(encoder, BASELINE_DTYPES[precision])
     return {folder: network(encoder) for folder, encoder in encoders.items()}
 
 
