@@ -44,7 +44,6 @@ guidance_every = click.option(
     metavar="N",
     help="After two fifths of the steps, compute guidance at every Nth step only; the steps between cost half.",
 )
-
 cache_interval = click.option(
     "--cache-interval",
     type=int,

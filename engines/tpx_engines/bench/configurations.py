@@ -19,8 +19,7 @@ class Configuration:
 
     `precision` and `device` determine the peak that it is compared with; only the CPU's is measured. `packages` are
     distributions whose versions are recorded. `problem`: why it cannot run here, if already known. `compiles`: starting it
-    takes minutes, so only one cold start is measured. `exported`: needs the naive export. `cache_interval`: above 1, steps
-    differ in their cost, and the operations of a step do not apply.
+    takes minutes, so only one cold start is measured. `exported`: needs the naive export.
     """
 
     name: str
@@ -33,11 +32,15 @@ class Configuration:
     problem: str | None = None
     compiles: bool = False
     exported: bool = False
-    cache_interval: int = 1
 
     @property
     def key(self) -> str:
         return f"{self.name} depth {self.depth}"
+
+    @property
+    def cache_interval(self) -> int:
+        """Above 1, steps differ in their cost, and the operations of a step do not apply."""
+        return int(self.options.get("cache_interval", 1))
 
     @property
     def versions(self) -> dict[str, str]:
@@ -80,7 +83,6 @@ def engines(
             device=engine.device,
             packages=("tpx", *_DISTRIBUTIONS.get(engine.name, (engine.package,))),
             problem=problems[engine.name],
-            cache_interval=cache_interval,
         )
         for depth in depths
         for engine in chosen

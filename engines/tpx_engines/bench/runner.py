@@ -95,4 +95,5 @@ class Timing:
 def engine_runner(workload: Workload, options: dict[str, Any]) -> Runner:
     """`Generator.load` with options["engine"]; options["bundle"] and ["cache_interval"] replace those of the workload."""
     generator = Generator.load(options.get("bundle", workload.bundle), options["engine"])
-    return Runner(generator, replace(workload, cache_interval=options.get("cache_interval", 1)))
+    interval = options.get("cache_interval", workload.cache_interval)
+    return Runner(generator, replace(workload, cache_interval=interval))

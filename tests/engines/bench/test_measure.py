@@ -203,7 +203,7 @@ def test_the_report_needs_only_the_results_file(
     results.data["flops"]["2"] = 3_000_000
     results.data["peaks"]["fp32"] = {"flops": [1e9, 2e9], "by": "a library"}
     slow = configuration("slow", step_s=0.01)
-    cached = replace(slow, name="cached", cache_interval=2)
+    cached = replace(slow, name="cached", options={**slow.options, "cache_interval": 2})
     run(plan(configuration("right"), slow, cached, rounds=1), results)
     text = as_text(json.loads((tmp_path / "bench.json").read_text()))
     assert text == as_text(results.data)
