@@ -78,12 +78,11 @@ NO_GPU_REASON = "expected an NVIDIA GPU, found none"
 @pytest.mark.skipif(local_gpu() is None, reason=NO_GPU_REASON)
 class TestOnAGpu:
     @pytest.fixture
-    def driver(self) -> Iterator[Driver]:
+    def driver(self) -> Driver:
         driver = Driver()
         context = driver.handle("cuDevicePrimaryCtxRetain", 0)
         driver.call("cuCtxSetCurrent", context)
-        yield driver
-        driver.call("cuDevicePrimaryCtxRelease_v2", 0)
+        return driver
 
     @pytest.fixture
     def stream(self, driver: Driver) -> Iterator[int]:
