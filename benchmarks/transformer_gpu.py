@@ -1,6 +1,7 @@
 """Times one call of a thinking transformer in PyTorch on a GPU, by depth and by implementation of routing.
 
     python -m benchmarks.transformer_gpu [--model sd3-medium] [--image-size 1024] [--experts 5] [--rank 128] [--depth 3]
+    python -m benchmarks.transformer_gpu --compile         # torch.compile beside eager mode, without CUDA graphs
     python -m benchmarks.transformer_gpu --ckpt samples/shapes/shapes.safetensors
     python -m benchmarks.transformer_gpu --layers 2 --heads 2 --image-size 64 --rank 8 --device cpu     # quick test
 
@@ -93,12 +94,21 @@ def routings(device: str) -> dict[str, Callable[..., Tensor]]:
 
 
 def call_of(
-    model: MMDiT, inputs: tuple[Tensor, Tensor, Tensor], depth: int, routing: Callable[..., Tensor]
+    model: MMDiT,
+    inputs: tuple[Tensor, Tensor, Tensor],
+    depth: int,
+    routing: Callable[..., Tensor],
+    compiled: bool = False,
 ) -> Callable[[], Tensor]:
+    def denoise() -> Tensor:
+        velocity: Tensor = model.denoise(*inputs, depth)[0]
+        return velocity
+
+    run = torch.compile(denoise) if compiled else denoise
+
     def call() -> Tensor:
         with torch.inference_mode(), patch("tpx_export.model.thinking.routed_lora", routing):
-            velocity: Tensor = model.denoise(*inputs, depth)[0]
-        return velocity
+            return run()
 
     return call
 
@@ -121,6 +131,12 @@ def call_of(
 @click.option("--batch", default=2, show_default=True, help="Rows; a guided image has 2.")
 @click.option("--dtype", type=click.Choice(["fp16", "bf16", "fp32"]), default="fp16", show_default=True)
 @click.option("--rounds", type=click.IntRange(1), default=20, show_default=True)
+@click.option(
+    "--compile",
+    "compiled",
+    is_flag=True,
+    help="Add torch.compile of the masked variant, and leave out CUDA graphs.",
+)
 @click.option("--device", type=click.Choice(["cuda", "cpu"]), default="cuda", show_default=True)
 def main(
     ckpt: Path | None,
@@ -134,6 +150,7 @@ def main(
     batch: int,
     dtype: str,
     rounds: int,
+    compiled: bool,
     device: str,
 ) -> None:
     """Print a table of times."""
@@ -166,8 +183,13 @@ def main(
             error = float((call().float() - exact.float()).norm() / exact.float().norm())
             print(f"depth {steps}, {name}: {error:.1e} from masked", flush=True)
             eager[steps, name] = call
-            if device == "cuda" and name != "gathered":
+            if device == "cuda" and name != "gathered" and not compiled:
                 captured[steps, name] = capture_cuda_graph(call)
+        if compiled:
+            call = call_of(transformer, inputs, steps, masked_lora, compiled)
+            error = float((call().float() - exact.float()).norm() / exact.float().norm())
+            print(f"depth {steps}, torch.compile: {error:.1e} from masked", flush=True)
+            eager[steps, "masked, torch.compile"] = call
     eager_times, graph_times = medians(eager, rounds, device), medians(captured, rounds, device)
     for block in transformer.blocks:
         assert isinstance(block, JointBlock)
@@ -175,7 +197,7 @@ def main(
     base = call_of(transformer, inputs, 1, masked_lora)
     base()
     base_eager = medians({"": base}, rounds, device)[""]
-    base_graph = medians({"": capture_cuda_graph(base)}, rounds, device)[""] if device == "cuda" else None
+    base_graph = medians({"": capture_cuda_graph(base)}, rounds, device)[""] if captured else None
 
     def ms(seconds: float | None, base: float | None) -> str:
         return "- |" if seconds is None or base is None else f"{1e3 * seconds:.3f} | {seconds / base:.3f}"
