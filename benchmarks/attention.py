@@ -31,7 +31,7 @@ def write_graphs(
     """Write both graphs, with shared weights, and their inputs into `folder`."""
     import torch
 
-    from tpx_export.fused_attention import FLOAT_TYPES, fuse_attention
+    from tpx_export.fusion import FLOAT_TYPES, fuse_attention
     from tpx_export.graphs import Graph, TransformerGraph, to_onnx
     from tpx_export.model.mmdit import MMDiT, MMDiTSpec
     from tpx_export.model.thinking import ThinkingSpec

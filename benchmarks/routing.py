@@ -22,7 +22,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from benchmarks.interleave import interleaved, warm_seconds
-from tpx_export.fused_attention import DOMAIN as MICROSOFT
+from tpx_export.fusion.attention import DOMAIN as MICROSOFT
 from tpx_export.model.routed_lora import routed_lora
 from tpx_export.operator import DOMAIN, NAME, OPSET, register_schema
 from tpx_export.routing import masked, permuted

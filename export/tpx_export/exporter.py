@@ -17,7 +17,7 @@ from torch import nn
 
 from tpx_export.atomic_folder import atomic_folder, check_output_folder
 from tpx_export.description import build_manifest, scheduler_config
-from tpx_export.fused_attention import FLOAT_TYPES, MIN_FUSED_TOKENS, fuse_attention
+from tpx_export.fusion import FLOAT_TYPES, MIN_FUSED_TOKENS, fuse_attention, fused_variant
 from tpx_export.golden import Golden, conditioning_inputs, text_golden, transformer_golden, vae_golden
 from tpx_export.graphs import (
     ConditionsGraph,
@@ -212,7 +212,7 @@ def _write_transformer_graphs(
                 operator, plain = routing_variants(weights.externalise(to_onnx(graph)), model.visual_tokens)
                 variants: dict[GraphVariant, onnx.ModelProto | None] = {
                     "operator": operator,
-                    "fused": fuse_attention(operator),
+                    "fused": fused_variant(operator, folder / "transformer"),
                     "plain": fuse_attention(plain, FLOAT_TYPES)
                     if model.visual_tokens >= MIN_FUSED_TOKENS
                     else plain,

@@ -13,7 +13,7 @@ from onnx import parser
 
 from tpx_export import exporter
 from tpx_export.exporter import Summary, export_bundle
-from tpx_export.fused_attention import FLOAT_TYPES, NAME, fuse_attention
+from tpx_export.fusion.attention import FLOAT_TYPES, NAME, fuse_attention
 from tpx_export.model.text_to_image import TextToImage
 from tpx_export.pipeline import Pipeline
 from tpx_export.quantise.quantiser import Int8Options
@@ -49,6 +49,13 @@ def test_every_attention_in_float16_is_one_node(half: tuple[Bundle, Summary]) ->
     depths = [f"transformer depth {depth}" for depth in range(1, DEPTH + 1)]
     assert [report.part for report in summary.reports["fused"]] == depths
     assert all(report.ok for report in summary.reports["fused"])
+
+
+def test_heads_stay_after_tokens(half: tuple[Bundle, Summary]) -> None:
+    for depth in range(1, DEPTH + 1):
+        nodes = onnx.load(half[0].transformer(depth, "fused"), load_external_data=False).graph.node
+        turned = [list(node.attribute[0].ints) for node in nodes if node.op_type == "Transpose"]
+        assert [0, 2, 1, 3] not in turned and [0, 1, 3, 2] not in turned
 
 
 def test_only_onnx_runtime_cuda_reads_the_fused_variant(half: tuple[Bundle, Summary]) -> None:
@@ -122,6 +129,38 @@ def test_fused_variant_generates_nearly_the_same_image(half: tuple[Bundle, Summa
     found = Generator(half[0], replace(ENGINES["onnxruntime"], variant="fused"))("a red cube", steps=3)
     one, other = (np.asarray(images[0], np.float32) for images in (expected, found))
     assert np.sqrt(np.mean((one - other) ** 2)) < 1
+
+
+def test_an_operator_that_depends_on_the_order_gets_its_own_transpose(tmp_path: Path) -> None:
+    """A sum over tokens may not be moved across the transposes; the norm after it may."""
+    heads, tokens, width = 2, 5, 4
+    sizes = f"[b, {heads}, {tokens}, {width}]"
+    values = ", ".join(f"float{sizes} {name}" for name in ("q", "k", "v", "sums", "scaled"))
+    model = parser.parse_model(
+        f'<ir_version: 8, opset_import: ["": 20]> g (float[b, {tokens}, {heads}, {width}] x) '
+        f"=> (float[b, {tokens}, {heads * width}] y) <{values}> {{ "
+        "k = Transpose<perm = [0, 2, 1, 3]>(x) sums = CumSum(k, two) q = Mul(sums, half) v = Add(k, sums) "
+        "scaled = Mul(q, half) kt = Transpose<perm = [0, 1, 3, 2]>(k) scores = MatMul(scaled, kt) "
+        "weights = Softmax(scores) mixed = MatMul(weights, v) turned = Transpose<perm = [0, 2, 1, 3]>(mixed) "
+        f"y = Reshape(turned, joined) }}"
+    )
+    constants = {"half": np.float32(0.5), "two": np.array(2), "joined": np.array([0, 0, heads * width])}
+    model.graph.initializer.extend(
+        onnx.numpy_helper.from_array(np.asarray(array), name) for name, array in constants.items()
+    )
+    fused = fuse_attention(model, FLOAT_TYPES)
+    assert fused is not None
+    counts = Counter(node.op_type for node in fused.graph.node)
+    # x to heads first, and sums back.
+    assert (counts["Transpose"], counts["CumSum"], counts[NAME]) == (2, 1, 1)
+    x = np.random.default_rng(0).standard_normal((3, tokens, heads, width), np.float32)
+    expected, found = (
+        ort.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"]).run(
+            None, {"x": x}
+        )[0]
+        for graph in (model, fused)
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_rejects_a_softmax_that_is_not_part_of_attention() -> None:

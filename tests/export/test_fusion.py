@@ -8,6 +8,7 @@ import onnxruntime
 import pytest
 import torch
 
+from tpx_export.exporter import Summary
 from tpx_export.model.attention import RMSNorm
 from tpx_export.model.text_to_image import TextToImage
 from tpx_runtime.bundle import Bundle
@@ -20,6 +21,11 @@ DEPTH = 3
 @pytest.fixture(scope="module")
 def graph(tiny_bundle: Path) -> Path:
     return Bundle.open(tiny_bundle, verify=False).transformer(DEPTH, "plain")
+
+
+@pytest.fixture(scope="module")
+def fused_graph(half_export: tuple[Path, Summary]) -> Path:
+    return Bundle.open(half_export[0], verify=False).transformer(DEPTH, "fused")
 
 
 def count_qk_norms(model: TextToImage) -> int:
@@ -45,7 +51,11 @@ def count_qk_norms(model: TextToImage) -> int:
     return len(calls) - 1
 
 
-def test_onnx_runtime_fuses_every_norm(tiny_model: TextToImage, graph: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("fixture", ["graph", "fused_graph"])
+def test_onnx_runtime_fuses_every_norm(
+    tiny_model: TextToImage, fixture: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    graph = request.getfixturevalue(fixture)
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
     onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
