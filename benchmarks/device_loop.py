@@ -1,4 +1,4 @@
-"""The time of a denoising loop with latents kept on the GPU (TPX_DEVICE_LOOP=1) and with latents copied at every step.
+"""The time of a denoising loop with latents kept on the GPU, and with latents copied at every step (TPX_DEVICE_LOOP=0).
 
     python -m benchmarks.device_loop bundles/shapes [--batch 1 --batch 16] [--steps 20] [--rounds 20]
 

@@ -151,7 +151,7 @@ class Denoiser:
         if self._device_loop_running:
             raise BadInput(
                 "expected a callback that generates no images during a loop on the device, found one that does; "
-                "unset TPX_DEVICE_LOOP, or use another generator"
+                "set TPX_DEVICE_LOOP=0, or use another generator"
             )
         schedule, noise = self.schedule(job), batch_noise(seeds, self._model.latent_shape)
         total, latents = len(schedule.timesteps), noise

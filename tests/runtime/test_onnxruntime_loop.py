@@ -190,17 +190,18 @@ def test_a_mask_needs_the_host_loop_and_an_image_does_not(tiny_bundle: Path, loo
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_the_device_loop_must_be_enabled_and_needs_the_step_graph(
+def test_the_device_loop_can_be_turned_off_and_needs_the_step_graph(
     tiny_bundle: Path, loops: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert ENGINES["onnxruntime-cuda"].uses_device_loop and not ENGINES["onnxruntime"].uses_device_loop
+    for value in ("1", None):
+        monkeypatch.setenv("TPX_DEVICE_LOOP", value) if value else monkeypatch.delenv("TPX_DEVICE_LOOP")
+        assert ENGINES["onnxruntime-cuda"].uses_device_loop and not ENGINES["onnxruntime"].uses_device_loop
     without_step = generator(tiny_bundle)
     monkeypatch.setattr(type(without_step.bundle), "step", None)
     without_step(PROMPT, steps=2)
-    for value in ("0", ""):
-        monkeypatch.setenv("TPX_DEVICE_LOOP", value)
-        assert not ENGINES["onnxruntime-cuda"].uses_device_loop
-        generator(tiny_bundle)(PROMPT, steps=2)
+    monkeypatch.setenv("TPX_DEVICE_LOOP", "0")
+    assert not ENGINES["onnxruntime-cuda"].uses_device_loop
+    generator(tiny_bundle)(PROMPT, steps=2)
     assert loops == []
 
 

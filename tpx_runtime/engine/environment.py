@@ -25,8 +25,8 @@ def cuda_graphs_requested() -> bool | None:
 
 
 def device_loop_requested() -> bool:
-    """Whether TPX_DEVICE_LOOP=1 asks to keep the latents on the device for the whole loop."""
-    return os.environ.get(DEVICE_LOOP_VARIABLE, "") not in ("", "0")
+    """Whether latents stay on the device for the whole loop, where an engine can do that: unless TPX_DEVICE_LOOP=0."""
+    return os.environ.get(DEVICE_LOOP_VARIABLE) != "0"
 
 
 def requested_threads() -> int | None:
