@@ -52,8 +52,8 @@ def fuse_attention(
             joins.append(helper.make_node("Reshape", [exchange(name), _JOINED], [flat]))
             node.input[index] = flat
         replacements[node.output[0]] = [*joins, node]
-    for output, node in exchange.nodes.items():
-        replacements[output] = [*replacements.get(output, [graph.any_producer(output)]), node]
+    for output, nodes in exchange.nodes.items():
+        replacements[output] = [*replacements.get(output, [graph.any_producer(output)]), *nodes]
     shape = helper.make_node("Constant", [], [_JOINED], value_ints=[0, 0, -1])
     copy.graph.node.insert(0, shape)
     replace_nodes(copy.graph, replacements)
@@ -64,30 +64,41 @@ def fuse_attention(
 class _Exchange:
     """Names of values [B, n, H, d] that equal given values [B, H, n, d]; `nodes` compute them.
 
-    The keys of `nodes` are first outputs of the nodes of the graph after which they can run.
+    Each of them can run directly after the node of the graph whose first output is its key in `nodes`.
     """
 
     def __init__(self, graph: Lookup) -> None:
-        self.nodes: dict[str, onnx.NodeProto] = {}
+        self.nodes: dict[str, list[onnx.NodeProto]] = {}
         self._graph = graph
 
     def __call__(self, name: str) -> str:
         node = self._graph.any_producer(name)
-        if node is None or not self._graph.shape(name):  # a constant: a number, or one for each channel
+        if node is None:  # a constant: a number, or one for each channel
             return name
         if node.op_type == "Transpose" and attributes(node)["perm"] == _EXCHANGED:
             return str(node.input[0])
-        if node.output[0] not in self.nodes:
-            self.nodes[node.output[0]] = self._exchanged(node)
-        return f"{name}_exchanged"
+        exchanged, made = f"{name}_exchanged", self.nodes.setdefault(node.output[0], [])
+        if not any(exchanged in other.output for other in made):
+            made.append(
+                self._rebuilt(node) or helper.make_node("Transpose", [name], [exchanged], perm=_EXCHANGED)
+            )
+        return exchanged
 
-    def _exchanged(self, node: onnx.NodeProto) -> onnx.NodeProto:
-        known, outputs = attributes(node), [f"{name}_exchanged" for name in node.output]
+    def _rebuilt(self, node: onnx.NodeProto) -> onnx.NodeProto | None:
+        """The same operation on exchanged inputs; None for an operator for which the order matters."""
+        known = attributes(node)
         axis, exchanged_axis = _AXIS.get(node.op_type, (None, None))
-        if node.op_type in _ORDER_FREE or (axis is not None and known.get("axis") == axis):
-            known |= {} if axis is None else {"axis": exchanged_axis}
-            return helper.make_node(node.op_type, [self(name) for name in node.input], outputs, **known)
-        return helper.make_node("Transpose", node.output, outputs, perm=_EXCHANGED)
+        if axis is not None and known.get("axis") == axis:
+            known["axis"] = exchanged_axis
+        elif node.op_type not in _ORDER_FREE or not self._constants_fit(node):
+            return None
+        outputs = [f"{name}_exchanged" for name in node.output]
+        return helper.make_node(node.op_type, [self(name) for name in node.input], outputs, **known)
+
+    def _constants_fit(self, node: onnx.NodeProto) -> bool:
+        """Whether the node's constants are broadcast to the last axis only."""
+        constants = [self._graph.initialisers.get(name) for name in node.input]
+        return all(constant is None or len(constant.dims) <= 1 for constant in constants)
 
 
 def _attention(graph: Lookup, softmax: onnx.NodeProto) -> onnx.NodeProto:
