@@ -1,5 +1,6 @@
 """Shared behaviour of all commands: user errors and Ctrl-C end in one line on stderr and an exit code."""
 
+import errno
 import io
 import os
 import sys
@@ -11,7 +12,7 @@ from typing import IO, Any
 import click
 
 from . import __version__
-from .errors import Cancelled, TpxError
+from .errors import BadInput, Cancelled, TpxError
 from .interrupts import termination_as_interrupt
 
 
@@ -100,6 +101,10 @@ class TpxCommand(click.Command):
             error: TpxError = Cancelled("cancelled")
         except TpxError as caught:
             error = caught
+        except OSError as caught:
+            if caught.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            error = BadInput(f"expected room for the output, found: {caught.strerror}; free some space")
         raise OneLineError(str(error), error.exit_code)
 
 

@@ -354,6 +354,18 @@ def test_runs_with_closed_stdin_or_stderr(tiny_bundle: Path, workdir: Path, clos
         assert (result.returncode, result.stdout) == (0, "red-cube-0.png\n")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="expected /dev/full, found none")
+def test_standard_output_on_a_full_disk_is_reported(tiny_bundle: Path) -> None:
+    command = [sys.executable, "-c", "from tpx_runtime.cli import info; info()", str(tiny_bundle)]
+    with Path("/dev/full").open("w") as full:
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert result.returncode == 2
+    assert (
+        result.stderr
+        == "error: expected room for the output, found: No space left on device; free some space\n"
+    )
+
+
 def test_a_file_name_that_stdout_cannot_encode_is_escaped(tiny_bundle: Path, workdir: Path) -> None:
     code = "from tpx_runtime.cli import run; run()"
     arguments = ["--bundle", str(tiny_bundle), "--steps", "1", "--out", "\u7ea2.png", "red cube"]
