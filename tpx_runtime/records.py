@@ -35,5 +35,8 @@ def require_same_settings(
 def differences(before: dict[str, Any], now: dict[str, Any]) -> tuple[str, str] | None:
     """The differing keys with their values in each record, such as ("steps 20", "steps 5"); None if there are none."""
     keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-    texts = [", ".join(f"{key} {facts.get(key)}" for key in keys) for facts in (before, now)]
+    texts = [
+        ", ".join(f"{key} {facts[key]}" if key in facts else f"no {key}" for key in keys)
+        for facts in (before, now)
+    ]
     return (texts[0], texts[1]) if keys else None
