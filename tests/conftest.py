@@ -21,6 +21,12 @@ from tpx_export.quantise.quantiser import Int8Options
 Export = tuple[Path, Summary]
 
 
+def pytest_configure() -> None:
+    # A shell starts background jobs with SIGINT ignored, and the tested commands would inherit that.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.fixture(scope="session")
 def shared_folder(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     """A folder that all test processes share: the parent of the folders that pytest-xdist gives its workers."""
