@@ -131,21 +131,33 @@ def test_fused_variant_generates_nearly_the_same_image(half: tuple[Bundle, Summa
     assert np.sqrt(np.mean((one - other) ** 2)) < 1
 
 
-@pytest.mark.parametrize("operation", ["CumSum(k, two)", "Mul(k, table)"])
+@pytest.mark.parametrize(
+    "operation",
+    [
+        "sums = CumSum(k, two)",
+        "sums = Mul(k, table)",
+        "mean = ReduceMean<keepdims = 1>(k, axis) sums = Add(k, mean)",
+        "first, sums = Split<axis = 0, num_outputs = 2>(doubled)",
+        "row = Identity(bias) sums = Add(k, row)",
+    ],
+)
 def test_an_operation_that_depends_on_the_order_gets_its_own_transpose(operation: str) -> None:
-    """A sum over tokens, or a factor for each token, may not be moved across the transposes; what follows it may."""
+    """For example a mean over tokens: it may not be moved across the transposes; what follows it may."""
     heads, tokens, width = 2, 5, 4
     sizes = f"[b, {heads}, {tokens}, {width}]"
     values = ", ".join(f"float{sizes} {name}" for name in ("q", "k", "v", "sums", "scaled"))
+    values += f", float[b, {heads}, 1, {width}] mean, float[{width}] row, float[c, {heads}, {tokens}, {width}] doubled"
     model = parser.parse_model(
         f'<ir_version: 8, opset_import: ["": 20]> g (float[b, {tokens}, {heads}, {width}] x) '
         f"=> (float[b, {tokens}, {heads * width}] y) <{values}> {{ "
-        f"k = Transpose<perm = [0, 2, 1, 3]>(x) sums = {operation} q = Mul(sums, half) v = Add(k, sums) "
+        f"k = Transpose<perm = [0, 2, 1, 3]>(x) doubled = Concat<axis = 0>(k, k) {operation} "
+        "q = Mul(sums, half) v = Add(k, sums) "
         "scaled = Mul(q, half) kt = Transpose<perm = [0, 1, 3, 2]>(k) scores = MatMul(scaled, kt) "
         "weights = Softmax(scores) mixed = MatMul(weights, v) turned = Transpose<perm = [0, 2, 1, 3]>(mixed) "
         f"y = Reshape(turned, joined) }}"
     )
     constants = {"half": np.float32(0.5), "two": np.array(2), "joined": np.array([0, 0, heads * width])}
+    constants |= {"axis": np.array([2]), "bias": np.arange(width, dtype=np.float32)}
     constants["table"] = np.arange(tokens * width, dtype=np.float32).reshape(tokens, width)
     model.graph.initializer.extend(
         onnx.numpy_helper.from_array(np.asarray(array), name) for name, array in constants.items()

@@ -18,7 +18,6 @@ from tpx_runtime.bundle import Bundle
 from tpx_runtime.verify import load_golden
 
 DEPTH = 3
-WIDTH = 4
 
 
 def op_counts(model: onnx.ModelProto) -> Counter[str]:
@@ -87,20 +86,23 @@ def test_it_computes_the_same(tiny_bundle: Path, tmp_path: Path) -> None:
 
 
 def small_model(
-    weight: float = 1, expanded: bool = False, scale_rows: str = "1", order: str = "h, s"
+    weight: float = 1,
+    expanded: bool = False,
+    x: str = "b, n, 4",
+    scale: str = "b, 1, 4",
+    axis: int = -1,
+    order: str = "h, s",
 ) -> onnx.ModelProto:
-    """A norm with that constant weight, times s, plus t; `order` is that of the product's factors."""
+    """A norm of x with that constant weight, times s, plus t; `order` is that of the product's factors."""
     model = parser.parse_model(
-        f'<ir_version: 8, opset_import: ["": 20]> g (float[b, n, {WIDTH}] x, float[b, {scale_rows}, {WIDTH}] scale, '
-        f"float[b, {scale_rows}, {WIDTH}] shift) => (float[b, n, {WIDTH}] y) "
-        f"<float[b, n, {WIDTH}] h, float[b, {scale_rows}, {WIDTH}] s, float[b, {scale_rows}, {WIDTH}] t> {{ "
-        + ("w = Expand(one, size) " if expanded else "")
-        + f"s = Identity(scale) t = Identity(shift) h = LayerNormalization(x, {'w' if expanded else 'weight'}) "
-        f"m = Mul({order}) y = Add(m, t) }}"
+        f'<ir_version: 8, opset_import: ["": 20]> g (float[{x}] x, float[{scale}] scale, float[{scale}] shift) '
+        f"=> (float[{x}] y) <float[{x}] h, float[{scale}] s, float[{scale}] t> {{ "
+        f"{'w = Expand(one, size) ' if expanded else ''} s = Identity(scale) t = Identity(shift) "
+        f"h = LayerNormalization<axis = {axis}>(x, {'w' if expanded else 'weight'}) m = Mul({order}) y = Add(m, t) }}"
     )
-    constants = {"weight": np.full(WIDTH, weight, np.float32)}
+    constants = {"weight": np.full(4, weight, np.float32)}
     if expanded:
-        constants = {"one": np.float32(weight), "size": np.array([WIDTH])}
+        constants = {"one": np.float32(weight), "size": np.array([4])}
     model.graph.initializer.extend(
         numpy_helper.from_array(np.asarray(a), name) for name, a in constants.items()
     )
@@ -120,8 +122,10 @@ def test_fuses_norms_whose_weights_are_one(expanded: bool, tmp_path: Path) -> No
     [
         {"weight": 2},
         {"weight": 2, "expanded": True},
-        {"scale_rows": "n"},
+        {"scale": "b, n, 4"},
         {"order": "s, h"},
+        {"axis": 1},
+        {"x": "n, 4", "scale": "1, 4"},
     ],
 )
 def test_other_norms_stay_as_they_are(changes: dict[str, object], tmp_path: Path) -> None:

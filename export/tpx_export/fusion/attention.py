@@ -24,8 +24,8 @@ DOMAIN, NAME = "com.microsoft", "MultiHeadAttention"
 FLOAT_TYPES = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16
 _JOINED = "heads_joined"  # the shape [B, n, H, d] -> [B, n, D]
 _EXCHANGED = [0, 2, 1, 3]  # the permutation of [B, H, n, d] and [B, n, H, d]
-# Operators that act on single elements or within the last axis, so that the order of the others does not matter to them.
-_ORDER_FREE = {"Cast", "Pow", "ReduceMean", "Add", "Sqrt", "Div", "Mul"}
+# Operators on single elements, to which the order of the axes does not matter.
+_ELEMENTWISE = {"Cast", "Pow", "Add", "Sqrt", "Div", "Mul"}
 _AXIS = {"Split": (1, 2), "Concat": (2, 1)}  # of [B, H, n, d], and the same axis of [B, n, H, d]
 
 
@@ -73,9 +73,9 @@ class _Exchange:
 
     def __call__(self, name: str) -> str:
         node = self._graph.any_producer(name)
-        if node is None:  # a constant: a number, or one for each channel
-            return name
-        if node.op_type == "Transpose" and attributes(node)["perm"] == _EXCHANGED:
+        if node is None or not self._has_heads(name):
+            raise ValueError(f"expected a computed value {name} [B, H, n, d], got {self._graph.shape(name)}")
+        if node.op_type == "Transpose" and attributes(node).get("perm") == _EXCHANGED:
             return str(node.input[0])
         exchanged, made = f"{name}_exchanged", self.nodes.setdefault(node.output[0], [])
         if not any(exchanged in other.output for other in made):
@@ -87,18 +87,34 @@ class _Exchange:
     def _rebuilt(self, node: onnx.NodeProto) -> onnx.NodeProto | None:
         """The same operation on exchanged inputs; None for an operator for which the order matters."""
         known = attributes(node)
-        axis, exchanged_axis = _AXIS.get(node.op_type, (None, None))
-        if axis is not None and known.get("axis") == axis:
-            known["axis"] = exchanged_axis
-        elif node.op_type not in _ORDER_FREE or not self._constants_fit(node):
+        # Numbers, and one number for each channel.
+        initialisers = self._graph.initialisers
+        constants = {
+            name for name in node.input if name in initialisers and len(initialisers[name].dims) <= 1
+        }
+        if not all(name in constants or self._has_heads(name) for name in node.input):
             return None
+        if node.op_type in _AXIS:
+            axis, exchanged_axis = _AXIS[node.op_type]
+            if constants or known.get("axis") != axis:
+                return None
+            known["axis"] = exchanged_axis
+        elif node.op_type == "ReduceMean":
+            if not self._reduces_last_axis(node):
+                return None
+        elif node.op_type not in _ELEMENTWISE:
+            return None
+        inputs = [name if name in constants else self(name) for name in node.input]
         outputs = [f"{name}_exchanged" for name in node.output]
-        return helper.make_node(node.op_type, [self(name) for name in node.input], outputs, **known)
+        return helper.make_node(node.op_type, inputs, outputs, **known)
 
-    def _constants_fit(self, node: onnx.NodeProto) -> bool:
-        """Whether the node's constants are broadcast to the last axis only."""
-        constants = [self._graph.initialisers.get(name) for name in node.input]
-        return all(constant is None or len(constant.dims) <= 1 for constant in constants)
+    def _has_heads(self, name: str) -> bool:
+        return len(self._graph.shape(name)) == len(_EXCHANGED)
+
+    def _reduces_last_axis(self, reduction: onnx.NodeProto) -> bool:
+        axes = self._graph.initialisers.get(reduction.input[1]) if len(reduction.input) > 1 else None
+        last = axes is not None and numpy_helper.to_array(axes).tolist() in ([-1], [len(_EXCHANGED) - 1])
+        return last and attributes(reduction).get("keepdims", 1) == 1
 
 
 def _attention(graph: Lookup, softmax: onnx.NodeProto) -> onnx.NodeProto:

@@ -42,7 +42,10 @@ class Lookup:
 
 
 def replace_nodes(graph: onnx.GraphProto, replacements: Mapping[str, Sequence[onnx.NodeProto]]) -> None:
-    """Put other nodes in the place of those whose first output is a key, and drop all that outputs do not depend on."""
+    """Put other nodes in the place of those whose first output is a key.
+
+    Then drop the nodes, initialisers and value types that the outputs of the graph do not depend on.
+    """
     nodes = [new for node in graph.node for new in replacements.get(node.output[0], [node])]
     needed, kept = {value.name for value in graph.output}, []
     for node in reversed(nodes):

@@ -4,8 +4,8 @@
     -> LayerNormalization(x, scale, shift)
 
 The norm has no weights of its own, and ONNX lets its scale and bias be broadcast to x. ONNX Runtime's CUDA kernel does that
-for these shapes since 1.21; the two elementwise passes over x that it saves cost as much as the norm (docs/gpu.md). On CPUs
-its kernel with such a scale is slower than the three nodes, so graphs for CPUs keep them.
+for these shapes since 1.21; the two elementwise passes over x that it saves cost as much as the norm (docs/gpu.md). Its
+kernel for CPUs is slower than the three nodes (docs/performance.md), so graphs for CPUs keep them.
 """
 
 from pathlib import Path
@@ -38,7 +38,10 @@ def _modulates(graph: Lookup, norm: onnx.NodeProto, multiply: onnx.NodeProto, ad
     """Whether the nodes multiply the norm's [B, n, D] by a scale and add a shift, both [B, 1, D]."""
     if (multiply.op_type, add.op_type) != ("Mul", "Add"):
         return False
-    batch, _, width = graph.shape(norm.output[0])
+    shape = graph.shape(norm.output[0])
+    if len(shape) != 3 or attributes(norm).get("axis", -1) not in (-1, 2):
+        return False
+    batch, _, width = shape
     return (multiply.input[0], add.input[0]) == (norm.output[0], multiply.output[0]) and all(
         graph.shape(node.input[1]) == (batch, 1, width) for node in (multiply, add)
     )

@@ -47,7 +47,8 @@ class QKVProjection(nn.Module):
 
     def split_heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[B, n, 3D] -> q, k, v, each [B, H, n, d]; q and k are normalised."""
-        # One transpose for all three: ONNX Runtime does not move it into the norms, so it can fuse every norm.
+        # One transpose for all three: in graphs without fused attention (fusion/attention.py), ONNX Runtime does not move
+        # it into the norms, so it can fuse every norm.
         q, k, v = qkv.unflatten(-1, (-1, self.head_width)).transpose(1, 2).chunk(3, dim=1)
         return self.norm_q(q), self.norm_k(k), v
 
