@@ -41,6 +41,19 @@ def one_line_usage_errors() -> Iterator[None]:
         raise OneLineError(f"{message}{where}", exit_code=2) from None
 
 
+@contextmanager
+def one_line_full_disk_errors() -> Iterator[None]:
+    """Convert the error of a full disk, such as that of a redirected standard output, to OneLineError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        what = f"room for {error.filename}" if error.filename else "room for the output"
+        message = f"expected {what}, found: {error.strerror}; free some space"
+        raise OneLineError(message, BadInput.exit_code) from None
+
+
 def make_streams_safe() -> None:
     """Redirect closed standard streams to the null device; escape characters that a stream's encoding lacks."""
     for name in ("stdout", "stderr"):
@@ -86,7 +99,7 @@ class TpxCommand(click.Command):
         self.params.append(_version())
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
-        with one_line_usage_errors():
+        with one_line_usage_errors(), one_line_full_disk_errors():
             try:
                 return super().make_context(*args, **kwargs)
             except TpxError as error:  # from the callback of an eager option
@@ -95,16 +108,12 @@ class TpxCommand(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         make_streams_safe()
         try:
-            with one_line_usage_errors(), termination_as_interrupt():
+            with one_line_usage_errors(), one_line_full_disk_errors(), termination_as_interrupt():
                 return super().invoke(ctx)
         except KeyboardInterrupt:
             error: TpxError = Cancelled("cancelled")
         except TpxError as caught:
             error = caught
-        except OSError as caught:
-            if caught.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            error = BadInput(f"expected room for the output, found: {caught.strerror}; free some space")
         raise OneLineError(str(error), error.exit_code)
 
 
@@ -118,7 +127,7 @@ class TpxGroup(click.Group):
         self.params.append(_version())
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
-        with one_line_usage_errors():
+        with one_line_usage_errors(), one_line_full_disk_errors():
             return super().make_context(*args, **kwargs)
 
     def resolve_command(self, *args: Any, **kwargs: Any) -> Any:

@@ -355,8 +355,10 @@ def test_runs_with_closed_stdin_or_stderr(tiny_bundle: Path, workdir: Path, clos
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="expected /dev/full, found none")
-def test_standard_output_on_a_full_disk_is_reported(tiny_bundle: Path) -> None:
-    command = [sys.executable, "-c", "from tpx_runtime.cli import info; info()", str(tiny_bundle)]
+@pytest.mark.parametrize("argument", [None, "--version", "--help"])
+def test_standard_output_on_a_full_disk_is_reported(tiny_bundle: Path, argument: str | None) -> None:
+    code = "from tpx_runtime.cli import info; info()"
+    command = [sys.executable, "-c", code, argument or str(tiny_bundle)]
     with Path("/dev/full").open("w") as full:
         result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
     assert result.returncode == 2
