@@ -40,6 +40,7 @@ def measure(generator: Generator, prompt: str | None, batch: int, steps: int, ro
 
     def draw(loop: str) -> float:
         os.environ[DEVICE_LOOP_VARIABLE] = loop
+        generator.clear_conditions()
         began = time.perf_counter()
         latents[loop] = generator.generate_latents(jobs).latents
         return time.perf_counter() - began

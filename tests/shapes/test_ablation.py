@@ -186,7 +186,7 @@ def test_a_finished_run_is_skipped_and_rejected_with_other_settings(tmp_path: Pa
         ablation.run(replace(experiment, steps=7, images=2), LORA, 0)
     # From a version that did not record the settings.
     (folder / "result.json").write_text(json.dumps({"row": "LoRA"}))
-    with pytest.raises(BadInput, match=r"\(base steps None, steps None"):
+    with pytest.raises(BadInput, match=r"\(no base steps, no steps"):
         ablation.run(experiment, LORA, 0)
 
 
