@@ -11,6 +11,7 @@ import pytest
 from onnx import numpy_helper, parser
 
 from tpx_export.exporter import Summary
+from tpx_export.fusion.lookup import attributes
 from tpx_export.fusion.modulation import NAME, fuse_modulation
 from tpx_export.model import mmdit
 from tpx_export.model.text_to_image import TextToImage
@@ -86,7 +87,7 @@ def test_it_computes_the_same(tiny_bundle: Path, tmp_path: Path) -> None:
 
 
 def small_model(
-    weight: float = 1,
+    weight: float | tuple[float, ...] = 1,
     expanded: bool = False,
     x: str = "b, n, 4",
     scale: str = "b, 1, 4",
@@ -98,7 +99,8 @@ def small_model(
         f'<ir_version: 8, opset_import: ["": 20]> g (float[{x}] x, float[{scale}] scale, float[{scale}] shift) '
         f"=> (float[{x}] y) <float[{x}] h, float[{scale}] s, float[{scale}] t> {{ "
         f"{'w = Expand(one, size) ' if expanded else ''} s = Identity(scale) t = Identity(shift) "
-        f"h = LayerNormalization<axis = {axis}>(x, {'w' if expanded else 'weight'}) m = Mul({order}) y = Add(m, t) }}"
+        f"h = LayerNormalization<axis = {axis}, epsilon = 0.25>(x, {'w' if expanded else 'weight'}) "
+        f"m = Mul({order}) y = Add(m, t) }}"
     )
     constants = {"weight": np.full(4, weight, np.float32)}
     if expanded:
@@ -114,13 +116,16 @@ def test_fuses_norms_whose_weights_are_one(expanded: bool, tmp_path: Path) -> No
     model = small_model(expanded=expanded)
     fuse_modulation(model, tmp_path)
     assert op_counts(model) == {"Identity": 2, NAME: 1}
-    assert list(model.graph.node[-1].input) == ["x", "s", "t"]
+    fused = model.graph.node[-1]
+    assert list(fused.input) == ["x", "s", "t"]
+    assert attributes(fused) == {"axis": -1, "epsilon": 0.25}
 
 
 @pytest.mark.parametrize(
     "changes",
     [
         {"weight": 2},
+        {"weight": (1, 2, 1, 1)},
         {"weight": 2, "expanded": True},
         {"scale": "b, n, 4"},
         {"order": "s, h"},
