@@ -128,7 +128,7 @@ def test_fuses_norms_whose_weights_are_one(expanded: bool, tmp_path: Path) -> No
         {"weight": (1, 2, 1, 1)},
         {"weight": 2, "expanded": True},
         {"scale": "b, n, 4"},
-        {"order": "s, h"},
+        {"order": "s, h", "x": "b, 1, 4"},
         {"axis": 1},
         {"x": "n, 4", "scale": "1, 4"},
     ],
