@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import pytest
+from graph_outputs import check_same_outputs, run
 from onnx import parser
 
 from tpx_export import exporter
@@ -18,9 +18,9 @@ from tpx_export.model.text_to_image import TextToImage
 from tpx_export.pipeline import Pipeline
 from tpx_export.quantise.quantiser import Int8Options
 from tpx_runtime.bundle import Bundle, transformer_name
-from tpx_runtime.engine import ENGINES, Arrays, resolve
+from tpx_runtime.engine import ENGINES, resolve
 from tpx_runtime.generator import Generator
-from tpx_runtime.verify import load_golden, require_ok, verify_bundle
+from tpx_runtime.verify import require_ok, verify_bundle
 
 # Of the tiny model.
 BLOCKS, THINKING_BLOCKS, DEPTH = 3, 2, 3
@@ -101,27 +101,12 @@ def test_plain_variant_is_fused_if_there_are_many_tokens(
         require_ok(verify_bundle(bundle, resolve(engine)), engine)
 
 
-def golden_inputs(bundle: Bundle) -> Arrays:
-    golden = load_golden(bundle)
-    return {name: golden[name] for name in bundle.manifest.model.transformer_inputs}
-
-
 @pytest.mark.parametrize("depth", [1, 3])
 def test_fused_attention_computes_the_same(tiny_bundle: Path, depth: int, tmp_path: Path) -> None:
-    """In float32, where a difference cannot be rounding; with 3 rows, because the batch size is dynamic."""
     bundle = Bundle.open(shutil.copytree(tiny_bundle, tmp_path / "copy"))
-    path = bundle.transformer(depth)
-    model = fuse_attention(onnx.load(path, load_external_data=False), FLOAT_TYPES)
+    model = fuse_attention(onnx.load(bundle.transformer(depth), load_external_data=False), FLOAT_TYPES)
     assert model is not None
-    fused = path.with_name("fused.onnx")
-    onnx.save(model, fused)
-    feeds = {name: np.concatenate([a, a[:1]]) for name, a in golden_inputs(bundle).items()}
-    outputs = [
-        ort.InferenceSession(str(graph), providers=["CPUExecutionProvider"]).run(None, feeds)
-        for graph in (path, fused)
-    ]
-    for expected, found in zip(*outputs, strict=True):
-        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    check_same_outputs(bundle, depth, model)
 
 
 def test_fused_variant_generates_nearly_the_same_image(half: tuple[Bundle, Summary]) -> None:
@@ -168,12 +153,7 @@ def test_an_operation_that_depends_on_the_order_gets_its_own_transpose(operation
     # x to heads first, and sums back.
     assert (counts["Transpose"], counts[NAME]) == (2, 1)
     x = np.random.default_rng(0).standard_normal((3, tokens, heads, width), np.float32)
-    expected, found = (
-        ort.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"]).run(
-            None, {"x": x}
-        )[0]
-        for graph in (model, fused)
-    )
+    expected, found = (run(graph.SerializeToString(), {"x": x})[0] for graph in (model, fused))
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 

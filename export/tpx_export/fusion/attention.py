@@ -53,7 +53,7 @@ def fuse_attention(
             node.input[index] = flat
         replacements[node.output[0]] = [*joins, node]
     for output, nodes in exchange.nodes.items():
-        replacements[output] = [*replacements.get(output, [graph.any_producer(output)]), *nodes]
+        replacements[output] = [*replacements.get(output, [graph.producer(output)]), *nodes]
     shape = helper.make_node("Constant", [], [_JOINED], value_ints=[0, 0, -1])
     copy.graph.node.insert(0, shape)
     replace_nodes(copy.graph, replacements)
@@ -72,7 +72,7 @@ class _Exchange:
         self._graph = graph
 
     def __call__(self, name: str) -> str:
-        node = self._graph.any_producer(name)
+        node = self._graph.producer(name)
         if node is None or not self._has_heads(name):
             raise ValueError(f"expected a computed value {name} [B, H, n, d], got {self._graph.shape(name)}")
         if node.op_type == "Transpose" and attributes(node).get("perm") == _EXCHANGED:
@@ -136,8 +136,8 @@ def _attention(graph: Lookup, softmax: onnx.NodeProto) -> onnx.NodeProto:
 
 def _producer(graph: Lookup, name: str, op_type: str) -> onnx.NodeProto:
     """The node that produces the value, directly or through a Cast. Raises ValueError for another operator."""
-    cast = graph.producer(name, "Cast")
-    return _require(op_type, graph.any_producer(cast.input[0] if cast else name))
+    node = graph.producer(name)
+    return _require(op_type, graph.producer(node.input[0]) if node and node.op_type == "Cast" else node)
 
 
 def _consumer(graph: Lookup, name: str, op_type: str) -> onnx.NodeProto:

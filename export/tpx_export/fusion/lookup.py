@@ -27,12 +27,7 @@ class Lookup:
         sizes = self._types[name].shape.dim if name in self._types else ()
         return tuple(size.dim_value or size.dim_param for size in sizes)
 
-    def producer(self, name: str, op_type: str) -> onnx.NodeProto | None:
-        """The node that produces the value, if it has that operator."""
-        node = self._producers.get(name)
-        return node if node is not None and node.op_type == op_type else None
-
-    def any_producer(self, name: str) -> onnx.NodeProto | None:
+    def producer(self, name: str) -> onnx.NodeProto | None:
         """The node that produces the value; None for inputs and initialisers."""
         return self._producers.get(name)
 

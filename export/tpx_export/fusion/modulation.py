@@ -49,6 +49,6 @@ def _modulates(graph: Lookup, norm: onnx.NodeProto, multiply: onnx.NodeProto, ad
 
 def _is_one(graph: Lookup, name: str, folder: Path) -> bool:
     """Whether all elements of a value are the constant 1; the exporter expands long constants from one element."""
-    expand = graph.producer(name, "Expand")
-    tensor = graph.initialisers.get(expand.input[0] if expand else name)
+    node = graph.producer(name)
+    tensor = graph.initialisers.get(node.input[0] if node and node.op_type == "Expand" else name)
     return tensor is not None and bool((numpy_helper.to_array(tensor, str(folder)) == 1).all())
