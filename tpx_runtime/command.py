@@ -28,8 +28,8 @@ class OneLineError(click.ClickException):
 
 
 @contextmanager
-def one_line_usage_errors() -> Iterator[None]:
-    """Convert click's usage errors, which it prints on several lines, to OneLineError."""
+def one_line_errors() -> Iterator[None]:
+    """Convert click's usage errors, which it prints on several lines, and a full disk's to OneLineError."""
     try:
         yield
     except click.UsageError as error:
@@ -38,19 +38,13 @@ def one_line_usage_errors() -> Iterator[None]:
             raise
         message = " ".join(error.format_message().split()).rstrip(".")
         where = f"; see {error.ctx.command_path} --help" if error.ctx else ""
-        raise OneLineError(f"{message}{where}", exit_code=2) from None
-
-
-@contextmanager
-def one_line_full_disk_errors() -> Iterator[None]:
-    """Convert the error of a full disk, such as that of a redirected standard output, to OneLineError."""
-    try:
-        yield
+        raise OneLineError(f"{message}{where}", BadInput.exit_code) from None
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        what = f"room for {error.filename}" if error.filename else "room for the output"
-        message = f"expected {what}, found: {error.strerror}; free some space"
+        message = (
+            f"expected room for {error.filename or 'the output'}, found: {error.strerror}; free some space"
+        )
         raise OneLineError(message, BadInput.exit_code) from None
 
 
@@ -99,7 +93,7 @@ class TpxCommand(click.Command):
         self.params.append(_version())
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
-        with one_line_usage_errors(), one_line_full_disk_errors():
+        with one_line_errors():
             try:
                 return super().make_context(*args, **kwargs)
             except TpxError as error:  # from the callback of an eager option
@@ -108,7 +102,7 @@ class TpxCommand(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         make_streams_safe()
         try:
-            with one_line_usage_errors(), one_line_full_disk_errors(), termination_as_interrupt():
+            with one_line_errors(), termination_as_interrupt():
                 return super().invoke(ctx)
         except KeyboardInterrupt:
             error: TpxError = Cancelled("cancelled")
@@ -127,9 +121,9 @@ class TpxGroup(click.Group):
         self.params.append(_version())
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
-        with one_line_usage_errors(), one_line_full_disk_errors():
+        with one_line_errors():
             return super().make_context(*args, **kwargs)
 
     def resolve_command(self, *args: Any, **kwargs: Any) -> Any:
-        with one_line_usage_errors():
+        with one_line_errors():
             return super().resolve_command(*args, **kwargs)
