@@ -7,6 +7,7 @@ generator("a red cube on a blue sphere", seed=0)[0].save("cube.png")
 """
 
 import os
+import sys
 from typing import TYPE_CHECKING
 
 from .errors import TpxError
@@ -14,6 +15,9 @@ from .errors import TpxError
 # From 1.32 on, ONNX Runtime stores a machine id and sends telemetry to Microsoft unless this is set before its import.
 # Set the variable to 0 to allow that.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+# OpenVINO stores a client id and sends an event to Google when it is imported, unless this package is missing; None makes
+# Python treat it so. An application that imports OpenVINO first is not affected.
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 if TYPE_CHECKING:
     from .generator import Generator

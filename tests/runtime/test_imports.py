@@ -70,6 +70,30 @@ def test_onnxruntime_telemetry_is_disabled_unless_the_variable_is_set(
     assert preset or not list(tmp_path.iterdir())
 
 
+SILENCED_BY = {"CI", "TF_BUILD", "JENKINS_URL"}  # with these, OpenVINO's package sends nothing
+OPENVINO_EVENTS = """
+import openvino.tools.ovc as converter
+print(type(converter.telemetry).__module__)
+"""
+
+
+@pytest.mark.parametrize(
+    ("first", "sender"),
+    [("import tpx_runtime", "openvino.tools.ovc.telemetry_stub"), ("", "openvino_telemetry.main")],
+    ids=["with TPX", "OpenVINO by itself"],
+)
+def test_openvino_sends_no_event_and_stores_no_client_id(tmp_path: Path, first: str, sender: str) -> None:
+    """The second case shows that there is something to disable; it runs as in a CI job, which sends nothing either."""
+    environment = {name: value for name, value in os.environ.items() if name not in SILENCED_BY}
+    environment |= {"PYTHONPATH": str(PACKAGE.parent), "HOME": str(tmp_path)}
+    environment |= {} if first else {"CI": "true"}
+    result = subprocess.run(
+        [sys.executable, "-c", first + OPENVINO_EVENTS], env=environment, capture_output=True, text=True
+    )
+    assert (result.returncode, result.stdout) == (0, f"{sender}\n"), result.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_importing_the_command_line_imports_neither_numpy_nor_an_engine(tmp_path: Path) -> None:
     loaded = loaded_after("import tpx_runtime.cli", tmp_path)
     assert "click" in loaded
