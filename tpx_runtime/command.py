@@ -58,6 +58,11 @@ def make_streams_safe() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def skip_model_converter() -> None:
+    """Leave OpenVINO's model converter out of its import, of which it takes a third; no command converts with it."""
+    sys.modules.setdefault("openvino.tools.ovc", None)  # type: ignore[arg-type]
+
+
 @contextmanager
 def warnings_as_notices() -> Iterator[None]:
     """On exit, print each warning that was raised inside, such as a truncated prompt, as one `notice:` line on stderr."""
@@ -101,6 +106,7 @@ class TpxCommand(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         make_streams_safe()
+        skip_model_converter()
         try:
             with one_line_errors(), termination_as_interrupt():
                 return super().invoke(ctx)

@@ -54,6 +54,7 @@ def test_running_a_bundle_imports_one_engine_and_neither_torch_nor_onnx(
     assert {"numpy", engine} <= loaded
     assert not loaded & {"torch", "onnx", "onnxscript", "tpx_export", "tpx_engines"}
     assert not loaded & (ENGINES - {engine})
+    assert not loaded & {"openvino.tools.ovc.convert", "openvino_telemetry.main"}
 
 
 @pytest.mark.parametrize("preset", [None, "0"])
