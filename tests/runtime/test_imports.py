@@ -17,7 +17,7 @@ ENGINES = {"onnxruntime", "openvino"}
 
 def loaded_after(code: str, folder: Path) -> set[str]:
     """The top-level and full names of the modules that a new process has imported after running `code`."""
-    report = "\nimport sys\nprint('|'.join(sys.modules))"
+    report = "\nimport sys\nprint('|'.join(name for name, module in sys.modules.items() if module))"
     environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
     result = subprocess.run(
         [sys.executable, "-c", code + report], env=environment, cwd=folder, capture_output=True, text=True
@@ -54,7 +54,7 @@ def test_running_a_bundle_imports_one_engine_and_neither_torch_nor_onnx(
     assert {"numpy", engine} <= loaded
     assert not loaded & {"torch", "onnx", "onnxscript", "tpx_export", "tpx_engines"}
     assert not loaded & (ENGINES - {engine})
-    assert not loaded & {"openvino.tools.ovc.convert", "openvino_telemetry.main"}
+    assert not loaded & {"openvino.tools", "openvino_telemetry"}
 
 
 @pytest.mark.parametrize("preset", [None, "0"])
