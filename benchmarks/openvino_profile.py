@@ -10,7 +10,6 @@ from pathlib import Path
 
 import click
 import numpy as np
-import openvino
 
 from tpx_runtime.bundle import Bundle
 from tpx_runtime.command import TpxCommand
@@ -38,7 +37,7 @@ def main(bundle: Path, precision: str, depth: int, rows: int, runs: int) -> None
         if number < runs:  # warm-up
             continue
         for step in request.profiling_info:
-            if step.status == openvino.ProfilingInfo.Status.EXECUTED and step.real_time:
+            if step.status.name == "EXECUTED" and step.real_time:
                 seconds_by_type[step.node_type] += step.real_time.total_seconds()
                 count_by_type[step.node_type] += 1
     total = sum(seconds_by_type.values())
