@@ -37,16 +37,21 @@ _BAR_STEPS = 1000
     "--gpu", help="For tensorrt-rtx: sm75, sm80, sm86, sm89, sm120 or sm121.  [default: this machine's]"
 )
 @click.option(
+    "--precision", help="Precision that BUNDLE must have, such as fp16 or int8.  [default: any of a bundle]"
+)
+@click.option(
     "--cache", "folder", type=click.Path(path_type=Path), help="Folder of engines.  [default: BUNDLE.engines]"
 )
-def main(bundle: str | None, engine: str, batch: str, gpu: str | None, folder: Path | None) -> None:
+def main(
+    bundle: str | None, engine: str, batch: str, gpu: str | None, precision: str | None, folder: Path | None
+) -> None:
     """Build the engines of BUNDLE that are not in its cache yet, and print the folder of the cache.
 
     TensorRT for RTX builds for any of its GPUs, without one in this machine; TensorRT builds for the GPU in this machine.
     OpenVINO otherwise compiles in the first process; built ahead of time, its transformer also gets exact batches, which
     run faster.
 
-    The precision is that of the bundle. BUNDLE defaults to $TPX_BUNDLE, else bundles/shapes.
+    An engine has the precision of its bundle, except that openvino-bf16 computes in bf16. BUNDLE defaults to $TPX_BUNDLE, else bundles/shapes.
     """
     check_engine(engine)
     from tpx_runtime.bundle import Bundle
@@ -54,6 +59,7 @@ def main(bundle: str | None, engine: str, batch: str, gpu: str | None, folder: P
     from .target import parse_batch
 
     rows, opened = parse_batch(batch), Bundle.open(find_bundle(bundle))
+    check_precision(opened, precision)
     if engine in OPENVINO:
         reject_options(engine, {"--gpu": gpu, "--cache": folder})
         build_openvino(opened, engine, rows)
@@ -130,6 +136,16 @@ def check_engine(name: str) -> None:
             "which needs no build; run the bundle as it is"
         )
     raise BadInput(f"expected --engine of {', '.join(BUILT_AHEAD)}, found {shorten(name)}")
+
+
+def check_precision(bundle: "Bundle", requested: str | None) -> None:
+    """Raise BadInput if the bundle has another precision than the requested one."""
+    found = bundle.manifest.precision
+    if requested not in (None, found):
+        raise BadInput(
+            f"expected a bundle in {shorten(requested)}, because engines have the precision of their bundle, found "
+            f"{bundle.root} in {found}; export another with `tpx-export --precision`, or choose the engine openvino-bf16"
+        )
 
 
 def reject_options(engine: str, given: dict[str, object]) -> None:

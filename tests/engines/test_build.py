@@ -257,6 +257,10 @@ def test_rejects_an_invalid_batch_range(text: str) -> None:
             ["--engine", "openvino", "--gpu", "sm89"],
             "expected --gpu only with tensorrt-rtx or tensorrt, found it",
         ),
+        (
+            ["--gpu", "sm89", "--precision", "int8"],
+            "expected a bundle in 'int8', because engines have the precision of their bundle, found ",
+        ),
     ],
 )
 def test_rejects_invalid_arguments(
@@ -267,6 +271,13 @@ def test_rejects_invalid_arguments(
     assert result.stderr.startswith("error: expected ")
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+def test_the_precision_of_the_bundle_may_be_named(
+    builder: FakeBuilder, tpx_build: Callable[..., Result]
+) -> None:
+    assert tpx_build("--gpu", "sm89", "--precision", "fp32").exit_code == 0
+    assert builder.built
 
 
 def test_openvino_rejects_the_cache_option(tiny_bundle: Path, tmp_path: Path) -> None:
