@@ -95,7 +95,8 @@ def _apply_like(ctx: click.Context, _: click.Parameter, path: Path | None) -> No
     from .metadata import read_metadata, settings_in
 
     ctx.meta[LIKE_METADATA] = facts = read_metadata(path)
-    ctx.default_map = {**(ctx.default_map or {}), **settings_in(facts)}
+    no_t5 = {"no_t5": True} if facts.get("left_out") else {}
+    ctx.default_map = {**(ctx.default_map or {}), **settings_in(facts), **no_t5}
 
 
 def _warn_other_bundle(facts: dict[str, Any] | None, bundle: "Bundle") -> None:

@@ -36,8 +36,11 @@ class Sample:
 def shared_settings(jobs: Sequence[Settings], edit: Edit | None, manifest: Manifest) -> Settings:
     """The first job, after a check that all jobs have the same LOOP_SETTINGS.
 
-    Raises BadInput if they differ, for jobs of another model, and for a strength without an `edit` or the reverse.
+    Raises BadInput for no jobs, if they differ, for jobs of another model, and for a strength without an `edit` or the
+    reverse.
     """
+    if not jobs:
+        raise BadInput("expected at least one job, found none")
     for job in jobs:
         job.check(manifest)
     for name in LOOP_SETTINGS:

@@ -100,6 +100,9 @@ class LatentSpec:
     scale: float
     shift: float
 
+    def __post_init__(self) -> None:
+        _make_float(self, "scale", "shift")
+
 
 @dataclass(frozen=True)
 class Defaults:
@@ -110,6 +113,9 @@ class Defaults:
     guidance: float
     depth: int
     guidance_interval: tuple[float, float] = ALL_NOISE_LEVELS
+
+    def __post_init__(self) -> None:
+        _make_float(self, "guidance")
 
 
 @dataclass(frozen=True)
@@ -274,6 +280,12 @@ class Manifest:
                 "the file was changed after the export: restore it or export again"
             )
         return manifest
+
+
+def _make_float(spec: object, *names: str) -> None:
+    """Convert fields to float, as `from_json` does: the manifest's hash of 3 and of 3.0 differ."""
+    for name in names:
+        object.__setattr__(spec, name, float(getattr(spec, name)))
 
 
 def _invalid(message: str) -> BundleInvalid:

@@ -24,4 +24,5 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
 def settings_in(facts: dict[str, Any]) -> dict[str, Any]:
     """The part of the metadata that `Generator.plan` takes as arguments."""
-    return {field.name: facts[field.name] for field in fields(Settings) if field.name in facts}
+    names = [*(field.name for field in fields(Settings)), "num_images"]
+    return {name: facts[name] for name in names if name in facts}

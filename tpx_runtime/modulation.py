@@ -13,7 +13,10 @@ from .engine import Arrays, Session, checked_output
 from .manifest import ModelSpec
 from .sampling import Array
 
-MAX_TABLE_BYTES = 64 << 20  # of the rows computed at once: all steps of a small model, several of a large one
+MAX_CALL_BYTES = (
+    64 << 20
+)  # of the rows computed in one call: all steps of a small model, several of a large one
+MAX_TABLE_BYTES = 256 << 20  # of the rows computed while the graph is open, before the transformer is
 
 
 class Conditions:
@@ -58,9 +61,8 @@ class Conditions:
         if timestep not in self._cached:
             if timestep not in self._timesteps:
                 return self._compute([timestep])[0]
-            at_once = max(1, MAX_TABLE_BYTES // (4 * self._width * len(self._distinct)))
-            first = self._timesteps.index(timestep)
-            group = self._timesteps[first : first + at_once]
+            step_bytes, first = 4 * self._width * len(self._distinct), self._timesteps.index(timestep)
+            group = self._timesteps[first : first + max(1, MAX_TABLE_BYTES // step_bytes)]
             self._cached = {}  # released first, so that two tables are never in memory
             self._cached = dict(zip(group, self._compute(group), strict=True))
         return self._cached[timestep]
@@ -69,14 +71,16 @@ class Conditions:
         """The conditions of several steps, [steps, distinct rows, K], and the index [B] of each batch row in them."""
         return np.stack([self._rows_at(timestep) for timestep in timesteps]), self._row
 
-    def _compute(self, timesteps: Sequence[float]) -> Array:
-        """The conditions [len(timesteps), distinct rows, K]."""
-        steps, rows = len(timesteps), len(self._distinct)
-        inputs = {
-            self._timestep_name: np.repeat(np.array(timesteps, np.float32), rows),
-            self._name: np.concatenate([self._distinct] * steps),
-        }
-        conditions: Array = checked_output(
-            self._graph().run(inputs), "conditions", (steps * rows, self._width)
-        )
-        return conditions.reshape(steps, rows, self._width)
+    def _compute(self, timesteps: Sequence[float]) -> list[Array]:
+        """The conditions [distinct rows, K] at each timestep."""
+        graph, rows, computed = self._graph(), len(self._distinct), list[Array]()
+        at_once = max(1, MAX_CALL_BYTES // (4 * self._width * rows))
+        for start in range(0, len(timesteps), at_once):
+            steps = timesteps[start : start + at_once]
+            inputs = {
+                self._timestep_name: np.repeat(np.array(steps, np.float32), rows),
+                self._name: np.concatenate([self._distinct] * len(steps)),
+            }
+            conditions = checked_output(graph.run(inputs), "conditions", (len(steps) * rows, self._width))
+            computed += list(conditions.reshape(len(steps), rows, self._width))
+        return computed

@@ -13,17 +13,17 @@ Advance = Callable[[int, str], None]  # (number of items done, message)
 
 
 @contextmanager
-def progress(label: str, total: int) -> Iterator[Advance]:
-    """Yield a function to call with the number of items done; the remaining time is estimated from this run's speed."""
-    start, first = time.monotonic(), None
+def progress(label: str, total: int, first: int = 0) -> Iterator[Advance]:
+    """Yield a function to call with the number of items done, of which an earlier run did `first`.
+
+    The remaining time is estimated from this run's speed.
+    """
+    start = time.monotonic()
 
     def remaining(done: int) -> str:
-        nonlocal first
-        first = done if first is None else first
-        elapsed = time.monotonic() - start
         if done <= first or done >= total:
             return ""
-        return f"{_duration(elapsed / (done - first) * (total - done))} left"
+        return f"{_duration((time.monotonic() - start) / (done - first) * (total - done))} left"
 
     if sys.stderr.isatty():
         with click.progressbar(

@@ -11,7 +11,7 @@ import click
 
 from tpx_runtime.cli import find_bundle
 from tpx_runtime.command import TpxCommand
-from tpx_runtime.engine import AUTO, ENGINES
+from tpx_runtime.engine import ENGINES
 from tpx_runtime.errors import BadInput, shorten
 
 if TYPE_CHECKING:
@@ -51,7 +51,8 @@ def main(
     OpenVINO otherwise compiles in the first process; built ahead of time, its transformer also gets exact batches, which
     run faster.
 
-    An engine has the precision of its bundle, except that openvino-bf16 computes in bf16. BUNDLE defaults to $TPX_BUNDLE, else bundles/shapes.
+    An engine has the precision of its bundle, except that openvino-bf16 computes in bf16. ONNX Runtime needs no build.
+    BUNDLE defaults to $TPX_BUNDLE, else bundles/shapes.
     """
     check_engine(engine)
     from tpx_runtime.bundle import Bundle
@@ -59,9 +60,12 @@ def main(
     from .target import parse_batch
 
     rows, opened = parse_batch(batch), Bundle.open(find_bundle(bundle))
-    check_precision(opened, precision)
-    if engine in OPENVINO:
+    check_precision(opened, engine, precision)
+    if engine not in TENSORRT:
         reject_options(engine, {"--gpu": gpu, "--cache": folder})
+    if engine not in BUILT_AHEAD:
+        click.echo(f"notice: {engine} needs no build; it runs the bundle as it is", err=True)
+    elif engine in OPENVINO:
         build_openvino(opened, engine, rows)
     else:
         build_tensorrt(opened, engine, rows, gpu, folder)
@@ -127,24 +131,18 @@ def progress_bar() -> "Iterator[ProgressCallback]":
 
 
 def check_engine(name: str) -> None:
-    """Raise BadInput for an unknown engine, or one that is not built ahead of time."""
-    if name in BUILT_AHEAD:
-        return
-    if name in (*ENGINES, AUTO):
-        raise BadInput(
-            f"expected an engine that is built ahead of time ({', '.join(BUILT_AHEAD)}), found {name}, "
-            "which needs no build; run the bundle as it is"
-        )
-    raise BadInput(f"expected --engine of {', '.join(BUILT_AHEAD)}, found {shorten(name)}")
+    """Raise BadInput for an unknown engine."""
+    if name not in ENGINES:
+        raise BadInput(f"expected --engine of {', '.join(BUILT_AHEAD)}, found {shorten(name)}")
 
 
-def check_precision(bundle: "Bundle", requested: str | None) -> None:
-    """Raise BadInput if the bundle has another precision than the requested one."""
-    found = bundle.manifest.precision
+def check_precision(bundle: "Bundle", engine: str, requested: str | None) -> None:
+    """Raise BadInput if the engine would have another precision than the requested one."""
+    found = ENGINES[engine].precision or bundle.manifest.precision
     if requested not in (None, found):
         raise BadInput(
-            f"expected a bundle in {shorten(requested)}, because engines have the precision of their bundle, found "
-            f"{bundle.root} in {found}; export another with `tpx-export --precision`, or choose the engine openvino-bf16"
+            f"expected --precision {found} for engine {engine} and {bundle.root}, found {shorten(requested)}; "
+            "export a bundle in that precision with `tpx-export --precision`, or choose the engine openvino-bf16"
         )
 
 

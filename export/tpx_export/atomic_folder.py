@@ -1,6 +1,6 @@
 """Atomic creation of a bundle's folder: it appears at its path when it is complete, or not at all.
 
-.NAME.PID-TIME.partial ─rename─▶ NAME        an existing NAME is renamed to .NAME.PID-TIME.replaced before, then deleted
+.NAME.PID-TIME.partial/bundle ─rename─▶ NAME        an existing NAME is renamed to .NAME.PID-TIME.replaced before
 """
 
 import glob
@@ -33,12 +33,13 @@ def check_output_folder(out: Path, force: bool) -> None:
 def atomic_folder(out: Path, force: bool = False) -> Iterator[Path]:
     """Yield a new folder, which is renamed to `out` at the end, or deleted if there is an error.
 
-    Anything at `out`, even if it was created in the meantime, is replaced only with `force`. Raises BadInput.
+    Whatever else is put next to the folder that was yielded is deleted in both cases. Anything at `out`, even if it was
+    created in the meantime, is replaced only with `force`. Raises BadInput.
     """
     out = out if out.name else out.resolve()
     _remove_stale(out)
-    folder = out.with_name(f".{out.name}.{os.getpid()}-{time.monotonic_ns():x}.partial")
-    replaced = folder.with_suffix(".replaced")
+    work = out.with_name(f".{out.name}.{os.getpid()}-{time.monotonic_ns():x}.partial")
+    folder, replaced = work / "bundle", work.with_suffix(".replaced")
     try:
         _create(folder)
         yield folder
@@ -48,8 +49,8 @@ def atomic_folder(out: Path, force: bool = False) -> Iterator[Path]:
             out.rename(replaced)
         folder.rename(out)
     except OSError as error:
-        path = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else folder
-        if path != out and not path.is_relative_to(folder):
+        path = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else work
+        if path != out and not path.is_relative_to(work):
             raise BadInput(f"expected to read {path}, found: {error.strerror}; check the path") from error
         raise BadInput(
             f"expected to write {out}, found: {error.strerror}; free some space or choose another path"
@@ -57,7 +58,7 @@ def atomic_folder(out: Path, force: bool = False) -> Iterator[Path]:
     finally:
         if replaced.exists() and not out.exists():
             replaced.rename(out)
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(work, ignore_errors=True)
         if replaced.is_symlink():
             replaced.unlink()
         shutil.rmtree(replaced, ignore_errors=True)

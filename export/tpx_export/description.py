@@ -7,6 +7,8 @@ from tpx_export.pipeline import Pipeline
 from tpx_export.precision import tolerance_of
 from tpx_runtime import __version__
 from tpx_runtime.bundle import Manifest, describe_files
+from tpx_runtime.sampling import TRAIN_TIMESTEPS
+from tpx_runtime.sampling.diffusion import FIRST_BETA, LAST_BETA
 
 
 def build_manifest(pipeline: Pipeline, depths: tuple[int, ...], precision: str, folder: Path) -> Manifest:
@@ -31,16 +33,16 @@ def scheduler_config(pipeline: Pipeline) -> dict[str, object]:
         learned = pipeline.model.out_channels > pipeline.model.latent_channels
         return {
             "_class_name": "DDPMScheduler",
-            "num_train_timesteps": 1000,
-            "beta_start": 1e-4,
-            "beta_end": 0.02,
+            "num_train_timesteps": TRAIN_TIMESTEPS,
+            "beta_start": FIRST_BETA,
+            "beta_end": LAST_BETA,
             "beta_schedule": "linear",
             "variance_type": "learned_range" if learned else "fixed_large",
             "clip_sample": False,
         }
     return {
         "_class_name": "FlowMatchEulerDiscreteScheduler",
-        "num_train_timesteps": 1000,
+        "num_train_timesteps": TRAIN_TIMESTEPS,
         "shift": pipeline.shift,
         "use_dynamic_shifting": False,
     }

@@ -35,7 +35,6 @@ from tpx_export.quantise.quantiser import (
     Quantiser,
     Tasks,
     complete_fp32_bundle,
-    temporary_fp32_folder,
 )
 from tpx_export.quantise.verdict import Refused, rejection
 from tpx_export.routing import routing_variants
@@ -98,7 +97,8 @@ def export_bundle(
     int8_tasks = quantiser.task_count(depths) if quantiser else 0
     tasks = _Tasks(progress, total=len(pipeline.text) + len(depths) + 5 + int8_tasks)
     golden: Golden = {}
-    with atomic_folder(out, force) as folder, temporary_fp32_folder(folder) as fp32:
+    with atomic_folder(out, force) as folder:
+        fp32 = folder.with_name("fp32")  # deleted with the folder that both are in
         output = _Output(folder, fp32, quantiser)
         for part in pipeline.text:
             with tasks(part.spec.folder.replace("_", " ")):
@@ -113,8 +113,9 @@ def export_bundle(
         if (graph := step_graph(pipeline.model)) is not None:
             onnx.save_model(graph, folder / STEP)
         with tasks("hashes"):
-            bundle = Bundle(folder, build_manifest(pipeline, depths, precision, folder))
-        (folder / MANIFEST).write_text(bundle.manifest.to_json(), encoding="utf-8")
+            manifest = build_manifest(pipeline, depths, precision, folder)
+        (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+        bundle = Bundle.open(folder, verify=False)  # not what was meant, but what a user will open
         # Tracing leaves the modules in reference cycles, and the engines need their memory.
         gc.collect()
         with tasks("verification"):

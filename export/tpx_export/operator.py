@@ -33,12 +33,11 @@ def _chunk(x: Any, chunks: int, dim: int = 0) -> Any:
     return _op.Split(x, axis=dim, num_outputs=chunks)
 
 
-def _attention(
-    q: Any, k: Any, v: Any, mask: Any = None, dropout: float = 0.0, is_causal: bool = False, **rest: Any
-) -> Any:
-    assert mask is None and not dropout and not is_causal, (
-        "only attention without mask and dropout is supported"
-    )
+def _attention(q: Any, k: Any, v: Any, *rest: Any, **options: Any) -> Any:
+    for value in (*rest, *options.values()):  # mask, dropout, is_causal, scale, enable_gqa
+        assert value is None or (isinstance(value, bool | float) and not value), (
+            "only attention without mask, dropout and other options is supported"
+        )
     scale = _op.CastLike(_op.Constant(value_float=float(q.shape[-1]) ** -0.5), q)
     scores = _op.MatMul(_op.Mul(q, scale), _op.Transpose(k, perm=[0, 1, 3, 2]))
     if q.dtype == ir.DataType.FLOAT16:

@@ -248,18 +248,18 @@ def test_rejects_an_invalid_batch_range(text: str) -> None:
         (["--gpu", "sm90"], "expected --gpu of sm75, sm80, sm86, sm89, sm120, sm121, found 'sm90'"),
         (["--gpu", "89"], "expected --gpu of sm75"),
         (
-            ["--engine", "onnxruntime"],
-            "built ahead of time (tensorrt-rtx, tensorrt, openvino, openvino-bf16), found onnxruntime, which needs no build",
+            ["--engine", "auto"],
+            "expected --engine of tensorrt-rtx, tensorrt, openvino, openvino-bf16, found 'auto'",
         ),
-        (["--engine", "auto"], "openvino, openvino-bf16), found auto"),
         (["--engine", "tensorflow"], "expected --engine of tensorrt-rtx, tensorrt, openvino"),
         (
             ["--engine", "openvino", "--gpu", "sm89"],
             "expected --gpu only with tensorrt-rtx or tensorrt, found it",
         ),
+        (["--precision", "int8"], "expected --precision fp32 for engine tensorrt-rtx and "),
         (
-            ["--gpu", "sm89", "--precision", "int8"],
-            "expected a bundle in 'int8', because engines have the precision of their bundle, found ",
+            ["--engine", "openvino-bf16", "--precision", "fp32"],
+            "expected --precision bf16 for engine openvino-bf16",
         ),
     ],
 )
@@ -276,8 +276,14 @@ def test_rejects_invalid_arguments(
 def test_the_precision_of_the_bundle_may_be_named(
     builder: FakeBuilder, tpx_build: Callable[..., Result]
 ) -> None:
-    assert tpx_build("--gpu", "sm89", "--precision", "fp32").exit_code == 0
+    assert tpx_build("--precision", "fp32").exit_code == 0
     assert builder.built
+
+
+def test_onnxruntime_needs_no_build(tiny_bundle: Path) -> None:
+    result = CliRunner().invoke(main, [str(tiny_bundle), "--engine", "onnxruntime"])
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert result.stderr == "notice: onnxruntime needs no build; it runs the bundle as it is\n"
 
 
 def test_openvino_rejects_the_cache_option(tiny_bundle: Path, tmp_path: Path) -> None:

@@ -309,7 +309,7 @@ def test_bundle_is_replaced_completely_or_kept(tmp_path: Path, monkeypatch: pyte
     rename = Path.rename
 
     def rename_on_full_disk(path: Path, target: Path) -> Path:
-        if path.suffix == ".partial":
+        if path.parent.suffix == ".partial":
             raise OSError(28, "No space left on device")
         return rename(path, target)
 
@@ -323,6 +323,8 @@ def test_bundle_is_replaced_completely_or_kept(tmp_path: Path, monkeypatch: pyte
     assert (entry_names(tmp_path), entry_names(out)) == (["bundle"], ["old"])
     with atomic_folder(out, force=True) as folder:
         (folder / "new").touch()
+        for temporary in ("fp32", "bundle.engines"):
+            folder.with_name(temporary).mkdir()
     assert (entry_names(tmp_path), entry_names(out)) == (["bundle"], ["new"])
 
 

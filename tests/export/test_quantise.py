@@ -677,14 +677,15 @@ def test_calibration_prompts_are_encoded_in_float32(tiny_model: TextToImage) -> 
     """Also those of a model stored in half precision."""
     pipeline = Pipeline.from_model(tiny_model)
     [part] = pipeline.text
-    half, inputs = (
-        part.load().half(),
-        [CalibrationInputs(("a red cube",)), CalibrationInputs(("a red cube",))],
-    )
-    inputs[0].add_text_encoder(part, half)
-    inputs[1].add_text_encoder(part, half.float())
-    np.testing.assert_array_equal(inputs[0].text_outputs[0][0], inputs[1].text_outputs[0][0])
-    assert text_golden(part, half)[f"{part.spec.folder}.context"].dtype == np.float32
+    half = part.load().half()
+    single = copy.deepcopy(half).float()
+    of_half, of_single = CalibrationInputs(("a red cube",)), CalibrationInputs(("a red cube",))
+    of_half.add_text_encoder(part, half)
+    of_single.add_text_encoder(part, single)
+    np.testing.assert_array_equal(of_half.text_outputs[0][0], of_single.text_outputs[0][0])
+    name = f"{part.spec.folder}.context"
+    np.testing.assert_array_equal(text_golden(part, half)[name], text_golden(part, single)[name])
+    assert text_golden(part, half)[name].dtype == np.float32
 
 
 def test_refused_exception_carries_the_summary() -> None:

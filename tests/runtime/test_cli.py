@@ -288,6 +288,15 @@ def test_like_reproduces_an_image_from_its_metadata(default_bundle: Path) -> Non
     assert "notice" not in again.stderr
 
 
+def test_like_reproduces_a_grid(default_bundle: Path) -> None:
+    assert run(PROMPT, "--steps", 2, "-n", 3, "--out", "a.png").exit_code == 0
+    assert run("--like", "a.png", "--out", "b.png").exit_code == 0
+    assert run("--like", "a.png", "-n", 1, "--out", "c.png").exit_code == 0
+    with Image.open("a.png") as grid, Image.open("b.png") as again, Image.open("c.png") as single:
+        np.testing.assert_array_equal(np.asarray(again), np.asarray(grid))
+        assert single.size < grid.size
+
+
 def test_prompts_of_a_file_take_the_other_settings_of_the_image(
     default_bundle: Path, prompts_txt: Path
 ) -> None:
@@ -632,6 +641,9 @@ def test_no_t5_leaves_out_the_t5_encoder(three_encoders: Path, monkeypatch: pyte
     assert not any(name.startswith("text_encoder_3") for name in engine.opened)
     with Image.open("red-cube-0.png") as image:
         assert json.loads(image.text["tpx"])["left_out"] == ["text_encoder_3"]
+    engine.opened.clear()
+    assert run("--like", "red-cube-0.png", "--bundle", three_encoders, "--out", "again.png").exit_code == 0
+    assert not any(name.startswith("text_encoder_3") for name in engine.opened)
     assert run("red cube", "--bundle", three_encoders, "--out", "whole.png").exit_code == 0
     assert any(name.startswith("text_encoder_3") for name in engine.opened)
 

@@ -185,6 +185,16 @@ class TestCuda:
         with pytest.raises(EngineUnavailable, match=r"found one without; .*pip install 'tpx\[gpu\]'"):
             resolve("onnxruntime-cuda")
 
+    def test_an_old_version_is_reported(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        import onnxruntime
+
+        monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+        monkeypatch.setattr(onnxruntime, "__version__", "1.29.1")
+        with pytest.raises(
+            EngineUnavailable, match=r"expected onnxruntime 1\.30 or later .*, found 1\.29\.1; "
+        ):
+            resolve("onnxruntime-cuda")
+
     def test_a_missing_driver_is_reported(self, monkeypatch: pytest.MonkeyPatch) -> None:
         import onnxruntime
 

@@ -181,6 +181,15 @@ def test_dpg_reads_a_folder_of_text_files_like_json_lines(
     assert hashes(tmp_path / "a") == hashes(tmp_path / "b")
 
 
+def test_dpg_rejects_a_folder_named_like_a_text_file(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "prompts/item.txt").mkdir(parents=True)
+    result = run("dpg", tmp_path / "out", prompts_at=tmp_path / "prompts")
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert result.stderr.startswith(
+        f"error: expected a prompt in {tmp_path / 'prompts/item.txt'}, found: Is a dir"
+    )
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_resumed_run_keeps_complete_images_and_regenerates_the_rest(
     run: Run, engine: FakeEngine, tmp_path: Path, command: str

@@ -95,6 +95,23 @@ def test_openvino_sends_no_event_and_stores_no_client_id(tmp_path: Path, first: 
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("module", ["samples.shapes.parser", "samples.demo", "benchmarks.openvino_profile"])
+def test_samples_and_benchmarks_disable_telemetry_before_they_import_an_engine(
+    module: str, tmp_path: Path
+) -> None:
+    code = f"""
+import importlib.abc, os, sys
+class Watch(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name in ("onnxruntime", "openvino"):
+            assert os.environ.get("ORT_DISABLE_TELEMETRY") == "1" and "openvino_telemetry" in sys.modules
+os.environ.pop("ORT_DISABLE_TELEMETRY", None)
+sys.meta_path.insert(0, Watch())
+import {module}
+"""
+    assert module in loaded_after(code, tmp_path)
+
+
 def test_importing_the_command_line_imports_neither_numpy_nor_an_engine(tmp_path: Path) -> None:
     loaded = loaded_after("import tpx_runtime.cli", tmp_path)
     assert "click" in loaded

@@ -39,6 +39,13 @@ def test_round_trip_through_json(manifest: Manifest) -> None:
     assert Manifest.from_json(text).to_json() == text
 
 
+def test_whole_numbers_in_python_are_the_floats_of_the_file() -> None:
+    whole = replace(
+        GOOD, latent=replace(GOOD.latent, scale=2, shift=0), defaults=replace(GOOD.defaults, guidance=3)
+    )
+    assert Manifest.from_json(whole.to_json()) == whole
+
+
 def test_equality_and_hash_do_not_depend_on_the_json_layout() -> None:
     facts = json.loads(GOOD.to_json())
     shuffled = json.dumps(dict(reversed(facts.items())), separators=(",", ":"))

@@ -87,6 +87,22 @@ def test_a_table_over_the_size_limit_is_computed_a_few_steps_at_a_time(
     assert [len(inputs["timestep"]) for _, inputs in graph.calls] == calls
 
 
+def test_a_table_of_several_calls_opens_the_graph_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then the transformer need not be in memory together with it."""
+    monkeypatch.setattr(modulation, "MAX_CALL_BYTES", 3 * 4 * MODEL.conditions_width * len(POOLED))
+    opened: list[FakeSession] = []
+
+    def open_graph() -> FakeSession:
+        opened.append(session())
+        return opened[-1]
+
+    table = Conditions(open_graph, MODEL, {"pooled": POOLED}, TIMES)
+    for timestep in TIMES:
+        np.testing.assert_array_equal(table.for_timestep(timestep), expected({"pooled": POOLED}, timestep))
+    [graph] = opened
+    assert [len(inputs["timestep"]) for _, inputs in graph.calls] == [12, 4]
+
+
 def test_an_unplanned_timestep_is_exact_and_does_not_change_the_table() -> None:
     graph = session()
     table = Conditions(lambda: graph, MODEL, {"pooled": POOLED}, TIMES)

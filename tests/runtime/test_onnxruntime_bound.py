@@ -147,6 +147,22 @@ def test_each_set_of_shapes_is_captured_once_after_its_outputs_are_bound(graphs:
     assert len(session_spy.released) == (MAX_BUFFER_SETS + 1 if graphs else 0)
 
 
+def test_an_error_of_the_engine_is_not_replaced_by_one_of_releasing_its_graphs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    session_spy, y = RecordingSession(), np.ones(2, np.float32)
+    bound = BoundSession(session_spy, Path("add.onnx"), "cpu", graphs=True)
+    bound.run({"x": np.ones((1, 2), np.float32), "y": y})
+    monkeypatch.setattr(session_spy, "release_captured_graph", lambda graph: [][graph])
+    with pytest.raises(EngineFailed, match="could not run it"):
+        bound.run({"x": np.ones((1, 2), np.float32)})
+
+
+def test_the_installed_onnxruntime_can_release_a_graph() -> None:
+    """The sessions of these tests replace the method."""
+    assert callable(ort.InferenceSession.release_captured_graph)
+
+
 @pytest.fixture
 def requested_providers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The providers passed to a fake InferenceSession, which cannot capture large.onnx."""

@@ -15,6 +15,7 @@ from .onnxruntime_bound import FATAL_ONLY, BoundSession
 from .onnxruntime_loop import DeviceLoop
 from .session import Arrays, Session, engine_errors
 
+MIN_CUDA_VERSION = (1, 30)  # the first that can release a captured CUDA graph
 PROVIDERS = {"onnxruntime": "CPUExecutionProvider", "onnxruntime-cuda": "CUDAExecutionProvider"}
 
 
@@ -26,6 +27,11 @@ def problem(engine_name: str) -> str | None:
             "without; replace it: `pip uninstall onnxruntime`, then `pip install 'tpx[gpu]'`"
         )
     if engine_name == "onnxruntime-cuda":
+        if tuple(map(int, ort.__version__.split(".")[:2])) < MIN_CUDA_VERSION:
+            return (
+                f"expected onnxruntime {'.'.join(map(str, MIN_CUDA_VERSION))} or later for engine {engine_name}, found "
+                f"{ort.__version__}; install it with `pip install --upgrade 'tpx[gpu]'`"
+            )
         try:
             Driver()
         except EngineUnavailable as error:

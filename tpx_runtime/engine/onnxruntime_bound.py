@@ -8,7 +8,7 @@ again, and with `graphs` ONNX Runtime captures all launches of such a call in on
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,8 @@ class BoundSession:
             try:
                 yield
             except BaseException:
-                self._release(len(self._bound))
+                with suppress(Exception):  # the first error says more
+                    self._release(len(self._bound))
                 raise
 
     def buffers(self, inputs: Arrays, shared: DeviceValues | None = None) -> "Buffers":

@@ -67,7 +67,7 @@ def read_dpg(path: Path) -> list[Item]:
     """Items of dpg_prompts.jsonl or of a folder of `<item_id>.txt`, with unchanged prompts. Raises BadInput."""
     if os.path.isdir(path):  # unlike Path.is_dir, does not raise for names that are too long
         files = sorted(path.glob("*.txt"))
-        items = [Item(file.stem, _text(_content(file), str(file))) for file in files]
+        items = [Item(file.stem, _text(_content(file, "a prompt"), str(file))) for file in files]
         if not items:
             raise BadInput(f"expected files <item_id>.txt in {path}, found none; name DPG-Bench's prompts")
     else:
@@ -88,10 +88,7 @@ def read_dpg(path: Path) -> list[Item]:
 
 def _json_lines(path: Path, what: str, keys: Sequence[str]) -> list[tuple[bytes, dict[str, Any]]]:
     """Each line without its line break, and its JSON object, in which `keys` are strings. Raises BadInput."""
-    try:
-        lines = [line for line in _content(path).splitlines() if line.strip()]
-    except OSError as error:
-        raise BadInput(f"expected {what} in {path}, found: {error.strerror}; name that file") from None
+    lines = [line for line in _content(path, what).splitlines() if line.strip()]
     found = []
     for number, line in enumerate(lines, start=1):
         try:
@@ -109,9 +106,12 @@ def _json_lines(path: Path, what: str, keys: Sequence[str]) -> list[tuple[bytes,
     return found
 
 
-def _content(path: Path) -> bytes:
-    """The bytes of a file without a byte-order mark. Raises OSError."""
-    return path.read_bytes().removeprefix(BOM_UTF8)
+def _content(path: Path, what: str) -> bytes:
+    """The bytes of a file without a byte-order mark. Raises BadInput, whose message says `what` was expected in it."""
+    try:
+        return path.read_bytes().removeprefix(BOM_UTF8)
+    except OSError as error:
+        raise BadInput(f"expected {what} in {path}, found: {error.strerror}; name that file") from None
 
 
 def _text(raw: bytes, where: str) -> str:

@@ -3,8 +3,8 @@
 import contextlib
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -137,17 +137,6 @@ class Quantiser:
             score=score_report,
             sizes={name: (fp32.weight_bytes(name), int8.weight_bytes(name)) for name in folders},
         )
-
-
-@contextmanager
-def temporary_fp32_folder(folder: Path) -> Iterator[Path]:
-    """Yield a hidden folder next to `folder` for the fp32 bundle; at the end delete it and the engine caches of both."""
-    fp32 = folder.with_suffix(".fp32")
-    try:
-        yield fp32
-    finally:
-        for leftover in (fp32, *(path.with_name(f"{path.name}.engines") for path in (fp32, folder))):
-            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def complete_fp32_bundle(fp32: Path, int8: Bundle, pipeline: Pipeline) -> Bundle:

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 from tpx_export.training.data import Conditioning
 from tpx_export.training.frozen import predict
+from tpx_runtime.sampling import TRAIN_TIMESTEPS
+from tpx_runtime.sampling.diffusion import FIRST_BETA, LAST_BETA
 
-_BETA = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+_BETA = torch.linspace(FIRST_BETA, LAST_BETA, TRAIN_TIMESTEPS, dtype=torch.float64)
 _ABAR = torch.cumprod(1 - _BETA, 0)
 _ABAR_PREVIOUS = torch.cat([torch.ones(1, dtype=torch.float64), _ABAR[:-1]])
 _POSTERIOR = _BETA * (1 - _ABAR_PREVIOUS) / (1 - _ABAR)  # variance of q(x_{t-1} | x_t, x0)

@@ -95,7 +95,7 @@ def fit(job: Job, steps: int, state_path: Path, identity: dict[str, Any]) -> Out
 def _train(job: Job, run: state.Run, steps: int, save: Callable[[], None], state_path: Path) -> None:
     losses: list[float] = []
     last_save, first = time.monotonic(), run.step
-    with deferred_interrupts() as interrupted, progress("training", steps) as advance:
+    with deferred_interrupts() as interrupted, progress("training", steps, first) as advance:
         while run.step < steps:
             losses = [*losses[1 - _LOSS_WINDOW :], train_step(job, run)]
             advance(run.step, f"loss {sum(losses) / len(losses):.4f}")
