@@ -7,36 +7,13 @@ import stat
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
-from .engine import GraphVariant
 from .errors import BundleInvalid
-from .manifest import (
-    FORMAT,
-    FORMAT_VERSION,
-    Defaults,
-    EncoderSpec,
-    FileEntry,
-    LatentSpec,
-    Manifest,
-    ModelSpec,
-    Tolerance,
-)
+from .manifest import EncoderSpec, FileEntry, Manifest
 
-__all__ = [
-    "FORMAT",
-    "FORMAT_VERSION",
-    "MANIFEST",
-    "Bundle",
-    "Defaults",
-    "EncoderSpec",
-    "FileEntry",
-    "LatentSpec",
-    "Manifest",
-    "ModelSpec",
-    "Tolerance",
-    "describe_files",
-    "hash_file",
-]
+# Variants of a transformer graph: tpx::RoutedLora as one node; float16 attention as one node too; standard operators only.
+GraphVariant = Literal["operator", "fused", "plain"]
 
 MANIFEST = "manifest.json"
 VOCABULARY = "vocab.json"  # in the folder of a tokenizer
@@ -57,7 +34,7 @@ def transformer_name(depth: int, variant: GraphVariant = "operator") -> str:
 
 
 def hash_file(path: Path) -> str:
-    """SHA-256 of a file's contents, in lower-case hex."""
+    """SHA-256 of a file's contents, in lower-case hex. Raises OSError."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

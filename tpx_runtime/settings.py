@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 
 from . import __version__
-from .bundle import Manifest
 from .errors import BadInput, shorten
-from .manifest import ALL_NOISE_LEVELS
+from .manifest import ALL_NOISE_LEVELS, Manifest
 from .noise import MAX_SEED
 from .sampling import SAMPLERS_FOR, TRAIN_TIMESTEPS
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tpx_runtime.bundle import Bundle
-from tpx_runtime.engine import GraphVariant, engine_errors, one_line, resolve
+from tpx_runtime.bundle import Bundle, GraphVariant
+from tpx_runtime.engine import engine_errors, one_line, resolve
 from tpx_runtime.errors import BadInput, Cancelled, EngineFailed
 
 from .build import BuildResult, ProgressCallback

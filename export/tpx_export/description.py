@@ -6,7 +6,8 @@ from pathlib import Path
 from tpx_export.pipeline import Pipeline
 from tpx_export.precision import tolerance_of
 from tpx_runtime import __version__
-from tpx_runtime.bundle import Manifest, describe_files
+from tpx_runtime.bundle import describe_files
+from tpx_runtime.manifest import Manifest
 from tpx_runtime.sampling import TRAIN_TIMESTEPS
 from tpx_runtime.sampling.diffusion import FIRST_BETA, LAST_BETA
 

@@ -52,9 +52,10 @@ from tpx_runtime.bundle import (
     VAE_ENCODER,
     VOCABULARY,
     Bundle,
+    GraphVariant,
     transformer_name,
 )
-from tpx_runtime.engine import GraphVariant, resolve
+from tpx_runtime.engine import resolve
 from tpx_runtime.errors import BadInput
 from tpx_runtime.sampling import Array
 from tpx_runtime.verify import (

@@ -35,12 +35,6 @@ def base_fingerprint(path: Path, components: Path | None = None, exclude: Collec
     return digest.hexdigest()
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a whole file. Raises OSError."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _files(root: Path, exclude: Collection[Path]) -> list[Path]:
     # Only a folder with a config.json is itself a part of a model.
     top_level = root.glob("*" if (root / "config.json").exists() else "model_index.json")

@@ -26,8 +26,8 @@ from tpx_export.operator import DOMAIN, NAME
 from tpx_export.pipeline import Pipeline
 from tpx_export.precision import TOLERANCES
 from tpx_export.routing import MAX_MASKED_WORK, masked, routing_variants
-from tpx_runtime.bundle import CONDITIONS, Bundle, transformer_name
-from tpx_runtime.engine import ENGINES, GraphVariant, resolve
+from tpx_runtime.bundle import CONDITIONS, Bundle, GraphVariant, transformer_name
+from tpx_runtime.engine import ENGINES, resolve
 from tpx_runtime.errors import BadInput, EngineFailed
 from tpx_runtime.generator import Generator
 from tpx_runtime.verify import verify_bundle

@@ -19,11 +19,12 @@ from tpx_runtime.bundle import (
     VAE_DECODER,
     VAE_ENCODER,
     Bundle,
+    GraphVariant,
     describe_files,
     transformer_name,
 )
 from tpx_runtime.conditioning import combine
-from tpx_runtime.engine import Arrays, GraphVariant
+from tpx_runtime.engine import Arrays
 from tpx_runtime.manifest import Defaults, EncoderSpec, LatentSpec, Manifest, ModelSpec, Tolerance
 
 Function = Callable[[Arrays], Arrays]

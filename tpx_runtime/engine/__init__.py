@@ -9,7 +9,7 @@ Each engine's module (onnxruntime, openvino, tensorrt) is imported when the engi
 """
 
 from .loop import Loop, LoopPlan
-from .registry import AUTO, ENGINES, NO_USABLE_ENGINE, Engine, GraphVariant, resolve
+from .registry import AUTO, ENGINES, NO_USABLE_ENGINE, Engine, resolve
 from .session import Arrays, Session, checked_output, engine_errors, one_line, require_output
 
 __all__ = [
@@ -18,7 +18,6 @@ __all__ = [
     "NO_USABLE_ENGINE",
     "Arrays",
     "Engine",
-    "GraphVariant",
     "Loop",
     "LoopPlan",
     "Session",

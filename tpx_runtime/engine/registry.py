@@ -6,13 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from ..bundle import GraphVariant
 from ..errors import BadInput, EngineUnavailable, shorten
 from .environment import device_loop_requested
 from .loop import Loop, LoopPlan
 from .session import Session, one_line
-
-# Variants of a transformer graph: tpx::RoutedLora as one node; float16 attention as one node too; standard operators only.
-GraphVariant = Literal["operator", "fused", "plain"]
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from tpx_runtime.bundle import Bundle
+from tpx_runtime.bundle import Bundle, GraphVariant
 from tpx_runtime.denoising import Batch, Denoiser, Routes
-from tpx_runtime.engine import Arrays, Engine, GraphVariant
+from tpx_runtime.engine import Arrays, Engine
 from tpx_runtime.generator import Generator
 from tpx_runtime.graphs import Graphs
 from tpx_runtime.guidance import apply_guidance

@@ -7,11 +7,11 @@ import click
 import torch
 from torch import Tensor, nn
 
-from tpx_export.fingerprint import file_sha256
 from tpx_export.pipeline import Pipeline, TextPart
 from tpx_export.precision import in_float32
 from tpx_export.training.cache import Cache, key
 from tpx_export.training.images import Example
+from tpx_runtime.bundle import hash_file
 from tpx_runtime.editing import to_pixels
 from tpx_runtime.errors import BadInput
 from tpx_runtime.input_images import flatten_to_rgb, load_image, resize_and_crop
@@ -37,7 +37,7 @@ def encode_images(
     size, keys = pipeline.model.image_size_px, {}
     for example in examples:
         try:
-            keys[example] = key("latents", base, size, file_sha256(example.path))
+            keys[example] = key("latents", base, size, hash_file(example.path))
         except OSError as error:
             _report_broken(f"expected an image in {example.path}, found: {error.strerror}", skip_broken)
     missing = list({name: example for example, name in keys.items() if name not in cache}.items())
