@@ -252,6 +252,7 @@ def run(
         edit = generator.edit(input_image, input_mask) if input_image else None
     _print_engine(generator.engine, engine)
     with (
+        warnings_as_notices(),
         _print_paths_on_exit() as written,
         click.progressbar(length=1, label="denoising", file=sys.stderr) as bar,
     ):

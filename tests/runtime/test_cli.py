@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -633,6 +634,21 @@ def test_rejects_options_that_do_not_fit_a_class_conditional_bundle(
 
 
 # tpx-run: several text encoders
+
+
+def test_a_warning_of_the_engine_is_one_notice(three_encoders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = use_engine(monkeypatch, FakeEngine(manifest=THREE_ENCODERS))
+    open_graph = engine.open
+
+    def open_with_warning(path: Path) -> object:
+        warnings.warn("runs without\na CUDA graph", UserWarning, stacklevel=2)
+        return open_graph(path)
+
+    monkeypatch.setattr(engine, "open", open_with_warning)
+    result = run("red cube", "--bundle", three_encoders)
+    assert (result.exit_code, result.stdout) == (0, "red-cube-0.png\n")
+    assert result.stderr.splitlines().count("notice: runs without a CUDA graph") == 1
+    assert "Warning" not in result.stderr
 
 
 def test_no_t5_leaves_out_the_t5_encoder(three_encoders: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """ONNX Runtime, on the CPU (`onnxruntime`) or on an NVIDIA GPU (`onnxruntime-cuda`)."""
 
+import warnings
 from contextlib import redirect_stdout
 from functools import cache
 from io import StringIO
@@ -13,7 +14,7 @@ from .environment import cuda_graphs_requested, requested_threads
 from .loop import LoopPlan
 from .onnxruntime_bound import FATAL_ONLY, BoundSession
 from .onnxruntime_loop import DeviceLoop
-from .session import Arrays, Session, engine_errors
+from .session import Arrays, Session, engine_errors, one_line
 
 MIN_CUDA_VERSION = (1, 30)  # the first that can release a captured CUDA graph
 PROVIDERS = {"onnxruntime": "CPUExecutionProvider", "onnxruntime-cuda": "CUDAExecutionProvider"}
@@ -37,6 +38,10 @@ def problem(engine_name: str) -> str | None:
         except EngineUnavailable as error:
             return f"{error}; engine {engine_name} needs it, use the engine onnxruntime"
     return None
+
+
+class CudaGraphUnavailable(UserWarning):
+    """Warning: ONNX Runtime cannot capture a graph, or runs a part of it on the CPU, and launches its kernels one by one."""
 
 
 class OrtSession:
@@ -77,8 +82,8 @@ def _load(path: Path, provider: str, provider_options: dict[str, str]) -> ort.In
 def _open_on_gpu(path: Path) -> BoundSession:
     """Load the graph with inputs and outputs bound to GPU memory; each set of shapes is launched as one CUDA graph.
 
-    Kernels are launched one by one with TPX_CUDA_GRAPHS=0, and if ONNX Runtime cannot capture the graph. In the latter
-    case TPX_CUDA_GRAPHS=1 raises EngineFailed instead.
+    Kernels are launched one by one with TPX_CUDA_GRAPHS=0, and, with a CudaGraphUnavailable warning, if ONNX Runtime cannot
+    capture the graph. In the latter case TPX_CUDA_GRAPHS=1 raises EngineFailed instead.
     """
     _preload_libraries()
     provider, requested = PROVIDERS["onnxruntime-cuda"], cuda_graphs_requested()
@@ -88,11 +93,13 @@ def _open_on_gpu(path: Path) -> BoundSession:
         try:
             graphs = requested is not False
             session = _load(path, provider, provider_options | ({"enable_cuda_graph": "1"} if graphs else {}))
-        except Exception:
+        except Exception as error:
             # ONNX Runtime has no exception type for "cannot be captured"; any other error occurs again without graphs.
             if requested is not None:
                 raise
             graphs, session = False, _load(path, provider, provider_options)
+            message = f"{path} runs without a CUDA graph, which takes longer: {one_line(error)}"
+            warnings.warn(message, CudaGraphUnavailable, stacklevel=2)
     if provider not in session.get_providers():
         raise EngineUnavailable(
             f"expected {provider} for engine onnxruntime-cuda, found that onnxruntime fell back to "
