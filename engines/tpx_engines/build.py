@@ -96,15 +96,13 @@ def _weight_bytes(bundle: Bundle, path: Path) -> int:
     )
 
 
-def check_memory(tasks: Sequence[BuildTask]) -> None:
-    """Raise EngineUnavailable, naming the graph, if there is too little memory: the system would kill the build."""
-    task = max(tasks, key=lambda task: task.weight_bytes)
-    need, have = BASE_BYTES + BYTES_PER_WEIGHT_BYTE * task.weight_bytes, available_bytes()
+def check_memory(graph: str, weight_bytes: int, factor: float, remedy: str) -> None:
+    """Raise EngineUnavailable if a build that takes `factor` times its weights would be killed for want of memory."""
+    need, have = BASE_BYTES + factor * weight_bytes, available_bytes()
     if have is not None and have < need:
         raise EngineUnavailable(
-            f"expected about {need / 1e9:.1f} GB of free memory to build {task.key.graph} "
-            f"({task.weight_bytes / 1e9:.1f} GB of weights), found {have / 1e9:.1f} GB; close other programs, "
-            "or build on a larger machine with --gpu and copy the folder of engines"
+            f"expected about {need / 1e9:.1f} GB of free memory to build {graph} "
+            f"({weight_bytes / 1e9:.1f} GB of weights), found {have / 1e9:.1f} GB; close other programs, or {remedy}"
         )
 
 
@@ -118,7 +116,9 @@ def build_all(
     """
     missing = [task for task in tasks if task.cached_bytes is None]
     if missing:
-        check_memory(missing)
+        largest = max(missing, key=lambda task: task.weight_bytes)
+        remedy = "build on a larger machine with --gpu and copy the folder of engines"
+        check_memory(largest.key.graph, largest.weight_bytes, BYTES_PER_WEIGHT_BYTE, remedy)
         cache.prepare()
     results: list[BuildResult] = []
     message = f"stopped; finished engines are in {cache.folder}, run the same command to continue"

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from tpx_engines import build
 from tpx_engines.cli import format_table
 from tpx_engines.openvino_build import build_ahead
 from tpx_runtime.bundle import Bundle
 from tpx_runtime.engine import ENGINES, openvino, resolve
 from tpx_runtime.engine.openvino_store import UNUSED_SECONDS
 from tpx_runtime.engine.tensorrt_flavours import FLAVOURS
-from tpx_runtime.errors import BadInput, Cancelled, EngineFailed
+from tpx_runtime.errors import BadInput, Cancelled, EngineFailed, EngineUnavailable
 from tpx_runtime.verify import require_ok, verify_bundle
 
 ROWS = ["text_encoder", "transformer conditions"]
@@ -41,6 +42,24 @@ def cache_files(bundle: Bundle) -> dict[str, int]:
     return {str(path): path.stat().st_ino for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.parametrize("rows", [[], [2]])
+def test_refuses_to_compile_without_enough_memory(
+    rows: list[int], bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tiny transformer needs 0.54 GB for the library and 4.2 times its 0.4 MB."""
+    largest = max(bundle.graphs("plain"), key=lambda graph: bundle.weight_bytes(graph.path.parent.name))
+    folder_bytes = sum(
+        path.stat().st_size for path in largest.path.parent.iterdir() if path.suffix != ".onnx"
+    )
+    need = build.BASE_BYTES + 4.2 * (folder_bytes + largest.path.stat().st_size)
+    monkeypatch.setattr(build, "available_bytes", lambda: need - 1)
+    with pytest.raises(
+        EngineUnavailable, match=r"expected about 0\.5 GB of free memory to build transformer .*onnxruntime"
+    ):
+        build_ahead(bundle, "openvino", rows)
+    assert all("transformer.depth" not in name for name in cache_files(bundle))
+
+
 def test_all_graphs_are_compiled_once(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     progress: list[tuple[str, float, int]] = []
     results = build_ahead(
@@ -57,6 +76,7 @@ def test_all_graphs_are_compiled_once(bundle: Bundle, monkeypatch: pytest.Monkey
 
     built_files = cache_files(bundle)
     assert len(built_files) == len(ROWS)
+    monkeypatch.setattr(build, "available_bytes", lambda: 0)  # nothing is compiled again
     second_results = build_ahead(bundle, "openvino", [2])
     assert [(r.graph, r.engine_bytes, r.seconds) for r in second_results] == [
         (r.graph, r.engine_bytes, 0) for r in results
@@ -134,9 +154,11 @@ def test_a_full_disk_leaves_no_partial_file(
         def write(self, content: object) -> int:
             raise OSError(28, "No space left on device")
 
-    def open_on_full_disk(self: Path, mode: str = "r", *rest: object) -> object:
+    def open_on_full_disk(self: Path, mode: str = "r", *rest: object, **options: object) -> object:
         is_first = not list(self.parent.glob("any.*"))
-        return FullDisk() if mode == "w+b" and is_first == (kind == "blob") else real_open(self, mode, *rest)  # type: ignore[call-overload]
+        if mode == "w+b" and is_first == (kind == "blob"):
+            return FullDisk()
+        return real_open(self, mode, *rest, **options)  # type: ignore[call-overload]
 
     monkeypatch.setattr(Path, "open", open_on_full_disk)
     with pytest.raises(BadInput, match=rf"expected to write .*{kind}, found: No space left on device"):
