@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
+from . import options
 from .command import TpxCommand, warnings_as_notices
 from .errors import BadInput, EngineFailed, EngineUnavailable, shorten
+from .options import find_bundle
 
 if TYPE_CHECKING:
     from .bundle import Bundle
@@ -23,48 +25,7 @@ if TYPE_CHECKING:
     from .settings import Settings
     from .verify import PartReport
 
-SAMPLE_BUNDLE = Path("bundles/shapes")
 _PATH = click.Path(path_type=Path)
-_ENGINE_HELP = (
-    "onnxruntime, onnxruntime-cuda, openvino or openvino-bf16; tensorrt-rtx or tensorrt after tpx-build; "
-    "auto selects the first that runs on this machine."
-)
-
-guidance_interval = click.option(
-    "--guidance-interval",
-    type=(float, float),
-    metavar="LOW HIGH",
-    help="Noise levels in 0..1 at which guidance acts; other steps cost half.  [default: the bundle's]",
-)
-guidance_every = click.option(
-    "--guidance-every",
-    type=int,
-    default=1,
-    show_default=True,
-    metavar="N",
-    help="After two fifths of the steps, compute guidance at every Nth step only; the steps between cost half.",
-)
-cache_interval = click.option(
-    "--cache-interval",
-    type=int,
-    default=1,
-    show_default=True,
-    metavar="N",
-    help="After two fifths of the steps, call the model at every Nth step only and reuse its prediction between.",
-)
-
-
-def find_bundle(given: str | None) -> Path:
-    """The path of the bundle: `given`, $TPX_BUNDLE, or the sample's in this folder or checkout. Raises BadInput."""
-    if path := given or os.environ.get("TPX_BUNDLE"):
-        return Path(path)
-    for root in (Path(), Path(__file__).parent.parent):
-        if (root / SAMPLE_BUNDLE).is_dir():
-            return root / SAMPLE_BUNDLE
-    raise BadInput(
-        f"expected a bundle in --bundle, $TPX_BUNDLE or {SAMPLE_BUNDLE}, found none; "
-        "make one with `make demo` or `tpx-export`"
-    )
 
 
 def _print_engine(engine: "Engine", requested: str) -> None:
@@ -150,7 +111,7 @@ def _print_paths_on_exit() -> Iterator[list[Path]]:
     callback=_apply_like,
     help="PNG written by tpx-run whose settings become the defaults of the other options; not its prompt with --prompts.",
 )
-@click.option("--bundle", help="Folder of the bundle.  [default: $TPX_BUNDLE, else bundles/shapes]")
+@options.bundle
 @click.option(
     "--out",
     type=_PATH,
@@ -163,22 +124,18 @@ def _print_paths_on_exit() -> Iterator[list[Path]]:
     show_default=True,
     help="Seed of the first image, or random; each further image adds 1.",
 )
-@click.option("--steps", type=int, help="Denoising steps.  [default: the bundle's]")
-@click.option("--guidance", type=float, help="Guidance scale; 1 is off.  [default: the bundle's]")
-@guidance_interval
-@guidance_every
-@cache_interval
-@click.option(
-    "--sampler", help="euler, heun, dpmpp2m or unipc; ddpm or ddim for class models.  [default: the bundle's]"
-)
-@click.option("--depth", type=int, help="Recursive latent steps (thinking depth).  [default: the bundle's]")
+@options.steps
+@options.guidance
+@options.guidance_interval
+@options.guidance_every
+@options.cache_interval
+@options.sampler
+@options.depth
 @click.option(
     "-n", "num_images", type=int, default=1, show_default=True, help="Number of images; several make a grid."
 )
-@click.option(
-    "--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Images generated at once."
-)
-@click.option("--engine", default="auto", show_default=True, help=_ENGINE_HELP)
+@options.batch_size
+@options.engine
 @click.option(
     "--threads",
     type=click.IntRange(1),
@@ -268,7 +225,7 @@ def run(
 
 @click.command(cls=TpxCommand)
 @click.argument("bundle", required=False)
-@click.option("--engine", default="auto", show_default=True, help=_ENGINE_HELP)
+@options.engine
 @click.option(
     "--all-engines", is_flag=True, help="Verify on every engine that runs here; print why the others do not."
 )

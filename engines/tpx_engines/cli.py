@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tpx_runtime.cli import find_bundle
 from tpx_runtime.command import TpxCommand
 from tpx_runtime.engine import ENGINES
 from tpx_runtime.errors import BadInput, shorten
+from tpx_runtime.options import find_bundle
 
 if TYPE_CHECKING:
     from tpx_engines.build import BuildResult, ProgressCallback

@@ -18,8 +18,8 @@ from PIL import Image, ImageOps
 from samples.shapes import options
 from samples.shapes.captions import Group, Prompt, caption, satisfies
 from samples.shapes.parser import RECORD, Parser
-from tpx_runtime.cli import find_bundle
 from tpx_runtime.command import TpxCommand
+from tpx_runtime.options import find_bundle
 
 # Of single objects and of pairs; the shipped model has 100% of both.
 REQUIRED_PERCENT = (97.0, 85.0)

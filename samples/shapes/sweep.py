@@ -18,11 +18,11 @@ from typing import Any
 import click
 
 from samples.shapes import evaluate, options
-from tpx_runtime.cli import find_bundle
 from tpx_runtime.command import TpxCommand
 from tpx_runtime.errors import BadInput
 from tpx_runtime.evaluation.compare import Report, compare
 from tpx_runtime.generator import Generator
+from tpx_runtime.options import find_bundle
 from tpx_runtime.records import write_json
 
 BATCH_SIZE = 8  # of the timed batches

@@ -18,13 +18,14 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 import tpx_runtime
-from tpx_runtime import cli
+from tpx_runtime import cli, options
 from tpx_runtime.bundle import GOLDEN, Bundle
 from tpx_runtime.engine import ENGINES, Arrays, Engine
 from tpx_runtime.errors import EngineFailed
 from tpx_runtime.evaluation.cli import main as evaluation
 from tpx_runtime.generator import Generator, ImageResized
 from tpx_runtime.images import save_png
+from tpx_runtime.options import find_bundle
 from tpx_runtime.output_files import choose_output_files
 from tpx_runtime.sampling import SAMPLERS_FOR
 from tpx_runtime.tokenizer import Encoding
@@ -43,7 +44,7 @@ def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     monkeypatch.chdir(folder)
     monkeypatch.delenv("TPX_BUNDLE", raising=False)
-    monkeypatch.setattr(cli, "SAMPLE_BUNDLE", Path("no/such/bundle"))
+    monkeypatch.setattr(options, "SAMPLE_BUNDLE", Path("no/such/bundle"))
     return folder
 
 
@@ -409,10 +410,10 @@ def test_the_bundle_option_overrides_the_environment(
 def test_the_sample_bundle_in_the_current_folder_is_found(
     tiny_bundle: Path, workdir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "SAMPLE_BUNDLE", Path("bundles/shapes"))
+    monkeypatch.setattr(options, "SAMPLE_BUNDLE", Path("bundles/shapes"))
     (workdir / "bundles").mkdir()
     (workdir / "bundles/shapes").symlink_to(tiny_bundle)
-    assert cli.find_bundle(None) == Path("bundles/shapes")
+    assert find_bundle(None) == Path("bundles/shapes")
     assert run(PROMPT, "--steps", 1).exit_code == 0
 
 

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..cli import cache_interval, find_bundle, guidance_every, guidance_interval
+from .. import options
 from ..command import TpxCommand, TpxGroup
 from ..errors import BadInput, EngineUnavailable
+from ..options import find_bundle
 
 if TYPE_CHECKING:
     from ..generator import Generator
@@ -18,32 +19,28 @@ _OUT = click.Path(path_type=Path)
 _SHAPES_EVAL = "samples.shapes.evaluate"
 
 
-def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
+def _together(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
     def decorate(command: Any) -> Any:
-        for option in reversed(options):
-            command = option(command)
+        for decorator in reversed(decorators):
+            command = decorator(command)
         return command
 
     return decorate
 
 
-_generation_options = _options(
-    click.option("--bundle", help="Folder of the bundle.  [default: $TPX_BUNDLE, else bundles/shapes]"),
-    click.option("--engine", default="auto", show_default=True, help="Engine that runs the bundle."),
-    click.option("--sampler", help="Sampler.  [default: the bundle's]"),
-    click.option("--steps", type=int, help="Denoising steps.  [default: the bundle's]"),
-    click.option("--guidance", type=float, help="Guidance scale; 1 is off.  [default: the bundle's]"),
-    guidance_interval,
-    guidance_every,
-    cache_interval,
-    click.option(
-        "--depth", type=int, help="Recursive latent steps (thinking depth).  [default: the bundle's]"
-    ),
-    click.option(
-        "--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Images generated at once."
-    ),
+_generation_options = _together(
+    options.bundle,
+    options.engine,
+    options.sampler,
+    options.steps,
+    options.guidance,
+    options.guidance_interval,
+    options.guidance_every,
+    options.cache_interval,
+    options.depth,
+    options.batch_size,
 )
-_benchmark_options = _options(
+_benchmark_options = _together(
     click.option("--out", type=_OUT, required=True, help="Folder for the images."),
     _generation_options,
     click.option(

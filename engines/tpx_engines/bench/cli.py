@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tpx_runtime.cli import find_bundle
 from tpx_runtime.command import TpxCommand
 from tpx_runtime.errors import BadInput, Cancelled, EngineUnavailable
+from tpx_runtime.options import find_bundle
 
 from . import PROMPT
 
