@@ -248,6 +248,24 @@ def test_rejects_an_unsupported_image_size_before_reading_text_encoders(
         open_base(reference[0], image_size_px=size)
 
 
+@pytest.mark.parametrize("kind", ["folder", "single file"])
+def test_opening_a_base_loads_no_text_encoder(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """T5 has 9.5 GB, and its width is in its configuration or in the shapes of its tensors."""
+    folder = tmp_path / "base"
+    save_pipeline(folder, "sd3.5-medium")
+    monkeypatch.setattr("tpx_export.base.text_encoders._HEAD_WIDTH", 8)
+    expected = [(part.spec.context_width, part.spec.pooled_width) for part in open_base(folder).text]
+    for name in ("load_clip", "load_t5", "clip_from_tensors", "t5_from_tensors"):
+        monkeypatch.setattr(sd3_pipeline, name, lambda *_: pytest.fail("a text encoder was loaded"))
+    if kind == "folder":
+        pipeline = open_base(folder)
+    else:
+        pipeline = open_base(single_file(folder, tmp_path / "sd3.5.safetensors"), folder, image_size_px=32)
+    assert [(part.spec.context_width, part.spec.pooled_width) for part in pipeline.text] == expected
+
+
 def copy_without_part(folder: Path, part: str, tmp_path: Path) -> Path:
     copy = tmp_path / "broken"
     shutil.copytree(folder, copy)

@@ -17,9 +17,13 @@ from tpx_export.base.text_encoders import (
     CLIP_L,
     T5,
     clip_from_tensors,
+    clip_spec,
+    clip_spec_from_shapes,
     load_clip,
     load_t5,
     t5_from_tensors,
+    t5_spec,
+    t5_spec_from_shapes,
 )
 from tpx_export.base.tokenizers import clip_tokenizer, t5_tokenizer
 from tpx_export.base.vae import VAE, load_vae, vae_from_tensors
@@ -111,11 +115,11 @@ def _vae(files: ModelFiles, single: Tensors | None) -> Callable[[int], Autoencod
 def _clip(files: ModelFiles, single: Tensors | None, number: str, prefix: str) -> TextPart:
     load: Callable[[], CLIPText]
     if single is not None and (part := single.with_prefix(prefix)):
-        load = lambda: clip_from_tensors(part, "quick_gelu" if prefix == CLIP_L else "gelu")  # noqa: E731
+        activation = "quick_gelu" if prefix == CLIP_L else "gelu"
+        spec, load = clip_spec_from_shapes(part, activation), lambda: clip_from_tensors(part, activation)
     else:
         folder = files.component_folder(f"text_encoder{number}")
-        load = lambda: load_clip(folder)  # noqa: E731
-    spec = load().spec
+        spec, load = clip_spec(folder), lambda: load_clip(folder)
     vocabulary = clip_tokenizer(files.any_folder(f"tokenizer{number}"), CLIP_TOKENS)
     entry = EncoderSpec(
         f"text_encoder{number}", f"tokenizer{number}", CLIP_TOKENS, spec.width, spec.projection
@@ -126,12 +130,12 @@ def _clip(files: ModelFiles, single: Tensors | None, number: str, prefix: str) -
 def _t5(files: ModelFiles, single: Tensors | None) -> TextPart:
     load: Callable[[], T5Encoder]
     if single is not None and (part := single.with_prefix(T5)):
-        load = lambda: t5_from_tensors(part)  # noqa: E731
+        spec, load = t5_spec_from_shapes(part), lambda: t5_from_tensors(part)
     else:
         folder = files.component_folder("text_encoder_3", hint="or leave out T5 with --no-t5")
-        load = lambda: load_t5(folder)  # noqa: E731
+        spec, load = t5_spec(folder), lambda: load_t5(folder)
     vocabulary = t5_tokenizer(files.any_folder("tokenizer_3"), T5_TOKENS)
-    entry = EncoderSpec("text_encoder_3", "tokenizer_3", T5_TOKENS, load().spec.width, 0)
+    entry = EncoderSpec("text_encoder_3", "tokenizer_3", T5_TOKENS, spec.width, 0)
     return _text_part(entry, vocabulary, load)
 
 

@@ -30,6 +30,11 @@ _DISTANCES = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weig
 
 def load_clip(folder: Path) -> CLIPText:
     """Load a folder that transformers' CLIPTextModelWithProjection was saved in. Raises CheckpointInvalid."""
+    return _fill_clip(clip_spec(folder), open_tensors(folder), projected=True)
+
+
+def clip_spec(folder: Path) -> CLIPTextSpec:
+    """The sizes of the CLIP in a folder, read from its configuration alone. Raises CheckpointInvalid."""
     config = read_config(folder)
     config.one_of("model_type", ("clip_text_model",))
     width, vocabulary = config.count("hidden_size", 512), config.count("vocab_size", 49_408)
@@ -38,7 +43,7 @@ def load_clip(folder: Path) -> CLIPText:
         raise config.invalid(f"num_attention_heads that divide hidden_size {width}", heads)
     # The end-of-text token must have the largest id. Files from before transformers 4.31 have 2 instead, but mean the same.
     config.one_of("eos_token_id", (2, vocabulary - 1), 49_407)
-    spec = CLIPTextSpec(
+    return CLIPTextSpec(
         vocabulary=vocabulary,
         tokens=config.count("max_position_embeddings", 77),
         width=width,
@@ -49,7 +54,6 @@ def load_clip(folder: Path) -> CLIPText:
         activation=config.one_of("hidden_act", ACTIVATIONS, "quick_gelu"),
         eps=config.real("layer_norm_eps", 1e-5),
     )
-    return _fill_clip(spec, open_tensors(folder), projected=True)
 
 
 def clip_from_tensors(tensors: Tensors, activation: str) -> CLIPText:
@@ -57,13 +61,18 @@ def clip_from_tensors(tensors: Tensors, activation: str) -> CLIPText:
 
     Without a projection in the file it is the identity, as in diffusers. Raises CheckpointInvalid.
     """
+    return _fill_clip(clip_spec_from_shapes(tensors, activation), tensors, _PROJECTION in tensors)
+
+
+def clip_spec_from_shapes(tensors: Tensors, activation: str) -> CLIPTextSpec:
+    """The sizes of such a CLIP, from the shapes of its tensors. Raises CheckpointInvalid."""
     vocabulary, width = tensor_shape(tensors, f"{_EMBEDDINGS}.token_embedding.weight", 2)
     if width % _HEAD_WIDTH:
         raise CheckpointInvalid(
             f"{tensors.path}: expected a CLIP width divisible by the head width {_HEAD_WIDTH}, found {width}; check the file"
         )
     projected = _PROJECTION in tensors
-    spec = CLIPTextSpec(
+    return CLIPTextSpec(
         vocabulary=vocabulary,
         tokens=tensor_shape(tensors, f"{_EMBEDDINGS}.position_embedding.weight", 2)[0],
         width=width,
@@ -73,11 +82,15 @@ def clip_from_tensors(tensors: Tensors, activation: str) -> CLIPText:
         projection=tensor_shape(tensors, _PROJECTION, 2)[0] if projected else width,
         activation=activation,
     )
-    return _fill_clip(spec, tensors, projected)
 
 
 def load_t5(folder: Path) -> T5Encoder:
     """Load a folder that transformers' T5EncoderModel was saved in. Raises CheckpointInvalid."""
+    return _fill_t5(t5_spec(folder), open_tensors(folder))
+
+
+def t5_spec(folder: Path) -> T5Spec:
+    """The sizes of the T5 in a folder, read from its configuration alone. Raises CheckpointInvalid."""
     config = read_config(folder)
     config.one_of("model_type", ("t5",))
     config.one_of("feed_forward_proj", ("gated-gelu",), "relu")
@@ -87,7 +100,7 @@ def load_t5(folder: Path) -> T5Encoder:
         raise config.invalid(
             "relative_attention_num_buckets divisible by 4, with a quarter below the max_distance", buckets
         )
-    spec = T5Spec(
+    return T5Spec(
         vocabulary=config.count("vocab_size", 32_128),
         width=config.count("d_model", 512),
         heads=config.count("num_heads", 8),
@@ -98,11 +111,15 @@ def load_t5(folder: Path) -> T5Encoder:
         max_distance=max_distance,
         eps=config.real("layer_norm_epsilon", 1e-6),
     )
-    return _fill_t5(spec, open_tensors(folder))
 
 
 def t5_from_tensors(tensors: Tensors) -> T5Encoder:
     """Load the tensors of a single file under T5. Raises CheckpointInvalid."""
+    return _fill_t5(t5_spec_from_shapes(tensors), tensors)
+
+
+def t5_spec_from_shapes(tensors: Tensors) -> T5Spec:
+    """The sizes of such a T5, from the shapes of its tensors. Raises CheckpointInvalid."""
     first = "encoder.block.0.layer"
     vocabulary, width = tensor_shape(tensors, _words(tensors), 2)
     buckets, heads = tensor_shape(tensors, _DISTANCES, 2)
@@ -112,7 +129,7 @@ def t5_from_tensors(tensors: Tensors) -> T5Encoder:
             f"{tensors.path}: expected a T5 with buckets divisible by 4 and a width divisible by its heads, found {buckets} "
             f"buckets and {heads} heads of {inner}; check the file"
         )
-    spec = T5Spec(
+    return T5Spec(
         vocabulary=vocabulary,
         width=width,
         heads=heads,
@@ -121,7 +138,6 @@ def t5_from_tensors(tensors: Tensors) -> T5Encoder:
         layers=count_numbered(tensors, "encoder.block"),
         buckets=buckets,
     )
-    return _fill_t5(spec, tensors)
 
 
 def _fill_clip(spec: CLIPTextSpec, tensors: Tensors, projected: bool) -> CLIPText:
