@@ -91,6 +91,11 @@ def _remarks(measured: list[Row], reference: str | None) -> list[str]:
             f"Different image than {reference} (PSNR below {SAME_IMAGE_DB:g} dB): {'; '.join(differing)}. These figures are "
             "not of the same model: check that the bundle was exported from the checkpoint --ckpt, then run tpx-verify."
         )
+    if on_gpu := [row.name for row in measured if row.device == "gpu"]:
+        remarks.append(
+            f"On the GPU: {'; '.join(on_gpu)}. All others, and so the reference of the speed-up, are on the CPU. Peak MB is "
+            "the system's memory, not the GPU's."
+        )
     compared = any(row.name == reference for row in measured)
     if without_speed_up := [row.name for row in measured if compared and row.speed_up is None]:
         remarks.append(

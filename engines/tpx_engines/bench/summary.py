@@ -24,6 +24,7 @@ class Row:
 
     name: str
     depth: int
+    device: str  # "cpu" or "gpu"
     cold_s: float | None
     step_ms: float | None
     image_s: float | None
@@ -62,6 +63,7 @@ def _row(entry: Json, data: Json) -> Row:
     return Row(
         name=entry["name"],
         depth=entry["depth"],
+        device=entry["device"],
         cold_s=_median(cold, "seconds"),
         step_ms=None if step_s is None else 1e3 * step_s,
         image_s=image_s,

@@ -88,6 +88,20 @@ def test_images_of_35_db_or_more_count_as_the_same(
         assert ("ifferent image" in as_text(results.data)) is differs
 
 
+def test_the_report_says_what_ran_on_a_gpu(configuration: Configure, plan: Planner, record: Recorder) -> None:
+    results = record()
+    run(
+        plan(configuration("right"), replace(configuration("wrong"), device="gpu"), rounds=1, batches=(1,)),
+        results,
+    )
+    assert "On the GPU: wrong. All others, and so the reference of the speed-up, are on the CPU." in as_text(
+        results.data
+    )
+    for entry in results.data["configurations"].values():
+        entry["device"] = "cpu"
+    assert "On the GPU" not in as_text(results.data)
+
+
 @pytest.mark.parametrize(
     ("factory", "reason"),
     [
