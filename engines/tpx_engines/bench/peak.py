@@ -1,5 +1,6 @@
 """Measures the machine's peak: the floating-point operations per second of large matrix products."""
 
+import importlib.util
 import time
 from typing import Any
 
@@ -12,9 +13,10 @@ _REPEATS = 5
 def gemm(precision: str) -> dict[str, Any]:
     """{"flops": operations per second, "by": library}: the best of a few products of SIDE x SIDE matrices.
 
-    fp32 is the better of numpy and, if installed, torch; bf16 needs torch. Without it "by" is "" and "flops" is 0.
+    fp32 is the best of numpy and, if installed, torch and OpenVINO; bf16 needs torch. Without it "by" is "" and "flops" is
+    0.
     """
-    found = [one for one in (_numpy(precision), _torch(precision)) if one]
+    found = [one for one in (_numpy(precision), _torch(precision), _openvino(precision)) if one]
     flops, by = max(found, default=(0.0, ""))
     return {"flops": flops, "by": by}
 
@@ -34,6 +36,22 @@ def _torch(precision: str) -> tuple[float, str] | None:
         return None
     a = torch.ones(SIDE, SIDE, dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
     return _best(lambda: torch.mm(a, a)), f"PyTorch {torch.__version__.partition('+')[0]}"
+
+
+def _openvino(precision: str) -> tuple[float, str] | None:
+    if precision != "fp32" or importlib.util.find_spec("openvino") is None:
+        return None
+    import openvino
+    from openvino import opset13 as ops
+
+    from tpx_runtime.engine.openvino import core
+
+    a = np.ones((SIDE, SIDE), np.float32)
+    rows = ops.parameter([SIDE, SIDE], np.float32)
+    model = openvino.Model([ops.matmul(rows, ops.constant(a), False, False)], [rows])
+    request = core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"}).create_infer_request()
+    version = openvino.__version__.split("-")[0]
+    return _best(lambda: request.infer([a], share_inputs=True, share_outputs=True)), f"OpenVINO {version}"
 
 
 def _best(product: Any) -> float:

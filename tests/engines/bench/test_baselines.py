@@ -1,6 +1,7 @@
 """Baselines generate the same image as the bundle, with the same model, sampler and noise in another framework."""
 
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from runtime.fakes import FAKE
 from tiny import make_tiny, make_tiny_classes
 
-from tpx_engines.bench import compiled, naive
+from tpx_engines.bench import compiled, naive, peak
 from tpx_engines.bench.baselines import eager_runner, require_fits
 from tpx_engines.bench.configurations import engines
 from tpx_engines.bench.flops import graph_flops
@@ -149,7 +150,11 @@ def test_the_peak_is_measured_in_the_requested_precision(monkeypatch: pytest.Mon
     single, half = gemm("fp32"), gemm("bf16")
     assert single["flops"] > 1e8 and half["flops"] > 1e7
     assert half["by"].startswith("PyTorch ")
-    monkeypatch.setitem(__import__("sys").modules, "torch", None)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    by_openvino = peak._openvino("fp32")
+    assert by_openvino is not None and by_openvino[0] > 1e8
+    assert gemm("fp32")["by"].startswith(("numpy ", "OpenVINO "))
+    monkeypatch.setattr(peak, "_openvino", lambda precision: None)
     assert gemm("fp32")["by"].startswith("numpy ")
     assert gemm("bf16") == {"flops": 0.0, "by": ""}
 
