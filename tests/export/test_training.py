@@ -62,6 +62,20 @@ def one_thread() -> Iterator[None]:
 # Tiny bases and images
 
 
+def training_settings(thinking: ThinkingSpec, warmup: int = 100, lr: float = 1e-4) -> Settings:
+    return Settings(
+        thinking,
+        4,
+        lr,
+        warmup,
+        weight_decay=0.01,
+        seed=0,
+        precision="fp32",
+        caption_dropout=0.1,
+        depth="fixed",
+    )
+
+
 def randomise(module: nn.Module) -> nn.Module:
     """Randomise norms and biases too, so that no parameter keeps an initial value that has no effect."""
     with torch.no_grad():
@@ -305,7 +319,7 @@ def _evaluation_loss(
         encode_captions(["", *map(str, conditions)], pipeline, name, cache, "cpu") if pipeline.text else {}
     )
     data = Data(pipeline.model, cache, tuple(keys.values()), conditions, captions)
-    settings = Settings(ThinkingSpec((0,), max_depth=pipeline.model.depths[-1]))
+    settings = training_settings(ThinkingSpec((0,), max_depth=pipeline.model.depths[-1]))
     return loop.evaluate(loop.Job(pipeline.transformer(), train.objective_of(pipeline), data, settings))
 
 
@@ -577,7 +591,7 @@ def test_training_step_changes_only_the_adapters(sd3: Path, captioned_images: Pa
     keys = encode_images(read_folder(captioned_images), pipeline, "base", Cache(tmp_path / "cache"), "cpu")
     captions = encode_captions(["", "a disc"], pipeline, "base", Cache(tmp_path / "cache"), "cpu")
     data = Data(pipeline.model, Cache(tmp_path / "cache"), tuple(keys.values()), ("a disc",) * 8, captions)
-    settings = Settings(ThinkingSpec((0, 1), 2, 4, 2), warmup=0, lr=1e-2, precision="fp32")
+    settings = training_settings(ThinkingSpec((0, 1), 2, 4, 2), warmup=0, lr=1e-2)
     job = loop.Job(model, FlowLoss(3.0), data, settings)
     parameters = adapter_parameters(model)
     run = state.Run(parameters, loop._optimizer(parameters, settings))
@@ -635,7 +649,7 @@ def test_training_stops_at_a_non_finite_loss() -> None:
     model = tiny_thinking_model()
     nn.init.constant_(model.patch_out.bias, math.inf)  # type: ignore[arg-type, union-attr]
     parameters = adapter_parameters(model)
-    settings = Settings(ThinkingSpec((0, 2), 3, 4, 2))
+    settings = training_settings(ThinkingSpec((0, 2), 3, 4, 2))
     run = state.Run(parameters, loop._optimizer(parameters, settings))
 
     class RandomBatches(Data):

@@ -14,21 +14,21 @@ DEPTHS = ("fixed", "random")
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of a run. Experts, rank, depth, temperature and blocks are the paper's, the rest are our choices.
+    """The settings of a run; tpx-train has their defaults: the paper's for `thinking`, our choices for the rest.
 
     `depth` is "fixed" (max_depth at every step) or "random" (1..max_depth, for adapters that work at every depth). The
     learning rate `lr` rises linearly during the first `warmup` steps and is constant afterwards.
     """
 
     thinking: ThinkingSpec
-    batch: int = 4
-    lr: float = 1e-4
-    warmup: int = 100
-    weight_decay: float = 0.01
-    seed: int = 0
-    precision: str = "bf16"
-    caption_dropout: float = 0.1
-    depth: str = "fixed"
+    batch: int
+    lr: float
+    warmup: int
+    weight_decay: float
+    seed: int
+    precision: str
+    caption_dropout: float
+    depth: str
 
     def __post_init__(self) -> None:
         """Raises BadInput for an invalid value."""
