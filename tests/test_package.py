@@ -57,6 +57,24 @@ def test_contains_three_packages_and_no_weights(wheel: Path) -> None:
     assert wheel.stat().st_size < 400_000
 
 
+@pytest.mark.parametrize(
+    ("module", "arguments", "missing"),
+    [
+        ("tpx_export.cli", "--ckpt x.safetensors", "onnx"),
+        ("tpx_export.training.cli", "--base x --data y --out z", "torch"),
+    ],
+)
+def test_a_missing_package_is_one_line_that_names_the_extra(
+    module: str, arguments: str, missing: str, tmp_path: Path
+) -> None:
+    code = f"import sys; sys.modules[{missing!r}] = None; from {module} import main; main()"
+    command = [sys.executable, "-c", code, *arguments.split()]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (4, "", 1), result.stderr
+    assert f"expected the package {missing} for " in result.stderr
+    assert "pip install 'tpx[export]'" in result.stderr
+
+
 def test_the_runtime_in_the_wheel_works_without_torch_and_onnx(
     wheel: Path, tiny_bundle: Path, tmp_path: Path
 ) -> None:

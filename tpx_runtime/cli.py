@@ -2,7 +2,6 @@
 
 import os
 import secrets
-import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from .options import find_bundle
 
 if TYPE_CHECKING:
     from .bundle import Bundle
+    from .editing import Edit
     from .engine import Engine
     from .generator import Generator
     from .settings import Settings
@@ -60,13 +60,26 @@ def _apply_like(ctx: click.Context, _: click.Parameter, path: Path | None) -> No
     ctx.default_map = {**(ctx.default_map or {}), **settings_in(facts), **no_t5}
 
 
-def _warn_other_bundle(facts: dict[str, Any] | None, bundle: "Bundle") -> None:
-    """Warn if the image of --like was generated with another bundle."""
-    if facts and facts.get("bundle_sha256") != bundle.hash:
-        warnings.warn(
-            f"the image of --like was generated with another bundle, {shorten(facts.get('bundle'))}",
-            stacklevel=2,
+def _require_image_of_like(facts: dict[str, Any], image: Path | None) -> None:
+    """Raise BadInput if the image of --like started from an image and none is given."""
+    if facts.get("strength") is not None and image is None:
+        raise BadInput(
+            "expected the image that the image of --like was generated from, found none; give it with --image"
         )
+
+
+def _warn_unlike(facts: dict[str, Any], bundle: "Bundle", edit: "Edit | None") -> None:
+    """Warn if the image of --like, whose metadata is `facts`, was generated with another bundle, image or mask."""
+    if not facts:
+        return
+    found = {"bundle": bundle.hash, "image": None, "mask": None}
+    found |= {name.removesuffix("_sha256"): value for name, value in (edit.sources if edit else {}).items()}
+    for name, value in found.items():
+        expected = facts.get(f"{name}_sha256")
+        if expected != value:
+            article = "no" if expected is None else "another" if value else "a"
+            stated = f", {shorten(facts.get('bundle'))}" if name == "bundle" else ""
+            warnings.warn(f"the image of --like was generated with {article} {name}{stated}", stacklevel=2)
 
 
 def _plan_lines(
@@ -115,7 +128,7 @@ def _print_paths_on_exit() -> Iterator[list[Path]]:
 @click.option(
     "--out",
     type=_PATH,
-    help="PNG to write; {seed}, {prompt} and {number} in its name are replaced.  [default: named after the prompt]",
+    help="PNG to write; {seed}, {prompt} and {number} (the prompt's) are replaced.  [default: named after the prompt]",
 )
 @click.option(
     "--seed",
@@ -181,6 +194,7 @@ def run(
     from .images import grid
     from .input_images import load_image
     from .output_files import choose_output_files
+    from .progress import progress
     from .prompts import read_prompt_lines
 
     source = click.get_current_context().get_parameter_source("prompt")
@@ -195,6 +209,8 @@ def run(
     subjects = list(lines.values()) or [prompt or ("" if class_id is None else f"class {class_id}")]
     seeds = range(seed, seed + min(max(num_images, 1), MAX_IMAGES))  # `plan` rejects other values
     outputs = choose_output_files(out, subjects, seeds, force)
+    like = click.get_current_context().meta.get(LIKE_METADATA, {})
+    _require_image_of_like(like, image)
     strength = resolve_strength(image, mask, strength)
     input_image, input_mask = (load_image(file) if file else None for file in (image, mask))
     chosen = resolve(engine)
@@ -202,23 +218,22 @@ def run(
     several_batches = num_images * len(subjects) > batch_size
     generator = Generator(opened, chosen, t5=not no_t5, keep=several_batches)
     with warnings_as_notices():
-        _warn_other_bundle(click.get_current_context().meta.get(LIKE_METADATA), opened)
         settings |= {"class_id": class_id, "strength": strength, "seed": seed, "num_images": num_images}
         planned = prompts_file and _plan_lines(generator, prompts_file, lines, settings)
         jobs = planned or generator.plan(prompt, **settings)
         edit = generator.edit(input_image, input_mask) if input_image else None
+        _warn_unlike(like, opened, edit)
     _print_engine(generator.engine, engine)
     with (
         warnings_as_notices(),
         _print_paths_on_exit() as written,
-        click.progressbar(length=1, label="denoising", file=sys.stderr) as bar,
+        progress("denoising", generator.count_steps(jobs, batch_size)) as advance,
     ):
 
-        def advance(step: int, total: int, latents: object) -> None:
-            bar.length = total
-            bar.update(1)
+        def on_step(step: int, total: int, latents: object) -> None:
+            advance(step, "")
 
-        images = generator.stream(jobs, batch_size, callback=advance, edit=edit)
+        images = generator.stream(jobs, batch_size, callback=on_step, edit=edit)
         for output in outputs:
             written.append(output.save(grid(list(islice(images, output.images))), force))
 

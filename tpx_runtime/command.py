@@ -12,7 +12,7 @@ from typing import IO, Any
 import click
 
 from . import __version__
-from .errors import BadInput, Cancelled, TpxError
+from .errors import BadInput, Cancelled, EngineUnavailable, TpxError
 from .interrupts import termination_as_interrupt
 
 
@@ -91,11 +91,15 @@ def _version() -> click.Option:
 
 
 class TpxCommand(click.Command):
-    """A command that reports errors and Ctrl-C as one line on stderr and exits with the error's code."""
+    """A command that reports errors and Ctrl-C as one line on stderr and exits with the error's code.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    `extra` is the pip extra with the packages that it imports, named where one is missing.
+    """
+
+    def __init__(self, *args: Any, extra: str | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.params.append(_version())
+        self._extra = extra
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
         with one_line_errors():
@@ -114,6 +118,13 @@ class TpxCommand(click.Command):
             error: TpxError = Cancelled("cancelled")
         except TpxError as caught:
             error = caught
+        except ModuleNotFoundError as missing:
+            if not self._extra or not missing.name or missing.name.startswith("tpx_"):
+                raise
+            error = EngineUnavailable(
+                f"expected the package {missing.name} for {ctx.info_name}, found none; "
+                f"install it with `pip install 'tpx[{self._extra}]'`"
+            )
         raise OneLineError(str(error), error.exit_code)
 
 

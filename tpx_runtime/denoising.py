@@ -42,6 +42,8 @@ def shared_settings(jobs: Sequence[Settings], edit: Edit | None, manifest: Manif
     if not jobs:
         raise BadInput("expected at least one job, found none")
     for job in jobs:
+        if not isinstance(job, Settings):
+            raise BadInput(f"expected jobs that Generator.plan returned, found {shorten(job)}")
         job.check(manifest)
     for name in LOOP_SETTINGS:
         first, *others = dict.fromkeys(getattr(job, name) for job in jobs)

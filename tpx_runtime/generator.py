@@ -140,6 +140,7 @@ class Generator:
         is raised. The `info` of each image holds its settings, which `save_png` writes into the file.
         """
         batch_size, jobs = check_int("batch_size", batch_size, 1), list(jobs)
+        _require_callable(callback)
         if jobs:
             shared_settings(jobs, edit, self.manifest)
         batches = [jobs[i : i + batch_size] for i in range(0, len(jobs), batch_size)]
@@ -254,6 +255,10 @@ class Generator:
                 self.text.check(negative_prompt, "negative prompt")
         return jobs
 
+    def count_steps(self, jobs: Sequence[Settings], batch_size: int = 8) -> int:
+        """The number of steps that `stream` runs for these jobs, as its callback counts them."""
+        return len(self.denoiser.schedule(jobs[0]).timesteps) * -(-len(jobs) // batch_size) if jobs else 0
+
     def generate_latents(
         self, jobs: Sequence[Settings], callback: Callback | None = None, edit: Edit | None = None
     ) -> Sample:
@@ -262,6 +267,7 @@ class Generator:
         Raises Cancelled if the callback returns False, BadInput for a strength without an `edit` or the reverse.
         """
         job = shared_settings(jobs, edit, self.manifest)
+        _require_callable(callback)
         with self._lock:
             conditioning = self._conditioning(jobs, guided=job.guidance != 1)
             return self.denoiser(job, [job.seed for job in jobs], conditioning, callback, edit)
@@ -321,6 +327,11 @@ class Generator:
 
     def _require_finite(self, values: Array, what: str) -> None:
         require_finite(values, what, self.bundle, self.engine)
+
+
+def _require_callable(callback: object) -> None:
+    if callback is not None and not callable(callback):
+        raise BadInput(f"expected a callback that can be called, found {shorten(callback)}")
 
 
 def _counted(callback: Callback | None, batch: int, batches: int) -> Callback | None:

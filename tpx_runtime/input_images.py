@@ -83,7 +83,7 @@ def resize_and_crop_mask(mask: Image.Image, size_px: tuple[int, int]) -> Image.I
     binary = grey.point(lambda value: 255 if value >= 128 else 0)
     if binary.getextrema() == (0, 0):
         raise BadInput(
-            "expected a mask that is white where to repaint, found no pixel that is at least half white (transparent "
-            "pixels count as black); invert the mask, or paint the area white"
+            "expected a mask that is white where to repaint, found no pixel that is at least half white in the middle, to "
+            "which images are cropped (transparent pixels count as black); invert the mask, or paint the area white"
         )
     return binary

@@ -5,7 +5,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from .errors import BadInput
+from .errors import BadInput, shorten
 from .input_images import load_image
 from .settings import Settings
 
@@ -23,6 +23,13 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
 
 def settings_in(facts: dict[str, Any]) -> dict[str, Any]:
-    """The part of the metadata that `Generator.plan` takes as arguments."""
+    """The part of the metadata that `Generator.plan` takes as arguments. Raises BadInput for values of other types."""
     names = [*(field.name for field in fields(Settings)), "num_images"]
-    return {name: facts[name] for name in names if name in facts}
+    found = {name: facts[name] for name in names if name in facts}
+    for name, value in found.items():
+        pair = isinstance(value, list) and [isinstance(end, int | float) for end in value] == [True, True]
+        if not (pair if name == "guidance_interval" else isinstance(value, str | int | float)):
+            raise BadInput(
+                f"expected settings that tpx-run wrote, found {name} {shorten(value)}; name another image"
+            )
+    return found

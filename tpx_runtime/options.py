@@ -54,6 +54,8 @@ batch_size = click.option(
 
 def find_bundle(given: str | None) -> Path:
     """The path of the bundle: `given`, $TPX_BUNDLE, or the sample's in this folder or checkout. Raises BadInput."""
+    if given == "":
+        raise BadInput("expected the folder of a bundle, found an empty name; name one, or leave it out")
     if path := given or os.environ.get("TPX_BUNDLE"):
         return Path(path)
     for root in (Path(), Path(__file__).parent.parent):

@@ -2,13 +2,14 @@
 
 import os
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 
-from .errors import BadInput
+from .errors import BadInput, shorten
 from .images import check_png_writable, save_png
 
 # Placeholders in the name of --out: the seed (one file per seed), the prompt as a slug, and the number of the prompt from 1.
@@ -52,6 +53,7 @@ def choose_output_files(
         return [
             OutputFile(_unused_name(prompt, seeds[0], force, taken), len(seeds), False) for prompt in prompts
         ]
+    _check_name(given)
     each = seeds if SEED in given.name else seeds[:1]
     outputs = [
         OutputFile(given.with_name(_fill(given.name, prompt, number, seed)), len(seeds) // len(each), True)
@@ -68,13 +70,29 @@ def choose_output_files(
     return outputs
 
 
+def _check_name(given: Path) -> None:
+    """Raise BadInput for --out without a file's name, or with braces that are none of the placeholders."""
+    if not given.name:
+        raise BadInput(f"expected a file's name in --out, found {shorten(str(given))}; name a PNG")
+    if unknown := set(re.findall(r"\{[^{}]*\}", given.name)) - {SEED, PROMPT, NUMBER}:
+        raise BadInput(
+            f"expected only {SEED}, {PROMPT} and {NUMBER} in braces in --out, found {', '.join(sorted(unknown))}"
+        )
+    if any(placeholder in str(given.parent) for placeholder in (SEED, PROMPT, NUMBER)):
+        raise BadInput(
+            f"expected placeholders in the file's name alone, found one in the folder {given.parent}"
+        )
+
+
 def _fill(name: str, prompt: str, number: int, seed: int) -> str:
     parts = {SEED: str(seed), NUMBER: str(number), PROMPT: _slug(prompt)}
     return re.sub("|".join(map(re.escape, parts)), lambda found: parts[found[0]], name)
 
 
 def _slug(prompt: str) -> str:
-    return re.sub("[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "image"
+    """The letters and digits of the prompt, of any script, in at most 60 characters and 120 bytes."""
+    words = re.sub(r"[\W_]+", "-", unicodedata.normalize("NFC", prompt.lower())).strip("-")[:60]
+    return words.encode()[:120].decode(errors="ignore") or "image"
 
 
 def _unused_name(prompt: str, seed: int, force: bool, taken: set[Path]) -> Path:

@@ -122,5 +122,5 @@ def _require_writable(store: Any) -> None:
     if not store.prepare():
         raise BadInput(
             f"expected a folder for compiled graphs at {store.folder}, found one that cannot be written; "
-            "copy the bundle to where you may write"
+            "set TPX_ENGINES to a folder where you may write"
         )

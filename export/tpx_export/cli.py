@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _PATH = click.Path(path_type=Path)
 
 
-@click.command(cls=TpxCommand)
+@click.command(cls=TpxCommand, extra="export")
 @click.option("--ckpt", type=_PATH, help="TPX checkpoint, .safetensors or .pt.")
 @click.option(
     "--base", type=_PATH, help="Instead: a diffusers folder or single file of SD3 or SD3.5, or a DiT file."

@@ -331,6 +331,23 @@ def test_error_for_a_hub_name_says_how_to_download_it(
             open_base(path)
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        (
+            "model_index.json",
+            '{"_class_name": "FluxPipeline"}',
+            r"found a FluxPipeline; it is not supported$",
+        ),
+        ("manifest.json", "{}", r"found a bundle of TPX; run it with tpx-run --bundle$"),
+    ],
+)
+def test_other_models_are_named(tmp_path: Path, file: str, content: str, message: str) -> None:
+    (tmp_path / file).write_text(content)
+    with pytest.raises(CheckpointInvalid, match=message):
+        open_base(tmp_path)
+
+
 def test_shift_is_read_from_the_scheduler_config(reference: tuple[Path, Any], tmp_path: Path) -> None:
     other = copy_without_part(reference[0], "scheduler", tmp_path)
     assert open_base(other).shift == 3.0

@@ -439,7 +439,13 @@ def test_rejects_resuming_with_other_settings_files_or_a_damaged_state(
     )
     state_file = tmp_path / "tpx.safetensors.state.pt"
     content = state_file.read_bytes()
-    for damaged in (b"", content[: len(content) // 2], b"nothing of the kind", pickle.dumps(Path("x"))):
+    for damaged in (
+        b"",
+        content[: len(content) // 2],
+        b"nothing of the kind",
+        b"j\n",
+        pickle.dumps(Path("x")),
+    ):
         state_file.write_bytes(damaged)
         assert f"expected the state of a training run in {state_file}" in error_line(*command)
     state_file.unlink()
@@ -920,19 +926,21 @@ def test_broken_images_are_named_or_skipped(
     content = (class_folders / "0-red/disc.png").read_bytes()
     (class_folders / "1-green/half.png").write_bytes(content[: len(content) // 2])
     (class_folders / "2-blue/empty.png").write_bytes(b"")
+    Image.new("F", (16, 16)).save(class_folders / "2-blue/range.tif")
     message = error_line(*command)
     assert (
         "half.png" in message and "--skip-broken" in message and not (tmp_path / "tpx.safetensors").exists()
     )
     result = run_ok(*command, "--skip-broken")
     skipped = [line for line in result.stderr.splitlines() if line.startswith("skipped: ")]
-    assert len(skipped) == 2 and "half.png" in skipped[0] and "empty.png" in skipped[1]
+    assert len(skipped) == 3
+    assert "half.png" in skipped[0] and "empty.png" in skipped[1] and "range.tif" in skipped[2]
     assert load_adapters(tmp_path / "tpx.safetensors").info.training["pictures"] == 8
     for path in class_folders.rglob("*.png"):
         path.write_bytes(b"")
     other = (*dit_arguments, "--out", tmp_path / "other.safetensors", "--skip-broken")
     result = tpx_train(*other)
-    assert result.exit_code == 2 and "found none among 10" in result.stderr.splitlines()[-1]
+    assert result.exit_code == 2 and "found none among 11" in result.stderr.splitlines()[-1]
 
 
 def test_errors_are_one_line_and_leave_no_files(

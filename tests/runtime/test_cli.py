@@ -2,15 +2,17 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -79,7 +81,9 @@ def test_stdout_has_only_the_path_and_stderr_the_progress(default_bundle: Path, 
     result = run(PROMPT)
     assert result.exit_code == 0
     assert result.stdout == f"{DEFAULT_NAME}\n"
-    assert result.stderr == "engine: onnxruntime (chosen by auto)\ndenoising\n"
+    assert re.fullmatch(
+        r"engine: onnxruntime \(chosen by auto\)\ndenoising 1/4  \d+ s left\ndenoising 4/4\n", result.stderr
+    )
     with Image.open(DEFAULT_NAME) as image:
         assert (image.format, image.mode, image.size) == ("PNG", "RGB", (64, 64))
         facts = json.loads(image.text["tpx"])
@@ -97,7 +101,8 @@ def test_gives_the_same_image_as_the_generator(default_bundle: Path) -> None:
     flags += ["--guidance-interval", "0", "0.9", "--guidance-every", "2", "--cache-interval", "3"]
     result = run(PROMPT, *flags, "--negative-prompt", "green", "--out", "a.png", "--engine", "onnxruntime")
     assert result.exit_code == 0
-    assert result.stderr == "engine: onnxruntime\ndenoising\n"
+    assert result.stderr.splitlines()[0] == "engine: onnxruntime"
+    assert "notice" not in result.stderr
     (expected,) = Generator.load(default_bundle, "onnxruntime")(
         PROMPT,
         negative_prompt="green",
@@ -173,13 +178,36 @@ def test_seed_in_the_output_name_writes_one_file_per_image(default_bundle: Path,
     ("prompt", "name"),
     [
         ("A  red, cube!", "a-red-cube-0.png"),
-        ("красный куб", "image-0.png"),
+        ("красный куб", "красный-куб-0.png"),
+        ("cafe\u0301 \U0001f40e 赤い", "café-赤い-0.png"),
+        ("\U0001f40e", "image-0.png"),
         ("x" * 300, "x" * 60 + "-0.png"),
+        ("赤" * 300, "赤" * 40 + "-0.png"),
     ],
 )
 def test_default_file_names_come_from_prompts(prompt: str, name: str) -> None:
     (output,) = choose_output_files(None, [prompt], [0], False)
     assert output.path == Path(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("", "expected a file's name in --out, found '.'; name a PNG"),
+        ("x-{index}.png", "expected only {seed}, {prompt} and {number} in braces in --out, found {index}"),
+        (
+            "x-{seed:04d}.png",
+            "expected only {seed}, {prompt} and {number} in braces in --out, found {seed:04d}",
+        ),
+        ("{seed}/x.png", "expected placeholders in the file's name alone, found one in the folder {seed}"),
+    ],
+)
+def test_rejects_names_that_cannot_be_filled_in(default_bundle: Path, name: str, message: str) -> None:
+    assert_error(run(PROMPT, "--out", name), 2, message)
+
+
+def test_rejects_an_empty_name_of_a_bundle(default_bundle: Path) -> None:
+    assert_error(run(PROMPT, "--bundle", ""), 2, "expected the folder of a bundle, found an empty name")
 
 
 PROMPTS = ["red cube", "blue sphere", "red cube"]
@@ -288,6 +316,38 @@ def test_like_reproduces_an_image_from_its_metadata(default_bundle: Path) -> Non
     np.testing.assert_array_equal(facts[1][1], facts[0][1])
     assert facts[2][0] == facts[0][0] | {"steps": 4, "prompt": "blue sphere"}
     assert "notice" not in again.stderr
+
+
+def test_like_asks_for_the_image_and_says_what_differs(default_bundle: Path) -> None:
+    for name, colour in (("red.png", "red"), ("blue.png", "blue")):
+        Image.new("RGB", (64, 64), colour).save(name)
+    Image.new("L", (64, 64), "white").save("mask.png")
+    assert (
+        run(PROMPT, "--steps", 2, "--image", "red.png", "--mask", "mask.png", "--out", "a.png").exit_code == 0
+    )
+    message = (
+        "expected the image that the image of --like was generated from, found none; give it with --image"
+    )
+    assert_error(run("--like", "a.png", "--out", "b.png"), 2, message)
+    same = run("--like", "a.png", "--image", "red.png", "--mask", "mask.png", "--out", "b.png")
+    assert (same.exit_code, "notice" in same.stderr) == (0, False)
+    other = run("--like", "a.png", "--image", "blue.png", "--out", "c.png")
+    assert "notice: the image of --like was generated with another image\n" in other.stderr
+    assert "notice: the image of --like was generated with a mask\n" in other.stderr
+    assert run(PROMPT, "--steps", 2, "--image", "red.png", "--out", "d.png").exit_code == 0
+    masked = run("--like", "d.png", "--image", "red.png", "--mask", "mask.png", "--out", "e.png")
+    assert "notice: the image of --like was generated with no mask\n" in masked.stderr
+
+
+@pytest.mark.parametrize("edit", [{"seed": None}, {"depth": [3]}, {"guidance_interval": 0.5}])
+def test_like_rejects_settings_of_other_types(default_bundle: Path, edit: dict[str, object]) -> None:
+    assert run(PROMPT, "--steps", 2, "--out", "a.png").exit_code == 0
+    with Image.open("a.png") as image:
+        facts = json.loads(image.text["tpx"]) | edit
+        image.info["tpx"] = json.dumps(facts)
+        save_png(image, Path("b.png"), replace=True)
+    [name] = edit
+    assert_error(run("--like", "b.png"), 2, f"expected settings that tpx-run wrote, found {name} ")
 
 
 def test_like_reproduces_a_grid(default_bundle: Path) -> None:
@@ -523,25 +583,6 @@ def test_force_allows_overwriting_the_input_image(default_bundle: Path, start_pn
         assert image.size == (64, 64)
 
 
-class Bar:
-    """A stand-in for click's progress bar that counts the steps."""
-
-    bars: ClassVar[list["Bar"]] = []
-
-    def __init__(self, length: int, **_: object) -> None:
-        self.length, self.done = length, 0
-        self.bars.append(self)
-
-    def __enter__(self) -> "Bar":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def update(self, steps: int) -> None:
-        self.done += steps
-
-
 @pytest.mark.parametrize(
     ("flags", "steps"),
     [
@@ -555,11 +596,17 @@ class Bar:
 def test_the_progress_bar_counts_the_steps_taken(
     fake_bundle: Path, start_png: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[object, ...], steps: int
 ) -> None:
+    done: list[int] = []
+
+    @contextmanager
+    def fake_progress(label: str, total: int) -> Iterator[Callable[[int, str], None]]:
+        yield lambda step, message: done.append(step)
+        done.append(total)
+
     use_engine(monkeypatch, FakeEngine())
-    monkeypatch.setattr(Bar, "bars", [])
-    monkeypatch.setattr(cli.click, "progressbar", Bar)
+    monkeypatch.setattr("tpx_runtime.progress.progress", fake_progress)
     assert run("red cube", "--bundle", fake_bundle, "--steps", 10, *flags).exit_code == 0
-    assert [(bar.length, bar.done) for bar in Bar.bars] == [(steps, steps)]
+    assert done == [*range(1, steps + 1), steps]
 
 
 def test_rejects_an_image_for_a_bundle_without_vae_encoder(
@@ -690,12 +737,12 @@ def test_a_truncated_prompt_gives_one_notice_per_run(
     for _ in range(2):
         result = run(*command)
         assert result.exit_code == 0
-        assert result.stderr.splitlines() == [
+        assert result.stderr.splitlines()[:2] == [
             r"notice: the prompt 'a red\ncube on two spheres' is too long for text_encoder, text_encoder_2: "
             "the last token is not read there",
             f"engine: {engine.name} (chosen by auto)",
-            "denoising",
         ]
+        assert "notice" not in "".join(result.stderr.splitlines()[2:])
         assert result.stdout.startswith("a-red-cube-on-two-spheres-0")
 
 

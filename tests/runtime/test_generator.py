@@ -693,6 +693,16 @@ def test_a_callback_that_returns_anything_else_continues(generator: Generator, r
     assert len(generator("red cube", callback=lambda *_: returned)) == 1
 
 
+def test_a_callback_that_cannot_be_called_and_other_jobs_are_rejected(generator: Generator) -> None:
+    with pytest.raises(BadInput, match="expected a callback that can be called, found 5"):
+        generator("red cube", callback=5)  # type: ignore[arg-type]
+    with pytest.raises(BadInput, match=r"expected jobs that Generator\.plan returned, found 'r'"):
+        list(generator.stream("red cube"))  # type: ignore[arg-type]
+    with pytest.raises(BadInput, match="expected at least one job, found none"):
+        generator.generate_latents([])
+    assert list(generator.stream([])) == [] and generator.count_steps([]) == 0
+
+
 def test_an_error_in_the_callback_propagates(generator: Generator) -> None:
     def fail(*_: object) -> None:
         raise ZeroDivisionError("mine")

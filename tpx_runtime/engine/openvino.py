@@ -80,7 +80,11 @@ class OpenVinoSession:
 
 def open_session(engine_name: str, path: Path) -> OpenVinoSession:
     """Load the graph at `path` in the engine's precision."""
-    return OpenVinoSession(path, compile_config(engine_name, path), open_store(engine_name, path))
+    with engine_errors(
+        path, "openvino", "load"
+    ):  # loading the library of a device may fail for want of memory
+        store = open_store(engine_name, path)
+    return OpenVinoSession(path, compile_config(engine_name, path), store)
 
 
 def precision_of(engine_name: str, path: Path) -> str:

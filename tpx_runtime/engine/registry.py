@@ -42,10 +42,10 @@ class Engine:
         try:
             reason: str | None = self._module().problem(self.name)
         except Exception as error:  # a broken installation can raise anything
-            return (
-                f"expected {self.package} to import for engine {self.name}, found: {one_line(error)}; "
-                f"install it again with `pip install --force-reinstall 'tpx[{self.extra}]'`"
-            )
+            remedy = f"install it again with `pip install --force-reinstall 'tpx[{self.extra}]'`"
+            if "alloc" in str(error):
+                remedy = "close other programs, because memory is short"
+            return f"expected {self.package} to import for engine {self.name}, found: {one_line(error)}; {remedy}"
         return reason
 
     def open(self, path: Path) -> Session:

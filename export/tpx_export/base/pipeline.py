@@ -16,11 +16,15 @@ import torch
 
 from tpx_export.adapters import FILE, Adapters, attach, load_adapters
 from tpx_export.base import dit_pipeline, sd3_pipeline
+from tpx_export.base.config import read_object
 from tpx_export.base.model_files import ModelFiles
 from tpx_export.checkpoint import CheckpointInvalid
 from tpx_export.fingerprint import base_fingerprint
 from tpx_export.pipeline import Pipeline
+from tpx_runtime.bundle import MANIFEST
 from tpx_runtime.errors import BadInput
+
+_INDEX = "model_index.json"  # of a diffusers pipeline
 
 
 def open_base(
@@ -43,6 +47,7 @@ def open_base(
             )
     if image_size_px is not None and image_size_px < 1:
         raise BadInput(f"expected an image size of 1 pixel or more, found {image_size_px}")
+    _check_kind(path)
     files = ModelFiles(path, components)
     if dit_pipeline.is_dit_checkpoint(path):
         pipeline = dit_pipeline.open_pipeline(files, image_size_px)
@@ -77,6 +82,20 @@ def _warn_if_different(training: dict[str, Any], base: str, pipeline: Pipeline, 
     different = [descriptions[name] for name, value in current.items() if training.get(name, value) != value]
     if different:
         warnings.warn(f"the adapters were trained {', '.join(different)}", DifferentBaseWarning, stacklevel=3)
+
+
+def _check_kind(path: Path) -> None:
+    """Check that a folder is not of another kind of model, if it says so. Raises CheckpointInvalid."""
+    if (path / MANIFEST).is_file():
+        raise CheckpointInvalid(
+            f"{path}: expected a model to export, found a bundle of TPX; run it with tpx-run --bundle"
+        )
+    if (path / _INDEX).is_file():
+        kind = read_object(path / _INDEX).get("_class_name")
+        if isinstance(kind, str) and not kind.startswith("StableDiffusion3"):
+            raise CheckpointInvalid(
+                f"{path}: expected Stable Diffusion 3 or 3.5, or an original DiT file, found a {kind}; it is not supported"
+            )
 
 
 def _missing_path_hint(root: Path) -> str:

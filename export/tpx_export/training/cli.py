@@ -9,7 +9,7 @@ from tpx_runtime.command import TpxCommand
 _PATH = click.Path(path_type=Path)
 
 
-@click.command(cls=TpxCommand)
+@click.command(cls=TpxCommand, extra="export")
 @click.option(
     "--base",
     type=_PATH,

@@ -136,7 +136,12 @@ def _encode_image_batch(
 
 def _pixels(path: Path, size_px: tuple[int, int]) -> Tensor:
     """The image as [3, height, width] in -1..1, rotated upright, scaled and center-cropped."""
-    return torch.from_numpy(to_pixels(resize_and_crop(flatten_to_rgb(load_image(path), "white"), size_px))[0])
+    image = load_image(path)
+    try:
+        flat = flatten_to_rgb(image, "white")
+    except BadInput as error:
+        raise BadInput(f"{path}: {error}") from error
+    return torch.from_numpy(to_pixels(resize_and_crop(flat, size_px))[0])
 
 
 def _require_finite(values: Iterable[Tensor], part: str) -> None:
