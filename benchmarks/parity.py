@@ -13,11 +13,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import click
 import torch
 
 from benchmarks.tiny_sd3 import VARIANTS, save_pipeline
 from tpx_export.base.pipeline import open_base
 from tpx_export.exporter import export_bundle
+from tpx_runtime.command import TpxCommand
 from tpx_runtime.evaluation.similarity import psnr_db
 from tpx_runtime.generator import Generator
 from tpx_runtime.noise import batch_noise
@@ -101,7 +103,9 @@ def measure(variant: str, folder: Path) -> dict[str, str]:
     return column
 
 
+@click.command(cls=TpxCommand)
 def main() -> None:
+    """Print the table of docs/real-weights.md."""
     columns = {}
     with warnings.catch_warnings(), TemporaryDirectory() as root:
         warnings.simplefilter("ignore")
