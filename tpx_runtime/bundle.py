@@ -192,6 +192,11 @@ class Bundle:
         """Whether images can be generated from an input image: needs an image encoder and a flow model."""
         return self.vae_encoder is not None and self.manifest.model.prediction == "velocity"
 
+    @property
+    def has_t5(self) -> bool:
+        """Whether a text encoder can be left out: T5, which has no pooled output."""
+        return any(not encoder.pooled_width for encoder in self.manifest.text_encoders)
+
     def weight_bytes(self, folder: str) -> int:
         """Size of all files in a folder of the bundle: about the memory that its graph needs."""
         files = self.manifest.files.items()

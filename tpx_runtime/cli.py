@@ -77,7 +77,7 @@ def _warn_unlike(facts: dict[str, Any], bundle: "Bundle", edit: "Edit | None") -
     for name, value in found.items():
         expected = facts.get(f"{name}_sha256")
         if expected != value:
-            article = "no" if expected is None else "another" if value else "a"
+            article = "another" if value and (expected or name == "bundle") else "a" if expected else "no"
             stated = f", {shorten(facts.get('bundle'))}" if name == "bundle" else ""
             warnings.warn(f"the image of --like was generated with {article} {name}{stated}", stacklevel=2)
 
@@ -160,8 +160,8 @@ def _print_paths_on_exit() -> Iterator[list[Path]]:
 @click.option("--mask", type=_PATH, help="Mask image, white where IMAGE is to be repainted.")
 @click.option("--strength", type=float, help="Fraction of the steps to run on IMAGE, 0 to 1.  [default: 0.6]")
 @click.option(
-    "--no-t5",
-    is_flag=True,
+    "--no-t5/--t5",
+    default=False,
     help="Leave out T5 of Stable Diffusion 3: saves memory, long prompts work less well.",
 )
 @click.option("--no-verify", is_flag=True, help="Skip the hash check of the bundle's files.")
@@ -215,6 +215,8 @@ def run(
     input_image, input_mask = (load_image(file) if file else None for file in (image, mask))
     chosen = resolve(engine)
     opened = Bundle.open(find_bundle(bundle), verify=not no_verify)
+    if no_t5 and click.get_current_context().get_parameter_source("no_t5") is ParameterSource.DEFAULT_MAP:
+        no_t5 = opened.has_t5  # --like of an image of another bundle
     several_batches = num_images * len(subjects) > batch_size
     generator = Generator(opened, chosen, t5=not no_t5, keep=several_batches)
     with warnings_as_notices():
@@ -312,7 +314,8 @@ def _verify_on(bundle: "Bundle", engine: "Engine") -> None:
     """Print the reports of one engine as a table. Raises EngineFailed if a part is out of tolerance."""
     from .verify import require_ok, verify_bundle
 
-    reports = verify_bundle(bundle, engine)
+    with warnings_as_notices():
+        reports = verify_bundle(bundle, engine)
     click.echo(table(reports))
     require_ok(reports, engine.name)
 

@@ -68,9 +68,14 @@ def warnings_as_notices() -> Iterator[None]:
     """On exit, print each warning that was raised inside, such as a truncated prompt, as one `notice:` line on stderr."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        yield
-    for line in dict.fromkeys(" ".join(str(warning.message).splitlines()) for warning in caught):
-        click.echo(f"notice: {line}", err=True)
+        try:
+            yield
+        except BadInput:  # nothing was done that the warnings are of
+            caught.clear()
+            raise
+        finally:
+            for line in dict.fromkeys(" ".join(str(warning.message).splitlines()) for warning in caught):
+                click.echo(f"notice: {line}", err=True)
 
 
 def _print_version(ctx: click.Context, _: click.Parameter, requested: bool) -> None:

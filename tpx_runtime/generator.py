@@ -41,7 +41,7 @@ class Generator:
     def __init__(self, bundle: Bundle, engine: Engine, t5: bool = True, keep: bool = True) -> None:
         self.bundle, self.engine = bundle, engine
         self.manifest = bundle.manifest
-        if not t5 and all(encoder.pooled_width for encoder in self.manifest.text_encoders):
+        if not t5 and not bundle.has_t5:
             raise BadInput(
                 f"expected a bundle with T5 to leave out, found {self.manifest.name} without it; remove --no-t5 or t5=False"
             )
@@ -256,7 +256,8 @@ class Generator:
         return jobs
 
     def count_steps(self, jobs: Sequence[Settings], batch_size: int = 8) -> int:
-        """The number of steps that `stream` runs for these jobs, as its callback counts them."""
+        """The number of steps that `stream` runs for these jobs, as its callback counts them. Raises BadInput."""
+        batch_size = check_int("batch_size", batch_size, 1)
         return len(self.denoiser.schedule(jobs[0]).timesteps) * -(-len(jobs) // batch_size) if jobs else 0
 
     def generate_latents(

@@ -7,7 +7,7 @@ engines read it with `from_json()`, which rejects unknown and missing fields.
 import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import PurePosixPath
 
@@ -116,6 +116,7 @@ class Defaults:
 
     def __post_init__(self) -> None:
         _make_float(self, "guidance")
+        object.__setattr__(self, "guidance_interval", tuple(map(float, self.guidance_interval)))
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,9 @@ class Tolerance:
     transformer: float
     vae: float
     routing_agreement: float
+
+    def __post_init__(self) -> None:
+        _make_float(self, *(field.name for field in fields(self)))
 
 
 @dataclass(frozen=True)

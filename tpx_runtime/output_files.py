@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -90,9 +91,11 @@ def _fill(name: str, prompt: str, number: int, seed: int) -> str:
 
 
 def _slug(prompt: str) -> str:
-    """The letters and digits of the prompt, of any script, in at most 60 characters and 120 bytes."""
-    words = re.sub(r"[\W_]+", "-", unicodedata.normalize("NFC", prompt.lower())).strip("-")[:60]
-    return words.encode()[:120].decode(errors="ignore") or "image"
+    """The letters, marks and digits of the prompt that file names can have, in at most 60 characters and 120 bytes."""
+    text, encoding = unicodedata.normalize("NFC", prompt.lower()), sys.getfilesystemencoding()
+    words = "".join(letter if unicodedata.category(letter)[0] in "LMN" else " " for letter in text).split()
+    slug = "-".join(words).encode(encoding, "ignore").decode(encoding)[:60]
+    return slug.encode()[:120].decode(errors="ignore").strip("-") or "image"
 
 
 def _unused_name(prompt: str, seed: int, force: bool, taken: set[Path]) -> Path:

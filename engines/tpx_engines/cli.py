@@ -51,8 +51,8 @@ def main(
     OpenVINO otherwise compiles in the first process; built ahead of time, its transformer also gets exact batches, which
     run faster.
 
-    An engine has the precision of its bundle, except that openvino-bf16 computes in bf16. ONNX Runtime needs no build.
-    BUNDLE defaults to $TPX_BUNDLE, else bundles/shapes.
+    TensorRT's engines have the precision of the bundle; openvino computes what is not int8 in fp32, openvino-bf16 in bf16.
+    ONNX Runtime needs no build. BUNDLE defaults to $TPX_BUNDLE, else bundles/shapes.
     """
     check_engine(engine)
     from tpx_runtime.bundle import Bundle
@@ -60,7 +60,7 @@ def main(
     from .target import parse_batch
 
     rows, opened = parse_batch(batch), Bundle.open(find_bundle(bundle))
-    check_precision(opened, engine, precision)
+    check_precision(opened, precision)
     if engine not in TENSORRT:
         reject_options(engine, {"--gpu": gpu, "--cache": folder})
     if engine not in BUILT_AHEAD:
@@ -136,13 +136,13 @@ def check_engine(name: str) -> None:
         raise BadInput(f"expected --engine of {', '.join(BUILT_AHEAD)}, found {shorten(name)}")
 
 
-def check_precision(bundle: "Bundle", engine: str, requested: str | None) -> None:
-    """Raise BadInput if the engine would have another precision than the requested one."""
-    found = ENGINES[engine].precision or bundle.manifest.precision
+def check_precision(bundle: "Bundle", requested: str | None) -> None:
+    """Raise BadInput if the bundle has another precision than the requested one."""
+    found = bundle.manifest.precision
     if requested not in (None, found):
         raise BadInput(
-            f"expected --precision {found} for engine {engine} and {bundle.root}, found {shorten(requested)}; "
-            "export a bundle in that precision with `tpx-export --precision`, or choose the engine openvino-bf16"
+            f"expected --precision {found}, that of {bundle.root}, found {shorten(requested)}; "
+            "export another bundle with `tpx-export --precision`"
         )
 
 

@@ -41,7 +41,7 @@ def atomic_folder(out: Path, force: bool = False) -> Iterator[Path]:
     work = out.with_name(f".{out.name}.{os.getpid()}-{time.monotonic_ns():x}.partial")
     folder, replaced = work / "bundle", work.with_suffix(".replaced")
     try:
-        _create(folder)
+        _create(folder, out.parent)
         yield folder
         if not force:
             check_output_folder(out, force)
@@ -80,10 +80,10 @@ def _age_s(path: Path) -> float:
         return 0.0
 
 
-def _create(folder: Path) -> None:
+def _create(folder: Path, parent: Path) -> None:
     try:
         folder.mkdir(parents=True)
     except OSError as error:
         raise BadInput(
-            f"expected a writable folder {folder.parent}, found: {error.strerror}; choose another path"
+            f"expected a writable folder {parent}, found: {error.strerror}; choose another path"
         ) from None

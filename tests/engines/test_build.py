@@ -256,10 +256,10 @@ def test_rejects_an_invalid_batch_range(text: str) -> None:
             ["--engine", "openvino", "--gpu", "sm89"],
             "expected --gpu only with tensorrt-rtx or tensorrt, found it",
         ),
-        (["--precision", "int8"], "expected --precision fp32 for engine tensorrt-rtx and "),
+        (["--precision", "int8"], "expected --precision fp32, that of "),
         (
-            ["--engine", "openvino-bf16", "--precision", "fp32"],
-            "expected --precision bf16 for engine openvino-bf16",
+            ["--engine", "openvino-bf16", "--precision", "bf16"],
+            "expected --precision fp32, that of ",
         ),
     ],
 )

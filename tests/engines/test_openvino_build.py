@@ -46,18 +46,18 @@ def cache_files(bundle: Bundle) -> dict[str, int]:
 def test_refuses_to_compile_without_enough_memory(
     rows: list[int], bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The tiny transformer needs 0.54 GB for the library and 4.2 times its 0.4 MB."""
+    """The tiny transformer needs 0.54 GB for the library and, in fp32, 1.7 or 2.2 times its 0.4 MB."""
     largest = max(bundle.graphs("plain"), key=lambda graph: bundle.weight_bytes(graph.path.parent.name))
     folder_bytes = sum(
         path.stat().st_size for path in largest.path.parent.iterdir() if path.suffix != ".onnx"
     )
-    need = build.BASE_BYTES + 4.2 * (folder_bytes + largest.path.stat().st_size)
+    need = build.BASE_BYTES + (2.2 if rows else 1.7) * (folder_bytes + largest.path.stat().st_size)
     monkeypatch.setattr(build, "available_bytes", lambda: need - 1)
     with pytest.raises(
         EngineUnavailable, match=r"expected about 0\.5 GB of free memory to build transformer .*onnxruntime"
     ):
         build_ahead(bundle, "openvino", rows)
-    assert all("transformer.depth" not in name for name in cache_files(bundle))
+    assert all("depth-3" not in name or (rows and name.endswith(".blob")) for name in cache_files(bundle))
 
 
 def test_all_graphs_are_compiled_once(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:

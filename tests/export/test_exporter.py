@@ -298,7 +298,7 @@ def test_rejects_an_existing_folder_and_a_path_inside_a_file(tiny_model: TextToI
     assert entry_names(folder) == ["thesis.txt"]
     file = tmp_path / "file"
     file.write_text("")
-    with pytest.raises(BadInput):
+    with pytest.raises(BadInput, match=rf"expected a writable folder {file}, found: Not a directory"):
         export_bundle(Pipeline.from_model(tiny_model), file / "inside")
 
 

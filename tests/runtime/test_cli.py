@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import unicodedata
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -181,6 +182,8 @@ def test_seed_in_the_output_name_writes_one_file_per_image(default_bundle: Path,
         ("красный куб", "красный-куб-0.png"),
         ("cafe\u0301 \U0001f40e 赤い", "café-赤い-0.png"),
         ("\U0001f40e", "image-0.png"),
+        ("हिन्दी घोड़ा", unicodedata.normalize("NFC", "हिन्दी-घोड़ा-0.png")),
+        (f"{'x' * 59} y", "x" * 59 + "-0.png"),
         ("x" * 300, "x" * 60 + "-0.png"),
         ("赤" * 300, "赤" * 40 + "-0.png"),
     ],
@@ -188,6 +191,14 @@ def test_seed_in_the_output_name_writes_one_file_per_image(default_bundle: Path,
 def test_default_file_names_come_from_prompts(prompt: str, name: str) -> None:
     (output,) = choose_output_files(None, [prompt], [0], False)
     assert output.path == Path(name)
+
+
+def test_default_file_names_have_only_letters_that_the_file_system_encodes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "ascii")
+    outputs = choose_output_files(None, ["красный cube", "куб"], [0], False)
+    assert [output.path.name for output in outputs] == ["cube-0.png", "image-0.png"]
 
 
 @pytest.mark.parametrize(
@@ -697,6 +708,15 @@ def test_a_warning_of_the_engine_is_one_notice(three_encoders: Path, monkeypatch
     assert (result.exit_code, result.stdout) == (0, "red-cube-0.png\n")
     assert result.stderr.splitlines().count("notice: runs without a CUDA graph") == 1
     assert "Warning" not in result.stderr
+    monkeypatch.setattr(
+        Generator, "decode", lambda *_: (_ for _ in ()).throw(EngineFailed("expected x, found y"))
+    )
+    failed = run("red cube", "--bundle", three_encoders)
+    assert failed.exit_code == EngineFailed.exit_code
+    assert failed.stderr.splitlines()[-2:] == [
+        "notice: runs without a CUDA graph",
+        "error: expected x, found y",
+    ]
 
 
 def test_no_t5_leaves_out_the_t5_encoder(three_encoders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -708,6 +728,9 @@ def test_no_t5_leaves_out_the_t5_encoder(three_encoders: Path, monkeypatch: pyte
     engine.opened.clear()
     assert run("--like", "red-cube-0.png", "--bundle", three_encoders, "--out", "again.png").exit_code == 0
     assert not any(name.startswith("text_encoder_3") for name in engine.opened)
+    like = ("--like", "red-cube-0.png", "--bundle")
+    assert run(*like, three_encoders, "--t5", "--out", "with-t5.png").exit_code == 0
+    assert any(name.startswith("text_encoder_3") for name in engine.opened)
     assert run("red cube", "--bundle", three_encoders, "--out", "whole.png").exit_code == 0
     assert any(name.startswith("text_encoder_3") for name in engine.opened)
 

@@ -701,6 +701,8 @@ def test_a_callback_that_cannot_be_called_and_other_jobs_are_rejected(generator:
     with pytest.raises(BadInput, match="expected at least one job, found none"):
         generator.generate_latents([])
     assert list(generator.stream([])) == [] and generator.count_steps([]) == 0
+    with pytest.raises(BadInput, match="batch_size"):
+        generator.count_steps(generator.plan("red cube"), 0)
 
 
 def test_an_error_in_the_callback_propagates(generator: Generator) -> None:

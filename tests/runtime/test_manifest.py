@@ -43,6 +43,8 @@ def test_whole_numbers_in_python_are_the_floats_of_the_file() -> None:
     whole = replace(
         GOOD, latent=replace(GOOD.latent, scale=2, shift=0), defaults=replace(GOOD.defaults, guidance=3)
     )
+    whole = replace(whole, tolerance=replace(GOOD.tolerance, routing_agreement=1))
+    whole = replace(whole, defaults=replace(whole.defaults, guidance_interval=(0, 1)))
     assert Manifest.from_json(whole.to_json()) == whole
 
 

@@ -153,10 +153,12 @@ def test_an_error_of_the_engine_is_not_replaced_by_one_of_releasing_its_graphs(
 ) -> None:
     session_spy, y = RecordingSession(), np.ones(2, np.float32)
     bound = BoundSession(session_spy, Path("add.onnx"), "cpu", graphs=True)
-    bound.run({"x": np.ones((1, 2), np.float32), "y": y})
+    for rows in (1, 2):
+        bound.run({"x": np.ones((rows, 2), np.float32), "y": y})
     monkeypatch.setattr(session_spy, "release_captured_graph", lambda graph: [][graph])
     with pytest.raises(EngineFailed, match="could not run it"):
         bound.run({"x": np.ones((1, 2), np.float32)})
+    assert bound._bound == {}
 
 
 def test_the_installed_onnxruntime_can_release_a_graph() -> None:

@@ -49,8 +49,9 @@ class BoundSession:
             try:
                 yield
             except BaseException:
-                with suppress(Exception):  # the first error says more
-                    self._release(len(self._bound))
+                for _ in range(len(self._bound)):
+                    with suppress(Exception):  # the first error says more
+                        self._release(1)
                 raise
 
     def buffers(self, inputs: Arrays, shared: DeviceValues | None = None) -> "Buffers":

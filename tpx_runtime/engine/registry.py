@@ -43,7 +43,7 @@ class Engine:
             reason: str | None = self._module().problem(self.name)
         except Exception as error:  # a broken installation can raise anything
             remedy = f"install it again with `pip install --force-reinstall 'tpx[{self.extra}]'`"
-            if "alloc" in str(error):
+            if isinstance(error, MemoryError) or "bad_alloc" in str(error):
                 remedy = "close other programs, because memory is short"
             return f"expected {self.package} to import for engine {self.name}, found: {one_line(error)}; {remedy}"
         return reason

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .. import options
-from ..command import TpxCommand, TpxGroup
+from ..command import TpxCommand, TpxGroup, warnings_as_notices
 from ..errors import BadInput, EngineUnavailable
 from ..options import find_bundle
 
@@ -89,7 +89,8 @@ def _generate(
     from .generation import run
 
     items = benchmark.read(prompts)
-    run(benchmark, items, out, _text_to_image_generator(bundle, engine), **options)
+    with warnings_as_notices():
+        run(benchmark, items, out, _text_to_image_generator(bundle, engine), **options)
 
 
 def _text_to_image_generator(bundle: str | None, engine: str) -> "Generator":
@@ -119,7 +120,8 @@ def shapes(bundle: str | None, engine: str, out: Path, **options: Any) -> None:
     Needs a checkout of TPX, because the prompts and the judge are in its folder samples.
     """
     evaluate = _shapes_eval()
-    text = evaluate.run(out, _text_to_image_generator(bundle, engine), **options)
+    with warnings_as_notices():
+        text = evaluate.run(out, _text_to_image_generator(bundle, engine), **options)
     click.echo(text)
     click.echo(click.format_filename(out / "index.html"))
 

@@ -120,6 +120,7 @@ def _clip(files: ModelFiles, single: Tensors | None, number: str, prefix: str) -
     else:
         folder = files.component_folder(f"text_encoder{number}")
         spec, load = clip_spec(folder), lambda: load_clip(folder)
+        open_tensors(folder)  # a missing file is an error now, not after hours of other work
     vocabulary = clip_tokenizer(files.any_folder(f"tokenizer{number}"), CLIP_TOKENS)
     entry = EncoderSpec(
         f"text_encoder{number}", f"tokenizer{number}", CLIP_TOKENS, spec.width, spec.projection
@@ -134,6 +135,7 @@ def _t5(files: ModelFiles, single: Tensors | None) -> TextPart:
     else:
         folder = files.component_folder("text_encoder_3", hint="or leave out T5 with --no-t5")
         spec, load = t5_spec(folder), lambda: load_t5(folder)
+        open_tensors(folder)
     vocabulary = t5_tokenizer(files.any_folder("tokenizer_3"), T5_TOKENS)
     entry = EncoderSpec("text_encoder_3", "tokenizer_3", T5_TOKENS, spec.width, 0)
     return _text_part(entry, vocabulary, load)
