@@ -361,6 +361,15 @@ def test_like_rejects_settings_of_other_types(default_bundle: Path, edit: dict[s
     assert_error(run("--like", "b.png"), 2, f"expected settings that tpx-run wrote, found {name} ")
 
 
+def test_like_of_an_image_without_t5_takes_a_bundle_that_never_had_it(default_bundle: Path) -> None:
+    assert run(PROMPT, "--steps", 2, "--out", "a.png").exit_code == 0
+    with Image.open("a.png") as image:
+        image.info["tpx"] = json.dumps(json.loads(image.text["tpx"]) | {"left_out": ["text_encoder_3"]})
+        save_png(image, Path("b.png"), replace=True)
+    assert run("--like", "b.png", "--out", "c.png").exit_code == 0
+    assert_error(run("--like", "b.png", "--no-t5"), 2, "expected a bundle with T5 to leave out, found ")
+
+
 def test_like_reproduces_a_grid(default_bundle: Path) -> None:
     assert run(PROMPT, "--steps", 2, "-n", 3, "--out", "a.png").exit_code == 0
     assert run("--like", "a.png", "--out", "b.png").exit_code == 0
