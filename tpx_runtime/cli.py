@@ -72,14 +72,15 @@ def _warn_unlike(facts: dict[str, Any], bundle: "Bundle", edit: "Edit | None") -
     """Warn if the image of --like, whose metadata is `facts`, was generated with another bundle, image or mask."""
     if not facts:
         return
-    found = {"bundle": bundle.hash, "image": None, "mask": None}
-    found |= {name.removesuffix("_sha256"): value for name, value in (edit.sources if edit else {}).items()}
-    for name, value in found.items():
-        expected = facts.get(f"{name}_sha256")
-        if expected != value:
-            article = "another" if value and (expected or name == "bundle") else "a" if expected else "no"
-            stated = f", {shorten(facts.get('bundle'))}" if name == "bundle" else ""
-            warnings.warn(f"the image of --like was generated with {article} {name}{stated}", stacklevel=2)
+    differing = []
+    if facts.get("bundle_sha256") != bundle.hash:
+        differing.append(f"another bundle, {shorten(facts.get('bundle'))}")
+    for name in ("image", "mask"):
+        then, now = facts.get(f"{name}_sha256"), edit.sources.get(f"{name}_sha256") if edit else None
+        if then != now:
+            differing.append(f"{'no' if not then else 'another' if now else 'a'} {name}")
+    for what in differing:
+        warnings.warn(f"the image of --like was generated with {what}", stacklevel=2)
 
 
 def _plan_lines(

@@ -13,10 +13,8 @@ from .engine import Arrays, Session, checked_output
 from .manifest import ModelSpec
 from .sampling import Array
 
-MAX_CALL_BYTES = (
-    64 << 20
-)  # of the rows computed in one call: all steps of a small model, several of a large one
-MAX_TABLE_BYTES = 256 << 20  # of the rows computed while the graph is open, before the transformer is
+# Of the rows computed in one call (all steps of a small model, several of a large one), and while the graph is open.
+MAX_CALL_BYTES, MAX_TABLE_BYTES = 64 << 20, 256 << 20
 
 
 class Conditions:

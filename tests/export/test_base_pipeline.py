@@ -266,6 +266,16 @@ def test_opening_a_base_loads_no_text_encoder(
     assert [(part.spec.context_width, part.spec.pooled_width) for part in pipeline.text] == expected
 
 
+@pytest.mark.parametrize("part", ["text_encoder", "text_encoder_3"])
+def test_missing_weights_of_a_text_encoder_are_an_error_when_a_base_is_opened(
+    part: str, reference: tuple[Path, Any], tmp_path: Path
+) -> None:
+    copy = shutil.copytree(reference[0], tmp_path / "copy")
+    (copy / part / "model.safetensors").unlink()
+    with pytest.raises(CheckpointInvalid, match=rf"{part}: expected \.safetensors files, found none"):
+        open_base(copy)
+
+
 def copy_without_part(folder: Path, part: str, tmp_path: Path) -> Path:
     copy = tmp_path / "broken"
     shutil.copytree(folder, copy)

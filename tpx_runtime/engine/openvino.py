@@ -80,9 +80,8 @@ class OpenVinoSession:
 
 def open_session(engine_name: str, path: Path) -> OpenVinoSession:
     """Load the graph at `path` in the engine's precision."""
-    with engine_errors(
-        path, "openvino", "load"
-    ):  # loading the library of a device may fail for want of memory
+    # Loading the library of a device may fail for want of memory.
+    with engine_errors(path, "openvino", "load"):
         store = open_store(engine_name, path)
     return OpenVinoSession(path, compile_config(engine_name, path), store)
 

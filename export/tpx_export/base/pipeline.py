@@ -16,7 +16,7 @@ import torch
 
 from tpx_export.adapters import FILE, Adapters, attach, load_adapters
 from tpx_export.base import dit_pipeline, sd3_pipeline
-from tpx_export.base.config import read_object
+from tpx_export.base.foreign_json import read_object
 from tpx_export.base.model_files import ModelFiles
 from tpx_export.checkpoint import CheckpointInvalid
 from tpx_export.fingerprint import base_fingerprint
