@@ -65,12 +65,12 @@ def causal_mask(length: int) -> Tensor:
 def pool_at_end_of_text(x: Tensor, ids: Tensor) -> Tensor:
     """x [B, L, W] -> [B, W] at the first position of each row's largest id, the end-of-text token.
 
-    It does not use ArgMax: padding with the same id makes ties, and engines resolve ties differently.
+    It does not use ArgMax: padding with the same id makes ties, and engines resolve ties differently. Nor does it compare
+    floats: an engine that computes in bfloat16 cannot tell the ids of the start and the end of text apart.
     """
-    values = ids.float()  # exact up to 2^24
-    positions = torch.arange(ids.shape[1], dtype=torch.float32)
-    is_largest = values == values.amax(1, keepdim=True)
-    first = torch.where(is_largest, positions, float(ids.shape[1])).amin(1, keepdim=True)
+    positions = torch.arange(ids.shape[1])
+    is_largest = ids == ids.amax(1, keepdim=True)
+    first = torch.where(is_largest, positions, ids.shape[1]).amin(1, keepdim=True)
     return ((positions == first).to(x.dtype).unsqueeze(1) @ x).squeeze(1)
 
 
