@@ -43,7 +43,7 @@ def write_graphs(
     thinking = ThinkingSpec(blocks=(0,), experts=4, rank=32, max_depth=2)
     spec = MMDiTSpec(
         latent_channels=16,
-        latent_size=latent,
+        latent_size=(latent, latent),
         width=width,
         heads=heads,
         blocks=2,

@@ -43,8 +43,7 @@ def main(prompt: str, ckpt: Path, out: Path, seed: int, steps: int) -> None:
         return guided
 
     sampler = FLOW_SAMPLERS[defaults.sampler]
-    size = spec.autoencoder.latent_size
-    noise = batch_noise([seed], (spec.autoencoder.latent_channels, size, size))
+    noise = batch_noise([seed], (spec.transformer.latent_channels, *spec.transformer.latent_size))
     *_, latents = sampler.sample(velocity, noise, sampler.schedule(steps, spec.shift))
     image = model.autoencoder.decode(torch.from_numpy(latents.astype(np.float32)))[0]
     pixels = ((image + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()

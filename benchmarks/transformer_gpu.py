@@ -35,10 +35,10 @@ def random_transformer(
     model: str, layers: int | None, heads: int | None, image_size_px: int, device: str
 ) -> MMDiT:
     """A base with the size of `model`; normal weights with deviation 0.02, and 0.2 for modulation biases."""
-    size = size_of(model, layers, heads)
+    size, side = size_of(model, layers, heads), image_size_px // VAE_FACTOR
     spec = MMDiTSpec(
         latent_channels=CHANNELS,
-        latent_size=image_size_px // VAE_FACTOR,
+        latent_size=(side, side),
         patch=PATCH,
         width=size.width,
         heads=size.heads,
@@ -74,7 +74,7 @@ def random_inputs(
         conditions = transformer.conditions(
             torch.full((batch,), 500.0, device=device), torch.randn(batch, spec.pooled_width, device=device)
         )
-    latents = torch.randn(batch, spec.latent_channels, spec.latent_size, spec.latent_size, device=device)
+    latents = torch.randn(batch, spec.latent_channels, *spec.latent_size, device=device)
     context = torch.randn(batch, spec.context_tokens, spec.context_width, device=device)
     return latents.to(kind), conditions, context.to(kind)
 

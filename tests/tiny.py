@@ -24,12 +24,12 @@ def make_tiny(thinking: ThinkingSpec | None, seed: int = 0) -> TextToImage:
     spec = TextToImageSpec(
         name="tiny",
         license="Apache-2.0",
-        autoencoder=AutoencoderSpec(image_size_px=64, widths=(16, 16, 8), scale=1.3, shift=0.1),
+        autoencoder=AutoencoderSpec(widths=(16, 16, 8), scale=1.3, shift=0.1),
         text_encoder=TextEncoderSpec(
             ("<pad>", "<bos>", "<eos>", "<unk>", *WORDS), tokens=12, width=32, heads=2, layers=1
         ),
         transformer=MMDiTSpec(
-            latent_size=8,
+            latent_size=(8, 8),
             width=64,
             heads=2,
             blocks=3,
@@ -56,9 +56,9 @@ def make_tiny_classes(classes: int) -> ClassToImage:
     spec = ClassToImageSpec(
         name="tiny-classes",
         license="Apache-2.0",
-        autoencoder=AutoencoderSpec(image_size_px=64, widths=(16, 16, 8)),
+        autoencoder=AutoencoderSpec(widths=(16, 16, 8)),
         transformer=DiTSpec(
-            latent_size=8,
+            latent_size=(8, 8),
             width=64,
             heads=2,
             blocks=3,

@@ -10,6 +10,7 @@ from . import __version__
 from .bundle import Bundle
 from .engine import ENGINES, Engine
 from .engine.engine_file import default_folder
+from .image_size import format_size
 from .manifest import ALL_NOISE_LEVELS, Defaults
 from .memory import available_bytes
 
@@ -46,7 +47,6 @@ def describe_bundle(bundle: Bundle) -> Iterator[str]:
     """A description of a bundle, line by line."""
     manifest, model = bundle.manifest, bundle.manifest.model
     size = sum(entry.bytes for entry in manifest.files.values())
-    height, width = model.image_size_px
     inputs = (
         f"classes 0 to {model.classes - 1}" if model.classes else f"prompts of {model.context_tokens} tokens"
     )
@@ -58,7 +58,7 @@ def describe_bundle(bundle: Bundle) -> Iterator[str]:
         f"by {manifest.producer}",
         "identity": manifest.sha256,
         "inputs": inputs + image,
-        "outputs": f"{width}x{height} pixels, predicts {model.prediction}",
+        "outputs": f"{format_size(model.image_size_px)} pixels, predicts {model.prediction}",
         "thinking": f"in blocks {blocks}, {model.experts} experts, depth {', '.join(map(str, model.depths))}"
         if model.thinking_blocks
         else "none",

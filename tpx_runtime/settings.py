@@ -10,6 +10,7 @@ import numpy as np
 
 from . import __version__
 from .errors import BadInput, shorten
+from .image_size import format_size
 from .manifest import ALL_NOISE_LEVELS, Manifest
 from .noise import MAX_SEED
 from .sampling import SAMPLERS_FOR, TRAIN_TIMESTEPS
@@ -129,7 +130,6 @@ class Settings:
 
         `left_out` lists the text encoders that were left out, `sources` holds the hashes of an edit's inputs.
         """
-        height, width = manifest.model.image_size_px
         facts = {
             **{name: value for name, value in asdict(self).items() if value is not None},
             "bundle": manifest.name,
@@ -151,8 +151,8 @@ class Settings:
         subject = self.prompt if self.class_id is None else f"class {self.class_id}"
         line = (
             f"{subject}\n{negative}Steps: {self.steps}, Sampler: {self.sampler}, "
-            f"CFG scale: {self.guidance}, Seed: {self.seed}, Size: {width}x{height}, Model: {manifest.name}, "
-            f"Depth: {self.depth}{extra}, Version: tpx {__version__}"
+            f"CFG scale: {self.guidance}, Seed: {self.seed}, Size: {format_size(manifest.model.image_size_px)}, "
+            f"Model: {manifest.name}, Depth: {self.depth}{extra}, Version: tpx {__version__}"
         )
         return {"tpx": json.dumps(facts), "parameters": line}
 

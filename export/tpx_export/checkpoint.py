@@ -1,6 +1,6 @@
 """Checkpoints: a model and its specification in one file, `.safetensors` or `.pt`.
 
-Both hold a header {"format": "tpx-model", "version": 1, "model": "text-to-image", "spec": {...}} and the tensors by name.
+Both hold a header {"format": "tpx-model", "version": 2, "model": "text-to-image", "spec": {...}} and the tensors by name.
 Tensors may be float16 on disk and are float32 in memory. Reading executes no code: `.pt` is read with weights_only=True,
 and files of other formats are rejected.
 """
@@ -23,7 +23,7 @@ from tpx_runtime.errors import TpxError, shorten
 from tpx_runtime.files import atomic_file
 from tpx_runtime.typed_json import parse
 
-FORMAT, VERSION = "tpx-model", 1
+FORMAT, VERSION = "tpx-model", 2
 SUFFIXES = (".safetensors", ".pt")
 Model = TextToImage | ClassToImage
 # The first is that of a header without "model".
@@ -143,17 +143,27 @@ def _build_model(path: Path, header: Any) -> Model:
     """The model that a header describes, without its weights. Raises CheckpointInvalid."""
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise CheckpointInvalid(_foreign(path, "another header"))
-    if header.get("version") != VERSION:
+    version = header.get("version")
+    if version not in (1, VERSION):
         raise CheckpointInvalid(
-            f"{path}: expected checkpoint version {VERSION}, found {header.get('version')!r}; install the tpx that wrote it"
+            f"{path}: expected checkpoint version {VERSION}, found {version!r}; install the tpx that wrote it"
         )
     kind = header.get("model", "text-to-image")
     if not isinstance(kind, str) or kind not in MODELS:
         raise CheckpointInvalid(f"{path}: expected a model of {', '.join(MODELS)}, found {shorten(kind)}")
     spec_class, model_class = MODELS[kind]
     try:
+        if version == 1:
+            _upgrade(header["spec"])
         return model_class(parse(spec_class, header["spec"], "spec.", "this tpx", defaults=True))
-    except (TypeError, ValueError, KeyError) as error:
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise CheckpointInvalid(
             f"{path}: expected a model specification, found an invalid one ({error})"
         ) from None
+
+
+def _upgrade(spec: dict[str, Any]) -> None:
+    """Convert in place the specification of version 1, where sizes were one number and the autoencoder had one too."""
+    spec["autoencoder"].pop("image_size_px", None)
+    if "latent_size" in (transformer := spec["transformer"]):
+        transformer["latent_size"] = [transformer["latent_size"]] * 2

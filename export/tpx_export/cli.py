@@ -8,6 +8,7 @@ import click
 
 from tpx_runtime.command import TpxCommand, warnings_as_notices
 from tpx_runtime.errors import BadInput
+from tpx_runtime.image_size import parse_size
 
 if TYPE_CHECKING:
     from tpx_export.pipeline import Pipeline
@@ -23,7 +24,7 @@ _PATH = click.Path(path_type=Path)
 )
 @click.option("--components", type=_PATH, help="Diffusers folder with the parts that BASE lacks.")
 @click.option("--adapters", type=_PATH, help="Thinking adapters for BASE, tpx.safetensors.")
-@click.option("--image-size", "image_size_px", type=int, help="Pixels per side.  [default: BASE's own]")
+@click.option("--image-size", help="Pixels, WIDTHxHEIGHT or SIDE.  [default: BASE's own]")
 @click.option("--no-t5", is_flag=True, help="Leave out BASE's T5 encoder.")
 @click.option("--depth", type=int, help="Latent steps; graphs 1..DEPTH are written.  [default: the model's]")
 @click.option("--out", type=_PATH, help="Folder to write.  [default: bundles/<model's name>]")
@@ -45,7 +46,7 @@ def main(
     base: Path | None,
     components: Path | None,
     adapters: Path | None,
-    image_size_px: int | None,
+    image_size: str | None,
     no_t5: bool,
     depth: int | None,
     out: Path | None,
@@ -68,7 +69,7 @@ def main(
     options = Int8Options(**chosen) if chosen else None
     check_arguments(out, depth, precision, force, options)  # before reading the model, which takes a while
     with warnings_as_notices():
-        pipeline = open_model(ckpt, base, components, adapters, image_size_px, no_t5)
+        pipeline = open_model(ckpt, base, components, adapters, image_size, no_t5)
     out = out or Path("bundles") / pipeline.name
     with click.progressbar(length=1, label="export", file=sys.stderr) as bar:
 
@@ -93,7 +94,7 @@ def open_model(
     base: Path | None,
     components: Path | None,
     adapters: Path | None,
-    image_size_px: int | None,
+    image_size: str | None,
     no_t5: bool,
 ) -> "Pipeline":
     """The model that the options name. Raises BadInput, CheckpointInvalid."""
@@ -106,9 +107,10 @@ def open_model(
             f"expected --ckpt or --base, found {'both' if ckpt else 'neither'}; name one model to export"
         )
     if base:
-        return open_base(base, components, image_size_px, adapters, t5=not no_t5)
+        size = None if image_size is None else parse_size(image_size)
+        return open_base(base, components, size, adapters, t5=not no_t5)
     assert ckpt is not None
-    extra = {"--components": components, "--adapters": adapters, "--image-size": image_size_px}
+    extra = {"--components": components, "--adapters": adapters, "--image-size": image_size}
     if given := [name for name, value in extra.items() if value is not None] + ["--no-t5"] * no_t5:
         raise BadInput(f"expected {given[0]} only with --base, found it with --ckpt; leave it out")
     return Pipeline.from_model(checkpoint.load(ckpt))

@@ -77,7 +77,7 @@ class Pipeline:
         return cls(
             name=spec.name,
             license=spec.license,
-            model=model_spec(transformer, spec.autoencoder.image_size_px),
+            model=model_spec(transformer, spec.autoencoder.factor),
             latent=LatentSpec(spec.autoencoder.scale, spec.autoencoder.shift),
             defaults=spec.defaults,
             shift=flow.spec.shift if flow else None,
@@ -91,17 +91,17 @@ class Pipeline:
 
 
 def model_spec(
-    transformer: MMDiTSpec | DiTSpec, image_size_px: int, guided_channels: int | None = None
+    transformer: MMDiTSpec | DiTSpec, factor: int, guided_channels: int | None = None
 ) -> ModelSpec:
-    """The manifest's description of a transformer whose images are `image_size_px` wide and high.
+    """The manifest's description of a transformer whose autoencoder has `factor` pixels per latent along one side.
 
     Guidance acts on the first `guided_channels` of the latents, or on all if None.
     """
-    latent, thinking = transformer.latent_size, transformer.thinking
+    (height, width), thinking = transformer.latent_size, transformer.thinking
     return ModelSpec(
         latent_channels=transformer.latent_channels,
-        latent_size=(latent, latent),
-        image_size_px=(image_size_px, image_size_px),
+        latent_size=(height, width),
+        image_size_px=(height * factor, width * factor),
         **_inputs_and_output(transformer),
         conditions_width=transformer.conditions_width,
         guided_channels=guided_channels or transformer.latent_channels,

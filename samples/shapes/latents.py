@@ -11,7 +11,7 @@ from torch import Tensor
 from samples.shapes.captions import TRAINING_MIX, Prompt, training_pairs
 from samples.shapes.fit import atomic_save
 from samples.shapes.render import render
-from samples.shapes.world import Scene
+from samples.shapes.world import SIDE_PX, Scene
 from tpx_export.model.autoencoder import Autoencoder
 
 SHARD_SIZE = 2048
@@ -41,7 +41,7 @@ def encode_scenes(scenes: Sequence[Scene], autoencoder: Autoencoder) -> Tensor:
     device, parts = next(autoencoder.parameters()).device, []
     for start in range(0, len(scenes), RENDER_BATCH):
         group = scenes[start : start + RENDER_BATCH]
-        image = render(group, autoencoder.spec.image_size_px, str(device), fast=True)
+        image = render(group, SIDE_PX, str(device), fast=True)
         with torch.autocast(device.type, dtype=torch.bfloat16):
             parts.append(autoencoder.encode(image * 2 - 1).half().cpu())
     return torch.cat(parts)
@@ -53,3 +53,9 @@ def fingerprint(autoencoder: Autoencoder) -> str:
     for value in autoencoder.encoder.state_dict().values():
         digest.update(value.cpu().numpy().tobytes())
     return digest.hexdigest()[:12]
+
+
+def latent_size(autoencoder: Autoencoder) -> tuple[int, int]:
+    """(height, width) of the latents of an image of the shapes world."""
+    side = SIDE_PX // autoencoder.spec.factor
+    return side, side

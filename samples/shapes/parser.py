@@ -13,11 +13,11 @@ import numpy.typing as npt
 import onnxruntime as ort
 from PIL import Image
 
-from samples.shapes.world import COLOURS, MAX_OBJECTS, SHAPES, Scene, SceneObject
+from samples.shapes.world import COLOURS, MAX_OBJECTS, SHAPES, SIDE_PX, Scene, SceneObject
 
 WEIGHTS = Path(__file__).with_name("parser.onnx")
 RECORD = Path(__file__).with_name("parser.json")  # accuracy on fresh renders, and the command that made both
-SIDE_PX, CELLS = 128, 32
+CELLS = 32
 THRESHOLD = 0.4  # lower peaks of the heat map are ignored
 Floats = npt.NDArray[np.float32]
 

@@ -27,6 +27,7 @@ from samples.shapes.world import (
     HALF_HEIGHT,
     LOOK_AT,
     MAX_OBJECTS,
+    SIDE_PX,
     TAN_HALF_FOV,
     Scene,
     SceneObject,
@@ -228,7 +229,7 @@ def _compiled() -> Callable[..., Tensor]:
 
 @torch.no_grad()
 def render(
-    scenes: Sequence[Scene] | Solids, side_px: int = 128, device: str = "cpu", fast: bool = False
+    scenes: Sequence[Scene] | Solids, side_px: int = SIDE_PX, device: str = "cpu", fast: bool = False
 ) -> Tensor:
     """Scenes -> sRGB images, float32 [B, 3, side_px, side_px] in 0..1.
 

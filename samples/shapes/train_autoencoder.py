@@ -1,6 +1,7 @@
 """Stage 1: trains the autoencoder on scenes rendered during training."""
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from samples.shapes.captions import training_pairs
 from samples.shapes.fit import fit, step_generator
 from samples.shapes.image_grid import save_grid
+from samples.shapes.latents import latent_size
 from samples.shapes.render import render
 from samples.shapes.world import Scene
 from tpx_export.model.autoencoder import Autoencoder, AutoencoderSpec
@@ -24,9 +26,9 @@ def scenes(seed: int, count: int) -> list[Scene]:
     return [scene for _, scene in itertools.islice(training_pairs(seed), count)]
 
 
-def fresh_renders(seed: int, count: int, spec: AutoencoderSpec, device: str) -> Tensor:
+def fresh_renders(seed: int, count: int, device: str) -> Tensor:
     """Fresh renders in -1..1, [count, 3, H, W]."""
-    return render(scenes(seed, count), spec.image_size_px, device, fast=True) * 2 - 1
+    return render(scenes(seed, count), device=device, fast=True) * 2 - 1
 
 
 def loss(model: Autoencoder, image: Tensor, ground: Tensor, noise: Tensor) -> Tensor:
@@ -49,17 +51,15 @@ def train(out: Path, *, steps: int, batch: int, seed: int, device: str, rate: fl
     spec = AutoencoderSpec()
     torch.manual_seed(seed)
     model = Autoencoder(spec).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    ground = render([()], spec.image_size_px, device) * 2 - 1
-    validation = fresh_renders(VALIDATION_SEED, 8, spec, device)
+    ground = render([()], device=device) * 2 - 1
+    validation = fresh_renders(VALIDATION_SEED, 8, device)
 
     def loss_at(step: int) -> Tensor:
-        image = fresh_renders(seed * 1_000_003 + step, batch, spec, device).contiguous(
+        image = fresh_renders(seed * 1_000_003 + step, batch, device).contiguous(
             memory_format=torch.channels_last
         )
-        size = spec.latent_size
-        noise = torch.randn(batch, spec.latent_channels, size, size, generator=step_generator(seed, step)).to(
-            device
-        )
+        shape = (batch, spec.latent_channels, *latent_size(model))
+        noise = torch.randn(shape, generator=step_generator(seed, step)).to(device)
         with torch.autocast(device, dtype=torch.bfloat16):
             return loss(model, image, ground, noise)
 
@@ -84,20 +84,14 @@ def train(out: Path, *, steps: int, batch: int, seed: int, device: str, rate: fl
         show_every=200,
     )
     assert isinstance(trained, Autoencoder)
-    return standardise(trained, fresh_renders(VALIDATION_SEED + 1, 256, spec, device))
+    return standardise(trained, fresh_renders(VALIDATION_SEED + 1, 256, device))
 
 
 @torch.no_grad()
 def standardise(model: Autoencoder, image: Tensor) -> Autoencoder:
     """The autoencoder with a scale and shift that give latents mean 0 and standard deviation 1."""
     z = torch.cat([model.encoder(part)[0] for part in image.split(32)])
-    spec = AutoencoderSpec(
-        model.spec.image_size_px,
-        model.spec.latent_channels,
-        model.spec.widths,
-        scale=1 / float(z.std()),
-        shift=float(z.mean()),
-    )
+    spec = replace(model.spec, scale=1 / float(z.std()), shift=float(z.mean()))
     standardised = Autoencoder(spec).to(z.device)
     standardised.load_state_dict(model.state_dict())
     return standardised.eval()

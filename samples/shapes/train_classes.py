@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from samples.shapes.classes import CLASSES, scene_of_class
 from samples.shapes.fit import atomic_save, fit, step_generator
 from samples.shapes.image_grid import save_grid
-from samples.shapes.latents import encode_scenes, fingerprint
+from samples.shapes.latents import encode_scenes, fingerprint, latent_size
 from samples.shapes.train import SHIPPED, load_frozen
 from samples.shapes.train_flow import CAPTION_DROPOUT, TrainingRun, optimizers, with_thinking
 from tpx_export import checkpoint
@@ -90,9 +90,7 @@ def sample(
         return unconditional + guidance * (conditional - unconditional)
 
     sampler = DIFFUSION_SAMPLERS["ddim"]
-    noise = batch_noise(
-        list(range(len(classes))), (model.spec.latent_channels, *[model.spec.latent_size] * 2)
-    )
+    noise = batch_noise(list(range(len(classes))), (model.spec.latent_channels, *model.spec.latent_size))
     *_, latents = sampler.sample(epsilon, noise, sampler.schedule(steps, 1.0))
     return autoencoder.decode(torch.from_numpy(latents).float().to(device))
 
@@ -148,7 +146,7 @@ def main(ckpt: Path, out: Path, steps: int, adapter_steps: int, batch: int, seed
     data, run = latents_of_classes(out, autoencoder), TrainingRun(out, steps, batch, seed, device)
     spec = DiTSpec(
         latent_channels=autoencoder.spec.latent_channels,
-        latent_size=autoencoder.spec.latent_size,
+        latent_size=latent_size(autoencoder),
         width=192,
         heads=3,
         blocks=6,

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from samples.shapes.captions import TRAINING_MIX, Prompt, caption
 from samples.shapes.fit import digest, fit, step_generator
 from samples.shapes.image_grid import save_grid
-from samples.shapes.latents import SHARD_SIZE, load_shard
+from samples.shapes.latents import SHARD_SIZE, latent_size, load_shard
 from samples.shapes.train_text import tokenizer_for
 from tpx_export.model.autoencoder import Autoencoder
 from tpx_export.model.dit import DiT
@@ -174,7 +174,7 @@ def sample(
         return unconditional + guidance * (conditional - unconditional)
 
     sampler = FLOW_SAMPLERS["euler"]
-    shape = (model.spec.latent_channels, model.spec.latent_size, model.spec.latent_size)
+    shape = (model.spec.latent_channels, *model.spec.latent_size)
     noise = batch_noise(list(range(len(prompts))), shape)
     *_, latents = sampler.sample(velocity, noise, sampler.schedule(steps, SHIFT))
     return autoencoder.decode(torch.from_numpy(latents).to(device))
@@ -217,7 +217,7 @@ def new_base(autoencoder: Autoencoder, text_encoder: TextEncoder, width: int = M
     text = text_encoder.spec
     spec = MMDiTSpec(
         latent_channels=autoencoder.spec.latent_channels,
-        latent_size=autoencoder.spec.latent_size,
+        latent_size=latent_size(autoencoder),
         width=width,
         heads=width // HEAD_WIDTH,
         context_tokens=text.tokens,

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from samples.shapes.captions import TRAINING_MIX, Prompt, prompt_of, satisfies, scene_for
 from samples.shapes.fit import fit, step_generator
-from samples.shapes.parser import CELLS, RECORD, SIDE_PX, WEIGHTS, Parser
+from samples.shapes.parser import CELLS, RECORD, WEIGHTS, Parser
 from samples.shapes.render import render
 from samples.shapes.train import load_frozen
 from samples.shapes.world import (
@@ -34,6 +34,7 @@ from samples.shapes.world import (
     INVERSE,
     MAX_OBJECTS,
     SHAPES,
+    SIDE_PX,
     SUPPORTS,
     Scene,
     SceneObject,

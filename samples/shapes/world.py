@@ -30,6 +30,7 @@ INVERSE = {
     "behind": "in front of",
 }
 MAX_OBJECTS = 4
+SIDE_PX = 128  # of the images of the sample models and of the parser
 
 # Half the height of each shape, in units of its size; the other proportions are in render.py.
 HALF_HEIGHT = {"cube": 0.8, "sphere": 1.0, "cylinder": 0.9, "cone": 1.0}

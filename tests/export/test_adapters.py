@@ -19,7 +19,7 @@ from tpx_export.model.thinking import Thinking
 from tpx_runtime.errors import BadInput, TpxError
 
 SPEC = MMDiTSpec(
-    latent_size=8,
+    latent_size=(8, 8),
     width=64,
     heads=2,
     blocks=14,

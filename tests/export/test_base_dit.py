@@ -45,7 +45,7 @@ from tpx_runtime.sampling import Array
 from tpx_runtime.sampling.diffusion import ddpm, respaced_schedule
 
 State = dict[str, Tensor]
-TINY = DiTSpec(latent_channels=4, latent_size=8, patch=2, width=48, heads=4, blocks=3, classes=10)
+TINY = DiTSpec(latent_channels=4, latent_size=(8, 8), patch=2, width=48, heads=4, blocks=3, classes=10)
 THINKING = ThinkingSpec(blocks=(0, 2), experts=3, rank=4, max_depth=2)
 
 
@@ -70,7 +70,7 @@ def tiny_has_four_heads(monkeypatch: pytest.MonkeyPatch) -> None:
 def reference_shapes(spec: DiTSpec) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the original's state dict."""
     d, p, c = spec.width, spec.patch, spec.latent_channels
-    tokens = (spec.latent_size // p) ** 2
+    tokens = (spec.latent_size[0] // p) ** 2
     out = p * p * (2 * c if spec.learned_sigma else c)
     layers = {
         "t_embedder.mlp.0": (d, 256),
@@ -118,7 +118,7 @@ def random_state(spec: DiTSpec, seed: int = 0) -> State:
     for name, shape in reference_shapes(spec).items():
         fan_in = math.prod(shape[1:]) if len(shape) > 1 else 25
         state[name] = torch.randn(shape, generator=generator) * fan_in**-0.5
-    table = reference_positions(spec.latent_size // spec.patch, spec.width)
+    table = reference_positions(spec.latent_size[0] // spec.patch, spec.width)
     return state | {"pos_embed": torch.from_numpy(table).float().unsqueeze(0)}
 
 
@@ -168,7 +168,7 @@ def reference_forward(state: State, heads: int, x: Tensor, t: Tensor, label: Ten
 
 def inputs(spec: DiTSpec = TINY, batch: int = 3) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
-    shape = (batch, spec.latent_channels, spec.latent_size, spec.latent_size)
+    shape = (batch, spec.latent_channels, *spec.latent_size)
     # The first is the null class.
     label = torch.tensor([spec.classes, 0, spec.classes - 1, 1])[:batch]
     return torch.randn(shape, generator=generator), torch.tensor([999.0, 0.0, 427.0, 3.0])[:batch], label
@@ -207,8 +207,8 @@ def random_experts(model: DiT) -> DiT:
     [
         TINY,
         replace(TINY, learned_sigma=False),
-        replace(TINY, latent_size=12, patch=4, latent_channels=3, heads=2, blocks=2, classes=4),
-        replace(TINY, width=384, heads=6, blocks=1, patch=1, latent_size=4),
+        replace(TINY, latent_size=(12, 12), patch=4, latent_channels=3, heads=2, blocks=2, classes=4),
+        replace(TINY, width=384, heads=6, blocks=1, patch=1, latent_size=(4, 4)),
     ],
     ids=["learned sigma", "epsilon only", "patch 4", "DiT-S's width"],
 )
@@ -223,7 +223,7 @@ def test_output_matches_the_reference(
     assert not any(parameter.requires_grad for parameter in model.parameters())
     found, routes = model(*inputs(spec), 1)
     expected = reference_forward(state, spec.heads, *inputs(spec))
-    assert found.shape == expected.shape == (3, spec.out_channels, *[spec.latent_size] * 2)
+    assert found.shape == expected.shape == (3, spec.out_channels, *spec.latent_size)
     assert relative_error(found, expected) < 2e-5
     assert routes.shape == (3, 0, spec.visual_tokens)
 
@@ -247,9 +247,11 @@ def test_reference_depends_on_every_weight_and_input() -> None:
 
 def test_position_table_matches_the_reference_and_a_stored_one_is_used(tmp_path: Path) -> None:
     for side, width in ((4, 48), (16, 1152)):
-        ours = position_table(side, width).numpy()
-        # Up to float32 rounding.
-        np.testing.assert_allclose(ours, reference_positions(side, width), rtol=0, atol=6e-8)
+        expected = reference_positions(side, width).reshape(side, side, width)
+        for rows, columns in ((side, side), (side, side - 1), (1, side)):
+            ours = position_table((rows, columns), width).numpy().reshape(rows, columns, width)
+            # Up to float32 rounding.
+            np.testing.assert_allclose(ours, expected[:rows, :columns], rtol=0, atol=6e-8)
     state = random_state(TINY)
     state["pos_embed"] = state["pos_embed"] * 0.5
     model = load_transformer(save_state(state, tmp_path))
@@ -258,10 +260,10 @@ def test_position_table_matches_the_reference_and_a_stored_one_is_used(tmp_path:
 
 
 def test_patches_round_trip() -> None:
-    x = torch.arange(2 * 3 * 6 * 6.0).reshape(2, 3, 6, 6)
+    x = torch.arange(2 * 3 * 4 * 6.0).reshape(2, 3, 4, 6)
     tokens = to_patches(x, 2)
     assert tokens[1, 5].tolist() == x[1, :, 2:4, 4:6].flatten().tolist()
-    assert torch.equal(from_patches(tokens, 2, 3), x)
+    assert torch.equal(from_patches(tokens, 2, (2, 3)), x)
 
 
 def test_untrained_model_predicts_zero() -> None:
@@ -430,7 +432,7 @@ def test_released_sizes_are_read_from_their_shapes(
     width: int, heads: int, blocks: int, size: int, millions: int
 ) -> None:
     """Parameter counts as in table 1 of the paper."""
-    spec = DiTSpec(width=width, heads=heads, blocks=blocks, latent_size=size)
+    spec = DiTSpec(width=width, heads=heads, blocks=blocks, latent_size=(size, size))
     names = reference_shapes(spec)
     assert shapes_of(spec) == names
     model = transformer_from_tensors(Shapes(names))
@@ -567,8 +569,9 @@ def test_rejects_a_width_with_an_unknown_number_of_heads(tmp_path: Path) -> None
 
 def test_rejects_an_invalid_spec() -> None:
     for changes, message in (
-        ({"heads": 5}, "divisible by heads .* 48/5"),
-        ({"latent_size": 7}, "latent_size by patch, .* 7/2"),
+        ({"heads": 5}, "divisible by heads .* 48 and 5"),
+        ({"latent_size": (8, 7)}, r"latent_size divisible by patch, got \[8, 7\] and 2"),
+        ({"latent_size": (0, 8)}, r"latent_size divisible by patch, got \[0, 8\] and 2"),
         ({"classes": 0}, "classes of 1 or more"),
         ({"thinking": ThinkingSpec(blocks=(3,))}, r"within 0\.\.2"),
     ):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_base_sd3 import original
 from test_base_vae import original as vae_names
@@ -31,9 +32,11 @@ from tpx_export.model.dit import DiTSpec
 from tpx_export.model.thinking import Thinking
 from tpx_export.precision import cast_to_precision
 from tpx_runtime.bundle import Bundle
+from tpx_runtime.engine import resolve
 from tpx_runtime.errors import BadInput
-from tpx_runtime.generator import Generator
+from tpx_runtime.generator import Generator, ImageResized
 from tpx_runtime.noise import batch_noise
+from tpx_runtime.verify import verify_bundle
 
 PROMPT, NEGATIVE = "A red cube on a blue sphere! Très beau, 3 times.", "blurry"
 # 90 tokens: more than the 75 that CLIP reads, fewer than the 255 that T5 reads.
@@ -64,10 +67,13 @@ def bundle(reference: tuple[Path, Any], tmp_path_factory: pytest.TempPathFactory
     return out
 
 
-def diffusers_image(pipeline: Any, prompt: str, negative: str, **settings: Any) -> np.ndarray:
-    latents = torch.from_numpy(batch_noise([3], (16, 16, 16)))
+def diffusers_image(
+    pipeline: Any, prompt: str, negative: str, size_px: tuple[int, int] = (32, 32), **settings: Any
+) -> np.ndarray:
+    height, width = size_px
+    latents = torch.from_numpy(batch_noise([3], (16, height // 2, width // 2)))
     [image] = pipeline(
-        prompt, negative_prompt=negative, height=32, width=32, latents=latents, **settings
+        prompt, negative_prompt=negative, height=height, width=width, latents=latents, **settings
     ).images
     return np.asarray(image, np.float64)
 
@@ -99,6 +105,17 @@ def test_pipeline_generates_the_image_of_diffusers(
     other = np.asarray(generator("a dog", negative_prompt=NEGATIVE, seed=3)[0], np.float64)
     # The image depends on the prompt.
     assert psnr(other, expected) < 45
+
+
+def test_every_engine_of_this_machine_is_within_tolerance(bundle: Path) -> None:
+    """In bfloat16 the ids of CLIP's start and end of text are equal, here as in the released vocabulary."""
+    vocabulary = json.loads((bundle / "tokenizer/vocab.json").read_text())
+    start, end = (torch.tensor(float(vocabulary[name])) for name in ("bos", "eos"))
+    assert start != end and start.bfloat16() == end.bfloat16()
+    opened = Bundle.open(bundle)
+    for engine in ("onnxruntime", "openvino", "openvino-bf16"):
+        reports = verify_bundle(opened, resolve(engine))
+        assert all(part.ok for part in reports), (engine, reports)
 
 
 def test_without_t5(reference: tuple[Path, Any], bundle: Path, tmp_path: Path) -> None:
@@ -173,15 +190,14 @@ def test_warns_of_adapters_trained_under_other_conditions(
     reference: tuple[Path, Any], tmp_path: Path
 ) -> None:
     path, base = tmp_path / "tpx.safetensors", reference[0]
-    size = open_base(base).model.image_size_px[0]
-    training = {"base_sha256": fingerprint.base_fingerprint(base), "image_size_px": size, "t5": True}
+    training = {"base_sha256": fingerprint.base_fingerprint(base), "image_size": "32x32", "t5": True}
     save_random_adapters(reference, path, **training)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         open_base(base, adapters=path)
     for change, message in (
         ({"base_sha256": "0" * 64}, "on other base files than these"),
-        ({"image_size_px": 1024}, f"at 1024 pixels, not {size}"),
+        ({"image_size": "32x24"}, "at 32x24 pixels, not 32x32"),
         ({"t5": False}, "without T5"),
     ):
         save_random_adapters(reference, path, **training | change)
@@ -228,24 +244,45 @@ def test_float16_weights_give_a_float16_bundle(reference: tuple[Path, Any], tmp_
     assert all(part.ok for parts in summary.reports.values() for part in parts)
 
 
-def test_image_size_sets_the_latent_size_and_must_be_even(reference: tuple[Path, Any]) -> None:
-    small = open_base(reference[0], image_size_px=24).model
-    assert (small.image_size_px, small.latent_size, small.visual_tokens) == ((24, 24), (12, 12), 36)
-    with pytest.raises(BadInput, match="expected an image size divisible by 2"):
-        open_base(reference[0], image_size_px=33)
+def test_image_size_sets_the_latent_size(reference: tuple[Path, Any]) -> None:
+    small = open_base(reference[0], image_size_px=(24, 40)).model
+    assert (small.image_size_px, small.latent_size, small.visual_tokens) == ((24, 40), (12, 20), 60)
 
 
-@pytest.mark.parametrize("size", [0, 2, 26, 52, 4096])
+@pytest.mark.parametrize("size_px", [(24, 40), (48, 4)])
+def test_wide_and_tall_images_are_those_of_diffusers(
+    size_px: tuple[int, int], reference: tuple[Path, Any], tmp_path: Path
+) -> None:
+    (folder, pipeline), (height, width) = reference, size_px
+    size = f"{width}x{height}"
+    result = CliRunner().invoke(
+        main, ["--base", str(folder), "--image-size", size, "--out", str(tmp_path / "bundle")]
+    )
+    assert result.exit_code == 0, result.output
+    generator = Generator.load(tmp_path / "bundle", engine="onnxruntime")
+    [image] = generator(PROMPT, seed=3, steps=4)
+    assert image.size == (width, height)
+    expected = diffusers_image(pipeline, PROMPT, "", size_px, num_inference_steps=4, guidance_scale=7.0)
+    assert psnr(np.asarray(image, np.float64), expected) >= 50
+    # Image-to-image: the input is cropped to this shape.
+    grey = Image.new("RGB", (64, 64), "grey")
+    with pytest.warns(ImageResized, match=f"64x64 pixels .* {size}$"):
+        [edited] = generator(PROMPT, seed=3, steps=4, image=grey, strength=0.5)
+    assert edited.size == (width, height)
+
+
+@pytest.mark.parametrize("side", [0, 2, 26, 33, 52, 4096])
 def test_rejects_an_unsupported_image_size_before_reading_text_encoders(
-    reference: tuple[Path, Any], size: int, monkeypatch: pytest.MonkeyPatch
+    reference: tuple[Path, Any], side: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sd3_pipeline, "_clip", lambda *_: pytest.fail("a text encoder was read"))
-    message = (
-        r"an image size of (1 pixel or more|4\.\.48 pixels in steps of 4, as the position table .* allows), "
-        rf"found {size}\b"
-    )
-    with pytest.raises(BadInput, match=message):
-        open_base(reference[0], image_size_px=size)
+    for height, width in ((side, 32), (32, side)):
+        message = (
+            r"an image of 4\.\.48 pixels a side in steps of 4, as the position table .* allows, "
+            rf"found {width}x{height};"
+        )
+        with pytest.raises(BadInput, match=message):
+            open_base(reference[0], image_size_px=(height, width))
 
 
 @pytest.mark.parametrize("kind", ["folder", "single file"])
@@ -262,7 +299,9 @@ def test_opening_a_base_loads_no_text_encoder(
     if kind == "folder":
         pipeline = open_base(folder)
     else:
-        pipeline = open_base(single_file(folder, tmp_path / "sd3.5.safetensors"), folder, image_size_px=32)
+        pipeline = open_base(
+            single_file(folder, tmp_path / "sd3.5.safetensors"), folder, image_size_px=(32, 32)
+        )
     assert [(part.spec.context_width, part.spec.pooled_width) for part in pipeline.text] == expected
 
 
@@ -428,12 +467,12 @@ def test_single_file_gives_the_same_pipeline_as_a_folder(
     monkeypatch.setattr("tpx_export.base.text_encoders._HEAD_WIDTH", 8)
     path = single_file(folder, tmp_path / "sd3.5.safetensors")
     with pytest.raises(CheckpointInvalid, match=r"expected tokenizer/, found none .*--components"):
-        open_base(path, image_size_px=32)
+        open_base(path, image_size_px=(32, 32))
     state = load_file(path)
     save_file({**state, "text_encoders.other.weight": torch.zeros(1)}, tmp_path / "odd.safetensors")
     with pytest.raises(CheckpointInvalid, match=r"found 1 others: text_encoders\.other\.weight"):
-        open_base(tmp_path / "odd.safetensors", components=folder, image_size_px=32)
-    from_folder, from_file = open_base(folder), open_base(path, components=folder, image_size_px=32)
+        open_base(tmp_path / "odd.safetensors", components=folder, image_size_px=(32, 32))
+    from_folder, from_file = open_base(folder), open_base(path, components=folder, image_size_px=(32, 32))
     assert (
         from_file.model == from_folder.model
         and from_file.latent == from_folder.latent
@@ -468,7 +507,7 @@ def test_model_name_is_that_of_the_given_file_or_folder(
 def write_dit(folder: Path, dtype: torch.dtype = torch.float32) -> None:
     """Write a random DiT in the given precision (dit.pt), its VAE, and float32 adapters for it."""
     torch.manual_seed(0)
-    spec = DiTSpec(latent_size=8, width=384, heads=6, blocks=2, classes=10)
+    spec = DiTSpec(latent_size=(8, 8), width=384, heads=6, blocks=2, classes=10)
     state = {name: (torch.randn(s) * 0.05).to(dtype) for name, s in shapes_of(spec).items()}
     torch.save(state, folder / "dit.pt")
     tiny_vae(latent_channels=4, use_quant_conv=True, use_post_quant_conv=True).save_pretrained(folder / "vae")

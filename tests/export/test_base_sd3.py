@@ -1,5 +1,6 @@
 """SD3 and SD3.5 transformers imported from both file layouts, compared with diffusers."""
 
+import itertools
 import json
 import os
 import re
@@ -40,7 +41,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "sd3.5-large": {"num_layers": 2, "pos_embed_max_size": 12, "qk_norm": "rms_norm"},
 }
 PARAMETERS = {"sd3-medium": 2_028_328_000, "sd3.5-medium": 2_243_171_520, "sd3.5-large": 8_056_627_520}
-LATENTS = 16
+LATENTS = (16, 16)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -70,7 +71,7 @@ def diffusers_model(kind: str) -> Any:
         from diffusers import SD3Transformer2DModel
     torch.manual_seed(0)
     model: Any = SD3Transformer2DModel(
-        sample_size=LATENTS,
+        sample_size=LATENTS[0],
         attention_head_dim=64,
         num_attention_heads=2,
         joint_attention_dim=32,
@@ -179,9 +180,9 @@ def single_file(reference: Any, path: Path, extra: dict[str, Tensor] | None = No
     return path
 
 
-def inputs(latent_size: int = LATENTS) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def inputs(latent_size: tuple[int, int] = LATENTS) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     torch.manual_seed(1)
-    latents, context = torch.randn(2, 16, latent_size, latent_size), torch.randn(2, 7, 32)
+    latents, context = torch.randn(2, 16, *latent_size), torch.randn(2, 7, 32)
     return latents, torch.tensor([987.5, 12.0]), context, torch.randn(2, 24)
 
 
@@ -207,8 +208,8 @@ def error_message(act: Callable[[], object], kind: type[TpxError] = CheckpointIn
     return message
 
 
-@pytest.mark.parametrize("latent_size", [2, 10, 16, 24])
-def test_output_matches_diffusers(reference: Any, folder: Path, latent_size: int) -> None:
+@pytest.mark.parametrize("latent_size", [(2, 2), (10, 10), (16, 24), (24, 2), (24, 24)])
+def test_output_matches_diffusers(reference: Any, folder: Path, latent_size: tuple[int, int]) -> None:
     ours = load_transformer(folder, latent_size)
     model_inputs = inputs(latent_size)
     assert relative_error(ours(*model_inputs, 1)[0], reference_output(reference, *model_inputs)) < 2e-5
@@ -216,18 +217,20 @@ def test_output_matches_diffusers(reference: Any, folder: Path, latent_size: int
 
 def test_positions_are_cropped_as_in_diffusers(reference: Any, folder: Path) -> None:
     max_size = 2 * reference.config.pos_embed_max_size
-    for latent_size in (2, 4, 6, 14, 16, max_size - 2, max_size):
-        expected = reference.pos_embed.cropped_pos_embed(latent_size, latent_size)[0]
-        ours = load_transformer(folder, latent_size)
-        assert torch.equal(ours.positions, expected), latent_size
-        assert ours.state_dict()["positions"].shape == ((latent_size // 2) ** 2, 128)
+    sides = (2, 4, 6, 14, 16, max_size - 2, max_size)
+    for height, width in [*zip(sides, sides, strict=True), *itertools.pairwise(sides), (14, 6)]:
+        expected = reference.pos_embed.cropped_pos_embed(height, width)[0]
+        ours = load_transformer(folder, (height, width))
+        assert torch.equal(ours.positions, expected), (height, width)
+        assert ours.state_dict()["positions"].shape == (height * width // 4, 128)
 
 
 def test_rejects_latent_sizes_that_the_position_table_does_not_cover(reference: Any, folder: Path) -> None:
     max_size = 2 * reference.config.pos_embed_max_size
-    for latent_size in (max_size + 2, 0, -2, 15):
-        message = error_message(lambda size=latent_size: load_transformer(folder, size), BadInput)  # type: ignore[misc]
-        assert f"2..{max_size}" in message and str(latent_size) in message
+    for side in (max_size + 2, 0, -2, 15):
+        for size in ((side, 8), (8, side)):
+            message = error_message(lambda size=size: load_transformer(folder, size), BadInput)  # type: ignore[misc]
+            assert f"2..{max_size}" in message and str(list(size)) in message
 
 
 def test_diffusers_converter_reverts_the_original_layout(reference: Any) -> None:
@@ -465,7 +468,7 @@ def test_full_size_models_have_the_released_parameter_counts_and_names(
     size = random_sd3.SIZES[kind]
     spec = MMDiTSpec(
         latent_channels=16,
-        latent_size=128,
+        latent_size=(128, 128),
         width=size.width,
         heads=size.heads,
         blocks=size.layers,
@@ -488,7 +491,7 @@ def test_full_size_models_have_the_released_parameter_counts_and_names(
 
 def test_stored_positions_are_initialised_with_the_computed_ones() -> None:
     """Computed positions are not part of the state dict, as in the sample model."""
-    spec = MMDiTSpec(latent_size=8, width=64, heads=2, blocks=1)
+    spec = MMDiTSpec(latent_size=(8, 8), width=64, heads=2, blocks=1)
     computed, stored = MMDiT(spec), MMDiT(replace(spec, stored_positions=True))
     assert torch.equal(computed.positions, stored.positions)
     assert stored.state_dict().keys() - computed.state_dict().keys() == {"positions"}
@@ -582,9 +585,9 @@ def test_random_models_keep_activations_in_range_in_every_block(kind: str, tmp_p
     assert {name for path in shards for name in load_file(path)} == index["weight_map"].keys()
     adapters = load_adapters(tmp_path / "tpx.safetensors")
     assert adapters.thinking.blocks == (4, 8, 12)
-    model = load_transformer(tmp_path, 8).float()
+    model = load_transformer(tmp_path, (8, 8)).float()
     assert model.spec.blocks == random_sd3.SIZES[kind].layers
-    model_inputs = (*inputs(8)[:2], torch.randn(2, 5, 4096), torch.randn(2, 2048))
+    model_inputs = (*inputs((8, 8))[:2], torch.randn(2, 5, 4096), torch.randn(2, 2048))
     magnitudes: list[float] = []
     for block in model.blocks:
         block.register_forward_hook(lambda _, __, out: magnitudes.append(float(out[0].abs().max())))

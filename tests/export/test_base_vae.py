@@ -22,7 +22,6 @@ from tpx_export.graphs import DecoderGraph, EncoderGraph
 from tpx_export.model import autoencoder_kl
 from tpx_export.model.autoencoder_kl import Attention, AutoencoderKL, AutoencoderKLSpec, GroupNorm
 from tpx_export.precision import in_float32
-from tpx_runtime.errors import BadInput
 
 PIXELS = 32
 KINDS: dict[str, dict[str, Any]] = {
@@ -128,7 +127,7 @@ def edit_config(folder: Path, **changes: Any) -> None:
 
 def test_encoder_and_decoder_match_diffusers(vae: tuple[str, Any, Path]) -> None:
     kind, reference, folder = vae
-    model = load_vae(folder, PIXELS)
+    model = load_vae(folder)
     mean, log_variance = model.encoder(random_images(2))
     posterior = reference.encode(random_images(2)).latent_dist
     assert relative(mean, posterior.mean) < TIGHT
@@ -138,10 +137,10 @@ def test_encoder_and_decoder_match_diffusers(vae: tuple[str, Any, Path]) -> None
 
 def test_encode_and_decode_shift_and_scale_latents(vae: tuple[str, Any, Path]) -> None:
     kind, reference, folder = vae
-    model = load_vae(folder, PIXELS)
+    model = load_vae(folder)
     scale, shift = SCALES[kind]
     assert (model.spec.scale, model.spec.shift) == (scale, shift)
-    assert (model.spec.image_size_px, model.spec.latent_size) == (PIXELS, PIXELS // FACTORS[kind])
+    assert model.spec.factor == FACTORS[kind]
     z = reference.encode(random_images(2)).latent_dist.mean
     assert relative(model.encode(random_images(2)), (z - shift) * scale) < TIGHT
     image = reference.decode(latents(kind, 2) / scale + shift).sample.clamp(-1, 1)
@@ -150,7 +149,7 @@ def test_encode_and_decode_shift_and_scale_latents(vae: tuple[str, Any, Path]) -
 
 def test_onnx_graphs_match_diffusers_at_any_batch_size(vae: tuple[str, Any, Path]) -> None:
     kind, reference, folder = vae
-    model = load_vae(folder, PIXELS)
+    model = load_vae(folder)
     feeds = [latents(kind, 1), latents(kind, 3)]
     outputs = run_onnx(DecoderGraph(model), "latents", latents(kind, 2), ("image",), feeds)
     for z, (image,) in zip(feeds, outputs, strict=True):
@@ -162,7 +161,7 @@ def test_onnx_graphs_match_diffusers_at_any_batch_size(vae: tuple[str, Any, Path
 
 
 def test_float16_weights_are_near_float32_and_can_compute_in_it(sd1: Path) -> None:
-    full, half = load_vae(sd1, PIXELS), load_vae(sd1, PIXELS).half()
+    full, half = load_vae(sd1), load_vae(sd1).half()
     z = latents("sd1", 2)
     expected = full.decoder(z)
     assert relative(half.decoder(z.half()), expected) < 1e-2
@@ -188,9 +187,9 @@ def test_original_single_file_is_bit_identical(
     tensors = {prefix + name: value.contiguous() for name, value in state.items()}
     tensors[f"{prefix}loss.logvar"] = torch.zeros(())
     save_file(tensors, tmp_path / "vae.safetensors")
-    model = vae_from_tensors(open_tensors(tmp_path / "vae.safetensors").with_prefix(prefix), PIXELS)
-    assert model.spec == load_vae(folder, PIXELS).spec
-    assert same_state(model, load_vae(folder, PIXELS))
+    model = vae_from_tensors(open_tensors(tmp_path / "vae.safetensors").with_prefix(prefix))
+    assert model.spec == load_vae(folder).spec
+    assert same_state(model, load_vae(folder))
 
 
 def test_attention_with_pre_2023_names_is_bit_identical(sd1: Path, tmp_path: Path) -> None:
@@ -207,14 +206,14 @@ def test_attention_with_pre_2023_names_is_bit_identical(sd1: Path, tmp_path: Pat
         old_state[name] = value
     save_file(old_state, tmp_path / "diffusion_pytorch_model.safetensors")
     (tmp_path / "config.json").write_text((sd1 / "config.json").read_text())
-    assert same_state(load_vae(tmp_path, PIXELS), load_vae(sd1, PIXELS))
+    assert same_state(load_vae(tmp_path), load_vae(sd1))
 
 
 def test_config_without_newer_fields_has_the_defaults_of_sd1(sd1: Path) -> None:
-    spec = load_vae(sd1, PIXELS).spec
+    spec = load_vae(sd1).spec
     newer = ("scaling_factor", "shift_factor", "use_quant_conv", "use_post_quant_conv", "latents_mean")
     edit_config(sd1, **dict.fromkeys((*newer, "latents_std", "mid_block_add_attention"), ...))
-    assert load_vae(sd1, PIXELS).spec == spec
+    assert load_vae(sd1).spec == spec
     assert spec.quant and (spec.scale, spec.shift) == (0.18215, 0.0)
 
 
@@ -223,10 +222,10 @@ def test_model_is_the_same_from_shards_and_from_an_fp16_variant(tmp_path: Path) 
     reference.save_pretrained(tmp_path / "whole")
     reference.save_pretrained(tmp_path / "shards", max_shard_size="2MB")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
-    whole = load_vae(tmp_path / "whole", PIXELS)
-    assert same_state(load_vae(tmp_path / "shards", PIXELS), whole)
+    whole = load_vae(tmp_path / "whole")
+    assert same_state(load_vae(tmp_path / "shards"), whole)
     reference.half().save_pretrained(tmp_path / "half", variant="fp16")
-    half = load_vae(tmp_path / "half", PIXELS)
+    half = load_vae(tmp_path / "half")
     assert {p.dtype for p in half.parameters()} == {torch.float16}
     assert same_state(half, whole.half())
 
@@ -255,7 +254,7 @@ def test_error_names_missing_and_unknown_tensors(sd1: Path) -> None:
     state["surprise.weight"] = state.pop(missing)
     save_file(state, path)
     with pytest.raises(CheckpointInvalid, match=f"{missing} missing; surprise.weight unknown"):
-        load_vae(sd1, PIXELS)
+        load_vae(sd1)
 
 
 @pytest.mark.parametrize(
@@ -280,28 +279,22 @@ def test_error_names_missing_and_unknown_tensors(sd1: Path) -> None:
 def test_rejects_an_invalid_config_in_one_line(sd1: Path, changes: dict[str, Any], message: str) -> None:
     edit_config(sd1, **changes)
     with pytest.raises(CheckpointInvalid, match=message) as caught:
-        load_vae(sd1, PIXELS)
+        load_vae(sd1)
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("size", [-8, 0, 2, 30])
-def test_rejects_invalid_image_sizes(sd1: Path, size: int) -> None:
-    with pytest.raises(BadInput, match=f"divisible by 4, found {size}"):
-        load_vae(sd1, size)
 
 
 def test_rejects_single_files_of_other_models(sd1: Path, tmp_path: Path) -> None:
     save_file({"a": torch.ones(2)}, tmp_path / "other.safetensors")
     with pytest.raises(CheckpointInvalid, match=r"decoder\.conv_in\.weight, found none"):
-        vae_from_tensors(open_tensors(tmp_path / "other.safetensors"), PIXELS)
+        vae_from_tensors(open_tensors(tmp_path / "other.safetensors"))
     with pytest.raises(CheckpointInvalid, match=r"encoder\.down\.0\.block\.0\.conv2\.weight, found none"):
         # A folder of diffusers, whose names are others.
-        vae_from_tensors(open_tensors(sd1), PIXELS)
+        vae_from_tensors(open_tensors(sd1))
     state = original(load_file(sd1 / "diffusion_pytorch_model.safetensors"), stages=3)
     state["decoder.conv_in.weight"] = torch.ones(64, 8, 3, 3)
     save_file({n: v.contiguous() for n, v in state.items()}, tmp_path / "eight.safetensors")
     with pytest.raises(CheckpointInvalid, match="16 or 4 latent channels"):
-        vae_from_tensors(open_tensors(tmp_path / "eight.safetensors"), PIXELS)
+        vae_from_tensors(open_tensors(tmp_path / "eight.safetensors"))
 
 
 def test_full_size_models_have_the_published_parameter_counts() -> None:
@@ -311,7 +304,6 @@ def test_full_size_models_have_the_published_parameter_counts() -> None:
             AutoencoderKL(AutoencoderKLSpec(latent_channels=4, quant=True)),
         ]
     assert [sum(p.numel() for p in model.parameters()) for model in models] == [83_819_683, 83_653_863]
-    assert models[0].spec.latent_size == 128
 
 
 def test_loads_every_tensor_of_the_released_sd3_vae(tmp_path: Path) -> None:
@@ -322,6 +314,6 @@ def test_loads_every_tensor_of_the_released_sd3_vae(tmp_path: Path) -> None:
     shapes = json.loads(path.read_text())["sd3-vae"]
     zeros = {name: torch.zeros(shape, dtype=torch.float16) for name, shape in shapes.items()}
     single = Tensors(path, {n: lambda v=v: v for n, v in original(zeros, stages=4).items()})
-    model = vae_from_tensors(single, 1024)
+    model = vae_from_tensors(single)
     assert model.spec == AutoencoderKLSpec()
     assert np.isclose(sum(p.numel() for p in model.parameters()) / 1e6, 83.82, atol=0.01)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from tpx_export import checkpoint
 from tpx_export.checkpoint import CheckpointInvalid
+from tpx_export.model.mmdit import MMDiTSpec
 from tpx_export.model.text_to_image import TextToImage
 
 
@@ -116,13 +117,19 @@ def with_header_field(saved: Path, edit: str, value: object) -> Path:
 
 
 def test_rejects_another_version_and_an_invalid_spec(saved: Path) -> None:
-    assert "version 1" in load_error(with_header_field(saved, "version", 2))
+    for version in (0, 3, "2"):
+        assert "version 2" in load_error(with_header_field(saved, "version", version))
     assert "specification" in load_error(with_header_field(saved, "spec", {"name": "x"}))
     assert "specification" in load_error(with_header_field(saved, "spec", None))
 
 
 def with_edited_spec(saved: Path, change: Callable[[dict[str, Any]], object]) -> Path:
     """Rewrite the file with the same tensors and a transformer specification that `change` edits in place."""
+    return with_edited_header(saved, lambda header: change(header["spec"]["transformer"]))
+
+
+def with_edited_header(saved: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    """The same for the whole header."""
     if saved.suffix == ".pt":
         content = torch.load(saved, weights_only=True)
         header, state = json.loads(content["header"]), content["state"]
@@ -130,7 +137,7 @@ def with_edited_spec(saved: Path, change: Callable[[dict[str, Any]], object]) ->
         with safe_open(saved, framework="pt") as file:
             header = json.loads(file.metadata()["tpx"])
         state = load_file(saved)
-    change(header["spec"]["transformer"])
+    change(header)
     if saved.suffix == ".pt":
         torch.save({"header": json.dumps(header), "state": state}, saved)
     else:
@@ -146,9 +153,37 @@ def test_spec_fields_with_defaults_may_be_missing(saved: Path, tiny_model: TextT
     assert found.spec == tiny_model.spec
 
 
+@pytest.mark.parametrize("explicit", [True, False])
+def test_reads_version_1_where_sizes_were_one_number(
+    saved: Path, tiny_model: TextToImage, explicit: bool
+) -> None:
+    """The shipped sample checkpoints are of this version. Its size could be left out if it was the default."""
+
+    def as_version_1(header: dict[str, Any]) -> None:
+        header["version"] = 1
+        if explicit:
+            header["spec"]["autoencoder"]["image_size_px"] = 64
+            header["spec"]["transformer"]["latent_size"] = 8
+        else:
+            del header["spec"]["transformer"]["latent_size"]
+
+    found = checkpoint.load(with_edited_header(saved, as_version_1)).spec
+    assert found.transformer.latent_size == ((8, 8) if explicit else MMDiTSpec.latent_size)
+    assert found.autoencoder == tiny_model.spec.autoencoder
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("spec", [None, [], {"autoencoder": 3}, {"autoencoder": {}, "transformer": "x"}])
+def test_rejects_a_malformed_spec_of_either_version(saved: Path, version: int, spec: object) -> None:
+    edited = with_edited_header(saved, lambda header: header.update(version=version, spec=spec))
+    assert "expected a model specification" in load_error(edited)
+
+
 @pytest.mark.parametrize(
     ("field", "value", "named"),
     [
+        ("latent_size", 8, "to be tuple[int, int], found 8"),
+        ("latent_size", [8, 7], "latent_size divisible by patch"),
         ("rope", True, "rope"),
         ("width", "64", "int, found '64'"),
         ("width", 64.5, "int, found 64.5"),

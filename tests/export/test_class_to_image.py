@@ -68,10 +68,10 @@ def test_rejects_an_unknown_kind_of_model(model: ClassToImage, tmp_path: Path, k
         checkpoint.load(_with_header(path, {**_read_header(path), "model": kind}))
 
 
-def test_rejects_a_spec_with_different_latent_sizes(model: ClassToImage) -> None:
-    with pytest.raises(ValueError, match="expected latent_size 16 as in the transformer, got 8"):
+def test_rejects_a_spec_with_different_latent_channels(model: ClassToImage) -> None:
+    with pytest.raises(ValueError, match="expected latent_channels 8 as in the transformer, got 4"):
         dataclasses.replace(
-            model.spec, transformer=dataclasses.replace(model.spec.transformer, latent_size=16)
+            model.spec, transformer=dataclasses.replace(model.spec.transformer, latent_channels=8)
         )
 
 

@@ -37,10 +37,9 @@ def count_qk_norms(model: TextToImage) -> int:
         for module in model.transformer.modules()
         if isinstance(module, RMSNorm)
     ]
-    latent_size = spec.latent_size
     with torch.no_grad():
         model.transformer(
-            torch.zeros(batch, spec.latent_channels, latent_size, latent_size),
+            torch.zeros(batch, spec.latent_channels, *spec.latent_size),
             torch.zeros(batch),
             torch.zeros(batch, spec.context_tokens, spec.context_width),
             torch.zeros(batch, spec.pooled_width),

@@ -14,7 +14,7 @@ from tpx_export.model.routed_lora import mixed_lora, routed_lora
 from tpx_export.model.thinking import Gate, Thinking
 
 SPEC = {
-    "latent_size": 8,
+    "latent_size": (8, 8),
     "width": 64,
     "heads": 2,
     "blocks": 3,

@@ -181,7 +181,7 @@ def dit(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An original DiT checkpoint of the smallest released width, for 16 x 16 pixels and 4 classes, with its VAE in `vae`."""
     folder = tmp_path_factory.mktemp("dit")
     torch.manual_seed(1)
-    spec = DiTSpec(latent_size=8, width=384, heads=6, blocks=2, classes=4)
+    spec = DiTSpec(latent_size=(8, 8), width=384, heads=6, blocks=2, classes=4)
     tensors = {
         name: torch.randn(shape) * (0.1 if len(shape) == 1 else math.prod(shape[1:]) ** -0.5)
         for name, shape in shapes_of(spec).items()
@@ -259,7 +259,7 @@ def tiny_thinking_model(
     """A random base with random experts, whose outputs are not zero."""
     torch.manual_seed(0)
     spec = spec or MMDiTSpec(
-        latent_size=8, width=32, heads=2, blocks=3, context_tokens=5, context_width=16, pooled_width=8
+        latent_size=(8, 8), width=32, heads=2, blocks=3, context_tokens=5, context_width=16, pooled_width=8
     )
     base = randomise(MMDiT(spec) if isinstance(spec, MMDiTSpec) else DiT(spec))
     model = thinking_model(base, ThinkingSpec((0, 2), experts=3, rank=4, max_depth=2), precision, device, 0)
@@ -281,7 +281,7 @@ def test_sd3_training_from_images_to_a_bundle(sd3: Path, captioned_images: Path,
     before, out = file_hashes(sd3), tmp_path / "out/tpx.safetensors"
     out.parent.mkdir()
     result = run_ok(
-        *("--base", sd3, "--data", captioned_images, "--out", out, "--image-size", 32, "--blocks", "0,1"),
+        *("--base", sd3, "--data", captioned_images, "--out", out, "--image-size", "40x32", "--blocks", "0,1"),
         *("--steps", 50, "--lr", "2e-2", *QUICK),
     )  # fmt: skip
     assert result.stdout.strip() == str(out)
@@ -299,18 +299,18 @@ def test_sd3_training_from_images_to_a_bundle(sd3: Path, captioned_images: Path,
     assert f"base {losses[0]:.4f}, with adapters {losses[1]:.4f}" in result.stderr
 
     with pytest.warns(DifferentBaseWarning, match="^the adapters were trained with T5$"):
-        pipeline = open_base(sd3, image_size_px=32, adapters=out, t5=False)
+        pipeline = open_base(sd3, image_size_px=(32, 40), adapters=out, t5=False)
     export_bundle(pipeline, tmp_path / "bundle")
     assert Bundle.open(tmp_path / "bundle").manifest.model.thinking_blocks == (0, 1)
     images = Generator.load(tmp_path / "bundle", engine="onnxruntime")("a red disc", steps=2, depth=2)
-    assert images[0].size == (32, 32)
+    assert images[0].size == (40, 32)
 
 
 def _evaluation_loss(
     base: Path, images: Path, out: Path, adapters: Path | None, components: Path | None = None
 ) -> float:
     """The evaluation loss of a base, with or without adapters, on the cache of their training run."""
-    size = None if components else 32
+    size = None if components else (32, 40)
     pipeline = open_base(base, components, size, adapters)
     cache, name = Cache(out.with_name(f"{out.name}.cache")), fingerprint.base_fingerprint(base, components)
     keys = encode_images(read_folder(images, pipeline.model.classes), pipeline, name, cache, "cpu")
@@ -334,7 +334,7 @@ def test_dit_training_from_class_folders(dit: Path, class_folders: Path, tmp_pat
     thinking, _, info = load_adapters(out)
     training = info.training
     assert thinking.blocks == (1,), "the paper's blocks are beyond this base, so its middle one"
-    assert (training["objective"], training["image_size_px"], training["pictures"]) == ("epsilon", 16, 8)
+    assert (training["objective"], training["image_size"], training["pictures"]) == ("epsilon", "16x16", 8)
     losses = [
         _evaluation_loss(dit / "dit.safetensors", class_folders, out, adapters, dit)
         for adapters in (None, out)
@@ -590,7 +590,7 @@ def test_gradient_checkpointing_changes_neither_loss_nor_gradients(precision: st
 
 
 def test_training_step_changes_only_the_adapters(sd3: Path, captioned_images: Path, tmp_path: Path) -> None:
-    pipeline = open_base(sd3, image_size_px=32, t5=False)
+    pipeline = open_base(sd3, image_size_px=(32, 32), t5=False)
     base = pipeline.transformer()
     stored = {name: value.clone() for name, value in base.state_dict().items()}
     model = thinking_model(base, ThinkingSpec((0, 1), 2, 4, 2), "fp32", "cpu", 0)
@@ -630,7 +630,7 @@ def test_training_step_keeps_all_tensors_on_the_device() -> None:
     for spec, objective, conditions in (
         (None, FlowLoss(3.0), tuple(value.to("meta") for value in conditioning())),
         (
-            DiTSpec(latent_size=8, width=32, heads=2, blocks=3),
+            DiTSpec(latent_size=(8, 8), width=32, heads=2, blocks=3),
             DiffusionLoss(),
             (torch.zeros(2, device="meta").long(),),
         ),
@@ -681,7 +681,7 @@ def test_encoded_images_and_captions_match_diffusers_and_transformers(
         warnings.simplefilter("ignore")
         from diffusers import AutoencoderKL
         from transformers import CLIPTextModelWithProjection, T5EncoderModel
-    pipeline, cache = open_base(sd3, image_size_px=32), Cache(tmp_path / "cache")
+    pipeline, cache = open_base(sd3, image_size_px=(32, 32)), Cache(tmp_path / "cache")
     keys = encode_images(read_folder(captioned_images), pipeline, "base", cache, "cpu")
     path = captioned_images / "blue-disc.png"
     # The centre crop of an image of 40 x 32 pixels.
@@ -721,8 +721,8 @@ def test_cache_is_used_until_its_sources_change(
 ) -> None:
     cache = Cache(tmp_path / "cache")
 
-    def encode(size: int = 32, base: str = "base") -> tuple[str, ...]:
-        pipeline = open_base(sd3, image_size_px=size, t5=False)
+    def encode(width: int = 32, base: str = "base") -> tuple[str, ...]:
+        pipeline = open_base(sd3, image_size_px=(32, width), t5=False)
         keys = encode_images(read_folder(captioned_images), pipeline, base, cache, "cpu")
         encode_captions([str(example.condition) for example in keys], pipeline, base, cache, "cpu")
         lines = capsys.readouterr().err.splitlines()
@@ -733,7 +733,7 @@ def test_cache_is_used_until_its_sources_change(
     draw("black", "disc").save(captioned_images / "red-disc.png")
     (captioned_images / "red-disc.txt").write_text("a black disc")
     assert encode() == ("images 1/1", "text encoder 1/1", "text encoder 2 1/1")
-    assert encode(size=24) == ("images 8/8",)
+    assert encode(width=24) == ("images 8/8",)
     assert encode(base="other") == ("images 8/8", "text encoder 8/8", "text encoder 2 8/8")
     [entry, *_] = sorted((tmp_path / "cache").rglob("*.safetensors"))
     entry.write_bytes(entry.read_bytes()[:50])
@@ -903,7 +903,7 @@ def test_error_names_the_bad_metadata_line(captioned_images: Path, line: str, me
 def test_truncated_captions_are_counted(
     sd3: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pipeline = open_base(sd3, image_size_px=32)
+    pipeline = open_base(sd3, image_size_px=(32, 32))
     encode_captions(["", "x" * 100], pipeline, "base", Cache(tmp_path / "cache"), "cpu")
     lines = [line for line in capsys.readouterr().err.splitlines() if "truncates" in line]
     assert [line.split()[0] for line in lines] == ["text_encoder", "text_encoder_2"]
@@ -974,8 +974,8 @@ def test_errors_are_one_line_and_leave_no_files(
         (("--seed", -1), "--seed in 0..2147483647"),
         (("--precision", "fp8"), "--precision bf16 or fp32"),
         (("--depth", "deep"), "--depth fixed or random"),
-        (("--image-size", 32), "an image size of 16"),
-        (("--image-size", 0), "an image size of 1 pixel or more, found 0"),
+        (("--image-size", "32x16"), "an image size of 16x16, that of this DiT, found 32x16"),
+        (("--image-size", 0), "an image size in pixels such as 512 or 768x512 (width x height), found '0'"),
         (("--device", "tpu"), "--device cpu or cuda"),
         *(() if torch.cuda.is_available() else ((("--device", "cuda"), "a GPU that torch can use"),)),
     ):  # fmt: skip
@@ -997,10 +997,11 @@ def test_rejects_an_unsupported_image_size_before_encoding(
 ) -> None:
     before = file_hashes(tmp_path)
     command = ("--base", sd3, "--data", captioned_images, "--out", tmp_path / "tpx.safetensors", *QUICK)
-    for arguments, found in (((), 512), (("--image-size", 52), 52)):
+    for arguments, found in (((), "512x512"), (("--image-size", "32x52"), "32x52")):
         message = error_line(*command, *arguments)
         assert (
-            "expected an image size of 4..48 pixels in steps of 4" in message and f"found {found};" in message
+            "expected an image of 4..48 pixels a side in steps of 4" in message
+            and f"found {found};" in message
         )
     assert file_hashes(tmp_path) == before
 

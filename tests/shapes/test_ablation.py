@@ -44,7 +44,7 @@ def test_rows_have_equal_total_rank_and_variants_differ_in_one_setting() -> None
 
 @pytest.mark.parametrize("modulation", [True, False])
 def test_trained_parameters_counts_those_with_a_gradient(modulation: bool) -> None:
-    base = MMDiT(MMDiTSpec(latent_size=4, width=32, heads=2, blocks=2))
+    base = MMDiT(MMDiTSpec(latent_size=(4, 4), width=32, heads=2, blocks=2))
     spec = ThinkingSpec(blocks=(1,), experts=2, rank=3, max_depth=2, modulation=modulation)
     model = with_thinking(base, spec)
     expected = sum(p.numel() for p in model.parameters() if p.requires_grad)

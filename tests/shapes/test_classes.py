@@ -27,7 +27,7 @@ from tpx_runtime.generator import Generator
 
 SHIPPED = Path(train_classes.__file__).with_name("classes.safetensors")
 _SPEC = DiTSpec(
-    latent_size=4, width=32, heads=2, blocks=2, classes=len(CLASSES), learned_sigma=False, qk_norm=True
+    latent_size=(4, 4), width=32, heads=2, blocks=2, classes=len(CLASSES), learned_sigma=False, qk_norm=True
 )
 
 

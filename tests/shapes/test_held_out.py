@@ -31,7 +31,7 @@ def data(monkeypatch: pytest.MonkeyPatch) -> TrainingData:
 def base(data: TrainingData) -> MMDiT:
     text = data.text_encoder.spec
     spec = MMDiTSpec(
-        latent_size=4,
+        latent_size=(4, 4),
         width=32,
         heads=2,
         blocks=2,

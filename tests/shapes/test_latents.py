@@ -22,9 +22,10 @@ def autoencoder(monkeypatch: pytest.MonkeyPatch) -> Autoencoder:
     """A small random autoencoder; shards have 5 scenes, rendered in batches of 2 without compilation."""
     monkeypatch.setattr(latents, "SHARD_SIZE", COUNT)
     monkeypatch.setattr(latents, "RENDER_BATCH", 2)
+    monkeypatch.setattr(latents, "SIDE_PX", 32)
     monkeypatch.setattr(latents, "render", lambda scenes, side, device, fast: render(scenes, side, device))
     torch.manual_seed(0)
-    return Autoencoder(AutoencoderSpec(32, 4, (16, 16, 8))).eval()
+    return Autoencoder(AutoencoderSpec(4, (16, 16, 8))).eval()
 
 
 def test_latents_encode_the_scenes_of_their_prompts(tmp_path: Path, autoencoder: Autoencoder) -> None:

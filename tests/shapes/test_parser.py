@@ -17,7 +17,7 @@ from PIL import Image
 
 from samples.shapes import score
 from samples.shapes.captions import Prompt, caption, satisfies, scene_for
-from samples.shapes.parser import CELLS, RECORD, SIDE_PX, WEIGHTS, Parser, decode, peaks
+from samples.shapes.parser import CELLS, RECORD, WEIGHTS, Parser, decode, peaks
 from samples.shapes.render import render
 from samples.shapes.train import SHIPPED
 from samples.shapes.train_parser import (
@@ -30,7 +30,7 @@ from samples.shapes.train_parser import (
     reconstruct,
     to_uint8,
 )
-from samples.shapes.world import COLOURS, HELD_OUT, INVERSE, MAX_OBJECTS, SHAPES, Scene
+from samples.shapes.world import COLOURS, HELD_OUT, INVERSE, MAX_OBJECTS, SHAPES, SIDE_PX, Scene
 from tpx_runtime.generator import Generator
 
 EVALUATION_SIZE = 128

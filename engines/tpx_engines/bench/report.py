@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from tpx_runtime.image_size import format_size
+
 from .configurations import REFERENCE
 from .summary import SAME_IMAGE_DB, Row, batches, peak_flops, rows
 
@@ -30,7 +32,7 @@ def as_text(data: Json) -> str:
 def _heading(data: Json) -> str:
     settings, machine = data["settings"], data["settings"]["machine"]
     subject = f'"{settings["prompt"]}"' if settings["class_id"] is None else f"class {settings['class_id']}"
-    size = "x".join(str(pixels) for pixels in reversed(settings["image_size_px"]))
+    size = format_size(settings["image_size_px"])
     taken = [
         len(samples) for entry in data["configurations"].values() for samples in entry["samples"].values()
     ]

@@ -85,7 +85,7 @@ def spec_from_tensors(tensors: Tensors) -> DiTSpec:
         )
     return DiTSpec(
         latent_channels=channels,
-        latent_size=side * patch,
+        latent_size=(side * patch, side * patch),
         patch=patch,
         width=width,
         heads=_heads(tensors, width),

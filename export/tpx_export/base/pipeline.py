@@ -22,7 +22,7 @@ from tpx_export.checkpoint import CheckpointInvalid
 from tpx_export.fingerprint import base_fingerprint
 from tpx_export.pipeline import Pipeline
 from tpx_runtime.bundle import MANIFEST
-from tpx_runtime.errors import BadInput
+from tpx_runtime.image_size import format_size
 
 _INDEX = "model_index.json"  # of a diffusers pipeline
 
@@ -30,23 +30,21 @@ _INDEX = "model_index.json"  # of a diffusers pipeline
 def open_base(
     path: Path,
     components: Path | None = None,
-    image_size_px: int | None = None,
+    image_size_px: tuple[int, int] | None = None,
     adapters: Path | None = None,
     t5: bool = True,
 ) -> Pipeline:
     """Open the model at `path`, with the thinking adapters of a tpx.safetensors file, if any.
 
-    Images are square, of `image_size_px` or the model's own size. Raises CheckpointInvalid for files that are missing or
-    invalid, BadInput for an image size that the model does not support. Issues a DifferentBaseWarning for adapters that were
-    trained on another base or with other settings.
+    `image_size_px` is (height, width), or None for the model's own size. Raises CheckpointInvalid for files that are missing
+    or invalid, BadInput for an image size that the model does not support. Issues a DifferentBaseWarning for adapters that
+    were trained on another base or with other settings.
     """
     for root in (path, components):
         if root is not None and not root.exists():
             raise CheckpointInvalid(
                 f"{root}: expected a model, found nothing there; {_missing_path_hint(root)}"
             )
-    if image_size_px is not None and image_size_px < 1:
-        raise BadInput(f"expected an image size of 1 pixel or more, found {image_size_px}")
     _check_kind(path)
     files = ModelFiles(path, components)
     if dit_pipeline.is_dit_checkpoint(path):
@@ -71,12 +69,12 @@ class DifferentBaseWarning(UserWarning):
 
 def _warn_if_different(training: dict[str, Any], base: str, pipeline: Pipeline, t5: bool) -> None:
     """Issue a DifferentBaseWarning if the adapters' training used another base, image size or text encoders."""
-    current: dict[str, Any] = {"base_sha256": base, "image_size_px": pipeline.model.image_size_px[0]}
+    current: dict[str, Any] = {"base_sha256": base, "image_size": format_size(pipeline.model.image_size_px)}
     if pipeline.text:
         current["t5"] = t5
     descriptions = {
         "base_sha256": "on other base files than these",
-        "image_size_px": f"at {training.get('image_size_px')} pixels, not {current['image_size_px']}",
+        "image_size": f"at {training.get('image_size')} pixels, not {current['image_size']}",
         "t5": "without T5" if t5 else "with T5",
     }
     different = [descriptions[name] for name, value in current.items() if training.get(name, value) != value]

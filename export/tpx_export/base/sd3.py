@@ -20,8 +20,8 @@ _DIFFUSERS_TABLE, _ORIGINAL_TABLE = "pos_embed.pos_embed", "pos_embed"  # the po
 _MAX_LATENT_SIZE = 2**24
 
 
-def load_transformer(source: Path, latent_size: int = 128) -> MMDiT:
-    """Load the transformer at `source` for square latents of that size (an eighth of the image size in pixels).
+def load_transformer(source: Path, latent_size: tuple[int, int] = (128, 128)) -> MMDiT:
+    """Load the transformer at `source` for latents of that height and width (an eighth of the image size in pixels).
 
     `source` is a diffusers folder (with config.json, or with transformer/config.json) or an original single file. Weights
     keep their stored precision, but float8 becomes float16, and the embedders of time and pooled text are float32. Raises
@@ -38,20 +38,20 @@ def load_transformer(source: Path, latent_size: int = 128) -> MMDiT:
         tensors = tensors.with_prefix(PREFIX) or tensors
         spec = spec_from_shapes(tensors)
         conversions, table = from_original(spec), _ORIGINAL_TABLE
-    sizes = latent_sizes(spec, tensors)
-    if latent_size not in sizes:
+    sides = latent_sides(spec, tensors)
+    if not all(side in sides for side in latent_size):
         raise BadInput(
-            f"expected a latent size of {sizes[0]}..{sizes[-1]} in steps of {sizes.step}, as the position table of "
-            f"{tensors.path} allows, found {latent_size}"
+            f"expected latents with sides of {sides[0]}..{sides[-1]} in steps of {sides.step}, as the position table of "
+            f"{tensors.path} allows, found {list(latent_size)}"
         )
-    spec, side = dataclasses.replace(spec, latent_size=latent_size), latent_size // spec.patch
-    conversions["positions"] = Conversion((table,), lambda values: crop_positions(values, side))
+    spec = dataclasses.replace(spec, latent_size=latent_size)
+    conversions["positions"] = Conversion((table,), lambda values: crop_positions(values, spec.grid))
     with torch.device("meta"):
         model = MMDiT(spec)
     shapes = foreign_shapes(model, conversions) | {
         conversions["patch_in.weight"].names[0]: (spec.width, spec.latent_channels, spec.patch, spec.patch)
     }
-    # The table is larger than ours; latent_sizes has checked it.
+    # The table is larger than ours; latent_sides has checked it.
     del shapes[table]
     kinds = "floating-point tensors of this model's shapes"
     check_shapes(shapes, tensors, lambda dtype: dtype.is_floating_point, kinds)
@@ -62,16 +62,15 @@ def load_transformer(source: Path, latent_size: int = 128) -> MMDiT:
     return model
 
 
-def crop_positions(table: Tensor, side: int) -> Tensor:
-    """The central side x side positions of a square position table [1, max^2, D] -> [side^2, D]."""
+def crop_positions(table: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The central (rows, columns) of a square position table [1, max^2, D] -> [rows columns, D]."""
     max_side = math.isqrt(table.shape[1])
-    first = (max_side - side) // 2
-    rows = table.reshape(max_side, max_side, -1)[first : first + side, first : first + side]
-    return rows.flatten(0, 1).contiguous()
+    rows, columns = (slice((max_side - size) // 2, (max_side + size) // 2) for size in grid)
+    return table.reshape(max_side, max_side, -1)[rows, columns].flatten(0, 1).contiguous()
 
 
-def latent_sizes(spec: MMDiTSpec, tensors: Tensors) -> range:
-    """The latent sizes that the position table covers; all sizes if it is missing, which `load_foreign` reports.
+def latent_sides(spec: MMDiTSpec, tensors: Tensors) -> range:
+    """The heights and widths of latents that the position table covers; all if it is missing, as `load_foreign` reports.
 
     Raises CheckpointInvalid for a table that is not square or not of the model's width.
     """

@@ -9,7 +9,7 @@ from torch import nn
 from tpx_export.base.config import Config, read_config
 from tpx_export.base.foreign_json import read_object
 from tpx_export.base.model_files import ModelFiles, name_of, precision_of
-from tpx_export.base.sd3 import PREFIX, latent_sizes, load_transformer
+from tpx_export.base.sd3 import PREFIX, latent_sides, load_transformer
 from tpx_export.base.sd3_spec import CLIP_TOKENS, T5_TOKENS, spec_from_config, spec_from_shapes
 from tpx_export.base.tensors import Tensors, open_tensors
 from tpx_export.base.text_encoders import (
@@ -26,19 +26,19 @@ from tpx_export.base.text_encoders import (
     t5_spec_from_shapes,
 )
 from tpx_export.base.tokenizers import clip_tokenizer, t5_tokenizer
-from tpx_export.base.vae import VAE, load_vae, vae_from_tensors
+from tpx_export.base.vae import VAE, load_vae, vae_from_tensors, vae_spec, vae_spec_from_shapes
 from tpx_export.checkpoint import CheckpointInvalid
-from tpx_export.model.autoencoder_kl import AutoencoderKL
+from tpx_export.model.autoencoder_kl import AutoencoderKL, AutoencoderKLSpec
 from tpx_export.model.clip import CLIPText
 from tpx_export.model.mmdit import MMDiTSpec
 from tpx_export.model.t5 import T5Encoder
 from tpx_export.pipeline import Pipeline, TextPart, example_ids, model_spec
 from tpx_runtime.errors import BadInput
+from tpx_runtime.image_size import format_size
 from tpx_runtime.manifest import Defaults, EncoderSpec, LatentSpec
 
 _SHIFT = 3.0
 _SAMPLE_SIZE = 128  # the default latent size; single files do not store it
-_ANY_SIZE_PX = 1024
 # Settings of diffusers' schedulers that would change the schedule.
 _UNSUPPORTED = (
     "use_dynamic_shifting",
@@ -49,7 +49,7 @@ _UNSUPPORTED = (
 )
 
 
-def open_pipeline(files: ModelFiles, image_size_px: int | None, t5: bool) -> Pipeline:
+def open_pipeline(files: ModelFiles, image_size_px: tuple[int, int] | None, t5: bool) -> Pipeline:
     """The parts of an SD3 model; T5 is left out unless `t5`. Raises CheckpointInvalid, BadInput."""
     single = files.path.is_file()
     tensors = open_tensors(files.path) if single else None
@@ -57,29 +57,29 @@ def open_pipeline(files: ModelFiles, image_size_px: int | None, t5: bool) -> Pip
         _check_names(tensors)
     path = files.path if single else files.component_folder("transformer")
     spec, stored = _transformer(path)
-    vae = _vae(files, tensors)
-    size = image_size_px or _sample_size(path) * vae(_ANY_SIZE_PX).spec.factor
-    vae_spec = vae(size).spec
-    _check_size(size, vae_spec.factor, latent_sizes(spec, stored), stored.path)
+    vae, load_autoencoder = _vae(files, tensors)
+    side = _sample_size(path) * vae.factor
+    height, width = image_size_px or (side, side)
+    _check_size((height, width), vae.factor, latent_sides(spec, stored), stored.path)
+    latent_size = (height // vae.factor, width // vae.factor)
     text = (
         _clip(files, tensors, "", CLIP_L),
         _clip(files, tensors, "_2", CLIP_G),
         *([_t5(files, tensors)] if t5 else []),
     )
-    _check_parts(spec, vae_spec.latent_channels, text, path)
-    latent_size = vae_spec.latent_size
+    _check_parts(spec, vae.latent_channels, text, path)
     return Pipeline(
         name=name_of(files.path),
         license="the base model's own",
-        model=model_spec(replace(spec, latent_size=latent_size), size),
-        latent=LatentSpec(vae_spec.scale, vae_spec.shift),
+        model=model_spec(replace(spec, latent_size=latent_size), vae.factor),
+        latent=LatentSpec(vae.scale, vae.shift),
         defaults=Defaults(sampler="euler", steps=28, guidance=7.0, depth=1),  # as in diffusers
         shift=_schedule_shift(files),
         text=text,
         blocks=spec.blocks,
         width=spec.width,
         transformer=lambda: load_transformer(path, latent_size),
-        autoencoder=lambda: vae(size),
+        autoencoder=load_autoencoder,
         precision=precision_of(stored.dtype),
     )
 
@@ -105,11 +105,12 @@ def _check_names(tensors: Tensors) -> None:
         )
 
 
-def _vae(files: ModelFiles, single: Tensors | None) -> Callable[[int], AutoencoderKL]:
+def _vae(files: ModelFiles, single: Tensors | None) -> tuple[AutoencoderKLSpec, Callable[[], AutoencoderKL]]:
     if single is not None and (part := single.with_prefix(VAE)):
-        return lambda size: vae_from_tensors(part, size)
+        return vae_spec_from_shapes(part), lambda: vae_from_tensors(part)
     folder = files.component_folder("vae")
-    return lambda size: load_vae(folder, size)
+    open_tensors(folder)  # a missing file is an error now, not after hours of other work
+    return vae_spec(folder), lambda: load_vae(folder)
 
 
 def _clip(files: ModelFiles, single: Tensors | None, number: str, prefix: str) -> TextPart:
@@ -120,7 +121,7 @@ def _clip(files: ModelFiles, single: Tensors | None, number: str, prefix: str) -
     else:
         folder = files.component_folder(f"text_encoder{number}")
         spec, load = clip_spec(folder), lambda: load_clip(folder)
-        open_tensors(folder)  # a missing file is an error now, not after hours of other work
+        open_tensors(folder)  # as for the VAE
     vocabulary = clip_tokenizer(files.any_folder(f"tokenizer{number}"), CLIP_TOKENS)
     entry = EncoderSpec(
         f"text_encoder{number}", f"tokenizer{number}", CLIP_TOKENS, spec.width, spec.projection
@@ -160,14 +161,13 @@ def _check_parts(spec: MMDiTSpec, channels: int, text: tuple[TextPart, ...], pat
             raise CheckpointInvalid(f"{path}: expected {what} {expected}; use the parts of one model")
 
 
-def _check_size(size_px: int, factor: int, latent_sizes: range, path: Path) -> None:
+def _check_size(size_px: tuple[int, int], factor: int, sides: range, path: Path) -> None:
     """Check, before anything large is read, that the position table covers the image size. Raises BadInput."""
-    if size_px // factor not in latent_sizes:
-        sizes = (factor * value for value in (latent_sizes[0], latent_sizes[-1], latent_sizes.step))
-        minimum, maximum, step = sizes
+    sides_px = range(factor * sides.start, factor * sides[-1] + 1, factor * sides.step)
+    if not all(side in sides_px for side in size_px):
         raise BadInput(
-            f"expected an image size of {minimum}..{maximum} pixels in steps of {step}, as the position table of {path} "
-            f"allows, found {size_px}; choose one of these with --image-size"
+            f"expected an image of {sides_px[0]}..{sides_px[-1]} pixels a side in steps of {sides_px.step}, as the position "
+            f"table of {path} allows, found {format_size(size_px)}; choose another --image-size"
         )
 
 

@@ -30,7 +30,7 @@ def spec_from_config(folder: Path, tensors: Tensors) -> MMDiTSpec:
         raise config.invalid(f"dual_attention_layers within 0..{layers - 1}", dual)
     return MMDiTSpec(
         latent_channels=channels,
-        latent_size=patch,
+        latent_size=(patch, patch),
         patch=patch,
         width=width,
         heads=heads,
@@ -62,7 +62,7 @@ def spec_from_shapes(tensors: Tensors) -> MMDiTSpec:
         )
     return MMDiTSpec(
         latent_channels=channels,
-        latent_size=patch,
+        latent_size=(patch, patch),
         patch=patch,
         width=width,
         heads=width // head_width,

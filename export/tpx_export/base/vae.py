@@ -22,7 +22,6 @@ from tpx_export.base.conversion import Conversion, load_foreign
 from tpx_export.base.tensors import Tensors, open_tensors
 from tpx_export.checkpoint import CheckpointInvalid
 from tpx_export.model.autoencoder_kl import AutoencoderKL, AutoencoderKLSpec
-from tpx_runtime.errors import BadInput
 
 VAE = "first_stage_model."
 
@@ -35,11 +34,15 @@ _OLD = ("group_norm", "query", "key", "value", "proj_attn")  # diffusers until 2
 Names = Callable[[bool, int], dict[str, str]]
 
 
-def load_vae(folder: Path, image_size_px: int) -> AutoencoderKL:
-    """Load a folder that diffusers' AutoencoderKL was saved in, for square images of `image_size_px`.
+def load_vae(folder: Path) -> AutoencoderKL:
+    """Load a folder that diffusers' AutoencoderKL was saved in. Raises CheckpointInvalid."""
+    spec, tensors = vae_spec(folder), open_tensors(folder)
+    old = "encoder.mid_block.attentions.0.query.weight" in tensors
+    return _fill(spec, tensors, partial(_diffusers, attention=_OLD if old else _NEW))
 
-    Raises CheckpointInvalid for an invalid or unsupported model, BadInput for an image size that it does not support.
-    """
+
+def vae_spec(folder: Path) -> AutoencoderKLSpec:
+    """The specification in such a folder's config.json. Raises CheckpointInvalid for an unsupported model."""
     config = read_config(folder)
     config.one_of("_class_name", ("AutoencoderKL",))
     widths = config.counts("block_out_channels", (64,))
@@ -61,24 +64,26 @@ def load_vae(folder: Path, image_size_px: int) -> AutoencoderKL:
     config.one_of("use_post_quant_conv", (quant,), True)
     if (scale := config.real("scaling_factor", 0.18215)) <= 0:
         raise config.invalid("a scaling_factor above 0", scale)
-    tensors = open_tensors(folder)
-    old = "encoder.mid_block.attentions.0.query.weight" in tensors
-    spec = _spec(
-        image_size_px,
-        config.count("latent_channels", 4),
-        widths,
-        config.count("layers_per_block", 1, 100),
-        groups,
-        quant,
-        (scale, config.real("shift_factor", 0.0)),
+    return AutoencoderKLSpec(
+        latent_channels=config.count("latent_channels", 4),
+        widths=widths,
+        blocks=config.count("layers_per_block", 1, 100),
+        groups=groups,
+        quant=quant,
+        scale=scale,
+        shift=config.real("shift_factor", 0.0),
     )
-    return _fill(spec, tensors, partial(_diffusers, attention=_OLD if old else _NEW))
 
 
-def vae_from_tensors(tensors: Tensors, image_size_px: int) -> AutoencoderKL:
-    """Load the tensors of a single file under VAE, for square images of `image_size_px`.
+def vae_from_tensors(tensors: Tensors) -> AutoencoderKL:
+    """Load the tensors of a single file under VAE. Raises CheckpointInvalid."""
+    return _fill(vae_spec_from_shapes(tensors), tensors, _latent_diffusion)
 
-    The scale and shift of 16-channel latents are SD3's, of 4-channel latents SD1's. Raises CheckpointInvalid, BadInput.
+
+def vae_spec_from_shapes(tensors: Tensors) -> AutoencoderKLSpec:
+    """The specification, from the shapes of a single file's tensors under VAE. Raises CheckpointInvalid.
+
+    The scale and shift of 16-channel latents are SD3's, of 4-channel latents SD1's.
     """
     stages = count_numbered(tensors, "encoder.down")
     channels = tensor_shape(tensors, "decoder.conv_in.weight", 4)[1]
@@ -90,24 +95,15 @@ def vae_from_tensors(tensors: Tensors, image_size_px: int) -> AutoencoderKL:
             f"{tensors.path}: expected an autoencoder with 16 or 4 latent channels and widths divisible by 32, found "
             f"{channels} and {list(widths)}; check the file"
         )
-    blocks, quant = count_numbered(tensors, "encoder.down.0.block"), "quant_conv.weight" in tensors
-    spec = _spec(image_size_px, channels, widths, blocks, 32, quant, SCALES[channels])
-    return _fill(spec, tensors, _latent_diffusion)
-
-
-def _spec(
-    image_size_px: int,
-    channels: int,
-    widths: tuple[int, ...],
-    blocks: int,
-    groups: int,
-    quant: bool,
-    scaling: tuple[float, float],
-) -> AutoencoderKLSpec:
-    factor = 2 ** (len(widths) - 1)
-    if image_size_px < factor or image_size_px % factor:
-        raise BadInput(f"expected an image size divisible by {factor}, found {image_size_px}; choose another")
-    return AutoencoderKLSpec(image_size_px, channels, widths, blocks, groups, quant, *scaling)
+    scale, shift = SCALES[channels]
+    return AutoencoderKLSpec(
+        latent_channels=channels,
+        widths=widths,
+        blocks=count_numbered(tensors, "encoder.down.0.block"),
+        quant="quant_conv.weight" in tensors,
+        scale=scale,
+        shift=shift,
+    )
 
 
 def _fill(spec: AutoencoderKLSpec, tensors: Tensors, names: Names) -> AutoencoderKL:

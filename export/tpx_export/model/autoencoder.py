@@ -1,4 +1,7 @@
-"""A small convolutional autoencoder: images 8f pixels wide <-> latents of width f (Rombach et al., 2112.10752)."""
+"""A small convolutional autoencoder (Rombach et al., 2112.10752).
+
+Shapes: B batch, C channels, h x w latent size; images are 8h x 8w pixels.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,15 +15,15 @@ from torch import Tensor, nn
 class AutoencoderSpec:
     """`widths` are the channels at 1/8, 1/4 and 1/2 of the image's resolution."""
 
-    image_size_px: int = 128
     latent_channels: int = 4
     widths: tuple[int, int, int] = (96, 64, 32)
     scale: float = 1.0  # latents seen by the transformer are (z - shift) * scale, as in SD3
     shift: float = 0.0
 
     @property
-    def latent_size(self) -> int:
-        return self.image_size_px // 8
+    def factor(self) -> int:
+        """Pixels per latent along one side."""
+        return 8
 
 
 class ResidualBlock(nn.Module):
@@ -39,7 +42,7 @@ class ResidualBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Images [B, 3, 8f, 8f] in -1..1 -> mean and log variance, each [B, latent_channels, f, f]."""
+    """Images [B, 3, 8h, 8w] in -1..1 -> mean and log variance, each [B, latent_channels, h, w]."""
 
     def __init__(self, spec: AutoencoderSpec) -> None:
         super().__init__()
@@ -61,7 +64,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents [B, latent_channels, f, f] -> images [B, 3, 8f, 8f], about -1..1."""
+    """Latents [B, latent_channels, h, w] -> images [B, 3, 8h, 8w], about -1..1."""
 
     def __init__(self, spec: AutoencoderSpec) -> None:
         super().__init__()
@@ -91,7 +94,7 @@ class LatentAutoencoder(nn.Module):
 
     def __init__(self, spec: Any, encoder: nn.Module, decoder: nn.Module) -> None:
         super().__init__()
-        self.spec = spec  # AutoencoderSpec or AutoencoderKLSpec: both have scale and shift
+        self.spec = spec  # AutoencoderSpec or AutoencoderKLSpec: both have factor, scale and shift
         self.encoder, self.decoder = encoder, decoder
 
     def encode(self, image: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """The autoencoder of latent diffusion (Rombach et al., 2112.10752) in the sizes of SD1 and SD3.
 
-Shapes: B batch, C channels, f latent size; with four widths an image is 8f pixels wide.
+Shapes: B batch, C channels, h x w latent size; with four widths images are 8h x 8w pixels.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,6 @@ class AutoencoderKLSpec:
     The transformer's latents are (z - shift) * scale. `quant` adds a 1x1 convolution on either side of the latents.
     """
 
-    image_size_px: int = 1024
     latent_channels: int = 16
     widths: tuple[int, ...] = (128, 256, 512, 512)
     blocks: int = 2  # per width in the encoder; the decoder has one more
@@ -31,20 +30,13 @@ class AutoencoderKLSpec:
     shift: float = 0.0609
 
     def __post_init__(self) -> None:
-        if self.image_size_px % self.factor or any(width % self.groups for width in self.widths):
-            raise ValueError(
-                f"expected an image size divisible by {self.factor} and widths divisible by {self.groups}, found "
-                f"{self.image_size_px} and {self.widths}"
-            )
+        if any(width % self.groups for width in self.widths):
+            raise ValueError(f"expected widths divisible by {self.groups}, found {self.widths}")
 
     @property
     def factor(self) -> int:
         """Pixels per latent along one side."""
         return int(2 ** (len(self.widths) - 1))
-
-    @property
-    def latent_size(self) -> int:
-        return self.image_size_px // self.factor
 
 
 class GroupNorm(nn.GroupNorm):
@@ -132,7 +124,7 @@ def middle(channels: int, groups: int) -> nn.Sequential:
 
 
 class Encoder(nn.Module):
-    """Images [B, 3, 8f, 8f] in -1..1 -> mean and log variance, each [B, latent_channels, f, f]."""
+    """Images [B, 3, 8h, 8w] in -1..1 -> mean and log variance, each [B, latent_channels, h, w]."""
 
     def __init__(self, spec: AutoencoderKLSpec) -> None:
         super().__init__()
@@ -157,7 +149,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents z [B, latent_channels, f, f] -> images [B, 3, 8f, 8f], about -1..1."""
+    """Latents z [B, latent_channels, h, w] -> images [B, 3, 8h, 8w], about -1..1."""
 
     def __init__(self, spec: AutoencoderKLSpec) -> None:
         super().__init__()

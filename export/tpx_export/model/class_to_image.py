@@ -23,7 +23,6 @@ class ClassToImageSpec:
     def __post_init__(self) -> None:
         check_name(self.name)
         check_same("latent_channels", self.transformer.latent_channels, self.autoencoder.latent_channels)
-        check_same("latent_size", self.transformer.latent_size, self.autoencoder.latent_size)
 
 
 class ClassToImage(nn.Module):

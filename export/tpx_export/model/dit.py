@@ -1,6 +1,6 @@
 """The class-conditional diffusion transformer (DiT; Peebles and Xie, 2212.09748) with optional thinking blocks.
 
-Shapes: B batch, C latent channels, S latent size, N visual tokens, D width.
+Shapes: B batch, C latent channels, H x W latent size, N visual tokens, D width.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ class DiTSpec(TransformerSpec):
     """
 
     latent_channels: int = 4
-    latent_size: int = 32
+    latent_size: tuple[int, int] = (32, 32)
     patch: int = 2
     width: int = 1152
     heads: int = 16
@@ -37,14 +37,14 @@ class DiTSpec(TransformerSpec):
     thinking: ThinkingSpec | None = None
 
     def __post_init__(self) -> None:
-        for field in ("latent_channels", "latent_size", "patch", "width", "heads", "blocks", "classes"):
+        for field in ("latent_channels", "patch", "width", "heads", "blocks", "classes"):
             if getattr(self, field) < 1:
                 raise ValueError(f"expected {field} of 1 or more, got {getattr(self, field)}")
-        if self.width % self.heads or self.width % 4 or self.latent_size % self.patch:
+        if self.width % self.heads or self.width % 4:
             raise ValueError(
-                f"expected width divisible by heads and by 4, and latent_size by patch, got {self.width}/{self.heads} "
-                f"and {self.latent_size}/{self.patch}"
+                f"expected width divisible by heads and by 4, got {self.width} and {self.heads} heads"
             )
+        self.require_whole_patches()
         self.require_blocks("thinking", self.thinking.blocks if self.thinking else ())
 
     @property
@@ -57,15 +57,15 @@ class DiTSpec(TransformerSpec):
         return 6 * self.blocks + 2
 
 
-def position_table(side: int, width: int) -> Tensor:
-    """[side^2, width]: half the width for the column, half for the row; sines, then cosines, at 10000^(-i / (width/4)).
+def position_table(grid: tuple[int, int], width: int) -> Tensor:
+    """[rows columns, width]: half of each for the column, half for the row; sines, then cosines, at 10000^(-i / (width/4)).
 
     It is computed in float64, as the table in DiT's checkpoints was.
     """
     quarter = width // 4
     frequencies = 10_000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
-    steps = torch.arange(side, dtype=torch.float64)
-    rows, columns = torch.meshgrid(steps, steps, indexing="ij")
+    steps = (torch.arange(size, dtype=torch.float64) for size in grid)
+    rows, columns = torch.meshgrid(*steps, indexing="ij")
     angles = [positions.flatten().unsqueeze(-1) * frequencies for positions in (columns, rows)]
     return torch.cat([wave for angle in angles for wave in (angle.sin(), angle.cos())], dim=-1).float()
 
@@ -115,13 +115,13 @@ class DiT(DiffusionTransformer):
         self.blocks = nn.ModuleList(Block(spec, i) for i in range(spec.blocks))
         self.out_modulation = Modulation(spec.width, parts=2)
         self.patch_out = nn.Linear(spec.width, spec.out_channels * spec.patch**2)
-        self.register_buffer("positions", position_table(spec.latent_size // spec.patch, spec.width))
+        self.register_buffer("positions", position_table(spec.grid, spec.width))
         self.zero_outputs()
 
     def forward(
         self, latents: Tensor, timestep: Tensor, class_id: Tensor, depth: int
     ) -> tuple[Tensor, Tensor]:
-        """Latents [B, C, S, S], timestep [B] in 0..1000, class_id int64 [B] in 0..classes, depth in 1..max_depth.
+        """Latents [B, C, H, W], timestep [B] in 0..1000, class_id int64 [B] in 0..classes, depth in 1..max_depth.
 
         The class id `classes` means "no class". Computes `conditions` and returns the result of `denoise`.
         """
@@ -133,9 +133,9 @@ class DiT(DiffusionTransformer):
         return compute_conditions(self, time + self.classes(class_id).to(time.dtype))
 
     def denoise(self, latents: Tensor, conditions: Tensor, depth: int) -> tuple[Tensor, Tensor]:
-        """Latents [B, C, S, S], conditions [B, K], depth in 1..max_depth.
+        """Latents [B, C, H, W], conditions [B, K], depth in 1..max_depth.
 
-        Returns the prediction [B, C or 2C, S, S], epsilon first, and the routes int64 [B, thinking blocks * depth, N],
+        Returns the prediction [B, C or 2C, H, W], epsilon first, and the routes int64 [B, thinking blocks * depth, N],
         block-major. Raises ValueError for a depth that the model was not built for.
         """
         spec = self.spec

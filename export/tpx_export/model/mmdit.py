@@ -26,7 +26,7 @@ class MMDiTSpec(TransformerSpec):
     """
 
     latent_channels: int = 4
-    latent_size: int = 16
+    latent_size: tuple[int, int] = (16, 16)
     patch: int = 2
     width: int = 256
     heads: int = 4
@@ -40,11 +40,9 @@ class MMDiTSpec(TransformerSpec):
     stored_positions: bool = False
 
     def __post_init__(self) -> None:
-        if self.width % self.heads or self.latent_size % self.patch:
-            raise ValueError(
-                f"expected width divisible by heads and latent_size by patch, got {self.width}/{self.heads} "
-                f"and {self.latent_size}/{self.patch}"
-            )
+        if self.width % self.heads:
+            raise ValueError(f"expected width divisible by heads, got {self.width} and {self.heads}")
+        self.require_whole_patches()
         self.require_blocks("thinking", self.thinking.blocks if self.thinking else ())
         self.require_blocks("dual", self.dual_blocks)
 
@@ -54,10 +52,9 @@ class MMDiTSpec(TransformerSpec):
         return 12 * self.blocks + 3 * len(self.dual_blocks) - 2
 
 
-def grid_positions(side: int, width: int) -> Tensor:
-    """Sinusoidal embeddings of column and row, half the width each: [side^2, width]."""
-    steps = torch.arange(side)
-    rows, columns = torch.meshgrid(steps, steps, indexing="ij")
+def grid_positions(grid: tuple[int, int], width: int) -> Tensor:
+    """Sinusoidal embeddings of column and row, half the width each: [rows columns, width]."""
+    rows, columns = torch.meshgrid(*map(torch.arange, grid), indexing="ij")
     return torch.cat([sinusoid(columns.flatten(), width // 2), sinusoid(rows.flatten(), width // 2)], dim=-1)
 
 
@@ -145,14 +142,14 @@ class MMDiT(DiffusionTransformer):
         self.blocks = nn.ModuleList(JointBlock(spec, i) for i in range(spec.blocks))
         self.out_modulation = Modulation(spec.width, parts=2)
         self.patch_out = nn.Linear(spec.width, patch_values)
-        positions = grid_positions(spec.latent_size // spec.patch, spec.width)
+        positions = grid_positions(spec.grid, spec.width)
         self.register_buffer("positions", positions, persistent=spec.stored_positions)
         self.zero_outputs()
 
     def forward(
         self, latents: Tensor, timestep: Tensor, context: Tensor, pooled: Tensor, depth: int
     ) -> tuple[Tensor, Tensor]:
-        """Latents [B, C, S, S], timestep [B] in 0..1000, context [B, L, W], pooled [B, P], depth in 1..max_depth.
+        """Latents [B, C, H, W], timestep [B] in 0..1000, context [B, L, W], pooled [B, P], depth in 1..max_depth.
 
         Computes `conditions` and returns the result of `denoise`.
         """
@@ -166,9 +163,9 @@ class MMDiT(DiffusionTransformer):
     def denoise(
         self, latents: Tensor, conditions: Tensor, context: Tensor, depth: int
     ) -> tuple[Tensor, Tensor]:
-        """Latents [B, C, S, S], conditions [B, K], context [B, L, W], depth in 1..max_depth.
+        """Latents [B, C, H, W], conditions [B, K], context [B, L, W], depth in 1..max_depth.
 
-        Returns the velocity [B, C, S, S] and the routes int64 [B, thinking blocks * depth, N], block-major.
+        Returns the velocity [B, C, H, W] and the routes int64 [B, thinking blocks * depth, N], block-major.
         Raises ValueError for a depth that the model was not built for.
         """
         spec = self.spec

@@ -4,13 +4,12 @@ from torch import Tensor
 
 
 def to_patches(latents: Tensor, patch: int) -> Tensor:
-    """[B, C, S, S] -> [B, N, C patch^2]: patches in row-major order, each as (channel, row, column)."""
-    side = latents.shape[-1] // patch
-    cut = latents.unflatten(3, (side, patch)).unflatten(2, (side, patch))
+    """[B, C, H, W] -> [B, N, C patch^2]: patches in row-major order, each as (channel, row, column)."""
+    cut = latents.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))
     return cut.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
-def from_patches(tokens: Tensor, patch: int, side: int) -> Tensor:
-    """[B, side^2, C patch^2] -> [B, C, side * patch, side * patch]: the inverse of `to_patches`."""
-    cut = tokens.unflatten(2, (-1, patch, patch)).unflatten(1, (side, side))
+def from_patches(tokens: Tensor, patch: int, grid: tuple[int, int]) -> Tensor:
+    """[B, N, C patch^2] -> [B, C, H, W]: the inverse of `to_patches`; `grid` is the number of (rows, columns) of patches."""
+    cut = tokens.unflatten(2, (-1, patch, patch)).unflatten(1, grid)
     return cut.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)

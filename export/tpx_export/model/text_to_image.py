@@ -39,7 +39,6 @@ class TextToImageSpec:
         check_name(self.name)
         transformer, text_encoder = self.transformer, self.text_encoder
         check_same("latent_channels", transformer.latent_channels, self.autoencoder.latent_channels)
-        check_same("latent_size", transformer.latent_size, self.autoencoder.latent_size)
         check_same("context_tokens", transformer.context_tokens, text_encoder.tokens)
         check_same("context_width", transformer.context_width, text_encoder.width)
         check_same("pooled_width", transformer.pooled_width, text_encoder.width)

@@ -2,9 +2,10 @@
 
     latents ─patch_in, positions─▶ tokens ─blocks─▶ tokens, routes ─out_modulation, patch_out─▶ prediction, routes
 
-Shapes: B batch, C latent channels, S latent size, N visual tokens, D width.
+Shapes: B batch, C latent channels, H x W latent size, N visual tokens, D width.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -19,15 +20,21 @@ from tpx_export.model.thinking import ThinkingSpec
 class TransformerSpec:
     """Base class of MMDiTSpec and DiTSpec: properties derived from the fields that both have."""
 
-    latent_size: int
+    latent_size: tuple[int, int]  # (height, width)
     patch: int
     width: int
     blocks: int
     thinking: ThinkingSpec | None
 
     @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        height, width = self.latent_size
+        return height // self.patch, width // self.patch
+
+    @property
     def visual_tokens(self) -> int:
-        return (self.latent_size // self.patch) ** 2
+        return math.prod(self.grid)
 
     @property
     def max_depth(self) -> int:
@@ -43,6 +50,13 @@ class TransformerSpec:
     def conditions_width(self) -> int:
         """The length of a row of conditions (conditions.py)."""
         return self.num_modulations * self.width + (self.thinking.conditions_width if self.thinking else 0)
+
+    def require_whole_patches(self) -> None:
+        """Raise ValueError unless the latents consist of whole patches, at least one."""
+        if min(self.latent_size) < 1 or any(size % self.patch for size in self.latent_size):
+            raise ValueError(
+                f"expected latent_size divisible by patch, got {list(self.latent_size)} and {self.patch}"
+            )
 
     def require_blocks(self, kind: str, chosen: Sequence[int]) -> None:
         """Raise ValueError unless the model has all `chosen` blocks."""
@@ -67,7 +81,7 @@ class DiffusionTransformer(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def embed_latents(self, latents: Tensor, depth: int) -> Tensor:
-        """Latents [B, C, S, S] -> visual tokens [B, N, D] with position embeddings.
+        """Latents [B, C, H, W] -> visual tokens [B, N, D] with position embeddings.
 
         Raises ValueError for a depth that the model was not built for.
         """
@@ -79,13 +93,13 @@ class DiffusionTransformer(nn.Module):
     def predict(
         self, x: Tensor, modulations: Iterator[Tensor], routes: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """Visual tokens x [B, N, D] after all blocks -> the prediction [B, out channels, S, S] and the stacked routes.
+        """Visual tokens x [B, N, D] after all blocks -> the prediction [B, out channels, H, W] and the stacked routes.
 
         `modulations` has only the output's shift and scale left, each [B, 1, D]. Each of `routes` is int64 [B, N]; stacked
         they are [B, routes, N].
         """
         shift, scale = modulations
         tokens = self.patch_out(modulate(x, shift, scale))
-        predicted = from_patches(tokens, self.spec.patch, self.spec.latent_size // self.spec.patch)
+        predicted = from_patches(tokens, self.spec.patch, self.spec.grid)
         empty = torch.zeros(x.shape[0], 0, x.shape[1], dtype=torch.int64, device=x.device)
         return predicted, torch.stack(list(routes), dim=1) if routes else empty

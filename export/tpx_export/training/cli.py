@@ -25,9 +25,7 @@ _PATH = click.Path(path_type=Path)
 @click.option("--max-depth", default=2, show_default=True, help="Latent steps.")
 @click.option("--blocks", help="Thinking blocks, from 0.  [default: those of 4,8,12 that BASE has]")
 @click.option("--temperature", default=5.0, show_default=True, help="Temperature of the Gumbel softmax.")
-@click.option(
-    "--image-size", "image_size_px", type=int, help="Pixels per side.  [default: 512; for DiT its own]"
-)
+@click.option("--image-size", help="Pixels, WIDTHxHEIGHT or SIDE.  [default: 512; for DiT its own]")
 @click.option("--no-t5", is_flag=True, help="Leave out BASE's T5 encoder.")
 @click.option(
     "--steps",
@@ -76,7 +74,7 @@ def main(
     max_depth: int,
     blocks: str | None,
     temperature: float,
-    image_size_px: int | None,
+    image_size: str | None,
     no_t5: bool,
     steps: int,
     batch: int,
@@ -99,6 +97,7 @@ def main(
 
     from tpx_export.training.settings import Settings, thinking_spec
     from tpx_export.training.train import Request, train
+    from tpx_runtime.image_size import parse_size
 
     settings = Settings(
         thinking=thinking_spec(experts, rank, max_depth, temperature, blocks),
@@ -118,7 +117,7 @@ def main(
         steps=steps,
         components=components,
         cache_folder=cache_folder,
-        image_size_px=image_size_px,
+        image_size_px=None if image_size is None else parse_size(image_size),
         t5=not no_t5,
         blocks_explicit=blocks is not None,
         skip_broken=skip_broken,

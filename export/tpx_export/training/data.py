@@ -47,7 +47,7 @@ class Data:
         return [orders[position // len(self)][position % len(self)] for position in positions]
 
     def batch(self, rows: Sequence[int], dropped: Sequence[bool], device: str) -> tuple[Tensor, Conditioning]:
-        """Latents float32 [B, C, S, S] of `rows`, and their conditioning, which is unconditional if `dropped`."""
+        """Latents float32 [B, C, H, W] of `rows`, and their conditioning, which is unconditional if `dropped`."""
         latents = torch.stack([self.cache.get(self.latents[row])["latents"] for row in rows]).to(device)
         conditions = [self.conditions[row] for row in rows]
         if self.model.classes:

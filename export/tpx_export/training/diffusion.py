@@ -46,7 +46,7 @@ class DiffusionLoss:
         depth: int,
         generator: torch.Generator,
     ) -> Tensor:
-        """Latents float32 [B, C, S, S] -> a scalar."""
+        """Latents float32 [B, C, H, W] -> a scalar."""
         t = torch.randint(len(_BETA), (len(latents),), generator=generator)
         noise = torch.randn(latents.shape, generator=generator).to(latents.device)
         noisy = _gather(_ABAR.sqrt(), t, latents) * latents + _gather((1 - _ABAR).sqrt(), t, latents) * noise

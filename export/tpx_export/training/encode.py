@@ -29,7 +29,7 @@ def encode_images(
     device: str,
     skip_broken: bool = False,
 ) -> dict[Example, str]:
-    """The cache key of each image's `latents` [C, S, S]: the posterior's mean, shifted and scaled for the transformer.
+    """The cache key of each image's `latents` [C, H, W]: the posterior's mean, shifted and scaled for the transformer.
 
     With `skip_broken` an image that cannot be read is reported on stderr and skipped. Raises BadInput for such an image
     otherwise, and if no image remains.

@@ -30,7 +30,7 @@ class FlowLoss:
         depth: int,
         generator: torch.Generator,
     ) -> Tensor:
-        """Latents float32 [B, C, S, S] -> a scalar."""
+        """Latents float32 [B, C, H, W] -> a scalar."""
         u = torch.sigmoid(torch.randn(len(latents), generator=generator))
         sigma = (self.shift * u / (1 + (self.shift - 1) * u)).to(latents.device)
         noise = torch.randn(latents.shape, generator=generator).to(latents.device)

@@ -57,7 +57,7 @@ def checkpoint_blocks(model: nn.Module) -> nn.Module:
 def predict(
     model: nn.Module, latents: Tensor, timestep: Tensor, conditioning: Conditioning, depth: int
 ) -> Tensor:
-    """The model's prediction, float32, for float32 latents [B, C, S, S], timestep [B] and conditioning."""
+    """The model's prediction, float32, for float32 latents [B, C, H, W], timestep [B] and conditioning."""
     dtype: torch.dtype = model.patch_in.weight.dtype  # type: ignore[union-attr, assignment]
     # The context is in the base's precision; pooled stays float32, as its embedder does.
     inputs = [value.to(dtype) if value.ndim == 3 else value for value in conditioning]

@@ -42,7 +42,7 @@ class Objective(Protocol):
         depth: int,
         generator: torch.Generator,
     ) -> Tensor:
-        """Latents float32 [B, C, S, S] and their conditioning -> a scalar."""
+        """Latents float32 [B, C, H, W] and their conditioning -> a scalar."""
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,9 @@ from tpx_export.training.images import Example, read_folder
 from tpx_export.training.loop import Job, Objective, Outcome, TrainingFailed, fit
 from tpx_export.training.settings import Settings, limit_to_base
 from tpx_runtime.errors import BadInput, Cancelled
+from tpx_runtime.image_size import format_size
 
-SD3_SIZE_PX = 512
+SD3_SIZE_PX = (512, 512)
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Request:
     steps: int
     components: Path | None = None
     cache_folder: Path | None = None
-    image_size_px: int | None = None
+    image_size_px: tuple[int, int] | None = None
     t5: bool = True
     blocks_explicit: bool = False
     skip_broken: bool = False
@@ -85,7 +86,7 @@ def _train(request: Request, settings: Settings) -> Outcome:
     )
     identity = {
         **settings.options(),
-        "--image-size": pipeline.model.image_size_px[0],
+        "--image-size": format_size(pipeline.model.image_size_px),
         "--no-t5": not request.t5,
         "base": base,
     }
@@ -132,7 +133,7 @@ def _write(
     del training["thinking"]  # the adapter file has it as its specification
     training |= {
         "objective": pipeline.model.prediction,
-        "image_size_px": pipeline.model.image_size_px[0],
+        "image_size": format_size(pipeline.model.image_size_px),
         "t5": request.t5,
         "pictures": len(job.data),
         "data": job.data.fingerprint,
