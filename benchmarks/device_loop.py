@@ -42,7 +42,7 @@ def measure(generator: Generator, prompt: str | None, batch: int, steps: int, ro
         os.environ[DEVICE_LOOP_VARIABLE] = loop
         generator.clear_conditions()
         began = time.perf_counter()
-        latents[loop] = generator.generate_latents(jobs).latents
+        latents[loop] = generator.generate_latents(jobs)
         return time.perf_counter() - began
 
     # The first round allocates buffers and the second captures graphs.

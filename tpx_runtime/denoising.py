@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-import numpy.typing as npt
 
 from .bundle import Bundle
 from .editing import Edit, InpaintingPrediction, add_noise, last_steps
@@ -22,15 +21,6 @@ from .settings import LOOP_SETTINGS, Settings
 from .step_cache import CachedPrediction, cached_timesteps
 
 Callback = Callable[[int, int, Array], bool | None]  # (step from 1, total steps, latents [B, C, H, W])
-Routes = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Sample:
-    """The result of the loop: `latents` [B, C, H, W] and, if the model thinks, `routes` [B, S, N] of each model call."""
-
-    latents: Array
-    routes: list[Routes]
 
 
 def shared_settings(jobs: Sequence[Settings], edit: Edit | None, manifest: Manifest) -> Settings:
@@ -148,8 +138,8 @@ class Denoiser:
         conditioning: Arrays,
         callback: Callback | None,
         edit: Edit | None,
-    ) -> Sample:
-        """The latents of one image per seed, with the settings of `job`; `conditioning` as in GuidedPrediction.
+    ) -> Array:
+        """The latents [B, C, H, W] of one image per seed, with the settings of `job`; `conditioning` as in GuidedPrediction.
 
         Raises Cancelled if the callback returns False, EngineFailed if latents are not finite.
         """
@@ -161,9 +151,8 @@ class Denoiser:
         schedule, noise = self.schedule(job), batch_noise(seeds, self._model.latent_shape)
         total, latents = len(schedule.timesteps), noise
         try:
-            trajectory, routes = self.trajectory(
-                Batch(job, seeds, conditioning, schedule, noise, edit), callback is not None
-            )
+            batch = Batch(job, seeds, conditioning, schedule, noise, edit)
+            trajectory = self.trajectory(batch, every_step=callback is not None)
             with np.errstate(over="ignore", invalid="ignore"):  # require_finite has the better message
                 for step, current in enumerate(trajectory, start=1):
                     if current is None:
@@ -174,10 +163,10 @@ class Denoiser:
                         invoke_callback(callback, step, total, latents)
         finally:
             self._device_loop_running = False
-        return Sample(latents, routes)
+        return latents
 
-    def trajectory(self, batch: Batch, every_step: bool) -> tuple[Iterator[Array | None], list[Routes]]:
-        """An iterator over the latents after each step, and a list to which the routes of each model call are appended.
+    def trajectory(self, batch: Batch, every_step: bool) -> Iterator[Array | None]:
+        """An iterator over the latents [B, C, H, W] after each step.
 
         It yields None for latents that stay on a device: those of all steps but the last, unless `every_step`.
         """
@@ -190,14 +179,13 @@ class Denoiser:
         plan = self._loop_plan(batch, conditions)
         transformer = self._graphs.open(self.bundle.transformer(job.depth, engine.variant))
         if plan:
-            routes: list[Routes] = []
             self._device_loop_running = True
-            return self._on_device(transformer, plan, routes, every_step), routes
+            return self._on_device(transformer, plan, every_step)
         reused = reused_timesteps(timesteps, *guidance, job.guidance_every)
         predict = GuidedPrediction(
             transformer, self._model, batch.conditioning, conditions, *guidance, reused
         )
-        return batch.denoise(CachedPrediction(predict, cached), self.sampler(job)), predict.routes
+        return batch.denoise(CachedPrediction(predict, cached), self.sampler(job))
 
     def _loop_plan(self, batch: Batch, conditions: Conditions) -> LoopPlan | None:
         """The plan of a loop on the device; None if the engine has no device loop or the loop needs the host."""
@@ -209,15 +197,11 @@ class Denoiser:
             job, sampler, batch.schedule, batch.start, batch.conditioning, conditions, self._model
         )
 
-    def _on_device(
-        self, transformer: Session, plan: LoopPlan, routes: list[Routes], every_step: bool
-    ) -> Iterator[Array | None]:
+    def _on_device(self, transformer: Session, plan: LoopPlan, every_step: bool) -> Iterator[Array | None]:
         assert self.bundle.step
         loop = self._graphs.engine.start_loop(transformer, self._graphs.open(self.bundle.step), plan)
         for call in range(1, plan.ends[-1] + 1):
             loop.advance()
-            if (call_routes := loop.routes()) is not None:
-                routes.append(call_routes[-plan.num_images :])
             if call in plan.ends:
                 download = every_step or call == plan.ends[-1]
                 yield loop.latents()[-plan.num_images :] if download else None

@@ -12,7 +12,7 @@ from PIL import Image
 
 from .bundle import Bundle
 from .conditioning import ClassConditioner, TextConditioner
-from .denoising import Callback, Denoiser, Sample, invoke_callback, require_finite, shared_settings
+from .denoising import Callback, Denoiser, invoke_callback, require_finite, shared_settings
 from .editing import Edit, resolve_strength, source_hashes, to_latent_mask, to_pixels
 from .engine import AUTO, Arrays, Engine, checked_output, resolve
 from .errors import BadInput, shorten
@@ -147,8 +147,8 @@ class Generator:
         left_out = self.text.left_out if self.text else ()
         sources = edit.sources if edit else None
         for number, batch in enumerate(batches):
-            sample = self.generate_latents(batch, _counted(callback, number, len(batches)), edit)
-            for job, pixels in zip(batch, self.decode(sample.latents), strict=True):
+            latents = self.generate_latents(batch, _counted(callback, number, len(batches)), edit)
+            for job, pixels in zip(batch, self.decode(latents), strict=True):
                 image = edit.paste(to_pil(pixels)) if edit else to_pil(pixels)
                 image.info.update(job.metadata(self.manifest, self.engine.name, left_out, sources))
                 yield image
@@ -262,8 +262,8 @@ class Generator:
 
     def generate_latents(
         self, jobs: Sequence[Settings], callback: Callback | None = None, edit: Edit | None = None
-    ) -> Sample:
-        """Run the denoising loop on one batch of jobs that differ only in prompts, classes and seed.
+    ) -> Array:
+        """The latents [B, C, H, W] of one batch of jobs that differ only in prompts, classes and seed, for `decode`.
 
         Raises Cancelled if the callback returns False, BadInput for a strength without an `edit` or the reverse.
         """

@@ -10,7 +10,6 @@ import math
 from collections.abc import Collection, Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 from .engine import Arrays, Session, checked_output
 from .manifest import ModelSpec
@@ -65,8 +64,7 @@ class GuidedPrediction:
 
     `conditioning` is a conditioner's output for the branches [negative, prompt], or only [prompt] at guidance 1, each with
     as many rows as the latents; `conditions` are those of the same rows. Each call runs `transformer` once: on all rows, or
-    only on those of the prompt outside `interval` (see `is_guided`) and at the timesteps in `reused`. `routes` collects
-    [B, S, N] of the prompt's branch for each call, if the model has thinking blocks.
+    only on those of the prompt outside `interval` (see `is_guided`) and at the timesteps in `reused`.
     """
 
     def __init__(
@@ -90,7 +88,6 @@ class GuidedPrediction:
             for name, rows in self._conditioning.items()
         }
         self._difference: Array  # [B, C, H, W], of the last call with both branches
-        self.routes: list[npt.NDArray[np.int64]] = []
 
     def __call__(self, latents: Array, timestep: float) -> Array:
         model, conditions = self._model, self._conditions.for_timestep(timestep)
@@ -102,8 +99,6 @@ class GuidedPrediction:
             batch, conditioning = latents, self._prompt_conditioning
             conditions = conditions[-len(latents) :]
         outputs = self._transformer.run({"latents": batch, "conditions": conditions, **conditioning})
-        if "routes" in outputs:
-            self.routes.append(outputs["routes"][-len(latents) :])
         shape = (len(batch), model.out_channels, *model.latent_size)
         prediction: Array = checked_output(outputs, model.prediction, shape)
         prompt = prediction[-len(latents) :]

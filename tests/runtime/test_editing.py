@@ -337,7 +337,7 @@ def test_kept_latents_end_at_those_of_the_image(generator: Generator) -> None:
     edit = generator.edit(photo(), Image.fromarray(LEFT_MASK))
     for sampler in FLOW_SAMPLERS:
         jobs = generator.plan("red cube", strength=1.0, num_images=2, sampler=sampler)
-        latents = generator.generate_latents(jobs, edit=edit).latents
+        latents = generator.generate_latents(jobs, edit=edit)
         expected = edit.latents[..., 1:].repeat(2, axis=0)
         np.testing.assert_allclose(latents[..., 1:], expected, rtol=1e-4, atol=1e-4)
         assert np.abs(latents[..., 0] - edit.latents[..., 0]).max() > 0.1

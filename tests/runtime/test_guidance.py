@@ -182,27 +182,6 @@ def test_an_unchanged_input_is_the_same_array_object() -> None:
     assert first is second and third is fourth
 
 
-@pytest.mark.parametrize(("conditioning", "guidance"), [(PROMPT, 1.0), (BOTH, 3.0)])
-def test_routes_are_those_of_the_prompt_branch_for_every_call(conditioning: Arrays, guidance: float) -> None:
-    def run(inputs: Arrays) -> Arrays:
-        routes = np.round(inputs["context"][:, :1, :1] * 1000).astype(np.int64)
-        return {"velocity": inputs["latents"], "routes": routes}
-
-    guided = guided_prediction(FakeSession("transformer", run, []), conditioning, guidance)
-    guided(LATENTS, 400.0)
-    guided(LATENTS, 200.0)
-    expected = np.round(PROMPT["context"][:, :1, :1] * 1000).astype(np.int64)
-    assert len(guided.routes) == 2
-    np.testing.assert_array_equal(guided.routes[1], expected)
-
-
-def test_a_graph_without_routes_output_gives_no_routes() -> None:
-    session = FakeSession("transformer", lambda inputs: {"velocity": inputs["latents"]}, [])
-    guided = guided_prediction(session, BOTH, 3.0)
-    guided(LATENTS, 400.0)
-    assert guided.routes == []
-
-
 @pytest.mark.parametrize(
     "outputs", [{}, {"velocity": LATENTS[:1]}, {"velocity": LATENTS}, {"velocity": LATENTS[:, :, :1]}]
 )

@@ -39,6 +39,3 @@ class Loop(Protocol):
 
     def latents(self) -> npt.NDArray[np.float32]:
         """The latents [rows, C, H, W] that the next call reads."""
-
-    def routes(self) -> npt.NDArray[np.int64] | None:
-        """The routes [rows, S, N] of the latest call, or None if the model has no thinking blocks."""

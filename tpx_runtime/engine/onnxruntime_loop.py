@@ -56,11 +56,6 @@ class DeviceLoop:
         """Download the latents [rows, C, H, W] that the next call reads."""
         return np.array(self._transformer_buffers.inputs["latents"].numpy())
 
-    def routes(self) -> npt.NDArray[np.int64] | None:
-        """Download the routes [rows, S, N] of the latest call; None if the model has no thinking blocks."""
-        outputs = self._transformer_buffers.outputs
-        return np.array(outputs["routes"].numpy()) if "routes" in outputs else None
-
     def _run_step(self) -> None:
         with self._step.running():
             self._step_buffers.upload(_call_index(self._calls))

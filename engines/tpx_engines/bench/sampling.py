@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tpx_runtime.bundle import Bundle, GraphVariant
-from tpx_runtime.denoising import Batch, Denoiser, Routes
+from tpx_runtime.denoising import Batch, Denoiser
 from tpx_runtime.engine import Arrays, Engine
 from tpx_runtime.generator import Generator
 from tpx_runtime.graphs import Graphs
@@ -50,7 +50,7 @@ class BaselineDenoiser(Denoiser):
         super().__init__(bundle, graphs)
         self._network = network
 
-    def trajectory(self, batch: Batch, every_step: bool) -> tuple[Iterator[Array | None], list[Routes]]:
+    def trajectory(self, batch: Batch, every_step: bool) -> Iterator[Array | None]:
         guided = batch.job.guidance != 1
 
         def predict(x: Array, timestep: float) -> Array:
@@ -62,7 +62,7 @@ class BaselineDenoiser(Denoiser):
             negative, prompt = np.split(prediction, 2)
             return apply_guidance(negative, prompt, batch.job.guidance, self._model.guided_channels)
 
-        return batch.denoise(predict, self.sampler(batch.job)), []
+        return batch.denoise(predict, self.sampler(batch.job))
 
 
 class BaselineGenerator(Generator):

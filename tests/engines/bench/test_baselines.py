@@ -24,9 +24,10 @@ from tpx_export import checkpoint
 from tpx_export.model import ThinkingSpec
 from tpx_export.model.text_to_image import TextToImage
 from tpx_export.pipeline import Pipeline
-from tpx_runtime.denoising import Sample
 from tpx_runtime.errors import BadInput
 from tpx_runtime.evaluation.similarity import psnr_db
+from tpx_runtime.guidance import GuidedPrediction
+from tpx_runtime.sampling import Array
 
 
 @pytest.fixture(scope="module")
@@ -196,23 +197,23 @@ def test_every_cache_interval_is_a_separate_configuration(
     assert (full.name, cached.name) == ("TPX, onnxruntime", "TPX, onnxruntime, cache interval 2")
     assert cached.cache_interval == 2
     for measured, expected_calls in ((full, 5), (cached, 3)):
-        sample = denoising_sample(engine_runner(replace(workload, steps=5), measured.options), monkeypatch)
-        assert len(sample.routes) == expected_calls
+        runner = engine_runner(replace(workload, steps=5), measured.options)
+        assert model_calls(runner, monkeypatch) == expected_calls
 
 
-def denoising_sample(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> Sample:
-    """The result of the denoising loop when the runner generates one image."""
-    samples: list[Sample] = []
-    generate = runner.generator.generate_latents
+def model_calls(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> int:
+    """How often the runner calls the model for one image."""
+    timesteps: list[float] = []
+    predict = GuidedPrediction.__call__
 
-    def record(*arguments: Any) -> Sample:
-        samples.append(generate(*arguments))
-        return samples[-1]
+    def record(self: GuidedPrediction, latents: Array, timestep: float) -> Array:
+        timesteps.append(timestep)
+        return predict(self, latents, timestep)
 
-    monkeypatch.setattr(runner.generator, "generate_latents", record)
+    monkeypatch.setattr(GuidedPrediction, "__call__", record)
     runner.draw(1)
-    (sample,) = samples
-    return sample
+    monkeypatch.undo()
+    return len(timesteps)
 
 
 def test_configurations_name_the_installed_distribution_packages() -> None:
