@@ -19,9 +19,9 @@ import onnx
 
 from benchmarks.interleave import interleaved, seconds
 from tpx_runtime.engine import ENGINES, Arrays
-from tpx_runtime.engine.environment import CUDA_GRAPHS_VARIABLE
 from tpx_runtime.engine.gpu import local_gpu
 from tpx_runtime.engine.onnxruntime_bound import BoundSession
+from tpx_runtime.environment import CUDA_GRAPHS_VARIABLE
 
 
 def random_inputs(path: Path, batch: int) -> Arrays:

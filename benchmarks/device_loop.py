@@ -16,8 +16,8 @@ import numpy as np
 from benchmarks.interleave import interleaved
 from tpx_runtime.bundle import Bundle
 from tpx_runtime.engine import ENGINES
-from tpx_runtime.engine.environment import DEVICE_LOOP_VARIABLE
 from tpx_runtime.engine.gpu import local_gpu
+from tpx_runtime.environment import DEVICE_LOOP_VARIABLE
 from tpx_runtime.errors import TpxError
 from tpx_runtime.generator import Generator
 from tpx_runtime.sampling import Array

@@ -105,7 +105,8 @@ class Bundle:
                 f"{root / MANIFEST}: expected a file to read, found: {error.strerror}"
             ) from None
         try:
-            bundle = cls(root, Manifest.from_json(text))
+            # Absolute, because graphs are loaded later, perhaps from another working directory.
+            bundle = cls(root.absolute(), Manifest.from_json(text))
         except BundleInvalid as error:  # its message has only the name of the file
             raise BundleInvalid(f"{root}{os.sep}{error}") from None
         depths = bundle.manifest.model.depths
@@ -214,7 +215,7 @@ class Bundle:
         path = self.path(SCHEDULER)
         try:
             shift = float(json.loads(path.read_text(encoding="utf-8"))["shift"])
-        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+        except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
             raise BundleInvalid(f'{path}: expected JSON with a number "shift", found none') from None
         if not _SHIFT_RANGE[0] <= shift <= _SHIFT_RANGE[1]:
             raise BundleInvalid(

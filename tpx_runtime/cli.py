@@ -1,6 +1,5 @@
 """The commands tpx-run, tpx-verify and tpx-info. Heavy imports are deferred until the arguments have been parsed."""
 
-import os
 import secrets
 import warnings
 from collections.abc import Iterator, Sequence
@@ -146,15 +145,16 @@ def _print_paths_on_exit() -> Iterator[list[Path]]:
 @options.sampler
 @options.depth
 @click.option(
-    "-n", "num_images", type=int, default=1, show_default=True, help="Number of images; several make a grid."
+    "-n",
+    "num_images",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Number of images; several make a grid.",
 )
 @options.batch_size
 @options.engine
-@click.option(
-    "--threads",
-    type=click.IntRange(1),
-    help="Threads of a CPU engine.  [default: $TPX_THREADS, else every core]",
-)
+@options.threads
 @click.option("--negative-prompt", "--negative", help="What the image should not show.")
 @click.option("--class", "class_id", type=int, help="Number of the class to generate, instead of PROMPT.")
 @click.option("--image", type=_PATH, help="Image to start from.")
@@ -166,15 +166,16 @@ def _print_paths_on_exit() -> Iterator[list[Path]]:
     help="Leave out T5 of Stable Diffusion 3: saves memory, long prompts work less well.",
 )
 @click.option("--no-verify", is_flag=True, help="Skip the hash check of the bundle's files.")
-@click.option("--force", is_flag=True, help="Replace an existing file.")
+@click.option("--force", is_flag=True, help="Replace existing files.")
+@click.option("--skip-existing", is_flag=True, help="Keep existing files and generate the others.")
 def run(
     prompt: str | None,
     prompts_file: Path | None,
     bundle: str | None,
     out: Path | None,
     engine: str,
-    threads: int | None,
     force: bool,
+    skip_existing: bool,
     seed: int,
     num_images: int,
     batch_size: int,
@@ -190,11 +191,10 @@ def run(
     from .bundle import Bundle
     from .editing import resolve_strength
     from .engine import resolve
-    from .engine.environment import THREADS_VARIABLE, requested_threads
     from .generator import MAX_IMAGES, Generator
     from .images import grid
     from .input_images import load_image
-    from .output_files import choose_output_files
+    from .output_files import choose_output_files, remaining_jobs
     from .progress import progress
     from .prompts import read_prompt_lines
 
@@ -203,13 +203,14 @@ def run(
         prompt = None
     if prompt is not None and prompts_file:
         raise BadInput("expected PROMPT or --prompts, found both; leave out one of them")
-    if threads:
-        os.environ[THREADS_VARIABLE] = str(threads)
-    requested_threads()
+    if prompt is None and not prompts_file and class_id is None:
+        raise BadInput("expected PROMPT, --prompts or --class, found none; describe the image to generate")
+    if force and skip_existing:
+        raise BadInput("expected --force or --skip-existing, found both; leave out one of them")
     lines = read_prompt_lines(prompts_file) if prompts_file else {}
     subjects = list(lines.values()) or [prompt or ("" if class_id is None else f"class {class_id}")]
-    seeds = range(seed, seed + min(max(num_images, 1), MAX_IMAGES))  # `plan` rejects other values
-    outputs = choose_output_files(out, subjects, seeds, force)
+    seeds = range(seed, seed + min(num_images, MAX_IMAGES))  # `plan` rejects other values
+    outputs = choose_output_files(out, subjects, seeds, force, skip_existing)
     like = click.get_current_context().meta.get(LIKE_METADATA, {})
     _require_image_of_like(like, image)
     strength = resolve_strength(image, mask, strength)
@@ -223,9 +224,13 @@ def run(
     with warnings_as_notices():
         settings |= {"class_id": class_id, "strength": strength, "seed": seed, "num_images": num_images}
         planned = prompts_file and _plan_lines(generator, prompts_file, lines, settings)
-        jobs = planned or generator.plan(prompt, **settings)
+        jobs = remaining_jobs(planned or generator.plan(prompt, **settings), outputs)
         edit = generator.edit(input_image, input_mask) if input_image else None
         _warn_unlike(like, opened, edit)
+    if skipped := sum(output.skipped for output in outputs):
+        click.echo(f"{skipped} of {len(outputs)} files are there already", err=True)
+    if not jobs:
+        return
     _print_engine(generator.engine, engine)
     with (
         warnings_as_notices(),
@@ -238,12 +243,14 @@ def run(
 
         images = generator.stream(jobs, batch_size, callback=on_step, edit=edit)
         for output in outputs:
-            written.append(output.save(grid(list(islice(images, output.images))), force))
+            if not output.skipped:
+                written.append(output.save(grid(list(islice(images, output.images))), force))
 
 
 @click.command(cls=TpxCommand)
 @click.argument("bundle", required=False)
 @options.engine
+@options.threads
 @click.option(
     "--all-engines", is_flag=True, help="Verify on every engine that runs here; print why the others do not."
 )

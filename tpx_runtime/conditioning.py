@@ -75,14 +75,19 @@ class TextConditioner:
             dropped = {e.folder: self._encode(t, prompt).dropped for e, t in self._pairs()}
         except BadInput as error:
             raise BadInput(f"{name}: {error}" if name != "prompt" else str(error)) from None
-        truncating = [folder for folder, tokens in dropped.items() if tokens]
-        complete = [folder for folder, tokens in dropped.items() if not tokens]
-        if not truncating:
+        if not any(dropped.values()):
             return
-        most, rest = max(dropped.values()), f"; {', '.join(complete)} reads all of it" if complete else ""
+        folders: dict[int, list[str]] = {}
+        for folder, tokens in dropped.items():
+            folders.setdefault(tokens, []).append(folder)
+        complete = folders.pop(0, [])
+        unread = [
+            f"its last {f'{tokens} tokens are' if tokens > 1 else 'token is'} not read by {', '.join(names)}"
+            for tokens, names in folders.items()
+        ]
+        rest = f"; {', '.join(complete)} reads all of it" if complete else ""
         warnings.warn(
-            f"the {name} {shorten(prompt)} is too long for {', '.join(truncating)}: "
-            f"the last {f'{most} tokens are' if most > 1 else 'token is'} not read there{rest}",
+            f"the {name} {shorten(prompt)} is too long: {', and '.join(unread)}{rest}",
             PromptTruncated,
             stacklevel=3,
         )

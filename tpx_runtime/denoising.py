@@ -41,6 +41,8 @@ def shared_settings(jobs: Sequence[Settings], edit: Edit | None, manifest: Manif
             raise BadInput(
                 f"expected jobs with the same {name}, found {shorten(first)} and {shorten(others[0])}; use one call for each"
             )
+    if edit is not None and not isinstance(edit, Edit):
+        raise BadInput(f"expected an edit that Generator.edit returned, found {shorten(edit)}")
     if (jobs[0].strength is None) != (edit is None):
         found = "no strength" if jobs[0].strength is None else "no image"
         raise BadInput(f"expected an input image and a strength, or neither, found {found}")

@@ -1,7 +1,7 @@
 """The text-to-image pipeline: conditioning, denoising loop, decoder."""
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from threading import RLock
@@ -17,6 +17,7 @@ from .editing import Edit, resolve_strength, source_hashes, to_latent_mask, to_p
 from .engine import AUTO, Arrays, Engine, checked_output, resolve
 from .errors import BadInput, shorten
 from .graphs import Graphs
+from .image_size import format_size
 from .images import to_pil
 from .input_images import flatten_to_rgb, resize_and_crop, resize_and_crop_mask
 from .manifest import ALL_NOISE_LEVELS
@@ -73,7 +74,7 @@ class Generator:
         prompt: str | Sequence[str] | None = None,
         *,
         class_id: int | None = None,
-        negative_prompt: str | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
         image: Image.Image | None = None,
         mask: Image.Image | None = None,
         strength: float | None = None,
@@ -139,11 +140,16 @@ class Generator:
         `callback(step, total, latents)` is called after each step, counted over all batches; if it returns False, Cancelled
         is raised. The `info` of each image holds its settings, which `save_png` writes into the file.
         """
-        batch_size, jobs = check_int("batch_size", batch_size, 1), list(jobs)
+        batch_size, jobs = check_int("batch_size", batch_size, 1), _job_list(jobs)
         _require_callable(callback)
         if jobs:
             shared_settings(jobs, edit, self.manifest)
         batches = [jobs[i : i + batch_size] for i in range(0, len(jobs), batch_size)]
+        return self._generate(batches, callback, edit)
+
+    def _generate(
+        self, batches: Sequence[list[Settings]], callback: Callback | None, edit: Edit | None
+    ) -> Iterator[Image.Image]:
         left_out = self.text.left_out if self.text else ()
         sources = edit.sources if edit else None
         for number, batch in enumerate(batches):
@@ -188,7 +194,7 @@ class Generator:
         prompt: str | Sequence[str] | None = None,
         *,
         class_id: int | None = None,
-        negative_prompt: str | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
         strength: float | None = None,
         steps: int | None = None,
         guidance: float | None = None,
@@ -200,24 +206,26 @@ class Generator:
         depth: int | None = None,
         num_images: int = 1,
     ) -> list[Settings]:
-        """The validated settings of each image of a call; arguments that are None get the bundle's defaults.
+        """The validated settings of each image of a call.
 
-        Image i of each prompt has seed `seed + i`, so that a batch equals separate runs. Guidance acts only at noise levels
-        in `guidance_interval` (0..1), and after the first two fifths of those steps is computed only at every
-        `guidance_every`-th one and reused in between; steps without it cost half. After the first two fifths of all steps
-        the model is called only at every `cache_interval`-th one, and the others reuse its prediction. Both count all steps
-        that run, so with both settings one is best a multiple of the other. Raises BadInput.
+        `steps`, `guidance`, `guidance_interval`, `sampler` and `depth` are the bundle's if None. A list of negative prompts
+        has one for each prompt. Image i of each prompt has seed `seed + i`, so that a batch equals separate runs. Guidance
+        acts only at noise levels in `guidance_interval` (0..1), and after the first two fifths of those steps is computed
+        only at every `guidance_every`-th one and reused in between; steps without it cost half. After the first two fifths
+        of all steps the model is called only at every `cache_interval`-th one, and the others reuse its prediction. Both
+        count all steps that run, so with both settings one is best a multiple of the other. Raises BadInput.
         """
         num_images = check_int("num_images", num_images, 1, MAX_IMAGES)
         seed = check_int("seed", seed, 0, MAX_SEED - num_images + 1)
         if prompt is None and (self.classes or class_id is not None):
             prompt = ""  # Settings.check rejects a class_id for a text-to-image model
-        if not isinstance(prompt, Iterable):
+        if not isinstance(prompt, Iterable) or isinstance(prompt, bytes | Mapping):
             found = "none; describe the image" if prompt is None else shorten(prompt)
             raise BadInput(f"expected a prompt or a list of prompts, found {found}")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts:
             raise BadInput("expected at least one prompt, found none")
+        negatives = _negative_prompts(negative_prompt, len(prompts))
         given = {
             "steps": steps,
             "guidance": guidance,
@@ -230,7 +238,7 @@ class Generator:
         jobs = [
             Settings(
                 prompt=text,
-                negative_prompt="" if negative_prompt is None else negative_prompt,
+                negative_prompt=negative,
                 seed=seed + i,
                 guidance_every=guidance_every,
                 cache_interval=cache_interval,
@@ -238,7 +246,7 @@ class Generator:
                 strength=strength,
                 **chosen,
             ).check(self.manifest)
-            for text in prompts
+            for text, negative in zip(prompts, negatives, strict=True)
             for i in range(num_images)
         ]
         limited = guidance_interval is not None and jobs[0].guidance_interval != ALL_NOISE_LEVELS
@@ -251,13 +259,14 @@ class Generator:
         if self.text:
             for text in dict.fromkeys(prompts):
                 self.text.check(text)
-            if negative_prompt and negative_prompt not in prompts:
-                self.text.check(negative_prompt, "negative prompt")
+            for negative in dict.fromkeys(negatives):
+                if negative and negative not in prompts:
+                    self.text.check(negative, "negative prompt")
         return jobs
 
     def count_steps(self, jobs: Sequence[Settings], batch_size: int = 8) -> int:
         """The number of steps that `stream` runs for these jobs, as its callback counts them. Raises BadInput."""
-        batch_size = check_int("batch_size", batch_size, 1)
+        batch_size, jobs = check_int("batch_size", batch_size, 1), _job_list(jobs)
         return len(self.denoiser.schedule(jobs[0]).timesteps) * -(-len(jobs) // batch_size) if jobs else 0
 
     def generate_latents(
@@ -267,6 +276,7 @@ class Generator:
 
         Raises Cancelled if the callback returns False, BadInput for a strength without an `edit` or the reverse.
         """
+        jobs = _job_list(jobs)
         job = shared_settings(jobs, edit, self.manifest)
         _require_callable(callback)
         with self._lock:
@@ -274,12 +284,18 @@ class Generator:
             return self.denoiser(job, [job.seed for job in jobs], conditioning, callback, edit)
 
     def close(self) -> None:
-        """Release every loaded graph and its memory; a graph is loaded again on its next use.
+        """Release every loaded graph and cached conditions; a graph is loaded again on its next use.
 
         At the end of a `with` block it is called automatically.
         """
         with self._lock:
             self._graphs.release()
+            self.clear_conditions()
+
+    def __repr__(self) -> str:
+        facts = self.manifest
+        size = format_size(facts.model.image_size_px)
+        return f"<Generator of {facts.name} ({facts.precision}) with {self.engine.name}: {size} pixels>"
 
     def __enter__(self) -> Self:
         return self
@@ -292,13 +308,21 @@ class Generator:
         self.denoiser.clear_conditions()
 
     def decode(self, latents: Array) -> Array:
-        """Decode latents [B, C, H, W] of the denoising loop to pixels [B, 3, height, width] in -1..1."""
-        spec = self.manifest.latent
+        """Decode latents [B, C, H, W] of the denoising loop to pixels [B, 3, height, width] in -1..1.
+
+        Raises BadInput for another shape, EngineFailed if pixels are not finite.
+        """
+        spec, shape = self.manifest.latent, self.manifest.model.latent_shape
+        latents = np.asarray(latents, np.float32)
+        if latents.ndim != 4 or latents.shape[1:] != shape:
+            raise BadInput(
+                f"expected latents of shape [B, {', '.join(map(str, shape))}], found {list(latents.shape)}"
+            )
         with self._lock:
             decoder = self._graphs.open(self.bundle.vae_decoder)
             outputs = decoder.run({"latents": latents / spec.scale + spec.shift})
-        shape = (len(latents), 3, *self.manifest.model.image_size_px)
-        image: Array = checked_output(outputs, "image", shape)
+        image_shape = (len(latents), 3, *self.manifest.model.image_size_px)
+        image: Array = checked_output(outputs, "image", image_shape)
         self._require_finite(image, "image")
         return image
 
@@ -344,3 +368,21 @@ def _counted(callback: Callback | None, batch: int, batches: int) -> Callback | 
         invoke_callback(callback, batch * steps + step, batches * steps, latents)
 
     return counted
+
+
+def _job_list(jobs: Sequence[Settings]) -> list[Settings]:
+    """The jobs as a list. Raises BadInput for a single one."""
+    if not isinstance(jobs, Iterable):
+        raise BadInput(f"expected a list of jobs that Generator.plan returned, found {shorten(jobs)}")
+    return list(jobs)
+
+
+def _negative_prompts(given: str | Sequence[str] | None, prompts: int) -> list[str]:
+    """The negative prompt of each prompt. Raises BadInput for a list of another length."""
+    if given is None or isinstance(given, str) or not isinstance(given, Sequence):
+        return ["" if given is None else given] * prompts  # Settings.check rejects what is no text
+    if len(given) != prompts:
+        raise BadInput(
+            f"expected one negative prompt, or one for each of {prompts} prompts, found {len(given)}"
+        )
+    return list(given)

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from PIL import Image, PngImagePlugin
@@ -51,17 +52,20 @@ def check_png_suffix(path: Path) -> None:
         raise BadInput(f"expected an output name that ends in .png, found {path}")
 
 
-def save_png(image: Image.Image, path: str | Path, replace: bool = True) -> None:
-    """Write a PNG with its metadata, atomically.
+def save_png(image: Image.Image, path: str | Path | IO[bytes], replace: bool = True) -> None:
+    """Write a PNG with its metadata: atomically to a path, or to a binary file object.
 
     Raises BadInput, and FileExistsError if the file exists and `replace` is false.
     """
-    path = Path(path)
-    check_png_suffix(path)
     chunks = PngImagePlugin.PngInfo()
     for key in METADATA_KEYS:
         if key in image.info:
             chunks.add_text(key, str(image.info[key]))
+    if not isinstance(path, str | Path):
+        image.save(path, format="PNG", pnginfo=chunks)
+        return
+    path = Path(path)
+    check_png_suffix(path)
     try:
         with atomic_file(path, replace) as part:
             image.save(part, format="PNG", pnginfo=chunks)

@@ -3,13 +3,14 @@
 import os
 import platform
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
 
 from . import __version__
 from .bundle import Bundle
 from .engine import ENGINES, Engine
-from .engine.engine_file import default_folder
+from .environment import compiled_folder
 from .image_size import format_size
 from .manifest import ALL_NOISE_LEVELS, Defaults
 from .memory import available_bytes
@@ -63,7 +64,7 @@ def describe_bundle(bundle: Bundle) -> Iterator[str]:
         if model.thinking_blocks
         else "none",
         "defaults": _defaults(manifest.defaults),
-        "compiled": _compiled(default_folder(bundle.root)),
+        "compiled": _compiled(compiled_folder(bundle.root)),
     }
     return (f"{name:<{_COLUMN}}{text}" for name, text in lines.items())
 
@@ -76,7 +77,10 @@ def _defaults(defaults: Defaults) -> str:
 
 def _compiled(folder: Path) -> str:
     """The cache of tpx-build and of OpenVINO's first runs; it is recreated if deleted."""
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    size = 0
+    for path in folder.rglob("*"):
+        with suppress(OSError):  # another process may be cleaning up
+            size += path.stat().st_size if path.is_file() else 0
     return f"{folder}, {_megabytes(size)} (safe to delete)" if size else "nothing"
 
 

@@ -176,6 +176,10 @@ class Manifest:
             )
         if not 1 <= defaults.steps <= TRAIN_TIMESTEPS:
             raise _invalid(f"expected defaults.steps in 1..{TRAIN_TIMESTEPS}, found {defaults.steps}")
+        if not 1 <= defaults.guidance < float("inf"):
+            raise _invalid(
+                f"expected defaults.guidance of at least 1, which is off, found {defaults.guidance}"
+            )
         low, high = defaults.guidance_interval
         if not 0 <= low < high <= 1:
             raise _invalid(

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import click
 
+from .environment import MAX_THREADS, THREADS_VARIABLE, requested_threads
 from .errors import BadInput
 
 SAMPLE_BUNDLE = Path("bundles/shapes")
@@ -49,6 +50,22 @@ depth = click.option(
 )
 batch_size = click.option(
     "--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Images generated at once."
+)
+
+
+def _set_threads(_context: click.Context, _option: click.Parameter, value: int | None) -> None:
+    if value:
+        os.environ[THREADS_VARIABLE] = str(value)
+    requested_threads()  # an invalid variable is an error before anything is loaded
+
+
+threads = click.option(
+    "--threads",
+    type=click.IntRange(1, MAX_THREADS),
+    metavar="N",
+    expose_value=False,
+    callback=_set_threads,
+    help="Threads of a CPU engine.  [default: $TPX_THREADS, else every core]",
 )
 
 

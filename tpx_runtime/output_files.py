@@ -6,12 +6,14 @@ import sys
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from PIL import Image
 
 from .errors import BadInput, shorten
 from .images import check_png_writable, save_png
+from .settings import Settings
 
 # Placeholders in the name of --out: the seed (one file per seed), the prompt as a slug, and the number of the prompt from 1.
 SEED, PROMPT, NUMBER = "{seed}", "{prompt}", "{number}"
@@ -19,11 +21,12 @@ SEED, PROMPT, NUMBER = "{seed}", "{prompt}", "{number}"
 
 @dataclass(frozen=True)
 class OutputFile:
-    """A PNG to write and the number of images in it; `named`: the user chose the name."""
+    """A PNG to write and the number of images in it; `named`: the user chose the name; `skipped`: it is there already."""
 
     path: Path
     images: int
     named: bool
+    skipped: bool = False
 
     def save(self, image: Image.Image, force: bool) -> Path:
         """Write the PNG and return its path. Raises BadInput.
@@ -43,32 +46,46 @@ class OutputFile:
 
 
 def choose_output_files(
-    given: Path | None, prompts: Sequence[str], seeds: Sequence[int], force: bool
+    given: Path | None, prompts: Sequence[str], seeds: Sequence[int], force: bool, skip_existing: bool = False
 ) -> list[OutputFile]:
     """The output files of each prompt: one per seed if `given` contains {seed}, else one grid. Raises BadInput.
 
-    Without `given`, unused names are generated from the prompt and the first seed.
+    Without `given`, names are generated from the prompt and the first seed. A file that is there already is an error, or a
+    reason for another generated name, unless `force` replaces it or `skip_existing` skips it.
     """
+    keep_names = force or skip_existing
+    each = seeds if given and SEED in given.name else seeds[:1]
     if given is None:
         taken: set[Path] = set()
-        return [
-            OutputFile(_unused_name(prompt, seeds[0], force, taken), len(seeds), False) for prompt in prompts
+        paths = [_unused_name(prompt, seeds[0], keep_names, taken) for prompt in prompts]
+    else:
+        _check_name(given)
+        paths = [
+            given.with_name(_fill(given.name, prompt, number, seed))
+            for number, prompt in enumerate(prompts, start=1)
+            for seed in each
         ]
-    _check_name(given)
-    each = seeds if SEED in given.name else seeds[:1]
     outputs = [
-        OutputFile(given.with_name(_fill(given.name, prompt, number, seed)), len(seeds) // len(each), True)
-        for number, prompt in enumerate(prompts, start=1)
-        for seed in each
+        OutputFile(path, len(seeds) // len(each), given is not None, skip_existing and os.path.lexists(path))
+        for path in paths
     ]
     for output in outputs:
-        _check_new(output.path, force)
+        _check_new(output.path, keep_names)
     if len({output.path for output in outputs}) < len(outputs):
         raise BadInput(
             f"expected a file for each of {len(prompts)} prompts, found one name for several in --out {given}; "
             f"add {NUMBER} to it"
         )
     return outputs
+
+
+def remaining_jobs(jobs: Sequence[Settings], outputs: Sequence[OutputFile]) -> list[Settings]:
+    """The jobs without those of skipped files; `jobs` are in the order of `outputs`."""
+    rest, remaining = iter(jobs), list[Settings]()
+    for output in outputs:
+        group = list(islice(rest, output.images))
+        remaining += [] if output.skipped else group
+    return remaining
 
 
 def _check_name(given: Path) -> None:
@@ -98,23 +115,24 @@ def _slug(prompt: str) -> str:
     return slug.encode()[:120].decode(errors="ignore").strip("-") or "image"
 
 
-def _unused_name(prompt: str, seed: int, force: bool, taken: set[Path]) -> Path:
-    """A name that neither exists as a file nor is in `taken`, to which it is added."""
+def _unused_name(prompt: str, seed: int, may_exist: bool, taken: set[Path]) -> Path:
+    """A name that is not in `taken`, to which it is added, nor, unless it `may_exist`, that of a file."""
     stem, number = f"{_slug(prompt)}-{seed}", 1
     path = Path(f"{stem}.png")
-    while path in taken or (path.exists() and not force):
+    while path in taken or (path.exists() and not may_exist):
         number += 1
         path = Path(f"{stem}-{number}.png")
-    _check_new(path, force)
     taken.add(path)
     return path
 
 
-def _check_new(path: Path, force: bool) -> None:
+def _check_new(path: Path, may_exist: bool) -> None:
     check_png_writable(path)
-    if os.path.lexists(path) and not force:
+    if os.path.lexists(path) and not may_exist:
         raise _exists(path)
 
 
 def _exists(path: Path) -> BadInput:
-    return BadInput(f"expected a new file, found {path} there already; add --force to replace it")
+    return BadInput(
+        f"expected a new file, found {path} there already; replace it with --force, or keep it with --skip-existing"
+    )

@@ -73,10 +73,9 @@ class Settings:
         if type(self.depth) is not int or self.depth not in manifest.model.depths:
             depths = ", ".join(map(str, manifest.model.depths))
             raise BadInput(f"expected a depth of {depths} (this bundle's), found {shorten(self.depth)}")
-        if type(self.guidance) not in (int, float) or not abs(self.guidance) <= MAX_GUIDANCE:
+        if type(self.guidance) not in (int, float) or not 1 <= self.guidance <= MAX_GUIDANCE:
             raise BadInput(
-                f"expected guidance to be a number in {-MAX_GUIDANCE:g}..{MAX_GUIDANCE:g}, "
-                f"found {shorten(self.guidance)}"
+                f"expected guidance to be a number in 1..{MAX_GUIDANCE:g} (1 is off), found {shorten(self.guidance)}"
             )
         self._check_interval()
         if self.guidance == 1 and self.negative_prompt:

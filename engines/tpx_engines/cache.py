@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tpx_runtime.bundle import Bundle
-from tpx_runtime.engine.engine_file import MAGIC, PREFIX, VERSION, Key, Stale, default_folder, load
+from tpx_runtime.engine.engine_file import MAGIC, PREFIX, VERSION, Key, Stale, load
+from tpx_runtime.environment import compiled_folder
 from tpx_runtime.errors import BadInput
 from tpx_runtime.files import atomic_file
 
@@ -27,15 +28,12 @@ class EngineCache:
     folder: Path
 
     @classmethod
-    def for_bundle(cls, bundle: Bundle, folder: Path | None = None) -> "EngineCache":
-        """The cache at `folder`, or at the default folder. Raises BadInput for a folder inside the bundle."""
-        folder = folder or default_folder(bundle.root)
-        if folder.resolve().is_relative_to(bundle.root.resolve()):
-            raise BadInput(
-                f"expected a --cache outside the bundle {bundle.root}, found {folder}; "
-                "leave it out to use a folder next to the bundle"
-            )
-        return cls(folder)
+    def for_bundle(cls, bundle: Bundle, shared: Path | None = None) -> "EngineCache":
+        """The cache of a bundle, in the folder `shared` of several bundles if given (see `compiled_folder`).
+
+        Raises BadInput for a folder inside the bundle.
+        """
+        return cls(compiled_folder(bundle.root, shared))
 
     def path(self, key: Key) -> Path:
         """Path of the engine of `key`, which need not exist."""

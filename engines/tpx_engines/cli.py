@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 
 import click
 
+from tpx_runtime import options
 from tpx_runtime.command import TpxCommand
 from tpx_runtime.engine import ENGINES
+from tpx_runtime.environment import ENGINES_VARIABLE, compiled_folder
 from tpx_runtime.errors import BadInput, shorten
 from tpx_runtime.options import find_bundle
 
@@ -40,10 +42,13 @@ _BAR_STEPS = 1000
     "--precision", help="Precision that BUNDLE must have, such as fp16 or int8.  [default: any of a bundle]"
 )
 @click.option(
-    "--cache", "folder", type=click.Path(path_type=Path), help="Folder of engines.  [default: BUNDLE.engines]"
+    "--cache",
+    type=click.Path(path_type=Path),
+    help="TensorRT: folder for engines of several bundles.  [default: $TPX_ENGINES, else BUNDLE.engines]",
 )
+@options.threads
 def main(
-    bundle: str | None, engine: str, batch: str, gpu: str | None, precision: str | None, folder: Path | None
+    bundle: str | None, engine: str, batch: str, gpu: str | None, precision: str | None, cache: Path | None
 ) -> None:
     """Build the engines of BUNDLE that are not in its cache yet, and print the folder of the cache.
 
@@ -62,29 +67,29 @@ def main(
     rows, opened = parse_batch(batch), Bundle.open(find_bundle(bundle))
     check_precision(opened, precision)
     if engine not in TENSORRT:
-        reject_options(engine, {"--gpu": gpu, "--cache": folder})
+        reject_options(engine, {"--gpu": gpu, "--cache": cache})
     if engine not in BUILT_AHEAD:
         click.echo(f"notice: {engine} needs no build; it runs the bundle as it is", err=True)
     elif engine in OPENVINO:
         build_openvino(opened, engine, rows)
     else:
-        build_tensorrt(opened, engine, rows, gpu, folder)
+        build_tensorrt(opened, engine, rows, gpu, cache)
+    if cache:
+        click.echo(f"notice: set {ENGINES_VARIABLE}={cache} for tpx-run to find them", err=True)
 
 
 def build_openvino(opened: "Bundle", engine: str, rows: tuple[int, int]) -> None:
     """OpenVINO: all graphs with dynamic shapes, and the transformer also for exactly these two numbers of rows."""
-    from tpx_runtime.engine.engine_file import default_folder
-
     from .openvino_build import build_ahead
 
     with progress_bar() as on_progress:
         results = build_ahead(opened, engine, rows, on_progress)
     click.echo(format_table(results), err=True)
-    click.echo(default_folder(opened.root) / "openvino")
+    click.echo(compiled_folder(opened.root) / "openvino")
 
 
 def build_tensorrt(
-    opened: "Bundle", engine: str, rows: tuple[int, int], gpu: str | None, folder: Path | None
+    opened: "Bundle", engine: str, rows: tuple[int, int], gpu: str | None, shared: Path | None
 ) -> None:
     """TensorRT: all graphs, for batches from the first to the second number of rows."""
     from tpx_runtime.engine.tensorrt_flavours import FLAVOURS
@@ -96,7 +101,7 @@ def build_tensorrt(
 
     flavour = FLAVOURS[engine]
     target = choose_gpu(flavour, gpu)
-    cache = EngineCache.for_bundle(opened, folder)
+    cache = EngineCache.for_bundle(opened, shared)
     tasks = plan(opened, cache, rows, target, flavour)
     use_plugin = not flavour.ahead_of_time and opened.manifest.model.thinking_blocks
     if use_plugin and (reason := plugin_problem(flavour, target.capability, opened)):

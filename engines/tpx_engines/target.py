@@ -26,7 +26,8 @@ def choose_gpu(flavour: Flavour, requested: str | None) -> Gpu:
     if requested is None:
         if local is None:
             raise BadInput(
-                f"expected an NVIDIA GPU to build for, found none in this machine; choose one with --gpu: {', '.join(known)}"
+                "expected an NVIDIA GPU to build for, found none in this machine; "
+                f"choose one of {', '.join(known)} with --gpu, or build for this CPU with --engine openvino or openvino-bf16"
             )
         if f"sm{local.capability}" not in known:
             raise BadInput(

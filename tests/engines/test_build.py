@@ -100,7 +100,8 @@ def tpx_build(tiny_bundle: Path, tmp_path: Path) -> Callable[..., Result]:
 def engine_origins(result: Result) -> list[str]:
     """The last column of the table, "build" or "cache", for each graph."""
     assert result.exit_code == 0, result.output
-    lines = result.stderr.splitlines()[-len(GRAPHS) :]
+    *table, notice = result.stderr.splitlines()
+    lines = (table if notice.startswith("notice:") else [*table, notice])[-len(GRAPHS) :]
     assert [line[:22].strip() for line in lines] == GRAPHS
     return [line.split()[-1] for line in lines]
 
@@ -110,7 +111,8 @@ def test_builds_every_graph_once_and_then_uses_the_cache(
 ) -> None:
     first = tpx_build()
     assert engine_origins(first) == ["build"] * len(GRAPHS)
-    assert first.stdout == f"{tmp_path / 'cache'}\n"
+    assert first.stderr.endswith(f"\nnotice: set TPX_ENGINES={tmp_path / 'cache'} for tpx-run to find them\n")
+    assert first.stdout == f"{tmp_path / 'cache/tiny'}\n"
     assert engine_origins(tpx_build()) == ["cache"] * len(GRAPHS)
     assert builder.built == [
         "text_encoder/model",
@@ -146,7 +148,7 @@ def test_only_the_damaged_engine_is_rebuilt(
     builder: FakeBuilder, tpx_build: Callable[..., Result], tmp_path: Path
 ) -> None:
     tpx_build()
-    (damaged,) = (tmp_path / "cache").glob("transformer-depth-2.*")
+    (damaged,) = (tmp_path / "cache/tiny").glob("transformer-depth-2.*")
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
     result = tpx_build()
     assert engine_origins(result) == ["cache"] * 3 + ["build"] + ["cache"] * 3
@@ -172,11 +174,9 @@ def test_ctrl_c_stops_the_builder_and_the_next_run_continues(
     builder.at, builder.then = 2, partial(press_ctrl_c, signal_number=how)
     result = tpx_build()
     assert (result.exit_code, result.stdout) == (130, "")
-    message = (
-        f"error: cancelled; 2 of 7 engines are in {tmp_path / 'cache'}, run the same command to continue\n"
-    )
+    message = f"error: cancelled; 2 of 7 engines are in {tmp_path / 'cache/tiny'}, run the same command to continue\n"
     assert result.stderr.endswith(message)
-    names = sorted(path.name for path in (tmp_path / "cache").iterdir())
+    names = sorted(path.name for path in (tmp_path / "cache/tiny").iterdir())
     assert [name.split(".")[0] for name in names] == ["text-encoder", "transformer-conditions"]
     assert engine_origins(tpx_build()) == ["cache"] * 2 + ["build"] * 5
 
@@ -311,7 +311,8 @@ def test_requires_the_gpu_option_on_a_machine_without_a_gpu(builder: FakeBuilder
     assert result.exit_code == 2
     assert result.stderr == (
         "error: expected an NVIDIA GPU to build for, found none in this machine; "
-        "choose one with --gpu: sm75, sm80, sm86, sm89, sm120, sm121\n"
+        "choose one of sm75, sm80, sm86, sm89, sm120, sm121 with --gpu, or build for this CPU with --engine openvino or "
+        "openvino-bf16\n"
     )
 
 
@@ -365,7 +366,9 @@ class TestFullTensorRt:
         # Builds with and without the plugin have different timing caches.
         assert builder.timings == [b"+" * number for number in earlier_builds]
         suffixes = ("", f".{routed_lora_choice.plugin_hash()[:12]}")
-        cache_files = [tmp_path / f"cache/tensorrt.11.4.0.106.sm89{suffix}.timings" for suffix in suffixes]
+        cache_files = [
+            tmp_path / f"cache/tiny/tensorrt.11.4.0.106.sm89{suffix}.timings" for suffix in suffixes
+        ]
         assert [len(path.read_bytes()) for path in cache_files] == [
             uses_plugin.count(False),
             uses_plugin.count(True),
@@ -643,8 +646,8 @@ def rtx_libraries() -> None:
 @pytest.mark.usefixtures("rtx_libraries")
 def test_builds_the_tiny_bundle(tpx_build: Callable[..., Result], tiny_bundle: Path, tmp_path: Path) -> None:
     assert engine_origins(tpx_build("--batch", "1,4")) == ["build"] * len(GRAPHS)
-    assert len(list((tmp_path / "cache").iterdir())) == len(GRAPHS)
-    bundle, cache = Bundle.open(tiny_bundle), EngineCache(tmp_path / "cache")
+    assert len(list((tmp_path / "cache/tiny").iterdir())) == len(GRAPHS)
+    bundle, cache = Bundle.open(tiny_bundle), EngineCache(tmp_path / "cache/tiny")
     for task in module.plan(bundle, cache, (1, 4), Gpu(89), RTX):
         engine = cache.load(task.key)
         assert engine is not None
@@ -666,7 +669,7 @@ def test_ctrl_c_cancels_a_real_build(
     result = tpx_build()
     assert (result.exit_code, result.stdout) == (130, "")
     assert "error: cancelled; 0 of 7 engines are in " in result.stderr
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert list((tmp_path / "cache/tiny").iterdir()) == []
 
 
 @pytest.mark.usefixtures("rtx_libraries")

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from tpx_engines.cli import main as tpx_build
 from tpx_runtime.bundle import Bundle
 from tpx_runtime.engine import ENGINES
-from tpx_runtime.engine.environment import CUDA_GRAPHS_VARIABLE, ENGINES_VARIABLE
+from tpx_runtime.environment import CUDA_GRAPHS_VARIABLE, ENGINES_VARIABLE
 from tpx_runtime.generator import Generator
 from tpx_runtime.verify import verify_bundle
 

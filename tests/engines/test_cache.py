@@ -222,11 +222,17 @@ def test_the_cache_is_beside_the_bundle_and_never_inside_it(
 ) -> None:
     bundle = Bundle.open(tiny_bundle, verify=False)
     assert EngineCache.for_bundle(bundle).folder == tiny_bundle.parent / "tiny.engines"
-    assert EngineCache.for_bundle(bundle, tmp_path).folder == tmp_path
+    assert EngineCache.for_bundle(bundle, tmp_path).folder == tmp_path / "tiny"
     (tmp_path / "link").symlink_to(tiny_bundle)
     for inside in (tiny_bundle, tiny_bundle / "engines", tmp_path / "link" / "x"):
-        with pytest.raises(BadInput, match="expected a --cache outside the bundle"):
+        with pytest.raises(BadInput, match="expected a folder of engines outside the bundle"):
             EngineCache.for_bundle(bundle, inside)
+        monkeypatch.setenv("TPX_ENGINES", str(inside))
+        with pytest.raises(BadInput, match="leave out --cache and TPX_ENGINES to use one next to the bundle"):
+            EngineCache.for_bundle(bundle)
+    monkeypatch.setenv("TPX_ENGINES", str(tmp_path / "all"))
+    assert EngineCache.for_bundle(bundle).folder == tmp_path / "all/tiny"
+    monkeypatch.delenv("TPX_ENGINES")
     monkeypatch.chdir(tiny_bundle)
     assert (
         EngineCache.for_bundle(Bundle.open(".", verify=False)).folder == tiny_bundle.parent / "tiny.engines"

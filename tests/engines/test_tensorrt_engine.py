@@ -288,10 +288,13 @@ def test_an_environment_variable_sets_the_engine_folder(
 ) -> None:
     folder = tmp_path / "else where"
     monkeypatch.setenv("TPX_ENGINES", str(folder))
-    with pytest.raises(EngineUnavailable, match=f"--engine tensorrt-rtx --cache '{folder}'`"):
+    with pytest.raises(EngineUnavailable, match=f"in {folder}/paper .* --engine tensorrt-rtx`"):
         run_text_encoder(bundle)
-    store(bundle, key(bundle), folder=folder)
+    other = Bundle.open(make_bundle(tmp_path / "other"))
+    for each in (bundle, other):
+        store(each, key(each))
     assert run_text_encoder(bundle).shape == (2, 9)
+    assert run_text_encoder(other).shape == (2, 9)
 
 
 def test_an_environment_variable_switches_cuda_graphs_on_and_off(

@@ -170,7 +170,9 @@ def test_seed_in_the_output_name_writes_one_file_per_image(default_bundle: Path,
             difference = np.abs(np.asarray(image).astype(int) - np.asarray(single)).max()
             assert difference <= 1 if seed == 8 else difference > 1
     Path("a-7.png").unlink()
-    assert_error(run(*command), 2, "expected a new file, found a-8.png there already; add --force")
+    assert_error(
+        run(*command), 2, "expected a new file, found a-8.png there already; replace it with --force"
+    )
     assert not Path("a-7.png").exists()
     assert run("red cube", "--bundle", default_bundle, "--out", "b-{seed}.png").stdout == "b-0.png\n"
 
@@ -428,7 +430,7 @@ def test_a_file_created_during_generation_is_not_overwritten(
     assert other_file.read_text() == "theirs"
     if out:
         assert result.exit_code == 2
-        assert "expected a new file, found a.png there already; add --force" in result.stderr
+        assert "expected a new file, found a.png there already; replace it with --force" in result.stderr
     else:
         assert (result.exit_code, result.stdout) == (0, "red-cube-0-2.png\n")
 
@@ -661,7 +663,7 @@ def test_generates_an_image_of_a_class(classes: Path, workdir: Path, monkeypatch
     [
         (
             [],
-            "expected a class in 0..12 (this bundle is class-conditional), found none; name one with --class",
+            "expected PROMPT, --prompts or --class, found none",
         ),
         (
             ["--class", "13"],
@@ -770,8 +772,8 @@ def test_a_truncated_prompt_gives_one_notice_per_run(
         result = run(*command)
         assert result.exit_code == 0
         assert result.stderr.splitlines()[:2] == [
-            r"notice: the prompt 'a red\ncube on two spheres' is too long for text_encoder, text_encoder_2: "
-            "the last token is not read there",
+            r"notice: the prompt 'a red\ncube on two spheres' is too long: its last token is not read by "
+            "text_encoder, text_encoder_2",
             f"engine: {engine.name} (chosen by auto)",
         ]
         assert "notice" not in "".join(result.stderr.splitlines()[2:])
@@ -811,7 +813,7 @@ def test_a_rejected_command_prints_no_truncation_notice(
         ([PROMPT, "--steps", "0"], "expected steps to be a whole number in 1..1000, found 0"),
         ([PROMPT, "--steps", "-3"], "found -3"),
         ([PROMPT, "--seed", "-1"], "expected seed to be a whole number in 0.."),
-        ([PROMPT, "--guidance", "nan"], "expected guidance to be a number in -1000..1000, found nan"),
+        ([PROMPT, "--guidance", "nan"], "expected guidance to be a number in 1..1000 (1 is off), found nan"),
         (
             [PROMPT, "--guidance-interval", "0.6", "0.2"],
             "expected guidance_interval to be two increasing numbers in 0..1, found (0.6, 0.2)",
@@ -834,7 +836,7 @@ def test_a_rejected_command_prints_no_truncation_notice(
         ),
         ([PROMPT, "--no-t5"], "expected a bundle with T5 to leave out, found "),
         ([PROMPT, "--sampler", "ddim"], "expected a sampler of euler, heun, dpmpp2m, unipc, found 'ddim'"),
-        ([PROMPT, "-n", "0"], "expected num_images to be a whole number in 1..1000, found 0"),
+        ([PROMPT, "-n", "0"], "Invalid value for '-n': 0 is not in the range x>=1"),
         ([PROMPT, "--engine", "tensorflow"], "expected an engine of auto, "),
         (
             [PROMPT, "--negative-prompt", "zebra"],
@@ -845,7 +847,7 @@ def test_a_rejected_command_prints_no_truncation_notice(
             [PROMPT, "--guidance", "1", "--negative-prompt", "blue"],
             "expected no negative prompt at guidance 1",
         ),
-        ([], "expected a prompt or a list of prompts, found none; describe the image"),
+        ([], "expected PROMPT, --prompts or --class, found none; describe the image to generate"),
         (
             [PROMPT, "--class", "3"],
             "expected a prompt and no class (this bundle takes prompts), found class 3",
@@ -892,7 +894,10 @@ def test_a_rejected_command_prints_no_truncation_notice(
             "expected a folder missing to write a.png into, found none; make it",
         ),
         ([PROMPT, "--out", "n" * 300 + ".png"], "found: File name too long"),
-        ([PROMPT, "--out", "here.png"], "found here.png there already; add --force to replace it"),
+        (
+            [PROMPT, "--out", "here.png"],
+            "found here.png there already; replace it with --force, or keep it with --skip",
+        ),
         ([PROMPT, "--out", "here.png/a.png"], "found: Not a directory"),
         (
             [PROMPT, "--out", "two\nlines/a.png"],
@@ -1015,6 +1020,37 @@ def test_existing_names_get_a_number_unless_force_is_given(
     assert run(*command, "--force").stdout == "a-red-cube-0.png\n"
     assert run(*command, "--seed", 1).stdout == "a-red-cube-1.png\n"
     assert len(list(workdir.iterdir())) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "files"),
+    [
+        ("x-{number}.png", ["x-1.png", "x-2.png", "x-3.png"]),
+        ("x-{number}-{seed}.png", [f"x-{n}-{seed}.png" for n in (1, 2, 3) for seed in (4, 5)]),
+        (None, ["red-cube-4.png", "blue-cube-4.png", "red-cube-4-2.png"]),
+    ],
+)
+def test_skip_existing_generates_only_the_missing_files(
+    name: str | None, files: list[str], fake_bundle: Path, workdir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that an interrupted run of many prompts can be resumed."""
+    engine = use_engine(monkeypatch, FakeEngine())
+    Path("prompts.txt").write_text("red cube\nblue cube\nred cube\n")
+    command = ["--prompts", "prompts.txt", "--bundle", str(fake_bundle), "-n", "2", "--seed", "4"]
+    command += ["--skip-existing", *(["--out", name] if name else [])]
+    assert run(*command).stdout.split() == files
+    before = {file: Path(file).read_bytes() for file in files}
+    for missing in (files[1:2], files[::2], []):
+        for file in missing:
+            Path(file).unlink()
+        engine.calls.clear()
+        result = run(*command)
+        assert result.exit_code == 0 and result.stdout.split() == missing
+        assert f"{len(files) - len(missing)} of {len(files)} files are there already" in result.stderr
+        decoded = [len(inputs["latents"]) for graph, inputs in engine.calls if graph.startswith("vae_dec")]
+        assert sum(decoded) == len(missing) * 6 // len(files)
+        assert {file: Path(file).read_bytes() for file in files} == before
+    assert_error(run(*command, "--force"), 2, "expected --force or --skip-existing, found both")
 
 
 @pytest.mark.parametrize(
@@ -1278,13 +1314,19 @@ def test_info_offers_no_image_to_image_for_a_class_conditional_bundle(classes: P
     assert line.endswith("classes 0 to 12")
 
 
-def test_info_shows_the_size_of_the_compiled_engines(tiny_bundle: Path, tmp_path: Path) -> None:
+def test_info_shows_the_size_of_the_compiled_engines(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(tiny_bundle, copy)
     assert f"compiled{'':<10}nothing" in info(copy).stdout
     (tmp_path / "copy.engines").mkdir()
     (tmp_path / "copy.engines" / "some.engine").write_bytes(bytes(2_500_000))
     assert f"{tmp_path / 'copy.engines'}, 2.5 MB (safe to delete)" in info(copy).stdout
+    (tmp_path / "all/copy").mkdir(parents=True)
+    (tmp_path / "all/other.engine").write_bytes(bytes(1_000_000))
+    monkeypatch.setenv("TPX_ENGINES", str(tmp_path / "all"))
+    assert f"compiled{'':<10}nothing" in info(copy).stdout  # what belongs to other bundles does not count
 
 
 def test_every_command_prints_its_version() -> None:

@@ -286,13 +286,13 @@ def truncating(three_encoders: Path, engine: FakeEngine, monkeypatch: pytest.Mon
         (8, None),
         (
             9,
-            "the prompt 'word word word word word word word word…' is too long for text_encoder, text_encoder_2: "
-            "the last token is not read there; text_encoder_3 reads all of it",
+            "the prompt 'word word word word word word word word…' is too long: its last token is not read by "
+            "text_encoder, text_encoder_2; text_encoder_3 reads all of it",
         ),
         (
             14,
-            "the prompt 'word word word word word word word word…' is too long for text_encoder, text_encoder_2, "
-            "text_encoder_3: the last 6 tokens are not read there",
+            "the prompt 'word word word word word word word word…' is too long: its last 6 tokens are not read by "
+            "text_encoder, text_encoder_2, and its last token is not read by text_encoder_3",
         ),
     ],
 )

@@ -122,7 +122,7 @@ def test_geneval_output_has_the_layout_its_evaluator_reads(run: Run, tmp_path: P
     for number, line in enumerate(GENEVAL_LINES):
         assert (out / f"0000{number}/metadata.jsonl").read_bytes() == line
     assert len(hashes(out)) == 4 * (4 + 1) + 1  # plus tpx-eval.json, which the evaluator ignores
-    assert result.stdout == f"expected 16 files in {out}, found 16\n"
+    assert result.stdout == f"complete: all 16 files are in {out}\n"
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -625,7 +625,7 @@ def test_running_the_module_generates_images_from_a_real_bundle(
         check=False,
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout == f"expected 2 files in {out}, found 2\n"
+    assert result.stdout == f"complete: all 2 files are in {out}\n"
     assert "images 8/8" in result.stderr
 
 

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 import tpx_runtime
-from tpx_runtime.bundle import CONDITIONS, VAE_DECODER, VAE_ENCODER, Bundle, transformer_name
+from tpx_runtime.bundle import CONDITIONS, SCHEDULER, VAE_DECODER, VAE_ENCODER, Bundle, transformer_name
 from tpx_runtime.engine import Arrays
 from tpx_runtime.errors import BadInput, BundleInvalid, Cancelled, EngineFailed
 from tpx_runtime.generator import Generator
@@ -129,6 +129,32 @@ def test_close_releases_every_graph_and_the_next_use_opens_them_again(fake_bundl
     with pytest.raises(BadInput), generator:
         generator("red cube", steps=0)
     assert engine.alive == []
+
+
+def test_close_forgets_the_conditions(generator: Generator, engine: FakeEngine) -> None:
+    generator("red cube")
+    generator.close()
+    generator("red cube")
+    assert len(calls(engine, CONDITIONS)) == 2
+
+
+def test_the_working_directory_may_change(
+    fake_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(fake_bundle.parent)
+    generator = Generator(Bundle.open(fake_bundle.name), FakeEngine())  # type: ignore[arg-type]
+    monkeypatch.chdir(tmp_path)
+    assert len(generator("red cube")) == 1
+
+
+def test_a_schedule_that_is_gone_is_an_invalid_bundle(generator: Generator, fake_bundle: Path) -> None:
+    (fake_bundle / SCHEDULER).unlink()
+    with pytest.raises(BundleInvalid, match=r"scheduler_config\.json: expected JSON with a number"):
+        generator("red cube")
+
+
+def test_repr_names_model_engine_and_size(generator: Generator) -> None:
+    assert repr(generator) == f"<Generator of {FAKE.name} (fp32) with {generator.engine.name}: 12x8 pixels>"
 
 
 @pytest.mark.parametrize("keep", [True, False])
@@ -343,11 +369,23 @@ def test_numpy_numbers_are_converted_to_python_numbers(generator: Generator, by_
     assert len(generator.generate(jobs, batch_size=np.int64(2))) == 3  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("negative", [[], 0, False])
+@pytest.mark.parametrize("negative", [0, False, {"a": 1}, [3]])
 def test_a_negative_prompt_must_be_text_or_none(generator: Generator, negative: Any) -> None:
     with pytest.raises(BadInput, match="expected negative_prompt to be text, found "):
         generator.plan("red cube", negative_prompt=negative)
     assert generator.plan("red cube", negative_prompt=None)[0].negative_prompt == ""
+
+
+def test_each_prompt_may_have_its_own_negative_prompt(generator: Generator) -> None:
+    prompts = ["red cube", "blue cube"]
+    jobs = generator.plan(prompts, negative_prompt=["blue", ""], num_images=2)
+    assert [job.negative_prompt for job in jobs] == ["blue", "blue", "", ""]
+    alone = [generator(p, negative_prompt=n)[0] for p, n in zip(prompts, ["blue", ""], strict=True)]
+    assert same(generator(prompts, negative_prompt=["blue", ""]), alone, within=1)
+    with pytest.raises(BadInput, match="expected one negative prompt, or one for each of 2 prompts, found 3"):
+        generator.plan(prompts, negative_prompt=["", "", ""])
+    with pytest.raises(BadInput, match="negative prompt: expected words of this model's vocabulary"):
+        generator.plan(prompts, negative_prompt=["", "zebra"])
 
 
 def test_no_jobs_give_no_images(generator: Generator) -> None:
@@ -515,7 +553,8 @@ def test_a_text_to_image_model_rejects_a_class(generator: Generator, engine: Fak
         (5, "expected a prompt or a list of prompts, found 5"),
         ([], "expected at least one prompt, found none"),
         (["red", None], "expected prompt to be text, found NoneType"),
-        (b"red", "expected prompt to be text, found int"),
+        (b"red", "expected a prompt or a list of prompts, found b'red'"),
+        ({"red": 1}, "expected a prompt or a list of prompts, found {'red': 1}"),
         (["red", ""], "expected a prompt with words, found none in ''"),
     ],
 )
@@ -700,6 +739,29 @@ def test_a_callback_that_cannot_be_called_and_other_jobs_are_rejected(generator:
     assert list(generator.stream([])) == [] and generator.count_steps([]) == 0
     with pytest.raises(BadInput, match="batch_size"):
         generator.count_steps(generator.plan("red cube"), 0)
+
+
+def test_stream_rejects_bad_arguments_before_the_first_image_is_requested(generator: Generator) -> None:
+    jobs = generator.plan("red cube")
+    for arguments, message in (
+        ((jobs, 0), "expected batch_size to be a whole number of at least 1, found 0"),
+        ((jobs[0],), "expected a list of jobs that Generator.plan returned, found Settings"),
+        ((jobs, 1, 3), "expected a callback that can be called, found 3"),
+        ((jobs, 1, None, "x"), "expected an edit that Generator.edit returned, found 'x'"),
+    ):
+        with pytest.raises(BadInput, match=message):
+            generator.stream(*arguments)
+    for call in (generator.count_steps, generator.generate_latents):
+        with pytest.raises(BadInput, match="expected a list of jobs"):
+            call(jobs[0])  # type: ignore[arg-type]
+
+
+def test_decodes_latents_of_any_float_type_and_rejects_another_shape(generator: Generator) -> None:
+    latents = np.zeros((2, *MODEL.latent_shape))
+    assert generator.decode(latents).shape == (2, 3, 8, 12)  # type: ignore[arg-type]
+    for wrong in (latents[0], latents[:, :, :1], np.zeros(3)):
+        with pytest.raises(BadInput, match=r"expected latents of shape \[B, 4, 2, 3\], found \["):
+            generator.decode(wrong)  # type: ignore[arg-type]
 
 
 def test_an_error_in_the_callback_propagates(generator: Generator) -> None:

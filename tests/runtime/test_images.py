@@ -1,5 +1,7 @@
 """Images: conversion to pixels, the grid, and PNG files with their settings, written completely or not at all."""
 
+import io
+import json
 import stat
 from pathlib import Path
 
@@ -154,3 +156,11 @@ def test_check_png_writable_rejects_a_folder_without_write_permission(
     monkeypatch.setattr("tempfile.TemporaryFile", deny)
     with pytest.raises(BadInput, match="found: Permission denied; choose another"):
         check_png_writable(tmp_path / "a.png")
+
+
+def test_a_png_in_memory_has_the_metadata_too() -> None:
+    image = Image.new("RGB", (4, 3))
+    image.info["tpx"] = json.dumps({"prompt": "red cube"})
+    save_png(image, memory := io.BytesIO())
+    with Image.open(io.BytesIO(memory.getvalue())) as again:
+        assert (again.format, again.size, again.info["tpx"]) == ("PNG", (4, 3), image.info["tpx"])

@@ -1,5 +1,6 @@
 """ONNX Runtime with bound buffers, in CPU memory instead of GPU memory, and CUDA graphs with a fake session."""
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,20 @@ def test_only_changed_inputs_are_uploaded_again(bound: BoundSession, uploads: li
     y[:] = 5  # the same array with other values
     assert (bound.run({"x": x, "y": y})["sum"] == 6).all()
     assert uploads == [(3, 2), (3, 2), (2,)]
+
+
+def test_what_is_uploaded_for_one_loop_is_not_kept(bound: BoundSession) -> None:
+    x, y = np.ones((3, 2), np.float32), np.ones(2, np.float32)
+    buffers = bound.buffers({"x": x, "y": y})
+    buffers.upload({"x": x, "y": y})
+    buffers.launch()
+    released = weakref.ref(x)
+    del x
+    assert released() is None
+    y += 1  # the buffers cannot tell, so this is uploaded again
+    buffers.upload_changed({"y": y})
+    buffers.launch()
+    assert (buffers.outputs["sum"].numpy() == 3).all()
 
 
 def test_arrays_need_not_be_contiguous(bound: BoundSession) -> None:

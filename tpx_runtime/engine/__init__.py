@@ -1,9 +1,8 @@
 """Engines: the libraries that can run a bundle's graphs on this machine.
 
-    registry     the available engines and their requirements
-    session      a loaded graph, ready to run
-    loop         a denoising loop that runs on a device
-    environment  the environment variables that the engines read
+    registry  the available engines and their requirements
+    session   a loaded graph, ready to run
+    loop      a denoising loop that runs on a device
 
 Each engine's module (onnxruntime, openvino, tensorrt) is imported when the engine is first used.
 """

@@ -22,7 +22,6 @@ from typing import Any, BinaryIO
 
 from ..bundle import Bundle
 from ..errors import shorten
-from .environment import engines_folder
 from .gpu import Gpu
 
 MAGIC = b"TPXENGIN"
@@ -119,14 +118,6 @@ def graph_name(path: Path) -> str:
     """The name in keys of the graph at `path` in a bundle: `transformer depth 2`, `vae_decoder`."""
     folder = path.parent.name
     return folder if path.stem == "model" else f"{folder} {path.stem.replace('-', ' ')}"
-
-
-def default_folder(bundle: Path) -> Path:
-    """The folder of everything compiled for a bundle: $TPX_ENGINES, else `<bundle>.engines`, next to it."""
-    if configured := engines_folder():
-        return configured
-    root = bundle.resolve()
-    return root.with_name(f"{root.name}.engines")
 
 
 def load(path: Path, key: Key) -> bytes | None:

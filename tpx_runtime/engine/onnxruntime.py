@@ -8,9 +8,9 @@ from pathlib import Path
 
 import onnxruntime as ort
 
+from ..environment import cuda_graphs_requested, requested_threads
 from ..errors import EngineUnavailable
 from .cuda import Driver
-from .environment import cuda_graphs_requested, requested_threads
 from .loop import LoopPlan
 from .onnxruntime_bound import FATAL_ONLY, BoundSession
 from .onnxruntime_loop import DeviceLoop

@@ -38,7 +38,7 @@ class BoundSession:
         """All outputs of the graph by name. Raises EngineFailed."""
         with self.running():
             buffers = self.buffers(inputs)
-            buffers.upload(inputs)
+            buffers.upload_changed(inputs)
             buffers.launch()
             return {name: np.array(value.numpy()) for name, value in buffers.outputs.items()}
 
@@ -93,7 +93,7 @@ class Buffers:
         self._session, self._device, self._shared = session, device, shared
         self._options = _options(None if graph is None else _NO_GRAPH)
         # For each input: the array object uploaded last, and a copy of its values at that time.
-        self._uploaded: dict[str, tuple[object, npt.NDArray[Any]]] = {}
+        self._uploaded: dict[str, tuple[npt.NDArray[Any], npt.NDArray[Any]]] = {}
         self._names = [output.name for output in session.get_outputs()]
         for name in self._names:
             if name in shared:
@@ -104,13 +104,18 @@ class Buffers:
             if argument.name in shared:
                 self.binding.bind_ortvalue_input(argument.name, shared[argument.name])
 
-    def upload(self, inputs: Arrays) -> None:
+    def upload_changed(self, inputs: Arrays) -> None:
         """Upload the inputs that changed: another array object, or other values in the same one."""
         for name, given in inputs.items():
-            array = np.asarray(given, order="C")
             uploaded = self._uploaded.get(name)
-            if uploaded and uploaded[0] is given and np.array_equal(uploaded[1], array):
-                continue
+            if not uploaded or uploaded[0] is not given or not np.array_equal(*uploaded):
+                self.upload({name: given})
+                self._uploaded[name] = (given, np.array(given))
+
+    def upload(self, inputs: Arrays) -> None:
+        """Upload inputs that no later call will give again, such as those of one loop; no copy of them is kept."""
+        for name, given in inputs.items():
+            array = np.asarray(given, order="C")
             self.forget(name)
             if name not in self.inputs:
                 # Not created from the array: on the CPU it would share the caller's memory.
@@ -119,7 +124,6 @@ class Buffers:
                 )
                 self.binding.bind_ortvalue_input(name, self.inputs[name])
             self.inputs[name].update_inplace(array)
-            self._uploaded[name] = (given, array.copy())
 
     def forget(self, *names: str) -> None:
         """Always upload these inputs the next time they are given, because something else writes to them."""

@@ -22,9 +22,9 @@ class DeviceLoop:
         with transformer.running():
             self._transformer_buffers = buffers = transformer.buffers(plan.inputs)
             if buffers.outputs:
-                buffers.upload(plan.context)
+                buffers.upload_changed(plan.context)
             else:  # the first call of these shapes allocates the outputs
-                buffers.upload(plan.inputs)
+                buffers.upload_changed(plan.inputs)
                 buffers.launch()
             buffers.forget("latents", "conditions")
             output_shapes = {name: tuple(value.shape()) for name, value in buffers.outputs.items()}
@@ -40,7 +40,6 @@ class DeviceLoop:
             if "history" not in buffers.inputs:
                 buffers.upload(history)
                 buffers.overwrite("history", with_output="new_history")
-                buffers.forget("history")
             buffers.upload(plan.tables)
         self._calls = 0
         self._run_step()

@@ -14,8 +14,8 @@ import openvino
 
 from .. import __version__
 from ..bundle import CONDITIONS
+from ..environment import requested_threads
 from ..errors import EngineFailed
-from .environment import requested_threads
 from .openvino_graph import Graph
 from .openvino_static import StaticGraphs, input_shapes
 from .openvino_store import Store, map_graph

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import openvino
 
-from .environment import requested_threads
+from ..environment import requested_threads
 from .openvino_graph import StaticGraph
 from .openvino_store import Shapes, Store, map_graph
 from .session import Arrays

@@ -28,8 +28,8 @@ from typing import Any, BinaryIO
 import numpy as np
 import openvino
 
+from ..environment import compiled_folder
 from ..files import atomic_file
-from .engine_file import default_folder
 
 _CHECK_BYTES = 4
 _CRC32_RESIDUE = zlib.crc32(bytes(_CHECK_BYTES))  # CRC-32 of any data followed by its CRC-32 (little-endian)
@@ -102,9 +102,8 @@ class Store:
         """The store for the graph at BUNDLE/FOLDER/STEM.onnx."""
         # Only the folder is resolved: the graph may be a link to elsewhere, as in Hugging Face's cache.
         part = path.parent.resolve()
-        return cls(
-            default_folder(part.parent) / "openvino" / f"{part.name}.{path.stem}.{precision}", path, context
-        )
+        folder = compiled_folder(part.parent) / "openvino" / f"{part.name}.{path.stem}.{precision}"
+        return cls(folder, path, context)
 
     @property
     def dynamic_file(self) -> Path:

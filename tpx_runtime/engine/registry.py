@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..bundle import GraphVariant
+from ..environment import device_loop_requested
 from ..errors import BadInput, EngineUnavailable, shorten
-from .environment import device_loop_requested
 from .loop import Loop, LoopPlan
 from .session import Session, one_line
 

@@ -1,15 +1,15 @@
 """TensorRT and TensorRT for RTX, on an NVIDIA GPU. They run engines that `tpx-build` built, and build none themselves.
 
-Engines are read from the folder that tpx-build fills: $TPX_ENGINES, else BUNDLE.engines next to the bundle.
+Engines are read from the folder that tpx-build fills (`compiled_folder`).
 """
 
 import shlex
 from pathlib import Path
 
 from ..bundle import Bundle
+from ..environment import compiled_folder, cuda_graphs_requested
 from ..errors import EngineUnavailable, TpxError
 from . import cuda, engine_file
-from .environment import cuda_graphs_requested, engines_folder
 from .gpu import Gpu, find_gpu
 from .tensorrt_flavours import FLAVOURS, FULL, Flavour, bindings, version
 from .tensorrt_session import TensorRtSession
@@ -43,11 +43,9 @@ def open_session(engine_name: str, path: Path) -> TensorRtSession:
     """
     flavour, driver = FLAVOURS[engine_name], cuda.Driver()
     gpu, bundle = find_gpu(driver), Bundle.open(path.parent.parent, verify=False)
-    folder = engine_file.default_folder(bundle.root)
+    folder = compiled_folder(bundle.root)
     key = engine_file.Key.of(bundle, path, flavour.name, version(flavour), gpu)
     command = f"tpx-build {shlex.quote(str(bundle.root))} --engine {flavour.name}"
-    if engines_folder():
-        command += f" --cache {shlex.quote(str(folder))}"
     try:
         found = engine_file.find(folder, key)
     except engine_file.Stale as reason:

@@ -102,7 +102,7 @@ def run(
             f"expected {len(targets)} files in {out}, found {len(targets) - len(missing)}, missing {_file_list(missing)}; "
             "run the same command again"
         )
-    click.echo(f"expected {len(targets)} files in {click.format_filename(out)}, found {len(targets)}")
+    click.echo(f"complete: all {len(targets)} files are in {click.format_filename(out)}")
 
 
 def plan(

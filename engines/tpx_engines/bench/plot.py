@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from tpx_runtime.errors import BadInput
+from tpx_runtime.files import atomic_file
 from tpx_runtime.images import check_png_writable
 
 from .summary import rows
@@ -41,7 +42,8 @@ def draw(data: dict[str, Any], path: Path) -> None:
         axes.set_title(f"{data['settings']['bundle']}, depth {depth}", loc="left")
         axes.spines[["top", "right"]].set_visible(False)
     try:
-        figure.savefig(path, format="png")
+        with atomic_file(path) as part:
+            figure.savefig(part, format="png")
     except OSError as error:
         raise BadInput(f"expected to write {path}, found: {error.strerror}; choose another place") from None
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from tpx_runtime.bundle import Bundle, hash_file
 from tpx_runtime.engine import ENGINES
-from tpx_runtime.engine.environment import THREADS_VARIABLE
+from tpx_runtime.environment import THREADS_VARIABLE
 from tpx_runtime.errors import BadInput, EngineUnavailable, TpxError
 from tpx_runtime.generator import Generator
 from tpx_runtime.manifest import Manifest

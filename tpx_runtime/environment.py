@@ -1,9 +1,9 @@
-"""The environment variables that the engines read."""
+"""The environment variables that engines read, and what follows from them."""
 
 import os
 from pathlib import Path
 
-from ..errors import BadInput, shorten
+from .errors import BadInput, shorten
 
 ENGINES_VARIABLE = "TPX_ENGINES"
 CUDA_GRAPHS_VARIABLE = "TPX_CUDA_GRAPHS"
@@ -12,10 +12,21 @@ THREADS_VARIABLE = "TPX_THREADS"
 MAX_THREADS = 1024
 
 
-def engines_folder() -> Path | None:
-    """The folder of compiled engines that TPX_ENGINES names, or None if it is not set."""
-    value = os.environ.get(ENGINES_VARIABLE)
-    return Path(value) if value else None
+def compiled_folder(bundle: Path, shared: Path | None = None) -> Path:
+    """The folder of everything compiled for the bundle at that path: NAME in `shared`, else NAME.engines next to it.
+
+    NAME is that of the bundle's folder; `shared` is $TPX_ENGINES if None. Raises BadInput for a folder inside the bundle.
+    """
+    root = bundle.resolve()
+    if shared is None and (variable := os.environ.get(ENGINES_VARIABLE)):
+        shared = Path(variable)
+    folder = shared / root.name if shared else root.with_name(f"{root.name}.engines")
+    if folder.resolve().is_relative_to(root):
+        raise BadInput(
+            f"expected a folder of engines outside the bundle {root}, found {shared}; "
+            f"leave out --cache and {ENGINES_VARIABLE} to use one next to the bundle"
+        )
+    return folder
 
 
 def cuda_graphs_requested() -> bool | None:
