@@ -19,7 +19,7 @@ from .options import find_bundle
 if TYPE_CHECKING:
     from .bundle import Bundle
     from .editing import Edit
-    from .engine import Engine
+    from .engine import Engine, GraphEngine
     from .generator import Generator
     from .settings import Settings
     from .verify import PartReport
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _PATH = click.Path(path_type=Path)
 
 
-def _print_engine(engine: "Engine", requested: str) -> None:
+def _print_engine(engine: "GraphEngine", requested: str) -> None:
     """Print on stderr which engine is used, and whether `auto` selected it."""
     click.echo(f"engine: {engine.name}{' (chosen by auto)' if requested != engine.name else ''}", err=True)
 

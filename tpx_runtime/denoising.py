@@ -8,7 +8,7 @@ import numpy as np
 
 from .bundle import Bundle
 from .editing import Edit, InpaintingPrediction, add_noise, last_steps
-from .engine import Arrays, Engine, LoopPlan, Session
+from .engine import Arrays, GraphEngine, LoopPlan, Session
 from .errors import BadInput, Cancelled, EngineFailed, shorten
 from .graphs import Graphs
 from .guidance import GuidedPrediction, is_guided, reused_timesteps
@@ -49,7 +49,7 @@ def shared_settings(jobs: Sequence[Settings], edit: Edit | None, manifest: Manif
     return jobs[0]
 
 
-def require_finite(values: Array, what: str, bundle: Bundle, engine: Engine) -> None:
+def require_finite(values: Array, what: str, bundle: Bundle, engine: GraphEngine) -> None:
     """Raise EngineFailed if `values` contain NaN or infinity; `what` names them in the message."""
     if not np.isfinite(values).all():
         raise EngineFailed(
@@ -192,7 +192,7 @@ class Denoiser:
     def _loop_plan(self, batch: Batch, conditions: Conditions) -> LoopPlan | None:
         """The plan of a loop on the device; None if the engine has no device loop or the loop needs the host."""
         masked = batch.edit is not None and batch.edit.latent_mask is not None
-        if masked or not self.bundle.step or not self._graphs.engine.uses_device_loop:
+        if masked or not self.bundle.step or not self._graphs.engine.device_loop:
             return None
         job, sampler = batch.job, self.sampler(batch.job)
         return plan_loop(
@@ -200,8 +200,9 @@ class Denoiser:
         )
 
     def _on_device(self, transformer: Session, plan: LoopPlan, every_step: bool) -> Iterator[Array | None]:
-        assert self.bundle.step
-        loop = self._graphs.engine.start_loop(transformer, self._graphs.open(self.bundle.step), plan)
+        start = self._graphs.engine.device_loop
+        assert start and self.bundle.step
+        loop = start(transformer, self._graphs.open(self.bundle.step), plan)
         for call in range(1, plan.ends[-1] + 1):
             loop.advance()
             if call in plan.ends:

@@ -14,7 +14,7 @@ from .bundle import Bundle
 from .conditioning import ClassConditioner, TextConditioner
 from .denoising import Callback, Denoiser, invoke_callback, require_finite, shared_settings
 from .editing import Edit, resolve_strength, source_hashes, to_latent_mask, to_pixels
-from .engine import AUTO, Arrays, Engine, checked_output, resolve
+from .engine import AUTO, Arrays, GraphEngine, checked_output, resolve
 from .errors import BadInput, shorten
 from .graphs import Graphs
 from .image_size import format_size
@@ -39,7 +39,7 @@ class Generator:
     single batch. Threads may share a generator; they take turns, a batch at a time.
     """
 
-    def __init__(self, bundle: Bundle, engine: Engine, t5: bool = True, keep: bool = True) -> None:
+    def __init__(self, bundle: Bundle, engine: GraphEngine, t5: bool = True, keep: bool = True) -> None:
         self.bundle, self.engine = bundle, engine
         self.manifest = bundle.manifest
         if not t5 and not bundle.has_t5:

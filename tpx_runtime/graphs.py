@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from .engine import Engine, Session
+from .engine import GraphEngine, Session
 
 
 class Graphs:
     """Opens graphs. With `keep`, sessions are cached; without, a session lives only as long as its caller holds it."""
 
-    def __init__(self, engine: Engine, keep: bool = True) -> None:
+    def __init__(self, engine: GraphEngine, keep: bool = True) -> None:
         self.engine, self._keep = engine, keep
         self._cached: dict[Path, Session] = {}
 

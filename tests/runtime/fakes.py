@@ -179,7 +179,7 @@ class FakeEngine:
 
     variant: GraphVariant = "operator"
     precision: str | None = None
-    has_device_loop = uses_device_loop = False
+    has_device_loop, device_loop = False, None
 
     def __init__(
         self,

@@ -131,7 +131,7 @@ def test_leaving_out_t5_leaves_zeros_in_its_place(three_encoders: Path, engine: 
 
 def test_an_image_without_t5_differs_and_records_it(three_encoders: Path, engine: FakeEngine) -> None:
     bundle = Bundle.open(three_encoders)
-    with_t5, without_t5 = (Generator(bundle, engine, t5)("red cube")[0] for t5 in (True, False))  # type: ignore[arg-type]
+    with_t5, without_t5 = (Generator(bundle, engine, t5)("red cube")[0] for t5 in (True, False))
     assert (np.asarray(with_t5) != np.asarray(without_t5)).any()
     assert '"left_out": ["text_encoder_3"]' in without_t5.info["tpx"]
     assert "left_out" not in with_t5.info["tpx"]
@@ -231,9 +231,9 @@ def test_low_memory_changes_no_image_and_loads_each_encoder_once(
     three_encoders: Path, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = Bundle.open(three_encoders)
-    (expected,) = Generator(bundle, FakeEngine(manifest=THREE_ENCODERS))("red cube", negative_prompt="blue")  # type: ignore[arg-type]
+    (expected,) = Generator(bundle, FakeEngine(manifest=THREE_ENCODERS))("red cube", negative_prompt="blue")
     monkeypatch.setattr(conditioning, "available_bytes", lambda: 0)
-    generator = Generator(bundle, engine)  # type: ignore[arg-type]
+    generator = Generator(bundle, engine)
     (image,) = generator("red cube", negative_prompt="blue")
     np.testing.assert_array_equal(np.asarray(image), np.asarray(expected))
     assert [name for name in engine.opened if name.startswith("text")] == [
@@ -277,7 +277,7 @@ def truncating(three_encoders: Path, engine: FakeEngine, monkeypatch: pytest.Mon
     monkeypatch.setattr(
         conditioning, "load_tokenizer", lambda path: TruncatingTokenizer(lengths[path.parent.name])
     )
-    return Generator(Bundle.open(three_encoders), engine)  # type: ignore[arg-type]
+    return Generator(Bundle.open(three_encoders), engine)
 
 
 @pytest.mark.parametrize(

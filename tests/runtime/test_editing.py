@@ -44,7 +44,7 @@ def engine() -> FakeEngine:
 
 @pytest.fixture
 def generator(fake_bundle: Path, engine: FakeEngine) -> Generator:
-    return Generator(Bundle.open(fake_bundle), engine)  # type: ignore[arg-type]
+    return Generator(Bundle.open(fake_bundle), engine)
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +213,7 @@ def test_an_image_and_a_strength_need_each_other(generator: Generator) -> None:
 def test_a_bundle_without_vae_encoder_supports_only_text_to_image(
     fake_bundle: Path, engine: FakeEngine
 ) -> None:
-    generator = Generator(without_encoder(fake_bundle), engine)  # type: ignore[arg-type]
+    generator = Generator(without_encoder(fake_bundle), engine)
     message = "expected a bundle with a vae_encoder to start from an image, found fake without one; leave"
     for call in (
         lambda: generator("red cube", image=photo()),
@@ -229,7 +229,7 @@ def test_a_bundle_without_vae_encoder_supports_only_text_to_image(
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_non_finite_latents_of_the_input_image_are_an_error(fake_bundle: Path, value: float) -> None:
     broken = {"vae_encoder/model.onnx": lambda inputs: {"latents": np.full((1, 4, 2, 3), value, np.float32)}}
-    generator = Generator(Bundle.open(fake_bundle), FakeEngine(broken))  # type: ignore[arg-type]
+    generator = Generator(Bundle.open(fake_bundle), FakeEngine(broken))
     with pytest.raises(
         EngineFailed, match="expected finite numbers in the latents of the input image, found NaN"
     ):

@@ -61,7 +61,7 @@ def engine() -> FakeEngine:
 
 @pytest.fixture
 def generator(fake_bundle: Path, engine: FakeEngine) -> Generator:
-    return Generator(Bundle.open(fake_bundle), engine)  # type: ignore[arg-type]
+    return Generator(Bundle.open(fake_bundle), engine)
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,7 @@ def test_graphs_are_opened_once_on_first_use(generator: Generator, engine: FakeE
 
 def test_close_releases_every_graph_and_the_next_use_opens_them_again(fake_bundle: Path) -> None:
     engine = FakeEngine()
-    with Generator(Bundle.open(fake_bundle), engine) as generator:  # type: ignore[arg-type]
+    with Generator(Bundle.open(fake_bundle), engine) as generator:
         images = generator("red cube")
         opened = list(engine.opened)
         assert engine.alive == sorted(opened)
@@ -142,7 +142,7 @@ def test_the_working_directory_may_change(
     fake_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(fake_bundle.parent)
-    generator = Generator(Bundle.open(fake_bundle.name), FakeEngine())  # type: ignore[arg-type]
+    generator = Generator(Bundle.open(fake_bundle.name), FakeEngine())
     monkeypatch.chdir(tmp_path)
     assert len(generator("red cube")) == 1
 
@@ -160,7 +160,7 @@ def test_repr_names_model_engine_and_size(generator: Generator) -> None:
 @pytest.mark.parametrize("keep", [True, False])
 def test_without_keep_a_graph_is_released_before_the_next_is_opened(fake_bundle: Path, keep: bool) -> None:
     engine = FakeEngine()
-    generator = Generator(Bundle.open(fake_bundle), engine, keep=keep)  # type: ignore[arg-type]
+    generator = Generator(Bundle.open(fake_bundle), engine, keep=keep)
     in_memory: dict[str, list[str]] = {}  # the graphs in memory while each graph ran
 
     def recording(name: str, function: Function) -> Function:
@@ -206,7 +206,7 @@ def test_conditions_are_computed_again_only_for_other_timesteps_or_prompts(
     engine.calls.clear()
     images = generator(**settings)  # type: ignore[arg-type]
     assert sum(len(inputs["timestep"]) for inputs in calls(engine, "transformer/conditions")) == computed_rows
-    fresh = Generator(Bundle.open(fake_bundle), FakeEngine())  # type: ignore[arg-type]
+    fresh = Generator(Bundle.open(fake_bundle), FakeEngine())
     assert same(images, fresh(**settings))  # type: ignore[arg-type]
 
 
@@ -433,7 +433,7 @@ def class_engine() -> FakeEngine:
 
 @pytest.fixture
 def by_class(classes: Path, class_engine: FakeEngine) -> Generator:
-    return Generator(Bundle.open(classes), class_engine)  # type: ignore[arg-type]
+    return Generator(Bundle.open(classes), class_engine)
 
 
 @pytest.mark.parametrize("name", list(DIFFUSION_SAMPLERS))
@@ -601,7 +601,7 @@ def test_rejects_invalid_arguments_before_opening_a_graph(
 def test_rejects_a_vocabulary_of_another_length(fake_bundle: Path, engine: FakeEngine) -> None:
     write_vocabulary(fake_bundle, text_tokens=10)
     with pytest.raises(BundleInvalid, match=r"expected text_tokens 9 as in the manifest, found 10; export"):
-        Generator(seal(fake_bundle), engine)  # type: ignore[arg-type]
+        Generator(seal(fake_bundle), engine)
 
 
 def broken(key: str, value: object) -> dict[str, Callable[[Arrays], Arrays]]:
@@ -637,7 +637,7 @@ def broken(key: str, value: object) -> dict[str, Callable[[Arrays], Arrays]]:
 def test_non_finite_outputs_are_an_error_without_a_warning(
     fake_bundle: Path, key: str, what: str, value: float
 ) -> None:
-    generator = Generator(Bundle.open(fake_bundle), FakeEngine(broken(key, value)))  # type: ignore[arg-type]
+    generator = Generator(Bundle.open(fake_bundle), FakeEngine(broken(key, value)))
     with pytest.raises(EngineFailed) as caught:
         generator("red cube")
     assert str(caught.value) == (
@@ -647,14 +647,14 @@ def test_non_finite_outputs_are_an_error_without_a_warning(
 
 
 def test_float32_overflow_is_an_error_without_a_warning(fake_bundle: Path) -> None:
-    generator = Generator(Bundle.open(fake_bundle), FakeEngine(broken("velocity", 3e38)))  # type: ignore[arg-type]
+    generator = Generator(Bundle.open(fake_bundle), FakeEngine(broken("velocity", 3e38)))
     with pytest.raises(EngineFailed, match="expected finite numbers in the latents of step 1, found NaN or"):
         generator("red cube", sampler="heun", guidance=1)
 
 
 @pytest.mark.parametrize("key", ["context", "conditions", "velocity", "image"])
 def test_a_missing_output_is_an_error(fake_bundle: Path, key: str) -> None:
-    generator = Generator(Bundle.open(fake_bundle), FakeEngine(broken(key, None)))  # type: ignore[arg-type]
+    generator = Generator(Bundle.open(fake_bundle), FakeEngine(broken(key, None)))
     with pytest.raises(EngineFailed, match=f"expected an output {key} of shape .* found none; export"):
         generator("red cube")
 
@@ -712,7 +712,7 @@ def test_threads_take_turns_and_a_callback_can_decode(fake_bundle: Path) -> None
         return denoise(inputs)
 
     engine = FakeEngine({"transformer/depth-2.onnx": exclusive})
-    shared = Generator(Bundle.open(fake_bundle), engine)  # type: ignore[arg-type]
+    shared = Generator(Bundle.open(fake_bundle), engine)
     expected = [shared("red cube", seed=seed)[0] for seed in range(4)]
     with ThreadPoolExecutor(4) as pool:
         found = list(

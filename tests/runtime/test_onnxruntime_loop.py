@@ -190,12 +190,12 @@ def test_the_device_loop_can_be_turned_off_and_needs_the_step_graph(
 ) -> None:
     for value in ("1", None):
         monkeypatch.setenv("TPX_DEVICE_LOOP", value) if value else monkeypatch.delenv("TPX_DEVICE_LOOP")
-        assert ENGINES["onnxruntime-cuda"].uses_device_loop and not ENGINES["onnxruntime"].uses_device_loop
+        assert ENGINES["onnxruntime-cuda"].device_loop and not ENGINES["onnxruntime"].device_loop
     without_step = generator(tiny_bundle)
     monkeypatch.setattr(type(without_step.bundle), "step", None)
     without_step(PROMPT, steps=2)
     monkeypatch.setenv("TPX_DEVICE_LOOP", "0")
-    assert not ENGINES["onnxruntime-cuda"].uses_device_loop
+    assert not ENGINES["onnxruntime-cuda"].device_loop
     generator(tiny_bundle)(PROMPT, steps=2)
     assert loops == []
 

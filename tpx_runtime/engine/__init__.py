@@ -8,7 +8,7 @@ Each engine's module (onnxruntime, openvino, tensorrt) is imported when the engi
 """
 
 from .loop import Loop, LoopPlan
-from .registry import AUTO, ENGINES, NO_USABLE_ENGINE, Engine, resolve
+from .registry import AUTO, ENGINES, NO_USABLE_ENGINE, Engine, GraphEngine, resolve
 from .session import Arrays, Session, checked_output, engine_errors, one_line, require_output
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "NO_USABLE_ENGINE",
     "Arrays",
     "Engine",
+    "GraphEngine",
     "Loop",
     "LoopPlan",
     "Session",

@@ -1,12 +1,13 @@
 """A denoising loop that runs on a device: its plan and its interface."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from .session import Arrays
+from .session import Arrays, Session
 
 
 @dataclass(frozen=True)
@@ -39,3 +40,7 @@ class Loop(Protocol):
 
     def latents(self) -> npt.NDArray[np.float32]:
         """The latents [rows, C, H, W] that the next call reads."""
+
+
+# A loop over two sessions of one engine, the transformer's and that of the step graph. Raises EngineFailed.
+StartLoop = Callable[[Session, Session, LoopPlan], Loop]

@@ -4,13 +4,32 @@ import importlib
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from ..bundle import GraphVariant
 from ..environment import device_loop_requested
 from ..errors import BadInput, EngineUnavailable, shorten
-from .loop import Loop, LoopPlan
+from .loop import StartLoop
 from .session import Session, one_line
+
+
+class GraphEngine(Protocol):
+    """What a generator needs of an engine."""
+
+    @property
+    def name(self) -> str:
+        """How messages and images call it."""
+
+    @property
+    def variant(self) -> GraphVariant:
+        """The variant of the transformer graph that it loads."""
+
+    def open(self, path: Path) -> Session:
+        """Load the graph at `path`. Raises EngineUnavailable or EngineFailed."""
+
+    @property
+    def device_loop(self) -> StartLoop | None:
+        """What starts a loop whose latents stay on the device; None to run the loop on the host."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +49,7 @@ class Engine:
     device: Literal["cpu", "gpu"] = "cpu"
     # Whether tpx-build compiles graphs for it: "optional" saves compile time later, "required" engines run nothing else.
     prebuilt: Literal["never", "optional", "required"] = "never"
-    has_device_loop: bool = False  # whether `module` has `start_loop(transformer, step, plan) -> Loop`
+    has_device_loop: bool = False  # whether `module` has a `start_loop`, a StartLoop
 
     def problem(self) -> str | None:
         """Why this engine cannot run here, on one line, or None if it can."""
@@ -54,14 +73,12 @@ class Engine:
         return session
 
     @property
-    def uses_device_loop(self) -> bool:
-        """Whether this engine keeps the latents of a loop on the device, where possible."""
-        return self.has_device_loop and device_loop_requested()
-
-    def start_loop(self, transformer: Session, step: Session, plan: LoopPlan) -> Loop:
-        """A device loop over two sessions of this engine. Raises EngineFailed."""
-        loop: Loop = self._module().start_loop(transformer, step, plan)
-        return loop
+    def device_loop(self) -> StartLoop | None:
+        """What starts a loop on the device; None if the engine has none, or with TPX_DEVICE_LOOP=0."""
+        if not self.has_device_loop or not device_loop_requested():
+            return None
+        start: StartLoop = self._module().start_loop
+        return start
 
     def _module(self) -> Any:
         return importlib.import_module(f".{self.module}", __package__)

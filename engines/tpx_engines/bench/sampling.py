@@ -2,14 +2,14 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from tpx_runtime.bundle import Bundle, GraphVariant
 from tpx_runtime.denoising import Batch, Denoiser
-from tpx_runtime.engine import Arrays, Engine
+from tpx_runtime.engine import Arrays
 from tpx_runtime.generator import Generator
 from tpx_runtime.graphs import Graphs
 from tpx_runtime.guidance import apply_guidance
@@ -33,6 +33,7 @@ class NetworkEngine:
     """An engine for the runtime that runs networks instead of a bundle's text encoders and decoder."""
 
     variant: GraphVariant = "plain"
+    device_loop = None
 
     def __init__(self, name: str, networks: dict[str, Network]) -> None:
         self.name, self._networks = name, networks
@@ -69,5 +70,5 @@ class BaselineGenerator(Generator):
     """The runtime's generator on networks: `denoiser`, and the others by their folders in the bundle."""
 
     def __init__(self, bundle: Bundle, name: str, denoiser: Network, others: dict[str, Network]) -> None:
-        super().__init__(bundle, cast(Engine, NetworkEngine(name, others)))
+        super().__init__(bundle, NetworkEngine(name, others))
         self.denoiser = BaselineDenoiser(bundle, self._graphs, denoiser)

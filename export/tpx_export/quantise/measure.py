@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -52,10 +52,10 @@ class _PairedSession:
 class PairedEngine:
     """Has the interface of an engine, opens the graphs of `fp32`, and runs each transformer together with that of `int8`."""
 
-    uses_device_loop = False  # outputs must return to the host after each call to be compared
+    device_loop = None  # outputs must return to the host after each call to be compared
 
     def __init__(self, engine: Engine, fp32: Bundle, int8: Bundle, totals: ComparisonTotals) -> None:
-        self.name, self.variant, self.precision = engine.name, engine.variant, engine.precision
+        self.name, self.variant = engine.name, engine.variant
         self._engine, self._fp32, self._int8, self._totals = engine, fp32, int8, totals
 
     def open(self, path: Path) -> Session:
@@ -72,7 +72,7 @@ def compare_with_fp32(
 ) -> DepthReport:
     """Generate an image of each subject in both precisions with the bundle's default settings. Raises EngineFailed."""
     totals = ComparisonTotals()
-    paired = cast(Engine, PairedEngine(engine, fp32, int8, totals))
+    paired = PairedEngine(engine, fp32, int8, totals)
     expected = generate_images(Generator(fp32, paired), subjects, depth=depth)
     found = generate_images(Generator(int8, engine), subjects, depth=depth)
     psnrs = [psnr_db(*pair) for pair in zip(found, expected, strict=True)]
