@@ -198,7 +198,7 @@ class Bundle:
         """Whether a text encoder can be left out: T5, which has no pooled output."""
         return any(not encoder.pooled_width for encoder in self.manifest.text_encoders)
 
-    def weight_bytes(self, folder: str) -> int:
+    def folder_bytes(self, folder: str) -> int:
         """Size of all files in a folder of the bundle: about the memory that its graph needs."""
         files = self.manifest.files.items()
         return sum(entry.bytes for name, entry in files if name.startswith(f"{folder}/"))

@@ -60,7 +60,7 @@ class TextConditioner:
         self.encoders = [encoder for encoder in every if t5 or encoder.pooled_width]
         self.left_out = [encoder.folder for encoder in every if encoder not in self.encoders]
         self.tokenizers = [self._tokenizer(encoder) for encoder in self.encoders]
-        size = sum(bundle.weight_bytes(encoder.folder) for encoder in self.encoders)
+        size = sum(bundle.folder_bytes(encoder.folder) for encoder in self.encoders)
         available = available_bytes()
         fits = available is None or size < available / 2
         self._graphs = graphs if fits else Graphs(graphs.engine, keep=False)

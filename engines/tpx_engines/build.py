@@ -24,7 +24,6 @@ from .tensorrt import Shapes, TimingCache
 # Measured peaks: 0.44 GB for a tiny graph, 3.1 to 3.6 times the weights for large ones (docs/engines.md).
 BASE_BYTES, BYTES_PER_WEIGHT_BYTE = 512 << 20, 4
 POLL_S = 0.1
-ROUTED_PREFIX = "transformer depth "  # of the names of graphs that may contain tpx::RoutedLora
 
 # (graph, number of graphs done, total number of graphs, phase of the build)
 ProgressCallback = Callable[[str, float, int, str], None]
@@ -44,12 +43,15 @@ def graphs_to_build(bundle: Bundle) -> dict[str, tuple[Path, Shapes]]:
 
 @dataclass(frozen=True)
 class BuildTask:
-    """A graph, its key, and its state in the cache: the size of the engine, or None and perhaps why it is stale."""
+    """A graph, its key, and its state in the cache: the size of the engine, or None and perhaps why it is stale.
+
+    `graph_bytes` is the size of the graph and its weights.
+    """
 
     key: Key
     path: Path
     inputs: Shapes
-    weight_bytes: int
+    graph_bytes: int
     cached_bytes: int | None
     stale_reason: str | None
 
@@ -73,8 +75,9 @@ def plan(
         bool(bundle.manifest.model.thinking_blocks)
         and plugin_problem(flavour, gpu.capability, bundle) is None
     )
+    thinking = {graph.name for graph in bundle.graphs() if graph.depth}
     for graph, (path, inputs) in graphs_to_build(bundle).items():
-        plugin = plugin_hash() if use_plugin and graph.startswith(ROUTED_PREFIX) else ""
+        plugin = plugin_hash() if use_plugin and graph in thinking else ""
         key = Key.of(bundle, path, flavour.name, full_version, gpu, batch, plugin)
         engine, stale_reason = None, None
         try:
@@ -82,11 +85,11 @@ def plan(
         except Stale as reason:
             stale_reason = str(reason)
         size = None if engine is None else len(engine)
-        tasks.append(BuildTask(key, path, inputs, _weight_bytes(bundle, path), size, stale_reason))
+        tasks.append(BuildTask(key, path, inputs, _graph_bytes(bundle, path), size, stale_reason))
     return tasks
 
 
-def _weight_bytes(bundle: Bundle, path: Path) -> int:
+def _graph_bytes(bundle: Bundle, path: Path) -> int:
     """Size of a graph plus the weights in its folder, which all graphs of the folder share."""
     return sum(
         entry.bytes
@@ -96,13 +99,13 @@ def _weight_bytes(bundle: Bundle, path: Path) -> int:
     )
 
 
-def check_memory(graph: str, weight_bytes: int, factor: float, remedy: str) -> None:
-    """Raise EngineUnavailable if a build that takes `factor` times its weights would be killed for want of memory."""
-    need, have = BASE_BYTES + factor * weight_bytes, available_bytes()
+def check_memory(graph: str, graph_bytes: int, factor: float, remedy: str) -> None:
+    """Raise EngineUnavailable if a build that takes `factor` times the graph's bytes would be killed for want of memory."""
+    need, have = BASE_BYTES + factor * graph_bytes, available_bytes()
     if have is not None and have < need:
         raise EngineUnavailable(
             f"expected about {need / 1e9:.1f} GB of free memory to build {graph} "
-            f"({weight_bytes / 1e9:.1f} GB of weights), found {have / 1e9:.1f} GB; close other programs, or {remedy}"
+            f"({graph_bytes / 1e9:.1f} GB of weights), found {have / 1e9:.1f} GB; close other programs, or {remedy}"
         )
 
 
@@ -116,9 +119,9 @@ def build_all(
     """
     missing = [task for task in tasks if task.cached_bytes is None]
     if missing:
-        largest = max(missing, key=lambda task: task.weight_bytes)
+        largest = max(missing, key=lambda task: task.graph_bytes)
         remedy = "build on a larger machine with --gpu and copy the folder of engines"
-        check_memory(largest.key.graph, largest.weight_bytes, BYTES_PER_WEIGHT_BYTE, remedy)
+        check_memory(largest.key.graph, largest.graph_bytes, BYTES_PER_WEIGHT_BYTE, remedy)
         cache.prepare()
     results: list[BuildResult] = []
     message = f"stopped; finished engines are in {cache.folder}, run the same command to continue"

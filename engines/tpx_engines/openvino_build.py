@@ -115,8 +115,8 @@ def _write(store: Any, file: Path, compiled: Any) -> None:
 
 def _check_memory(store: Any, name: str, factor: float) -> None:
     """Raise EngineUnavailable if there is too little memory to compile the graph `name` of the store."""
-    weight_bytes = store.weight_bytes + store.path.stat().st_size
-    check_memory(name, weight_bytes, factor, "run it with the engine onnxruntime")
+    graph_bytes = store.weight_bytes + store.path.stat().st_size
+    check_memory(name, graph_bytes, factor, "run it with the engine onnxruntime")
 
 
 def _require_writable(store: Any) -> None:

@@ -507,13 +507,13 @@ def test_refuses_to_build_without_enough_memory(
     assert engine_origins(tpx_build()) == ["cache"] * len(GRAPHS)
 
 
-def test_weight_bytes_are_those_of_the_graph_and_its_weights_file(
+def test_graph_bytes_are_those_of_the_graph_and_its_weights_file(
     builder: FakeBuilder, tiny_bundle: Path, tmp_path: Path
 ) -> None:
     bundle = Bundle.open(tiny_bundle, verify=False)
     tasks = module.plan(bundle, EngineCache(tmp_path), (1, 2), Gpu(89), RTX)
     sizes = {path.name: path.stat().st_size for path in (tiny_bundle / "transformer").iterdir()}
-    assert tasks[3].weight_bytes == sizes["depth-2.onnx"] + sizes["weights.data"]
+    assert tasks[3].graph_bytes == sizes["depth-2.onnx"] + sizes["weights.data"]
 
 
 def test_input_shapes_come_from_the_bundle(tiny_bundle: Path) -> None:
@@ -651,7 +651,7 @@ def test_builds_the_tiny_bundle(tpx_build: Callable[..., Result], tiny_bundle: P
     for task in module.plan(bundle, cache, (1, 4), Gpu(89), RTX):
         engine = cache.load(task.key)
         assert engine is not None
-        assert len(engine) > task.weight_bytes / 4, task.key.graph
+        assert len(engine) > task.graph_bytes / 4, task.key.graph
 
 
 @pytest.mark.usefixtures("rtx_libraries")

@@ -74,11 +74,11 @@ def test_a_class_conditional_bundle_has_no_text_encoder(classes: Path) -> None:
     assert not any(name.startswith(("text_encoder", "tokenizer")) for name in bundle.manifest.files)
 
 
-def test_weight_bytes_sums_the_files_of_a_folder(fake_bundle: Path) -> None:
+def test_folder_bytes_sums_the_files_of_a_folder(fake_bundle: Path) -> None:
     bundle = Bundle.open(fake_bundle)
-    assert bundle.weight_bytes("transformer") == 800  # seven graphs over one file of weights
-    assert bundle.weight_bytes("text_encoder") == 100
-    assert bundle.weight_bytes("text") == 0
+    assert bundle.folder_bytes("transformer") == 800  # seven graphs over one file of weights
+    assert bundle.folder_bytes("text_encoder") == 100
+    assert bundle.folder_bytes("text") == 0
 
 
 def test_a_flipped_byte_in_any_file_of_a_real_bundle_is_detected(copy: Path) -> None:
