@@ -135,7 +135,7 @@ class Quantiser:
             depths=tuple(depths),
             speeds=tuple(speeds),
             score=score_report,
-            sizes={name: (fp32.folder_bytes(name), int8.weight_bytes(name)) for name in folders},
+            sizes={name: (fp32.folder_bytes(name), int8.folder_bytes(name)) for name in folders},
         )
 
 
