@@ -16,7 +16,7 @@ from .graphs import Graphs
 from .manifest import EncoderSpec, ModelSpec
 from .memory import available_bytes
 from .sampling import Array
-from .tokenizer import Encoding, Tokenizer, load_tokenizer, reject_unknown
+from .tokenizer import Encoding, Tokenizer, load_tokenizer
 
 EncoderOutput = tuple[
     Array, Array | None
@@ -116,11 +116,7 @@ class TextConditioner:
         return context, checked_output(outputs, "pooled", (len(ids), encoder.pooled_width))
 
     def _encode(self, tokenizer: Tokenizer, prompt: str | None) -> Encoding:
-        if prompt is None:
-            return tokenizer.encode_empty()
-        encoding = tokenizer.encode(prompt)
-        reject_unknown(encoding, tokenizer)
-        return encoding
+        return tokenizer.encode_empty() if prompt is None else tokenizer.encode(prompt)
 
     def _pairs(self) -> list[tuple[EncoderSpec, Tokenizer]]:
         return list(zip(self.encoders, self.tokenizers, strict=True))

@@ -753,12 +753,10 @@ class TruncatingTokenizer:
 
     def encode(self, prompt: str) -> Encoding:
         words = prompt.split()
-        return Encoding(
-            [len(word) for word in words][:5] + [0] * (8 - min(len(words), 5)), [], len(words) - 5
-        )
+        return Encoding([len(word) for word in words][:5] + [0] * (8 - min(len(words), 5)), len(words) - 5)
 
     def encode_empty(self) -> Encoding:
-        return Encoding([0] * 8, [])
+        return Encoding([0] * 8)
 
 
 def test_a_truncated_prompt_gives_one_notice_per_run(

@@ -264,7 +264,7 @@ class TruncatingTokenizer:
     def encode(self, prompt: str) -> Encoding:
         ids = [len(word) for word in prompt.split()]
         room = self.text_tokens - len(ids)
-        return Encoding(ids[: self.text_tokens] + [0] * room, [], max(0, -room))
+        return Encoding(ids[: self.text_tokens] + [0] * room, max(0, -room))
 
     def encode_empty(self) -> Encoding:
         return self.encode("")

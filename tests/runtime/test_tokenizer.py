@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tpx_runtime.errors import BadInput, BundleInvalid
-from tpx_runtime.tokenizer import WordTokenizer, load_tokenizer, reject_unknown
+from tpx_runtime.tokenizer import WordTokenizer, load_tokenizer
 
 from .fakes import TOKENS, WORDS, write_vocabulary
 
@@ -23,7 +23,6 @@ def test_ids_of_a_prompt() -> None:
     encoding = TOKENIZER.encode("A red Cube, two.")
     words = [TOKENS.index(word) for word in ("a", "red", "cube", ",", "two", ".")]
     assert encoding.ids == [BOS, *words, EOS, PAD]
-    assert encoding.unknown == []
 
 
 @pytest.mark.parametrize("prompt", ["red cube", " red\tcube\n", "RED\u00a0CUBE", "Red\u2028cUbE\x1f"])
@@ -35,17 +34,15 @@ def test_encode_empty_gives_bos_eos_and_padding() -> None:
     assert TOKENIZER.encode_empty().ids == [BOS, EOS] + [PAD] * (LENGTH - 2)
 
 
-def test_unknown_words_become_unk_and_are_listed_once_in_order() -> None:
-    encoding = TOKENIZER.encode("zebra red yak zebra")
-    assert encoding.ids[1:5] == [UNK, TOKENS.index("red"), UNK, UNK]
-    assert encoding.unknown == ["zebra", "yak"]
+def test_unknown_words_are_named_once_in_order() -> None:
+    with pytest.raises(BadInput, match=r"found 'zebra', 'yak'; use other words$"):
+        TOKENIZER.encode("zebra red yak zebra")
 
 
 @pytest.mark.parametrize("name", TOKENS[:4])
 def test_special_tokens_in_a_prompt_are_unknown_words(name: str) -> None:
-    encoding = TOKENIZER.encode(f"red {name}")
-    assert encoding.ids[2] == UNK
-    assert encoding.unknown == [name]
+    with pytest.raises(BadInput, match=f"expected words of this model's vocabulary, found '{name}'"):
+        TOKENIZER.encode(f"red {name}")
 
 
 @pytest.mark.parametrize("prompt", ["", "   ", "\n", "...", ", ,", "🙂🙃", "🟥 🧊", "\u200b", "<<<>>>", "-"])
@@ -69,13 +66,13 @@ def test_rejects_more_words_than_fit() -> None:
 @pytest.mark.parametrize("prompt", ["red " * 2500, "," * 9999 + "a", "a" * 10_000])
 def test_the_error_for_a_very_long_prompt_is_short(prompt: str) -> None:
     with pytest.raises(BadInput) as caught:
-        reject_unknown(TOKENIZER.encode(prompt), TOKENIZER)
+        TOKENIZER.encode(prompt)
     assert len(str(caught.value)) < 200
 
 
 def test_the_error_names_unknown_words_with_similar_ones() -> None:
     with pytest.raises(BadInput) as caught:
-        reject_unknown(TOKENIZER.encode("rde spheer quux"), TOKENIZER)
+        TOKENIZER.encode("rde spheer quux")
     assert str(caught.value) == (
         "expected words of this model's vocabulary, found 'rde' (similar: red), 'spheer' (similar: sphere), "
         "'quux'; use other words"
@@ -92,11 +89,7 @@ def test_suggest_truncates_a_very_long_word(monkeypatch: pytest.MonkeyPatch) -> 
 def test_the_error_names_only_the_first_unknown_words() -> None:
     tokenizer = WordTokenizer(TOKENS, 20)
     with pytest.raises(BadInput, match=r"'x4' and 3 more; use other words$"):
-        reject_unknown(tokenizer.encode(" ".join(f"x{i}" for i in range(8))), tokenizer)
-
-
-def test_accepts_known_words() -> None:
-    reject_unknown(TOKENIZER.encode("red cube"), TOKENIZER)
+        tokenizer.encode(" ".join(f"x{i}" for i in range(8)))
 
 
 @quick
@@ -108,7 +101,6 @@ def test_accepts_known_words() -> None:
 def test_any_text_gives_an_encoding_or_a_one_line_error(prompt: str) -> None:
     try:
         encoding = TOKENIZER.encode(prompt)
-        reject_unknown(encoding, TOKENIZER)
     except BadInput as caught:
         line = str(caught)
     else:
@@ -154,7 +146,7 @@ def test_reads_the_vocabulary_of_a_bundle(fake_bundle: Path) -> None:
         ({"tokens": "red"}, "expected tokens to be a list of words"),
         ({"tokens": [*TOKENS, 5]}, "expected tokens to be a list of words"),
         ({"tokens": TOKENS[1:]}, "expected the token <pad>, found none"),
-        ({"tokens": TOKENS[:3] + WORDS}, "expected the token <unk>, found none"),
+        ({"tokens": [*TOKENS[:2], *TOKENS[3:]]}, "expected the token <eos>, found none"),
         ({"tokens": [*TOKENS, "red"]}, "expected unique tokens, found a duplicate"),
         ({"text_tokens": 2}, "expected text_tokens of at least 3, found 2"),
         ({"text_tokens": "9"}, "expected text_tokens of at least 3, found '9'"),

@@ -164,7 +164,6 @@ def test_ids_match_for_any_text(name: str, both_tokenizers: dict[str, tuple[Toke
     def check(text: str) -> None:
         encoding = ours.encode(text)
         assert (encoding.ids, encoding.dropped) == theirs(text)
-        assert encoding.unknown == []
 
     check()
 

@@ -5,19 +5,17 @@ from pathlib import Path
 
 from ..errors import BundleInvalid, shorten
 from .encoding import Encoding, Tokenizer
-from .word import BOS, EOS, PAD, UNK, WordTokenizer, reject_unknown
+from .word import BOS, EOS, PAD, WordTokenizer
 
 __all__ = [
     "BOS",
     "EOS",
     "PAD",
-    "UNK",
     "Encoding",
     "Tokenizer",
     "WordTokenizer",
     "load_tokenizer",
     "make_tokenizer",
-    "reject_unknown",
 ]
 
 

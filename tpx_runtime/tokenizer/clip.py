@@ -69,9 +69,7 @@ class ClipTokenizer:
         ids = self._special.encode(prompt, self._encode_text)
         max_tokens = self.text_tokens - 2
         padding = [self._pad] * (max_tokens - len(ids))
-        return Encoding(
-            [self._bos, *ids[:max_tokens], self._eos, *padding], [], max(0, len(ids) - max_tokens)
-        )
+        return Encoding([self._bos, *ids[:max_tokens], self._eos, *padding], max(0, len(ids) - max_tokens))
 
     def encode_empty(self) -> Encoding:
         """The ids of the unconditional branch of guidance."""

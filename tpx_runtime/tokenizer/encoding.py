@@ -12,12 +12,10 @@ from ..errors import BadInput, BundleInvalid, shorten
 class Encoding:
     """A tokenized prompt.
 
-    `ids` has text_tokens entries. `unknown` lists the words replaced by <unk>, in order and without repeats; only the word
-    tokenizer has any. `dropped` is the number of tokens of the prompt that were truncated.
+    `ids` has text_tokens entries. `dropped` is the number of tokens of the prompt that were truncated.
     """
 
     ids: list[int]
-    unknown: list[str]
     dropped: int = 0
 
 

@@ -108,7 +108,7 @@ class T5Tokenizer:
         ids = self._special.encode(prompt, self._encode_text)
         max_tokens = self.text_tokens - 1
         padding = [self._pad] * (max_tokens - len(ids))
-        return Encoding([*ids[:max_tokens], self._eos, *padding], [], max(0, len(ids) - max_tokens))
+        return Encoding([*ids[:max_tokens], self._eos, *padding], max(0, len(ids) - max_tokens))
 
     def encode_empty(self) -> Encoding:
         """The ids of the unconditional branch of guidance."""

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BadInput, BundleInvalid, shorten
-from .encoding import Encoding, Tokenizer
+from .encoding import Encoding
 
-PAD, BOS, EOS, UNK = "<pad>", "<bos>", "<eos>", "<unk>"
+PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 _WORD = re.compile(r"[,.]|[^\s,.]+")
 
 
@@ -19,6 +19,8 @@ class WordTokenizer:
     def __init__(self, tokens: list[str], text_tokens: int) -> None:
         self.text_tokens = text_tokens
         self._ids = {token: position for position, token in enumerate(tokens)}
+        # A prompt cannot contain special tokens: "<eos>" in a prompt is an unknown word.
+        self._words = {token: position for token, position in self._ids.items() if not token.startswith("<")}
 
     @classmethod
     def from_vocab(cls, path: Path, vocabulary: Mapping[str, Any]) -> "WordTokenizer":
@@ -33,7 +35,7 @@ class WordTokenizer:
             raise BundleInvalid(f'{path}: expected a vocabulary of kind "word", found {shorten(kind)}')
         if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
             raise BundleInvalid(f"{path}: expected tokens to be a list of words, found something else")
-        if missing := {PAD, BOS, EOS, UNK} - set(tokens):
+        if missing := {PAD, BOS, EOS} - set(tokens):
             raise BundleInvalid(f"{path}: expected the token {min(missing)}, found none")
         if len(set(tokens)) != len(tokens):
             raise BundleInvalid(f"{path}: expected unique tokens, found a duplicate")
@@ -42,7 +44,7 @@ class WordTokenizer:
         return cls(tokens, text_tokens)
 
     def encode(self, prompt: str) -> Encoding:
-        """Tokenize a prompt. Raises BadInput if it has no words or too many."""
+        """Tokenize a prompt. Raises BadInput if it has no words, too many, or one that the vocabulary lacks."""
         words: list[str] = _WORD.findall(prompt.lower())
         if not any(character.isalnum() for word in words for character in word):
             raise BadInput(
@@ -53,6 +55,10 @@ class WordTokenizer:
             raise BadInput(
                 f"expected a prompt of at most {max_words} words and punctuation marks, found {len(words)}; shorten it"
             )
+        if unknown := list(dict.fromkeys(word for word in words if word not in self._words)):
+            found = ", ".join(map(self._describe, unknown[:5]))
+            more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+            raise BadInput(f"expected words of this model's vocabulary, found {found}{more}; use other words")
         return self._encode_words(words)
 
     def encode_empty(self) -> Encoding:
@@ -64,27 +70,10 @@ class WordTokenizer:
         # Comparing a very long word would take seconds, and no vocabulary has words this long.
         return difflib.get_close_matches(word[:64], self._words, n=3)
 
-    @property
-    def _words(self) -> list[str]:
-        return [token for token in self._ids if not token.startswith("<")]
+    def _describe(self, word: str) -> str:
+        similar = self.suggest(word)
+        return shorten(word) + (f" (similar: {', '.join(similar)})" if similar else "")
 
     def _encode_words(self, words: list[str]) -> Encoding:
-        # A prompt cannot contain special tokens: "<eos>" in a prompt is an unknown word.
-        known = [word in self._ids and not word.startswith("<") for word in words]
-        ids = [self._ids[word if ok else UNK] for word, ok in zip(words, known, strict=True)]
-        ids = [self._ids[BOS], *ids, self._ids[EOS]]
-        unknown = dict.fromkeys(word for word, ok in zip(words, known, strict=True) if not ok)
-        return Encoding(ids + [self._ids[PAD]] * (self.text_tokens - len(ids)), list(unknown))
-
-
-def reject_unknown(encoding: Encoding, tokenizer: Tokenizer) -> None:
-    """Raise BadInput if an encoding has unknown words; the message suggests similar known words."""
-    if not encoding.unknown:
-        return
-    descriptions = []
-    for word in encoding.unknown[:5]:
-        similar = tokenizer.suggest(word) if isinstance(tokenizer, WordTokenizer) else []
-        descriptions.append(shorten(word) + (f" (similar: {', '.join(similar)})" if similar else ""))
-    more = len(encoding.unknown) - len(descriptions)
-    found = ", ".join(descriptions) + (f" and {more} more" if more else "")
-    raise BadInput(f"expected words of this model's vocabulary, found {found}; use other words")
+        ids = [self._ids[token] for token in (BOS, *words, EOS)]
+        return Encoding(ids + [self._ids[PAD]] * (self.text_tokens - len(ids)))

@@ -16,7 +16,7 @@ from tpx_runtime.editing import to_pixels
 from tpx_runtime.errors import BadInput
 from tpx_runtime.input_images import flatten_to_rgb, load_image, resize_and_crop
 from tpx_runtime.progress import progress
-from tpx_runtime.tokenizer import Encoding, make_tokenizer, reject_unknown
+from tpx_runtime.tokenizer import Encoding, make_tokenizer
 
 _IMAGE_BATCH, _CAPTION_BATCH = 2, 8
 
@@ -89,8 +89,6 @@ def encode_captions(
 def _tokenize(part: TextPart, texts: list[str]) -> list[Encoding]:
     tokenizer = make_tokenizer(part.vocabulary, Path(part.spec.tokenizer))
     encodings = [tokenizer.encode(text) if text else tokenizer.encode_empty() for text in texts]
-    for encoding in encodings:
-        reject_unknown(encoding, tokenizer)
     if truncated := sum(encoding.dropped > 0 for encoding in encodings):
         click.echo(
             f"{part.spec.folder} truncates {truncated} of {len(texts)} captions: they are longer than its "
