@@ -4,6 +4,7 @@
 """
 
 import glob
+import json
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from tpx_runtime.bundle import MANIFEST
 from tpx_runtime.errors import BadInput
+from tpx_runtime.manifest import FORMAT
 
 # No export takes this long: an older hidden folder was left by an export that was killed.
 _MAX_EXPORT_S = 24 * 3600
@@ -25,16 +27,25 @@ def check_output_folder(out: Path, force: bool) -> None:
         return
     if not force:
         raise BadInput(f"expected a new folder, found that {out} exists; add --force to replace it")
-    if not (out / MANIFEST).is_file():
+    if not _is_bundle(out):
         raise BadInput(f"expected a bundle to replace at {out}, found something else; choose another path")
+
+
+def _is_bundle(folder: Path) -> bool:
+    """Whether `folder` has the manifest of a bundle, of any version; other projects have a manifest.json too."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(manifest, dict) and manifest.get("format") == FORMAT
 
 
 @contextmanager
 def atomic_folder(out: Path, force: bool = False) -> Iterator[Path]:
     """Yield a new folder, which is renamed to `out` at the end, or deleted if there is an error.
 
-    Whatever else is put next to the folder that was yielded is deleted in both cases. Anything at `out`, even if it was
-    created in the meantime, is replaced only with `force`. Raises BadInput.
+    Whatever else is put next to the folder that was yielded is deleted in both cases. Only a bundle at `out`, even if it was
+    created in the meantime, is replaced, and only with `force`. Raises BadInput.
     """
     out = out if out.name else out.resolve()
     _remove_stale(out)
@@ -43,8 +54,7 @@ def atomic_folder(out: Path, force: bool = False) -> Iterator[Path]:
     try:
         _create(folder, out.parent)
         yield folder
-        if not force:
-            check_output_folder(out, force)
+        check_output_folder(out, force)
         if out.exists():
             out.rename(replaced)
         folder.rename(out)

@@ -39,6 +39,13 @@ def graph(bundle: Path, depth: int, variant: GraphVariant) -> onnx.ModelProto:
     return onnx.load(bundle / transformer_name(depth, variant), load_external_data=False)
 
 
+def make_bundle(folder: Path) -> Path:
+    """A folder that counts as a bundle, of another version."""
+    folder.mkdir(exist_ok=True)
+    (folder / "manifest.json").write_text('{"format": "tpx-bundle", "version": 4}')
+    return folder
+
+
 def test_every_graph_is_compared_with_pytorch(tiny_export: tuple[Path, Summary]) -> None:
     reports, depths = tiny_export[1].reports, [f"transformer depth {depth}" for depth in DEPTHS]
     assert list(reports) == ["plain", "operator"]
@@ -295,7 +302,11 @@ def test_rejects_an_existing_folder_and_a_path_inside_a_file(tiny_model: TextToI
     for force, reason in ((False, "exists"), (True, "expected a bundle to replace")):
         with pytest.raises(BadInput, match=reason):
             export_bundle(Pipeline.from_model(tiny_model), folder, force=force)
-    assert entry_names(folder) == ["thesis.txt"]
+    for manifest in ('{"name": "a browser extension"}', "[]", "not JSON"):
+        (folder / "manifest.json").write_text(manifest)
+        with pytest.raises(BadInput, match="expected a bundle to replace"):
+            export_bundle(Pipeline.from_model(tiny_model), folder, force=True)
+    assert entry_names(folder) == ["manifest.json", "thesis.txt"]
     file = tmp_path / "file"
     file.write_text("")
     with pytest.raises(BadInput, match=rf"expected a writable folder {file}, found: Not a directory"):
@@ -303,9 +314,7 @@ def test_rejects_an_existing_folder_and_a_path_inside_a_file(tiny_model: TextToI
 
 
 def test_bundle_is_replaced_completely_or_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = tmp_path / "bundle"
-    out.mkdir()
-    (out / "old").touch()
+    out = make_bundle(tmp_path / "bundle")
     rename = Path.rename
 
     def rename_on_full_disk(path: Path, target: Path) -> Path:
@@ -320,7 +329,7 @@ def test_bundle_is_replaced_completely_or_kept(tmp_path: Path, monkeypatch: pyte
             atomic_folder(out, force=True) as folder,
         ):
             (folder / "new").touch()
-    assert (entry_names(tmp_path), entry_names(out)) == (["bundle"], ["old"])
+    assert (entry_names(tmp_path), entry_names(out)) == (["bundle"], ["manifest.json"])
     with atomic_folder(out, force=True) as folder:
         (folder / "new").touch()
         for temporary in ("fp32", "bundle.engines"):
@@ -328,18 +337,25 @@ def test_bundle_is_replaced_completely_or_kept(tmp_path: Path, monkeypatch: pyte
     assert (entry_names(tmp_path), entry_names(out)) == (["bundle"], ["new"])
 
 
-def test_folder_created_during_the_export_is_kept(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("force", "reason"),
+    [
+        (False, r"expected a new folder, found that .*bundle exists; add --force"),
+        (True, "expected a bundle to replace at .*bundle, found something else"),
+    ],
+)
+def test_folder_created_during_the_export_is_kept(tmp_path: Path, force: bool, reason: str) -> None:
     out = tmp_path / "bundle"
 
     def export() -> None:
-        with atomic_folder(out) as folder:
+        with atomic_folder(out, force) as folder:
             (folder / "new").touch()
             out.mkdir()
-            (out / "of another export").touch()
+            (out / "of somebody else").touch()
 
-    with pytest.raises(BadInput, match=r"expected a new folder, found that .*bundle exists; add --force"):
+    with pytest.raises(BadInput, match=reason):
         export()
-    assert (entry_names(tmp_path), entry_names(out)) == (["bundle"], ["of another export"])
+    assert (entry_names(tmp_path), entry_names(out)) == (["bundle"], ["of somebody else"])
 
 
 def test_day_old_folders_of_killed_exports_are_removed(tmp_path: Path) -> None:
@@ -359,6 +375,7 @@ def test_day_old_folders_of_killed_exports_are_removed(tmp_path: Path) -> None:
         (folder / "new").touch()
     # The .replaced folder stays while there is no bundle, because it may be the only copy.
     assert entry_names(tmp_path) == sorted([replaced, *others, fresh, "bundle"])
+    make_bundle(tmp_path / "bundle")
     with atomic_folder(tmp_path / "bundle", force=True) as folder:
         (folder / "new").touch()
     assert entry_names(tmp_path) == sorted([*others, fresh, "bundle"])
@@ -375,16 +392,14 @@ def test_bundle_can_be_replaced_from_inside(
 
 
 def test_symlink_is_replaced_and_its_target_kept(tmp_path: Path) -> None:
-    target, out = tmp_path / "kept", tmp_path / "bundle"
-    target.mkdir()
-    (target / "old").touch()
+    target, out = make_bundle(tmp_path / "kept"), tmp_path / "bundle"
     out.symlink_to(target)
     with atomic_folder(out, force=True) as folder:
         (folder / "new").touch()
     assert (entry_names(tmp_path), entry_names(out), entry_names(target)) == (
         ["bundle", "kept"],
         ["new"],
-        ["old"],
+        ["manifest.json"],
     )
 
 
