@@ -25,7 +25,7 @@ SCHEDULER = "scheduler/scheduler_config.json"
 STEP = "scheduler/step.onnx"  # optional
 GOLDEN = "golden/golden.npz"
 _REQUIRED_VARIANTS: tuple[GraphVariant, ...] = ("operator", "plain")  # "fused" exists only in float16
-_SHIFT_RANGE = (0.01, 100.0)  # outside of it, neighbouring sigmas of a long schedule are equal in float32
+SHIFT_RANGE = (0.01, 100.0)  # outside of it, neighbouring sigmas of a long schedule are equal in float32
 
 
 def transformer_name(depth: int, variant: GraphVariant = "operator") -> str:
@@ -217,8 +217,8 @@ class Bundle:
             shift = float(json.loads(path.read_text(encoding="utf-8"))["shift"])
         except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
             raise BundleInvalid(f'{path}: expected JSON with a number "shift", found none') from None
-        if not _SHIFT_RANGE[0] <= shift <= _SHIFT_RANGE[1]:
+        if not SHIFT_RANGE[0] <= shift <= SHIFT_RANGE[1]:
             raise BundleInvalid(
-                f"{path}: expected a shift in {_SHIFT_RANGE[0]:g}..{_SHIFT_RANGE[1]:g}, found {shift:g}"
+                f"{path}: expected a shift in {SHIFT_RANGE[0]:g}..{SHIFT_RANGE[1]:g}, found {shift:g}"
             )
         return shift

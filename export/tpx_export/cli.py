@@ -1,6 +1,7 @@
 """The command tpx-export."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,9 @@ _PATH = click.Path(path_type=Path)
 @click.option("--image-size", help="Pixels, WIDTHxHEIGHT or SIDE.  [default: BASE's own]")
 @click.option("--no-t5", is_flag=True, help="Leave out BASE's T5 encoder.")
 @click.option("--depth", type=int, help="Latent steps; graphs 1..DEPTH are written.  [default: the model's]")
+@click.option("--default-steps", type=int, help="The bundle's default steps.  [default: the model's]")
+@click.option("--default-guidance", type=float, help="The bundle's default guidance, likewise; 1 is off.")
+@click.option("--default-sampler", help="The bundle's default sampler, likewise.")
 @click.option("--out", type=_PATH, help="Folder to write.  [default: bundles/<model's name>]")
 @click.option("--precision", help="fp32, fp16, int8 or int8-weights.  [default: as the weights are stored]")
 @click.option(
@@ -49,6 +53,9 @@ def main(
     image_size: str | None,
     no_t5: bool,
     depth: int | None,
+    default_steps: int | None,
+    default_guidance: float | None,
+    default_sampler: str | None,
     out: Path | None,
     precision: str | None,
     calibration: Path | None,
@@ -64,12 +71,13 @@ def main(
     from tpx_export.quantise.quantiser import Int8Options
     from tpx_export.quantise.verdict import Refused
 
-    given = {"calibration": calibration, "score_prompts": score_prompts, "accept_loss": accept_loss or None}
-    chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    chosen = _given(calibration=calibration, score_prompts=score_prompts, accept_loss=accept_loss or None)
+    defaults = _given(steps=default_steps, guidance=default_guidance, sampler=default_sampler)
     options = Int8Options(**chosen) if chosen else None
     check_arguments(out, depth, precision, force, options)  # before reading the model, which takes a while
     with warnings_as_notices():
         pipeline = open_model(ckpt, base, components, adapters, image_size, no_t5)
+    pipeline = replace(pipeline, defaults=replace(pipeline.defaults, **defaults))
     out = out or Path("bundles") / pipeline.name
     with click.progressbar(length=1, label="export", file=sys.stderr) as bar:
 
@@ -87,6 +95,11 @@ def main(
     if summary.rejection:
         click.echo(f"accepted: {summary.rejection}", err=True)
     click.echo(out)
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """The options that are not None."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def open_model(

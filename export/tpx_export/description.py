@@ -1,19 +1,36 @@
 """The manifest and the scheduler configuration of a bundle (docs/bundle.md)."""
 
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import asdict, replace
 
 from tpx_export.pipeline import Pipeline
 from tpx_export.precision import tolerance_of
 from tpx_runtime import __version__
-from tpx_runtime.bundle import describe_files
-from tpx_runtime.manifest import Manifest
+from tpx_runtime.bundle import SHIFT_RANGE
+from tpx_runtime.errors import BadInput, BundleInvalid
+from tpx_runtime.manifest import FileEntry, Manifest
 from tpx_runtime.sampling import TRAIN_TIMESTEPS
 from tpx_runtime.sampling.diffusion import FIRST_BETA, LAST_BETA
+from tpx_runtime.settings import Settings
 
 
-def build_manifest(pipeline: Pipeline, depths: tuple[int, ...], precision: str, folder: Path) -> Manifest:
-    """The manifest of a bundle of `pipeline` whose files are in `folder`."""
+def check_description(pipeline: Pipeline, depths: tuple[int, ...], precision: str) -> None:
+    """Check, before anything is exported, that a bundle of `pipeline` can be opened and run. Raises BadInput."""
+    low, high = SHIFT_RANGE
+    try:
+        if not low <= pipeline.schedule_shift <= high:
+            raise BundleInvalid(f"expected a shift in {low:g}..{high:g}, found {pipeline.schedule_shift:g}")
+        manifest = build_manifest(pipeline, depths, precision, {})
+        class_id = 0 if manifest.model.classes else None
+        Settings("", "", seed=0, class_id=class_id, **asdict(manifest.defaults)).check(manifest)
+    except (BadInput, BundleInvalid) as error:
+        reason = str(error).removeprefix("manifest.json: ")
+        raise BadInput(f"{reason} in the settings of {pipeline.name}; correct it") from None
+
+
+def build_manifest(
+    pipeline: Pipeline, depths: tuple[int, ...], precision: str, files: dict[str, FileEntry]
+) -> Manifest:
+    """The manifest of a bundle of `pipeline` with these files. Raises BundleInvalid."""
     return Manifest(
         name=pipeline.name,
         license=pipeline.license,
@@ -24,7 +41,7 @@ def build_manifest(pipeline: Pipeline, depths: tuple[int, ...], precision: str, 
         latent=pipeline.latent,
         defaults=replace(pipeline.defaults, depth=min(pipeline.defaults.depth, depths[-1])),
         tolerance=tolerance_of(precision, pipeline.precision),
-        files=describe_files(folder),
+        files=files,
     )
 
 

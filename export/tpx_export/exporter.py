@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from tpx_export.atomic_folder import atomic_folder, check_output_folder
-from tpx_export.description import build_manifest, scheduler_config
+from tpx_export.description import build_manifest, check_description, scheduler_config
 from tpx_export.fusion import FLOAT_TYPES, MIN_FUSED_TOKENS, fuse_attention, fused_variant
 from tpx_export.golden import Golden, conditioning_inputs, text_golden, transformer_golden, vae_golden
 from tpx_export.graphs import (
@@ -53,6 +53,7 @@ from tpx_runtime.bundle import (
     VOCABULARY,
     Bundle,
     GraphVariant,
+    describe_files,
     transformer_name,
 )
 from tpx_runtime.engine import resolve
@@ -83,18 +84,19 @@ def export_bundle(
 
     The default precision is that of the stored weights. The bundle is written to a hidden folder next to `out`, verified
     with ONNX Runtime against PyTorch, and then renamed: an export that fails or is interrupted leaves nothing behind. Raises
-    BadInput for an invalid depth, precision, path or `int8`, EngineFailed for a graph that is out of tolerance, Refused for
-    an int8 bundle that loses too much or gains nothing, unless `int8.accept_loss`.
+    BadInput for an invalid depth, precision, path, `int8` or setting of `pipeline`, EngineFailed for a graph that is out of
+    tolerance, Refused for an int8 bundle that loses too much or gains nothing, unless `int8.accept_loss`.
     """
     max_depth, precision = pipeline.model.depths[-1], precision or pipeline.precision
     depth = max_depth if depth is None else depth
     if not 1 <= depth <= max_depth:
         raise BadInput(f"expected a depth of 1..{max_depth} (this model's), found {depth}")
     check_arguments(out, depth, precision, force, int8)
+    depths = tuple(range(1, depth + 1))
+    check_description(pipeline, depths, precision)
     quantiser = (
         Quantiser(pipeline, precision, int8 or Int8Options()) if precision in INT8_PRECISIONS else None
     )
-    depths = tuple(range(1, depth + 1))
     int8_tasks = quantiser.task_count(depths) if quantiser else 0
     tasks = _Tasks(progress, total=len(pipeline.text) + len(depths) + 5 + int8_tasks)
     golden: Golden = {}
@@ -114,7 +116,7 @@ def export_bundle(
         if (graph := step_graph(pipeline.model)) is not None:
             onnx.save_model(graph, folder / STEP)
         with tasks("hashes"):
-            manifest = build_manifest(pipeline, depths, precision, folder)
+            manifest = build_manifest(pipeline, depths, precision, describe_files(folder))
         (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
         bundle = Bundle.open(folder, verify=False)  # not what was meant, but what a user will open
         # Tracing leaves the modules in reference cycles, and the engines need their memory.

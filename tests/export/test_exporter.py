@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -30,6 +31,7 @@ from tpx_runtime.bundle import CONDITIONS, Bundle, GraphVariant, transformer_nam
 from tpx_runtime.engine import ENGINES, resolve
 from tpx_runtime.errors import BadInput, EngineFailed
 from tpx_runtime.generator import Generator
+from tpx_runtime.manifest import Defaults
 from tpx_runtime.verify import verify_bundle
 
 DEPTHS = (1, 2, 3)
@@ -267,6 +269,30 @@ def test_rejects_depths_that_the_checkpoint_does_not_have(
     assert entry_names(tmp_path) == []
 
 
+@pytest.mark.parametrize(
+    ("defaults", "shift", "message"),
+    [
+        ({"sampler": "nope"}, 1.0, r"defaults.sampler of euler, .*, found 'nope' in the settings of tiny"),
+        ({"steps": 0}, 1.0, r"defaults.steps in 1\.\.1000, found 0 in"),
+        ({"guidance": float("nan")}, 1.0, "guidance to be a number in .*, found nan in"),
+        ({}, 200.0, r"a shift in 0\.01\.\.100, found 200 in"),
+        ({}, float("nan"), "a shift in .*, found nan in"),
+    ],
+)
+def test_rejects_settings_that_a_bundle_cannot_have_before_the_first_graph(
+    tiny_model: TextToImage, tmp_path: Path, defaults: dict[str, Any], shift: float, message: str
+) -> None:
+    def unused() -> Any:
+        raise AssertionError("a part was loaded")
+
+    pipeline = Pipeline.from_model(tiny_model)
+    text = tuple(replace(part, load=unused) for part in pipeline.text)
+    changed = replace(pipeline, text=text, defaults=replace(pipeline.defaults, **defaults), shift=shift)
+    with pytest.raises(BadInput, match=f"^expected {message}"):
+        export_bundle(changed, tmp_path / "bundle")
+    assert entry_names(tmp_path) == []
+
+
 def test_a_graph_out_of_tolerance_leaves_no_bundle(
     tiny_model: TextToImage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -431,8 +457,10 @@ def test_command_exports_and_replaces_only_with_force(tiny_model: TextToImage, t
     assert Bundle.open(out).manifest.model.depths == (1,)
     code, _, stderr = run_export("--ckpt", str(ckpt), "--out", str(out))
     assert code == 2 and "--force" in stderr
-    code, _, _ = run_export("--ckpt", str(ckpt), "--depth", "1", "--out", str(out), "--force")
-    assert code == 0
+    defaults = ("--default-steps", "4", "--default-guidance", "1", "--default-sampler", "heun")
+    code, _, _ = run_export("--ckpt", str(ckpt), "--depth", "1", "--out", str(out), "--force", *defaults)
+    manifest = Bundle.open(out).manifest
+    assert (code, manifest.defaults) == (0, Defaults(sampler="heun", steps=4, guidance=1.0, depth=1))
 
 
 def test_command_errors_are_one_line(tiny_model: TextToImage, tmp_path: Path) -> None:

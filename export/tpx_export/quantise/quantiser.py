@@ -22,7 +22,7 @@ from tpx_export.quantise.prompts import choose_subjects
 from tpx_export.quantise.report import Report, fastest
 from tpx_export.quantise.score import score
 from tpx_export.quantise.speed import available_engines, speed
-from tpx_runtime.bundle import Bundle
+from tpx_runtime.bundle import Bundle, describe_files
 from tpx_runtime.engine import resolve
 from tpx_runtime.errors import BadInput
 from tpx_runtime.prompts import read_prompt_lines
@@ -145,7 +145,8 @@ def complete_fp32_bundle(fp32: Path, int8: Bundle, pipeline: Pipeline) -> Bundle
         if not (fp32 / name).exists():
             (fp32 / name).parent.mkdir(parents=True, exist_ok=True)
             _link(int8.root / name, fp32 / name)
-    return Bundle(fp32, build_manifest(pipeline, int8.manifest.model.depths, "fp32", fp32))
+    files = describe_files(fp32)
+    return Bundle(fp32, build_manifest(pipeline, int8.manifest.model.depths, "fp32", files))
 
 
 def _link(source: Path, target: Path) -> None:
