@@ -69,6 +69,11 @@ class Pipeline:
         """The time shift for a sampler's schedule; a diffusion's ignores it."""
         return 1.0 if self.shift is None else self.shift
 
+    @property
+    def t5(self) -> bool:
+        """Whether one of the text encoders is T5, the only one that does not pool."""
+        return any(not part.spec.pooled_width for part in self.text)
+
     @classmethod
     def from_model(cls, model: TextToImage | ClassToImage) -> "Pipeline":
         """The parts of a TPX model: a flow conditioned on a prompt, or a diffusion conditioned on a class."""

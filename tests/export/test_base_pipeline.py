@@ -142,6 +142,22 @@ def test_without_t5(reference: tuple[Path, Any], bundle: Path, tmp_path: Path) -
     assert psnr(images[0], with_t5) < 60
 
 
+@pytest.mark.parametrize("with_components", [False, True])
+def test_pipeline_saved_without_t5_has_none_to_load(
+    reference: tuple[Path, Any], tmp_path: Path, with_components: bool
+) -> None:
+    from diffusers import StableDiffusion3Pipeline
+
+    folder, components = reference[0], {"text_encoder_3": None, "tokenizer_3": None}
+    StableDiffusion3Pipeline.from_pretrained(folder, **components).save_pretrained(tmp_path / "base")
+    index = json.loads((tmp_path / "base/model_index.json").read_text())
+    assert index["text_encoder_3"] == [None, None] and not (tmp_path / "base/text_encoder_3").exists()
+    pipeline = open_base(tmp_path / "base", folder if with_components else None)
+    folders = [part.spec.folder for part in pipeline.text]
+    assert folders == ["text_encoder", "text_encoder_2", "text_encoder_3"][: 3 if with_components else 2]
+    assert pipeline.t5 == with_components
+
+
 def test_long_prompt_is_truncated_as_in_diffusers(reference: tuple[Path, Any], bundle: Path) -> None:
     generator = Generator.load(bundle, engine="onnxruntime")
     with pytest.warns(
@@ -403,9 +419,11 @@ def test_shift_is_read_from_the_scheduler_config(reference: tuple[Path, Any], tm
     (other / "scheduler").mkdir()
     (other / "scheduler/scheduler_config.json").write_text(json.dumps({"shift": 1.5}))
     assert open_base(other).shift == 1.5
-    for wrong in (0, -1, float("inf"), float("nan"), "3"):
+    for wrong in (0, -1, 0.001, 200, float("inf"), float("nan"), "3"):
         (other / "scheduler/scheduler_config.json").write_text(json.dumps({"shift": wrong}))
-        with pytest.raises(CheckpointInvalid, match=r"expected a (shift above 0|number shift), found"):
+        with pytest.raises(
+            CheckpointInvalid, match=r"expected a (shift in 0\.01\.\.100|number shift), found"
+        ):
             open_base(other)
 
 
@@ -414,6 +432,7 @@ PUBLISHED_SCHEDULER = {
     "num_train_timesteps": 1000,
     "shift": 3.0,
 }
+FLOWS = "FlowMatchEulerDiscreteScheduler or FlowMatchHeunDiscreteScheduler"
 
 
 @pytest.mark.parametrize(
@@ -421,8 +440,11 @@ PUBLISHED_SCHEDULER = {
     [
         ({}, None),  # as in SD3 and SD3.5
         ({"use_dynamic_shifting": False, "shift_terminal": None, "use_karras_sigmas": False}, None),
-        ({"_class_name": "DDIMScheduler"}, "a _class_name that starts with FlowMatch, found 'DDIMScheduler'"),
-        ({"_class_name": 3}, "a _class_name that starts with FlowMatch, found 3"),
+        ({"_class_name": "FlowMatchHeunDiscreteScheduler"}, None),
+        ({"_class_name": "DDIMScheduler"}, f"_class_name {FLOWS}, found 'DDIMScheduler'"),
+        ({"_class_name": "FlowMatchLCMScheduler"}, f"_class_name {FLOWS}, found 'FlowMatchLCMScheduler'"),
+        ({"_class_name": 3}, f"_class_name {FLOWS}, found 3"),
+        ({"stochastic_sampling": True}, "stochastic_sampling False or None, found True"),
         ({"use_dynamic_shifting": True}, "use_dynamic_shifting False or None, found True"),
         ({"shift_terminal": 0.02}, "shift_terminal None, found 0.02"),
         ({"use_karras_sigmas": True}, "use_karras_sigmas False or None, found True"),
@@ -438,12 +460,13 @@ def test_rejects_unsupported_scheduler_settings(
     path.parent.mkdir()
     path.write_text(json.dumps(PUBLISHED_SCHEDULER | changes))
     if message is None:
-        assert sd3_pipeline._schedule_shift(ModelFiles(tmp_path, None)) == 3.0
+        sampler = "heun" if "Heun" in str(changes) else "euler"
+        assert sd3_pipeline._schedule(ModelFiles(tmp_path, None)) == (sampler, 3.0)
         return
     with pytest.raises(
         CheckpointInvalid, match=f"{path}: expected {message}; other models cannot be imported"
     ):
-        sd3_pipeline._schedule_shift(ModelFiles(tmp_path, None))
+        sd3_pipeline._schedule(ModelFiles(tmp_path, None))
 
 
 def single_file(folder: Path, path: Path) -> Path:
@@ -499,6 +522,10 @@ def test_model_name_is_that_of_the_given_file_or_folder(
     # As in the cache of Hugging Face.
     link.symlink_to("../blobs/5d41402a")
     assert name_of(link) == "sd3_medium"
+    snapshot = tmp_path / "models--stabilityai--stable-diffusion-3-medium-diffusers/snapshots/ea42f8ce"
+    snapshot.mkdir(parents=True)
+    assert name_of(snapshot) == "stable-diffusion-3-medium-diffusers"
+    assert name_of(link.parent) == "snapshots"
     (tmp_path / "my model").mkdir()
     monkeypatch.chdir(tmp_path / "my model")
     assert name_of(Path(".")) == name_of(tmp_path / "my model") == "my-model"
@@ -532,11 +559,24 @@ def test_adapters_are_rounded_only_to_the_bundles_precision(
         assert exported[name].dtype == bundle and torch.equal(exported[name], trained[name].to(bundle)), name
 
 
+def test_rejects_a_vae_that_does_not_fit_a_dit(tmp_path: Path) -> None:
+    write_dit(tmp_path)
+    shutil.rmtree(tmp_path / "vae")
+    tiny_vae().save_pretrained(tmp_path / "vae")
+    with pytest.raises(CheckpointInvalid, match=r"expected a VAE of 4 latent channels, .* found one of 16"):
+        open_base(tmp_path / "dit.pt", tmp_path)
+
+
 def test_dit_with_adapters_exports_and_generates_by_class(tmp_path: Path) -> None:
     write_dit(tmp_path)
     arguments = ["--base", str(tmp_path / "dit.pt"), "--adapters", str(tmp_path / "tpx.safetensors")]
     assert "expected vae/config.json" in error_line(*arguments)
     arguments += ["--components", str(tmp_path), "--out", str(tmp_path / "bundle")]
+    assert "expected --no-t5 only with Stable Diffusion 3" in error_line(*arguments, "--no-t5")
+    assert "expected defaults.sampler of ddpm, ddim, found 'euler'" in error_line(
+        *arguments, "--default-sampler", "euler"
+    )
+    arguments += ["--default-steps", "125"]
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.output
     generator = Generator.load(tmp_path / "bundle", engine="onnxruntime")
@@ -544,7 +584,7 @@ def test_dit_with_adapters_exports_and_generates_by_class(tmp_path: Path) -> Non
     assert (manifest.model.classes, manifest.model.guided_channels, manifest.model.out_channels) == (10, 3, 8)
     assert (manifest.defaults.sampler, manifest.defaults.steps, manifest.defaults.guidance) == (
         "ddpm",
-        250,
+        125,
         4.0,
     )
     class_7, class_3, class_7_at_depth_1 = (

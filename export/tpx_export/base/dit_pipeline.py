@@ -6,6 +6,7 @@ from tpx_export.base.dit import spec_from_tensors, transformer_from_tensors
 from tpx_export.base.model_files import ModelFiles, name_of, precision_of
 from tpx_export.base.tensors import open_tensors
 from tpx_export.base.vae import load_vae, vae_spec
+from tpx_export.checkpoint import CheckpointInvalid
 from tpx_export.pipeline import Pipeline, model_spec
 from tpx_runtime.errors import BadInput
 from tpx_runtime.image_size import format_size
@@ -28,6 +29,11 @@ def open_pipeline(files: ModelFiles, image_size_px: tuple[int, int] | None = Non
     if folder is None or not (folder / "config.json").exists():
         folder = files.component_folder("vae")
     vae = vae_spec(folder)
+    if vae.latent_channels != spec.latent_channels:
+        raise CheckpointInvalid(
+            f"{folder}: expected a VAE of {spec.latent_channels} latent channels, as the DiT has, found one of "
+            f"{vae.latent_channels}; use the parts of one model"
+        )
     model = model_spec(spec, vae.factor, guided_channels=min(_GUIDED_CHANNELS, spec.latent_channels))
     if image_size_px not in (None, size := model.image_size_px):
         raise BadInput(

@@ -6,8 +6,11 @@ from pathlib import Path
 
 import torch
 
+from tpx_export.base.foreign_json import read_object
 from tpx_export.base.tensors import FLOAT8
 from tpx_export.checkpoint import CheckpointInvalid
+
+INDEX = "model_index.json"  # of a diffusers pipeline
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,20 @@ class ModelFiles:
             return self.path
         raise self._missing(f"{name}/config.json", hint)
 
+    def saved_without(self, name: str) -> bool:
+        """Whether a pipeline's index says that it has no part of that name, and no other folder has it.
+
+        Raises CheckpointInvalid for an index that is not JSON.
+        """
+        indices = {root: root / INDEX for root in self._roots}
+        without = [
+            root
+            for root, index in indices.items()
+            if index.exists() and read_object(index).get(name) == [None, None]
+        ]
+        others = (root for root in self._roots if root not in without)
+        return bool(without) and not any((root / name).exists() for root in others)
+
     def any_folder(self, name: str) -> Path:
         """The first folder of that name, whatever it contains. Raises CheckpointInvalid."""
         for root in self._roots:
@@ -57,7 +74,11 @@ class ModelFiles:
 def name_of(path: Path) -> str:
     """A bundle name for the model in that file or folder."""
     # A file in Hugging Face's cache is a link to a file named by its hash; a folder may be ".".
-    stem = path.resolve().name if path.is_dir() else path.stem
+    folder = path.resolve()
+    stem = folder.name if path.is_dir() else path.stem
+    # A snapshot in that cache is models--OWNER--NAME/snapshots/HASH.
+    if path.is_dir() and folder.parent.name == "snapshots" and folder.parts[-3].startswith("models--"):
+        stem = folder.parts[-3].split("--")[-1]
     return re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-._") or "model"
 
 

@@ -17,14 +17,13 @@ import torch
 from tpx_export.adapters import FILE, Adapters, attach, load_adapters
 from tpx_export.base import dit_pipeline, sd3_pipeline
 from tpx_export.base.foreign_json import read_object
-from tpx_export.base.model_files import ModelFiles
+from tpx_export.base.model_files import INDEX, ModelFiles
 from tpx_export.checkpoint import CheckpointInvalid
 from tpx_export.fingerprint import base_fingerprint
 from tpx_export.pipeline import Pipeline
 from tpx_runtime.bundle import MANIFEST
+from tpx_runtime.errors import BadInput
 from tpx_runtime.image_size import format_size
-
-_INDEX = "model_index.json"  # of a diffusers pipeline
 
 
 def open_base(
@@ -36,8 +35,9 @@ def open_base(
 ) -> Pipeline:
     """Open the model at `path`, with the thinking adapters of a tpx.safetensors file, if any.
 
-    `image_size_px` is (height, width), or None for the model's own size. Raises CheckpointInvalid for files that are missing
-    or invalid, BadInput for an image size that the model does not support. Issues a DifferentBaseWarning for adapters that
+    `image_size_px` is (height, width), or None for the model's own size. T5 is left out unless `t5`, or if the pipeline was
+    saved without it. Raises CheckpointInvalid for files that are missing or invalid, BadInput for an image size that the
+    model does not support and for a DiT without `t5`. Issues a DifferentBaseWarning for adapters that
     were trained on another base or with other settings.
     """
     for root in (path, components):
@@ -48,6 +48,8 @@ def open_base(
     _check_kind(path)
     files = ModelFiles(path, components)
     if dit_pipeline.is_dit_checkpoint(path):
+        if not t5:
+            raise BadInput("expected --no-t5 only with Stable Diffusion 3, found it with a DiT; leave it out")
         pipeline = dit_pipeline.open_pipeline(files, image_size_px)
     else:
         pipeline = sd3_pipeline.open_pipeline(files, image_size_px, t5)
@@ -59,7 +61,7 @@ def open_base(
         # tpx-train may have written these into the base's folder.
         outputs = (file, file.with_name(f"{file.name}.state.pt"))
         base = base_fingerprint(path, components, outputs)
-        _warn_if_different(loaded.info.training, base, pipeline, t5)
+        _warn_if_different(loaded.info.training, base, pipeline)
     return with_adapters(pipeline, loaded, adapters)
 
 
@@ -67,15 +69,15 @@ class DifferentBaseWarning(UserWarning):
     """Adapters were trained on another base. This is no error: it may be the same model in another precision."""
 
 
-def _warn_if_different(training: dict[str, Any], base: str, pipeline: Pipeline, t5: bool) -> None:
+def _warn_if_different(training: dict[str, Any], base: str, pipeline: Pipeline) -> None:
     """Issue a DifferentBaseWarning if the adapters' training used another base, image size or text encoders."""
     current: dict[str, Any] = {"base_sha256": base, "image_size": format_size(pipeline.model.image_size_px)}
     if pipeline.text:
-        current["t5"] = t5
+        current["t5"] = pipeline.t5
     descriptions = {
         "base_sha256": "on other base files than these",
         "image_size": f"at {training.get('image_size')} pixels, not {current['image_size']}",
-        "t5": "without T5" if t5 else "with T5",
+        "t5": "without T5" if pipeline.t5 else "with T5",
     }
     different = [descriptions[name] for name, value in current.items() if training.get(name, value) != value]
     if different:
@@ -88,8 +90,8 @@ def _check_kind(path: Path) -> None:
         raise CheckpointInvalid(
             f"{path}: expected a model to export, found a bundle of TPX; run it with tpx-run --bundle"
         )
-    if (path / _INDEX).is_file():
-        kind = read_object(path / _INDEX).get("_class_name")
+    if (path / INDEX).is_file():
+        kind = read_object(path / INDEX).get("_class_name")
         if isinstance(kind, str) and not kind.startswith("StableDiffusion3"):
             raise CheckpointInvalid(
                 f"{path}: expected Stable Diffusion 3 or 3.5, or an original DiT file, found a {kind}; it is not supported"

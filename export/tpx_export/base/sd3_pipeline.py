@@ -33,24 +33,29 @@ from tpx_export.model.clip import CLIPText
 from tpx_export.model.mmdit import MMDiTSpec
 from tpx_export.model.t5 import T5Encoder
 from tpx_export.pipeline import Pipeline, TextPart, example_ids, model_spec
+from tpx_runtime.bundle import SHIFT_RANGE
 from tpx_runtime.errors import BadInput
 from tpx_runtime.image_size import format_size
 from tpx_runtime.manifest import Defaults, EncoderSpec, LatentSpec
 
 _SHIFT = 3.0
 _SAMPLE_SIZE = 128  # the default latent size; single files do not store it
-# Settings of diffusers' schedulers that would change the schedule.
+_EULER = "FlowMatchEulerDiscreteScheduler"
+# The sampler for each of diffusers' schedulers; Heun's schedule is Euler's.
+_SAMPLERS = {_EULER: "euler", "FlowMatchHeunDiscreteScheduler": "heun"}
+# Settings of diffusers' schedulers that would change the schedule or add noise.
 _UNSUPPORTED = (
     "use_dynamic_shifting",
     "use_karras_sigmas",
     "use_exponential_sigmas",
     "use_beta_sigmas",
     "invert_sigmas",
+    "stochastic_sampling",
 )
 
 
 def open_pipeline(files: ModelFiles, image_size_px: tuple[int, int] | None, t5: bool) -> Pipeline:
-    """The parts of an SD3 model; T5 is left out unless `t5`. Raises CheckpointInvalid, BadInput."""
+    """The parts of an SD3 model; T5 is left out unless `t5`, or if there is none. Raises CheckpointInvalid, BadInput."""
     single = files.path.is_file()
     tensors = open_tensors(files.path) if single else None
     if tensors is not None:
@@ -65,16 +70,17 @@ def open_pipeline(files: ModelFiles, image_size_px: tuple[int, int] | None, t5: 
     text = (
         _clip(files, tensors, "", CLIP_L),
         _clip(files, tensors, "_2", CLIP_G),
-        *([_t5(files, tensors)] if t5 else []),
+        *([_t5(files, tensors)] if t5 and _has_t5(files, tensors) else []),
     )
     _check_parts(spec, vae.latent_channels, text, path)
+    sampler, shift = _schedule(files)
     return Pipeline(
         name=name_of(files.path),
         license="the base model's own",
         model=model_spec(replace(spec, latent_size=latent_size), vae.factor),
         latent=LatentSpec(vae.scale, vae.shift),
-        defaults=Defaults(sampler="euler", steps=28, guidance=7.0, depth=1),  # as in diffusers
-        shift=_schedule_shift(files),
+        defaults=Defaults(sampler=sampler, steps=28, guidance=7.0, depth=1),  # as in diffusers
+        shift=shift,
         text=text,
         blocks=spec.blocks,
         width=spec.width,
@@ -129,6 +135,11 @@ def _clip(files: ModelFiles, single: Tensors | None, number: str, prefix: str) -
     return _text_part(entry, vocabulary, load)
 
 
+def _has_t5(files: ModelFiles, single: Tensors | None) -> bool:
+    """Whether the model should have T5: unless its pipeline was saved without it."""
+    return bool(single and single.with_prefix(T5)) or not files.saved_without("text_encoder_3")
+
+
 def _t5(files: ModelFiles, single: Tensors | None) -> TextPart:
     load: Callable[[], T5Encoder]
     if single is not None and (part := single.with_prefix(T5)):
@@ -177,20 +188,18 @@ def _sample_size(path: Path) -> int:
     return read_config(path).count("sample_size", _SAMPLE_SIZE)
 
 
-def _schedule_shift(files: ModelFiles) -> float:
-    """The time shift of the schedule. Raises CheckpointInvalid for a schedule with other settings."""
+def _schedule(files: ModelFiles) -> tuple[str, float]:
+    """The sampler and the time shift of its schedule. Raises CheckpointInvalid for a schedule with other settings."""
     name = "scheduler_config.json"
     folder = files.find("scheduler", name)
     if folder is None:
-        return _SHIFT
+        return _SAMPLERS[_EULER], _SHIFT
     config = Config(folder / name, read_object(folder / name))
-    kind = config.fields.get("_class_name", "FlowMatch")
-    if not isinstance(kind, str) or not kind.startswith("FlowMatch"):
-        raise config.invalid("a _class_name that starts with FlowMatch", kind)
+    kind = config.one_of("_class_name", tuple(_SAMPLERS), _EULER)
     for field in _UNSUPPORTED:
         config.one_of(field, (False, None))
     config.one_of("shift_terminal", (None,))
     shift = config.real("shift", _SHIFT)
-    if shift <= 0:
-        raise config.invalid("a shift above 0", shift)
-    return shift
+    if not SHIFT_RANGE[0] <= shift <= SHIFT_RANGE[1]:
+        raise config.invalid(f"a shift in {SHIFT_RANGE[0]:g}..{SHIFT_RANGE[1]:g}", shift)
+    return _SAMPLERS[kind], shift

@@ -87,7 +87,7 @@ def _train(request: Request, settings: Settings) -> Outcome:
     identity = {
         **settings.options(),
         "--image-size": format_size(pipeline.model.image_size_px),
-        "--no-t5": not request.t5,
+        "--no-t5": bool(pipeline.text) and not pipeline.t5,
         "base": base,
     }
     if request.state.exists():
@@ -134,7 +134,7 @@ def _write(
     training |= {
         "objective": pipeline.model.prediction,
         "image_size": format_size(pipeline.model.image_size_px),
-        "t5": request.t5,
+        "t5": pipeline.t5,
         "pictures": len(job.data),
         "data": job.data.fingerprint,
         "base_sha256": identity["base"],
