@@ -1,8 +1,8 @@
 """Checkpoints: a model and its specification in one file, `.safetensors` or `.pt`.
 
 Both hold a header {"format": "tpx-model", "version": 2, "model": "text-to-image", "spec": {...}} and the tensors by name.
-Tensors may be float16 on disk and are float32 in memory. Reading executes no code: `.pt` is read with weights_only=True,
-and files of other formats are rejected.
+Tensors may be float16 or bfloat16 on disk and are float32 in memory. Reading executes no code: `.pt` is read with
+weights_only=True, and files of other formats are rejected.
 """
 
 import dataclasses
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tpx_export.model.class_to_image import ClassToImage, ClassToImageSpec
 from tpx_export.model.text_to_image import TextToImage, TextToImageSpec
+from tpx_export.precision import STORED_DTYPES
 from tpx_runtime.errors import TpxError, shorten
 from tpx_runtime.files import atomic_file
 from tpx_runtime.typed_json import parse
@@ -73,10 +74,16 @@ def load(path: Path) -> Model:
             f"{path}: expected the {len(expected)} tensors of its specification, found {len(different)} missing, unknown or "
             f"of another shape, first {first} (expected {_shape(expected.get(first))}, found {_shape(found.get(first))})"
         )
+    if other := sorted(name for name, value in state.items() if value.dtype not in STORED_DTYPES):
+        raise CheckpointInvalid(
+            f"{path}: expected weights in float32, float16 or bfloat16, found {state[other[0]].dtype} in {other[0]}; save "
+            "it again with tpx_export.checkpoint.save"
+        )
     if not_finite := sorted(name for name, value in state.items() if not torch.isfinite(value).all()):
         raise CheckpointInvalid(
             f"{path}: expected finite weights, found NaN or infinity in {not_finite[0]}; train it again"
         )
+    model = type(model)(model.spec)  # type: ignore[arg-type]
     model.load_state_dict({name: value.float() for name, value in state.items()})
     return model.eval().requires_grad_(False)
 
@@ -88,7 +95,7 @@ def _read_safetensors(path: Path) -> tuple[Any, dict[str, Tensor]]:
             if header is None:
                 raise CheckpointInvalid(_foreign(path, "safetensors of another project"))
             return json.loads(header), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, ValueError, OSError) as error:
+    except (SafetensorError, ValueError, RecursionError, OSError) as error:
         raise CheckpointInvalid(_damaged(path, error)) from None
 
 
@@ -115,7 +122,7 @@ def _read_pt(path: Path) -> tuple[Any, dict[str, Tensor]]:
         raise CheckpointInvalid(_foreign(path, "a .pt file of another project"))
     try:
         header = json.loads(saved["header"])
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointInvalid(_damaged(path, error)) from None
     state = saved["state"]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
@@ -140,7 +147,10 @@ def _shape(shape: torch.Size | None) -> str:
 
 
 def _build_model(path: Path, header: Any) -> Model:
-    """The model that a header describes, without its weights. Raises CheckpointInvalid."""
+    """The model that a header describes, with meta tensors: a damaged specification may ask for any amount of memory.
+
+    Raises CheckpointInvalid.
+    """
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise CheckpointInvalid(_foreign(path, "another header"))
     version = header.get("version")
@@ -155,10 +165,13 @@ def _build_model(path: Path, header: Any) -> Model:
     try:
         if version == 1:
             _upgrade(header["spec"])
-        return model_class(parse(spec_class, header["spec"], "spec.", "this tpx", defaults=True))
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        spec = parse(spec_class, header["spec"], "spec.", "this tpx", defaults=True)
+        with torch.device("meta"):
+            return model_class(spec)
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:120]
         raise CheckpointInvalid(
-            f"{path}: expected a model specification, found an invalid one ({error})"
+            f"{path}: expected a model specification, found an invalid one ({reason})"
         ) from None
 
 

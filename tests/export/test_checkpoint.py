@@ -193,10 +193,49 @@ def test_rejects_a_malformed_spec_of_either_version(saved: Path, version: int, s
         ("dual_blocks", ["0"], "int, found '0'"),
         ("dual_blocks", [7], "within 0..2"),
         ("thinking", [], "ThinkingSpec"),
+        ("heads", 0, "heads of 1 or more"),
+        ("patch", 0, "patch of 1 or more"),
+        ("width", -64, "width of 1 or more"),
+        ("width", 66, "width divisible by heads and 4"),
+        ("width", 1 << 20, "of another shape"),
+        ("width", 1 << 40, "an invalid one"),
+        ("width", 1 << 80, "an invalid one"),
     ],
 )
 def test_rejects_unknown_and_invalid_spec_fields(saved: Path, field: str, value: object, named: str) -> None:
     assert named in load_error(with_edited_spec(saved, lambda spec: spec.update({field: value})))
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "value", "named"),
+    [
+        ("text_encoder", "heads", 3, "width divisible by heads"),
+        ("text_encoder", "heads", 0, "heads of 1 or more"),
+        ("autoencoder", "scale", 0, "a scale other than 0"),
+        ("autoencoder", "widths", [16, 16, -8], "widths that are multiples of 8"),
+        ("defaults", "depth", 4, r"a default depth in 1..3 (the model's), got 4"),
+    ],
+)
+def test_rejects_invalid_fields_of_other_specs(
+    saved: Path, part: str, field: str, value: object, named: str
+) -> None:
+    edited = with_edited_header(saved, lambda header: header["spec"][part].update({field: value}))
+    assert named in load_error(edited)
+
+
+def test_rejects_a_deeply_nested_header(saved: Path, tiny_model: TextToImage) -> None:
+    deep, state = "[" * 100_000, {"weight": torch.zeros(1)}
+    if saved.suffix == ".pt":
+        torch.save({"header": deep, "state": state}, saved)
+    else:
+        save_file(state, saved, metadata={"tpx": deep})
+    assert "damaged" in load_error(saved)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.bool, torch.float64])
+def test_rejects_weights_of_another_type(saved: Path, tiny_model: TextToImage, dtype: torch.dtype) -> None:
+    checkpoint.save(tiny_model, saved, dtype)
+    assert f"expected weights in float32, float16 or bfloat16, found {dtype} in" in load_error(saved)
 
 
 def test_rejects_missing_unknown_misshapen_and_nan_tensors(saved: Path, tiny_model: TextToImage) -> None:

@@ -10,6 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tpx_export.model.checks import check_positive
+
+_GROUPS = 8  # of the group norms
+
 
 @dataclass(frozen=True)
 class AutoencoderSpec:
@@ -19,6 +23,13 @@ class AutoencoderSpec:
     widths: tuple[int, int, int] = (96, 64, 32)
     scale: float = 1.0  # latents seen by the transformer are (z - shift) * scale, as in SD3
     shift: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_positive(self, "latent_channels")
+        if any(width < _GROUPS or width % _GROUPS for width in self.widths):
+            raise ValueError(f"expected widths that are multiples of {_GROUPS}, got {self.widths}")
+        if self.scale == 0:
+            raise ValueError("expected a scale other than 0, got 0")
 
     @property
     def factor(self) -> int:
@@ -31,9 +42,9 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(8, channels)
+        self.norm1 = nn.GroupNorm(_GROUPS, channels)
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.norm2 = nn.GroupNorm(8, channels)
+        self.norm2 = nn.GroupNorm(_GROUPS, channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:

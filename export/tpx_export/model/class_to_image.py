@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from tpx_export.model.autoencoder import Autoencoder, AutoencoderSpec
+from tpx_export.model.checks import check_depth, check_name, check_same
 from tpx_export.model.dit import DiT, DiTSpec
-from tpx_export.model.text_to_image import check_name, check_same
 from tpx_runtime.manifest import Defaults
 
 
@@ -23,6 +23,7 @@ class ClassToImageSpec:
     def __post_init__(self) -> None:
         check_name(self.name)
         check_same("latent_channels", self.transformer.latent_channels, self.autoencoder.latent_channels)
+        check_depth(self.defaults, self.transformer.max_depth)
 
 
 class ClassToImage(nn.Module):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tpx_export.model.attention import SelfAttention, Stream, attention, modulate
+from tpx_export.model.checks import check_positive
 from tpx_export.model.conditions import Modulation, compute_conditions, split_conditions
 from tpx_export.model.embedder import Embedder, sinusoid
 from tpx_export.model.thinking import Thinking, ThinkingSpec
@@ -40,8 +41,13 @@ class MMDiTSpec(TransformerSpec):
     stored_positions: bool = False
 
     def __post_init__(self) -> None:
-        if self.width % self.heads:
-            raise ValueError(f"expected width divisible by heads, got {self.width} and {self.heads}")
+        check_positive(self, "latent_channels", "patch", "width", "heads", "blocks")
+        check_positive(self, "context_tokens", "context_width", "pooled_width")
+        # By 4 for the sines and cosines of two coordinates.
+        if self.width % self.heads or (self.width % 4 and not self.stored_positions):
+            raise ValueError(
+                f"expected width divisible by heads and 4, got {self.width} and {self.heads} heads"
+            )
         self.require_whole_patches()
         self.require_blocks("thinking", self.thinking.blocks if self.thinking else ())
         self.require_blocks("dual", self.dual_blocks)

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tpx_export.model.checks import check_positive
+
 
 @dataclass(frozen=True)
 class TextEncoderSpec:
@@ -16,6 +18,11 @@ class TextEncoderSpec:
     width: int = 128
     heads: int = 4
     layers: int = 3
+
+    def __post_init__(self) -> None:
+        check_positive(self, "tokens", "width", "heads", "layers")
+        if self.width % self.heads:
+            raise ValueError(f"expected width divisible by heads, got {self.width} and {self.heads} heads")
 
 
 class Layer(nn.Module):

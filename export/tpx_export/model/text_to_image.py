@@ -1,26 +1,14 @@
 """A text-to-image model: autoencoder, text encoder and transformer in one module, with their specification."""
 
-import re
 from dataclasses import dataclass
 
 from torch import nn
 
 from tpx_export.model.autoencoder import Autoencoder, AutoencoderSpec
+from tpx_export.model.checks import check_depth, check_name, check_same
 from tpx_export.model.mmdit import MMDiT, MMDiTSpec
 from tpx_export.model.text_encoder import TextEncoder, TextEncoderSpec
 from tpx_runtime.manifest import Defaults
-
-
-def check_name(name: str) -> None:
-    """Check that a model's name can be a folder name. Raises ValueError."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise ValueError(f"expected a name of letters, digits, dots and dashes, got {name!r}")
-
-
-def check_same(name: str, expected: int, found: int) -> None:
-    """Check a size that a part must have in common with the transformer. Raises ValueError."""
-    if expected != found:
-        raise ValueError(f"expected {name} {expected} as in the transformer, got {found}")
 
 
 @dataclass(frozen=True)
@@ -42,6 +30,7 @@ class TextToImageSpec:
         check_same("context_tokens", transformer.context_tokens, text_encoder.tokens)
         check_same("context_width", transformer.context_width, text_encoder.width)
         check_same("pooled_width", transformer.pooled_width, text_encoder.width)
+        check_depth(self.defaults, transformer.max_depth)
 
 
 class TextToImage(nn.Module):

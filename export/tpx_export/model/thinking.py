@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tpx_export.model.checks import check_positive
 from tpx_export.model.conditions import GATE_WIDTH, ConditionProjection
 from tpx_export.model.routed_lora import mixed_lora, routed_lora
 
@@ -37,9 +38,7 @@ class ThinkingSpec:
     base_every_step: bool = False
 
     def __post_init__(self) -> None:
-        for field in ("experts", "rank", "max_depth"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"expected {field} of 1 or more, got {getattr(self, field)}")
+        check_positive(self, "experts", "rank", "max_depth")
         if not self.blocks or list(self.blocks) != sorted(set(self.blocks)) or self.blocks[0] < 0:
             raise ValueError(f"expected blocks in ascending order from 0 or more, got {self.blocks}")
         if not 0 < self.temperature < math.inf:
