@@ -34,7 +34,9 @@ _PATH = click.Path(path_type=Path)
 @click.option("--out", type=_PATH, help="Folder to write.  [default: bundles/<model's name>]")
 @click.option("--precision", help="fp32, fp16, int8 or int8-weights.  [default: as the weights are stored]")
 @click.option(
-    "--calibration", type=_PATH, help="int8: prompts to calibrate with, one per line.  [default: built-in]"
+    "--calibration",
+    type=_PATH,
+    help="int8: prompts to calibrate with, one per line; - reads standard input.  [default: built-in]",
 )
 @click.option(
     "--accept-loss", is_flag=True, help="int8: keep the bundle even if it loses too much or gains nothing."
@@ -68,10 +70,15 @@ def main(
     The model is a TPX checkpoint (--ckpt) or a published model (--base), with thinking adapters if --adapters is given.
     """
     from tpx_export.exporter import check_arguments, export_bundle
+    from tpx_export.quantise.prompts import PromptFile
     from tpx_export.quantise.quantiser import Int8Options
     from tpx_export.quantise.verdict import Refused
 
-    chosen = _given(calibration=calibration, score_prompts=score_prompts, accept_loss=accept_loss or None)
+    chosen = _given(
+        calibration=PromptFile(calibration) if calibration else None,
+        score_prompts=score_prompts,
+        accept_loss=accept_loss or None,
+    )
     defaults = _given(steps=default_steps, guidance=default_guidance, sampler=default_sampler)
     options = Int8Options(**chosen) if chosen else None
     check_arguments(out, depth, precision, force, options)  # before reading the model, which takes a while

@@ -2,7 +2,7 @@
 
 import random
 
-from samples.shapes.captions import Group, Prompt, caption, scene_for
+from samples.shapes.captions import Group, Prompt, scene_for
 from samples.shapes.world import COLOURS, SHAPES, Scene
 
 CLASSES = tuple((colour, shape) for shape in SHAPES for colour in COLOURS)
@@ -12,10 +12,6 @@ def prompt_of_class(class_id: int) -> Prompt:
     """The prompt that an image of the class has to satisfy; class 7 is "a black cube"."""
     colour, shape = CLASSES[class_id]
     return Prompt("colours", (Group(shape, colour),))
-
-
-def name_of_class(class_id: int) -> str:
-    return caption(prompt_of_class(class_id))
 
 
 def scene_of_class(rng: random.Random, class_id: int) -> Scene:

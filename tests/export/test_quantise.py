@@ -1,7 +1,9 @@
 """int8: the quantised layers, the grid, calibration, the report, and the deletion of rejected bundles."""
 
 import copy
+import os
 import re
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -38,7 +40,7 @@ from tpx_export.quantise.calibration import SEED, CalibrationInputs, collect_act
 from tpx_export.quantise.grid import BINS, QMAX, MagnitudeHistogram, quantise_weight
 from tpx_export.quantise.layers import block_linears, encoder_linears, modulations
 from tpx_export.quantise.linear import Int8Linear, replace_layers
-from tpx_export.quantise.prompts import choose_subjects, default_prompts
+from tpx_export.quantise.prompts import PromptFile, choose_subjects, default_prompts
 from tpx_export.quantise.quantiser import Int8Options
 from tpx_export.quantise.report import DepthReport, NotScored, Report, ScoreReport, SpeedReport, as_text
 from tpx_export.quantise.verdict import Refused, rejection
@@ -469,7 +471,6 @@ REPORT = Report(
     precision="int8",
     layers=1,
     trajectories=1,
-    clipping="mse",
     depths=(DepthReport("a", 1, 1, 0.01, 0.02, None, 1, float("inf"), 40.0),),
     speeds=(SpeedReport("a", 1, 2, 10.0, 7.0), SpeedReport("b", 1, 2, 8.0, 9.0)),
     score=ScoreReport("ShapesEval", 100, "b", "a", 0.9, 0.895, Estimate(-0.005, -0.02, 0.01, 20)),
@@ -564,7 +565,8 @@ def test_reason_for_no_score_is_reported(
 
 
 def test_class_score_has_equally_many_images_of_each_shape() -> None:
-    from samples.shapes.classes import CLASSES, name_of_class
+    from samples.shapes.captions import caption
+    from samples.shapes.classes import CLASSES, prompt_of_class
 
     questions = scoring.questions_for(
         fake_class_generator(name="shape-classes", model=SimpleNamespace(classes=32)), 12
@@ -575,7 +577,7 @@ def test_class_score_has_equally_many_images_of_each_shape() -> None:
     )
     assert len({(question.row, question.arguments["seed"]) for question in questions}) == 48
     for question in questions:
-        assert question.row in name_of_class(question.arguments["class_id"])
+        assert question.row in caption(prompt_of_class(question.arguments["class_id"]))
         assert question.prompt.groups[0].shape == question.row
 
 
@@ -660,7 +662,21 @@ def test_calibration_uses_the_prompt_file(tiny_model: TextToImage, tmp_path: Pat
     file = tmp_path / "prompts.txt"
     file.write_text("a red cube\n\n  two green sphere \n")
     pipeline = Pipeline.from_model(tiny_model)
-    assert choose_subjects(pipeline, file).calibration == ("a red cube", "two green sphere")
+    assert choose_subjects(pipeline, PromptFile(file)).calibration == ("a red cube", "two green sphere")
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_calibration_reads_a_pipe_once(tiny_model: TextToImage, tmp_path: Path, named: bool) -> None:
+    ckpt, pipe = tmp_path / "model.pt", tmp_path / "pipe"
+    checkpoint.save(tiny_model, ckpt)
+    os.mkfifo(pipe)
+    # A line that the model cannot read ends the export after the last reader of the prompts.
+    python = f"{sys.executable} -c 'from tpx_export.cli import main; main()'"
+    command = f"{python} --ckpt {ckpt} --precision int8 --out {tmp_path / 'bundle'} --calibration"
+    lines = "printf 'a red cube\\n\\na purple cube\\n'"
+    shell = f"{lines} > {pipe} & {command} {pipe}" if named else f"{lines} | {command} -"
+    result = subprocess.run(["sh", "-c", shell], capture_output=True, text=True, timeout=120)
+    assert f"{pipe if named else '-'}, line 3: expected words" in result.stderr and result.returncode == 2
 
 
 def test_interrupt_during_the_report_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,7 +54,7 @@ class MagnitudeHistogram:
         if self.range_max:
             self.counts += torch.histc(magnitudes, BINS, 0.0, self.range_max).double().numpy()
 
-    def step_size(self, rule: str) -> float:
+    def step_size(self, rule: str = "mse") -> float:
         """The step size: 1/127 of the range chosen by a rule of CLIPPING; 1 if all values are zero."""
         return (CLIPPING[rule](self) / QMAX) or 1.0
 

@@ -9,6 +9,7 @@ classes           evenly spaced classes
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,18 @@ _GENERAL_PROMPTS = (
 
 
 @dataclass(frozen=True)
+class PromptFile:
+    """A file of prompts, one per line; - is standard input."""
+
+    path: Path
+
+    @cached_property
+    def lines(self) -> dict[int, str]:
+        """The prompts by line number, read only once: the file may be a pipe. Raises BadInput."""
+        return read_prompt_lines(self.path)
+
+
+@dataclass(frozen=True)
 class Subjects:
     """Prompts (str) or classes (int) for the calibration and for the comparison with fp32."""
 
@@ -57,7 +70,7 @@ def images_per_batch(model: ModelSpec) -> int:
     return max(1, _BATCH_TOKENS // model.visual_tokens)
 
 
-def choose_subjects(pipeline: Pipeline, file: Path | None = None) -> Subjects:
+def choose_subjects(pipeline: Pipeline, file: PromptFile | None = None) -> Subjects:
     """The default subjects, or the prompts of `file`: all for the calibration, the first for the comparison.
 
     Raises BadInput.
@@ -74,18 +87,18 @@ def choose_subjects(pipeline: Pipeline, file: Path | None = None) -> Subjects:
     return Subjects(prompts[:half], prompts[half:])
 
 
-def read_prompts(file: Path, pipeline: Pipeline) -> tuple[str, ...]:
+def read_prompts(file: PromptFile, pipeline: Pipeline) -> tuple[str, ...]:
     """The prompts of a file. Raises BadInput for a prompt that the model cannot read, with its line number."""
     if pipeline.model.classes:
         raise BadInput(
-            f"expected no prompts for a class-conditional model, found {file}; leave it out, classes are used instead"
+            f"expected no prompts for a class-conditional model, found {file.path}; leave it out, classes are used instead"
         )
-    prompts, tokenizers = read_prompt_lines(file), [_tokenizer(part) for part in pipeline.text]
+    prompts, tokenizers = file.lines, [_tokenizer(part) for part in pipeline.text]
     for number, prompt in prompts.items():
         try:
             _require_readable(prompt, tokenizers)
         except BadInput as error:
-            raise BadInput(f"{file}, line {number}: {error}") from None
+            raise BadInput(f"{file.path}, line {number}: {error}") from None
     return tuple(prompts.values())
 
 

@@ -14,18 +14,17 @@ from tpx_export.description import build_manifest
 from tpx_export.pipeline import Pipeline, TextPart
 from tpx_export.precision import INT8_PRECISIONS
 from tpx_export.quantise.calibration import CalibrationInputs, collect_activations
-from tpx_export.quantise.grid import CLIPPING, MagnitudeHistogram
+from tpx_export.quantise.grid import MagnitudeHistogram
 from tpx_export.quantise.layers import block_linears, encoder_linears, modulations
 from tpx_export.quantise.linear import replace_layers
 from tpx_export.quantise.measure import compare_with_fp32
-from tpx_export.quantise.prompts import choose_subjects
+from tpx_export.quantise.prompts import PromptFile, choose_subjects
 from tpx_export.quantise.report import Report, fastest
 from tpx_export.quantise.score import score
 from tpx_export.quantise.speed import available_engines, speed
 from tpx_runtime.bundle import Bundle, describe_files
 from tpx_runtime.engine import resolve
 from tpx_runtime.errors import BadInput
-from tpx_runtime.prompts import read_prompt_lines
 
 Tasks = Callable[[str], AbstractContextManager[None]]
 MAX_SCORE_PROMPTS = 92  # of each kind of ShapesEval
@@ -35,15 +34,14 @@ MAX_SCORE_PROMPTS = 92  # of each kind of ShapesEval
 class Int8Options:
     """Options of the precisions int8 and int8-weights.
 
-    `calibration` is a file of prompts, one per line, None for the default ones (prompts.py). With `accept_loss` the bundle
+    `calibration` are prompts, None for the default ones (prompts.py). With `accept_loss` the bundle
     is kept even if it loses too much or gains nothing. `score_prompts` is the number of images per kind of ShapesEval, or
-    per shape for the class-conditional sample model; 0 for no score. `clipping` is a key of grid.CLIPPING.
+    per shape for the class-conditional sample model; 0 for no score.
     """
 
-    calibration: Path | None = None
+    calibration: PromptFile | None = None
     accept_loss: bool = False
     score_prompts: int = MAX_SCORE_PROMPTS
-    clipping: str = "mse"
 
     def check(self, precision: str | None) -> None:
         """Check what can be checked without the model; `precision` None is that of the stored weights. Raises BadInput."""
@@ -52,19 +50,17 @@ class Int8Options:
             raise BadInput(
                 f"expected int8 options only with precision {' or '.join(INT8_PRECISIONS)}, found {found}; leave them out"
             )
-        if self.clipping not in CLIPPING:
-            raise BadInput(f"expected clipping of {', '.join(CLIPPING)}, found {self.clipping!r}")
         if not 0 <= self.score_prompts <= MAX_SCORE_PROMPTS:
             raise BadInput(
                 f"expected 0 to {MAX_SCORE_PROMPTS} prompts of each kind of ShapesEval, found {self.score_prompts}"
             )
         if self.calibration and precision == "int8-weights":
             raise BadInput(
-                f"expected no calibration prompts for int8-weights, found {self.calibration}; leave it out, weights need no "
-                "calibration"
+                f"expected no calibration prompts for int8-weights, found {self.calibration.path}; leave it out, weights "
+                "need no calibration"
             )
         if self.calibration:
-            read_prompt_lines(self.calibration)
+            _ = self.calibration.lines
 
 
 class Quantiser:
@@ -106,8 +102,7 @@ class Quantiser:
             for depth in depths:
                 with tasks(f"calibration depth {depth}"):
                     collect_activations(module, layers, histograms, self._pipeline, conditioning, depth)
-            rule = self.options.clipping
-            steps = {name: histogram.step_size(rule) for name, histogram in histograms.items()}
+            steps = {name: histogram.step_size() for name, histogram in histograms.items()}
         replace_layers(module, layers, steps)
         self.layers += len(layers)
 
@@ -131,7 +126,6 @@ class Quantiser:
             precision=self.precision,
             layers=self.layers,
             trajectories=0 if self.weights_only else len(self._subjects.calibration) * len(depths),
-            clipping=self.options.clipping,
             depths=tuple(depths),
             speeds=tuple(speeds),
             score=score_report,

@@ -67,14 +67,12 @@ class NotScored:
 class Report:
     """int8 against fp32. `sizes` are the bytes of folders, (fp32, int8).
 
-    `layers` is the number of quantised layers, `trajectories` that of calibration trajectories (0 for int8-weights), and
-    `clipping` the rule that chose the step sizes.
+    `layers` is the number of quantised layers, `trajectories` that of calibration trajectories (0 for int8-weights).
     """
 
     precision: str
     layers: int
     trajectories: int
-    clipping: str
     depths: tuple[DepthReport, ...]
     speeds: tuple[SpeedReport, ...]
     score: ScoreReport | NotScored
@@ -89,11 +87,7 @@ class Report:
 
 def as_text(report: Report) -> str:
     """The report as several short tables."""
-    calibrated = (
-        f", calibrated over {report.trajectories} trajectories ({report.clipping})"
-        if report.trajectories
-        else ""
-    )
+    calibrated = f", calibrated over {report.trajectories} trajectories" if report.trajectories else ""
     lines = [f"{report.precision} against fp32: {report.layers} layers{calibrated}", ""]
     lines.append(f"{'depth':<8}{'error':>9}{'worst':>9}{'same route':>12}{'PSNR, dB':>10}{'worst':>8}")
     for depth in report.depths:
