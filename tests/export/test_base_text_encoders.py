@@ -180,6 +180,30 @@ def test_clip_is_the_same_from_shards_and_from_an_fp16_variant(tmp_path: Path) -
     assert same_state(half, load_clip(tmp_path / "whole").half())
 
 
+@pytest.mark.parametrize("sharded", [False, True])
+def test_an_index_without_its_shards_does_not_hide_a_complete_variant(tmp_path: Path, sharded: bool) -> None:
+    """As in a folder that was downloaded with the file pattern *.fp16.*, and all indices."""
+    (tmp_path / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"x": "model-00001-of-00002.safetensors"}}'
+    )
+    name = "model.fp16-00001-of-00001.safetensors" if sharded else "model.fp16.safetensors"
+    with pytest.raises(
+        CheckpointInvalid, match=r"the 1 files of model\.safetensors\.index\.json, found .* missing"
+    ):
+        open_tensors(tmp_path)
+    save_file({"x": torch.zeros(1)}, tmp_path / name)
+    if sharded:
+        (tmp_path / "model.safetensors.index.fp16.json").write_text(json.dumps({"weight_map": {"x": name}}))
+    assert list(open_tensors(tmp_path)) == ["x"]
+
+
+@pytest.mark.parametrize("weight_map", [{"x": 3}, {"x": ["a"], "y": None}, []])
+def test_rejects_a_weight_map_that_names_no_files(tmp_path: Path, weight_map: object) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(CheckpointInvalid, match=r"index\.json: expected JSON with a weight_map, found none"):
+        open_tensors(tmp_path)
+
+
 def test_clip_from_a_single_file_is_bit_identical(clip: tuple[str, Any, Path], tmp_path: Path) -> None:
     kind, reference, folder = clip
     prefix = PREFIXES[kind]

@@ -1,7 +1,6 @@
 """Tensors of foreign checkpoints by name, each read on access."""
 
 import argparse
-import json
 import re
 import struct
 from collections.abc import Callable, Iterator, Mapping
@@ -12,9 +11,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from tpx_export.base.foreign_json import read_object
 from tpx_export.checkpoint import CheckpointInvalid
 
 Reader = Callable[[], Tensor]
+
+_SHARD = re.compile(r"-\d+-of-\d+")
 
 # Types that are not computed in here; float16 represents them exactly.
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -52,7 +54,8 @@ def open_tensors(path: Path) -> Tensors:
     """Open a .safetensors file, a .pt or .pth file that holds only tensors, or a folder of one model in .safetensors.
 
     A folder may be sharded (*.safetensors.index.json). If it has several variants of the model (model.safetensors and
-    model.fp16.safetensors), the file without a variant is used. Raises CheckpointInvalid.
+    model.fp16.safetensors), the file without a variant is used; of sharded ones, the first that is complete. Raises
+    CheckpointInvalid.
     """
     if path.is_dir():
         return _folder(path)
@@ -68,27 +71,42 @@ def open_tensors(path: Path) -> Tensors:
 
 
 def _folder(path: Path) -> Tensors:
-    indices = sorted(path.glob("*.safetensors.index*.json"), key=lambda p: (len(p.name), p.name))
-    if indices:
-        try:
-            files = sorted(set(json.loads(indices[0].read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise CheckpointInvalid(f"{indices[0]}: expected JSON with a weight_map, found none") from None
-        if absent := [name for name in files if not (path / name).is_file()]:
-            raise CheckpointInvalid(
-                f"{path}: expected the {len(files)} files of {indices[0].name}, found {absent[0]} missing"
-            )
-    else:
-        variants = sorted((p.name for p in path.glob("*.safetensors")), key=lambda name: (len(name), name))
-        if not variants:
-            raise CheckpointInvalid(
-                f"{path}: expected .safetensors files, found none; save the model with safe_serialization=True"
-            )
-        files = variants[:1]
+    files, error = _sharded(path)
+    # Without an index, even the names of shards are taken for those of variants.
+    whole = [p.name for p in path.glob("*.safetensors") if error is None or not _SHARD.search(p.name)]
+    files = files or sorted(whole, key=lambda name: (len(name), name))[:1]
+    if not files:
+        raise error or CheckpointInvalid(
+            f"{path}: expected .safetensors files, found none; save the model with safe_serialization=True"
+        )
     readers: dict[str, Reader] = {}
     for name in files:
         readers |= _safetensors(path / name)
     return Tensors(path, readers)
+
+
+def _sharded(path: Path) -> tuple[list[str], CheckpointInvalid | None]:
+    """The files of the first index whose files are all there; if there is none, the error of the first index, if any."""
+    error = None
+    for index in sorted(path.glob("*.safetensors.index*.json"), key=lambda p: (len(p.name), p.name)):
+        try:
+            return _files_of(index), None
+        except CheckpointInvalid as invalid:
+            error = error or invalid
+    return [], error
+
+
+def _files_of(index: Path) -> list[str]:
+    """The files that an index names. Raises CheckpointInvalid if it is damaged or one of them is missing."""
+    names = read_object(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise CheckpointInvalid(f"{index}: expected JSON with a weight_map, found none; copy it again")
+    files = sorted(set(names.values()))
+    if absent := [name for name in files if not (index.parent / name).is_file()]:
+        raise CheckpointInvalid(
+            f"{index.parent}: expected the {len(files)} files of {index.name}, found {absent[0]} missing; copy it again"
+        )
+    return files
 
 
 def _safetensors(path: Path) -> dict[str, Reader]:
