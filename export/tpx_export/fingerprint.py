@@ -36,9 +36,12 @@ def base_fingerprint(path: Path, components: Path | None = None, exclude: Collec
 
 
 def _files(root: Path, exclude: Collection[Path]) -> list[Path]:
-    # Only a folder with a config.json is itself a part of a model.
+    # Only a folder with a config.json is itself a part of a model. It is no tokenizer, so its texts are captions.
     top_level = root.glob("*" if (root / "config.json").exists() else "model_index.json")
-    found = [*top_level, *(path for part in _PARTS for path in (root / part).glob("*"))]
+    found = [
+        *(path for path in top_level if path.suffix != ".txt"),
+        *(path for part in _PARTS for path in (root / part).glob("*")),
+    ]
     excluded = {path.resolve() for path in exclude}
     return sorted(
         path

@@ -403,7 +403,9 @@ def test_resumed_run_equals_an_uninterrupted_one(
     run_ok(*dit_arguments, "--depth", "random", "--cache", tmp_path / "cache", "--steps", 8, "--out", resumed)
     run_ok(*dit_arguments, "--depth", "random", "--cache", tmp_path / "cache", "--steps", 8, "--out", longer)
     assert file_hashes(tmp_path)["parts.safetensors"] == file_hashes(tmp_path)["longer.safetensors"]
-    assert "--steps of 8 or more" in error_line(*command, "--out", resumed)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "_encode", lambda *_: pytest.fail("encoding started"))
+        assert "--steps of 8 or more" in error_line(*command, "--out", resumed)
 
 
 def test_state_is_saved_periodically_and_at_the_end(
@@ -786,6 +788,7 @@ def test_fingerprint_ignores_other_files_in_the_base_folder(sd3: Path, tmp_path:
     (copied / "model_index.json").write_text("{}")
     assert fingerprint.base_fingerprint(copied) != fingerprint.base_fingerprint(sd3)
     # A single part has its weights at the top level, where adapters are ignored only if they are excluded by path.
+    (copied / "transformer/a-caption.txt").write_text("new")
     part, adapters = copied / "transformer", copied / "transformer/adapters-of-mine.safetensors"
     before = fingerprint.base_fingerprint(part)
     adapters.write_text("new")
@@ -876,6 +879,9 @@ def test_reads_classes_from_folder_names_or_metadata(class_folders: Path) -> Non
     (class_folders / "3").rename(class_folders / "10")
     with pytest.raises(BadInput, match=r"classes 0\.\.9 .* found 10"):
         read_folder(class_folders, 10)
+    (class_folders / "10").rename(class_folders / "02")
+    with pytest.raises(BadInput, match=r"one folder for each class .* found several for class 2, such as 02"):
+        read_folder(class_folders, 10)
     (class_folders / "metadata.jsonl").write_text('{"file_name": "0/disc.png", "class_id": 9}\n')
     assert [example.condition for example in read_folder(class_folders, 10)] == [9]
 
@@ -889,6 +895,7 @@ def test_reads_classes_from_folder_names_or_metadata(class_folders: Path) -> Non
         ('{"file_name": "red-disc.png", "text": 3}', "file_name and text in line 2"),
         ('{"file_name": "none.png", "text": "x"}', "found no 'none.png'"),
         ('{"file_name": "../secret.png", "text": "x"}', "secret.png"),
+        (json.dumps({"file_name": "a" * 300, "text": "x"}), "found no 'aaa"),
         ('{"file_name": "a\\u0000b.png", "text": "x"}', "line 2"),
     ],
 )

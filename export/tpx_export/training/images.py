@@ -9,6 +9,7 @@
 """
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,12 @@ def _from_class_folders(folder: Path, classes: int) -> list[Example]:
                 f"expected folders of classes 0..{classes - 1} in {folder}, found {too_large[0]}; rename it to a class of "
                 "the base"
             )
+        if len(set(numbers)) < len(numbers):
+            twice = next(path.name for path in folders if numbers.count(int(path.name)) > 1)
+            raise BadInput(
+                f"expected one folder for each class in {folder}, found several for class {int(twice)}, such as {twice}; "
+                "merge them"
+            )
     elif len(folders) == classes:
         numbers = list(range(classes))
     else:
@@ -121,7 +128,8 @@ def _example(path: Path, number: int, line: str, classes: int) -> Example:
         raise BadInput(f"expected class_id in 0..{classes - 1} in line {number} of {path}, found {condition}")
     # The name is checked and not the resolved path: a file in Hugging Face's cache is a symbolic link out of its folder.
     relative, image = Path(name), path.parent / name
-    if "\0" in name or relative.anchor or ".." in relative.parts or not image.is_file():
+    # os.path.isfile is also False for a name that cannot be a file's, for which Path.is_file raises an error.
+    if relative.anchor or ".." in relative.parts or not os.path.isfile(image):
         raise BadInput(
             f"expected an image in {path.parent} in line {number} of {path}, found no {shorten(name)}; check its name"
         )

@@ -14,7 +14,7 @@ from tpx_export.training import state
 from tpx_export.training.data import Conditioning, Data, seeded_generator
 from tpx_export.training.frozen import adapter_parameters
 from tpx_export.training.settings import Settings
-from tpx_runtime.errors import BadInput, Cancelled, TpxError
+from tpx_runtime.errors import Cancelled, TpxError
 from tpx_runtime.interrupts import deferred_interrupts
 from tpx_runtime.progress import progress
 
@@ -69,18 +69,13 @@ def fit(job: Job, steps: int, state_path: Path, identity: dict[str, Any]) -> Out
     """Train the model's adapters up to `steps`, and then set them to their average.
 
     A state at `state_path` is resumed if it has the same `identity`. The state is written every two minutes, at the end and
-    at Ctrl-C, which raises Cancelled after the current step. Raises BadInput for the state of another run, TrainingFailed
-    for a loss that is not finite.
+    at Ctrl-C, which raises Cancelled after the current step. Raises BadInput for the state of another run or of more
+    steps, TrainingFailed for a loss that is not finite.
     """
     parameters = adapter_parameters(job.model)
     run = state.Run(parameters, _optimizer(parameters, job.settings))
     if state_path.exists():
-        state.restore(run, state.read(state_path, identity), state_path)
-    if run.step > steps:
-        raise BadInput(
-            f"expected --steps of {run.step} or more, the steps of {state_path}, found {steps}; choose more, or delete the "
-            "file to start again"
-        )
+        state.restore(run, state.read(state_path, identity, steps), state_path)
     try:
         if run.step == 0:
             run.loss_before = evaluate(job)

@@ -65,16 +65,16 @@ def save(run: Run, identity: dict[str, Any], path: Path) -> None:
         raise BadInput(f"expected to write {path}, found: {reason}; free some space") from None
 
 
-def read(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
+def read(path: Path, identity: dict[str, Any], steps: int) -> dict[str, Any]:
     """Load the state at `path`. Every entry of `identity`, which may be incomplete, must match that of the saved run.
 
-    Raises BadInput for the state of another run and for other files.
+    Raises BadInput for the state of another run, of more than `steps` steps, and for other files.
     """
     try:
         with warnings.catch_warnings():  # torch warns about unknown pickles; one message is enough
             warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True)
-        saved = json.loads(content["identity"])
+        saved, done = json.loads(content["identity"]), int(content["step"])
         if content["format"] != _FORMAT or not isinstance(saved, dict):
             raise ValueError
     except Exception:  # torch.load raises many kinds of errors for other files
@@ -90,6 +90,11 @@ def read(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
             difference = f"the {_LABELS.get(name, name)} of the run saved in {path}, found different ones"
         raise BadInput(
             f"expected {difference}; use the same, or another --out, or delete the file to start again"
+        )
+    if done > steps:
+        raise BadInput(
+            f"expected --steps of {done} or more, the steps of {path}, found {steps}; choose more, or delete the file to "
+            "start again"
         )
     return dict(content)
 

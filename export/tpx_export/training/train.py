@@ -91,7 +91,7 @@ def _train(request: Request, settings: Settings) -> Outcome:
         "base": base,
     }
     if request.state.exists():
-        state.read(request.state, identity)
+        state.read(request.state, identity, request.steps)
     data = _encode(request, pipeline, examples, base)
     identity["pictures and captions"] = data.fingerprint
     model = thinking_model(
