@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from samples.shapes import evaluate, held_out, train_flow
+from samples.shapes.fit import digest
 from samples.shapes.prompt_list import HELD_OUT_PAIRS, SEEN_PAIRS
 from samples.shapes.train import SHIPPED, assemble, load_frozen
 from tpx_export.exporter import export_bundle
@@ -143,6 +144,8 @@ class Experiment:
     def settings(self) -> dict[str, Any]:
         """The settings that all runs of one table must have in common."""
         own = {name: getattr(self, name) for name in ("steps", "batch", "rate", "images", "limit")}
+        own["engine"] = resolve(self.engine).name  # that of "auto" depends on the machine
+        own["text encoder"] = digest(self.data.text_encoder.state_dict().values())
         return {**self.base_settings, **own}
 
 

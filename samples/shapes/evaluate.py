@@ -216,7 +216,8 @@ def run(
     """Generate and judge the images, write them and the report into `out`, and return the table.
 
     `settings` are those of `Generator.plan`. Image i of prompt n has seed `seed + 1000 n + i` for any limit. Raises BadInput
-    for invalid settings or a folder of another run, and Cancelled, which says how many images remain.
+    for invalid settings or a folder of another run, EngineUnavailable without ONNX Runtime, and Cancelled, which says how
+    many images remain.
     """
     numbered = list(_first_of_each_row(listed_prompts(), limit))
     jobs = [
@@ -224,6 +225,7 @@ def run(
         for number, listed in numbered
     ]
     parser_errors()  # raises now rather than at the end
+    parser = Parser.load()
     facts = {**_run_facts(generator, jobs[0][0]), "seed": seed, "images": images, "limit": limit}
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -233,7 +235,7 @@ def run(
             f"expected to write into {out}, found: {error.strerror}; choose another --out"
         ) from None
     prompts = [listed for _, listed in numbered]
-    _judge_remaining(out, generator, prompts, jobs, verdicts, batch_size)
+    _judge_remaining(out, generator, parser, prompts, jobs, verdicts, batch_size)
     return _write_report(out, facts, prompts, verdicts.right)
 
 
@@ -252,13 +254,14 @@ def _run_facts(generator: "Generator", used: "Settings") -> dict[str, Any]:
 def _judge_remaining(
     out: Path,
     generator: "Generator",
+    parser: Parser,
     prompts: Sequence[ListedPrompt],
     jobs: Sequence[Sequence["Settings"]],
     verdicts: Verdicts,
     batch_size: int,
 ) -> None:
     """Generate, judge and save the prompts without a verdict, in batches of whole prompts. Raises Cancelled."""
-    parser, images = Parser.load(), len(jobs[0])
+    images = len(jobs[0])
     prompts_per_batch = max(1, batch_size // images)
     remaining = range(len(verdicts.right), len(prompts))
     with resumable(images * len(remaining)) as advance:

@@ -7,13 +7,17 @@ images of a model. Needs numpy and onnxruntime, not torch.
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime as ort
 from PIL import Image
 
 from samples.shapes.world import COLOURS, MAX_OBJECTS, SHAPES, SIDE_PX, Scene, SceneObject
+from tpx_runtime.errors import EngineUnavailable
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
 
 WEIGHTS = Path(__file__).with_name("parser.onnx")
 RECORD = Path(__file__).with_name("parser.json")  # accuracy on fresh renders, and the command that made both
@@ -57,11 +61,18 @@ def decode(heat: Floats, shape: Floats, colour: Floats, place: Floats) -> list[S
 class Parser:
     """Runs the parser network, an ONNX file."""
 
-    def __init__(self, session: ort.InferenceSession) -> None:
+    def __init__(self, session: "ort.InferenceSession") -> None:
         self._session = session
 
     @classmethod
     def load(cls, path: str | Path = WEIGHTS) -> "Parser":
+        """Read the network of an ONNX file. Raises EngineUnavailable without ONNX Runtime."""
+        try:
+            import onnxruntime as ort
+        except ModuleNotFoundError:
+            raise EngineUnavailable(
+                "expected onnxruntime, which runs the judge of ShapesEval, found none; pip install 'tpx[cpu]'"
+            ) from None
         return cls(ort.InferenceSession(str(path), providers=["CPUExecutionProvider"]))
 
     def parse(

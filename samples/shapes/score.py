@@ -127,7 +127,7 @@ def main(
 
     if out:
         check_png_writable(out)
-    generator, parser = Generator.load(find_bundle(bundle), engine), Parser.load()
+    parser, generator = Parser.load(), Generator.load(find_bundle(bundle), engine)
     prompts, rows = SINGLES + PAIRS, []
     with click.progressbar(prompts, label="generating", file=sys.stderr) as bar:
         for prompt in bar:

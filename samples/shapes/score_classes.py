@@ -75,7 +75,7 @@ def main(
     if record:
         check_writable(record)
     parser_line = parser_error_line(prompt_of_class(0).kind)  # raises now rather than at the end
-    generator, parser, rows = Generator.load(bundle, engine), Parser.load(), []
+    parser, generator, rows = Parser.load(), Generator.load(bundle, engine), []
     if generator.manifest.model.classes != len(CLASSES):
         raise BadInput(
             f"expected a bundle of the {len(CLASSES)} shape classes, found {generator.manifest.name}; "

@@ -25,7 +25,7 @@ from tpx_runtime.generator import Generator
 from tpx_runtime.options import find_bundle
 from tpx_runtime.records import write_json
 
-BATCH_SIZE = 8  # of the timed batches
+BATCH_SIZE, PROMPT = 8, "a red cube on a blue sphere"  # of the timed batches
 
 
 def parse_counts(text: str | None) -> tuple[int, ...] | tuple[None]:
@@ -66,7 +66,7 @@ def seconds_per_image(generator: Generator, settings: dict[str, Any]) -> float:
     times = []
     for _ in range(3):
         began = time.monotonic()
-        generator("a red cube on a blue sphere", num_images=BATCH_SIZE, batch_size=BATCH_SIZE, **settings)
+        generator(PROMPT, num_images=BATCH_SIZE, batch_size=BATCH_SIZE, **settings)
         times.append((time.monotonic() - began) / BATCH_SIZE)
     return statistics.median(times)
 
@@ -131,7 +131,6 @@ def main(
     """Run ShapesEval for every combination of the settings and print the table."""
     generator = Generator.load(find_bundle(bundle), engine)
     defaults = generator.manifest.defaults
-    cells = []
     grid = itertools.product(
         samplers or (defaults.sampler,),
         parse_counts(depth),
@@ -141,8 +140,8 @@ def main(
         parse_counts(every),
         parse_counts(caches),
     )
-    for sampler, max_depth, num_steps, scale, interval, nth, cache_interval in grid:
-        settings = {
+    combinations: list[dict[str, Any]] = [
+        {
             "sampler": sampler,
             "depth": max_depth or defaults.depth,
             "steps": num_steps or defaults.steps,
@@ -151,9 +150,15 @@ def main(
             "guidance_every": nth,
             "cache_interval": cache_interval,
         }
+        for sampler, max_depth, num_steps, scale, interval, nth, cache_interval in grid
+    ]
+    for settings in combinations:
+        generator.plan(PROMPT, **settings)  # raises now rather than after the cells before
+    cells = []
+    for settings in combinations:
         cells.append(cell(generator, out, settings, **limits))
         write_json(out / "sweep.json", {"bundle_sha256": generator.manifest.sha256, "cells": cells})
-    click.echo(table(out, cells, list(settings)))
+    click.echo(table(out, cells, list(combinations[0])))
 
 
 if __name__ == "__main__":

@@ -112,8 +112,13 @@ def main(
     device: str,
 ) -> None:
     """Train the sample model, or resume its training."""
-    make_folder(out)
     last = STAGES.index(until)
+    if start and last <= 1:
+        raise BadInput(
+            f"expected --until {' or '.join(STAGES[2:])} with --start, which has the stages before, found {until}; leave "
+            "out one of them"
+        )
+    make_folder(out)
     started = load_frozen(start, device) if start else None
     if started:
         autoencoder, text_encoder = started.autoencoder, started.text_encoder

@@ -168,15 +168,29 @@ def _cells(line: str) -> list[str]:
 
 def test_a_finished_run_is_skipped_and_rejected_with_other_settings(tmp_path: Path) -> None:
     nothing: Any = None
+    data: Any = SimpleNamespace(text_encoder=torch.nn.Linear(2, 2))
     experiment = Experiment(
-        tmp_path, nothing, nothing, nothing, nothing, 6, 2, 0.1, 1, None, "x", "cpu", {"base steps": 9}
+        tmp_path,
+        data,
+        nothing,
+        nothing,
+        nothing,
+        6,
+        2,
+        0.1,
+        1,
+        None,
+        "onnxruntime",
+        "cpu",
+        {"base steps": 9},
     )
     folder, settings = (
         tmp_path / "LoRA-0",
-        {"base steps": 9, "steps": 6, "batch": 2, "rate": 0.1, "images": 1},
+        {"base steps": 9, "steps": 6, "batch": 2, "rate": 0.1, "images": 1, "engine": "onnxruntime"},
     )
     folder.mkdir()
-    facts = {"row": "LoRA", "settings": {**settings, "limit": None}}
+    text_encoder = experiment.settings["text encoder"]
+    facts = {"row": "LoRA", "settings": {**settings, "limit": None, "text encoder": text_encoder}}
     (folder / "result.json").write_text(json.dumps(facts))
     assert ablation.run(experiment, LORA, 0) == facts
     message = (
@@ -184,6 +198,11 @@ def test_a_finished_run_is_skipped_and_rejected_with_other_settings(tmp_path: Pa
     )
     with pytest.raises(BadInput, match=message):
         ablation.run(replace(experiment, steps=7, images=2), LORA, 0)
+    with pytest.raises(BadInput, match=r"\(engine onnxruntime\), found engine openvino; use"):
+        ablation.run(replace(experiment, engine="openvino"), LORA, 0)
+    other: Any = SimpleNamespace(text_encoder=torch.nn.Linear(2, 2))
+    with pytest.raises(BadInput, match=rf"\(text encoder {text_encoder}\), found text encoder"):
+        ablation.run(replace(experiment, data=other), LORA, 0)
     # From a version that did not record the settings.
     (folder / "result.json").write_text(json.dumps({"row": "LoRA"}))
     with pytest.raises(BadInput, match=r"\(no base steps, no steps"):
@@ -240,9 +259,13 @@ def test_a_sweep_has_a_cell_for_every_combination(tmp_path: Path, monkeypatch: p
         calls.append(settings)
         return {}
 
+    def plan(prompt: str, **settings: Any) -> None:
+        if settings["sampler"] == "nope":
+            raise BadInput("expected a sampler, found nope")
+
     defaults = Defaults(sampler="unipc", steps=12, guidance=3.0, depth=3)
     manifest = SimpleNamespace(defaults=defaults, sha256="b" * 64)
-    monkeypatch.setattr(sweep.Generator, "load", lambda *_: SimpleNamespace(manifest=manifest))
+    monkeypatch.setattr(sweep.Generator, "load", lambda *_: SimpleNamespace(manifest=manifest, plan=plan))
     monkeypatch.setattr(sweep, "cell", cell)
     monkeypatch.setattr(sweep, "table", lambda *_: "the table")
     flags = ["--bundle", "x", "--out", str(tmp_path), "--steps", "4,8", "--guidance-every", "1,3"]
@@ -258,6 +281,10 @@ def test_a_sweep_has_a_cell_for_every_combination(tmp_path: Path, monkeypatch: p
     }
     combinations = [(4, 1), (4, 3), (8, 1), (8, 3)]
     assert calls == [{**common, "steps": steps, "guidance_every": every} for steps, every in combinations]
+    calls.clear()
+    result = CliRunner().invoke(sweep.main, [*flags, "--sampler", "euler", "--sampler", "nope"])
+    assert (result.exit_code, result.stderr) == (2, "error: expected a sampler, found nope\n")
+    assert calls == []
 
 
 def test_the_sweep_table_compares_every_cell_with_the_best(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 import importlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -123,6 +125,26 @@ def test_rejects_a_file_as_the_output_folder(files: Path, module: str) -> None:
     assert result.exit_code == 2, result.output
     assert result.stderr.startswith(f"error: expected a folder to write into at {files / 'a.csv'}, found: ")
     assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("until", ["autoencoder", "text"])
+def test_training_from_a_checkpoint_has_a_stage_to_train(tmp_path: Path, until: str) -> None:
+    command = importlib.import_module("samples.shapes.train").main
+    arguments = ["--start", "x.pt", "--until", until, "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(command, arguments)
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1
+    assert result.stderr.startswith("error: expected --until base or adapters with --start")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("module", ["score", "score_classes", "parser_errors"])
+def test_the_judge_without_onnx_runtime_is_a_one_line_error(tmp_path: Path, module: str) -> None:
+    code = "import sys, runpy; sys.modules['onnxruntime'] = None; runpy.run_module(sys.argv.pop(1), run_name='__main__')"
+    command = [sys.executable, "-c", code, f"samples.shapes.{module}"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 4 and result.stderr.splitlines()[-1] == (
+        "error: expected onnxruntime, which runs the judge of ShapesEval, found none; pip install 'tpx[cpu]'"
+    )
 
 
 def test_the_ablation_checks_its_engine_before_it_trains(tmp_path: Path) -> None:
