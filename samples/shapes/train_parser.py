@@ -7,9 +7,9 @@ those without bias. The images are augmented (blur, noise, colour shifts), so th
 renders.
 """
 
-import json
 import math
 import random
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -22,6 +22,7 @@ import onnx
 import onnx_ir as ir
 import torch
 import torch.nn.functional as F
+from click.core import ParameterSource
 from torch import Tensor, nn
 
 from samples.shapes.captions import TRAINING_MIX, Prompt, prompt_of, satisfies, scene_for
@@ -45,9 +46,9 @@ from samples.shapes.world import (
 from tpx_export.graphs import strip_metadata
 from tpx_export.model.autoencoder import ResidualBlock
 from tpx_runtime.command import TpxCommand
-from tpx_runtime.files import make_folder
+from tpx_runtime.files import atomic_file, make_folder
+from tpx_runtime.records import write_json
 
-COMMAND = "python -m samples.shapes.train_parser --out runs/parser"
 POSITION_FIELDS = ("x", "y", "z", "size")
 OUTPUT_CHANNELS = (1, len(SHAPES), len(COLOURS), len(POSITION_FIELDS))  # channels: heat, shape, colour, place
 CROWDED_SHARE, EMPTY_SHARE = 0.12, 0.02  # of the training scenes: a stack among other objects; no object
@@ -257,7 +258,8 @@ def export(network: ParserNetwork, path: Path) -> None:
     assert program is not None
     model = ir.to_proto(strip_metadata(program.model))
     onnx.checker.check_model(model)
-    onnx.save(model, path)
+    with atomic_file(path) as part:
+        onnx.save(model, part)
 
 
 def hard_negative(rng: random.Random, prompt: Prompt, scene: Scene) -> Prompt:
@@ -322,6 +324,16 @@ def reconstruct(checkpoint: Path, image: Tensor) -> Tensor:
     return torch.cat(parts) / 2 + 0.5
 
 
+def given_command(ctx: click.Context) -> str:
+    """The command as it was given, for the record."""
+    words = ["python", "-m", "samples.shapes.train_parser"]
+    for option in ctx.command.params:
+        name = option.name or ""
+        if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            words += [option.opts[0], str(ctx.params[name])]
+    return shlex.join(words)
+
+
 @click.command(cls=TpxCommand)
 @click.option(
     "--out",
@@ -339,14 +351,15 @@ def reconstruct(checkpoint: Path, image: Tensor) -> Tensor:
     type=click.Path(path_type=Path),
     help="Also evaluate on renders reconstructed by this checkpoint.",
 )
-def main(out: Path, steps: int, seed: int, count: int, autoencoder: Path | None) -> None:
+@click.pass_context
+def main(ctx: click.Context, out: Path, steps: int, seed: int, count: int, autoencoder: Path | None) -> None:
     """Train the parser, or resume its training, and write parser.onnx and parser.json."""
     make_folder(out)
     export(train(out, steps=steps, seed=seed), WEIGHTS)
     parser = Parser.load()
     pairs, image = evaluation_set(count, seed)
     result = evaluate_parser(parser, pairs, to_uint8(image), seed)
-    RECORD.write_text(json.dumps({"command": COMMAND, "fresh renders": count, **result}, indent=2) + "\n")
+    write_json(RECORD, {"command": given_command(ctx), "fresh renders": count, **result})
     print(f"{WEIGHTS.name}: {WEIGHTS.stat().st_size / 1e6:.2f} MB; on {count} fresh renders {result}")
     if autoencoder:
         result = evaluate_parser(parser, pairs, to_uint8(reconstruct(autoencoder, image)), seed)

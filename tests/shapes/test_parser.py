@@ -15,7 +15,7 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
-from samples.shapes import score
+from samples.shapes import score, train_parser
 from samples.shapes.captions import Prompt, caption, satisfies, scene_for
 from samples.shapes.parser import CELLS, RECORD, WEIGHTS, Parser, decode, peaks
 from samples.shapes.render import render
@@ -42,6 +42,38 @@ WRONG_PROMPTS = dict(zip(PROMPTS, PROMPTS[1:] + PROMPTS[:1], strict=True))
 @pytest.fixture(scope="module")
 def parser() -> Parser:
     return Parser.load()
+
+
+def test_the_record_names_the_options_that_were_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record, weights = tmp_path / "parser.json", tmp_path / "parser.onnx"
+    monkeypatch.setattr(train_parser, "RECORD", record)
+    monkeypatch.setattr(train_parser, "WEIGHTS", weights)
+    monkeypatch.setattr(train_parser, "train", lambda out, **_: None)
+    monkeypatch.setattr(train_parser, "export", lambda network, path: path.touch())
+    monkeypatch.setattr(train_parser.Parser, "load", lambda: None)
+    monkeypatch.setattr(train_parser, "evaluation_set", lambda count, seed: ([], torch.zeros(1, 3, 1, 1)))
+    monkeypatch.setattr(train_parser, "evaluate_parser", lambda *_: {"satisfied": 1.0})
+    options = ["--out", str(tmp_path), "--steps", "7", "--images", "3"]
+    result = CliRunner().invoke(train_parser.main, options)
+    assert result.exit_code == 0, result.output
+    command = f"python -m samples.shapes.train_parser --out {tmp_path} --steps 7 --images 3"
+    assert json.loads(record.read_text()) == {"command": command, "fresh renders": 3, "satisfied": 1.0}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_failed_export_keeps_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def save_half(model: object, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    weights = tmp_path / "parser.onnx"
+    weights.write_bytes(b"before")
+    monkeypatch.setattr(train_parser.onnx, "save", save_half)
+    with pytest.raises(OSError, match="No space"):
+        export(ParserNetwork().eval(), weights)
+    assert weights.read_bytes() == b"before" and list(tmp_path.iterdir()) == [weights]
 
 
 def pixels(scenes: list[Scene]) -> np.ndarray:
