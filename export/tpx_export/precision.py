@@ -19,7 +19,7 @@ TOLERANCES = {
     "fp32": Tolerance(text_encoder=1e-4, conditions=1e-4, transformer=1e-4, vae=1e-4, routing_agreement=1.0),
     # Conditions: only the weights of adaLN are rounded.
     "fp16": Tolerance(text_encoder=5e-3, conditions=1e-3, transformer=1e-2, vae=1e-2, routing_agreement=0.98),
-    # Two to three times the errors of the sample model (docs/int8.md).
+    # docs/int8.md compares them with the errors of the sample model.
     "int8": Tolerance(text_encoder=1e-4, conditions=1e-4, transformer=6e-2, vae=1e-4, routing_agreement=0.95),
     "int8-weights": Tolerance(
         text_encoder=3e-2, conditions=3e-2, transformer=5e-2, vae=1e-4, routing_agreement=0.98

@@ -7,8 +7,10 @@
 (arXiv 2604.25299.) Where the paper gives no details, we chose:
 - q, k and v share one low-rank pair: A [D, r], B [r, 3D].
 - attention inside the recursion stops before the output projection, which belongs to the frozen base.
-- the gate is a two-layer MLP of the token's layer norm and y; all steps share the gate and the experts. mod_t, a scale
-  and a shift per channel, is separate for each step.
+- the frozen base's RMS norms of q and k, if it has them, act on the adapters' q and k at every step.
+- the gate is a two-layer MLP, 64 wide inside, of the token's layer norm, without mod_t, and of SiLU(y).
+- all steps share the gate and the experts. mod_t, a scale and a shift per channel, is separate for each step.
+- the second attention of a dual block (SD3.5-medium) does not think.
 """
 
 import math
