@@ -11,12 +11,16 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
 from benchmarks.random_sd3 import write_adapters, write_transformer
 from benchmarks.startup import run_process
 from benchmarks.tiny_sd3 import EOS, clip_words, write_clip_tokenizer
+from tpx_runtime.command import TpxCommand
+from tpx_runtime.files import make_folder
+from tpx_runtime.records import require_same_settings, write_json
 
 LOAD = """
 import sys, onnxruntime as ort
@@ -67,7 +71,17 @@ def write_rest(folder: Path) -> None:
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusion3Pipeline"}))
 
 
-@click.command()
+def require_same_options(out: Path, **options: Any) -> None:
+    """Store the options that the base and the adapters in `out` depend on. Raises BadInput if it has those of others."""
+    path = out / "options.json"
+    if path.exists() or (out / "base").exists():
+        before = json.loads(path.read_text()) if path.exists() else {}
+        require_same_settings(before, options, out, "OUT")
+    make_folder(out)
+    write_json(path, options)
+
+
+@click.command(cls=TpxCommand)
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--model", default="sd3-medium", show_default=True)
 @click.option("--image-size", default=1024, show_default=True, help="Pixels.")
@@ -79,6 +93,7 @@ def main(
     out: Path, model: str, image_size: int, depth: int, experts: int, rank: int, layers: int | None
 ) -> None:
     """Print the table of docs/real-weights.md; OUT keeps the base and the bundle."""
+    require_same_options(out, model=model, depth=depth, experts=experts, rank=rank, layers=layers)
     base, bundle, adapters = out / "base", out / "bundle", out / "tpx.safetensors"
     if not (base / "model_index.json").exists():
         write_transformer(base / "transformer", model, layers)

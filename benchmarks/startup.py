@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 from statistics import median
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, TemporaryFile
 
 import click
 from PIL import Image
@@ -26,17 +26,19 @@ EAGER = Path(__file__).with_name("pytorch_eager.py")
 
 
 def run_process(command: list[str]) -> tuple[float, float]:
-    """Run a process; returns wall seconds and peak megabytes. Raises ClickException if it fails."""
+    """Run a process; returns wall seconds and peak megabytes. Raises ClickException, with its last line, if it fails."""
     # Python caches compiled modules unless this is set, as it is in many containers.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    began = time.perf_counter()
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - began
-    if status:
-        raise click.ClickException(
-            f"expected exit code 0, found {os.waitstatus_to_exitcode(status)}: {command}"
-        )
+    with TemporaryFile() as errors:  # not a pipe, which would have to be read meanwhile
+        began = time.perf_counter()
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=errors)
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - began
+        process.returncode = code = os.waitstatus_to_exitcode(status)
+        errors.seek(0)
+        lines = errors.read().decode(errors="replace").splitlines() or ["no message"]
+    if code:
+        raise click.ClickException(f"expected exit code 0, found {code} ({lines[-1]}): {command}")
     return seconds, usage.ru_maxrss / 1024
 
 
