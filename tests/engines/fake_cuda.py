@@ -10,7 +10,13 @@ from collections.abc import Callable
 from ctypes import POINTER, c_char_p, c_int, c_size_t, c_uint, c_uint64, c_void_p
 from typing import Any
 
-NAMES = {2: b"CUDA_ERROR_OUT_OF_MEMORY", 100: b"CUDA_ERROR_NO_DEVICE", 700: b"CUDA_ERROR_ILLEGAL_ADDRESS"}
+NAMES = {
+    2: b"CUDA_ERROR_OUT_OF_MEMORY",
+    100: b"CUDA_ERROR_NO_DEVICE",
+    700: b"CUDA_ERROR_ILLEGAL_ADDRESS",
+    900: b"CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED",
+    901: b"CUDA_ERROR_STREAM_CAPTURE_INVALIDATED",
+}
 POISON = 0xA5
 
 Work = Callable[[], None]
@@ -30,7 +36,7 @@ class FakeDriver:
         self.streams: dict[int, list[Work]] = {}
         self.graphs: dict[int, list[Work]] = {}
         self.launchable: dict[int, list[Work]] = {}
-        self.current, self.capturing = 0, False
+        self.current, self.capturing, self.capture_valid = 0, False, True
         self.captured: list[Work] = []
         self._handles = iter(range(0x7F00_0000_1000, 0x7F00_0100_0000, 16))  # above 32 bits
         self._make("cuInit", self._succeed, c_uint)
@@ -112,6 +118,8 @@ class FakeDriver:
     def _synchronize(self, stream: int) -> int:
         if stream not in self.streams:
             return 400
+        if self.capturing:
+            return self._break_capture()
         work, self.streams[stream] = self.streams[stream], []
         for task in work:
             task()
@@ -121,6 +129,8 @@ class FakeDriver:
         def allocate(out: Any, size: int) -> int:
             if not self.current or not size:
                 return 1
+            if self.capturing:
+                return self._break_capture()
             buffer = ctypes.create_string_buffer(bytes([POISON]) * size, size)
             kept[ctypes.addressof(buffer)] = buffer
             return self._set(out, ctypes.addressof(buffer))
@@ -135,11 +145,19 @@ class FakeDriver:
         return 0
 
     def _begin_capture(self, stream: int, mode: int) -> int:
-        self.capturing, self.captured = True, []
+        self.capturing, self.capture_valid, self.captured = True, True, []
         return 0
+
+    def _break_capture(self) -> int:
+        """A call that a capture does not allow fails and makes the capture invalid."""
+        self.capture_valid = False
+        return 900
 
     def _end_capture(self, stream: int, out: Any) -> int:
         self.capturing, handle = False, next(self._handles)
+        if not self.capture_valid:
+            out[0] = None
+            return 901
         self.graphs[handle] = self.captured
         return self._set(out, handle)
 

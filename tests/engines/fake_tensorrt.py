@@ -157,8 +157,14 @@ class FakeTensorRt(SimpleNamespace):
                 fake.alive.append("context")
 
             def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+                sizes = self._function.inputs[name][1]
+                fits = len(shape) == len(sizes) and all(
+                    size in (-1, given) for size, given in zip(sizes, shape, strict=True)
+                )
+                if not fits or fake._fails("shape", self._log):
+                    return False
                 self._shapes[name] = tuple(shape)
-                return not fake._fails("shape", self._log)
+                return True
 
             def get_tensor_shape(self, name: str) -> "Dims":
                 rows = next(iter(self._shapes.values()))[0]
