@@ -788,9 +788,10 @@ def test_fingerprint_ignores_other_files_in_the_base_folder(sd3: Path, tmp_path:
     (copied / "model_index.json").write_text("{}")
     assert fingerprint.base_fingerprint(copied) != fingerprint.base_fingerprint(sd3)
     # A single part has its weights at the top level, where adapters are ignored only if they are excluded by path.
-    (copied / "transformer/a-caption.txt").write_text("new")
     part, adapters = copied / "transformer", copied / "transformer/adapters-of-mine.safetensors"
     before = fingerprint.base_fingerprint(part)
+    (part / "a-caption.txt").write_text("new")
+    assert fingerprint.base_fingerprint(part) == before
     adapters.write_text("new")
     assert (
         fingerprint.base_fingerprint(part) != before == fingerprint.base_fingerprint(part, exclude=[adapters])
