@@ -39,7 +39,9 @@ def make_tiny(thinking: ThinkingSpec | None, seed: int = 0) -> TextToImage:
             thinking=thinking,
         ),
         shift=1.0,
-        defaults=Defaults(sampler="euler", steps=4, guidance=2.0, depth=3 if thinking else 1),
+        defaults=Defaults(
+            sampler="euler", steps=4, guidance=2.0, depth=thinking.max_depth if thinking else 1
+        ),
     )
     model = TextToImage(spec)
     with torch.no_grad():

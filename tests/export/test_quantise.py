@@ -66,11 +66,7 @@ def one_block() -> TextToImage:
     """A model smaller than the tiny one, for tests that do not check the exported graphs."""
     spec = make_tiny(ThinkingSpec(blocks=(0,), experts=3, rank=4, max_depth=1)).spec
     torch.manual_seed(0)
-    model = TextToImage(
-        replace(
-            spec, transformer=replace(spec.transformer, blocks=1), defaults=replace(spec.defaults, depth=1)
-        )
-    )
+    model = TextToImage(replace(spec, transformer=replace(spec.transformer, blocks=1)))
     with torch.no_grad():
         for parameter in model.transformer.parameters():
             if not parameter.any():
