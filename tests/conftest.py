@@ -17,6 +17,7 @@ from tpx_export.model import ThinkingSpec
 from tpx_export.model.text_to_image import TextToImage
 from tpx_export.pipeline import Pipeline
 from tpx_export.quantise.quantiser import Int8Options
+from tpx_runtime.environment import ENGINES_VARIABLE, THREADS_VARIABLE
 
 Export = tuple[Path, Summary]
 
@@ -25,6 +26,14 @@ def pytest_configure() -> None:
     # A shell starts background jobs with SIGINT ignored, and the tested commands would inherit that.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_settings_of_the_machine() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for variable in ("TPX_BUNDLE", ENGINES_VARIABLE, THREADS_VARIABLE):
+            patch.delenv(variable, raising=False)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import stat
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -77,6 +78,12 @@ class GraphFile:
     depth: int | None = None  # of a transformer graph
 
 
+def _check_files(root: Path, manifest: Manifest, check: Callable[[Path, FileEntry], str | None]) -> None:
+    for name, entry in manifest.files.items():
+        if message := check(root / name, entry):
+            raise BundleInvalid(f"{root / name}: {message}; copy the bundle again or export it again")
+
+
 @dataclass(frozen=True)
 class Bundle:
     """An opened bundle: its folder and its manifest."""
@@ -118,11 +125,14 @@ class Bundle:
             bundle.text_encoder(encoder)
         for name in (CONDITIONS, *transformers, VAE_DECODER, SCHEDULER, GOLDEN):
             bundle.path(name)
-        for check in (_wrong_size, _wrong_hash) if verify else (_wrong_size,):
-            for name, entry in bundle.manifest.files.items():
-                if message := check(root / name, entry):
-                    raise BundleInvalid(f"{root / name}: {message}; copy the bundle again or export it again")
+        _check_files(root, bundle.manifest, _wrong_size)
+        if verify:
+            _check_files(root, bundle.manifest, _wrong_hash)
         return bundle
+
+    def verify_files(self) -> None:
+        """Check the SHA-256 of every file. Raises BundleInvalid, whose message names the invalid file."""
+        _check_files(self.root, self.manifest, _wrong_hash)
 
     @property
     def hash(self) -> str:

@@ -165,7 +165,11 @@ def _print_paths_on_exit() -> Iterator[list[Path]]:
     default=False,
     help="Leave out T5 of Stable Diffusion 3: saves memory, long prompts work less well.",
 )
-@click.option("--no-verify", is_flag=True, help="Skip the hash check of the bundle's files.")
+@click.option(
+    "--no-verify",
+    is_flag=True,
+    help="Skip the hash check of the bundle's files, which is done once after each change of one.",
+)
 @click.option("--force", is_flag=True, help="Replace existing files.")
 @click.option("--skip-existing", is_flag=True, help="Keep existing files and generate the others.")
 def run(
@@ -197,6 +201,7 @@ def run(
     from .output_files import choose_output_files, remaining_jobs
     from .progress import progress
     from .prompts import read_prompt_lines
+    from .verified import verify_once
 
     source = click.get_current_context().get_parameter_source("prompt")
     if prompts_file and source is ParameterSource.DEFAULT_MAP:  # the prompt of the image of --like
@@ -216,7 +221,9 @@ def run(
     strength = resolve_strength(image, mask, strength)
     input_image, input_mask = (load_image(file) if file else None for file in (image, mask))
     chosen = resolve(engine)
-    opened = Bundle.open(find_bundle(bundle), verify=not no_verify)
+    opened = Bundle.open(find_bundle(bundle), verify=False)
+    if not no_verify:
+        verify_once(opened)
     if no_t5 and click.get_current_context().get_parameter_source("no_t5") is ParameterSource.DEFAULT_MAP:
         no_t5 = opened.has_t5  # --like of an image of another bundle
     several_batches = num_images * len(subjects) > batch_size

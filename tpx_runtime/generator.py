@@ -24,6 +24,7 @@ from .manifest import ALL_NOISE_LEVELS
 from .noise import MAX_SEED
 from .sampling import Array
 from .settings import Settings, check_int
+from .verified import verify_once
 
 MAX_IMAGES = 1000  # per prompt and call
 
@@ -62,12 +63,16 @@ class Generator:
         t5: bool = True,
         keep: bool = True,
     ) -> "Generator":
-        """Open the bundle at `path` with the engine of that name; `verify` checks the SHA-256 of every file.
+        """Open the bundle at `path` with the engine of that name.
 
+        `verify` checks the SHA-256 of every file, unless none has changed since that was done (verified.py).
         `t5=False` leaves out the T5 encoder of a Stable Diffusion 3 bundle, as its authors allow. Raises BundleInvalid,
         EngineUnavailable or BadInput (unknown engine, or no T5 to leave out).
         """
-        return cls(Bundle.open(path, verify), resolve(engine), t5, keep)
+        bundle = Bundle.open(path, verify=False)
+        if verify:
+            verify_once(bundle)
+        return cls(bundle, resolve(engine), t5, keep)
 
     def __call__(
         self,

@@ -635,21 +635,20 @@ def test_the_command_line_imports_neither_numpy_nor_an_engine() -> None:
 
 
 @pytest.mark.parametrize(
-    ("missing", "code", "message"),
+    ("missing", "message"),
     [
-        ("samples", 2, "found no samples; run `python -m samples.shapes.evaluate` in the checkout"),
-        ("samples.shapes.evaluate", 2, "found no samples.shapes.evaluate;"),
-        ("onnxruntime", 4, "pip install 'tpx[cpu]'"),
+        ("samples", "found no samples; run `python -m samples.shapes.evaluate` in the checkout"),
+        ("samples.shapes.evaluate", "found no samples.shapes.evaluate;"),
     ],
 )
-def test_shapes_without_its_checkout_or_engine_gives_a_one_line_error(
-    monkeypatch: pytest.MonkeyPatch, missing: str, code: int, message: str
+def test_shapes_without_its_checkout_gives_a_one_line_error(
+    monkeypatch: pytest.MonkeyPatch, missing: str, message: str
 ) -> None:
     def fail(name: str) -> None:
         raise ModuleNotFoundError(f"No module named {missing!r}", name=missing)
 
     monkeypatch.setattr(cli, "importlib", SimpleNamespace(import_module=fail))
-    assert message in error_of(CliRunner().invoke(cli.main, ["shapes"]), code)
+    assert message in error_of(CliRunner().invoke(cli.main, ["shapes"]), 2)
 
 
 ROWS = ("one", "two")

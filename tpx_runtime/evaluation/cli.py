@@ -9,7 +9,7 @@ import click
 
 from .. import options
 from ..command import TpxCommand, TpxGroup, warnings_as_notices
-from ..errors import BadInput, EngineUnavailable
+from ..errors import BadInput
 from ..options import find_bundle
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ def _together(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
 _generation_options = _together(
     options.bundle,
     options.engine,
+    options.threads,
     options.sampler,
     options.steps,
     options.guidance,
@@ -127,14 +128,10 @@ def shapes(bundle: str | None, engine: str, out: Path, **options: Any) -> None:
 
 
 def _shapes_eval() -> Any:
-    """The ShapesEval module. Raises BadInput without a checkout, EngineUnavailable without ONNX Runtime."""
+    """The ShapesEval module. Raises BadInput without a checkout."""
     try:
         return importlib.import_module(_SHAPES_EVAL)
     except ModuleNotFoundError as error:
-        if error.name == "onnxruntime":
-            raise EngineUnavailable(
-                "expected onnxruntime, which runs the judge of ShapesEval, found none; pip install 'tpx[cpu]'"
-            ) from None
         if error.name and _SHAPES_EVAL.startswith(error.name):
             raise BadInput(
                 f"expected {_SHAPES_EVAL} from a checkout of TPX, found no {error.name}; run `python -m "

@@ -37,8 +37,8 @@ def open_base(
 
     `image_size_px` is (height, width), or None for the model's own size. T5 is left out unless `t5`, or if the pipeline was
     saved without it. Raises CheckpointInvalid for files that are missing or invalid, BadInput for an image size that the
-    model does not support and for a DiT without `t5`. Issues a DifferentBaseWarning for adapters that
-    were trained on another base or with other settings.
+    model does not support and for a DiT without `t5`. Issues a DifferentBaseWarning for adapters that were trained on
+    another base or with other settings.
     """
     for root in (path, components):
         if root is not None and not root.exists():

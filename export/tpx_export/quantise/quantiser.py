@@ -34,9 +34,9 @@ MAX_SCORE_PROMPTS = 92  # of each kind of ShapesEval
 class Int8Options:
     """Options of the precisions int8 and int8-weights.
 
-    `calibration` are prompts, None for the default ones (prompts.py). With `accept_loss` the bundle
-    is kept even if it loses too much or gains nothing. `score_prompts` is the number of images per kind of ShapesEval, or
-    per shape for the class-conditional sample model; 0 for no score.
+    `calibration` is a file of prompts, None for the default ones (prompts.py). With `accept_loss` the bundle is kept even if
+    it loses too much or gains nothing. `score_prompts` is the number of images per kind of ShapesEval, or per shape for the
+    class-conditional sample model; 0 for no score.
     """
 
     calibration: PromptFile | None = None
