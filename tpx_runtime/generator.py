@@ -89,7 +89,7 @@ class Generator:
         guidance_every: int = 1,
         cache_interval: int = 1,
         sampler: str | None = None,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         depth: int | None = None,
         num_images: int = 1,
         batch_size: int = 8,
@@ -207,21 +207,21 @@ class Generator:
         guidance_every: int = 1,
         cache_interval: int = 1,
         sampler: str | None = None,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         depth: int | None = None,
         num_images: int = 1,
     ) -> list[Settings]:
         """The validated settings of each image of a call.
 
         `steps`, `guidance`, `guidance_interval`, `sampler` and `depth` are the bundle's if None. A list of negative prompts
-        has one for each prompt. Image i of each prompt has seed `seed + i`, so that a batch equals separate runs. Guidance
-        acts only at noise levels in `guidance_interval` (0..1), and after the first two fifths of those steps is computed
-        only at every `guidance_every`-th one and reused in between; steps without it cost half. After the first two fifths
-        of all steps the model is called only at every `cache_interval`-th one, and the others reuse its prediction. Both
-        count all steps that run, so with both settings one is best a multiple of the other. Raises BadInput.
+        has one for each prompt. Image i of each prompt has seed `seed + i`, so that a batch equals separate runs; a list has
+        the seed of each image. Guidance acts only at noise levels in `guidance_interval` (0..1), and after the first two
+        fifths of those steps is computed only at every `guidance_every`-th one and reused in between; steps without it cost
+        half. After the first two fifths of all steps the model is called only at every `cache_interval`-th one, and the
+        others reuse its prediction. Both count all steps that run, so with both settings one is best a multiple of the
+        other. Raises BadInput.
         """
-        num_images = check_int("num_images", num_images, 1, MAX_IMAGES)
-        seed = check_int("seed", seed, 0, MAX_SEED - num_images + 1)
+        seeds = _seeds(seed, check_int("num_images", num_images, 1, MAX_IMAGES))
         if prompt is None and (self.classes or class_id is not None):
             prompt = ""  # Settings.check rejects a class_id for a text-to-image model
         if not isinstance(prompt, Iterable) or isinstance(prompt, bytes | Mapping):
@@ -244,7 +244,7 @@ class Generator:
             Settings(
                 prompt=text,
                 negative_prompt=negative,
-                seed=seed + i,
+                seed=one_seed,
                 guidance_every=guidance_every,
                 cache_interval=cache_interval,
                 class_id=class_id,
@@ -252,7 +252,7 @@ class Generator:
                 **chosen,
             ).check(self.manifest)
             for text, negative in zip(prompts, negatives, strict=True)
-            for i in range(num_images)
+            for one_seed in seeds
         ]
         limited = guidance_interval is not None and jobs[0].guidance_interval != ALL_NOISE_LEVELS
         if jobs[0].guidance == 1 and (limited or guidance_every != 1):
@@ -391,3 +391,14 @@ def _negative_prompts(given: str | Sequence[str] | None, prompts: int) -> list[s
             f"expected one negative prompt, or one for each of {prompts} prompts, found {len(given)}"
         )
     return list(given)
+
+
+def _seeds(given: int | Sequence[int], num_images: int) -> Sequence[int]:
+    """The seed of each image of a prompt. Raises BadInput."""
+    if not isinstance(given, Sequence) or isinstance(given, str | bytes):
+        first = check_int("seed", given, 0, MAX_SEED - num_images + 1)
+        return range(first, first + num_images)
+    if not 1 <= len(given) <= MAX_IMAGES or num_images not in (1, len(given)):
+        expected = f"1 to {MAX_IMAGES}" if num_images == 1 else f"{num_images}, as many as num_images,"
+        raise BadInput(f"expected {expected} seeds in the list, found {len(given)}")
+    return [check_int("seed", one, 0, MAX_SEED) for one in given]

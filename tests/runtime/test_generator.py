@@ -410,6 +410,23 @@ def test_plans_each_prompt_with_each_seed(generator: Generator) -> None:
     ]
 
 
+def test_a_list_has_the_seed_of_each_image(generator: Generator) -> None:
+    jobs = generator.plan(["red cube", "blue cube"], seed=[5, 1, 5])
+    assert [(job.prompt, job.seed) for job in jobs] == [
+        (prompt, seed) for prompt in ("red cube", "blue cube") for seed in (5, 1, 5)
+    ]
+    assert generator.plan("red cube", seed=(3, 8), num_images=2) == generator.plan("red cube", seed=[3, 8])
+    assert generator.plan("red cube", seed=range(2, 4)) == generator.plan("red cube", seed=2, num_images=2)
+    for seeds, num_images, message in (
+        ([], 1, "expected 1 to 1000 seeds in the list, found 0"),
+        ([1, 2], 3, "expected 3, as many as num_images, seeds in the list, found 2"),
+        ([1, -1], 1, "expected seed to be a whole number in 0"),
+        ("12", 1, "expected seed to be a whole number"),
+    ):
+        with pytest.raises(BadInput, match=message):
+            generator.plan("red cube", seed=seeds, num_images=num_images)  # type: ignore[arg-type]
+
+
 def test_images_have_their_settings_as_metadata(generator: Generator) -> None:
     images = generator(["red cube", "a sphere"], seed=3, num_images=2)
     facts = [json.loads(image.info["tpx"]) for image in images]
