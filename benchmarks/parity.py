@@ -87,12 +87,12 @@ def measure(variant: str, folder: Path) -> dict[str, str]:
         for name in theirs
     }
     latents = torch.from_numpy(batch_noise([3], generator.manifest.model.latent_shape))
-    size = generator.manifest.model.image_size_px[0]
+    height, width = generator.manifest.model.image_size_px
     [expected] = pipeline(
         PROMPT,
         negative_prompt=NEGATIVE,
-        height=size,
-        width=size,
+        height=height,
+        width=width,
         latents=latents,
         num_inference_steps=28,
         guidance_scale=7.0,

@@ -23,7 +23,7 @@ def compiled_folder(bundle: Path, shared: Path | None = None) -> Path:
     folder = shared / root.name if shared else root.with_name(f"{root.name}.engines")
     if folder.resolve().is_relative_to(root):
         raise BadInput(
-            f"expected a folder of engines outside the bundle {root}, found {shared}; "
+            f"expected a folder of engines outside the bundle {root}, found {folder}; "
             f"leave out --cache and {ENGINES_VARIABLE} to use one next to the bundle"
         )
     return folder

@@ -25,7 +25,8 @@ def to_pil(pixels: Array) -> Image.Image:
 def grid(images: Sequence[Image.Image]) -> Image.Image:
     """Arrange images of one size in a grid, as square as possible; a single image is returned unchanged.
 
-    The metadata is that of the first image; `tpx` also gets `num_images`, whose seeds are consecutive.
+    If the images differ in nothing but consecutive seeds, the sheet has the metadata of the first, with `num_images` in
+    `tpx`. Otherwise it has none.
     """
     if len(images) == 1:
         return images[0]
@@ -34,9 +35,11 @@ def grid(images: Sequence[Image.Image]) -> Image.Image:
     sheet = Image.new("RGB", (columns * width, -(-len(images) // columns) * height), "white")
     for position, image in enumerate(images):
         sheet.paste(image, (position % columns * width, position // columns * height))
-    sheet.info.update(images[0].info)
-    if "tpx" in sheet.info:
-        sheet.info["tpx"] = json.dumps({**json.loads(sheet.info["tpx"]), "num_images": len(images)})
+    facts = [json.loads(image.info.get("tpx", "{}")) for image in images]
+    first = facts[0]
+    if first and facts == [{**first, "seed": first["seed"] + i} for i in range(len(images))]:
+        sheet.info.update(images[0].info)
+        sheet.info["tpx"] = json.dumps({**first, "num_images": len(images)})
     return sheet
 
 

@@ -14,6 +14,7 @@ from .environment import compiled_folder
 from .image_size import format_size
 from .manifest import ALL_NOISE_LEVELS, Defaults
 from .memory import available_bytes
+from .verified import RECORD
 
 _COLUMN = 18
 
@@ -80,7 +81,7 @@ def _compiled(folder: Path) -> str:
     size = 0
     for path in folder.rglob("*"):
         with suppress(OSError):  # another process may be cleaning up
-            size += path.stat().st_size if path.is_file() else 0
+            size += path.stat().st_size if path.is_file() and path.name != RECORD else 0
     return f"{folder}, {_megabytes(size)} (safe to delete)" if size else "nothing"
 
 

@@ -31,7 +31,7 @@ def verify_once(bundle: Bundle) -> None:
     bundle.verify_files()
     if began - max(changed for *_, changed in facts["files"].values()) > _SETTLED_NS:
         with suppress(OSError):  # a folder that is not writable: the next process hashes again
-            record.parent.mkdir(exist_ok=True)
+            record.parent.mkdir(parents=True, exist_ok=True)
             with atomic_file(record) as part:
                 part.write_text(json.dumps(facts))
 

@@ -1,6 +1,7 @@
 """The command tpx-build."""
 
 import os
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -74,8 +75,9 @@ def main(
         build_openvino(opened, engine, rows)
     else:
         build_tensorrt(opened, engine, rows, gpu, cache)
-    if cache:
-        click.echo(f"notice: set {ENGINES_VARIABLE}={cache} for tpx-run to find them", err=True)
+    if cache and os.environ.get(ENGINES_VARIABLE) != str(cache):
+        setting = f"{ENGINES_VARIABLE}={shlex.quote(str(cache.resolve()))}"
+        click.echo(f"notice: set {setting} for tpx-run to find them", err=True)
 
 
 def build_openvino(opened: "Bundle", engine: str, rows: tuple[int, int]) -> None:

@@ -83,7 +83,10 @@ def load(path: Path) -> Model:
         raise CheckpointInvalid(
             f"{path}: expected finite weights, found NaN or infinity in {not_finite[0]}; train it again"
         )
-    model = type(model)(model.spec)  # type: ignore[arg-type]
+    try:
+        model = type(model)(model.spec)  # type: ignore[arg-type]
+    except RuntimeError as error:  # the tables of positions, which are not in the file, may be of any size
+        raise CheckpointInvalid(_invalid_spec(path, error)) from None
     model.load_state_dict({name: value.float() for name, value in state.items()})
     return model.eval().requires_grad_(False)
 
@@ -142,6 +145,11 @@ def _damaged(path: Path, error: Exception) -> str:
     return f"{path}: expected a complete {path.suffix} file, found a truncated or damaged one ({reason}); copy it again"
 
 
+def _invalid_spec(path: Path, error: Exception) -> str:
+    reason = " ".join(str(error).split())[:120]
+    return f"{path}: expected a model specification, found an invalid one ({reason})"
+
+
 def _shape(shape: torch.Size | None) -> str:
     return "none" if shape is None else str(list(shape))
 
@@ -169,14 +177,17 @@ def _build_model(path: Path, header: Any) -> Model:
         with torch.device("meta"):
             return model_class(spec)
     except (TypeError, ValueError, KeyError, AttributeError, OverflowError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise CheckpointInvalid(
-            f"{path}: expected a model specification, found an invalid one ({reason})"
-        ) from None
+        raise CheckpointInvalid(_invalid_spec(path, error)) from None
 
 
 def _upgrade(spec: dict[str, Any]) -> None:
-    """Convert in place the specification of version 1, where sizes were one number and the autoencoder had one too."""
-    spec["autoencoder"].pop("image_size_px", None)
-    if "latent_size" in (transformer := spec["transformer"]):
-        transformer["latent_size"] = [transformer["latent_size"]] * 2
+    """Convert in place the specification of version 1, where sizes were one number and the autoencoder had one too.
+
+    Raises ValueError if the two do not agree.
+    """
+    pixels, transformer = spec["autoencoder"].pop("image_size_px", None), spec["transformer"]
+    if "latent_size" in transformer:
+        side = transformer["latent_size"]
+        if pixels not in (None, 8 * side):
+            raise ValueError(f"expected image_size_px {8 * side}, found {shorten(pixels)}")
+        transformer["latent_size"] = [side, side]

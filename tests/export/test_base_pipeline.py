@@ -559,6 +559,14 @@ def test_adapters_are_rounded_only_to_the_bundles_precision(
         assert exported[name].dtype == bundle and torch.equal(exported[name], trained[name].to(bundle)), name
 
 
+def test_missing_weights_of_a_dits_vae_are_an_error_when_it_is_opened(tmp_path: Path) -> None:
+    write_dit(tmp_path)
+    for file in (tmp_path / "vae").glob("*.safetensors"):
+        file.unlink()
+    with pytest.raises(CheckpointInvalid, match=r"vae: expected \.safetensors files, found none"):
+        open_base(tmp_path / "dit.pt", tmp_path)
+
+
 def test_rejects_a_vae_that_does_not_fit_a_dit(tmp_path: Path) -> None:
     write_dit(tmp_path)
     shutil.rmtree(tmp_path / "vae")

@@ -32,6 +32,7 @@ from tpx_runtime.options import find_bundle
 from tpx_runtime.output_files import choose_output_files
 from tpx_runtime.sampling import SAMPLERS_FOR
 from tpx_runtime.tokenizer import Encoding
+from tpx_runtime.verified import RECORD
 from tpx_runtime.verify import PartReport, load_golden
 
 from .fakes import CLASSES, THREE_ENCODERS, FakeEngine, seal, vae_decoder, vae_encoder, without_encoder
@@ -1319,6 +1320,8 @@ def test_info_shows_the_size_of_the_compiled_engines(
     shutil.copytree(tiny_bundle, copy)
     assert f"compiled{'':<10}nothing" in info(copy).stdout
     (tmp_path / "copy.engines").mkdir()
+    (tmp_path / "copy.engines" / RECORD).write_text("{}")
+    assert f"compiled{'':<10}nothing" in info(copy).stdout
     (tmp_path / "copy.engines" / "some.engine").write_bytes(bytes(2_500_000))
     assert f"{tmp_path / 'copy.engines'}, 2.5 MB (safe to delete)" in info(copy).stdout
     (tmp_path / "all/copy").mkdir(parents=True)

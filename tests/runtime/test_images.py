@@ -52,12 +52,9 @@ def test_grid_is_filled_row_by_row_and_the_rest_is_white() -> None:
     assert corners == [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)]
 
 
-def test_grid_keeps_the_metadata_of_the_first_image() -> None:
+def test_grid_of_one_image_is_that_image() -> None:
     first = solid("red")
-    first.info["tpx"] = '{"seed": 5}'
-    assert grid([first, solid("blue")]).info == {"tpx": '{"seed": 5, "num_images": 2}'}
     assert grid([first]) is first
-    assert grid([solid("red"), solid("blue")]).info == {}
 
 
 @settings(max_examples=50, deadline=None, database=None)
@@ -164,3 +161,20 @@ def test_a_png_in_memory_has_the_metadata_too() -> None:
     save_png(image, memory := io.BytesIO())
     with Image.open(io.BytesIO(memory.getvalue())) as again:
         assert (again.format, again.size, again.info["tpx"]) == ("PNG", (4, 3), image.info["tpx"])
+
+
+def test_a_grid_has_metadata_only_if_it_can_be_generated_again() -> None:
+    def image(seed: int, prompt: str = "red cube") -> Image.Image:
+        made = Image.new("RGB", (4, 3))
+        made.info.update(tpx=json.dumps({"prompt": prompt, "seed": seed}), parameters="text")
+        return made
+
+    facts = grid([image(5), image(6), image(7)]).info
+    assert json.loads(facts["tpx"]) == {"prompt": "red cube", "seed": 5, "num_images": 3}
+    assert facts["parameters"] == "text"
+    for images in (
+        [image(5), image(1)],
+        [image(5), image(6, "blue cube")],
+        [image(5), Image.new("RGB", (4, 3))],
+    ):
+        assert grid(images).info == {}

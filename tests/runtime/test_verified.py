@@ -54,6 +54,7 @@ def test_a_changed_file_is_noticed_even_with_its_old_times(opened: Bundle, keep_
     verify_once(opened)
     path = opened.root / WEIGHTS
     before, content = path.stat(), path.read_bytes()
+    time.sleep(0.05)  # the file system's clock is coarse, and this bundle only seems to be old
     path.write_bytes(bytes([content[0] ^ 1]) + content[1:])
     if keep_times:
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
@@ -95,6 +96,16 @@ def test_a_place_that_is_not_writable_is_no_error(opened: Bundle, monkeypatch: p
     monkeypatch.setattr(verified, "atomic_file", fail)
     verify_once(opened)
     assert not record_of(opened).exists()
+
+
+def test_the_folder_of_several_bundles_is_created(
+    opened: Bundle, hashed: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TPX_ENGINES", str(tmp_path / "new/all"))
+    for _ in range(2):
+        verify_once(opened)
+    assert len(hashed) == len(opened.manifest.files)
+    assert (tmp_path / "new/all" / opened.root.name / RECORD).is_file()
 
 
 def test_a_record_inside_the_bundle_is_refused(opened: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:

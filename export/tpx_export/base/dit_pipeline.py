@@ -29,6 +29,7 @@ def open_pipeline(files: ModelFiles, image_size_px: tuple[int, int] | None = Non
     if folder is None or not (folder / "config.json").exists():
         folder = files.component_folder("vae")
     vae = vae_spec(folder)
+    open_tensors(folder)  # a missing file is an error now, not after hours of other work
     if vae.latent_channels != spec.latent_channels:
         raise CheckpointInvalid(
             f"{folder}: expected a VAE of {spec.latent_channels} latent channels, as the DiT has, found one of "

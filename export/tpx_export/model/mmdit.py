@@ -43,11 +43,10 @@ class MMDiTSpec(TransformerSpec):
     def __post_init__(self) -> None:
         check_positive(self, "latent_channels", "patch", "width", "heads", "blocks")
         check_positive(self, "context_tokens", "context_width", "pooled_width")
-        # By 4 for the sines and cosines of two coordinates.
-        if self.width % self.heads or (self.width % 4 and not self.stored_positions):
-            raise ValueError(
-                f"expected width divisible by heads and 4, got {self.width} and {self.heads} heads"
-            )
+        if self.width % self.heads:
+            raise ValueError(f"expected width divisible by heads, got {self.width} and {self.heads} heads")
+        if self.width % 4 and not self.stored_positions:  # for the sines and cosines of two coordinates
+            raise ValueError(f"expected width divisible by 4, got {self.width}")
         self.require_whole_patches()
         self.require_blocks("thinking", self.thinking.blocks if self.thinking else ())
         self.require_blocks("dual", self.dual_blocks)

@@ -11,7 +11,7 @@ from tpx_export.model.checks import check_positive
 
 @dataclass(frozen=True)
 class TextEncoderSpec:
-    """`vocabulary` is in id order; its first four entries are <pad>, <bos>, <eos> and <unk>."""
+    """`vocabulary` is in id order and begins with <pad>, <bos> and <eos>; prompts contain no entry that begins with "<"."""
 
     vocabulary: tuple[str, ...]
     tokens: int = 24
