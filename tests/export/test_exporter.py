@@ -274,7 +274,8 @@ def test_rejects_depths_that_the_checkpoint_does_not_have(
     [
         ({"sampler": "nope"}, 1.0, r"defaults.sampler of euler, .*, found 'nope' in the settings of tiny"),
         ({"steps": 0}, 1.0, r"defaults.steps in 1\.\.1000, found 0 in"),
-        ({"guidance": float("nan")}, 1.0, "guidance to be a number in .*, found nan in"),
+        ({"guidance": float("nan")}, 1.0, "defaults.guidance of at least 1, which is off, found nan in"),
+        ({"guidance": 1e9}, 1.0, r"guidance to be a number in .*, found 1000000000\.0 in"),
         ({}, 200.0, r"a shift in 0\.01\.\.100, found 200 in"),
         ({}, float("nan"), "a shift in .*, found nan in"),
     ],
