@@ -195,10 +195,11 @@ def run(
     from .bundle import Bundle
     from .editing import resolve_strength
     from .engine import resolve
-    from .generator import MAX_IMAGES, Generator
+    from .generator import Generator
     from .images import grid
     from .input_images import load_image
     from .output_files import choose_output_files, remaining_jobs
+    from .planning import MAX_IMAGES
     from .progress import progress
     from .prompts import read_prompt_lines
     from .verified import verify_once

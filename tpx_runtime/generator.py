@@ -1,11 +1,10 @@
 """The text-to-image pipeline: conditioning, denoising loop, decoder."""
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from threading import RLock
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 from PIL import Image
@@ -20,13 +19,10 @@ from .graphs import Graphs
 from .image_size import format_size
 from .images import to_pil
 from .input_images import flatten_to_rgb, resize_and_crop, resize_and_crop_mask
-from .manifest import ALL_NOISE_LEVELS
-from .noise import MAX_SEED
+from .planning import job_list, plan_settings
 from .sampling import Array
 from .settings import Settings, check_int
 from .verified import verify_once
-
-MAX_IMAGES = 1000  # per prompt and call
 
 
 class ImageResized(UserWarning):
@@ -145,7 +141,7 @@ class Generator:
         `callback(step, total, latents)` is called after each step, counted over all batches; if it returns False, Cancelled
         is raised. The `info` of each image holds its settings, which `save_png` writes into the file.
         """
-        batch_size, jobs = check_int("batch_size", batch_size, 1), _job_list(jobs)
+        batch_size, jobs = check_int("batch_size", batch_size, 1), job_list(jobs)
         _require_callable(callback)
         if jobs:
             shared_settings(jobs, edit, self.manifest)
@@ -221,57 +217,37 @@ class Generator:
         others reuse its prediction. Both count all steps that run, so with both settings one is best a multiple of the
         other. Raises BadInput.
         """
-        seeds = _seeds(seed, check_int("num_images", num_images, 1, MAX_IMAGES))
-        if prompt is None and (self.classes or class_id is not None):
-            prompt = ""  # Settings.check rejects a class_id for a text-to-image model
-        if not isinstance(prompt, Iterable) or isinstance(prompt, bytes | Mapping):
-            found = "none; describe the image" if prompt is None else shorten(prompt)
-            raise BadInput(f"expected a prompt or a list of prompts, found {found}")
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        if not prompts:
-            raise BadInput("expected at least one prompt, found none")
-        negatives = _negative_prompts(negative_prompt, len(prompts))
-        given = {
-            "steps": steps,
-            "guidance": guidance,
-            "guidance_interval": guidance_interval,
-            "sampler": sampler,
-            "depth": depth,
-        }
-        chosen: dict[str, Any] = asdict(self.manifest.defaults)
-        chosen |= {name: value for name, value in given.items() if value is not None}
-        jobs = [
-            Settings(
-                prompt=text,
-                negative_prompt=negative,
-                seed=one_seed,
-                guidance_every=guidance_every,
-                cache_interval=cache_interval,
-                class_id=class_id,
-                strength=strength,
-                **chosen,
-            ).check(self.manifest)
-            for text, negative in zip(prompts, negatives, strict=True)
-            for one_seed in seeds
-        ]
-        limited = guidance_interval is not None and jobs[0].guidance_interval != ALL_NOISE_LEVELS
-        if jobs[0].guidance == 1 and (limited or guidance_every != 1):
-            option = "guidance_interval" if limited else "guidance_every"
-            raise BadInput(f"expected guidance other than 1 with {option}, found 1; leave out one of them")
+        jobs = plan_settings(
+            self.manifest,
+            prompt,
+            negative_prompt,
+            seed,
+            num_images,
+            class_id=class_id,
+            strength=strength,
+            steps=steps,
+            guidance=guidance,
+            guidance_interval=guidance_interval,
+            guidance_every=guidance_every,
+            cache_interval=cache_interval,
+            sampler=sampler,
+            depth=depth,
+        )
         if strength is not None:
             self._encoder_path()
         self.denoiser.schedule(jobs[0])
         if self.text:
-            for text in dict.fromkeys(prompts):
+            prompts = dict.fromkeys(job.prompt for job in jobs)
+            for text in prompts:
                 self.text.check(text)
-            for negative in dict.fromkeys(negatives):
+            for negative in dict.fromkeys(job.negative_prompt for job in jobs):
                 if negative and negative not in prompts:
                     self.text.check(negative, "negative prompt")
         return jobs
 
     def count_steps(self, jobs: Sequence[Settings], batch_size: int = 8) -> int:
         """The number of steps that `stream` runs for these jobs, as its callback counts them. Raises BadInput."""
-        batch_size, jobs = check_int("batch_size", batch_size, 1), _job_list(jobs)
+        batch_size, jobs = check_int("batch_size", batch_size, 1), job_list(jobs)
         return len(self.denoiser.schedule(jobs[0]).timesteps) * -(-len(jobs) // batch_size) if jobs else 0
 
     def generate_latents(
@@ -281,7 +257,7 @@ class Generator:
 
         Raises Cancelled if the callback returns False, BadInput for a strength without an `edit` or the reverse.
         """
-        jobs = _job_list(jobs)
+        jobs = job_list(jobs)
         job = shared_settings(jobs, edit, self.manifest)
         _require_callable(callback)
         with self._lock:
@@ -373,32 +349,3 @@ def _counted(callback: Callback | None, batch: int, batches: int) -> Callback | 
         invoke_callback(callback, batch * steps + step, batches * steps, latents)
 
     return counted
-
-
-def _job_list(jobs: Sequence[Settings]) -> list[Settings]:
-    """The jobs as a list. Raises BadInput for a single one."""
-    if not isinstance(jobs, Iterable):
-        raise BadInput(f"expected a list of jobs that Generator.plan returned, found {shorten(jobs)}")
-    return list(jobs)
-
-
-def _negative_prompts(given: str | Sequence[str] | None, prompts: int) -> list[str]:
-    """The negative prompt of each prompt. Raises BadInput for a list of another length."""
-    if given is None or isinstance(given, str) or not isinstance(given, Sequence):
-        return ["" if given is None else given] * prompts  # Settings.check rejects what is no text
-    if len(given) != prompts:
-        raise BadInput(
-            f"expected one negative prompt, or one for each of {prompts} prompts, found {len(given)}"
-        )
-    return list(given)
-
-
-def _seeds(given: int | Sequence[int], num_images: int) -> Sequence[int]:
-    """The seed of each image of a prompt. Raises BadInput."""
-    if not isinstance(given, Sequence) or isinstance(given, str | bytes):
-        first = check_int("seed", given, 0, MAX_SEED - num_images + 1)
-        return range(first, first + num_images)
-    if not 1 <= len(given) <= MAX_IMAGES or num_images not in (1, len(given)):
-        expected = f"1 to {MAX_IMAGES}" if num_images == 1 else f"{num_images}, as many as num_images,"
-        raise BadInput(f"expected {expected} seeds in the list, found {len(given)}")
-    return [check_int("seed", one, 0, MAX_SEED) for one in given]

@@ -143,7 +143,8 @@ def test_the_working_directory_may_change(
 ) -> None:
     monkeypatch.chdir(fake_bundle.parent)
     generator = Generator(Bundle.open(fake_bundle.name), FakeEngine())
-    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
     assert len(generator("red cube")) == 1
 
 
@@ -773,9 +774,12 @@ def test_stream_rejects_bad_arguments_before_the_first_image_is_requested(genera
             call(jobs[0])  # type: ignore[arg-type]
 
 
-def test_decodes_latents_of_any_float_type_and_rejects_another_shape(generator: Generator) -> None:
+def test_decodes_latents_of_any_float_type_and_rejects_another_shape(
+    generator: Generator, engine: FakeEngine
+) -> None:
     latents = np.zeros((2, *MODEL.latent_shape))
     assert generator.decode(latents).shape == (2, 3, 8, 12)  # type: ignore[arg-type]
+    assert calls(engine, "vae_decoder")[0]["latents"].dtype == np.float32
     for wrong in (latents[0], latents[:, :, :1], np.zeros(3)):
         with pytest.raises(BadInput, match=r"expected latents of shape \[B, 4, 2, 3\], found \["):
             generator.decode(wrong)  # type: ignore[arg-type]

@@ -122,6 +122,10 @@ def test_accepts_a_model_without_thinking_blocks() -> None:
         (put([], "model", "thinking_blocks"), "expected model.experts to be 0 without"),
         (put(3, "defaults", "depth"), "expected defaults.depth among [1, 2, 4], found 3"),
         (put(0, "defaults", "steps"), "expected defaults.steps in 1..1000, found 0"),
+        (
+            put(0.5, "defaults", "guidance"),
+            "expected defaults.guidance of at least 1, which is off, found 0.5",
+        ),
         (put(1001, "defaults", "steps"), "expected defaults.steps in 1..1000, found 1001"),
         (put([0.5], "defaults", "guidance_interval"), "to be tuple[float, float], found [0.5]"),
         (put([0, "1"], "defaults", "guidance_interval"), "'defaults.guidance_interval.1' to be float"),

@@ -83,6 +83,16 @@ def test_what_is_uploaded_for_one_loop_is_not_kept(bound: BoundSession) -> None:
     assert (buffers.outputs["sum"].numpy() == 3).all()
 
 
+def test_an_input_is_uploaded_again_after_another_upload(bound: BoundSession) -> None:
+    x, y = np.ones((3, 2), np.float32), np.ones(2, np.float32)
+    buffers = bound.buffers({"x": x, "y": y})
+    buffers.upload_changed({"x": x, "y": y})
+    buffers.upload({"y": y + 4})
+    buffers.upload_changed({"x": x, "y": y})
+    buffers.launch()
+    assert (buffers.outputs["sum"].numpy() == 2).all()
+
+
 def test_arrays_need_not_be_contiguous(bound: BoundSession) -> None:
     x = np.arange(12, dtype=np.float32).reshape(3, 4)[:, ::2]
     assert np.array_equal(bound.run({"x": x, "y": np.zeros(2, np.float32)})["sum"], x)
