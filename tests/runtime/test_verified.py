@@ -114,9 +114,13 @@ def test_a_record_inside_the_bundle_is_refused(opened: Bundle, monkeypatch: pyte
         verify_once(opened)
 
 
-def test_generators_use_the_record_and_tpx_verify_does_not(opened: Bundle, hashed: list[str]) -> None:
+def test_generators_and_tpx_run_use_the_record_and_tpx_verify_does_not(
+    opened: Bundle, hashed: list[str]
+) -> None:
     for _ in range(2):
         Generator.load(opened.root, engine="onnxruntime")
+    arguments = ["zebra", "--bundle", str(opened.root), "--engine", "onnxruntime"]
+    assert "found 'zebra'" in CliRunner().invoke(cli.run, arguments).stderr
     assert len(hashed) == len(opened.manifest.files)
     CliRunner().invoke(cli.verify, [str(opened.root), "--engine", "onnxruntime"])
     assert len(hashed) == 2 * len(opened.manifest.files)
