@@ -75,6 +75,23 @@ def test_prints_and_plots_a_table(bench: Callable[..., Result], tmp_path: Path) 
         assert image.width > 500
 
 
+def test_an_interrupted_plot_leaves_the_old_one(
+    bench: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figure = pytest.importorskip("matplotlib.figure", reason="matplotlib is not installed")
+
+    def save_half(self: object, path: Path, format: str) -> None:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(figure.Figure, "savefig", save_half)
+    (tmp_path / "bench.png").write_bytes(b"old")
+    result = bench("--plot", str(tmp_path / "bench.png"))
+    assert result.exit_code == 2 and "found: No space left on device; choose" in result.stderr
+    assert (tmp_path / "bench.png").read_bytes() == b"old"
+    assert not list(tmp_path.glob(".tpx-*"))
+
+
 def test_rejects_a_plot_without_matplotlib_before_measuring(
     bench: Callable[..., Result],
     tmp_path: Path,
