@@ -36,6 +36,7 @@ from tpx_runtime.engine import resolve
 from tpx_runtime.errors import BadInput
 from tpx_runtime.generator import Generator, ImageResized
 from tpx_runtime.noise import batch_noise
+from tpx_runtime.sampling.flow import FLOW_SAMPLERS
 from tpx_runtime.verify import verify_bundle
 
 PROMPT, NEGATIVE = "A red cube on a blue sphere! Très beau, 3 times.", "blurry"
@@ -467,6 +468,26 @@ def test_rejects_unsupported_scheduler_settings(
         CheckpointInvalid, match=f"{path}: expected {message}; other models cannot be imported"
     ):
         sd3_pipeline._schedule(ModelFiles(tmp_path, None))
+
+
+@pytest.mark.parametrize(("kind", "name"), [("Euler", "euler"), ("Heun", "heun")])
+@pytest.mark.parametrize("steps", [1, 2, 28])
+def test_the_samplers_of_flow_schedulers_are_diffusers(kind: str, name: str, steps: int) -> None:
+    import diffusers
+
+    def velocity(x: np.ndarray, timestep: float) -> np.ndarray:
+        return np.sin(1.3 * x + timestep / 300).astype(np.float32)
+
+    noise = batch_noise([0], (4, 8, 8))
+    scheduler = getattr(diffusers, f"FlowMatch{kind}DiscreteScheduler")(shift=3.0)
+    scheduler.set_timesteps(steps)
+    expected = torch.from_numpy(noise)
+    for timestep in scheduler.timesteps:
+        prediction = torch.from_numpy(velocity(expected.numpy(), float(timestep)))
+        expected = scheduler.step(prediction, timestep, expected).prev_sample
+    sampler = FLOW_SAMPLERS[name]
+    *_, found = sampler.sample(velocity, noise, sampler.schedule(steps, 3.0))
+    np.testing.assert_allclose(found, expected.numpy(), rtol=0, atol=2e-5)
 
 
 def single_file(folder: Path, path: Path) -> Path:

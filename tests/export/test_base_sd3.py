@@ -27,6 +27,7 @@ from tpx_export.base.sd3_names import from_diffusers, from_original
 from tpx_export.checkpoint import CheckpointInvalid
 from tpx_export.graphs import ConditionsGraph, Graph, TransformerGraph, to_onnx
 from tpx_export.model import MMDiT, MMDiTSpec, ThinkingSpec
+from tpx_export.model.mmdit import grid_positions
 from tpx_export.routing import masked
 from tpx_runtime.errors import BadInput, TpxError
 
@@ -487,6 +488,11 @@ def test_full_size_models_have_the_released_parameter_counts_and_names(
     names = original(dict.fromkeys(real_shapes[kind], torch.zeros(2)), prefix="").keys()
     needed = {name for conversion in from_original(spec).values() for name in conversion.names}
     assert needed | {"pos_embed"} == names
+
+
+def test_computed_positions_of_a_wide_grid_are_those_of_a_square_one() -> None:
+    square, wide = grid_positions((5, 5), 32).reshape(5, 5, 32), grid_positions((2, 5), 32)
+    assert torch.equal(wide.reshape(2, 5, 32), square[:2])
 
 
 def test_stored_positions_are_initialised_with_the_computed_ones() -> None:
