@@ -7,7 +7,7 @@
 Each engine's module (onnxruntime, openvino, tensorrt) is imported when the engine is first used.
 """
 
-from .loop import Loop, LoopPlan
+from .loop import LoopPlan
 from .registry import AUTO, ENGINES, NO_USABLE_ENGINE, Engine, GraphEngine, resolve
 from .session import Arrays, Session, checked_output, engine_errors, one_line, require_output
 
@@ -18,7 +18,6 @@ __all__ = [
     "Arrays",
     "Engine",
     "GraphEngine",
-    "Loop",
     "LoopPlan",
     "Session",
     "checked_output",
