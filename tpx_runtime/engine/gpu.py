@@ -9,7 +9,7 @@ from ..errors import TpxError
 from . import cuda
 
 _MAJOR, _MINOR = 75, 76  # CUdevice_attribute of the compute capability
-_MANAGEMENT = "nvml.dll" if sys.platform == "win32" else "libnvidia-ml.so.1"
+MANAGEMENT = "nvml.dll" if sys.platform == "win32" else "libnvidia-ml.so.1"  # NVIDIA's management library
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def local_gpu() -> Gpu | None:
 
 
 def _driver_version() -> str | None:
-    management, version = cuda.load_library(_MANAGEMENT), ctypes.create_string_buffer(96)
+    management, version = cuda.load_library(MANAGEMENT), ctypes.create_string_buffer(96)
     if management is None or management.nvmlInit_v2():
         return None
     failed = management.nvmlSystemGetDriverVersion(version, len(version))

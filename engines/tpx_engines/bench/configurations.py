@@ -108,6 +108,30 @@ _BASELINES = (
         compiles=True,
     ),
     Configuration(
+        "PyTorch eager fp32, GPU",
+        0,
+        f"{_BENCH}.baselines:eager_runner",
+        device="gpu",
+        packages=_TORCH,
+    ),
+    Configuration(
+        "PyTorch eager fp16, GPU",
+        0,
+        f"{_BENCH}.baselines:eager_runner",
+        precision="fp16",
+        device="gpu",
+        packages=_TORCH,
+    ),
+    Configuration(
+        "torch.compile fp16, GPU",
+        0,
+        f"{_BENCH}.compiled:compiled_runner",
+        precision="fp16",
+        device="gpu",
+        packages=_TORCH,
+        compiles=True,
+    ),
+    Configuration(
         "naive export, ONNX Runtime",
         0,
         f"{_BENCH}.naive:naive_runner",
@@ -134,23 +158,45 @@ _BASELINES = (
     ),
 )
 BASELINES = tuple(one.name for one in _BASELINES)
-REFERENCE = BASELINES[0]
+REFERENCE, GPU_REFERENCE = "PyTorch eager fp32", "PyTorch eager fp32, GPU"
 
 
 def baselines(names: Sequence[str], depths: Sequence[int]) -> list[Configuration]:
-    """Configurations of all baselines, or of those in `names`, at each depth. Raises BadInput."""
+    """Configurations of all baselines, or of those in `names`, at each depth. Raises BadInput.
+
+    Those on a GPU have a `problem` if PyTorch cannot use one here.
+    """
     for name in names:
         if name not in BASELINES:
             raise BadInput(f"expected a baseline of {'; '.join(BASELINES)}, found {shorten(name)}")
+    chosen = [one for one in _BASELINES if not names or one.name in names]
+    gpu_problem = _gpu_problem() if any(one.device == "gpu" for one in chosen) else None
     return [
         Configuration(
             **{
                 **vars(one),
                 "depth": depth,
-                "options": {**one.options, "name": one.name, "precision": one.precision},
+                "options": {
+                    **one.options,
+                    "name": one.name,
+                    "precision": one.precision,
+                    "device": one.device,
+                },
+                "problem": gpu_problem if one.device == "gpu" else None,
             }
         )
         for depth in depths
-        for one in _BASELINES
-        if not names or one.name in names
+        for one in chosen
     ]
+
+
+def _gpu_problem() -> str | None:
+    try:
+        import torch
+    except ImportError:
+        return "expected PyTorch, found none; pip install 'tpx[export]'"
+    if torch.cuda.is_available():
+        return None
+    return (
+        f"expected a GPU and PyTorch for CUDA, found PyTorch {torch.__version__} without one; see pytorch.org"
+    )

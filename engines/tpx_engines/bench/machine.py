@@ -1,4 +1,4 @@
-"""Describes the machine that measurements apply to: processor, cores and memory."""
+"""Describes the machine that measurements apply to: processor, cores, memory and GPU."""
 
 import os
 import platform
@@ -6,16 +6,20 @@ import re
 from pathlib import Path
 from typing import Any
 
+from tpx_runtime.engine.gpu import local_gpu
+
 # Variables that limit the threads of some libraries, which would make the comparison unfair.
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 def describe() -> dict[str, Any]:
     """The description that a record stores; only the same machine can continue it. Contains no host or user name."""
+    gpu = local_gpu()
     return {
         "processor": _processor(),
         "cores": available_cores(),
         "memory_gib": _memory_gib(),
+        "gpu": gpu.name if gpu else None,
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
     }

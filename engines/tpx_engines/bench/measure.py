@@ -12,6 +12,7 @@ from typing import Any
 from tpx_runtime.evaluation.similarity import psnr_db
 
 from .configurations import Configuration
+from .memory import gpu_bytes
 from .process import MeasurementFailed, WorkerProcess
 from .record import COLD, Record, batch_unit, decode_png
 from .runner import Workload
@@ -123,6 +124,7 @@ class _Run:
         workload = replace(self._plan.workload, depth=configuration.depth)
         if configuration.exported:
             workload = replace(workload, export_folder=self._folder / "naive")
+        gpu_before = gpu_bytes()
         worker = self._stack.enter_context(WorkerProcess(self._folder))
         self._workers[configuration.key] = worker
         answer = _send_start(worker, configuration, workload)
@@ -131,6 +133,10 @@ class _Run:
             worker.ask("warm", images=images)
         entry = self._record.entry(configuration)
         entry["notes"] = answer["notes"]
+        if (
+            configuration.device == "gpu"
+        ):  # no other worker is busy, and engines keep what they have allocated
+            entry["gpu_bytes"] = max(0, gpu_bytes() - gpu_before)
         self._workloads[configuration.key] = replace(
             workload, compile_setting=answer["notes"].get("setting", "")
         )

@@ -1,8 +1,12 @@
-"""The peak memory of a process: its own high-water mark, or the current memory of it and its children."""
+"""The peak memory of a process (its own high-water mark, or the current memory of it and its children), and of the GPUs."""
 
 import re
 import sys
+from ctypes import Structure, byref, c_uint, c_uint64, c_void_p
 from pathlib import Path
+
+from tpx_runtime.engine.cuda import load_library
+from tpx_runtime.engine.gpu import MANAGEMENT
 
 _PROC = Path("/proc")
 
@@ -52,3 +56,24 @@ def _usage_bytes() -> int:
     unit = 1 if sys.platform == "darwin" else 1024
     kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     return max(resource.getrusage(kind).ru_maxrss for kind in kinds) * unit
+
+
+class _Memory(Structure):
+    """nvmlMemory_t."""
+
+    _fields_ = (("total", c_uint64), ("free", c_uint64), ("used", c_uint64))
+
+
+def gpu_bytes() -> int:
+    """Memory in use on all NVIDIA GPUs together, by any process; 0 without a driver."""
+    library, count, used = load_library(MANAGEMENT), c_uint(), 0
+    if library is None or library.nvmlInit_v2():
+        return 0
+    library.nvmlDeviceGetCount_v2(byref(count))
+    for number in range(count.value):
+        device, memory = c_void_p(), _Memory()
+        library.nvmlDeviceGetHandleByIndex_v2(number, byref(device))
+        library.nvmlDeviceGetMemoryInfo(device, byref(memory))
+        used += memory.used
+    library.nvmlShutdown()
+    return used

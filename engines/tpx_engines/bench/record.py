@@ -18,7 +18,7 @@ from tpx_runtime.records import require_same_settings, write_json
 
 from .configurations import Configuration
 
-FORMAT, VERSION = "tpx-bench", 4
+FORMAT, VERSION = "tpx-bench", 5
 COLD = "cold"
 
 
@@ -81,6 +81,7 @@ class Record:
                 "notes": {},
                 "psnr_db": None,
                 "peak_bytes": 0,
+                "gpu_bytes": 0,
                 "samples": {},
             }
         return entry

@@ -1,13 +1,17 @@
-"""Formats a record as Markdown: machine and settings, one table per depth, and what could not be measured and why."""
+"""Formats a record as Markdown: machine, settings, a table per depth and device, and what could not be measured and why."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from tpx_runtime.image_size import format_size
 
-from .configurations import REFERENCE
-from .summary import SAME_IMAGE_DB, Row, batches, peak_flops, rows
+from .configurations import GPU_REFERENCE, REFERENCE
+from .summary import SAME_IMAGE_DB, Row, batches, peak_flops, reference, rows
 
 Json = dict[str, Any]
+Columns = dict[str, Callable[[Row], str]]  # by heading
+DEVICES = ("cpu", "gpu")
 
 
 def as_text(data: Json) -> str:
@@ -18,10 +22,10 @@ def as_text(data: Json) -> str:
         at_depth = [row for row in every if row.depth == depth]
         measured = [row for row in at_depth if row.image_s is not None]
         parts.append(f"## Depth {depth}{_flops(data, depth)}")
-        reference = data["references"].get(str(depth), {}).get("by")
-        if measured:
-            parts.append(_table(measured, sizes, reference))
-        parts += _remarks(measured, reference)
+        for device in DEVICES:
+            if there := [row for row in measured if row.device == device]:
+                parts.append(_table(there, _columns(device, sizes, reference(data, depth, device))))
+        parts += _remarks(measured, data, depth)
         if notes := [_compiled(row) for row in measured if "setting" in row.notes]:
             parts.append("\n".join(notes))
         if failed := [row for row in at_depth if row.problem]:
@@ -45,7 +49,8 @@ def _heading(data: Json) -> str:
         [
             f"# {settings['bundle']} ({settings['precision']}), {size} pixels",
             "",
-            f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB, {machine['system']}. "
+            f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB, "
+            f"{machine['gpu'] or 'no NVIDIA GPU'}, {machine['system']}. "
             f"{subject}, seed {settings['seed']}, {settings['steps']} steps of {settings['sampler']}, "
             f"guidance {settings['guidance']:g}. "
             f"Medians of up to {max(taken, default=0)} interleaved rounds.",
@@ -61,49 +66,63 @@ def _flops(data: Json, depth: int) -> str:
     return f" (operations not counted: {flops})" if flops else ""
 
 
-def _table(measured: list[Row], sizes: list[int], reference: str | None) -> str:
-    known = {REFERENCE: "eager fp32"}.get(reference or "", reference or "none")
-    columns = ["configuration", "cold start, s", "ms/step", "s/image", "spread", f"speed-up over {known}"]
-    columns += [f"images/s, batch {size}" for size in sizes if size > 1] + [
-        "peak MB",
-        "PSNR, dB",
-        "of GEMM peak",
-    ]
+def _columns(device: str, sizes: list[int], reference: str | None) -> Columns:
+    known = {REFERENCE: "eager fp32", GPU_REFERENCE: "eager fp32, GPU"}.get(
+        reference or "", reference or "none"
+    )
+    columns: Columns = {
+        {"cpu": "configuration", "gpu": "on the GPU"}[device]: lambda row: row.name,
+        "cold start, s": lambda row: _number(row.cold_s, ".2f"),
+        "ms/step": lambda row: _number(row.step_ms, ".2f"),
+        "s/image": lambda row: _number(row.image_s, ".3f"),
+        "spread": lambda row: _number(row.spread, ".0%"),
+        f"speed-up over {known}": lambda row: _number(row.speed_up, ".2f"),
+    }
+    columns |= {f"images/s, batch {size}": partial(_images_per_s, size=size) for size in sizes if size > 1}
+    columns["peak MB"] = lambda row: _number(row.peak_mb, ".0f")
+    if device == "gpu":
+        columns["GPU MB"] = lambda row: _number(row.gpu_mb, ".0f")
+    columns["PSNR, dB"] = _psnr
+    if device == "cpu":
+        columns["of GEMM peak"] = lambda row: _number(row.peak_share, ".0%")
+    return columns
+
+
+def _images_per_s(row: Row, size: int) -> str:
+    return _number(row.images_per_s.get(size), ".2f")
+
+
+def _psnr(row: Row) -> str:
+    return "same image" if row.same else _number(row.psnr_db, ".1f") + ", different image" * row.differs
+
+
+def _table(measured: list[Row], columns: Columns) -> str:
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    for row in measured:
-        cells = [
-            row.name,
-            _number(row.cold_s, ".2f"),
-            _number(row.step_ms, ".2f"),
-            _number(row.image_s, ".3f"),
-        ]
-        cells += [_number(row.spread, ".0%"), _number(row.speed_up, ".2f")]
-        cells += [_number(row.images_per_s.get(size), ".2f") for size in sizes if size > 1]
-        psnr = "same image" if row.same else _number(row.psnr_db, ".1f") + ", different image" * row.differs
-        cells += [_number(row.peak_mb, ".0f"), psnr, _number(row.peak_share, ".0%")]
-        lines.append(f"| {' | '.join(cells)} |")
+    lines += [f"| {' | '.join(cell(row) for cell in columns.values())} |" for row in measured]
     return "\n".join(lines)
 
 
-def _remarks(measured: list[Row], reference: str | None) -> list[str]:
+def _remarks(measured: list[Row], data: Json, depth: int) -> list[str]:
     """Warnings about figures that cannot be compared."""
     remarks = []
+    drawn_by = reference(data, depth, "cpu")
     if differing := [row.name for row in measured if row.differs]:
         remarks.append(
-            f"Different image than {reference} (PSNR below {SAME_IMAGE_DB:g} dB): {'; '.join(differing)}. These figures are "
+            f"Different image than {drawn_by} (PSNR below {SAME_IMAGE_DB:g} dB): {'; '.join(differing)}. These figures are "
             "not of the same model: check that the bundle was exported from the checkpoint --ckpt, then run tpx-verify."
         )
-    if on_gpu := [row.name for row in measured if row.device == "gpu"]:
+    if any(row.device == "gpu" for row in measured):
         remarks.append(
-            f"On the GPU: {'; '.join(on_gpu)}. All others, and so the reference of the speed-up, are on the CPU. Peak MB is "
-            "the system's memory, not the GPU's."
+            "Peak MB is the system's memory. GPU MB is what the process holds on the GPU after a batch of each size."
         )
-    compared = any(row.name == reference for row in measured)
-    if without_speed_up := [row.name for row in measured if compared and row.speed_up is None]:
-        remarks.append(
-            f"No speed-up for {'; '.join(without_speed_up)}: measured in another run than {reference}, when the machine may "
-            "have been slower or faster; measure all with a new --json to compare them."
-        )
+    for device in DEVICES:
+        name = reference(data, depth, device)
+        compared = any(row.name == name for row in measured)
+        if without := [r.name for r in measured if compared and r.device == device and r.speed_up is None]:
+            remarks.append(
+                f"No speed-up for {'; '.join(without)}: measured in another run than {name}, when the machine may have been "
+                "slower or faster; measure all with a new --json to compare them."
+            )
     return remarks
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from statistics import median, quantiles
 from typing import Any
 
+from .configurations import GPU_REFERENCE
 from .record import COLD, batch_unit
 
 Json = dict[str, Any]
@@ -17,7 +18,7 @@ class Row:
 
     `spread` is the interquartile range of `image_s` divided by its median. `speed_up` is the median, over the rounds that
     measured both, of the reference's seconds per image divided by this configuration's: within a round both ran under the
-    same conditions. It is None if no round measured both.
+    same conditions. It is None if no round measured both. `gpu_mb`: what it holds on GPUs after a batch of each size.
     `same`: every pixel equals the reference's. `peak_share` is relative to the measured peak of matrix products in the same
     precision: None for a GPU, a precision without a peak, a graph whose operations could not be counted, or cached steps.
     """
@@ -32,6 +33,7 @@ class Row:
     speed_up: float | None
     images_per_s: dict[int, float]
     peak_mb: float | None
+    gpu_mb: float | None
     psnr_db: float | None
     same: bool
     peak_share: float | None
@@ -68,13 +70,16 @@ def _row(entry: Json, data: Json) -> Row:
         step_ms=None if step_s is None else 1e3 * step_s,
         image_s=image_s,
         spread=_spread([sample["seconds"] for sample in one]),
-        speed_up=_speed_up(one, _reference(data, entry["depth"])),
+        speed_up=_speed_up(
+            one, _samples(data, reference(data, entry["depth"], entry["device"]), entry["depth"])
+        ),
         images_per_s={
             images: images / seconds
             for images in batches(data)
             if (seconds := _median(entry["samples"].get(batch_unit(images), []), "seconds"))
         },
         peak_mb=entry["peak_bytes"] / 1e6 or None,
+        gpu_mb=entry["gpu_bytes"] / 1e6 or None,
         psnr_db=None if psnr == "same" else psnr,
         same=psnr == "same",
         peak_share=_peak_share(entry, data, step_s),
@@ -96,10 +101,17 @@ def _peak_share(entry: Json, data: Json, step_s: float | None) -> float | None:
     return flops / step_s / peak
 
 
-def _reference(data: Json, depth: int) -> list[Json]:
-    """The samples at batch 1 of the reference of this depth; empty if it was not measured."""
-    drawn_by = data["references"].get(str(depth), {}).get("by")
-    entry = data["configurations"].get(f"{drawn_by} depth {depth}", {"samples": {}})
+def reference(data: Json, depth: int, device: str) -> str | None:
+    """Name of the configuration that speed-ups on `device` compare with: PyTorch there, else the reference of the images."""
+    if device == "gpu" and _samples(data, GPU_REFERENCE, depth):
+        return GPU_REFERENCE
+    drawn_by: str | None = data["references"].get(str(depth), {}).get("by")
+    return drawn_by
+
+
+def _samples(data: Json, name: str | None, depth: int) -> list[Json]:
+    """The samples of a configuration at batch 1; empty if it was not measured."""
+    entry = data["configurations"].get(f"{name} depth {depth}", {"samples": {}})
     samples: list[Json] = entry["samples"].get(batch_unit(1), [])
     return samples
 

@@ -30,6 +30,7 @@ SETTINGS: dict[str, Any] = {
         "processor": "a processor",
         "cores": 2,
         "memory_gib": 8,
+        "gpu": None,
         "system": "Linux",
         "python": "3.11",
     },
@@ -54,7 +55,11 @@ def configuration(tmp_path: Path) -> Callable[..., Configuration]:
     """Makes a configuration with the name of its factory."""
 
     def make(factory: str, **options: Any) -> Configuration:
-        fields = {name: options.pop(name) for name in ("compiles", "problem", "packages") if name in options}
+        fields = {
+            name: options.pop(name)
+            for name in ("compiles", "problem", "packages", "device")
+            if name in options
+        }
         log = {"log": str(tmp_path / "log"), **options}
         return Configuration(factory, depth=2, factory=f"bench_factories:{factory}", options=log, **fields)
 

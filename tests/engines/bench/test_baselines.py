@@ -9,12 +9,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from runtime.fakes import FAKE
 from tiny import make_tiny, make_tiny_classes
 
-from tpx_engines.bench import compiled, naive, peak
+from tpx_engines.bench import baselines, compiled, configurations, naive, peak
 from tpx_engines.bench.baselines import eager_runner, require_fits
 from tpx_engines.bench.configurations import engines
 from tpx_engines.bench.flops import graph_flops
@@ -79,13 +80,15 @@ def similarity(a: Runner, b: Runner, images: int = 2) -> float:
 
 def test_eager_pytorch_generates_the_bundles_image(workload: Workload) -> None:
     bundle = engine_runner(workload, {"engine": "onnxruntime"})
-    eager = eager_runner(workload, {"name": "eager", "precision": "fp32"})
+    eager = eager_runner(workload, {"name": "eager", "precision": "fp32", "device": "cpu"})
     same_db = similarity(bundle, eager)
     assert same_db > 55
-    bf16 = eager_runner(workload, {"name": "eager", "precision": "bf16"})
+    bf16 = eager_runner(workload, {"name": "eager", "precision": "bf16", "device": "cpu"})
     # Another precision changes the image, but not its content.
     assert 15 < similarity(eager, bf16) < same_db
-    other_seed = eager_runner(replace(workload, seed=6), {"name": "eager", "precision": "fp32"})
+    other_seed = eager_runner(
+        replace(workload, seed=6), {"name": "eager", "precision": "fp32", "device": "cpu"}
+    )
     assert similarity(eager, other_seed) < 30
 
 
@@ -97,7 +100,7 @@ def test_eager_pytorch_matches_the_bundle_with_and_without_guidance(
     assert (
         similarity(
             engine_runner(guided, {"engine": "onnxruntime"}),
-            eager_runner(guided, {"name": "", "precision": "fp32"}),
+            eager_runner(guided, {"name": "", "precision": "fp32", "device": "cpu"}),
             1,
         )
         > 55
@@ -120,7 +123,7 @@ def test_compiling_chooses_the_fastest_setting(workload: Workload, monkeypatch: 
     clock = SimpleNamespace(now=0.0, perf_counter=lambda: clock.now)
 
     def compile_(module: torch.nn.Module, dynamic: bool, options: dict[str, Any]) -> Callable[..., Any]:
-        (name,) = (name for name, chosen in compiled.SETTINGS.items() if chosen == options)
+        (name,) = (name for name, chosen in compiled.SETTINGS["cpu"].items() if chosen == options)
         tried.append(name)
 
         def run(*inputs: Any) -> Any:
@@ -131,19 +134,97 @@ def test_compiling_chooses_the_fastest_setting(workload: Workload, monkeypatch: 
 
     monkeypatch.setattr(compiled, "time", clock)
     monkeypatch.setattr(torch, "compile", compile_)
-    runner = compiled.compiled_runner(workload, {"name": "compiled", "precision": "fp32"})
+    runner = compiled.compiled_runner(workload, {"name": "compiled", "precision": "fp32", "device": "cpu"})
     assert runner.notes["setting"] == "freezing"
     # The last is the decoder.
-    assert tried == [*compiled.SETTINGS, "freezing"]
+    assert tried == [*compiled.SETTINGS["cpu"], "freezing"]
     assert runner.notes["tried"] == {name: 1e3 * seconds for name, seconds in call_seconds.items()}
     # The first calls of the transformer and of the decoder.
     assert runner.notes["compile_s"] == 2.0
-    assert similarity(runner, eager_runner(workload, {"name": "eager", "precision": "fp32"}), 1) == np.inf
+    assert (
+        similarity(runner, eager_runner(workload, {"name": "eager", "precision": "fp32", "device": "cpu"}), 1)
+        == np.inf
+    )
     tried.clear()
     compiled.compiled_runner(
-        replace(workload, compile_setting="default"), {"name": "compiled", "precision": "fp32"}
+        replace(workload, compile_setting="default"),
+        {"name": "compiled", "precision": "fp32", "device": "cpu"},
     )
     assert tried == ["default", "default"]
+
+
+@pytest.fixture
+def kernel_imports(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Baselines on "gpu" run on the CPU, with the operator's plain implementation; the kernels that they import."""
+    imported: list[str] = []
+    monkeypatch.setitem(baselines.TORCH_DEVICES, "gpu", "cpu")
+    monkeypatch.setattr(baselines, "importlib", SimpleNamespace(import_module=imported.append))
+    return imported
+
+
+def test_baselines_on_a_gpu_use_the_kernel_and_float16(workload: Workload, kernel_imports: list[str]) -> None:
+    on_cpu = eager_runner(workload, {"name": "eager", "precision": "fp32", "device": "cpu"})
+    assert kernel_imports == []
+    half = eager_runner(workload, {"name": "eager", "precision": "fp16", "device": "gpu"})
+    assert kernel_imports == ["tpx_engines.routed_lora_triton"]
+    assert 30 < similarity(on_cpu, half) < np.inf
+
+
+def test_baselines_on_a_gpu_are_compiled_with_cuda_graphs(
+    workload: Workload, kernel_imports: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[dict[str, Any]] = []
+
+    def compile_(module: torch.nn.Module, dynamic: bool, options: dict[str, Any]) -> torch.nn.Module:
+        tried.append(options)
+        return module
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    compiled.compiled_runner(
+        replace(workload, compile_setting="CUDA graphs"),
+        {"name": "compiled", "precision": "fp16", "device": "gpu"},
+    )
+    assert tried == [{"triton.cudagraphs": True}] * 2
+    assert kernel_imports == ["tpx_engines.routed_lora_triton"]
+
+
+def test_only_arrays_that_are_new_are_uploaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    uploaded: list[npt.NDArray[Any]] = []
+    from_numpy = torch.from_numpy
+
+    def recording(array: npt.NDArray[Any]) -> torch.Tensor:
+        uploaded.append(array)
+        return from_numpy(array)
+
+    monkeypatch.setattr(torch, "from_numpy", recording)
+    run = baselines.network(lambda x, y: (x + y, x > y), "cpu")
+    x, y = np.full(2, 3, np.float16), np.full(2, 4, np.float16)
+    run(x, y)
+    total, greater = run(y, y)
+    assert [array is x for array in uploaded] == [True, False, False]
+    assert total.dtype == np.float32 and (total == 8).all() and not greater.any()
+
+
+def test_baselines_on_a_gpu_say_why_they_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    problems = {one.name: one.problem for one in configurations.baselines([], [1])}
+    on_gpu = {name for name in problems if name.endswith(", GPU")}
+    assert len(on_gpu) == 3
+    for name, problem in problems.items():
+        assert (problem is not None) == (name in on_gpu), name
+    assert str(problems[configurations.GPU_REFERENCE]).startswith(
+        f"expected a GPU and PyTorch for CUDA, found PyTorch {torch.__version__} without one; "
+    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert {one.problem for one in configurations.baselines([], [1])} == {None}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="expected a GPU and PyTorch for CUDA, found none")
+def test_eager_pytorch_on_a_gpu_generates_the_bundles_image(workload: Workload) -> None:
+    bundle = engine_runner(workload, {"engine": "onnxruntime"})
+    options = {"name": "eager", "precision": "fp32", "device": "gpu"}
+    assert similarity(bundle, eager_runner(workload, options)) > 55
 
 
 def test_the_peak_is_measured_in_the_requested_precision(monkeypatch: pytest.MonkeyPatch) -> None:

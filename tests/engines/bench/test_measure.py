@@ -2,13 +2,16 @@
 
 import json
 from collections.abc import Callable
+from ctypes import c_void_p
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tpx_engines.bench.configurations import Configuration
+from tpx_engines.bench.configurations import GPU_REFERENCE, REFERENCE, Configuration
 from tpx_engines.bench.measure import Plan, run
+from tpx_engines.bench.memory import gpu_bytes
 from tpx_engines.bench.record import Record
 from tpx_engines.bench.report import as_text
 from tpx_engines.bench.runner import Timing
@@ -88,18 +91,84 @@ def test_images_of_35_db_or_more_count_as_the_same(
         assert ("ifferent image" in as_text(results.data)) is differs
 
 
-def test_the_report_says_what_ran_on_a_gpu(configuration: Configure, plan: Planner, record: Recorder) -> None:
+def test_what_ran_on_a_gpu_has_its_own_table_and_memory(
+    configuration: Configure, plan: Planner, record: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = iter((0, 300e6, 425e6))  # before the first worker; before and after the second
+    monkeypatch.setattr("tpx_engines.bench.measure.gpu_bytes", lambda: int(next(used)))
     results = record()
-    run(
-        plan(configuration("right"), replace(configuration("wrong"), device="gpu"), rounds=1, batches=(1,)),
-        results,
+    on_gpu = configuration("wrong", device="gpu")
+    run(plan(configuration("right"), on_gpu, rounds=1, batches=(1,)), results)
+    text = as_text(results.data)
+    assert [line.split(" |")[0] for line in text.splitlines() if line.startswith("| ")] == [
+        "| configuration",
+        "| right",
+        "| on the GPU",
+        "| wrong",
+    ]
+    (heading, cells) = (
+        [cell.strip() for cell in line.split("|")]
+        for line in text.splitlines()
+        if line.startswith(("| on the GPU", "| wrong"))
     )
-    assert "On the GPU: wrong. All others, and so the reference of the speed-up, are on the CPU." in as_text(
-        results.data
-    )
+    assert cells[heading.index("GPU MB")] == "125"
+    assert "of GEMM peak" not in heading and "speed-up over right" in heading
+    assert "Peak MB is the system's memory." in text
     for entry in results.data["configurations"].values():
         entry["device"] = "cpu"
-    assert "On the GPU" not in as_text(results.data)
+    assert "GPU MB" not in as_text(results.data)
+
+
+def test_speed_ups_on_a_gpu_are_over_pytorch_on_it(record: Recorder, configuration: Configure) -> None:
+    results = record()
+    results.data["references"]["2"] = {"by": REFERENCE, "png": ""}
+    seconds = {REFERENCE: 8.0, "TPX": 2.0, GPU_REFERENCE: 1.0, "TPX, GPU": 0.25}
+    for name, image_s in seconds.items():
+        measured = replace(configuration("right", device="gpu" if name.endswith("GPU") else "cpu"), name=name)
+        results.add(measured, "draw 1", 0, {"seconds": image_s, "step_seconds": image_s / 3})
+        results.entry(measured)["psnr_db"] = 60.0
+    assert [row.speed_up for row in rows(results.data)] == [1.0, 4.0, 1.0, 4.0]
+    text = as_text(results.data)
+    assert "speed-up over eager fp32 |" in text and "speed-up over eager fp32, GPU |" in text
+    del results.data["configurations"][f"{GPU_REFERENCE} depth 2"]
+    assert [row.speed_up for row in rows(results.data)] == [1.0, 4.0, 32.0]
+    assert "speed-up over eager fp32, GPU" not in as_text(results.data)
+
+
+class FakeManagement:
+    """NVML with two GPUs."""
+
+    used = (3 << 30, 1 << 20)
+
+    def __init__(self, error: int = 0) -> None:
+        self.error, self.started = error, 0
+
+    def nvmlInit_v2(self) -> int:
+        self.started += not self.error
+        return self.error
+
+    def nvmlShutdown(self) -> int:
+        self.started -= 1
+        return 0
+
+    def nvmlDeviceGetCount_v2(self, count: Any) -> int:
+        count._obj.value = len(self.used)
+        return 0
+
+    def nvmlDeviceGetHandleByIndex_v2(self, number: int, device: Any) -> int:
+        device._obj.value = number + 1
+        return 0
+
+    def nvmlDeviceGetMemoryInfo(self, device: c_void_p, memory: Any) -> int:
+        memory._obj.used = self.used[(device.value or 0) - 1]
+        return 0
+
+
+def test_gpu_memory_is_summed_over_all_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    for library, expected in ((FakeManagement(), (3 << 30) + (1 << 20)), (FakeManagement(9), 0), (None, 0)):
+        monkeypatch.setattr("tpx_engines.bench.memory.load_library", lambda name, found=library: found)
+        assert gpu_bytes() == expected
+        assert library is None or library.started == 0
 
 
 @pytest.mark.parametrize(
