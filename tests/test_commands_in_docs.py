@@ -11,7 +11,7 @@ import click
 import pytest
 from PIL import Image
 
-from tpx_runtime.images import save_png
+from tpx_runtime.image_files import save_image
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "samples/README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -76,7 +76,7 @@ def test_a_documented_command_exists_and_accepts_its_options(
     (tmp_path / "DATA").mkdir()
     image = Image.new("RGB", (8, 8))
     image.info["tpx"] = "{}"
-    save_png(image, tmp_path / "red.png")
+    save_image(image, tmp_path / "red.png")
     monkeypatch.chdir(tmp_path)
     parse(*find_command(split_command(command)))
 

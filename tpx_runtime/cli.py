@@ -122,13 +122,13 @@ def _print_paths_on_exit() -> Iterator[list[Path]]:
     is_eager=True,
     expose_value=False,
     callback=_apply_like,
-    help="PNG written by tpx-run whose settings become the defaults of the other options; not its prompt with --prompts.",
+    help="Image written by tpx-run whose settings become the defaults of the other options; not its prompt with --prompts.",
 )
 @options.bundle
 @click.option(
     "--out",
     type=_PATH,
-    help="PNG to write; {seed}, {prompt} and {number} (the prompt's) are replaced.  [default: named after the prompt]",
+    help=".png, .jpg or .webp to write; {seed}, {prompt} and {number} are replaced.  [default: named after the prompt]",
 )
 @click.option(
     "--seed",
@@ -191,7 +191,7 @@ def run(
     no_verify: bool,
     **settings: Any,
 ) -> None:
-    """Generate images of PROMPT, of each prompt in a file, or of a class, and print the path of each PNG."""
+    """Generate images of PROMPT, of each prompt in a file, or of a class, and print the path of each file."""
     from .bundle import Bundle
     from .editing import resolve_strength
     from .engine import resolve

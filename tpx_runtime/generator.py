@@ -139,7 +139,7 @@ class Generator:
         for other jobs.
 
         `callback(step, total, latents)` is called after each step, counted over all batches; if it returns False, Cancelled
-        is raised. The `info` of each image holds its settings, which `save_png` writes into the file.
+        is raised. The `info` of each image holds its settings, which `save_image` writes into the file.
         """
         batch_size, jobs = check_int("batch_size", batch_size, 1), job_list(jobs)
         _require_callable(callback)

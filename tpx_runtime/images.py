@@ -1,19 +1,13 @@
-"""Output images: conversion of the decoder's output to PIL, grids, and PNG files with metadata."""
+"""Output images: conversion of the decoder's output to PIL, and grids."""
 
 import json
 import math
 from collections.abc import Sequence
-from pathlib import Path
-from typing import IO
 
 import numpy as np
-from PIL import Image, PngImagePlugin
+from PIL import Image
 
-from .errors import BadInput
-from .files import atomic_file, check_writable
 from .sampling import Array
-
-METADATA_KEYS = ("parameters", "tpx")  # PNG text chunks: human-readable text, and JSON
 
 
 def to_pil(pixels: Array) -> Image.Image:
@@ -41,39 +35,3 @@ def grid(images: Sequence[Image.Image]) -> Image.Image:
         sheet.info.update(images[0].info)
         sheet.info["tpx"] = json.dumps({**first, "num_images": len(images)})
     return sheet
-
-
-def check_png_writable(path: Path) -> None:
-    """Raise BadInput unless a PNG can be written to `path`."""
-    check_png_suffix(path)
-    check_writable(path)
-
-
-def check_png_suffix(path: Path) -> None:
-    """Raise BadInput for a name that does not end in .png."""
-    if path.suffix.lower() != ".png":
-        raise BadInput(f"expected an output name that ends in .png, found {path}")
-
-
-def save_png(image: Image.Image, path: str | Path | IO[bytes], replace: bool = True) -> None:
-    """Write a PNG with its metadata: atomically to a path, or to a binary file object.
-
-    Raises BadInput, and FileExistsError if the file exists and `replace` is false.
-    """
-    chunks = PngImagePlugin.PngInfo()
-    for key in METADATA_KEYS:
-        if key in image.info:
-            chunks.add_text(key, str(image.info[key]))
-    if not isinstance(path, str | Path):
-        image.save(path, format="PNG", pnginfo=chunks)
-        return
-    path = Path(path)
-    check_png_suffix(path)
-    try:
-        with atomic_file(path, replace) as part:
-            image.save(part, format="PNG", pnginfo=chunks)
-    except FileExistsError:
-        raise
-    except OSError as error:
-        reason = error.strerror or error  # errors raised by Pillow itself have no strerror
-        raise BadInput(f"expected to write {path}, found: {reason}; choose another place") from error

@@ -1,4 +1,4 @@
-"""Reads the settings stored in a generated PNG, to generate the image again."""
+"""Reads the settings stored in a generated image, to generate it again."""
 
 import json
 from dataclasses import fields
@@ -6,19 +6,22 @@ from pathlib import Path
 from typing import Any
 
 from .errors import BadInput, shorten
+from .image_files import stored_settings
 from .input_images import load_image
 from .settings import Settings
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """The metadata that `save_png` wrote into a PNG: settings and bundle. Raises BadInput."""
-    found = load_image(path).info.get("tpx")
+    """The metadata that `save_image` wrote into a file: settings and bundle. Raises BadInput."""
+    found = stored_settings(load_image(path))
     try:
-        facts = json.loads(found) if isinstance(found, str) else None
+        facts = json.loads(found) if found else None
     except (ValueError, RecursionError):
         facts = None
     if not isinstance(facts, dict):
-        raise BadInput(f"expected a PNG that tpx-run wrote, found {path} without its settings; name another")
+        raise BadInput(
+            f"expected an image that tpx-run wrote, found {path} without its settings; name another"
+        )
     return facts
 
 

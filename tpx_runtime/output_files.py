@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image
 
 from .errors import BadInput, shorten
-from .images import check_png_writable, save_png
+from .image_files import check_image_writable, save_image
 from .settings import Settings
 
 # Placeholders in the name of --out: the seed (one file per seed), the prompt as a slug, and the number of the prompt from 1.
@@ -21,7 +21,7 @@ SEED, PROMPT, NUMBER = "{seed}", "{prompt}", "{number}"
 
 @dataclass(frozen=True)
 class OutputFile:
-    """A PNG to write and the number of images in it; `named`: the user chose the name; `skipped`: it is there already."""
+    """A file to write and the number of images in it; `named`: the user chose the name; `skipped`: it is there already."""
 
     path: Path
     images: int
@@ -29,20 +29,20 @@ class OutputFile:
     skipped: bool = False
 
     def save(self, image: Image.Image, force: bool) -> Path:
-        """Write the PNG and return its path. Raises BadInput.
+        """Write the image and return its path. Raises BadInput.
 
         If another process has created the file in the meantime, a generated name gets a number.
         """
         path, number = self.path, 1
         while True:
             try:
-                save_png(image, path, replace=force)
+                save_image(image, path, replace=force)
                 return path
             except FileExistsError:
                 if self.named:
                     raise _exists(path) from None
                 number += 1
-                path = self.path.with_name(f"{self.path.stem}-{number}.png")
+                path = self.path.with_name(f"{self.path.stem}-{number}{self.path.suffix}")
 
 
 def choose_output_files(
@@ -91,7 +91,7 @@ def remaining_jobs(jobs: Sequence[Settings], outputs: Sequence[OutputFile]) -> l
 def _check_name(given: Path) -> None:
     """Raise BadInput for --out without a file's name, or with braces that are none of the placeholders."""
     if not given.name:
-        raise BadInput(f"expected a file's name in --out, found {shorten(str(given))}; name a PNG")
+        raise BadInput(f"expected a file's name in --out, found {shorten(str(given))}; name an image")
     if unknown := set(re.findall(r"\{[^{}]*\}", given.name)) - {SEED, PROMPT, NUMBER}:
         raise BadInput(
             f"expected only {SEED}, {PROMPT} and {NUMBER} in braces in --out, found {', '.join(sorted(unknown))}"
@@ -127,7 +127,7 @@ def _unused_name(prompt: str, seed: int, may_exist: bool, taken: set[Path]) -> P
 
 
 def _check_new(path: Path, may_exist: bool) -> None:
-    check_png_writable(path)
+    check_image_writable(path)
     if os.path.lexists(path) and not may_exist:
         raise _exists(path)
 

@@ -28,7 +28,7 @@ from tpx_runtime.errors import BadInput
 from tpx_runtime.evaluation.cli import shapes as main
 from tpx_runtime.evaluation.resumable import resumable
 from tpx_runtime.evaluation.statistics import bootstrap
-from tpx_runtime.images import save_png
+from tpx_runtime.image_files import save_image
 from tpx_runtime.records import differences, write_atomic, write_json
 
 if TYPE_CHECKING:
@@ -270,7 +270,7 @@ def _judge_remaining(
             generated = iter(generator.generate([job for index in group for job in jobs[index]], batch_size))
             for index in group:
                 row = judge(parser, prompts[index].prompt, [next(generated) for _ in range(images)])
-                save_png(contact_sheet([row]), out / image_name(index))
+                save_image(contact_sheet([row]), out / image_name(index))
                 verdicts.add(row.right)
                 advance(images)
 

@@ -20,7 +20,7 @@ from samples.shapes.evaluate import image_name
 from tpx_runtime.command import TpxCommand, TpxGroup
 from tpx_runtime.errors import BadInput, EngineUnavailable
 from tpx_runtime.evaluation.compare import Report
-from tpx_runtime.images import check_png_writable, save_png
+from tpx_runtime.image_files import check_image_writable, save_image
 from tpx_runtime.records import write_atomic
 
 _OUT = click.option("--out", type=click.Path(path_type=Path), required=True, help="PNG to write.")
@@ -107,7 +107,7 @@ def main() -> None:
 @_OUT
 def curves(files: tuple[Path, ...], out: Path) -> None:
     """Plot training loss against step, one curve for each of FILES."""
-    check_png_writable(out)
+    check_image_writable(out, (".png",))
     figure, plot = axes()
     for path in files:
         curve = read_curve(path)
@@ -124,7 +124,7 @@ def curves(files: tuple[Path, ...], out: Path) -> None:
 @_OUT
 def sweep(file: Path, against: str, out: Path) -> None:
     """Plot score with its 95% interval, and seconds per image, of a sweep; one curve for each sampler."""
-    check_png_writable(out)
+    check_image_writable(out, (".png",))
     cells = read_sweep(file, against)
     figure, (left, right) = axes(2)
     for sampler in dict.fromkeys(cell.sampler for cell in cells):
@@ -147,7 +147,7 @@ def sweep(file: Path, against: str, out: Path) -> None:
 @_OUT
 def image_sheet(runs: tuple[Path, ...], kind: str, first: int, out: Path) -> None:
     """Save the first image of each of the first prompts of a kind, a row for each of RUNS of ShapesEval."""
-    check_png_writable(out)
+    check_image_writable(out, (".png",))
     reports = [Report.load(run) for run in runs]
     prompts = reports[0].prompts
     indices = [index for index, (row, _) in enumerate(prompts) if row == kind][:first]
@@ -163,7 +163,7 @@ def image_sheet(runs: tuple[Path, ...], kind: str, first: int, out: Path) -> Non
     for y, row_images in enumerate(rows):
         for x, one in enumerate(row_images):
             sheet.paste(one, (x * width, y * height))
-    save_png(sheet, out)
+    save_image(sheet, out)
     for index in indices:
         click.echo(prompts[index][1])
     click.echo(out)

@@ -123,10 +123,10 @@ def main(
 ) -> None:
     """Generate images of the fixed prompts with seeds 0, 1, ... and print how many are right."""
     from tpx_runtime.generator import Generator
-    from tpx_runtime.images import check_png_writable, save_png
+    from tpx_runtime.image_files import check_image_writable, save_image
 
     if out:
-        check_png_writable(out)
+        check_image_writable(out)
     parser, generator = Parser.load(), Generator.load(find_bundle(bundle), engine)
     prompts, rows = SINGLES + PAIRS, []
     with click.progressbar(prompts, label="generating", file=sys.stderr) as bar:
@@ -134,7 +134,7 @@ def main(
             rows.append(judge(parser, prompt, generator(caption(prompt), num_images=seeds, **settings)))
     click.echo(table(rows, json.loads(RECORD.read_text())))
     if out:
-        save_png(contact_sheet(rows), out)
+        save_image(contact_sheet(rows), out)
         click.echo(out)
     if require and (percent(rows, SINGLES) < require[0] or percent(rows, PAIRS) < require[1]):
         ctx.exit(1)

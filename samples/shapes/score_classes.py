@@ -68,10 +68,10 @@ def main(
 ) -> None:
     """Generate images of every class with seeds 0, 1, ... and print how many are right."""
     from tpx_runtime.generator import Generator
-    from tpx_runtime.images import check_png_writable, save_png
+    from tpx_runtime.image_files import check_image_writable, save_image
 
     if out:
-        check_png_writable(out)
+        check_image_writable(out)
     if record:
         check_writable(record)
     parser_line = parser_error_line(prompt_of_class(0).kind)  # raises now rather than at the end
@@ -90,7 +90,7 @@ def main(
     if record:
         write_json(record, {"bundle_sha256": generator.manifest.sha256, "seeds": seeds, "rows": result})
     if out:
-        save_png(contact_sheet(rows), out)
+        save_image(contact_sheet(rows), out)
         click.echo(out)
 
 

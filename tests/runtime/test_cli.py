@@ -27,7 +27,7 @@ from tpx_runtime.engine import ENGINES, Arrays, Engine
 from tpx_runtime.errors import EngineFailed
 from tpx_runtime.evaluation.cli import main as evaluation
 from tpx_runtime.generator import Generator, ImageResized
-from tpx_runtime.images import save_png
+from tpx_runtime.image_files import save_image
 from tpx_runtime.options import find_bundle
 from tpx_runtime.output_files import choose_output_files
 from tpx_runtime.sampling import SAMPLERS_FOR
@@ -207,7 +207,7 @@ def test_default_file_names_have_only_letters_that_the_file_system_encodes(
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("", "expected a file's name in --out, found '.'; name a PNG"),
+        ("", "expected a file's name in --out, found '.'; name an image"),
         ("x-{index}.png", "expected only {seed}, {prompt} and {number} in braces in --out, found {index}"),
         (
             "x-{seed:04d}.png",
@@ -314,6 +314,15 @@ def test_rejects_bad_prompt_files_and_output_names_for_prompts(
     assert sorted(path.name for path in prompts_txt.parent.iterdir()) == files_before
 
 
+@pytest.mark.parametrize("suffix", ["jpg", "webp"])
+def test_like_reads_the_settings_in_other_formats(default_bundle: Path, suffix: str) -> None:
+    result = run(PROMPT, "--steps", 3, "--seed", 4, "--out", f"{{seed}}.{suffix}", "-n", 2)
+    assert result.stdout.split() == [f"4.{suffix}", f"5.{suffix}"]
+    assert run("--like", f"5.{suffix}", "--out", "again.png").exit_code == 0
+    assert run(PROMPT, "--steps", 3, "--seed", 5, "--out", "direct.png").exit_code == 0
+    assert Path("again.png").read_bytes() == Path("direct.png").read_bytes()
+
+
 def test_like_reproduces_an_image_from_its_metadata(default_bundle: Path) -> None:
     flags = ["--seed", "5", "--steps", "3", "--guidance", "2.5", "--guidance-interval", "0.2", "0.9"]
     flags += ["--sampler", "heun", "--depth", "2", "--negative-prompt", "green", "--guidance-every", "2"]
@@ -359,7 +368,7 @@ def test_like_rejects_settings_of_other_types(default_bundle: Path, edit: dict[s
     with Image.open("a.png") as image:
         facts = json.loads(image.text["tpx"]) | edit
         image.info["tpx"] = json.dumps(facts)
-        save_png(image, Path("b.png"), replace=True)
+        save_image(image, Path("b.png"), replace=True)
     [name] = edit
     assert_error(run("--like", "b.png"), 2, f"expected settings that tpx-run wrote, found {name} ")
 
@@ -368,7 +377,7 @@ def test_like_of_an_image_without_t5_takes_a_bundle_that_never_had_it(default_bu
     assert run(PROMPT, "--steps", 2, "--out", "a.png").exit_code == 0
     with Image.open("a.png") as image:
         image.info["tpx"] = json.dumps(json.loads(image.text["tpx"]) | {"left_out": ["text_encoder_3"]})
-        save_png(image, Path("b.png"), replace=True)
+        save_image(image, Path("b.png"), replace=True)
     assert run("--like", "b.png", "--out", "c.png").exit_code == 0
     assert_error(run("--like", "b.png", "--no-t5"), 2, "expected a bundle with T5 to leave out, found ")
 
@@ -409,8 +418,8 @@ def test_like_prints_a_notice_for_an_image_of_another_bundle(
 def test_like_rejects_an_image_without_settings(default_bundle: Path, metadata: str | None) -> None:
     image = Image.new("RGB", (8, 8))
     image.info.update({"tpx": metadata} if metadata else {})
-    save_png(image, "a.png")
-    message = "expected a PNG that tpx-run wrote, found a.png without its settings; name another"
+    save_image(image, "a.png")
+    message = "expected an image that tpx-run wrote, found a.png without its settings; name another"
     assert_error(run("--like", "a.png"), 2, message)
     assert_error(run("--like", "none.png"), 2, "expected an image in none.png, found: No such file")
 
@@ -887,7 +896,10 @@ def test_a_rejected_command_prints_no_truncation_notice(
             [PROMPT, "--image", "start.png", "--mask", "start.png"],
             "a mask that is white where to repaint, found",
         ),
-        ([PROMPT, "--out", "a.jpg"], "expected an output name that ends in .png, found a.jpg"),
+        (
+            [PROMPT, "--out", "a.gif"],
+            "expected an output name that ends in .png or .jpg or .jpeg or .webp, found a.gif",
+        ),
         (
             [PROMPT, "--out", "missing/a.png"],
             "expected a folder missing to write a.png into, found none; make it",

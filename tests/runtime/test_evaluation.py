@@ -435,9 +435,11 @@ def test_a_bad_setting_is_not_reported_as_an_unreadable_prompt(
 def test_a_missing_image_is_named_and_fails_the_run(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, missing: str
 ) -> None:
-    save = generation.save_png
+    save = generation.save_image
     monkeypatch.setattr(
-        generation, "save_png", lambda image, path: None if str(path).endswith(missing) else save(image, path)
+        generation,
+        "save_image",
+        lambda image, path: None if str(path).endswith(missing) else save(image, path),
     )
     out = tmp_path / "out"
     count = 16 if command == "geneval" else 4

@@ -14,7 +14,7 @@ from tpx_runtime.bundle import Bundle
 from tpx_runtime.editing import to_pixels
 from tpx_runtime.errors import BadInput
 from tpx_runtime.generator import Generator, ImageResized
-from tpx_runtime.images import save_png
+from tpx_runtime.image_files import save_image
 from tpx_runtime.input_images import flatten_to_rgb, load_image, resize_and_crop, resize_and_crop_mask
 
 from .fakes import FakeEngine
@@ -152,7 +152,7 @@ def test_metadata_of_the_input_image_is_not_in_the_result(generator: Generator, 
     mask.paste(255, (0, 0, 4, 8))
     (image,) = generator("red cube", image=source, mask=mask)
     assert set(image.info) == {"tpx", "parameters"}
-    save_png(image, tmp_path / "a.png")
+    save_image(image, tmp_path / "a.png")
     assert b"camera of a person" not in (tmp_path / "a.png").read_bytes()
     with Image.open(tmp_path / "a.png") as written:
         assert set(written.info) == {"tpx", "parameters"}

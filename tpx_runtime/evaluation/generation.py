@@ -12,7 +12,8 @@ from PIL import Image
 
 from ..errors import BadInput, TpxError, shorten
 from ..generator import Generator
-from ..images import grid, save_png
+from ..image_files import save_image
+from ..images import grid
 from ..records import write_json
 from ..settings import Settings
 from .benchmarks import Benchmark, Item, Target
@@ -159,7 +160,7 @@ def generate(
         images = iter(generator.generate([job for target in group for job in target.jobs], batch_size))
         for target in group:
             target_images = [next(images) for _ in target.jobs]
-            save_png(grid(target_images), target.path)
+            save_image(grid(target_images), target.path)
             advance(len(target_images))
 
 

@@ -6,14 +6,14 @@ from typing import Any
 
 from tpx_runtime.errors import BadInput
 from tpx_runtime.files import atomic_file
-from tpx_runtime.images import check_png_writable
+from tpx_runtime.image_files import check_image_writable
 
 from .summary import rows
 
 
 def check(path: Path) -> None:
     """Check before the measurement that a PNG can be written at `path` and matplotlib is installed. Raises BadInput."""
-    check_png_writable(path)
+    check_image_writable(path, (".png",))
     _matplotlib()
 
 

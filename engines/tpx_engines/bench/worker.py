@@ -40,8 +40,12 @@ class Worker:
         return {"png": base64.b64encode(file.getvalue()).decode(), "notes": runner.notes, **_memory()}
 
     def warm(self, images: int) -> Request:
-        """Run two steps at a batch size to be timed, because engines allocate and compile for each size."""
-        self._started_runner().draw(images, steps=2)
+        """Run two steps twice at a batch size to be timed.
+
+        Engines allocate and compile for each size in its first call, and capture a CUDA graph in the second.
+        """
+        for _ in range(2):
+            self._started_runner().draw(images, steps=2)
         return {}
 
     def draw(self, images: int, seconds: float) -> Request:

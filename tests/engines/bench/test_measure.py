@@ -62,6 +62,19 @@ def test_a_sample_is_the_mean_of_the_batches_that_fit_its_time() -> None:
     assert worker.draw(images=4, seconds=0.5)["seconds"] == 9.0
 
 
+def test_warming_up_draws_twice_because_the_second_call_captures_cuda_graphs() -> None:
+    calls: list[tuple[int, int | None]] = []
+
+    class FakeRunner:
+        def draw(self, images: int, steps: int | None = None) -> None:
+            calls.append((images, steps))
+
+    worker = Worker()
+    worker._runner = FakeRunner()  # type: ignore[assignment]
+    worker.warm(images=4)
+    assert calls == [(4, 2), (4, 2)]
+
+
 def test_a_different_image_is_reported_with_its_psnr(
     configuration: Configure, plan: Planner, record: Recorder
 ) -> None:

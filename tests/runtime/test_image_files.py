@@ -1,0 +1,180 @@
+"""Image files: PNG, JPEG and WebP with the settings of their images, written completely or not at all."""
+
+import io
+import json
+import stat
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import ExifTags, Image
+
+from tpx_runtime.errors import BadInput
+from tpx_runtime.image_files import FORMATS, check_image_writable, save_image, stored_settings
+
+
+def solid(colour: str, size: tuple[int, int] = (16, 8)) -> Image.Image:
+    return Image.new("RGB", size, colour)
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_the_suffix_chooses_the_format(tmp_path: Path, suffix: str) -> None:
+    for name in (f"a{suffix}", f"b{suffix.upper()}"):
+        save_image(solid("red"), tmp_path / name)
+        with Image.open(tmp_path / name) as found:
+            assert found.format == FORMATS[suffix]
+            pixel = found.convert("RGB").getpixel((3, 4))
+            assert isinstance(pixel, tuple)
+            assert max(abs(a - b) for a, b in zip(pixel, (255, 0, 0), strict=True)) <= 2
+
+
+def test_colours_of_a_jpeg_are_not_subsampled(tmp_path: Path) -> None:
+    stripes = Image.new("RGB", (16, 8), "red")
+    for x in range(0, 16, 2):
+        stripes.paste("blue", (x, 0, x + 1, 8))
+    save_image(stripes, tmp_path / "a.jpg")
+    with Image.open(tmp_path / "a.jpg") as found:
+        left, right = found.getpixel((0, 0)), found.getpixel((1, 0))
+    assert isinstance(left, tuple) and isinstance(right, tuple)
+    assert left[2] > 220 and left[0] < 40 and right[0] > 220 and right[2] < 40
+
+
+@settings(max_examples=50, deadline=None, database=None)
+@given(st.text(st.characters(codec="utf-8", exclude_characters="\0")), st.sampled_from(list(FORMATS)))
+def test_settings_survive_saving_and_opening(text: str, suffix: str) -> None:
+    image = solid("red")
+    image.info |= {"parameters": text, "tpx": json.dumps(text), "other": "left out"}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, f"a{suffix}")
+        save_image(image, path)
+        with Image.open(path) as found:
+            assert stored_settings(found) == json.dumps(text)
+            if suffix == ".png":
+                assert found.text == {"parameters": text, "tpx": json.dumps(text)}  # type: ignore[attr-defined]
+            else:
+                comment = found.getexif().get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment]
+                assert comment == b"UNICODE\0" + text.encode("utf-16-be")
+
+
+def test_an_image_without_settings_has_none(tmp_path: Path) -> None:
+    for suffix in FORMATS:
+        save_image(solid("red"), tmp_path / f"a{suffix}")
+        with Image.open(tmp_path / f"a{suffix}") as found:
+            assert stored_settings(found) is None
+    damaged = solid("red")
+    damaged.info["exif"] = b"Exif\0\0II*\0\xff\xff\xff\x7f"
+    assert stored_settings(damaged) is None
+
+
+def test_a_jpeg_that_cannot_hold_its_settings_is_refused(tmp_path: Path) -> None:
+    image = solid("red")
+    image.info["tpx"] = "x" * 70_000
+    with pytest.raises(
+        BadInput, match=r"expected to write .*a.jpg, found: EXIF data is too long; save it as .png"
+    ):
+        save_image(image, tmp_path / "a.jpg")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_image_in_memory_has_its_settings_too() -> None:
+    image = solid("red")
+    image.info["tpx"] = json.dumps({"prompt": "red cube"})
+    for format in ("PNG", "JPEG", "WEBP"):
+        save_image(image, memory := io.BytesIO(), format=format)
+        with Image.open(io.BytesIO(memory.getvalue())) as again:
+            assert (again.format, again.size) == (format, image.size)
+            assert stored_settings(again) == image.info["tpx"]
+    save_image(image, memory := io.BytesIO())
+    assert memory.getvalue().startswith(b"\x89PNG")
+    with pytest.raises(BadInput, match="expected a format of PNG, JPEG, WEBP, found 'GIF'"):
+        save_image(image, io.BytesIO(), format="GIF")
+
+
+def test_saves_with_the_permissions_of_a_new_file(tmp_path: Path) -> None:
+    (tmp_path / "ordinary").touch()
+    save_image(solid("red"), tmp_path / "a.png")
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
+    assert len(modes) == 1
+
+
+def test_saves_under_the_longest_name_allowed(tmp_path: Path) -> None:
+    path = tmp_path / ("n" * 251 + ".png")
+    check_image_writable(path)
+    save_image(solid("red"), path)
+    assert path.is_file()
+
+
+@pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize("existed", [False, True])
+def test_a_failed_write_leaves_the_folder_unchanged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: BaseException, existed: bool
+) -> None:
+    path = tmp_path / "a.png"
+    if existed:
+        path.write_text("before")
+
+    def fail_half_way(self: Image.Image, file: Path, **_: object) -> None:
+        Path(file).write_bytes(b"\x89PNG half")
+        raise failure
+
+    monkeypatch.setattr(Image.Image, "save", fail_half_way)
+    with pytest.raises((BadInput, KeyboardInterrupt)) as caught:
+        save_image(solid("red"), path)
+    assert [entry.name for entry in tmp_path.iterdir()] == (["a.png"] if existed else [])
+    assert not existed or path.read_text() == "before"
+    if isinstance(failure, OSError):
+        assert f"expected to write {path}, found: No space left on device" in str(caught.value)
+
+
+def test_an_error_of_pillow_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Image.Image, file: Path, **_: object) -> None:
+        raise OSError("encoder error -2 when writing image file")
+
+    monkeypatch.setattr(Image.Image, "save", fail)
+    with pytest.raises(BadInput, match="found: encoder error -2"):
+        save_image(solid("red"), tmp_path / "a.png")
+
+
+def test_check_image_writable_leaves_no_file(tmp_path: Path) -> None:
+    check_image_writable(tmp_path / "a.png")
+    check_image_writable(tmp_path / "a.PNG")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("a.gif", "expected an output name that ends in .png or .jpg or .jpeg or .webp, found "),
+        ("png", "expected an output name that ends in .png"),
+        (".png", "expected an output name that ends in .png"),
+        ("folder.png", "to be a file, found a folder; name a file in it"),
+        ("missing/a.png", "to write a.png into, found none; make it"),
+        ("file/a.png", "found: Not a directory; choose another"),
+        ("n" * 300 + ".png", "found: File name too long; choose another"),
+    ],
+)
+def test_check_image_writable_rejects_an_unusable_path(tmp_path: Path, name: str, message: str) -> None:
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "file").touch()
+    with pytest.raises(BadInput) as caught:
+        check_image_writable(tmp_path / name)
+    assert message in str(caught.value)
+
+
+def test_check_image_writable_rejects_a_folder_without_write_permission(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def deny(dir: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(dir))
+
+    # Simulated, because root, which often runs the tests, may write anywhere.
+    monkeypatch.setattr("tempfile.TemporaryFile", deny)
+    with pytest.raises(BadInput, match="found: Permission denied; choose another"):
+        check_image_writable(tmp_path / "a.png")
+
+
+def test_the_suffixes_can_be_limited(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"ends in .png, found .*a.jpg"):
+        check_image_writable(tmp_path / "a.jpg", (".png",))
