@@ -4,12 +4,12 @@ A conditioner turns user input into the transformer's inputs; text can be checke
 several encoders are combined as in SD3 (Esser et al., 2403.03206, section 3); a single encoder is the simplest case.
 """
 
-import warnings
 from collections.abc import Sequence
 
 import numpy as np
 
 from .bundle import Bundle
+from .caller_warning import warn_caller
 from .engine import Arrays, checked_output
 from .errors import BadInput, BundleInvalid, shorten
 from .graphs import Graphs
@@ -86,10 +86,8 @@ class TextConditioner:
             for tokens, names in folders.items()
         ]
         rest = f"; {', '.join(complete)} reads all of it" if complete else ""
-        warnings.warn(
-            f"the {name} {shorten(prompt)} is too long: {', and '.join(unread)}{rest}",
-            PromptTruncated,
-            stacklevel=3,
+        warn_caller(
+            f"the {name} {shorten(prompt)} is too long: {', and '.join(unread)}{rest}", PromptTruncated
         )
 
     def __call__(self, prompts: Sequence[str | None]) -> Arrays:

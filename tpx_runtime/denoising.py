@@ -12,6 +12,7 @@ from .engine import Arrays, GraphEngine, LoopPlan, Session
 from .errors import BadInput, Cancelled, EngineFailed, shorten
 from .graphs import Graphs
 from .guidance import GuidedPrediction, is_guided, reused_timesteps
+from .image_size import format_size
 from .loop_plan import plan_loop
 from .manifest import Manifest
 from .modulation import Conditions
@@ -32,8 +33,6 @@ def shared_settings(jobs: Sequence[Settings], edit: Edit | None, manifest: Manif
     if not jobs:
         raise BadInput("expected at least one job, found none")
     for job in jobs:
-        if not isinstance(job, Settings):
-            raise BadInput(f"expected jobs that Generator.plan returned, found {shorten(job)}")
         job.check(manifest)
     for name in LOOP_SETTINGS:
         first, *others = dict.fromkeys(getattr(job, name) for job in jobs)
@@ -41,12 +40,24 @@ def shared_settings(jobs: Sequence[Settings], edit: Edit | None, manifest: Manif
             raise BadInput(
                 f"expected jobs with the same {name}, found {shorten(first)} and {shorten(others[0])}; use one call for each"
             )
-    if edit is not None and not isinstance(edit, Edit):
-        raise BadInput(f"expected an edit that Generator.edit returned, found {shorten(edit)}")
+    if edit is not None:
+        _check_edit(edit, manifest)
     if (jobs[0].strength is None) != (edit is None):
         found = "no strength" if jobs[0].strength is None else "no image"
         raise BadInput(f"expected an input image and a strength, or neither, found {found}")
     return jobs[0]
+
+
+def _check_edit(edit: Edit, manifest: Manifest) -> None:
+    """Raise BadInput for anything but an edit, and for an edit of another image size."""
+    if not isinstance(edit, Edit):
+        raise BadInput(f"expected an edit that Generator.edit returned, found {shorten(edit)}")
+    model, (width, height) = manifest.model, edit.image.size
+    if edit.latents.shape != (1, *model.latent_shape) or (height, width) != model.image_size_px:
+        raise BadInput(
+            f"expected an edit of {format_size(model.image_size_px)} pixels, found one of {width}x{height} with latents "
+            f"{list(edit.latents.shape)}; call edit of this generator"
+        )
 
 
 def require_finite(values: Array, what: str, bundle: Bundle, engine: GraphEngine) -> None:

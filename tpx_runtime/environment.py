@@ -1,6 +1,7 @@
 """The environment variables that engines read, and what follows from them."""
 
 import os
+import re
 from pathlib import Path
 
 from .errors import BadInput, shorten
@@ -21,7 +22,7 @@ def compiled_folder(bundle: Path, shared: Path | None = None) -> Path:
     if shared is None and (variable := os.environ.get(ENGINES_VARIABLE)):
         shared = Path(variable)
     folder = shared / root.name if shared else root.with_name(f"{root.name}.engines")
-    if folder.resolve().is_relative_to(root):
+    if Path(os.path.realpath(folder)).is_relative_to(root):  # Path.resolve raises for a loop of links
         raise BadInput(
             f"expected a folder of engines outside the bundle {root}, found {folder}; "
             f"leave out --cache and {ENGINES_VARIABLE} to use one next to the bundle"
@@ -30,14 +31,23 @@ def compiled_folder(bundle: Path, shared: Path | None = None) -> Path:
 
 
 def cuda_graphs_requested() -> bool | None:
-    """Whether TPX_CUDA_GRAPHS (1 or 0) asks to launch each graph as one CUDA graph; None if it is not set."""
-    value = os.environ.get(CUDA_GRAPHS_VARIABLE, "")
-    return value != "0" if value else None
+    """Whether TPX_CUDA_GRAPHS (1 or 0) asks for one CUDA graph per graph; None if it is not set. Raises BadInput."""
+    return _requested(CUDA_GRAPHS_VARIABLE)
 
 
 def device_loop_requested() -> bool:
-    """Whether latents stay on the device for the whole loop, where an engine can do that: unless TPX_DEVICE_LOOP=0."""
-    return os.environ.get(DEVICE_LOOP_VARIABLE) != "0"
+    """Whether latents stay on the device for the whole loop, where an engine can do that: unless TPX_DEVICE_LOOP=0.
+
+    Raises BadInput.
+    """
+    return _requested(DEVICE_LOOP_VARIABLE) is not False
+
+
+def _requested(variable: str) -> bool | None:
+    value = os.environ.get(variable, "").strip()
+    if value not in ("", "0", "1"):
+        raise BadInput(f"expected {variable} to be 0 or 1, found {shorten(value)}")
+    return value == "1" if value else None
 
 
 def requested_threads() -> int | None:
@@ -45,7 +55,7 @@ def requested_threads() -> int | None:
     value = os.environ.get(THREADS_VARIABLE, "").strip()
     if not value:
         return None
-    if not value.isascii() or not value.isdigit() or not 1 <= int(value) <= MAX_THREADS:
+    if not re.fullmatch("[0-9]{1,9}", value) or not 1 <= int(value) <= MAX_THREADS:
         raise BadInput(
             f"expected {THREADS_VARIABLE} to be a whole number in 1..{MAX_THREADS}, found {shorten(value)}"
         )

@@ -1,6 +1,5 @@
 """The text-to-image pipeline: conditioning, denoising loop, decoder."""
 
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from threading import RLock
@@ -10,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from .bundle import Bundle
+from .caller_warning import warn_caller
 from .conditioning import ClassConditioner, TextConditioner
 from .denoising import Callback, Denoiser, invoke_callback, require_finite, shared_settings
 from .editing import Edit, resolve_strength, source_hashes, to_latent_mask, to_pixels
@@ -173,12 +173,11 @@ class Generator:
         original_mask = None if mask is None else flatten_to_rgb(mask, "black")
         resized, resized_mask = resize_and_crop(original, model.image_size_px), None
         if original.size != resized.size:
-            warnings.warn(
+            warn_caller(
                 "the input image of {}x{} pixels is resized and cropped to the model's {}x{}".format(
                     *original.size, *resized.size
                 ),
                 ImageResized,
-                stacklevel=2,
             )
         if original_mask is not None:
             resized_mask = resize_and_crop_mask(original_mask.resize(original.size), model.image_size_px)
@@ -248,6 +247,8 @@ class Generator:
     def count_steps(self, jobs: Sequence[Settings], batch_size: int = 8) -> int:
         """The number of steps that `stream` runs for these jobs, as its callback counts them. Raises BadInput."""
         batch_size, jobs = check_int("batch_size", batch_size, 1), job_list(jobs)
+        for job in jobs:
+            job.check(self.manifest)
         return len(self.denoiser.schedule(jobs[0]).timesteps) * -(-len(jobs) // batch_size) if jobs else 0
 
     def generate_latents(
@@ -286,16 +287,20 @@ class Generator:
 
     def clear_conditions(self) -> None:
         """Discard the cached conditions, so that a benchmark of the next batch includes their cost."""
-        self.denoiser.clear_conditions()
+        with self._lock:
+            self.denoiser.clear_conditions()
 
     def decode(self, latents: Array) -> Array:
         """Decode latents [B, C, H, W] of the denoising loop to pixels [B, 3, height, width] in -1..1.
 
-        Raises BadInput for another shape, EngineFailed if pixels are not finite.
+        Raises BadInput for another shape or type, EngineFailed if pixels are not finite.
         """
         spec, shape = self.manifest.latent, self.manifest.model.latent_shape
-        latents = np.asarray(latents, np.float32)
-        if latents.ndim != 4 or latents.shape[1:] != shape:
+        try:
+            latents = np.asarray(latents, np.float32)
+        except (TypeError, ValueError):
+            raise BadInput(f"expected an array of latents, found {shorten(latents)}") from None
+        if latents.ndim != 4 or latents.shape[1:] != shape or not len(latents):
             raise BadInput(
                 f"expected latents of shape [B, {', '.join(map(str, shape))}], found {list(latents.shape)}"
             )

@@ -79,9 +79,12 @@ def _defaults(defaults: Defaults) -> str:
 def _compiled(folder: Path) -> str:
     """The cache of tpx-build and of OpenVINO's first runs; it is recreated if deleted."""
     size = 0
-    for path in folder.rglob("*"):
-        with suppress(OSError):  # another process may be cleaning up
-            size += path.stat().st_size if path.is_file() and path.name != RECORD else 0
+    try:
+        for path in folder.rglob("*"):
+            with suppress(OSError):  # another process may be cleaning up
+                size += path.stat().st_size if path.is_file() and path.name != RECORD else 0
+    except OSError as error:
+        return f"{folder}, which cannot be read: {error.strerror}"
     return f"{folder}, {_megabytes(size)} (safe to delete)" if size else "nothing"
 
 

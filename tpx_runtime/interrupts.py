@@ -46,6 +46,21 @@ def deferred_interrupts(
 
 
 @contextmanager
+def delayed_interrupts() -> Iterator[None]:
+    """Deliver the signals that arrive inside only at the end, also if an exception is raised.
+
+    For imports of extension modules: an exception raised in their initialisation can be lost, or become an ImportError.
+    """
+    received: list[int] = []
+    try:
+        with _handled([signal.SIGINT, *termination_signals()], lambda number, frame: received.append(number)):
+            yield
+    finally:
+        for number in received:
+            signal.raise_signal(number)
+
+
+@contextmanager
 def _handled(numbers: list[signal.Signals], handler: Any) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield

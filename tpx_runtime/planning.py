@@ -4,6 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
+
 from .errors import BadInput, shorten
 from .manifest import ALL_NOISE_LEVELS, Manifest
 from .noise import MAX_SEED
@@ -45,10 +47,14 @@ def plan_settings(
 
 
 def job_list(jobs: Sequence[Settings]) -> list[Settings]:
-    """The jobs as a list. Raises BadInput for a single one."""
+    """The jobs as a list. Raises BadInput for a single one, and for anything that is no job."""
     if not isinstance(jobs, Iterable):
         raise BadInput(f"expected a list of jobs that Generator.plan returned, found {shorten(jobs)}")
-    return list(jobs)
+    jobs = list(jobs)
+    for job in jobs:
+        if not isinstance(job, Settings):
+            raise BadInput(f"expected jobs that Generator.plan returned, found {shorten(job)}")
+    return jobs
 
 
 def _prompts(given: str | Sequence[str] | None) -> list[str]:
@@ -63,6 +69,7 @@ def _prompts(given: str | Sequence[str] | None) -> list[str]:
 
 def _negative_prompts(given: str | Sequence[str] | None, prompts: int) -> list[str]:
     """The negative prompt of each prompt. Raises BadInput for a list of another length."""
+    given = given.tolist() if isinstance(given, np.ndarray) else given
     if given is None or isinstance(given, str) or not isinstance(given, Sequence):
         return ["" if given is None else given] * prompts  # Settings.check rejects what is no text
     if len(given) != prompts:
@@ -74,6 +81,7 @@ def _negative_prompts(given: str | Sequence[str] | None, prompts: int) -> list[s
 
 def _seeds(given: int | Sequence[int], num_images: int) -> Sequence[int]:
     """The seed of each image of a prompt. Raises BadInput."""
+    given = given.tolist() if isinstance(given, np.ndarray) else given
     if not isinstance(given, Sequence) or isinstance(given, str | bytes):
         first = check_int("seed", given, 0, MAX_SEED - num_images + 1)
         return range(first, first + num_images)

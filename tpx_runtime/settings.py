@@ -52,7 +52,7 @@ class Settings:
     cache_interval: int = 1
 
     def __post_init__(self) -> None:
-        """Convert numpy scalars and JSON lists to Python numbers and tuples, so that settings compare and serialise."""
+        """Convert numpy values and JSON lists to Python numbers and tuples, so that settings compare and serialise."""
         for field in fields(self):
             object.__setattr__(self, field.name, _to_python(getattr(self, field.name)))
         if isinstance(self.guidance_interval, list | tuple):
@@ -157,7 +157,7 @@ class Settings:
 
 
 def _to_python(value: Any) -> Any:
-    return value.item() if isinstance(value, np.generic) else value
+    return value.tolist() if isinstance(value, np.generic | np.ndarray) else value
 
 
 def check_int(name: str, value: object, minimum: int, maximum: int | None = None) -> int:

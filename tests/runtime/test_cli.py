@@ -911,6 +911,10 @@ def test_a_rejected_command_prints_no_truncation_notice(
         ),
         ([PROMPT, "--out", "here.png/a.png"], "found: Not a directory"),
         (
+            [PROMPT, "--skip-existing", "--out", "n" * 300 + ".png"],
+            "found: File name too long; choose another",
+        ),
+        (
             [PROMPT, "--out", "two\nlines/a.png"],
             "expected a folder two lines to write a.png into, found none; make it",
         ),
@@ -1340,6 +1344,8 @@ def test_info_shows_the_size_of_the_compiled_engines(
     (tmp_path / "all/other.engine").write_bytes(bytes(1_000_000))
     monkeypatch.setenv("TPX_ENGINES", str(tmp_path / "all"))
     assert f"compiled{'':<10}nothing" in info(copy).stdout  # what belongs to other bundles does not count
+    monkeypatch.setenv("TPX_ENGINES", too_long := "n" * 300)
+    assert f"compiled{'':<10}{too_long}/copy, which cannot be read: File name too long" in info(copy).stdout
 
 
 def test_every_command_prints_its_version() -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -341,6 +342,18 @@ def test_kept_latents_end_at_those_of_the_image(generator: Generator) -> None:
         expected = edit.latents[..., 1:].repeat(2, axis=0)
         np.testing.assert_allclose(latents[..., 1:], expected, rtol=1e-4, atol=1e-4)
         assert np.abs(latents[..., 0] - edit.latents[..., 0]).max() > 0.1
+
+
+def test_rejects_an_edit_of_another_image_size(generator: Generator) -> None:
+    edit = generator.edit(photo())
+    jobs = generator.plan("red cube", strength=0.5)
+    smaller = replace(edit, image=edit.image.resize((4, 4)))
+    other_latents = replace(edit, latents=edit.latents[:, :, :1])
+    for other in (smaller, other_latents):
+        with pytest.raises(
+            BadInput, match=r"expected an edit of 12x8 pixels, found one of .* call edit of this"
+        ):
+            generator.generate(jobs, edit=other)
 
 
 def test_paste_without_a_mask_returns_the_generated_image() -> None:

@@ -49,6 +49,18 @@ def test_auto_selects_the_first_usable_engine(monkeypatch: pytest.MonkeyPatch) -
     assert checked == list(ENGINES)[: list(ENGINES).index("onnxruntime") + 1]
 
 
+def test_an_interrupt_during_an_import_is_neither_lost_nor_an_unusable_engine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupted(name: str) -> None:
+        signal.raise_signal(signal.SIGINT)
+        raise ImportError("the extension module was left half imported")
+
+    monkeypatch.setattr(Engine, "_module", lambda self: SimpleNamespace(problem=interrupted))
+    with pytest.raises(KeyboardInterrupt):
+        resolve(AUTO)
+
+
 def test_auto_skips_an_engine_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     hide(monkeypatch, "onnxruntime")
     assert resolve(AUTO).name == "openvino"

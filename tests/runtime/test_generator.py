@@ -783,6 +783,32 @@ def test_decodes_latents_of_any_float_type_and_rejects_another_shape(
     for wrong in (latents[0], latents[:, :, :1], np.zeros(3)):
         with pytest.raises(BadInput, match=r"expected latents of shape \[B, 4, 2, 3\], found \["):
             generator.decode(wrong)  # type: ignore[arg-type]
+    with pytest.raises(BadInput, match=r"expected latents of shape \[B, 4, 2, 3\], found \[0, 4, 2, 3\]"):
+        generator.decode(latents[:0])  # type: ignore[arg-type]
+    for no_array in ("x", [[1.0], [1.0, 2.0]]):
+        with pytest.raises(BadInput, match="expected an array of latents, found "):
+            generator.decode(no_array)  # type: ignore[arg-type]
+
+
+def test_rejects_steps_to_count_of_what_is_no_job(generator: Generator) -> None:
+    for jobs in ("x", ["x"], 3):
+        with pytest.raises(BadInput, match=r"that Generator\.plan returned, found "):
+            generator.count_steps(jobs)  # type: ignore[arg-type]
+    other = replace(generator.plan("red cube")[0], sampler="ddim")
+    with pytest.raises(BadInput, match="expected a sampler of "):
+        generator.count_steps([other])
+
+
+def test_arguments_may_be_numpy_arrays(generator: Generator) -> None:
+    jobs = generator.plan(
+        np.array(["red cube", "blue sphere"]),  # type: ignore[arg-type]
+        negative_prompt=np.array(["sphere", ""]),  # type: ignore[arg-type]
+        seed=np.array([4, 2]),  # type: ignore[arg-type]
+        guidance_interval=np.array([0.0, 0.5]),  # type: ignore[arg-type]
+    )
+    assert jobs == generator.plan(
+        ["red cube", "blue sphere"], negative_prompt=["sphere", ""], seed=[4, 2], guidance_interval=(0.0, 0.5)
+    )
 
 
 def test_an_error_in_the_callback_propagates(generator: Generator) -> None:

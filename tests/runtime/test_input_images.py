@@ -198,6 +198,14 @@ def test_a_mask_of_any_size_covers_the_whole_image(generator: Generator, size: t
     assert columns[3:].tolist() == [0] * 9
 
 
+def test_the_warning_of_a_resized_image_points_at_the_application(generator: Generator) -> None:
+    with pytest.warns(ImageResized) as direct:
+        generator.edit(Image.new("RGB", (30, 30)))
+    with pytest.warns(ImageResized) as indirect:
+        generator("red cube", image=Image.new("RGB", (30, 30)))
+    assert [warning.filename for warning in (*direct, *indirect)] == [__file__] * 2
+
+
 def test_a_mask_applies_to_the_image_after_exif_rotation(generator: Generator) -> None:
     """The upright image is 8 x 12, and the mask refers to it."""
     exif = Image.Exif()

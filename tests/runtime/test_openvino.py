@@ -141,6 +141,12 @@ class TestCache:
         assert len(list((tmp_path / "else where/" / copy.name / "openvino").glob("*/any.*.blob"))) == 1
         assert not folder(copy).exists()
 
+    def test_a_folder_that_cannot_be_reached_is_not_used(
+        self, copy: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("TPX_ENGINES", "n" * 300)
+        check_outputs(resolve("openvino").open(copy / GRAPH), 2, copy)
+
     def test_a_loaded_graph_survives_the_replacement_of_its_file(
         self, copy: Path, compiled: list[object]
     ) -> None:

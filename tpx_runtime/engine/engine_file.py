@@ -140,9 +140,12 @@ def find(folder: Path, key: Key) -> tuple[Key, bytes] | None:
     for the graph; raises Stale if there are some but none matches.
     """
     ranges = []
-    for path in folder.glob(key.pattern) if folder.is_dir() else ():
-        if batch := _BATCH.search(path.name):
-            ranges.append((int(batch[1]), int(batch[2])))
+    try:
+        for path in folder.glob(key.pattern) if folder.is_dir() else ():
+            if batch := _BATCH.search(path.name):
+                ranges.append((int(batch[1]), int(batch[2])))
+    except OSError as error:
+        raise Stale(f"{folder}: expected a folder to read, found: {error.strerror}") from None
     reason: Stale | None = None
     for min_rows, max_rows in sorted(ranges, key=lambda batch: (batch[0], -batch[1])):
         candidate = replace(key, batch=(min_rows, max_rows))

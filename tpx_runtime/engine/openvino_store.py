@@ -129,8 +129,11 @@ class Store:
         return self.folder / f"rows-{rows}.{self._key(shapes, parts)}.exact"
 
     def has_static_graphs(self) -> bool:
-        """Whether there are graphs with static shapes, of any key."""
-        return any(self.folder.glob("*.exact"))
+        """Whether there are graphs with static shapes, of any key, in a folder that can be read."""
+        try:
+            return any(self.folder.glob("*.exact"))
+        except OSError:
+            return False
 
     def write(self, file: Path, compiled: openvino.CompiledModel) -> None:
         """Write a compiled graph atomically; processes that map the replaced file keep it. Raises OSError and OpenVINO's

@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol
 from ..bundle import GraphVariant
 from ..environment import device_loop_requested
 from ..errors import BadInput, EngineUnavailable, shorten
+from ..interrupts import delayed_interrupts
 from .loop import StartLoop
 from .session import Session, one_line
 
@@ -59,7 +60,8 @@ class Engine:
                 f"install it with `pip install 'tpx[{self.extra}]'`"
             )
         try:
-            reason: str | None = self._module().problem(self.name)
+            with delayed_interrupts():
+                reason: str | None = self._module().problem(self.name)
         except Exception as error:  # a broken installation can raise anything
             remedy = f"install it again with `pip install --force-reinstall 'tpx[{self.extra}]'`"
             if isinstance(error, MemoryError) or "bad_alloc" in str(error):

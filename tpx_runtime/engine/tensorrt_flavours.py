@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import EngineUnavailable
+from ..interrupts import delayed_interrupts
 from .session import one_line
 
 
@@ -65,7 +66,8 @@ def bindings(flavour: Flavour) -> Any:
     if find_spec(flavour.module) is None:
         raise EngineUnavailable(_missing_package(flavour, flavour.module))
     try:
-        trt = importlib.import_module(flavour.module)
+        with delayed_interrupts():
+            trt = importlib.import_module(flavour.module)
     except (ImportError, OSError, RuntimeError) as error:
         raise EngineUnavailable(
             f"expected {flavour.module} to import for engine {flavour.name}, found: {one_line(error)}; "

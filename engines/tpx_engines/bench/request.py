@@ -66,7 +66,7 @@ class Request:
                 raise BadInput(f"expected no limit on the number of threads, found {name} set; unset it")
         if self.ckpt is None:
             return
-        if not self.ckpt.is_file():
+        if not os.path.isfile(self.ckpt):
             raise BadInput(f"expected a checkpoint in --ckpt, found no file {self.ckpt}; check the path")
         if self.ckpt.suffix not in CHECKPOINTS:
             raise BadInput(

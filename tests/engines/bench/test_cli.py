@@ -118,6 +118,8 @@ def test_rejects_a_plot_without_matplotlib_before_measuring(
         (["--ckpt", __file__], "ending in .safetensors or .pt in --ckpt, found test_cli.py"),
         (["--plot", "image.jpg"], "expected an output name that ends in .png"),
         (["--json", "nowhere/at/all.json"], "expected to write nowhere/at/all.json"),
+        (["--json", "n" * 300], "found: File name too long"),
+        (["--ckpt", "n" * 300 + ".pt"], "expected a checkpoint in --ckpt, found no file"),
     ],
 )
 def test_invalid_arguments_give_a_one_line_error_before_measuring(

@@ -1,0 +1,56 @@
+"""Signals that are delayed until an import is over."""
+
+import signal
+import threading
+from types import FrameType
+
+import pytest
+
+from tpx_runtime.interrupts import delayed_interrupts
+
+
+def test_a_delayed_interrupt_is_raised_at_the_end_and_replaces_an_exception() -> None:
+    log: list[str] = []
+
+    @delayed_interrupts()
+    def interrupted_import() -> None:
+        signal.raise_signal(signal.SIGINT)
+        log.append("went on")
+        raise ImportError("half imported")
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted_import()
+    assert log == ["went on"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_delayed_signal_reaches_the_handler_that_was_installed_before() -> None:
+    received: list[int] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+
+    before = signal.signal(signal.SIGTERM, handle)
+    try:
+        with delayed_interrupts():
+            signal.raise_signal(signal.SIGTERM)
+            assert received == []
+        assert received == [signal.SIGTERM]
+        with delayed_interrupts():
+            pass
+        assert received == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_other_threads_leave_the_handlers_alone() -> None:
+    found: list[object] = []
+
+    def run() -> None:
+        with delayed_interrupts():
+            found.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert found == [signal.default_int_handler]
