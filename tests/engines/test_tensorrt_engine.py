@@ -297,6 +297,16 @@ def test_an_environment_variable_sets_the_engine_folder(
     assert run_text_encoder(other).shape == (2, 9)
 
 
+def test_a_folder_of_engines_that_cannot_be_reached_is_named(
+    trt: FakeTensorRt, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TPX_ENGINES", "n" * 300)
+    with pytest.raises(
+        EngineUnavailable, match="n/paper: expected a folder to read, found: File name too long; "
+    ):
+        run_text_encoder(bundle)
+
+
 def test_an_environment_variable_switches_cuda_graphs_on_and_off(
     trt: FakeTensorRt, driver: FakeDriver, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
 from threading import Lock
@@ -136,6 +136,14 @@ def test_close_forgets_the_conditions(generator: Generator, engine: FakeEngine) 
     generator.close()
     generator("red cube")
     assert len(calls(engine, CONDITIONS)) == 2
+
+
+def test_conditions_are_not_forgotten_while_another_thread_uses_them(generator: Generator) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        with generator._lock:
+            clearing = pool.submit(generator.clear_conditions)
+            assert wait([clearing], timeout=0.05).done == set()
+        clearing.result(timeout=10)
 
 
 def test_the_working_directory_may_change(
