@@ -80,7 +80,8 @@ def similarity(a: Runner, b: Runner, images: int = 2) -> float:
 
 def test_eager_pytorch_generates_the_bundles_image(workload: Workload) -> None:
     bundle = engine_runner(workload, {"engine": "onnxruntime"})
-    eager = eager_runner(workload, {"name": "eager", "precision": "fp32", "device": "cpu"})
+    (measured,) = configurations.baselines([configurations.REFERENCE], [workload.depth])
+    eager = eager_runner(workload, measured.options)
     same_db = similarity(bundle, eager)
     assert same_db > 55
     bf16 = eager_runner(workload, {"name": "eager", "precision": "bf16", "device": "cpu"})
@@ -207,7 +208,9 @@ def test_only_arrays_that_are_new_are_uploaded(monkeypatch: pytest.MonkeyPatch) 
 
 def test_baselines_on_a_gpu_say_why_they_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    problems = {one.name: one.problem for one in configurations.baselines([], [1])}
+    chosen = configurations.baselines([], [1])
+    problems = {one.name: one.problem for one in chosen}
+    assert {one.options["device"] for one in chosen if one.problem} == {"gpu"}
     on_gpu = {name for name in problems if name.endswith(", GPU")}
     assert len(on_gpu) == 3
     for name, problem in problems.items():
