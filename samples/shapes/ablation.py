@@ -157,9 +157,7 @@ def run(experiment: Experiment, name: str, seed: int) -> dict[str, Any]:
     folder = experiment.out / (name.replace("=", "").replace(", ", "-").replace(" ", "-") + f"-{seed}")
     record = folder / "result.json"
     if record.exists():
-        facts = dict(json.loads(record.read_text()))
-        require_same_settings(facts.get("settings", {}), experiment.settings, folder)
-        return facts
+        return _finished_run(experiment, record)
     spec, began = ROWS[name], time.monotonic()
     transformer = train_row(experiment, folder, spec, seed) if spec else experiment.base
     seconds = time.monotonic() - began
@@ -179,6 +177,20 @@ def run(experiment: Experiment, name: str, seed: int) -> dict[str, Any]:
         "rows": json.loads((folder / "eval/report.json").read_text())["rows"],
     }
     write_json(record, facts)
+    return facts
+
+
+def finished_runs(experiment: Experiment) -> list[dict[str, Any]]:
+    """The entries of results.json: every finished run in `--out`, also of rows that are not asked for now.
+
+    Raises BadInput if one of them was finished with other settings.
+    """
+    return [_finished_run(experiment, record) for record in sorted(experiment.out.glob("*/result.json"))]
+
+
+def _finished_run(experiment: Experiment, record: Path) -> dict[str, Any]:
+    facts = dict(json.loads(record.read_text()))
+    require_same_settings(facts.get("settings", {}), experiment.settings, record.parent)
     return facts
 
 
@@ -444,11 +456,12 @@ def main(
     experiment = Experiment(
         out, data, fresh, autoencoder, base, steps, batch, rate, images, limit, engine, device, base_settings
     )
+    finished_runs(experiment)  # raises now rather than after a row's training
     runs = [(name, 0) for name in names or ROWS]
     runs += [(name, seed) for name in MAIN_ROWS for seed in range(1, seeds) if name in (names or ROWS)]
     for name, seed in runs:
         run(experiment, name, seed)
-        results = [json.loads(path.read_text()) for path in sorted(out.glob("*/result.json"))]
+        results = finished_runs(experiment)
         write_json(out / "results.json", {"runs": results})
         click.echo(tables(out, results))
 

@@ -209,6 +209,27 @@ def test_a_finished_run_is_skipped_and_rejected_with_other_settings(tmp_path: Pa
         ablation.run(experiment, LORA, 0)
 
 
+def test_a_row_of_other_settings_is_rejected_before_training_even_if_it_is_not_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text_encoder = torch.nn.Linear(2, 2)
+    data = SimpleNamespace(text_encoder=text_encoder)
+    parts = SimpleNamespace(autoencoder=None, text_encoder=text_encoder)
+    monkeypatch.setattr(ablation, "load_frozen", lambda *_: parts)
+    monkeypatch.setattr(ablation.train_flow.TrainingData, "load", lambda *_: data)
+    monkeypatch.setattr(ablation.train_flow, "new_base", lambda *_: None)
+    monkeypatch.setattr(ablation.train_flow, "train_base", lambda *_: None)
+    monkeypatch.setattr(ablation, "run", lambda *_: pytest.fail("a row was trained"))
+    (tmp_path / "base-0").mkdir()
+    (tmp_path / "base-0/result.json").write_text(json.dumps({"row": BASE, "settings": {"steps": 6}}))
+    result = CliRunner().invoke(ablation.main, ["--row", LORA, "--out", str(tmp_path)])
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1
+    assert result.stderr.startswith(
+        f"error: expected the settings of the run in {tmp_path / 'base-0'} (steps 6"
+    )
+    assert not (tmp_path / "results.json").exists()
+
+
 def test_docs_quote_the_parser_errors_as_printed() -> None:
     page = (Path(__file__).parents[2] / "docs/replication.md").read_text(encoding="utf-8")
     text = " ".join(page.split())
