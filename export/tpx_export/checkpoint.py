@@ -10,7 +10,7 @@ import json
 import pickle
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -128,9 +128,20 @@ def _read_pt(path: Path) -> tuple[Any, dict[str, Tensor]]:
     except (ValueError, RecursionError) as error:
         raise CheckpointInvalid(_damaged(path, error)) from None
     state = saved["state"]
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise CheckpointInvalid(_foreign(path, "a state that is not tensors by name"))
+    if not is_state(state):
+        raise CheckpointInvalid(_foreign(path, "a state that is not dense tensors by name"))
     return header, state
+
+
+def is_state(value: object) -> TypeGuard[dict[str, Tensor]]:
+    """Whether `value` is tensors by name that have values to compute with: not sparse, nested or meta tensors."""
+    return isinstance(value, dict) and all(
+        isinstance(name, str) and isinstance(part, Tensor) and _is_dense(part) for name, part in value.items()
+    )
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and not tensor.is_nested and tensor.device.type == "cpu"
 
 
 def _foreign(path: Path, found: str) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,29 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from tpx_export import checkpoint
+from tpx_export.base.tensors import open_tensors
 from tpx_export.checkpoint import CheckpointInvalid
 from tpx_export.model.mmdit import MMDiTSpec
 from tpx_export.model.text_to_image import TextToImage
+
+
+def nested() -> Tensor:
+    with warnings.catch_warnings():  # torch warns once that their interface may change
+        warnings.simplefilter("ignore")
+        return torch.nested.nested_tensor([torch.zeros(1), torch.zeros(2)])
+
+
+# Entries of a state dict that are no weights.
+ODD_ENTRIES: list[Any] = [
+    pytest.param({3: torch.zeros(1)}, id="integer key"),
+    pytest.param({"x": [1.0]}, id="list"),
+    pytest.param({"x": torch.eye(2).to_sparse()}, id="sparse"),
+    pytest.param({"x": nested()}, id="nested"),
+    pytest.param({"x": torch.zeros(2, device="meta")}, id="meta"),
+]
 
 
 @pytest.fixture(params=checkpoint.SUFFIXES)
@@ -104,6 +123,26 @@ def test_rejects_a_damaged_header_or_state(tmp_path: Path, tiny_model: TextToIma
     load_error(tmp_path / "odd.pt")
     torch.save({"header": "{}", "state": []}, tmp_path / "odd.pt")
     load_error(tmp_path / "odd.pt")
+
+
+@pytest.mark.parametrize("odd", ODD_ENTRIES)
+def test_rejects_a_state_that_is_not_dense_tensors_by_name(
+    tmp_path: Path, tiny_model: TextToImage, odd: dict[Any, object]
+) -> None:
+    path = tmp_path / "odd.pt"
+    checkpoint.save(tiny_model, path)
+    content = torch.load(path, weights_only=True)
+    name = next(iter(content["state"]))
+    state = content["state"] | {name if key == "x" else key: value for key, value in odd.items()}
+    torch.save({**content, "state": state}, path)
+    assert "found a state that is not dense tensors by name; see docs/checkpoint.md" in load_error(path)
+
+
+@pytest.mark.parametrize("odd", ODD_ENTRIES)
+def test_a_published_pt_file_is_rejected_likewise(tmp_path: Path, odd: dict[Any, object]) -> None:
+    torch.save({"y": torch.zeros(1), **odd}, tmp_path / "odd.pt")
+    with pytest.raises(CheckpointInvalid, match="expected dense tensors by name, found something else; save"):
+        open_tensors(tmp_path / "odd.pt")
 
 
 def with_header_field(saved: Path, edit: str, value: object) -> Path:

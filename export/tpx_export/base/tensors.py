@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tpx_export.base.foreign_json import read_object
-from tpx_export.checkpoint import CheckpointInvalid
+from tpx_export.checkpoint import CheckpointInvalid, is_state
 
 Reader = Callable[[], Tensor]
 
@@ -134,8 +134,10 @@ def _pickled(path: Path) -> dict[str, Reader]:
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
             break
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise CheckpointInvalid(f"{path}: expected tensors by name, found something else")
+    if not is_state(state):
+        raise CheckpointInvalid(
+            f"{path}: expected dense tensors by name, found something else; save the model's state_dict"
+        )
 
     def reader(value: Tensor) -> Reader:
         return lambda: value
