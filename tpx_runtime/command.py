@@ -29,7 +29,7 @@ class OneLineError(click.ClickException):
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Convert click's usage errors, which it prints on several lines, and a full disk's to OneLineError."""
+    """Convert click's usage errors, which it prints on several lines, and those of disks and paths to OneLineError."""
     try:
         yield
     except click.UsageError as error:
@@ -40,12 +40,18 @@ def one_line_errors() -> Iterator[None]:
         where = f"; see {error.ctx.command_path} --help" if error.ctx else ""
         raise OneLineError(f"{message}{where}", BadInput.exit_code) from None
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if not (reason := _user_message(error)):
             raise
-        message = (
-            f"expected room for {error.filename or 'the output'}, found: {error.strerror}; free some space"
-        )
-        raise OneLineError(message, BadInput.exit_code) from None
+        raise OneLineError(reason, BadInput.exit_code) from None
+
+
+def _user_message(error: OSError) -> str | None:
+    """What to tell the user about a full disk or an unusable path; None for an error that may be a fault of ours."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"expected room for {error.filename or 'the output'}, found: {error.strerror}; free some space"
+    if error.errno in (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM) and error.filename:
+        return f"expected a usable path {error.filename}, found: {error.strerror}; choose another"
+    return None
 
 
 def make_streams_safe() -> None:

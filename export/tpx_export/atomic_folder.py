@@ -23,8 +23,13 @@ _MAX_EXPORT_S = 24 * 3600
 
 def check_output_folder(out: Path, force: bool) -> None:
     """Check that `out` does not exist or, with `force`, is a bundle. Raises BadInput."""
-    if not out.exists() and not out.is_symlink():
-        return
+    try:
+        if not out.exists() and not out.is_symlink():
+            return
+    except OSError as error:
+        raise BadInput(
+            f"expected a path to write to, found {out}: {error.strerror}; choose another path"
+        ) from None
     if not force:
         raise BadInput(f"expected a new folder, found that {out} exists; add --force to replace it")
     if not _is_bundle(out):
@@ -66,10 +71,11 @@ def atomic_folder(out: Path, force: bool = False) -> Iterator[Path]:
             f"expected to write {out}, found: {error.strerror}; free some space or choose another path"
         ) from error
     finally:
-        if replaced.exists() and not out.exists():
+        # Path.exists raises for a name that is too long, which would hide the error of creating it.
+        if os.path.lexists(replaced) and not out.exists():
             replaced.rename(out)
         shutil.rmtree(work, ignore_errors=True)
-        if replaced.is_symlink():
+        if os.path.islink(replaced):
             replaced.unlink()
         shutil.rmtree(replaced, ignore_errors=True)
 

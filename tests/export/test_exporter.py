@@ -1,5 +1,6 @@
 """Exported bundles: what they contain, agreement with PyTorch, and failed exports, which leave nothing behind."""
 
+import errno
 import os
 import shutil
 import signal
@@ -481,6 +482,46 @@ def test_command_errors_are_one_line(tiny_model: TextToImage, tmp_path: Path) ->
         [line] = [line for line in stderr.splitlines() if line.startswith("error:")]
         assert "expected" in line and "found" in line
     assert entry_names(tmp_path) == ["model.pt"]
+
+
+@pytest.mark.parametrize("option", ["--ckpt", "--base", "--components", "--out"])
+def test_a_path_that_is_too_long_is_one_line(tiny_model: TextToImage, tmp_path: Path, option: str) -> None:
+    ckpt = tmp_path / "model.pt"
+    checkpoint.save(tiny_model, ckpt)
+    others = {"--components": ("--base", str(tmp_path)), "--out": ("--ckpt", str(ckpt))}
+    arguments = others.get(option, ())
+    code, stdout, stderr = run_export(*arguments, option, str(tmp_path / ("x" * 300)))
+    assert code in (2, 6) and stdout == ""
+    assert stderr.startswith("error: ") and stderr.count("\n") == 1
+    assert entry_names(tmp_path) == ["model.pt"]
+
+
+def test_a_folder_that_may_not_be_entered_is_one_line(
+    tiny_model: TextToImage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Simulated, because root, which often runs the tests, may enter any folder."""
+    ckpt, out, stat = tmp_path / "model.pt", tmp_path / "locked/bundle", Path.stat
+    checkpoint.save(tiny_model, ckpt)
+
+    def denied(path: Path, **options: bool) -> os.stat_result:
+        if path == out:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", denied)
+    code, stdout, stderr = run_export("--ckpt", str(ckpt), "--out", str(out))
+    assert (code, stdout) == (2, "")
+    assert (
+        stderr == f"error: expected a path to write to, found {out}: Permission denied; choose another path\n"
+    )
+
+
+def test_a_name_that_leaves_no_room_for_the_hidden_folder_is_one_line(tmp_path: Path) -> None:
+    out = tmp_path / ("x" * 255)
+    message = f"expected a writable folder {tmp_path}, found: File name too long; choose another path"
+    with pytest.raises(BadInput, match=message), atomic_folder(out):
+        pass
+    assert entry_names(tmp_path) == []
 
 
 def test_table_lists_errors_times_and_sizes(tiny_export: tuple[Path, Summary]) -> None:

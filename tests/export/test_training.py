@@ -964,6 +964,8 @@ def test_errors_are_one_line_and_leave_no_files(
         (("--data", dit), "folders named by numbers"),
         (("--out", tmp_path / "tpx.bin"), "--out to end in .safetensors"),
         (("--out", tmp_path / "none/tpx.safetensors"), "a writable path"),
+        (("--out", tmp_path / f"{'x' * 240}.safetensors"), "a writable path"),  # no room for .state.pt
+        (("--cache", tmp_path / ("x" * 300)), "a usable path"),
         (("--blocks", "1,x"), "--blocks such as 4,8,12"),
         (("--blocks", "1,1"), "--blocks such as 4,8,12"),
         (("--blocks", ""), "--blocks such as 4,8,12"),

@@ -160,7 +160,8 @@ def _check(request: Request) -> None:
     try:
         if out.is_dir():
             raise BadInput(f"expected --out to name a file, found the folder {out}; name a file in it")
-        if out.exists() and not request.state.exists():
+        resumed = request.state.exists()  # its name is longer than that of `out`, so it may be too long
+        if out.exists() and not resumed:
             raise BadInput(
                 f"expected a new file, found that {out} exists without the state of its run; choose another path"
             )

@@ -1,0 +1,40 @@
+"""What every command does with errors of the operating system."""
+
+import errno
+import os
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+
+from tpx_runtime.command import TpxCommand
+
+
+def run_raising(error: OSError) -> Result:
+    @click.command(cls=TpxCommand)
+    def command() -> None:
+        raise error
+
+    return CliRunner().invoke(command)
+
+
+@pytest.mark.parametrize(
+    ("code", "path", "message"),
+    [
+        (errno.ENOSPC, "x.png", "expected room for x.png, found: {reason}; free some space"),
+        (errno.EDQUOT, None, "expected room for the output, found: {reason}; free some space"),
+        (errno.ENAMETOOLONG, "x" * 300, "expected a usable path {path}, found: {reason}; choose another"),
+        (errno.EACCES, "in\nside", "expected a usable path in side, found: {reason}; choose another"),
+        (errno.EPERM, "x", "expected a usable path x, found: {reason}; choose another"),
+    ],
+)
+def test_a_full_disk_and_an_unusable_path_are_one_line(code: int, path: str | None, message: str) -> None:
+    reason = os.strerror(code)
+    result = run_raising(OSError(code, reason, path))
+    assert result.exit_code == 2 and result.stdout == ""
+    assert result.stderr == f"error: {message.format(path=path, reason=reason)}\n"
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "x", "a"), OSError(errno.EPERM, "x")])
+def test_other_errors_of_the_operating_system_are_not_hidden(error: OSError) -> None:
+    assert run_raising(error).exception is error
