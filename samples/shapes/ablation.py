@@ -23,7 +23,7 @@ import click
 import numpy as np
 import torch
 
-from samples.shapes import evaluate, held_out, train_flow
+from samples.shapes import evaluate, held_out, options, train_flow
 from samples.shapes.fit import digest
 from samples.shapes.prompt_list import HELD_OUT_PAIRS, SEEN_PAIRS
 from samples.shapes.train import SHIPPED, assemble, load_frozen
@@ -393,7 +393,7 @@ def tables(out: Path, results: list[dict[str, Any]]) -> str:
     show_default=True,
     help="Batch size of each row's adapters.",
 )
-@click.option("--rate", default=1e-3, show_default=True, help="Peak learning rate of the adapters.")
+@options.rate(1e-3, "Peak learning rate of the adapters.")
 @click.option(
     "--images", type=click.IntRange(1), default=2, show_default=True, help="Images per prompt of ShapesEval."
 )

@@ -4,6 +4,7 @@ import copy
 import hashlib
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,16 @@ def atomic_save(value: object, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as part:
         torch.save(value, part)
+
+
+def load_saved(path: Path) -> Any:
+    """What `atomic_save` wrote to `path`; None for a damaged file, or one that is not of torch."""
+    try:
+        with warnings.catch_warnings():  # torch warns about unknown pickles; one message is enough
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # torch.load raises many kinds of errors for other files
+        return None
 
 
 def digest(tensors: Iterable[Tensor]) -> str:
@@ -120,13 +131,18 @@ class _Run:
             self._resume()
 
     def _resume(self) -> None:
-        saved = torch.load(self._state, weights_only=True, map_location="cpu")
-        require_same_settings(saved.get("settings", {}), self._settings, self._state)
-        self._module.load_state_dict(saved["module"])
-        self.ema.load_state_dict(saved["ema"])
-        for optimizer, values in zip(self._optimizers, saved["optimizers"], strict=True):
-            optimizer.load_state_dict(values)
-        self.step = saved["step"]
+        saved = load_saved(self._state)
+        try:
+            require_same_settings(dict(saved["settings"]), self._settings, self._state)
+            self._module.load_state_dict(saved["module"])
+            self.ema.load_state_dict(saved["ema"])
+            for optimizer, values in zip(self._optimizers, saved["optimizers"], strict=True):
+                optimizer.load_state_dict(values)
+            self.step = int(saved["step"])
+        except (LookupError, ValueError, TypeError, AttributeError, RuntimeError):
+            raise BadInput(
+                f"expected the state of this run in {self._state}, found something else; delete it to start again"
+            ) from None
 
     def save(self) -> None:
         state = {

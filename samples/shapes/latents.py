@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from samples.shapes.captions import TRAINING_MIX, Prompt, training_pairs
-from samples.shapes.fit import atomic_save
+from samples.shapes.fit import atomic_save, load_saved
 from samples.shapes.render import render
 from samples.shapes.world import SIDE_PX, Scene
 from tpx_export.model.autoencoder import Autoencoder
+from tpx_runtime.errors import BadInput
 
 SHARD_SIZE = 2048
 RENDER_BATCH = 32
@@ -32,7 +33,18 @@ def load_shard(
     path = folder / f"latents-{seed}-{fingerprint(autoencoder)}-{prompts_hash}-{index:04d}.pt"
     if not path.exists():
         atomic_save(encode_scenes([scene for _, scene in pairs], autoencoder), path)
-    return [prompt for prompt, _ in pairs], torch.load(path, weights_only=True)
+    return [prompt for prompt, _ in pairs], read_latents(path, SHARD_SIZE, autoencoder)
+
+
+def read_latents(path: Path, count: int, autoencoder: Autoencoder) -> Tensor:
+    """The cached latents of `count` scenes. Raises BadInput for a file that is damaged or something else."""
+    latents = load_saved(path)
+    expected = (count, autoencoder.spec.latent_channels, *latent_size(autoencoder))
+    if not isinstance(latents, Tensor) or (latents.shape, latents.dtype) != (expected, torch.float16):
+        raise BadInput(
+            f"expected the latents of {count} scenes in {path}, found something else; delete it to render them again"
+        )
+    return latents
 
 
 @torch.no_grad()

@@ -12,13 +12,14 @@ from pathlib import Path
 import click
 import torch
 
-from samples.shapes import train_autoencoder, train_flow, train_text
+from samples.shapes import options, train_autoencoder, train_flow, train_text
 from tpx_export import checkpoint
 from tpx_export.model import ThinkingSpec
 from tpx_export.model.autoencoder import Autoencoder
 from tpx_export.model.mmdit import MMDiT
 from tpx_export.model.text_encoder import TextEncoder
 from tpx_export.model.text_to_image import TextToImage, TextToImageSpec
+from tpx_export.training.settings import check_device
 from tpx_runtime.command import TpxCommand
 from tpx_runtime.errors import BadInput
 from tpx_runtime.files import make_folder
@@ -70,9 +71,7 @@ def assemble(autoencoder: Autoencoder, text_encoder: TextEncoder, transformer: M
     show_default=True,
     help="With --start, 0 trains only the adapters.",
 )
-@click.option(
-    "--rate", default=train_flow.TrainingRun.rate, show_default=True, help="Peak learning rate of the base."
-)
+@options.rate(train_flow.TrainingRun.rate, "Peak learning rate of the base.")
 @click.option(
     "--sigma-mean",
     default=train_flow.TrainingRun.sigma_mean,
@@ -94,7 +93,7 @@ def assemble(autoencoder: Autoencoder, text_encoder: TextEncoder, transformer: M
     show_default=True,
     help="Shards of 2,048 training scenes.",
 )
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@options.seed
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
 def main(
     out: Path,
@@ -118,6 +117,7 @@ def main(
             f"expected --until {' or '.join(STAGES[2:])} with --start, which has the stages before, found {until}; leave "
             "out one of them"
         )
+    check_device(device)
     make_folder(out)
     started = load_frozen(start, device) if start else None
     if started:

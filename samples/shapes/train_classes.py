@@ -17,10 +17,11 @@ import click
 import torch
 from torch import Tensor, nn
 
+from samples.shapes import options
 from samples.shapes.classes import CLASSES, scene_of_class
 from samples.shapes.fit import atomic_save, fit, step_generator
 from samples.shapes.image_grid import save_grid
-from samples.shapes.latents import encode_scenes, fingerprint, latent_size
+from samples.shapes.latents import encode_scenes, fingerprint, latent_size, read_latents
 from samples.shapes.train import SHIPPED, load_frozen
 from samples.shapes.train_flow import CAPTION_DROPOUT, TrainingRun, optimizers, with_thinking
 from tpx_export import checkpoint
@@ -29,6 +30,7 @@ from tpx_export.model.class_to_image import ClassToImage, ClassToImageSpec
 from tpx_export.model.dit import DiT, DiTSpec
 from tpx_export.model.thinking import ThinkingSpec
 from tpx_export.training.diffusion import DiffusionLoss
+from tpx_export.training.settings import check_device
 from tpx_runtime.command import TpxCommand
 from tpx_runtime.files import make_folder
 from tpx_runtime.manifest import Defaults
@@ -48,7 +50,7 @@ def latents_of_classes(folder: Path, autoencoder: Autoencoder) -> tuple[Tensor, 
         atomic_save(
             encode_scenes([scene_of_class(rng, int(class_id)) for class_id in classes], autoencoder), path
         )
-    return torch.load(path, weights_only=True), classes
+    return read_latents(path, len(classes), autoencoder), classes
 
 
 def diffusion_loss(
@@ -137,10 +139,11 @@ def train(
 @click.option("--steps", type=click.IntRange(1), default=3000, show_default=True)
 @click.option("--adapter-steps", type=click.IntRange(1), default=400, show_default=True)
 @click.option("--batch", type=click.IntRange(1), default=96, show_default=True)
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@options.seed
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
 def main(ckpt: Path, out: Path, steps: int, adapter_steps: int, batch: int, seed: int, device: str) -> None:
     """Train the class-conditional sample model, or resume its training."""
+    check_device(device)
     make_folder(out)
     autoencoder = load_frozen(ckpt, device).autoencoder
     data, run = latents_of_classes(out, autoencoder), TrainingRun(out, steps, batch, seed, device)

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from click.core import ParameterSource
 from torch import Tensor, nn
 
+from samples.shapes import options
 from samples.shapes.captions import TRAINING_MIX, Prompt, prompt_of, satisfies, scene_for
 from samples.shapes.fit import fit, step_generator
 from samples.shapes.parser import CELLS, RECORD, WEIGHTS, Parser
@@ -342,7 +343,7 @@ def given_command(ctx: click.Context) -> str:
     help="Folder for the state of the training.",
 )
 @click.option("--steps", type=click.IntRange(1), default=2200)
-@click.option("--seed", type=click.IntRange(0), default=0)
+@options.seed
 @click.option(
     "--images", "count", type=click.IntRange(1), default=2048, help="Fresh renders for the evaluation."
 )

@@ -118,6 +118,29 @@ def test_rejects_a_count_of_zero(module: str, option: str) -> None:
     assert result.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("module", "arguments", "message"),
+    [(module, "--rate nan", "expected --rate above 0, found nan") for module in ("ablation", "train")]
+    + [
+        ("train", f"--rate {rate}", f"expected --rate above 0, found {rate}")
+        for rate in ("0.0", "-1.0", "inf")
+    ]
+    + [
+        (module, f"--seed {2**31}", "Invalid value for '--seed'")
+        for module in ("train", "train_classes", "train_parser")
+    ]
+    + [(module, "--device tpu", "expected --device cpu or cuda") for module in ("train", "train_classes")],
+)
+def test_training_rejects_other_values_before_it_makes_a_folder(
+    tmp_path: Path, module: str, arguments: str, message: str
+) -> None:
+    command = importlib.import_module(f"samples.shapes.{module}").main
+    result = CliRunner().invoke(command, [*arguments.split(), "--out", str(tmp_path / "out")])
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith(f"error: {message}") and result.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("module", ["ablation", "train", "train_classes", "train_parser"])
 def test_rejects_a_file_as_the_output_folder(files: Path, module: str) -> None:
     command = importlib.import_module(f"samples.shapes.{module}").main

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -157,6 +158,23 @@ def test_rejects_the_state_of_another_run(tmp_path: Path, change: dict[str, floa
     with pytest.raises(BadInput, match=f"expected the settings of the run in .*state.pt {message}"):
         other.run(state, **change)
     assert state.read_bytes() == before
+
+
+def test_rejects_a_damaged_or_foreign_state(tmp_path: Path) -> None:
+    state = tmp_path / "state.pt"
+    Task().run(state)
+    content = state.read_bytes()
+    saved = torch.load(state, weights_only=True)
+    other: list[object] = [[1], torch.zeros(2), {"model": {}}, {"settings": 3}]
+    other += [saved | change for change in ({"module": {}}, {"ema": 3}, {"optimizers": []}, {"step": None})]
+    damaged = [b"", content[: len(content) // 2], b"nothing of the kind", b"j\n", pickle.dumps(Path("x"))]
+    message = f"expected the state of this run in {state}, found something else; delete it to start again"
+    for value in [*damaged, *other]:
+        torch.save(value, state)
+        if isinstance(value, bytes):
+            state.write_bytes(value)
+        with pytest.raises(BadInput, match=message):
+            Task().run(state)
 
 
 def test_a_finished_run_returns_without_training(tmp_path: Path) -> None:

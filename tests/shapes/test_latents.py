@@ -2,17 +2,19 @@
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from samples.shapes import latents
+from samples.shapes import latents, train_classes
 from samples.shapes.captions import training_pairs
 from samples.shapes.image_grid import save_grid
 from samples.shapes.render import render
 from tpx_export.model.autoencoder import Autoencoder, AutoencoderSpec
+from tpx_runtime.errors import BadInput
 
 COUNT = 5
 
@@ -57,6 +59,31 @@ def test_a_shard_is_rendered_once_per_index_and_autoencoder(
     # So does this one after the autoencoder has changed.
     with pytest.raises(NameError):
         latents.load_shard(tmp_path, 0, 0, autoencoder)
+
+
+def test_a_damaged_or_foreign_shard_is_rejected(tmp_path: Path, autoencoder: Autoencoder) -> None:
+    latents.load_shard(tmp_path, 0, 0, autoencoder)
+    [path] = tmp_path.iterdir()
+    content, shard = path.read_bytes(), torch.load(path, weights_only=True)
+    values: list[Any] = [b"", content[:500], [1], shard.float(), shard[:-1], shard[:, :1]]
+    for value in values:
+        torch.save(value, path)
+        if isinstance(value, bytes):
+            path.write_bytes(value)
+        message = (
+            f"expected the latents of {COUNT} scenes in {path}, found something else; delete it to render"
+        )
+        with pytest.raises(BadInput, match=message):
+            latents.load_shard(tmp_path, 0, 0, autoencoder)
+
+
+def test_a_damaged_cache_of_classes_is_rejected(tmp_path: Path, autoencoder: Autoencoder) -> None:
+    name = f"classes-{latents.fingerprint(autoencoder)}-{train_classes.SCENES_PER_CLASS}.pt"
+    (tmp_path / name).write_bytes(b"damaged")
+    with pytest.raises(
+        BadInput, match=rf"expected the latents of \d+ scenes in .*{name}, found something else"
+    ):
+        train_classes.latents_of_classes(tmp_path, autoencoder)
 
 
 def test_another_mix_is_stored_in_another_shard(tmp_path: Path, autoencoder: Autoencoder) -> None:

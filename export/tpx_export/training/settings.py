@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from tpx_export.model.thinking import ThinkingSpec
 from tpx_runtime.errors import BadInput, shorten
 
@@ -74,6 +76,15 @@ def thinking_spec(
         _require(1 <= value <= maximum, f"{option} in 1..{maximum}", value)
     _require(0 < temperature < math.inf, "--temperature above 0", temperature)
     return ThinkingSpec(block_numbers, experts, rank, max_depth, temperature)
+
+
+def check_device(device: str) -> None:
+    """Raise BadInput unless torch can train on `device`."""
+    _require(device in ("cpu", "cuda"), "--device cpu or cuda", device)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise BadInput(
+            "expected a GPU that torch can use, found none; use --device cpu, or install torch for CUDA"
+        )
 
 
 def limit_to_base(thinking: ThinkingSpec, base_blocks: int, explicit: bool) -> ThinkingSpec:

@@ -25,7 +25,7 @@ from tpx_export.training.flow import FlowLoss
 from tpx_export.training.frozen import checkpoint_blocks, thinking_model
 from tpx_export.training.images import Example, read_folder
 from tpx_export.training.loop import Job, Objective, Outcome, TrainingFailed, fit
-from tpx_export.training.settings import Settings, limit_to_base
+from tpx_export.training.settings import Settings, check_device, limit_to_base
 from tpx_runtime.errors import BadInput, Cancelled
 from tpx_runtime.image_size import format_size
 
@@ -148,12 +148,7 @@ def _check(request: Request) -> None:
     """Check what can be checked without opening the base. Raises BadInput."""
     if request.steps < 1:
         raise BadInput(f"expected --steps of 1 or more, found {request.steps}")
-    if request.device not in ("cpu", "cuda"):
-        raise BadInput(f"expected --device cpu or cuda, found {request.device!r}")
-    if request.device == "cuda" and not torch.cuda.is_available():
-        raise BadInput(
-            "expected a GPU that torch can use, found none; use --device cpu, or install torch for CUDA"
-        )
+    check_device(request.device)
     out = request.out
     if out.suffix != ".safetensors":
         raise BadInput(f"expected --out to end in .safetensors, found {out}")
