@@ -25,8 +25,13 @@ RECORD = Path(__file__).with_name("shapes_eval.json")
 
 def record(run: Path, weights: Path = SHIPPED) -> str:
     """The JSON record of the complete run in folder `run`, generated with `weights`. Raises BadInput."""
-    Report.load(run)  # raises BadInput if there is no valid report
-    facts = json.loads((run / "report.json").read_text(encoding="utf-8"))
+    path = run / "report.json"
+    Report.load(path)  # raises BadInput if there is no valid report
+    facts = json.loads(path.read_text(encoding="utf-8"))
+    if not {"limit", "bundle_sha256"} <= facts.keys():
+        raise BadInput(
+            f"expected a report with its limit and bundle in {path}, found one without them; run `tpx-eval shapes` again"
+        )
     if facts["limit"] is not None:
         raise BadInput(
             f"expected a run of all prompts in {run}, found --limit {facts['limit']}; run it without --limit"

@@ -154,7 +154,8 @@ class Verdicts:
         self.path = folder / "verdicts.jsonl"
         self.right: list[list[bool]] = []
         if self.path.exists():
-            first, *rest = self.path.read_text(encoding="utf-8").splitlines() or [""]
+            # A damaged line may be of any bytes.
+            first, *rest = self.path.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
             if first != json.dumps(facts):
                 raise BadInput(_other_run_message(first, facts, folder))
             # Resume up to the first damaged line or missing image; the rest is generated again.

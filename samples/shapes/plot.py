@@ -18,7 +18,7 @@ from PIL import Image
 
 from samples.shapes.evaluate import image_name
 from tpx_runtime.command import TpxCommand, TpxGroup
-from tpx_runtime.errors import BadInput, EngineUnavailable
+from tpx_runtime.errors import BadInput, EngineUnavailable, shorten
 from tpx_runtime.evaluation.compare import Report
 from tpx_runtime.image_files import check_image_writable, save_image
 from tpx_runtime.records import write_atomic
@@ -90,6 +90,17 @@ def first_image(run: Path, index: int, count: int) -> Image.Image:
     return sheet.crop((0, 0, sheet.width // count, sheet.height))
 
 
+def images_per_prompt(run: Path, report: Report) -> int:
+    """The number of images that a run has of each prompt. Raises BadInput."""
+    count = report.facts.get("images")
+    if type(count) is not int or count < 1:
+        raise BadInput(
+            f"expected the number of images per prompt in the report of {run}, found {shorten(count)}; run "
+            "`tpx-eval shapes` again"
+        )
+    return count
+
+
 def save_plot(figure: Any, out: Path) -> None:
     """Write the figure as a PNG, atomically. Raises BadInput."""
     content = io.BytesIO()
@@ -154,9 +165,9 @@ def image_sheet(runs: tuple[Path, ...], kind: str, first: int, out: Path) -> Non
     if not indices or any(report.prompts != prompts for report in reports):
         found = "other prompts in each" if indices else f"none of {kind}"
         raise BadInput(f"expected runs of the same prompts with some of {kind}, found {found}")
+    counts = [images_per_prompt(run, report) for run, report in zip(runs, reports, strict=True)]
     rows = [
-        [first_image(run, index, report.facts["images"]) for index in indices]
-        for run, report in zip(runs, reports, strict=True)
+        [first_image(run, index, count) for index in indices] for run, count in zip(runs, counts, strict=True)
     ]
     width, height = rows[0][0].size
     sheet = Image.new("RGB", (width * len(indices), height * len(rows)))

@@ -83,3 +83,19 @@ def test_a_complete_run_is_recorded_and_a_partial_one_is_rejected(
     result = CliRunner().invoke(eval_record.main, [str(tmp_path)])
     assert result.exit_code == 2
     assert "expected a run of all prompts" in result.stderr and "found --limit 2" in result.stderr
+
+
+@pytest.mark.parametrize("missing", ["limit", "bundle_sha256"])
+def test_a_report_without_its_limit_or_bundle_is_rejected_in_one_line(tmp_path: Path, missing: str) -> None:
+    run = {**FACTS, "bundle_sha256": "b" * 64}
+    del run[missing]
+    (tmp_path / "report.json").write_text(json.dumps(run))
+    result = CliRunner().invoke(eval_record.main, [str(tmp_path)])
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1
+    assert result.stderr.startswith("error: expected a report with its limit and bundle in ")
+
+
+def test_a_file_instead_of_a_run_is_rejected_in_one_line() -> None:
+    result = CliRunner().invoke(eval_record.main, [str(RECORD)])
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1
+    assert result.stderr.startswith(f"error: expected a report.json at {RECORD / 'report.json'}, found: ")

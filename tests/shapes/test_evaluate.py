@@ -308,12 +308,13 @@ def test_settings_reach_every_image_and_the_report(generator: FakeGenerator, tmp
     assert saved_report["parser_sha256"] == hash_file(WEIGHTS)
 
 
-@pytest.mark.parametrize("damage", ["garbage]", "[1, 2]", '{"a": [true]}', "[true"])
+@pytest.mark.parametrize("damage", ["garbage]", "[1, 2]", '{"a": [true]}', "[true", "[\udcff]"])
 def test_a_damaged_verdict_is_judged_again(generator: FakeGenerator, tmp_path: Path, damage: str) -> None:
     uninterrupted = run_shapes_eval(tmp_path / "a").stdout
     verdicts = tmp_path / "a/verdicts.jsonl"
     lines = verdicts.read_text().splitlines()
-    verdicts.write_text("\n".join([*lines[:3], damage, *lines[4:]]) + "\n")
+    damaged = "\n".join([*lines[:3], damage, *lines[4:]]) + "\n"
+    verdicts.write_bytes(damaged.encode(errors="surrogateescape"))
     result = run_shapes_eval(tmp_path / "a")
     assert (result.exit_code, result.stdout) == (0, uninterrupted)
     assert verdicts.read_text().splitlines() == lines

@@ -62,6 +62,18 @@ def test_runs_that_cannot_be_paired_give_a_one_line_error(
     assert not (tmp_path / "sheet.png").exists()
 
 
+@pytest.mark.parametrize("images", [None, 0, "2", True])
+def test_a_report_without_the_number_of_images_is_rejected_in_one_line(
+    tmp_path: Path, images: object
+) -> None:
+    run = write_run(tmp_path / "a", 0)
+    path = tmp_path / "a/report.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"images": images}))
+    result = CliRunner().invoke(main, ["images", run, "--out", str(tmp_path / "sheet.png")])
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1
+    assert "expected the number of images per prompt in the report of" in result.stderr
+
+
 def test_read_curve_keeps_the_last_value_of_a_repeated_step(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("50,0.3\n100,0.2\n100,0.25\n150,0.1\n")
     assert read_curve(tmp_path / "a.csv") == {50: 0.3, 100: 0.25, 150: 0.1}
