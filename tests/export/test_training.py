@@ -951,6 +951,38 @@ def test_broken_images_are_named_or_skipped(
     assert result.exit_code == 2 and "found none among 11" in result.stderr.splitlines()[-1]
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        MemoryError(),
+        RuntimeError(
+            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
+        ),
+    ],
+)
+def test_too_little_memory_is_one_line(
+    dit_arguments: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*_: object) -> float:
+        raise error
+
+    monkeypatch.setattr(loop, "train_step", fail)
+    message = error_line(*dit_arguments, "--steps", 1, "--batch", 3, "--out", tmp_path / "tpx.safetensors")
+    assert "expected memory for 3 images per step on cpu, found too little; use a smaller --batch" in message
+
+
+def test_another_error_of_torch_is_not_taken_for_too_little_memory(
+    dit_arguments: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> float:
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(loop, "train_step", fail)
+    result = tpx_train(*dit_arguments, "--steps", 1, "--out", tmp_path / "tpx.safetensors")
+    assert str(result.exception) == "shapes do not match"
+
+
 def test_errors_are_one_line_and_leave_no_files(
     dit: Path, dit_arguments: tuple[object, ...], class_folders: Path, tmp_path: Path
 ) -> None:

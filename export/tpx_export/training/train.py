@@ -67,11 +67,18 @@ def train(request: Request, settings: Settings) -> Outcome:
     _check(request)
     try:
         return _train(request, settings)
-    except torch.OutOfMemoryError:
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
         raise TrainingFailed(
             f"expected memory for {settings.batch} images per step on {request.device}, found too little; use a smaller "
             "--batch or --image-size, and keep --gradient-checkpointing on"
         ) from None
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out; torch has an exception of its own only for that of a GPU."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
 def _train(request: Request, settings: Settings) -> Outcome:
