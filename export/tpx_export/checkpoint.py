@@ -56,6 +56,10 @@ def save(model: Model, path: Path, dtype: torch.dtype = torch.float32) -> None:
 
 def load(path: Path) -> Model:
     """Read a checkpoint into a model in evaluation mode. Raises CheckpointInvalid."""
+    if path.is_dir():
+        raise CheckpointInvalid(
+            f"{path}: expected a checkpoint file, found a folder; export a diffusers model with tpx-export --base"
+        )
     if not path.is_file():
         raise CheckpointInvalid(f"{path}: expected a checkpoint file, found none; check the path")
     if path.suffix not in SUFFIXES:
@@ -131,6 +135,15 @@ def _read_pt(path: Path) -> tuple[Any, dict[str, Tensor]]:
     if not is_state(state):
         raise CheckpointInvalid(_foreign(path, "a state that is not dense tensors by name"))
     return header, state
+
+
+def is_header(text: object) -> bool:
+    """Whether `text`, from the header of any file, is the JSON of a TPX checkpoint's, of any version."""
+    try:
+        header = json.loads(text)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return isinstance(header, dict) and header.get("format") == FORMAT
 
 
 def is_state(value: object) -> TypeGuard[dict[str, Tensor]]:

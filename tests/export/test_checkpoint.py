@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tpx_export import checkpoint
+from tpx_export.base.pipeline import open_base
 from tpx_export.base.tensors import open_tensors
 from tpx_export.checkpoint import CheckpointInvalid
 from tpx_export.model.mmdit import MMDiTSpec
@@ -76,6 +78,18 @@ def test_save_rejects_an_unknown_suffix_and_writes_nothing(tiny_model: TextToIma
 def test_rejects_a_missing_file_and_an_unknown_suffix(saved: Path, tmp_path: Path) -> None:
     assert "none" in load_error(tmp_path / "no.pt")
     assert ".bin" in load_error(saved.rename(tmp_path / "model.bin"))
+
+
+def test_a_folder_is_pointed_to_base(tmp_path: Path) -> None:
+    assert "found a folder; export a diffusers model with tpx-export --base" in load_error(tmp_path)
+
+
+def test_a_checkpoint_given_as_a_published_model_is_pointed_to_ckpt(saved: Path) -> None:
+    message = (
+        f"{saved}: expected a published model, found a checkpoint of TPX; export it with tpx-export --ckpt"
+    )
+    with pytest.raises(CheckpointInvalid, match=re.escape(message)):
+        open_base(saved)
 
 
 def test_rejects_a_file_with_the_suffix_of_the_other_format(saved: Path) -> None:

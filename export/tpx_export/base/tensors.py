@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tpx_export.base.foreign_json import read_object
-from tpx_export.checkpoint import CheckpointInvalid, is_state
+from tpx_export.checkpoint import CheckpointInvalid, is_header, is_state
 
 Reader = Callable[[], Tensor]
 
@@ -112,11 +112,19 @@ def _files_of(index: Path) -> list[str]:
 def _safetensors(path: Path) -> dict[str, Reader]:
     try:
         file = safe_open(path, framework="pt")
+        _reject_tpx_checkpoint(path, (file.metadata() or {}).get("tpx"))
         return {name: partial(file.get_tensor, name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, struct.error) as error:
         raise CheckpointInvalid(
             f"{path}: expected a complete .safetensors file, found a truncated or damaged one ({error}); copy it again"
         ) from None
+
+
+def _reject_tpx_checkpoint(path: Path, header: object) -> None:
+    if is_header(header):
+        raise CheckpointInvalid(
+            f"{path}: expected a published model, found a checkpoint of TPX; export it with tpx-export --ckpt"
+        )
 
 
 def _pickled(path: Path) -> dict[str, Reader]:
@@ -130,6 +138,8 @@ def _pickled(path: Path) -> dict[str, Reader]:
         raise CheckpointInvalid(
             f"{path}: expected a file that holds only tensors, found another ({reason})"
         ) from None
+    if isinstance(state, dict):
+        _reject_tpx_checkpoint(path, state.get("header"))
     for key in ("ema", "model", "state_dict"):  # keys of training scripts; sampling uses the EMA
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
