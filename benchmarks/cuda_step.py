@@ -18,6 +18,7 @@ import numpy as np
 import onnx
 
 from benchmarks.interleave import interleaved, seconds
+from tpx_runtime.command import TpxCommand
 from tpx_runtime.engine import ENGINES, Arrays
 from tpx_runtime.engine.gpu import local_gpu
 from tpx_runtime.engine.onnxruntime_bound import BoundSession
@@ -60,7 +61,7 @@ def timed_calls(session: BoundSession, inputs: Arrays) -> dict[str, Callable[[],
     return {"call": call, "graph": buffers.launch}
 
 
-@click.command()
+@click.command(cls=TpxCommand)
 @click.argument("graph", type=click.Path(path_type=Path))
 @click.option(
     "--batch", type=click.IntRange(1), default=2, show_default=True, help="Rows; a guided image has 2."

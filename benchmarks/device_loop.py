@@ -15,6 +15,7 @@ import numpy as np
 
 from benchmarks.interleave import interleaved
 from tpx_runtime.bundle import Bundle
+from tpx_runtime.command import TpxCommand
 from tpx_runtime.engine import ENGINES
 from tpx_runtime.engine.gpu import local_gpu
 from tpx_runtime.environment import DEVICE_LOOP_VARIABLE
@@ -64,7 +65,7 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-@click.command()
+@click.command(cls=TpxCommand)
 @click.argument("bundle")
 @click.option(
     "--prompt",

@@ -9,13 +9,14 @@ from PIL import Image
 
 from tpx_export import checkpoint
 from tpx_export.model import TextToImage
+from tpx_runtime.command import TpxCommand
 from tpx_runtime.guidance import is_guided
 from tpx_runtime.noise import batch_noise
 from tpx_runtime.sampling.flow import FLOW_SAMPLERS
 from tpx_runtime.tokenizer import WordTokenizer
 
 
-@click.command()
+@click.command(cls=TpxCommand)
 @click.argument("prompt")
 @click.option("--ckpt", type=click.Path(path_type=Path), required=True)
 @click.option("--out", type=click.Path(path_type=Path), required=True)

@@ -22,6 +22,7 @@ from torch import Tensor
 from tpx_export import adapters
 from tpx_export.model import ThinkingSpec
 from tpx_export.model.thinking import Thinking
+from tpx_runtime.command import TpxCommand
 
 HEAD_WIDTH, CONTEXT, POOLED, CHANNELS, PATCH = 64, 4096, 2048, 16, 2
 SHARD_BYTES = 10**9
@@ -195,7 +196,7 @@ def write_adapters(
     adapters.write_adapters(path, spec, state, facts)
 
 
-@click.command()
+@click.command(cls=TpxCommand)
 @click.argument("out", type=click.Path(path_type=Path, file_okay=False))
 @click.option("--model", type=click.Choice(list(SIZES)), default="sd3-medium", show_default=True)
 @click.option("--layers", type=click.IntRange(1), help="Number of blocks.  [default: the model's]")

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from benchmarks.interleave import K, interleaved, seconds
 from tpx_export.model.routed_lora import routed_lora
+from tpx_runtime.command import TpxCommand
 
 Call = Callable[[], object]
 DTYPES = {"fp16": (torch.float16, 4e-3), "bf16": (torch.bfloat16, 3e-2), "fp32": (torch.float32, 1e-5)}
@@ -153,7 +154,7 @@ def measure_limits(size: Size, dtype: torch.dtype, rounds: int, device: str) -> 
     return 2 * size.copy_bytes / times["copy"], 2 * size.product**3 / times["product"]
 
 
-@click.command()
+@click.command(cls=TpxCommand)
 @click.option("--dtype", type=click.Choice(list(DTYPES)), default="fp16", show_default=True)
 @click.option(
     "--rounds", type=click.IntRange(1), default=30, show_default=True, help="Timed runs of each variant."

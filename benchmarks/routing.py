@@ -26,6 +26,7 @@ from tpx_export.fusion.attention import DOMAIN as MICROSOFT
 from tpx_export.model.routed_lora import routed_lora
 from tpx_export.operator import DOMAIN, NAME, OPSET, register_schema
 from tpx_export.routing import masked, permuted
+from tpx_runtime.command import TpxCommand
 
 Call = Callable[[dict[str, np.ndarray]], np.ndarray]
 
@@ -226,7 +227,7 @@ def medians(calls: dict[str, Call], inputs: dict[str, np.ndarray], rounds: int) 
     return {name: 1e3 * median(found) for name, found in times.items()}
 
 
-@click.command()
+@click.command(cls=TpxCommand)
 @click.option("--rounds", default=9, show_default=True, help="Timed runs of each variant.")
 def main(rounds: int) -> None:
     """Print the table of docs/routing.md."""

@@ -19,6 +19,7 @@ import click
 from PIL import Image
 
 from benchmarks.interleave import interleaved
+from tpx_runtime.command import TpxCommand
 from tpx_runtime.evaluation.similarity import psnr_db
 
 PROMPT, SEED, STEPS = "a red cube on a blue sphere", 0, 20
@@ -42,7 +43,7 @@ def run_process(command: list[str]) -> tuple[float, float]:
     return seconds, usage.ru_maxrss / 1024
 
 
-@click.command()
+@click.command(cls=TpxCommand)
 @click.option("--bundle", default="bundles/shapes", show_default=True)
 @click.option("--ckpt", default="samples/shapes/shapes.safetensors", show_default=True)
 @click.option("--runs", default=7, show_default=True)

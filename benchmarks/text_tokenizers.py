@@ -20,6 +20,7 @@ from typing import Any
 import click
 
 from tpx_export.base.tokenizers import clip_tokenizer, t5_tokenizer
+from tpx_runtime.command import TpxCommand
 from tpx_runtime.tokenizer import load_tokenizer
 from tpx_runtime.tokenizer.clip import WORD_END, byte_alphabet
 
@@ -64,7 +65,7 @@ def seconds(encode: Callable[[str], object], prompts: list[str]) -> float:
     return time.perf_counter() - began
 
 
-@click.command()
+@click.command(cls=TpxCommand)
 @click.argument("data", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--runs", default=5, show_default=True)
 def main(data: Path, runs: int) -> None:

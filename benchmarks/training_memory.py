@@ -14,6 +14,7 @@ from tpx_export.model import MMDiTSpec, ThinkingSpec
 from tpx_export.model.conditions import GATE_WIDTH
 from tpx_export.model.mmdit import JointBlock
 from tpx_export.model.thinking import Thinking
+from tpx_runtime.command import TpxCommand
 
 WIDTH, HEADS, TEXT = 1536, 24, 333
 
@@ -45,7 +46,7 @@ def saved_bytes(block: JointBlock, tokens: int, depth: int) -> int:
     return sum(saved.values())
 
 
-@click.command()
+@click.command(cls=TpxCommand)
 @click.option("--image-size", default=512, show_default=True, help="Pixels.")
 def main(image_size: int) -> None:
     """Print the figures of docs/training.md."""

@@ -27,6 +27,7 @@ from tpx_export.model import TextToImage, ThinkingSpec
 from tpx_export.model.mmdit import JointBlock, MMDiT, MMDiTSpec
 from tpx_export.model.routed_lora import mixed_lora
 from tpx_export.precision import cast_weights
+from tpx_runtime.command import TpxCommand
 
 VAE_FACTOR, CONTEXT_TOKENS = 8, 333  # of 77 tokens of CLIP and 256 of T5
 
@@ -113,7 +114,7 @@ def call_of(
     return call
 
 
-@click.command()
+@click.command(cls=TpxCommand)
 @click.option(
     "--ckpt", type=click.Path(exists=True, path_type=Path), help="TPX checkpoint to use instead of --model."
 )

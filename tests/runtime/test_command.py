@@ -2,12 +2,23 @@
 
 import errno
 import os
+import re
+from pathlib import Path
 
 import click
 import pytest
 from click.testing import CliRunner, Result
 
 from tpx_runtime.command import TpxCommand
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.mark.parametrize("path", sorted(BENCHMARKS.glob("*.py")), ids=lambda path: path.stem)
+def test_every_benchmark_reports_usage_errors_in_one_line(path: Path) -> None:
+    """Read rather than run: most benchmarks need a GPU or more packages."""
+    commands = re.findall(r"^@click\.command\((.*)\)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    assert all(arguments.startswith("cls=TpxCommand") for arguments in commands)
 
 
 def run_raising(error: OSError) -> Result:
