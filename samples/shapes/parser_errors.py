@@ -22,6 +22,7 @@ from samples.shapes.train_parser import hard_negative, to_uint8
 from samples.shapes.world import Scene
 from tpx_runtime.bundle import hash_file
 from tpx_runtime.command import TpxCommand
+from tpx_runtime.records import write_atomic
 
 COMMAND = "python -m samples.shapes.parser_errors"
 RENDERS_PER_PROMPT = 16
@@ -99,7 +100,7 @@ def main(renders: int) -> None:
         "parser sha256": hash_file(WEIGHTS),
         "renders of each prompt": renders,
     }
-    ERRORS.write_text(as_json(facts, rows))
+    write_atomic(ERRORS, as_json(facts, rows).encode())
     for row, errors in rows.items():
         counts = (len(cases) for cases in (errors["true refused"], errors["false accepted"]))  # type: ignore[arg-type]
         print(row, errors["renders"], *counts)

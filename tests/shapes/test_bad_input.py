@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from samples.shapes import deepen, plot, score_classes
+from samples.shapes import deepen, parser_errors, plot, score_classes
 from samples.shapes.plot import read_sweep
 from tpx_runtime.errors import BadInput
 
@@ -168,6 +168,16 @@ def test_the_judge_without_onnx_runtime_is_a_one_line_error(tmp_path: Path, modu
     assert result.returncode == 4 and result.stderr.splitlines()[-1] == (
         "error: expected onnxruntime, which runs the judge of ShapesEval, found none; pip install 'tpx[cpu]'"
     )
+
+
+def test_a_record_of_parser_errors_that_cannot_be_written_is_a_one_line_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parser_errors, "ERRORS", tmp_path / "none/errors.json")
+    monkeypatch.setattr(parser_errors, "measure", lambda *_: {})
+    result = CliRunner().invoke(parser_errors.main, [])
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1
+    assert result.stderr.startswith(f"error: expected to write {tmp_path / 'none/errors.json'}, found: ")
 
 
 def test_the_ablation_checks_its_engine_before_it_trains(tmp_path: Path) -> None:
