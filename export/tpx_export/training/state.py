@@ -57,7 +57,6 @@ def save(run: Run, identity: dict[str, Any], path: Path) -> None:
         "optimizer": run.optimizer.state_dict(),
     }
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as part:
             torch.save(content, part)
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError if the disk is full
