@@ -1,5 +1,6 @@
 """The commands tpx-run, tpx-verify and tpx-info. Heavy imports are deferred until the arguments have been parsed."""
 
+import os
 import secrets
 import warnings
 from collections.abc import Iterator, Sequence
@@ -35,11 +36,14 @@ def _print_engine(engine: "GraphEngine", requested: str) -> None:
 class Seed(click.ParamType):
     """An integer, or `random`, in which case the chosen seed is printed on stderr."""
 
-    name = "integer|random"
+    name = "integer or random"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if value != "random":
-            return int(click.INT.convert(value, param, ctx))
+        if str(value).lower() != "random":
+            try:
+                return int(value)
+            except ValueError:
+                self.fail(f"expected a whole number or random, found {shorten(value)}", param, ctx)
         seed = secrets.randbelow(2**31)
         click.echo(f"seed: {seed}", err=True)
         return seed
@@ -128,7 +132,7 @@ def _print_paths_on_exit() -> Iterator[list[Path]]:
 @click.option(
     "--out",
     type=_PATH,
-    help=".png, .jpg or .webp to write; {seed}, {prompt} and {number} are replaced.  [default: named after the prompt]",
+    help=".png, .jpg or .webp to write; {seed}, {prompt} and {number} (the prompt's) are replaced.  [default: by PROMPT]",
 )
 @click.option(
     "--seed",
@@ -146,11 +150,11 @@ def _print_paths_on_exit() -> Iterator[list[Path]]:
 @options.depth
 @click.option(
     "-n",
-    "num_images",
+    "--num-images",
     type=click.IntRange(1),
     default=1,
     show_default=True,
-    help="Number of images; several make a grid.",
+    help="Number of images; a grid, or with {seed} in --out a file each.",
 )
 @options.batch_size
 @options.engine
@@ -171,7 +175,11 @@ def _print_paths_on_exit() -> Iterator[list[Path]]:
     help="Skip the hash check of the bundle's files, which is done once after each change of one.",
 )
 @click.option("--force", is_flag=True, help="Replace existing files.")
-@click.option("--skip-existing", is_flag=True, help="Keep existing files and generate the others.")
+@click.option(
+    "--skip-existing",
+    is_flag=True,
+    help="Keep files of these names, whatever is in them, and generate the others.",
+)
 def run(
     prompt: str | None,
     prompts_file: Path | None,
@@ -304,15 +312,19 @@ def verify(bundle: str | None, engine: str, all_engines: bool) -> None:
 
 
 @click.command(cls=TpxCommand)
-@click.argument("bundle", required=False)
+@click.argument("bundle", required=False, metavar="[BUNDLE|IMAGE]")
 def info(bundle: str | None) -> None:
-    """Show which engines run on this machine and what BUNDLE is; only its manifest is read.
+    """Show which engines run on this machine and what BUNDLE is, or the settings of an IMAGE that tpx-run wrote.
 
-    BUNDLE defaults to $TPX_BUNDLE, else bundles/shapes if it exists.
+    BUNDLE defaults to $TPX_BUNDLE, else bundles/shapes if it exists; only its manifest is read.
     """
     from .bundle import Bundle
-    from .info import describe_bundle, engines, machine
+    from .info import describe_bundle, describe_image, engines, machine
 
+    if bundle and os.path.isfile(bundle):
+        for line in describe_image(Path(bundle)):
+            click.echo(line)
+        return
     click.echo(machine() + "\n")
     for line in engines():
         click.echo(line)

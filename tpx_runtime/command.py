@@ -15,6 +15,8 @@ from . import __version__
 from .errors import BadInput, Cancelled, EngineUnavailable, TpxError
 from .interrupts import termination_as_interrupt
 
+_CONTEXT_SETTINGS = {"help_option_names": ["-h", "--help"]}
+
 
 class OneLineError(click.ClickException):
     """An error that click prints as one line before it exits with `exit_code`."""
@@ -108,7 +110,7 @@ class TpxCommand(click.Command):
     """
 
     def __init__(self, *args: Any, extra: str | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, **{"context_settings": _CONTEXT_SETTINGS, **kwargs})
         self.params.append(_version())
         self._extra = extra
 
@@ -145,7 +147,7 @@ class TpxGroup(click.Group):
     command_class = TpxCommand
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, **{"context_settings": _CONTEXT_SETTINGS, **kwargs})
         self.params.append(_version())
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:

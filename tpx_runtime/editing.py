@@ -50,7 +50,9 @@ def resolve_strength(image: object, mask: object, strength: float | None) -> flo
     if mask is None and strength is None:
         return None
     given = "strength" if mask is None else "mask"
-    raise BadInput(f"expected an image with a {given}, found none; give the image to start from")
+    raise BadInput(
+        f"expected an image with a {given}, found none; give the image to start from as image (--image)"
+    )
 
 
 def source_hashes(image: Image.Image, mask: Image.Image | None) -> dict[str, str]:

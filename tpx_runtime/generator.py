@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from threading import RLock
-from typing import Self
+from typing import NoReturn, Self
 
 import numpy as np
 from PIL import Image
@@ -278,6 +278,11 @@ class Generator:
         facts = self.manifest
         size = format_size(facts.model.image_size_px)
         return f"<Generator of {facts.name} ({facts.precision}) with {self.engine.name}: {size} pixels>"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "expected a generator of each process's own, found one to pickle; load it in the process"
+        )
 
     def __enter__(self) -> Self:
         return self

@@ -6,6 +6,7 @@
 | JPEG, WebP | Exif's UserComment | Exif's MakerNote |
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -14,43 +15,45 @@ from PIL import ExifTags, Image, PngImagePlugin
 
 from .errors import BadInput, shorten
 from .files import atomic_file, check_writable
+from .settings import check_int
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}  # by suffix
-_QUALITY: dict[str, dict[str, Any]] = {
-    "PNG": {},
-    "JPEG": {"quality": 95, "subsampling": "4:4:4"},
-    "WEBP": {"quality": 95},
-}
+DEFAULT_QUALITY = 95
 _PARAMETERS, _TPX = "parameters", "tpx"  # in the `info` of an image, and in PNG files
 _UNICODE = b"UNICODE\0"  # Exif 2.32, UserComment: the text's encoding
 
 
 def check_image_writable(path: Path, suffixes: Sequence[str] = tuple(FORMATS)) -> None:
     """Raise BadInput unless the name has one of the suffixes and a file can be created there."""
-    if path.suffix.lower() not in suffixes:
-        raise BadInput(f"expected an output name that ends in {' or '.join(suffixes)}, found {path}")
+    if not os.path.isdir(path):  # for a folder, check_writable has the better message
+        _require_suffix(path, suffixes)
     check_writable(path)
 
 
 def save_image(
-    image: Image.Image, file: str | Path | IO[bytes], replace: bool = True, format: str = "PNG"
+    image: Image.Image,
+    file: str | Path | IO[bytes],
+    replace: bool = True,
+    format: str = "png",
+    quality: int = DEFAULT_QUALITY,
 ) -> None:
     """Write a PNG, JPEG or WebP with the settings in its `info`: to a path, atomically, or to a binary file object.
 
-    A path's suffix decides the format, and `format` that of a file object. JPEG and WebP are written in quality 95. Raises
-    BadInput, and FileExistsError if the file exists and `replace` is false.
+    A path's suffix decides the format; `format` ("png", "jpg", "jpeg" or "webp") is that of a file object. `quality`, 1 to
+    100, is that of JPEG and WebP. Raises BadInput, and FileExistsError if the file exists and `replace` is false.
     """
+    quality = check_int("quality", quality, 1, 100)
     if not isinstance(file, str | Path):
-        if format not in _QUALITY:
-            raise BadInput(f"expected a format of {', '.join(_QUALITY)}, found {shorten(format)}")
-        _write(image, file, format)
+        suffix = f".{format}".lower()
+        if suffix not in FORMATS:
+            raise BadInput(f"expected a format of {_listed([*FORMATS])}, found {shorten(format)}")
+        _write(image, file, FORMATS[suffix], quality)
         return
     path = Path(file)
-    if path.suffix.lower() not in FORMATS:
-        raise BadInput(f"expected an output name that ends in {' or '.join(FORMATS)}, found {path}")
+    _require_suffix(path, tuple(FORMATS))
     try:
         with atomic_file(path, replace) as part:
-            _write(image, part, FORMATS[path.suffix.lower()])
+            _write(image, part, FORMATS[path.suffix.lower()], quality)
     except FileExistsError:
         raise
     except ValueError as error:  # a JPEG holds at most 64 KiB of Exif
@@ -71,10 +74,28 @@ def stored_settings(image: Image.Image) -> str | None:
     return note.decode("utf-8", "replace") if isinstance(note, bytes) else None
 
 
-def _write(image: Image.Image, file: Path | IO[bytes], format: str) -> None:
+def _require_suffix(path: Path, suffixes: Sequence[str]) -> None:
+    if path.suffix.lower() not in suffixes:
+        raise BadInput(f"expected an output name that ends in {_listed(suffixes)}, found {path}")
+
+
+def _listed(names: Sequence[str]) -> str:
+    *others, last = names
+    return f"{', '.join(others)} or {last}" if others else last
+
+
+def _write(image: Image.Image, file: Path | IO[bytes], format: str, quality: int) -> None:
     texts = {key: str(image.info[key]) for key in (_PARAMETERS, _TPX) if key in image.info}
-    metadata = {"pnginfo": _png_chunks(texts)} if format == "PNG" else {"exif": _exif(texts)}
-    image.save(file, format=format, **_QUALITY[format], **metadata)
+    options: dict[str, Any] = {"pnginfo": _png_chunks(texts)}
+    if format != "PNG":
+        options = {"exif": _exif(texts), "quality": quality}
+    if format == "JPEG":
+        options["subsampling"] = "4:4:4"
+        if image.mode not in ("RGB", "L"):
+            raise BadInput(
+                f"expected an image in RGB or grey for a JPEG, found mode {image.mode}; convert it, or save it as .png"
+            )
+    image.save(file, format=format, **options)
 
 
 def _png_chunks(texts: dict[str, str]) -> PngImagePlugin.PngInfo:

@@ -1,4 +1,4 @@
-"""The text of tpx-info: this machine, its engines and a bundle, for users and bug reports."""
+"""The text of tpx-info: this machine, its engines and a bundle, or the settings of an image."""
 
 import os
 import platform
@@ -14,6 +14,7 @@ from .environment import compiled_folder
 from .image_size import format_size
 from .manifest import ALL_NOISE_LEVELS, Defaults
 from .memory import available_bytes
+from .metadata import read_metadata
 from .verified import RECORD
 
 _COLUMN = 18
@@ -43,6 +44,11 @@ def _details(engine: Engine, distributions: list[str], auto: bool) -> str:
     details += ["needs tpx-build"] if engine.prebuilt == "required" else []
     details += ["selected by --engine auto"] if auto else []
     return ", ".join(details)
+
+
+def describe_image(path: Path) -> Iterator[str]:
+    """The settings of an image that tpx-run wrote, line by line. Raises BadInput."""
+    return (f"{name:<{_COLUMN}}{text}" for name, text in read_metadata(path).items() if text != "")
 
 
 def describe_bundle(bundle: Bundle) -> Iterator[str]:

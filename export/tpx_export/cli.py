@@ -31,7 +31,9 @@ _PATH = click.Path(path_type=Path)
 @click.option("--default-steps", type=int, help="The bundle's default steps.  [default: the model's]")
 @click.option("--default-guidance", type=float, help="The bundle's default guidance, likewise; 1 is off.")
 @click.option("--default-sampler", help="The bundle's default sampler, likewise.")
-@click.option("--out", type=_PATH, help="Folder to write.  [default: bundles/<model's name>]")
+@click.option(
+    "--out", type=_PATH, help="Folder to write.  [default: bundles/<model's name>, with -PRECISION if given]"
+)
 @click.option("--precision", help="fp32, fp16, int8 or int8-weights.  [default: as the weights are stored]")
 @click.option(
     "--calibration",
@@ -85,7 +87,7 @@ def main(
     with warnings_as_notices():
         pipeline = open_model(ckpt, base, components, adapters, image_size, no_t5)
     pipeline = replace(pipeline, defaults=replace(pipeline.defaults, **defaults))
-    out = out or Path("bundles") / pipeline.name
+    out = out or Path("bundles") / (f"{pipeline.name}-{precision}" if precision else pipeline.name)
     with click.progressbar(length=1, label="export", file=sys.stderr) as bar:
 
         def advance(task: str, done: int, total: int) -> None:

@@ -465,6 +465,17 @@ def test_command_exports_and_replaces_only_with_force(tiny_model: TextToImage, t
     assert (code, manifest.defaults) == (0, Defaults(sampler="heun", steps=4, guidance=1.0, depth=1))
 
 
+def test_the_default_folder_is_named_after_the_model_and_a_given_precision(
+    tiny_model: TextToImage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    checkpoint.save(tiny_model, Path("model.pt"))
+    for precision, expected in (((), "bundles/tiny"), (("--precision", "fp16"), "bundles/tiny-fp16")):
+        code, stdout, _ = run_export("--ckpt", "model.pt", "--depth", "1", *precision)
+        assert (code, stdout) == (0, f"{expected}\n")
+        assert Bundle.open(expected).manifest.precision == ("fp16" if precision else "fp32")
+
+
 def test_command_errors_are_one_line(tiny_model: TextToImage, tmp_path: Path) -> None:
     ckpt = tmp_path / "model.pt"
     checkpoint.save(tiny_model, ckpt)

@@ -616,9 +616,14 @@ def test_rejects_invalid_int8_options(tiny_model: TextToImage, tmp_path: Path) -
             ckpt,
             "fp16",
             ["--calibration", good],
-            "expected int8 options only with precision int8 or int8-weights, found fp16",
+            "expected --calibration, --score-prompts and --accept-loss only with precision int8 or int8-weights, found fp16",
         ),
-        (ckpt, "fp32", ["--accept-loss"], "expected int8 options only with"),
+        (
+            ckpt,
+            "fp32",
+            ["--accept-loss"],
+            "expected --calibration, --score-prompts and --accept-loss only with",
+        ),
         (ckpt, "int8", ["--score-prompts", "93"], "expected 0 to 92 prompts"),
         (ckpt, "int4", [], "expected a precision of fp32, fp16, int8, int8-weights, found 'int4'"),
     ):
@@ -642,7 +647,7 @@ def test_arguments_are_checked_before_the_model_is_loaded(
         (("--precision", "int4"), "expected a precision of fp32"),
         (
             ("--accept-loss",),
-            "expected int8 options only with precision int8 or int8-weights, found no --precision",
+            "--score-prompts and --accept-loss only with precision int8 or int8-weights, found no --precision",
         ),
         (("--precision", "int8", "--score-prompts", -1), "expected 0 to 92 prompts"),
         (("--precision", "int8", "--calibration", prompts), "one per line, found none"),

@@ -24,10 +24,11 @@ import tpx_runtime
 from tpx_runtime import cli, options
 from tpx_runtime.bundle import GOLDEN, Bundle
 from tpx_runtime.engine import ENGINES, Arrays, Engine
-from tpx_runtime.errors import EngineFailed
+from tpx_runtime.errors import BadInput, EngineFailed
 from tpx_runtime.evaluation.cli import main as evaluation
 from tpx_runtime.generator import Generator, ImageResized
 from tpx_runtime.image_files import save_image
+from tpx_runtime.metadata import settings_in
 from tpx_runtime.options import find_bundle
 from tpx_runtime.output_files import choose_output_files
 from tpx_runtime.sampling import SAMPLERS_FOR
@@ -314,6 +315,11 @@ def test_rejects_bad_prompt_files_and_output_names_for_prompts(
     assert sorted(path.name for path in prompts_txt.parent.iterdir()) == files_before
 
 
+def test_settings_in_asks_for_the_parsed_json() -> None:
+    with pytest.raises(BadInput, match=r"expected json.loads\(image.info\[.tpx.\]\), found image.info"):
+        settings_in({"parameters": "a red cube", "tpx": '{"prompt": "a red cube"}'})
+
+
 @pytest.mark.parametrize("suffix", ["jpg", "webp"])
 def test_like_reads_the_settings_in_other_formats(default_bundle: Path, suffix: str) -> None:
     result = run(PROMPT, "--steps", 3, "--seed", 4, "--out", f"{{seed}}.{suffix}", "-n", 2)
@@ -511,6 +517,7 @@ def test_the_sample_bundle_in_the_current_folder_is_found(
 
 def test_help_names_every_sampler_and_engine() -> None:
     text = " ".join(run("--help").stdout.split())
+    assert run("-h").stdout == run("--help").stdout
     assert all(name in text for samplers in SAMPLERS_FOR.values() for name in samplers)
     assert all(name in text for name in ENGINES)
     assert all(name in " ".join(verify("--help").stdout.split()) for name in ENGINES)
@@ -585,8 +592,8 @@ def test_a_random_seed_is_printed_and_stored_in_the_image(
 ) -> None:
     use_engine(monkeypatch, FakeEngine())
     seeds = set()
-    for _ in range(2):
-        result = run("red cube", "--bundle", fake_bundle, "--seed", "random")
+    for word in ("random", "RANDOM"):
+        result = run("red cube", "--bundle", fake_bundle, "--seed", word)
         (seed_line,) = [line for line in result.stderr.splitlines() if line.startswith("seed: ")]
         assert result.stdout == f"red-cube-{seed_line.removeprefix('seed: ')}.png\n"
         with Image.open(result.stdout.strip()) as image:
@@ -844,13 +851,13 @@ def test_a_rejected_command_prints_no_truncation_notice(
         ),
         ([PROMPT, "--no-t5"], "expected a bundle with T5 to leave out, found "),
         ([PROMPT, "--sampler", "ddim"], "expected a sampler of euler, heun, dpmpp2m, unipc, found 'ddim'"),
-        ([PROMPT, "-n", "0"], "Invalid value for '-n': 0 is not in the range x>=1"),
+        ([PROMPT, "-n", "0"], "Invalid value for '-n' / '--num-images': 0 is not in the range x>=1"),
         ([PROMPT, "--engine", "tensorflow"], "expected an engine of auto, "),
         (
             [PROMPT, "--negative-prompt", "zebra"],
             "negative prompt: expected words of this model's vocabulary, found 'zebra'",
         ),
-        ([PROMPT, "--seed", "any"], "'any' is not a valid integer"),
+        ([PROMPT, "--seed", "any"], "expected a whole number or random, found 'any'"),
         (
             [PROMPT, "--guidance", "1", "--negative-prompt", "blue"],
             "expected no negative prompt at guidance 1",
@@ -898,7 +905,7 @@ def test_a_rejected_command_prints_no_truncation_notice(
         ),
         (
             [PROMPT, "--out", "a.gif"],
-            "expected an output name that ends in .png or .jpg or .jpeg or .webp, found a.gif",
+            "expected an output name that ends in .png, .jpg, .jpeg or .webp, found a.gif",
         ),
         (
             [PROMPT, "--out", "missing/a.png"],
@@ -937,7 +944,13 @@ def test_rejects_a_run_without_any_bundle() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [[PROMPT, "--class", "many"], [PROMPT, "--steps", "many"], [PROMPT, "--no-such"], [PROMPT, "more"]],
+    [
+        [PROMPT, "--class", "many"],
+        [PROMPT, "--steps", "many"],
+        [PROMPT, "--seed", "1,2"],
+        [PROMPT, "--no-such"],
+        [PROMPT, "more"],
+    ],
 )
 def test_usage_errors_are_one_line(arguments: list[str]) -> None:
     result = run(*arguments)
@@ -1312,6 +1325,14 @@ def test_info_shows_usable_engines_the_auto_choice_and_the_bundle(
     assert lines["thinking"].endswith("depth 1, 2, 3")
     assert lines["defaults"].split(maxsplit=1)[1].startswith("euler, 4 steps, guidance 2")
     assert lines["inputs"].endswith(", image-to-image")
+
+
+def test_info_of_an_image_shows_its_settings(default_bundle: Path) -> None:
+    assert run(PROMPT, "--steps", 3, "--seed", 8, "--out", "a.jpg").exit_code == 0
+    lines = {line.split()[0]: line.split(maxsplit=1)[1] for line in info("a.jpg").stdout.splitlines()}
+    assert lines["prompt"] == PROMPT and lines["steps"] == "3" and lines["seed"] == "8"
+    Image.new("RGB", (8, 8)).save("other.png")
+    assert_error(info("other.png"), 2, "expected an image that tpx-run wrote, found other.png without")
 
 
 def test_info_needs_no_bundle_but_rejects_a_path_that_is_not_one(workdir: Path) -> None:

@@ -1,6 +1,7 @@
 """The generator: the inputs it gives each graph (with the fake engine) and its images (with real engines)."""
 
 import json
+import pickle
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -136,6 +137,13 @@ def test_close_forgets_the_conditions(generator: Generator, engine: FakeEngine) 
     generator.close()
     generator("red cube")
     assert len(calls(engine, CONDITIONS)) == 2
+
+
+def test_a_generator_says_why_it_cannot_be_pickled(generator: Generator) -> None:
+    with pytest.raises(
+        TypeError, match="expected a generator of each process's own, found one to pickle; load it"
+    ):
+        pickle.dumps(generator)
 
 
 def test_conditions_are_not_forgotten_while_another_thread_uses_them(generator: Generator) -> None:

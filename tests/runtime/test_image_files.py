@@ -81,15 +81,36 @@ def test_a_jpeg_that_cannot_hold_its_settings_is_refused(tmp_path: Path) -> None
 def test_an_image_in_memory_has_its_settings_too() -> None:
     image = solid("red")
     image.info["tpx"] = json.dumps({"prompt": "red cube"})
-    for format in ("PNG", "JPEG", "WEBP"):
+    for format, found in (("png", "PNG"), ("jpg", "JPEG"), ("JPEG", "JPEG"), ("webp", "WEBP")):
         save_image(image, memory := io.BytesIO(), format=format)
         with Image.open(io.BytesIO(memory.getvalue())) as again:
-            assert (again.format, again.size) == (format, image.size)
+            assert (again.format, again.size) == (found, image.size)
             assert stored_settings(again) == image.info["tpx"]
     save_image(image, memory := io.BytesIO())
     assert memory.getvalue().startswith(b"\x89PNG")
-    with pytest.raises(BadInput, match="expected a format of PNG, JPEG, WEBP, found 'GIF'"):
+    with pytest.raises(BadInput, match=r"expected a format of .png, .jpg, .jpeg or .webp, found 'GIF'"):
         save_image(image, io.BytesIO(), format="GIF")
+
+
+def test_quality_is_that_of_jpeg_and_webp(tmp_path: Path) -> None:
+    noise = Image.effect_noise((64, 64), 60).convert("RGB")
+    for suffix in (".jpg", ".webp"):
+        for quality in (20, 95):
+            save_image(noise, tmp_path / f"{quality}{suffix}", quality=quality)
+        save_image(noise, tmp_path / f"default{suffix}")
+        low, high, default = ((tmp_path / f"{name}{suffix}").read_bytes() for name in (20, 95, "default"))
+        assert len(low) < len(high) / 2 and default == high
+    with pytest.raises(BadInput, match=r"expected quality to be a whole number in 1..100, found 101"):
+        save_image(noise, tmp_path / "a.jpg", quality=101)
+
+
+def test_a_jpeg_of_an_image_with_transparency_is_refused(tmp_path: Path) -> None:
+    save_image(Image.new("L", (8, 8)), tmp_path / "grey.jpg")
+    with pytest.raises(
+        BadInput, match="expected an image in RGB or grey for a JPEG, found mode RGBA; convert it"
+    ):
+        save_image(Image.new("RGBA", (8, 8)), tmp_path / "a.jpg")
+    assert [path.name for path in tmp_path.iterdir()] == ["grey.jpg"]
 
 
 def test_saves_with_the_permissions_of_a_new_file(tmp_path: Path) -> None:
@@ -146,10 +167,11 @@ def test_check_image_writable_leaves_no_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("a.gif", "expected an output name that ends in .png or .jpg or .jpeg or .webp, found "),
+        ("a.gif", "expected an output name that ends in .png, .jpg, .jpeg or .webp, found "),
         ("png", "expected an output name that ends in .png"),
         (".png", "expected an output name that ends in .png"),
         ("folder.png", "to be a file, found a folder; name a file in it"),
+        ("folder", "to be a file, found a folder; name a file in it"),
         ("missing/a.png", "to write a.png into, found none; make it"),
         ("file/a.png", "found: Not a directory; choose another"),
         ("n" * 300 + ".png", "found: File name too long; choose another"),
@@ -157,6 +179,7 @@ def test_check_image_writable_leaves_no_file(tmp_path: Path) -> None:
 )
 def test_check_image_writable_rejects_an_unusable_path(tmp_path: Path, name: str, message: str) -> None:
     (tmp_path / "folder.png").mkdir()
+    (tmp_path / "folder").mkdir()
     (tmp_path / "file").touch()
     with pytest.raises(BadInput) as caught:
         check_image_writable(tmp_path / name)

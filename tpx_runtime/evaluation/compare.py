@@ -67,7 +67,8 @@ def compare(first: Report, second: Report) -> list[Difference]:
     for key in REQUIRED_EQUAL:
         if first.facts.get(key) != second.facts.get(key):
             found = f"{first.facts.get(key)} and {second.facts.get(key)}"
-            raise BadInput(f"expected runs with the same {key}, found {found}; run one of them again")
+            what = {"images": "number of images per prompt"}.get(key, key)
+            raise BadInput(f"expected runs with the same {what}, found {found}; run one of them again")
     if first.prompts != second.prompts or first.overall != second.overall:
         found = f"{len(first.prompts)} and {len(second.prompts)} that differ"
         raise BadInput(f"expected runs of the same prompts, found {found}; run both with one --limit")

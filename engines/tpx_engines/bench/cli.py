@@ -56,7 +56,13 @@ _PATH = click.Path(path_type=Path)
     help="Cache interval of TPX (see tpx-run); may be repeated.",
 )
 @click.option("--prompt", help=f"Prompt of the images.  [default: {PROMPT}; class 0]")
-@click.option("--steps", type=int, default=20, show_default=True, help="Denoising steps per image.")
+@click.option(
+    "--steps",
+    type=int,
+    default=20,
+    show_default=True,
+    help="Denoising steps per image, of Euler (flow models) or DDIM.",
+)
 @click.option(
     "--rounds", type=click.IntRange(1), default=7, show_default=True, help="Samples per measurement."
 )

@@ -63,7 +63,10 @@ class Request:
             raise BadInput("expected --ckpt with --baseline, found none; pass the bundle's checkpoint")
         for name in (THREADS_VARIABLE, *THREAD_VARIABLES):
             if os.environ.get(name):
-                raise BadInput(f"expected no limit on the number of threads, found {name} set; unset it")
+                raise BadInput(
+                    "expected no limit on the number of threads, which not all engines would keep, "
+                    f"found {name} set; unset it"
+                )
         if self.ckpt is None:
             return
         if not os.path.isfile(self.ckpt):

@@ -48,7 +48,8 @@ class Int8Options:
         if precision not in INT8_PRECISIONS:
             found = precision or "no --precision"
             raise BadInput(
-                f"expected int8 options only with precision {' or '.join(INT8_PRECISIONS)}, found {found}; leave them out"
+                "expected --calibration, --score-prompts and --accept-loss only with precision "
+                f"{' or '.join(INT8_PRECISIONS)}, found {found}; leave them out"
             )
         if not 0 <= self.score_prompts <= MAX_SCORE_PROMPTS:
             raise BadInput(
