@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tpx_engines.bench.configurations import GPU_REFERENCE, REFERENCE, Configuration
+from tpx_engines.bench.machine import describe
 from tpx_engines.bench.measure import Plan, run
 from tpx_engines.bench.memory import gpu_bytes
 from tpx_engines.bench.record import Record
@@ -17,6 +18,7 @@ from tpx_engines.bench.report import as_text
 from tpx_engines.bench.runner import Timing
 from tpx_engines.bench.summary import rows
 from tpx_engines.bench.worker import Worker
+from tpx_runtime.engine.gpu import Gpu
 from tpx_runtime.errors import BadInput
 
 Configure = Callable[..., Configuration]
@@ -146,6 +148,15 @@ def test_speed_ups_on_a_gpu_are_over_pytorch_on_it(record: Recorder, configurati
     del results.data["configurations"][f"{GPU_REFERENCE} depth 2"]
     assert [row.speed_up for row in rows(results.data)] == [1.0, 4.0, 32.0]
     assert "speed-up over eager fp32, GPU" not in as_text(results.data)
+
+
+def test_the_report_names_the_gpu(record: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ", 8 GiB, no NVIDIA GPU, Linux." in as_text(record().data)
+    monkeypatch.setattr("tpx_engines.bench.machine.local_gpu", lambda: Gpu(90, "NVIDIA H100", "580"))
+    assert describe()["gpu"] == "NVIDIA H100"
+    data = record().data
+    data["settings"]["machine"]["gpu"] = "NVIDIA H100"
+    assert ", 8 GiB, NVIDIA H100, Linux." in as_text(data)
 
 
 class FakeManagement:
