@@ -65,7 +65,9 @@ def _handled(numbers: list[signal.Signals], handler: Any) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, handler) for number in numbers}
+    # None: a handler of the application that was not installed from Python, and could not be restored.
+    replaceable = [number for number in numbers if signal.getsignal(number) is not None]
+    before = {number: signal.signal(number, handler) for number in replaceable}
     try:
         yield
     finally:

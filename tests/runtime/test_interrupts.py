@@ -3,6 +3,7 @@
 import signal
 import threading
 from types import FrameType
+from typing import Any
 
 import pytest
 
@@ -41,6 +42,21 @@ def test_a_delayed_signal_reaches_the_handler_that_was_installed_before() -> Non
         assert received == [signal.SIGTERM]
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_a_handler_that_was_not_installed_from_python_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed: list[int] = []
+    get, install = signal.getsignal, signal.signal
+    monkeypatch.setattr(signal, "getsignal", lambda number: None if number == signal.SIGTERM else get(number))
+
+    def record(number: int, handler: Any) -> Any:
+        installed.append(number)
+        return install(number, handler)
+
+    monkeypatch.setattr(signal, "signal", record)
+    with delayed_interrupts():
+        assert signal.SIGINT in installed
+    assert signal.SIGTERM not in installed
 
 
 def test_other_threads_leave_the_handlers_alone() -> None:
