@@ -106,10 +106,11 @@ def _png_chunks(texts: dict[str, str]) -> PngImagePlugin.PngInfo:
 
 
 def _exif(texts: dict[str, str]) -> Image.Exif:
-    exif = Image.Exif()
-    tags = exif.get_ifd(ExifTags.IFD.Exif)
+    tags: dict[int, bytes] = {}
     if _PARAMETERS in texts:
         tags[ExifTags.Base.UserComment] = _UNICODE + texts[_PARAMETERS].encode("utf-16-be", "replace")
     if _TPX in texts:
         tags[ExifTags.Base.MakerNote] = texts[_TPX].encode()
+    exif = Image.Exif()
+    exif[ExifTags.IFD.Exif] = tags  # assigned: what is added to get_ifd's result is lost in Pillow 10
     return exif
