@@ -732,7 +732,7 @@ def test_compare_rejects_runs_with_other_seeds_images_or_prompts(
     few = {row: np.ones((3, 4)) for row in ROWS}
     for changes, message in (
         ({"seed": 1}, "the same seed, found 0 and 1"),
-        ({"images": 2}, "the same images"),
+        ({"images": 2}, "the same number of images per prompt, found 4 and 2"),
         ({}, "of the same prompts, found 300 and 6"),
     ):
         other = Report.load(write_report(tmp_path / "other.json", few, **changes))
