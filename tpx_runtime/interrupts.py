@@ -46,7 +46,7 @@ def deferred_interrupts(
 
 
 @contextmanager
-def delayed_interrupts() -> Iterator[None]:
+def uninterrupted() -> Iterator[None]:
     """Deliver the signals that arrive inside only at the end, also if an exception is raised.
 
     For imports of extension modules: an exception raised in their initialisation can be lost, or become an ImportError.

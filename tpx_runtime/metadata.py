@@ -27,10 +27,10 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
 def settings_in(facts: dict[str, Any]) -> dict[str, Any]:
     """The part of the metadata that `Generator.plan` takes as arguments. Raises BadInput for values of other types."""
-    names = [*(field.name for field in fields(Settings)), "num_images"]
-    found = {name: facts[name] for name in names if name in facts}
     if "tpx" in facts:
         raise BadInput('expected json.loads(image.info["tpx"]), found image.info; parse it first')
+    names = [*(field.name for field in fields(Settings)), "num_images"]
+    found = {name: facts[name] for name in names if name in facts}
     for name, value in found.items():
         pair = isinstance(value, list) and [isinstance(end, int | float) for end in value] == [True, True]
         if not (pair if name == "guidance_interval" else isinstance(value, str | int | float)):

@@ -66,7 +66,7 @@ def choose_output_files(
             for seed in each
         ]
     outputs = [
-        OutputFile(path, len(seeds) // len(each), given is not None, skip_existing and os.path.exists(path))
+        OutputFile(path, len(seeds) // len(each), given is not None, skip_existing and path.exists())
         for path in paths
     ]
     for output in outputs:

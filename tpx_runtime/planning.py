@@ -4,12 +4,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
-
 from .errors import BadInput, shorten
 from .manifest import ALL_NOISE_LEVELS, Manifest
 from .noise import MAX_SEED
-from .settings import Settings, check_int
+from .settings import Settings, check_int, to_python
 
 MAX_IMAGES = 1000  # per prompt and call
 
@@ -69,7 +67,7 @@ def _prompts(given: str | Sequence[str] | None) -> list[str]:
 
 def _negative_prompts(given: str | Sequence[str] | None, prompts: int) -> list[str]:
     """The negative prompt of each prompt. Raises BadInput for a list of another length."""
-    given = given.tolist() if isinstance(given, np.ndarray) else given
+    given = to_python(given)
     if given is None or isinstance(given, str) or not isinstance(given, Sequence):
         return ["" if given is None else given] * prompts  # Settings.check rejects what is no text
     if len(given) != prompts:
@@ -81,7 +79,7 @@ def _negative_prompts(given: str | Sequence[str] | None, prompts: int) -> list[s
 
 def _seeds(given: int | Sequence[int], num_images: int) -> Sequence[int]:
     """The seed of each image of a prompt. Raises BadInput."""
-    given = given.tolist() if isinstance(given, np.ndarray) else given
+    given = to_python(given)
     if not isinstance(given, Sequence) or isinstance(given, str | bytes):
         first = check_int("seed", given, 0, MAX_SEED - num_images + 1)
         return range(first, first + num_images)

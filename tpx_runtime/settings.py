@@ -54,9 +54,9 @@ class Settings:
     def __post_init__(self) -> None:
         """Convert numpy values and JSON lists to Python numbers and tuples, so that settings compare and serialise."""
         for field in fields(self):
-            object.__setattr__(self, field.name, _to_python(getattr(self, field.name)))
+            object.__setattr__(self, field.name, to_python(getattr(self, field.name)))
         if isinstance(self.guidance_interval, list | tuple):
-            object.__setattr__(self, "guidance_interval", tuple(map(_to_python, self.guidance_interval)))
+            object.__setattr__(self, "guidance_interval", tuple(map(to_python, self.guidance_interval)))
 
     def check(self, manifest: Manifest) -> "Settings":
         """Return these settings if they are valid for the model of `manifest`. Raises BadInput."""
@@ -156,7 +156,8 @@ class Settings:
         return {"tpx": json.dumps(facts), "parameters": line}
 
 
-def _to_python(value: Any) -> Any:
+def to_python(value: Any) -> Any:
+    """A numpy value as Python numbers, text or a list of them; any other value as it is."""
     return value.tolist() if isinstance(value, np.generic | np.ndarray) else value
 
 

@@ -23,13 +23,8 @@ _MAX_EXPORT_S = 24 * 3600
 
 def check_output_folder(out: Path, force: bool) -> None:
     """Check that `out` does not exist or, with `force`, is a bundle. Raises BadInput."""
-    try:
-        if not out.exists() and not out.is_symlink():
-            return
-    except OSError as error:
-        raise BadInput(
-            f"expected a path to write to, found {out}: {error.strerror}; choose another path"
-        ) from None
+    if not out.exists() and not out.is_symlink():
+        return
     if not force:
         raise BadInput(f"expected a new folder, found that {out} exists; add --force to replace it")
     if not _is_bundle(out):

@@ -4,7 +4,6 @@ import copy
 import hashlib
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tpx_export.training.state import load_saved
 from tpx_runtime.errors import BadInput
 from tpx_runtime.files import atomic_file
 from tpx_runtime.interrupts import deferred_interrupts
@@ -35,16 +35,6 @@ def atomic_save(value: object, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as part:
         torch.save(value, part)
-
-
-def load_saved(path: Path) -> Any:
-    """What `atomic_save` wrote to `path`; None for a damaged file, or one that is not of torch."""
-    try:
-        with warnings.catch_warnings():  # torch warns about unknown pickles; one message is enough
-            warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # torch.load raises many kinds of errors for other files
-        return None
 
 
 def digest(tensors: Iterable[Tensor]) -> str:

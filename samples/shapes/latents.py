@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from samples.shapes.captions import TRAINING_MIX, Prompt, training_pairs
-from samples.shapes.fit import atomic_save, load_saved
+from samples.shapes.fit import atomic_save
 from samples.shapes.render import render
 from samples.shapes.world import SIDE_PX, Scene
 from tpx_export.model.autoencoder import Autoencoder
+from tpx_export.training.state import load_saved
 from tpx_runtime.errors import BadInput
 
 SHARD_SIZE = 2048

@@ -24,5 +24,5 @@ def rate(default: float, help: str) -> Callable[[Any], Any]:
 
 def _check_rate(_context: click.Context, _option: click.Parameter, value: float) -> float:
     if not 0 < value < math.inf:
-        raise BadInput(f"expected --rate above 0, found {value}")
+        raise BadInput(f"expected a finite --rate above 0, found {value}")
     return value

@@ -522,9 +522,7 @@ def test_a_folder_that_may_not_be_entered_is_one_line(
     monkeypatch.setattr(Path, "stat", denied)
     code, stdout, stderr = run_export("--ckpt", str(ckpt), "--out", str(out))
     assert (code, stdout) == (2, "")
-    assert (
-        stderr == f"error: expected a path to write to, found {out}: Permission denied; choose another path\n"
-    )
+    assert stderr == f"error: expected a usable path {out}, found: Permission denied; choose another\n"
 
 
 def test_a_name_that_leaves_no_room_for_the_hidden_folder_is_one_line(tmp_path: Path) -> None:

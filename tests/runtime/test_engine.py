@@ -52,14 +52,14 @@ def test_auto_selects_the_first_usable_engine(monkeypatch: pytest.MonkeyPatch) -
 def test_an_interrupt_during_an_import_is_neither_lost_nor_an_unusable_engine(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def interrupted(name: str) -> None:
+    def interrupted(name: str, package: str) -> None:
         """As an extension module does, whose initialisation loses the exception of a signal."""
         try:
             signal.raise_signal(signal.SIGINT)
         except KeyboardInterrupt:
             raise ImportError("half imported") from None
 
-    monkeypatch.setattr(Engine, "_module", lambda self: SimpleNamespace(problem=interrupted))
+    monkeypatch.setattr(importlib, "import_module", interrupted)
     with pytest.raises(KeyboardInterrupt):
         resolve(AUTO)
 

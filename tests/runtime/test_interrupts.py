@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from tpx_runtime.interrupts import delayed_interrupts
+from tpx_runtime.interrupts import uninterrupted
 
 
 def test_a_delayed_interrupt_is_raised_at_the_end_and_replaces_an_exception() -> None:
     log: list[str] = []
 
-    @delayed_interrupts()
+    @uninterrupted()
     def interrupted_import() -> None:
         signal.raise_signal(signal.SIGINT)
         log.append("went on")
@@ -33,11 +33,11 @@ def test_a_delayed_signal_reaches_the_handler_that_was_installed_before() -> Non
 
     before = signal.signal(signal.SIGTERM, handle)
     try:
-        with delayed_interrupts():
+        with uninterrupted():
             signal.raise_signal(signal.SIGTERM)
             assert received == []
         assert received == [signal.SIGTERM]
-        with delayed_interrupts():
+        with uninterrupted():
             pass
         assert received == [signal.SIGTERM]
     finally:
@@ -54,7 +54,7 @@ def test_a_handler_that_was_not_installed_from_python_is_left_alone(monkeypatch:
         return install(number, handler)
 
     monkeypatch.setattr(signal, "signal", record)
-    with delayed_interrupts():
+    with uninterrupted():
         assert signal.SIGINT in installed
     assert signal.SIGTERM not in installed
 
@@ -63,7 +63,7 @@ def test_other_threads_leave_the_handlers_alone() -> None:
     found: list[object] = []
 
     def run() -> None:
-        with delayed_interrupts():
+        with uninterrupted():
             found.append(signal.getsignal(signal.SIGINT))
 
     thread = threading.Thread(target=run)

@@ -120,9 +120,12 @@ def test_rejects_a_count_of_zero(module: str, option: str) -> None:
 
 @pytest.mark.parametrize(
     ("module", "arguments", "message"),
-    [(module, "--rate nan", "expected --rate above 0, found nan") for module in ("ablation", "train")]
+    [
+        (module, "--rate nan", "expected a finite --rate above 0, found nan")
+        for module in ("ablation", "train")
+    ]
     + [
-        ("train", f"--rate {rate}", f"expected --rate above 0, found {rate}")
+        ("train", f"--rate {rate}", f"expected a finite --rate above 0, found {rate}")
         for rate in ("0.0", "-1.0", "inf")
     ]
     + [

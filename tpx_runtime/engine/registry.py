@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol
 from ..bundle import GraphVariant
 from ..environment import device_loop_requested
 from ..errors import BadInput, EngineUnavailable, shorten
-from ..interrupts import delayed_interrupts
+from ..interrupts import uninterrupted
 from .loop import StartLoop
 from .session import Session, one_line
 
@@ -60,8 +60,7 @@ class Engine:
                 f"install it with `pip install 'tpx[{self.extra}]'`"
             )
         try:
-            with delayed_interrupts():
-                reason: str | None = self._module().problem(self.name)
+            reason: str | None = self._module().problem(self.name)
         except Exception as error:  # a broken installation can raise anything
             remedy = f"install it again with `pip install --force-reinstall 'tpx[{self.extra}]'`"
             if isinstance(error, MemoryError) or "bad_alloc" in str(error):
@@ -83,7 +82,8 @@ class Engine:
         return start
 
     def _module(self) -> Any:
-        return importlib.import_module(f".{self.module}", __package__)
+        with uninterrupted():
+            return importlib.import_module(f".{self.module}", __package__)
 
 
 # In the order that `auto` tries them.

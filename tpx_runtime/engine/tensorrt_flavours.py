@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import EngineUnavailable
-from ..interrupts import delayed_interrupts
+from ..interrupts import uninterrupted
 from .session import one_line
 
 
@@ -66,7 +66,7 @@ def bindings(flavour: Flavour) -> Any:
     if find_spec(flavour.module) is None:
         raise EngineUnavailable(_missing_package(flavour, flavour.module))
     try:
-        with delayed_interrupts():
+        with uninterrupted():
             trt = importlib.import_module(flavour.module)
     except (ImportError, OSError, RuntimeError) as error:
         raise EngineUnavailable(

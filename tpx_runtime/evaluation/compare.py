@@ -11,7 +11,8 @@ from ..errors import BadInput
 from ..records import differences
 from .statistics import MIN_PROMPTS, Estimate, bootstrap
 
-REQUIRED_EQUAL = ("list", "images", "seed")  # in two runs that are compared
+# Facts that must be equal in two runs that are compared, and how messages call them.
+REQUIRED_EQUAL = {"list": "list", "images": "number of images per prompt", "seed": "seed"}
 
 
 @dataclass(frozen=True)
@@ -64,10 +65,9 @@ class Difference:
 
 def compare(first: Report, second: Report) -> list[Difference]:
     """The difference of each row, with "overall" after the rows that it averages. Raises BadInput unless the runs pair."""
-    for key in REQUIRED_EQUAL:
+    for key, what in REQUIRED_EQUAL.items():
         if first.facts.get(key) != second.facts.get(key):
             found = f"{first.facts.get(key)} and {second.facts.get(key)}"
-            what = {"images": "number of images per prompt"}.get(key, key)
             raise BadInput(f"expected runs with the same {what}, found {found}; run one of them again")
     if first.prompts != second.prompts or first.overall != second.overall:
         found = f"{len(first.prompts)} and {len(second.prompts)} that differ"

@@ -133,9 +133,8 @@ class _Run:
             worker.ask("warm", images=images)
         entry = self._record.entry(configuration)
         entry["notes"] = answer["notes"]
-        if (
-            configuration.device == "gpu"
-        ):  # no other worker is busy, and engines keep what they have allocated
+        # No other worker is busy now, and engines keep what they have allocated.
+        if configuration.device == "gpu":
             entry["gpu_bytes"] = max(0, gpu_bytes() - gpu_before)
         self._workloads[configuration.key] = replace(
             workload, compile_setting=answer["notes"].get("setting", "")

@@ -7,7 +7,6 @@ Each sample stores its run and round, because only samples of the same round saw
 import base64
 import io
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,9 +53,7 @@ class Record:
         )
         if path is None:
             return record
-        if os.path.exists(
-            path
-        ):  # unlike Path.exists, False for a folder that cannot be entered; saving has the message
+        if path.exists():
             found = _read(path)
             require_same_settings(found["settings"], settings, path, "--json")
             record.data = found

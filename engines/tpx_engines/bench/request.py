@@ -69,7 +69,7 @@ class Request:
                 )
         if self.ckpt is None:
             return
-        if not os.path.isfile(self.ckpt):
+        if not self.ckpt.is_file():
             raise BadInput(f"expected a checkpoint in --ckpt, found no file {self.ckpt}; check the path")
         if self.ckpt.suffix not in CHECKPOINTS:
             raise BadInput(

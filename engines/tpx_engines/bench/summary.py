@@ -18,7 +18,7 @@ class Row:
 
     `spread` is the interquartile range of `image_s` divided by its median. `speed_up` is the median, over the rounds that
     measured both, of the reference's seconds per image divided by this configuration's: within a round both ran under the
-    same conditions. It is None if no round measured both. `gpu_mb`: what it holds on GPUs after a batch of each size.
+    same conditions. It is None if no round measured both. `gpu_mb`: held on GPUs after a batch of each size.
     `same`: every pixel equals the reference's. `peak_share` is relative to the measured peak of matrix products in the same
     precision: None for a GPU, a precision without a peak, a graph whose operations could not be counted, or cached steps.
     """

@@ -64,19 +64,27 @@ def save(run: Run, identity: dict[str, Any], path: Path) -> None:
         raise BadInput(f"expected to write {path}, found: {reason}; free some space") from None
 
 
+def load_saved(path: Path) -> Any:
+    """What torch.save wrote to `path`, on the CPU; None for a damaged file, or one that is not of torch."""
+    try:
+        with warnings.catch_warnings():  # torch warns about unknown pickles; one message is enough
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # torch.load raises many kinds of errors for other files
+        return None
+
+
 def read(path: Path, identity: dict[str, Any], steps: int) -> dict[str, Any]:
     """Load the state at `path`. Every entry of `identity`, which may be incomplete, must match that of the saved run.
 
     Raises BadInput for the state of another run, of more than `steps` steps, and for other files.
     """
+    content = load_saved(path)
     try:
-        with warnings.catch_warnings():  # torch warns about unknown pickles; one message is enough
-            warnings.simplefilter("ignore")
-            content = torch.load(path, map_location="cpu", weights_only=True)
         saved, done = json.loads(content["identity"]), int(content["step"])
         if content["format"] != _FORMAT or not isinstance(saved, dict):
             raise ValueError
-    except Exception:  # torch.load raises many kinds of errors for other files
+    except Exception:  # the file may hold anything else
         raise BadInput(
             f"expected the state of a training run in {path}, found something else; delete it to start again"
         ) from None
