@@ -444,6 +444,16 @@ def test_errors_distinguish_unreadable_and_unwritable_files(tmp_path: Path) -> N
     assert entry_names(tmp_path) == []
 
 
+def test_a_name_without_room_for_those_of_the_work_is_rejected(tmp_path: Path) -> None:
+    out = tmp_path / ("x" * 250)
+    with (
+        pytest.raises(BadInput, match=f"expected to write {out}, found: File name too long"),
+        atomic_folder(out),
+    ):
+        raise AssertionError("not reached")
+    assert entry_names(tmp_path) == []
+
+
 def run_export(*arguments: str) -> tuple[int, str, str]:
     result = CliRunner().invoke(main, arguments)
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
