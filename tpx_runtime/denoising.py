@@ -1,6 +1,7 @@
 """The denoising loop of one batch: from noise, or from a noised image, to the decoder's latents."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 
@@ -8,7 +9,7 @@ import numpy as np
 
 from .bundle import Bundle
 from .editing import Edit, InpaintingPrediction, add_noise, last_steps
-from .engine import Arrays, GraphEngine, LoopPlan, Session
+from .engine import Arrays, GraphEngine, LoopPlan
 from .errors import BadInput, Cancelled, EngineFailed, shorten
 from .graphs import Graphs
 from .guidance import GuidedPrediction, is_guided, reused_timesteps
@@ -21,6 +22,7 @@ from .sampling import SAMPLERS_FOR, TRAIN_TIMESTEPS, Array, Prediction, Sampler,
 from .settings import LOOP_SETTINGS, Settings
 from .step_cache import CachedPrediction, cached_timesteps
 
+Trajectory = Generator[Array | None, None, None]  # the latents after each step
 Callback = Callable[[int, int, Array], bool | None]  # (step from 1, total steps, latents [B, C, H, W])
 
 
@@ -165,8 +167,10 @@ class Denoiser:
         total, latents = len(schedule.timesteps), noise
         try:
             batch = Batch(job, seeds, conditioning, schedule, noise, edit)
-            trajectory = self.trajectory(batch, every_step=callback is not None)
-            with np.errstate(over="ignore", invalid="ignore"):  # require_finite has the better message
+            with (
+                closing(self.trajectory(batch, every_step=callback is not None)) as trajectory,
+                np.errstate(over="ignore", invalid="ignore"),  # require_finite has the better message
+            ):
                 for step, current in enumerate(trajectory, start=1):
                     if current is None:
                         continue
@@ -178,8 +182,8 @@ class Denoiser:
             self._device_loop_running = False
         return latents
 
-    def trajectory(self, batch: Batch, every_step: bool) -> Iterator[Array | None]:
-        """An iterator over the latents [B, C, H, W] after each step.
+    def trajectory(self, batch: Batch, every_step: bool) -> Trajectory:
+        """Yield the latents [B, C, H, W] after each step.
 
         It yields None for latents that stay on a device: those of all steps but the last, unless `every_step`.
         """
@@ -187,38 +191,46 @@ class Denoiser:
         guidance = job.guidance, job.guidance_interval
         cached = cached_timesteps(timesteps, job.cache_interval, *guidance)
         conditions = self._cached_conditions(batch.conditioning, [t for t in timesteps if t not in cached])
-        # Computed before the transformer is opened, so that both graphs need not be in memory at once.
-        conditions.for_timestep(timesteps[0])
         plan = self._loop_plan(batch, conditions)
-        transformer = self._graphs.open(self.bundle.transformer(job.depth, engine.variant))
         if plan:
             self._device_loop_running = True
-            return self._on_device(transformer, plan, every_step)
+            yield from self._on_device(job.depth, plan, every_step)
+            return
+        # Computed before the transformer is opened, so that both graphs need not be in memory at once.
+        conditions.for_timestep(timesteps[0])
+        transformer = self._graphs.open(self.bundle.transformer(job.depth, engine.variant))
         reused = reused_timesteps(timesteps, *guidance, job.guidance_every)
         predict = GuidedPrediction(
             transformer, self._model, batch.conditioning, conditions, *guidance, reused
         )
-        return batch.denoise(CachedPrediction(predict, cached), self.sampler(job))
+        yield from batch.denoise(CachedPrediction(predict, cached), self.sampler(job))
 
     def _loop_plan(self, batch: Batch, conditions: Conditions) -> LoopPlan | None:
         """The plan of a loop on the device; None if the engine has no device loop or the loop needs the host."""
         masked = batch.edit is not None and batch.edit.latent_mask is not None
-        if masked or not self.bundle.step or not self._graphs.engine.device_loop:
+        if masked or not self.bundle.step or not self._graphs.engine.device_loops:
             return None
         job, sampler = batch.job, self.sampler(batch.job)
         return plan_loop(
             job, sampler, batch.schedule, batch.start, batch.conditioning, conditions, self._model
         )
 
-    def _on_device(self, transformer: Session, plan: LoopPlan, every_step: bool) -> Iterator[Array | None]:
-        start = self._graphs.engine.device_loop
-        assert start and self.bundle.step
-        loop = start(transformer, self._graphs.open(self.bundle.step), plan)
-        for call in range(1, plan.ends[-1] + 1):
-            loop.advance()
-            if call in plan.ends:
-                download = every_step or call == plan.ends[-1]
-                yield loop.latents()[-plan.num_images :] if download else None
+    def _on_device(self, depth: int, plan: LoopPlan, every_step: bool) -> Iterator[Array | None]:
+        engine, loops = self._graphs.engine, self._graphs.engine.device_loops
+        assert loops and self.bundle.step
+        # Before the transformer is opened, as on the host.
+        step = self._graphs.open(self.bundle.step)
+        table = loops.conditions_table(self._graphs.open(self.bundle.conditions), step, plan)
+        transformer = self._graphs.open(self.bundle.transformer(depth, engine.variant))
+        loop = loops.start_loop(transformer, step, plan, table)
+        try:
+            for call in range(1, plan.ends[-1] + 1):
+                loop.advance()
+                if call in plan.ends:
+                    download = every_step or call == plan.ends[-1]
+                    yield loop.latents()[-plan.num_images :] if download else None
+        finally:
+            loop.wait()  # also after an interrupt, so that nothing still writes to memory that is used again
 
     def _cached_conditions(self, conditioning: Arrays, timesteps: Sequence[float]) -> Conditions:
         """The conditions of the previous batch if they match, as for other seeds of the same prompts; else new ones."""

@@ -1,5 +1,7 @@
 """Plans a denoising loop in advance, for engines that keep the latents on the device."""
 
+import math
+
 import numpy as np
 
 from .engine import Arrays, LoopPlan
@@ -37,17 +39,25 @@ def plan_loop(
     if found is None:
         return None
     slots, rows = len(found.weights), len(latents) * (1 if job.guidance == 1 else 2)
-    if 4 * slots * (rows * latents[0].size + conditions.num_distinct * model.conditions_width) > MAX_BYTES:
+    table_shape = slots, conditions.num_distinct, model.conditions_width
+    if 4 * (slots * rows * latents[0].size + math.prod(table_shape)) > MAX_BYTES:
         return None
     last = found.timesteps[-1]  # repeated to fill the last row, which is never read
-    table, row = conditions.table([*found.timesteps, last])
     tables: Arrays = {
         "slot_indices": np.arange(slots).reshape(-1, 1, 1, 1, 1),
         "weights": found.weights,
         "mix": guidance_matrix(job.guidance, len(latents)),
-        "table": table,
-        "condition_index": row,
+        "condition_index": conditions.index,
     }
     context = {name: conditioning[name] for name in model.transformer_inputs if name in conditioning}
     repeated = np.concatenate([latents] * (rows // len(latents)))
-    return LoopPlan(len(latents), repeated, context, tables, found.ends, model.prediction)
+    return LoopPlan(
+        num_images=len(latents),
+        latents=repeated,
+        condition_calls=list(conditions.calls([*found.timesteps, last])),
+        table_shape=table_shape,
+        context=context,
+        tables=tables,
+        ends=found.ends,
+        prediction=model.prediction,
+    )

@@ -4,7 +4,7 @@ The adaLN layers hold a third of the weights and would read them at each step fo
 known in advance, so their rows are computed together, in as few calls as memory allows.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -65,20 +65,27 @@ class Conditions:
             self._cached = dict(zip(group, self._compute(group), strict=True))
         return self._cached[timestep]
 
-    def table(self, timesteps: Sequence[float]) -> tuple[Array, npt.NDArray[np.int64]]:
-        """The conditions of several steps, [steps, distinct rows, K], and the index [B] of each batch row in them."""
-        return np.stack([self._rows_at(timestep) for timestep in timesteps]), self._row
+    @property
+    def index(self) -> npt.NDArray[np.int64]:
+        """The index [B] of each row of the batch among the distinct rows."""
+        return self._row
 
-    def _compute(self, timesteps: Sequence[float]) -> list[Array]:
-        """The conditions [distinct rows, K] at each timestep."""
-        graph, rows, computed = self._graph(), len(self._distinct), list[Array]()
+    def calls(self, timesteps: Sequence[float]) -> Iterator[Arrays]:
+        """The inputs of the calls that compute the distinct rows at each timestep, in order."""
+        rows = len(self._distinct)
         at_once = max(1, MAX_CALL_BYTES // (4 * self._width * rows))
         for start in range(0, len(timesteps), at_once):
             steps = timesteps[start : start + at_once]
-            inputs = {
+            yield {
                 self._timestep_name: np.repeat(np.array(steps, np.float32), rows),
                 self._name: np.concatenate([self._distinct] * len(steps)),
             }
-            conditions = checked_output(graph.run(inputs), "conditions", (len(steps) * rows, self._width))
-            computed += list(conditions.reshape(len(steps), rows, self._width))
+
+    def _compute(self, timesteps: Sequence[float]) -> list[Array]:
+        """The conditions [distinct rows, K] at each timestep."""
+        graph, computed = self._graph(), list[Array]()
+        for inputs in self.calls(timesteps):
+            shape = len(inputs[self._name]), self._width
+            conditions = checked_output(graph.run(inputs), "conditions", shape)
+            computed += list(conditions.reshape(-1, len(self._distinct), self._width))
         return computed

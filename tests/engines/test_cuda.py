@@ -18,7 +18,7 @@ from tpx_runtime.engine.gpu import find_gpu, local_gpu
 VALUES = {"int": c_int, "unsigned int": c_uint, "size_t": c_size_t, "unsigned long long": c_uint64}
 VALUES |= {"CUdeviceptr": c_uint64, "CUdevice": c_int, "CUresult": c_int}
 VALUES |= {"CUdevice_attribute": c_int, "CUstreamCaptureMode": c_int}
-HANDLES = {"CUcontext", "CUstream", "CUgraph", "CUgraphExec"}
+HANDLES = {"CUcontext", "CUstream", "CUevent", "CUgraph", "CUgraphExec"}
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +61,7 @@ def test_signatures_match_the_header(header: str, name: str) -> None:
         ("CUDA_ERROR_OUT_OF_MEMORY", OUT_OF_MEMORY),
         ("CU_STREAM_NON_BLOCKING", NON_BLOCKING),
         ("CU_STREAM_CAPTURE_MODE_THREAD_LOCAL", cuda._THREAD_LOCAL),
+        ("CU_EVENT_DISABLE_TIMING", cuda._DISABLE_TIMING),
         ("CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR", gpu._MAJOR),
         ("CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR", gpu._MINOR),
     ],

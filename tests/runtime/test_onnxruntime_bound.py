@@ -1,22 +1,32 @@
-"""ONNX Runtime with bound buffers, in CPU memory instead of GPU memory, and CUDA graphs with a fake session."""
+"""ONNX Runtime with bound buffers and CUDA graphs, in CPU memory and with a fake driver; and tests on a GPU."""
 
+import gc
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 import pytest
+from fake_cuda import FakeDriver
 from onnx import parser
 
 from tpx_runtime.bundle import Bundle
 from tpx_runtime.engine import ENGINES
 from tpx_runtime.engine import onnxruntime as engine_module
-from tpx_runtime.engine.onnxruntime import CudaGraphUnavailable
-from tpx_runtime.engine.onnxruntime_bound import MAX_BUFFER_SETS, BoundSession
+from tpx_runtime.engine.onnxruntime_bound import (
+    MAX_BUFFER_SETS,
+    MAX_CAPTURES,
+    WARM_UP_CALLS,
+    BoundSession,
+    CudaGraphUnavailable,
+)
 from tpx_runtime.errors import EngineFailed
 from tpx_runtime.generator import Generator
 from tpx_runtime.verify import verify_bundle
+
+from .fake_gpu import fake_gpu, open_bound
 
 NO_GPU = ENGINES["onnxruntime-cuda"].problem()
 
@@ -25,13 +35,14 @@ ADD = parser.parse_model(
 )
 
 
-def session() -> ort.InferenceSession:
-    return ort.InferenceSession(ADD.SerializeToString(), providers=["CPUExecutionProvider"])
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
+    return fake_gpu(monkeypatch)
 
 
 @pytest.fixture
-def bound() -> BoundSession:
-    return BoundSession(session(), Path("add.onnx"), "cpu")
+def bound(driver: FakeDriver) -> BoundSession:
+    return open_bound(ADD.SerializeToString(), driver)
 
 
 @pytest.fixture
@@ -136,67 +147,112 @@ def test_wrong_inputs_give_a_one_line_error_and_the_next_call_works(
     assert (bound.run(good)["sum"] == 2).all()
 
 
-class RecordingSession:
-    """A session that records the graph ids it is asked to run and to release."""
-
-    def __init__(self) -> None:
-        self._session = session()
-        self.graph_ids: list[str | None] = []
-        self.released: list[int] = []
-
-    def run_with_iobinding(self, binding: ort.IOBinding, options: ort.RunOptions | None) -> None:
-        self.graph_ids.append(options and options.get_run_config_entry("gpu_graph_id"))
-        self._session.run_with_iobinding(binding, options)
-
-    def release_captured_graph(self, graph: int) -> None:
-        self.released.append(graph)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._session, name)
-
-
 @pytest.mark.parametrize("graphs", [True, False])
-def test_each_set_of_shapes_is_captured_once_after_its_outputs_are_bound(graphs: bool) -> None:
-    session_spy, y = RecordingSession(), np.ones(2, np.float32)
-    bound = BoundSession(session_spy, Path("add.onnx"), "cpu", graphs)
-    for rows in (1, 1, 1, 2, 2, 1):
+def test_each_set_of_shapes_is_captured_once_in_its_third_call(driver: FakeDriver, graphs: bool) -> None:
+    y = np.ones(2, np.float32)
+    bound = open_bound(ADD.SerializeToString(), driver, graphs=graphs)
+    session = bound._session
+    runs = []
+    for rows in (1, 1, 1, 1, 2, 2, 2, 1):
         out = bound.run({"x": np.full((rows, 2), rows, np.float32), "y": y})["sum"]
         assert np.array_equal(out, np.full((rows, 2), rows + 1, np.float32))
-    assert session_spy.graph_ids == (["-1", "0", "0", "-1", "1", "0"] if graphs else [None] * 6)
+        runs.append((session.runs, session.captured))
+    assert runs == (
+        [(1, 0), (2, 0), (2, 1), (2, 1), (3, 1), (4, 1), (4, 2), (4, 2)]
+        if graphs
+        else [(n, 0) for n in range(1, 9)]
+    )
+    assert len(driver.launchable) == (2 if graphs else 0)
     for rows in range(3, 2 + MAX_BUFFER_SETS):
         bound.run({"x": np.ones((rows, 2), np.float32), "y": y})
-    assert session_spy.released == ([1] if graphs else [])
-    session_spy.released.clear()
+    assert len(driver.launchable) == (1 if graphs else 0)  # that of 2 rows was evicted
     with pytest.raises(EngineFailed):
         bound.run({"x": np.ones((1, 2), np.float32)})
-    # All graphs are released, including those of the failed call.
-    assert len(session_spy.released) == (MAX_BUFFER_SETS + 1 if graphs else 0)
+    assert not driver.launchable and not driver.graphs
 
 
 def test_an_error_of_the_engine_is_not_replaced_by_one_of_releasing_its_graphs(
-    monkeypatch: pytest.MonkeyPatch,
+    driver: FakeDriver, bound: BoundSession
 ) -> None:
-    session_spy, y = RecordingSession(), np.ones(2, np.float32)
-    bound = BoundSession(session_spy, Path("add.onnx"), "cpu", graphs=True)
-    for rows in (1, 2):
+    y = np.ones(2, np.float32)
+    for rows in (1, 2) * 3:
         bound.run({"x": np.ones((rows, 2), np.float32), "y": y})
-    monkeypatch.setattr(session_spy, "release_captured_graph", lambda graph: [][graph])
+    driver.fail["cuGraphExecDestroy"] = 700
     with pytest.raises(EngineFailed, match="could not run it"):
         bound.run({"x": np.ones((1, 2), np.float32)})
-    assert bound._bound == {}
+    assert bound._bound == {} and not driver.fail
 
 
-def test_the_installed_onnxruntime_can_release_a_graph() -> None:
-    """The sessions of these tests replace the method."""
-    assert callable(ort.InferenceSession.release_captured_graph)
+def test_a_failed_launch_is_one_line_and_the_next_call_works(driver: FakeDriver, bound: BoundSession) -> None:
+    inputs = {"x": np.ones((1, 2), np.float32), "y": np.ones(2, np.float32)}
+    for _ in range(3):
+        bound.run(inputs)
+    driver.fail["cuGraphLaunch"] = 2
+    with pytest.raises(
+        EngineFailed, match=r"^expected CUDA's cuGraphLaunch to succeed, found .*OUT_OF_MEMORY"
+    ):
+        bound.run(inputs)
+    assert (bound.run(inputs)["sum"] == 2).all()
+
+
+def test_a_capture_that_needs_memory_is_repeated_later(
+    driver: FakeDriver, bound: BoundSession, recwarn: pytest.WarningsRecorder
+) -> None:
+    bound._session.allocations = MAX_CAPTURES - 1
+    inputs = {"x": np.ones((1, 2), np.float32), "y": np.ones(2, np.float32)}
+    for call in range(9):
+        assert (bound.run({**inputs, "x": np.full((1, 2), call, np.float32)})["sum"] == call + 1).all()
+        assert not driver.capturing
+    # Two calls before each attempt, which then runs as usual; the third attempt succeeds.
+    assert (bound._session.runs, bound._session.captured) == (6, MAX_CAPTURES)
+    assert len(driver.launchable) == 1 and not recwarn.list
+
+
+@pytest.mark.parametrize("required", [False, True])
+def test_a_capture_is_given_up_with_a_notice_or_an_error(
+    driver: FakeDriver, bound: BoundSession, required: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TPX_CUDA_GRAPHS", "1" if required else "")
+    bound._session.allocations = MAX_CAPTURES
+    inputs = {"x": np.ones((1, 2), np.float32), "y": np.ones(2, np.float32)}
+    for _ in range(WARM_UP_CALLS * MAX_CAPTURES):
+        bound.run(inputs)
+    if required:
+        with pytest.raises(
+            EngineFailed, match=r"^add\.onnx: onnxruntime could not run it: Failed to allocate"
+        ):
+            bound.run(inputs)
+    else:
+        with pytest.warns(CudaGraphUnavailable, match=r"^add\.onnx runs without a CUDA graph, .*: Failed to"):
+            assert (bound.run(inputs)["sum"] == 2).all()
+    for _ in range(4):
+        assert (bound.run(inputs)["sum"] == 2).all()
+    assert not driver.launchable or required  # after an error all starts anew
+
+
+def test_graphs_run_in_the_order_of_the_stream_on_which_they_are_enqueued(driver: FakeDriver) -> None:
+    """Two sessions, the second of which reads the output of the first, on the stream of the first."""
+    first, second = (open_bound(ADD.SerializeToString(), driver) for _ in range(2))
+    x, y = np.ones((1, 2), np.float32), np.ones(2, np.float32)
+    one = first.buffers({"x": x, "y": y})
+    one.upload({"x": x, "y": y})
+    one.enqueue(first.stream)
+    two = second.buffers({"x": x, "y": y}, {"x": one.outputs["sum"]})
+    two.upload({"y": y})
+    for number in range(2, 7):
+        one.upload({"y": number * y})
+        for buffers in (one, two):
+            buffers.enqueue(first.stream)
+        first.stream.wait()
+        assert (two.outputs["sum"].numpy() == 2 + number).all()
+    assert driver.streams[second.stream.handle] == []
 
 
 @pytest.fixture
-def requested_providers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+def requested_providers(monkeypatch: pytest.MonkeyPatch, driver: FakeDriver) -> list[Any]:
     """The providers passed to a fake InferenceSession, which cannot capture large.onnx."""
     providers_seen: list[Any] = []
-    fake_session = RecordingSession()
-    fake_session.get_providers = lambda: ["CUDAExecutionProvider"]  # type: ignore[method-assign]
+    fake_session = SimpleNamespace(get_providers=lambda: ["CUDAExecutionProvider"])
 
     def load(model: str, options: object, providers: list[Any]) -> Any:
         providers_seen.extend(providers)
@@ -205,6 +261,7 @@ def requested_providers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         return fake_session
 
     monkeypatch.setattr(ort, "InferenceSession", load)
+    monkeypatch.setattr(engine_module, "_idle_streams", [])
     return providers_seen
 
 
@@ -217,9 +274,24 @@ def test_the_gpu_engine_binds_and_captures_graphs_by_default(
         monkeypatch.setenv("TPX_CUDA_GRAPHS", value)
     opened = engine_module.open_session("onnxruntime-cuda", Path("small.onnx"))
     assert isinstance(opened, BoundSession)
-    expected = {"use_tf32": "0"} | ({"enable_cuda_graph": "1"} if graphs else {})
+    expected = {"use_tf32": "0", "user_compute_stream": str(opened.stream.handle)}
+    if graphs:
+        expected["enable_cuda_graph"] = "1"
     assert requested_providers == [("CUDAExecutionProvider", expected)]
-    assert (opened._device, opened._graphs) == ("cuda", graphs)
+    assert (opened.device, opened._graphs) == ("cuda", graphs)
+
+
+def test_a_stream_is_used_by_one_session_at_a_time(
+    requested_providers: list[Any], driver: FakeDriver
+) -> None:
+    opened = [engine_module.open_session("onnxruntime-cuda", Path("small.onnx")) for _ in range(2)]
+    first, second = (session.stream.handle for session in opened)  # type: ignore[attr-defined]
+    assert first != second
+    del opened
+    gc.collect()
+    again = [engine_module.open_session("onnxruntime-cuda", Path("small.onnx")) for _ in range(2)]
+    assert {session.stream.handle for session in again} == {first, second}  # type: ignore[attr-defined]
+    assert len(driver.streams) == 2
 
 
 def test_libraries_are_preloaded_once_without_output(
@@ -255,13 +327,13 @@ def test_a_graph_that_cannot_be_captured_runs_without_cuda_graphs(
         engine_module.open_session("onnxruntime-cuda", Path("large.onnx"))
 
 
-def test_bound_buffers_give_the_same_image(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bound_buffers_give_the_same_image(
+    tiny_bundle: Path, driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected = Generator.load(tiny_bundle, "onnxruntime")("a red cube", steps=3, num_images=3, batch_size=2)
 
     def opened(engine_name: str, path: Path) -> BoundSession:
-        return BoundSession(
-            ort.InferenceSession(str(path), providers=["CPUExecutionProvider"]), path, "cpu", graphs=True
-        )
+        return open_bound(str(path), driver, path)
 
     monkeypatch.setattr(engine_module, "open_session", opened)
     images = Generator.load(tiny_bundle, "onnxruntime")("a red cube", steps=3, num_images=3, batch_size=2)

@@ -1,4 +1,4 @@
-"""Loops whose latents stay on the device, in CPU memory instead of GPU memory."""
+"""Loops whose latents stay on the device, in CPU memory and with a fake driver."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,35 +8,39 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from fake_cuda import FakeDriver
 from PIL import Image
 
 from benchmarks import device_loop
 from tpx_runtime.bundle import STEP, Bundle
 from tpx_runtime.engine import ENGINES
 from tpx_runtime.engine import onnxruntime as engine_module
+from tpx_runtime.engine.cuda import Stream
 from tpx_runtime.engine.onnxruntime_bound import MAX_BUFFER_SETS, BoundSession
 from tpx_runtime.errors import BadInput, Cancelled, EngineFailed
 from tpx_runtime.generator import Generator
 from tpx_runtime.sampling import Array
 
+from .fake_gpu import fake_gpu, open_bound
+
 PROMPT = "a red cube"
 
 
-class WithoutGraphs(ort.InferenceSession):
-    """A session without CUDA graphs to release."""
-
-    def release_captured_graph(self, graph: int) -> None:
-        pass
+@pytest.fixture(params=[True, False], ids=["graphs", "kernel by kernel"])
+def graphs(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param)
 
 
 @pytest.fixture(autouse=True)
-def use_bound_sessions(monkeypatch: pytest.MonkeyPatch) -> None:
+def driver(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> FakeDriver:
+    driver = fake_gpu(monkeypatch)
+    graphs = "graphs" not in request.fixturenames or request.getfixturevalue("graphs")
+
     def opened(engine_name: str, path: Path) -> BoundSession:
-        return BoundSession(
-            WithoutGraphs(str(path), providers=["CPUExecutionProvider"]), path, "cpu", graphs=True
-        )
+        return open_bound(str(path), driver, path, graphs)
 
     monkeypatch.setattr(engine_module, "open_session", opened)
+    return driver
 
 
 @pytest.fixture
@@ -45,9 +49,9 @@ def loops(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     started: list[object] = []
     start = engine_module.start_loop
 
-    def recording_start(transformer: Any, step: Any, plan: Any) -> Any:
+    def recording_start(transformer: Any, step: Any, plan: Any, table: Any) -> Any:
         started.append(plan)
-        return start(transformer, step, plan)
+        return start(transformer, step, plan, table)
 
     monkeypatch.setattr(engine_module, "start_loop", recording_start)
     monkeypatch.setenv("TPX_DEVICE_LOOP", "1")
@@ -66,7 +70,9 @@ def check_same(found: Generator, expected: Generator, prompt: str = PROMPT, **se
 
 
 @pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp2m", "unipc"])
-def test_latents_and_routes_equal_the_host_loop(tiny_bundle: Path, loops: list[object], sampler: str) -> None:
+def test_latents_equal_those_of_the_host_loop(
+    tiny_bundle: Path, loops: list[object], sampler: str, graphs: bool
+) -> None:
     on_device, host = generator(tiny_bundle), Generator.load(tiny_bundle, "onnxruntime")
     for number, settings in enumerate(
         ({"steps": 1}, {"steps": 4}, {"guidance": 1.0, "steps": 3}, {"num_images": 3, "depth": 1}), start=1
@@ -75,31 +81,42 @@ def test_latents_and_routes_equal_the_host_loop(tiny_bundle: Path, loops: list[o
         assert len(loops) == number
 
 
-def test_each_step_uploads_only_the_index_of_the_call(
-    tiny_bundle: Path, loops: list[object], monkeypatch: pytest.MonkeyPatch
+def test_a_step_of_a_captured_loop_only_enqueues(
+    tiny_bundle: Path, loops: list[object], driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    uploads: list[tuple[int, ...]] = []
-    downloads: list[list[int]] = []
+    """It uploads nothing, downloads nothing, and waits only for the step before it."""
+    on_device = generator(tiny_bundle)
+    jobs = on_device.plan(PROMPT, steps=5)
+    for _ in range(3):
+        on_device.generate_latents(jobs)
+    transfers: list[list[int]] = []
     update, fetch = ort.OrtValue.update_inplace, ort.OrtValue.numpy
 
     def up(self: ort.OrtValue, array: np.ndarray) -> None:
-        uploads.append(array.shape)
+        transfers.append(self.shape())
         update(self, array)
 
     def down(self: ort.OrtValue) -> np.ndarray:
-        downloads.append(self.shape())
+        transfers.append(self.shape())
         fetched: np.ndarray = fetch(self)
         return fetched
 
-    on_device = generator(tiny_bundle)
-    jobs = on_device.plan(PROMPT, steps=5)
-    on_device.generate_latents(jobs)
     monkeypatch.setattr(ort.OrtValue, "update_inplace", up)
     monkeypatch.setattr(ort.OrtValue, "numpy", down)
-    latents = (2, *on_device.generate_latents(jobs).shape[1:])
-    assert uploads.count(()) == 6 and uploads[-5:] == [()] * 5
-    assert uploads.count(latents) == 1
-    assert downloads == [list(latents)]  # only once, at the end
+    start, steps = engine_module.onnxruntime_loop.DeviceLoop.advance, []
+
+    def advance(self: Any) -> None:
+        transfers.clear()
+        first = len(driver.order)
+        start(self)
+        calls = [name for name in driver.order[first:] if name not in ("cuCtxSetCurrent", "cuEventCreate")]
+        steps.append((list(transfers), calls))
+
+    monkeypatch.setattr(engine_module.onnxruntime_loop.DeviceLoop, "advance", advance)
+    latents = [2, *on_device.generate_latents(jobs).shape[1:]]
+    calls = ["cuGraphLaunch", "cuMemcpyDtoDAsync_v2", "cuGraphLaunch", "cuEventSynchronize", "cuEventRecord"]
+    assert steps == [([], calls)] * 5
+    assert transfers == [latents]  # at the end
 
 
 def test_a_callback_gets_the_latents_of_each_step_and_can_stop(
@@ -190,29 +207,40 @@ def test_the_device_loop_can_be_turned_off_and_needs_the_step_graph(
 ) -> None:
     for value in ("1", None):
         monkeypatch.setenv("TPX_DEVICE_LOOP", value) if value else monkeypatch.delenv("TPX_DEVICE_LOOP")
-        assert ENGINES["onnxruntime-cuda"].device_loop and not ENGINES["onnxruntime"].device_loop
+        assert ENGINES["onnxruntime-cuda"].device_loops and not ENGINES["onnxruntime"].device_loops
     without_step = generator(tiny_bundle)
     monkeypatch.setattr(type(without_step.bundle), "step", None)
     without_step(PROMPT, steps=2)
     monkeypatch.setenv("TPX_DEVICE_LOOP", "0")
-    assert not ENGINES["onnxruntime-cuda"].device_loop
+    assert not ENGINES["onnxruntime-cuda"].device_loops
     generator(tiny_bundle)(PROMPT, steps=2)
     assert loops == []
 
 
-def test_a_missing_output_is_an_error(tiny_bundle: Path, loops: list[object]) -> None:
+def sessions_of(generator: Generator) -> list[Any]:
+    """Its conditions graph, transformer at depth 3 and step graph."""
+    bundle = generator.bundle
+    assert bundle.step
+    return [
+        generator._graphs.open(path)
+        for path in (bundle.conditions, bundle.transformer(3, "plain"), bundle.step)
+    ]
+
+
+def test_a_missing_output_is_an_error(tiny_bundle: Path, loops: list[Any]) -> None:
     on_device = generator(tiny_bundle)
     on_device.generate_latents(on_device.plan(PROMPT, steps=2))
     (plan,) = loops
-    wrong = replace(plan, prediction="speed")  # type: ignore[type-var]
-    sessions = [
-        on_device._graphs.open(path)
-        for path in (on_device.bundle.transformer(3, "plain"), on_device.bundle.step)
-    ]
+    conditions, *others = sessions_of(on_device)
+    step = others[1]
+    table = engine_module.conditions_table(conditions, step, plan)
     with pytest.raises(
         EngineFailed, match=r"expected an output speed of shape \(2, .*\), found none; export"
     ):
-        engine_module.start_loop(*sessions, wrong)  # type: ignore[arg-type]
+        engine_module.start_loop(*others, replace(plan, prediction="speed"), table)
+    wide = replace(plan, table_shape=(*plan.table_shape[:2], plan.table_shape[2] + 1))
+    with pytest.raises(EngineFailed, match=r"expected an output conditions of shape \(\d+, \d+\), found \("):
+        engine_module.conditions_table(conditions, step, wide)
 
 
 def test_a_call_after_a_loop_uploads_its_inputs_again(tiny_bundle: Path, loops: list[Any]) -> None:
@@ -220,18 +248,47 @@ def test_a_call_after_a_loop_uploads_its_inputs_again(tiny_bundle: Path, loops: 
     on_device = generator(tiny_bundle)
     on_device.generate_latents(on_device.plan(PROMPT, steps=2))
     (plan,) = loops
-    transformer, step = (
-        on_device._graphs.open(path)
-        for path in (on_device.bundle.transformer(3, "plain"), on_device.bundle.step)
-    )
+    conditions, transformer, step = sessions_of(on_device)
     inputs = plan.inputs
     before = transformer.run(inputs)
-    loop = engine_module.start_loop(transformer, step, plan)
+    loop = engine_module.start_loop(
+        transformer, step, plan, engine_module.conditions_table(conditions, step, plan)
+    )
     loop.advance()
     loop.advance()
+    loop.wait()
     after = transformer.run(inputs)
     for name, array in before.items():
         np.testing.assert_array_equal(after[name], array)
+
+
+def test_an_interrupted_loop_is_waited_for(
+    tiny_bundle: Path, loops: list[Any], driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So nothing still writes to its memory when it is used again."""
+    on_device, host = generator(tiny_bundle), Generator.load(tiny_bundle, "onnxruntime")
+    check_same(on_device, host, steps=4)
+
+    def interrupt(stream: Stream) -> None:
+        raise KeyboardInterrupt
+
+    jobs = on_device.plan(PROMPT, steps=4)
+    with monkeypatch.context() as patched:
+        patched.setattr(Stream, "mark", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            on_device.generate_latents(jobs)
+    assert len(loops) == 2 and not any(driver.streams.values())
+    check_same(on_device, host, steps=4)
+
+
+def test_a_large_table_of_conditions_is_computed_in_parts(
+    tiny_bundle: Path, loops: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_device, host = generator(tiny_bundle), Generator.load(tiny_bundle, "onnxruntime")
+    width = on_device.manifest.model.conditions_width
+    monkeypatch.setattr("tpx_runtime.modulation.MAX_CALL_BYTES", 2 * 2 * 4 * width)
+    check_same(on_device, host, steps=4)
+    assert [len(inputs["timestep"]) for inputs in loops[0].condition_calls] == [4, 4, 2]
 
 
 def test_the_step_graph_has_no_dynamic_shapes_computed_on_the_host(tiny_bundle: Path) -> None:

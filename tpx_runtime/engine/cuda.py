@@ -16,6 +16,7 @@ DRIVER = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 NO_DEVICE, OUT_OF_MEMORY = 100, 2  # CUresult
 NON_BLOCKING = 1  # CUstream_flags: does not synchronise with the default stream
 _THREAD_LOCAL = 1  # CUstreamCaptureMode: other threads may allocate during the capture
+_DISABLE_TIMING = 2  # CUevent_flags
 
 # Argument types of the functions used; without them ctypes would truncate pointers to 32 bits.
 SIGNATURES: dict[str, tuple[Any, ...]] = {
@@ -35,6 +36,11 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cuMemFreeHost": (c_void_p,),
     "cuMemcpyHtoDAsync_v2": (c_uint64, c_void_p, c_size_t, c_void_p),
     "cuMemcpyDtoHAsync_v2": (c_void_p, c_uint64, c_size_t, c_void_p),
+    "cuMemcpyDtoDAsync_v2": (c_uint64, c_uint64, c_size_t, c_void_p),
+    "cuEventCreate": (POINTER(c_void_p), c_uint),
+    "cuEventRecord": (c_void_p, c_void_p),
+    "cuEventSynchronize": (c_void_p,),
+    "cuEventDestroy_v2": (c_void_p,),
     "cuStreamBeginCapture_v2": (c_void_p, c_int),
     "cuStreamEndCapture": (c_void_p, POINTER(c_void_p)),
     "cuGraphInstantiateWithFlags": (POINTER(c_void_p), c_void_p, c_uint64),
@@ -134,6 +140,55 @@ class Buffer:
             self._driver.call("cuMemFreeHost", self._host)
 
 
+class Stream:
+    """A stream of the first GPU, which does not synchronise with the default stream. Libraries can use its `handle` too.
+
+    The device's primary context, which a thread must make current first, is retained for the lifetime of the process. If it
+    were released between two sessions, CUDA would reset it under libraries that stay loaded.
+    """
+
+    def __init__(self, driver: Driver) -> None:
+        self._driver = driver
+        device = driver.handle("cuDeviceGet", 0, kind=c_int)
+        self._primary = driver.handle("cuDevicePrimaryCtxRetain", device)
+        self.make_current()
+        self.handle = driver.handle("cuStreamCreate", NON_BLOCKING)
+        self._mark = 0  # an event
+
+    def make_current(self) -> None:
+        """Make the device's context current in this thread."""
+        self._driver.call("cuCtxSetCurrent", self._primary)
+
+    def copy(self, target: int, source: int, size: int) -> None:
+        """Copy `size` bytes between two addresses of the device, asynchronously."""
+        self._driver.call("cuMemcpyDtoDAsync_v2", target, source, size, self.handle)
+
+    def capture(self, work: Callable[[], None]) -> "Graph":
+        """A graph of what `work` enqueues here. It can be launched on any stream."""
+        return Graph(self._driver, self.handle, work)
+
+    def mark(self) -> None:
+        """Move the mark behind everything enqueued so far."""
+        self._mark = self._mark or self._driver.handle("cuEventCreate", _DISABLE_TIMING)
+        self._driver.call("cuEventRecord", self._mark, self.handle)
+
+    def wait_for_mark(self) -> None:
+        """Wait until everything before the mark is done."""
+        if self._mark:
+            self._driver.call("cuEventSynchronize", self._mark)
+
+    def wait(self) -> None:
+        """Wait until everything enqueued is done."""
+        self._driver.call("cuStreamSynchronize", self.handle)
+
+    def free(self) -> None:
+        try:
+            if self._mark:
+                self._driver.call("cuEventDestroy_v2", self._mark)
+        finally:
+            self._driver.call("cuStreamDestroy_v2", self.handle)
+
+
 class Graph:
     """A CUDA graph: work captured from a stream once, then launched as a unit."""
 
@@ -143,7 +198,7 @@ class Graph:
         driver.call("cuStreamBeginCapture_v2", stream, _THREAD_LOCAL)
         try:
             work()
-        except EngineFailed:  # more informative than the error of the broken capture
+        except BaseException:  # more informative than the error of the broken capture
             with suppress(EngineFailed):
                 self._destroy(self._captured(stream))
             raise

@@ -1,6 +1,6 @@
 """ONNX Runtime, on the CPU (`onnxruntime`) or on an NVIDIA GPU (`onnxruntime-cuda`)."""
 
-import warnings
+import weakref
 from contextlib import redirect_stdout
 from functools import cache
 from io import StringIO
@@ -10,13 +10,13 @@ import onnxruntime as ort
 
 from ..environment import cuda_graphs_requested, requested_threads
 from ..errors import EngineUnavailable
-from .cuda import Driver
+from . import onnxruntime_loop
+from .cuda import Driver, Stream
 from .loop import LoopPlan
-from .onnxruntime_bound import FATAL_ONLY, BoundSession
-from .onnxruntime_loop import DeviceLoop
-from .session import Arrays, Session, engine_errors, one_line
+from .onnxruntime_bound import FATAL_ONLY, BoundSession, warn_uncaptured
+from .session import Arrays, Session, engine_errors
 
-MIN_CUDA_VERSION = (1, 30)  # the first that can release a captured CUDA graph
+MIN_CUDA_VERSION = (1, 30)  # the oldest that was tried
 PROVIDERS = {"onnxruntime": "CPUExecutionProvider", "onnxruntime-cuda": "CUDAExecutionProvider"}
 
 
@@ -40,8 +40,8 @@ def problem(engine_name: str) -> str | None:
     return None
 
 
-class CudaGraphUnavailable(UserWarning):
-    """Warning: ONNX Runtime cannot capture a graph, or runs a part of it on the CPU, and launches its kernels one by one."""
+# Streams of sessions that are gone, for the next ones: ONNX Runtime may use a session's stream until it has freed all of it.
+_idle_streams: list[Stream] = []
 
 
 class OrtSession:
@@ -64,10 +64,18 @@ def open_session(engine_name: str, path: Path) -> Session:
         return OrtSession(_load(path, PROVIDERS[engine_name], {}), path)
 
 
-def start_loop(transformer: Session, step: Session, plan: LoopPlan) -> DeviceLoop:
-    """A device loop over two sessions of onnxruntime-cuda. Raises EngineFailed."""
+def conditions_table(graph: Session, step: Session, plan: LoopPlan) -> ort.OrtValue:
+    """DeviceLoops.conditions_table for onnxruntime-cuda."""
+    assert isinstance(graph, BoundSession) and isinstance(step, BoundSession)
+    return onnxruntime_loop.conditions_table(graph, step, plan)
+
+
+def start_loop(
+    transformer: Session, step: Session, plan: LoopPlan, table: ort.OrtValue
+) -> onnxruntime_loop.DeviceLoop:
+    """DeviceLoops.start_loop for onnxruntime-cuda."""
     assert isinstance(transformer, BoundSession) and isinstance(step, BoundSession)
-    return DeviceLoop(transformer, step, plan)
+    return onnxruntime_loop.DeviceLoop(transformer, step, plan, table)
 
 
 def _load(path: Path, provider: str, provider_options: dict[str, str]) -> ort.InferenceSession:
@@ -87,8 +95,9 @@ def _open_on_gpu(path: Path) -> BoundSession:
     """
     _preload_libraries()
     provider, requested = PROVIDERS["onnxruntime-cuda"], cuda_graphs_requested()
+    stream = _idle_streams.pop() if _idle_streams else Stream(Driver())
     # TF32, the default for float32 products, has the error of float16. For speed there are fp16 bundles.
-    provider_options = {"use_tf32": "0"}
+    provider_options = {"use_tf32": "0", "user_compute_stream": str(stream.handle)}
     with engine_errors(path, "onnxruntime", "load"):
         try:
             graphs = requested is not False
@@ -98,14 +107,15 @@ def _open_on_gpu(path: Path) -> BoundSession:
             if requested is not None:
                 raise
             graphs, session = False, _load(path, provider, provider_options)
-            message = f"{path} runs without a CUDA graph, which takes longer: {one_line(error)}"
-            warnings.warn(message, CudaGraphUnavailable, stacklevel=2)
+            warn_uncaptured(path, error)
     if provider not in session.get_providers():
         raise EngineUnavailable(
             f"expected {provider} for engine onnxruntime-cuda, found that onnxruntime fell back to "
             f"{', '.join(session.get_providers())}; check the CUDA and cuDNN that onnxruntime-gpu asks for"
         )
-    return BoundSession(session, path, "cuda", graphs)
+    bound = BoundSession(session, path, "cuda", stream, graphs)
+    weakref.finalize(bound, _idle_streams.append, stream)
+    return bound
 
 
 @cache

@@ -3,10 +3,11 @@
 array -> the input's buffer -> run_with_iobinding -> the output's buffer -> array
 
 Each set of shapes has its own buffers, whose addresses stay the same between calls. So unchanged inputs are not uploaded
-again, and with `graphs` ONNX Runtime captures all launches of such a call in one CUDA graph and replays it
-(`enable_cuda_graph` of its CUDA provider, with one `gpu_graph_id` per set of shapes).
+again, and with `graphs` everything that ONNX Runtime enqueues in such a call is captured once in a CUDA graph, and launched
+again by each later call. (ONNX Runtime can capture by itself, but then waits after every launch.)
 """
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,23 +17,41 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from .session import Arrays, engine_errors
+from ..environment import cuda_graphs_requested
+from .cuda import Graph, Stream
+from .session import Arrays, engine_errors, one_line
 
 MAX_BUFFER_SETS = 4  # one per set of shapes; the least recently used is evicted first
+# Calls before a capture, during which memory cannot be allocated. ONNX Runtime plans the memory of intermediate values in
+# the first call, and allocates it as planned in the second.
+WARM_UP_CALLS = 2
+MAX_CAPTURES = 3  # other sets of shapes may have taken the memory since
 FATAL_ONLY = 4  # log severity; errors are raised as exceptions anyway
-_GRAPH, _NO_GRAPH = "gpu_graph_id", "-1"
 
 DeviceValues = Mapping[str, ort.OrtValue]  # device memory by input or output name
 ShapesKey = tuple[tuple[object, ...], ...]  # name, shape and type of each input; name and id of shared memory
 
 
-class BoundSession:
-    """A graph whose buffers stay on `device` (such as "cuda") between calls."""
+class CudaGraphUnavailable(UserWarning):
+    """Warning: a graph cannot be captured, or a part of it runs on the CPU; its kernels are launched one by one."""
 
-    def __init__(self, session: ort.InferenceSession, path: Path, device: str, graphs: bool = False) -> None:
-        self._session, self._path, self._device, self._graphs = session, path, device, graphs
+
+def warn_uncaptured(path: Path, reason: Exception) -> None:
+    """Warn that the graph at `path` cannot be captured."""
+    message = f"{path} runs without a CUDA graph, which takes longer: {one_line(reason)}"
+    warnings.warn(message, CudaGraphUnavailable, stacklevel=2)
+
+
+class BoundSession:
+    """A graph whose buffers stay on `device` (such as "cuda") between calls. `session` runs on `stream`."""
+
+    def __init__(
+        self, session: ort.InferenceSession, path: Path, device: str, stream: Stream, graphs: bool = False
+    ) -> None:
+        self.device, self.stream = device, stream
+        self._session, self._path, self._graphs = session, path, graphs
         self._bound: dict[ShapesKey, Buffers] = {}  # least recently used first
-        self._num_graphs = 0
+        self._memory: dict[tuple[object, ...], ort.OrtValue] = {}  # likewise
 
     def run(self, inputs: Arrays) -> Arrays:
         """All outputs of the graph by name. Raises EngineFailed."""
@@ -47,10 +66,13 @@ class BoundSession:
         """Convert errors to EngineFailed. After any exception all buffers are released, as their contents are unknown."""
         with engine_errors(self._path, "onnxruntime", "run"):
             try:
+                self.stream.make_current()
                 yield
             except BaseException:
+                with suppress(Exception):  # the first error says more
+                    self.stream.wait()
                 for _ in range(len(self._bound)):
-                    with suppress(Exception):  # the first error says more
+                    with suppress(Exception):
                         self._release(1)
                 raise
 
@@ -64,34 +86,49 @@ class BoundSession:
         buffers = self._bound.pop(key, None)
         if buffers is None:
             self._release(len(self._bound) + 1 - MAX_BUFFER_SETS)
-            graph = str(self._num_graphs) if self._graphs else None
-            buffers = Buffers(self._session, self._device, graph, shared)
-            self._num_graphs += 1
+            buffers = Buffers(self._session, self._path, self.device, self.stream, self._graphs, shared)
         self._bound[key] = buffers
         return buffers
+
+    def memory(self, name: str, shape: tuple[int, ...], dtype: npt.DTypeLike) -> ort.OrtValue:
+        """Memory to share with buffers: the same for a name and shape, because allocating it takes milliseconds."""
+        key = name, shape
+        value = self._memory.pop(key, None)
+        if value is None:
+            for oldest in list(self._memory)[: len(self._memory) + 1 - MAX_BUFFER_SETS]:
+                del self._memory[oldest]
+            value = ort.OrtValue.ortvalue_from_shape_and_type(shape, dtype, self.device)
+        self._memory[key] = value
+        return value
 
     def _release(self, count: int) -> None:
         """Release the `count` least recently used sets of buffers, and their CUDA graphs."""
         for key in list(self._bound)[: max(0, count)]:
-            graph = self._bound.pop(key).graph
-            if graph is not None:
-                self._session.release_captured_graph(int(graph))
+            self._bound.pop(key).free()
 
 
 class Buffers:
-    """Device memory for the inputs and outputs of one set of shapes; `graph` is the id of the CUDA graph that uses it.
+    """Device memory for the inputs and outputs of one set of shapes, and the CUDA graph that uses it.
 
     `inputs` fills with uploads, `outputs` with the first launch. Names in `shared` are bound to memory owned elsewhere.
     """
 
     def __init__(
-        self, session: ort.InferenceSession, device: str, graph: str | None, shared: DeviceValues
+        self,
+        session: ort.InferenceSession,
+        path: Path,
+        device: str,
+        stream: Stream,
+        graphs: bool,
+        shared: DeviceValues,
     ) -> None:
-        self.binding, self.graph = session.io_binding(), graph
+        self.binding = session.io_binding()
         self.inputs: dict[str, ort.OrtValue] = {}
         self.outputs: dict[str, ort.OrtValue] = {}
-        self._session, self._device, self._shared = session, device, shared
-        self._options = _options(None if graph is None else _NO_GRAPH)
+        self._session, self._path, self._device, self._stream = session, path, device, stream
+        self._shared = shared
+        self._graph: Graph | None = None
+        self._captures_left, self._calls_before_capture = MAX_CAPTURES if graphs else 0, WARM_UP_CALLS
         # For each input: the array object uploaded last, and a copy of its values at that time.
         self._uploaded: dict[str, tuple[npt.NDArray[Any], npt.NDArray[Any]]] = {}
         self._names = [output.name for output in session.get_outputs()]
@@ -117,13 +154,15 @@ class Buffers:
         for name, given in inputs.items():
             array = np.asarray(given, order="C")
             self.forget(name)
-            if name not in self.inputs:
-                # Not created from the array: on the CPU it would share the caller's memory.
-                self.inputs[name] = ort.OrtValue.ortvalue_from_shape_and_type(
-                    array.shape, array.dtype, self._device
-                )
-                self.binding.bind_ortvalue_input(name, self.inputs[name])
-            self.inputs[name].update_inplace(array)
+            self.input(name, array.shape, array.dtype).update_inplace(array)
+
+    def input(self, name: str, shape: tuple[int, ...], dtype: npt.DTypeLike) -> ort.OrtValue:
+        """The memory of an input, which the first call allocates."""
+        if name not in self.inputs:
+            # Not created from an array: on the CPU it would share the caller's memory.
+            self.inputs[name] = ort.OrtValue.ortvalue_from_shape_and_type(shape, dtype, self._device)
+            self.binding.bind_ortvalue_input(name, self.inputs[name])
+        return self.inputs[name]
 
     def forget(self, *names: str) -> None:
         """Always upload these inputs the next time they are given, because something else writes to them."""
@@ -135,19 +174,50 @@ class Buffers:
         self.binding.bind_ortvalue_output(with_output, self.inputs[name])
 
     def launch(self) -> None:
-        """Run the graph. Outputs are written to the memory that the first launch allocated."""
-        self._session.run_with_iobinding(self.binding, self._options)
+        """Run the graph and wait for it."""
+        self.enqueue(self._stream)
+        self._stream.wait()
+
+    def enqueue(self, stream: Stream) -> None:
+        """Run the graph after everything on `stream`. Outputs are written to the memory that the first call allocated.
+
+        It returns at once if the graph has been captured, else when it has run.
+        """
+        if not self._graph and self._captures_left and not self._calls_before_capture:
+            self._capture()
+        if self._graph:
+            self._graph.launch(stream.handle)
+            return
+        stream.wait()
+        self._run(wait=True)
+        self._calls_before_capture = max(0, self._calls_before_capture - 1)
         if not self.outputs:
             self.outputs = dict(zip(self._names, self.binding.get_outputs(), strict=True))
             for name, value in self.outputs.items():
                 self.binding.bind_ortvalue_output(name, value)
-            self._options = _options(self.graph)
 
+    def free(self) -> None:
+        """Free the CUDA graph; the memory is freed with its last user."""
+        graph, self._graph = self._graph, None
+        if graph:
+            graph.free()
 
-def _options(graph: str | None) -> ort.RunOptions | None:
-    if graph is None:
-        return None
-    options = ort.RunOptions()
-    options.log_severity_level = FATAL_ONLY
-    options.add_run_config_entry(_GRAPH, graph)
-    return options
+    def _capture(self) -> None:
+        """Capture the graph, or leave it for a later call. Once it is given up, warn, or raise with TPX_CUDA_GRAPHS=1."""
+        try:
+            self._graph = self._stream.capture(lambda: self._run(wait=False))
+        except Exception as error:
+            self._captures_left, self._calls_before_capture = self._captures_left - 1, WARM_UP_CALLS
+            if self._captures_left:
+                return
+            if cuda_graphs_requested():
+                raise
+            warn_uncaptured(self._path, error)
+
+    def _run(self, wait: bool) -> None:
+        options = ort.RunOptions()
+        options.log_severity_level = FATAL_ONLY
+        options.add_run_config_entry("gpu_graph_id", "-1")  # no capture by ONNX Runtime
+        if not wait:
+            options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        self._session.run_with_iobinding(self.binding, options)

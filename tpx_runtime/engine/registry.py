@@ -10,7 +10,7 @@ from ..bundle import GraphVariant
 from ..environment import device_loop_requested
 from ..errors import BadInput, EngineUnavailable, shorten
 from ..interrupts import uninterrupted
-from .loop import StartLoop
+from .loop import DeviceLoops
 from .session import Session, one_line
 
 
@@ -29,8 +29,8 @@ class GraphEngine(Protocol):
         """Load the graph at `path`. Raises EngineUnavailable or EngineFailed."""
 
     @property
-    def device_loop(self) -> StartLoop | None:
-        """What starts a loop whose latents stay on the device; None to run the loop on the host."""
+    def device_loops(self) -> DeviceLoops | None:
+        """What starts loops whose latents stay on the device; None to run them on the host."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Engine:
     device: Literal["cpu", "gpu"] = "cpu"
     # Whether tpx-build compiles graphs for it: "optional" saves compile time later, "required" engines run nothing else.
     prebuilt: Literal["never", "optional", "required"] = "never"
-    has_device_loop: bool = False  # whether `module` has a `start_loop`, a StartLoop
+    has_device_loop: bool = False  # whether `module` has the functions of DeviceLoops
 
     def problem(self) -> str | None:
         """Why this engine cannot run here, on one line, or None if it can."""
@@ -74,12 +74,12 @@ class Engine:
         return session
 
     @property
-    def device_loop(self) -> StartLoop | None:
-        """What starts a loop on the device; None if the engine has none, or with TPX_DEVICE_LOOP=0."""
+    def device_loops(self) -> DeviceLoops | None:
+        """What starts loops on the device; None if the engine has none, or with TPX_DEVICE_LOOP=0."""
         if not self.has_device_loop or not device_loop_requested():
             return None
-        start: StartLoop = self._module().start_loop
-        return start
+        loops: DeviceLoops = self._module()
+        return loops
 
     def _module(self) -> Any:
         with uninterrupted():

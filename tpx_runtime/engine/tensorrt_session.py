@@ -129,7 +129,7 @@ class TensorRtSession:
 
     def _run(self, inputs: Arrays) -> Arrays:
         """One call of the engine with a batch in its range. Even on an error, the stream has finished with the buffers."""
-        self._resources.make_current()
+        self._resources.stream.make_current()
         unchanged = {name for name, array in inputs.items() if self._is_uploaded(name, array)}
         self._uploaded.clear()  # until the stream has finished, the contents of the buffers are unknown
         try:
@@ -141,7 +141,7 @@ class TensorRtSession:
         return outputs
 
     def _compute(self, inputs: Arrays, unchanged: set[str]) -> Arrays:
-        resources, stream = self._resources, self._resources.stream
+        resources, stream = self._resources, self._resources.stream.handle
         for name, array in inputs.items():
             if self._shapes.get(name) != array.shape:
                 if not resources.context.set_input_shape(name, array.shape):
@@ -157,7 +157,7 @@ class TensorRtSession:
         self._launch()
         for name, size in sizes.items():
             resources.buffers[name].download(size, stream)
-        self._driver.call("cuStreamSynchronize", stream)
+        resources.stream.wait()
         return {
             tensor.name: resources.buffers[tensor.name].view(shape, tensor.dtype).copy()
             for tensor, shape in outputs
@@ -191,20 +191,20 @@ class TensorRtSession:
         resources = self._resources
         call = (dict(self._shapes), {name: buffer.device for name, buffer in resources.buffers.items()})
         if resources.graph and self._last_call == call:
-            resources.graph.launch(resources.stream)
+            resources.graph.launch(resources.stream.handle)
             return
         resources.drop_graph()
         # The previous call of these shapes did the setup that cannot be captured.
         if self._graphs and self._last_call == call:
-            resources.graph = cuda.Graph(self._driver, resources.stream, self._enqueue)
-            resources.graph.launch(resources.stream)
+            resources.graph = resources.stream.capture(self._enqueue)
+            resources.graph.launch(resources.stream.handle)
             return
         self._last_call = None
         self._enqueue()
         self._last_call = call
 
     def _enqueue(self) -> None:
-        if not self._resources.context.execute_async_v3(self._resources.stream):
+        if not self._resources.context.execute_async_v3(self._resources.stream.handle):
             raise self._error(f"run it: {self._reason()}")
 
     def _load(self, serialized: bytes) -> ICudaEngine:
@@ -292,14 +292,10 @@ class _RuntimeCacheRtx:
 
 
 class _Resources:
-    """The resources that a session must free: a stream, buffers, and TensorRT objects.
-
-    The device's primary context is retained for the lifetime of the process. If it were released between two sessions,
-    CUDA would reset it under libraries that stay loaded.
-    """
+    """The resources that a session must free: a stream, buffers, and TensorRT objects."""
 
     def __init__(self, driver: cuda.Driver) -> None:
-        self._driver = driver
+        self.stream = cuda.Stream(driver)
         self.runtime: Runtime = None
         self.engine: ICudaEngine = None
         self.config: IRuntimeConfig = None
@@ -307,23 +303,10 @@ class _Resources:
         self.context: IExecutionContext = None
         self.buffers: dict[str, cuda.Buffer] = {}
         self.graph: cuda.Graph | None = None
-        device = driver.handle("cuDeviceGet", 0, kind=cuda.c_int)
-        self._primary = driver.handle("cuDevicePrimaryCtxRetain", device)
-        self.stream = 0
-        try:
-            self.make_current()
-            self.stream = driver.handle("cuStreamCreate", cuda.NON_BLOCKING)
-        except EngineFailed:
-            self.free()
-            raise
-
-    def make_current(self) -> None:
-        """Make the device's context current in this thread."""
-        self._driver.call("cuCtxSetCurrent", self._primary)
 
     def wait(self) -> None:
         """Wait until nothing on the stream uses the buffers."""
-        self._try(self._driver.call, "cuStreamSynchronize", self.stream)
+        self._try(self.stream.wait)
 
     def drop_graph(self) -> None:
         graph, self.graph = self.graph, None
@@ -332,9 +315,8 @@ class _Resources:
 
     def free(self) -> None:
         """Free everything, dependents first. A failure does not prevent freeing the rest."""
-        self._try(self.make_current)
-        if self.stream:
-            self.wait()
+        self._try(self.stream.make_current)
+        self.wait()
         self._try(self.drop_graph)
         if self.runtime_cache:
             self.runtime_cache.save()
@@ -345,8 +327,7 @@ class _Resources:
         self.runtime = None
         while self.buffers:
             self._try(self.buffers.popitem()[1].free)
-        if self.stream:
-            self._try(self._driver.call, "cuStreamDestroy_v2", self.stream)
+        self._try(self.stream.free)
 
     @staticmethod
     def _try(call: Callable[..., None], *arguments: Any) -> None:

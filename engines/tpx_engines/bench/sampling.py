@@ -1,6 +1,6 @@
 """The runtime's sampling loop around any network, so that baselines differ from it only in the network calls."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tpx_runtime.bundle import Bundle, GraphVariant
-from tpx_runtime.denoising import Batch, Denoiser
+from tpx_runtime.denoising import Batch, Denoiser, Trajectory
 from tpx_runtime.engine import Arrays
 from tpx_runtime.generator import Generator
 from tpx_runtime.graphs import Graphs
@@ -33,7 +33,7 @@ class NetworkEngine:
     """An engine for the runtime that runs networks instead of a bundle's text encoders and decoder."""
 
     variant: GraphVariant = "plain"
-    device_loop = None
+    device_loops = None
 
     def __init__(self, name: str, networks: dict[str, Network]) -> None:
         self.name, self._networks = name, networks
@@ -51,7 +51,7 @@ class BaselineDenoiser(Denoiser):
         super().__init__(bundle, graphs)
         self._network = network
 
-    def trajectory(self, batch: Batch, every_step: bool) -> Iterator[Array | None]:
+    def trajectory(self, batch: Batch, every_step: bool) -> Trajectory:
         guided = batch.job.guidance != 1
 
         def predict(x: Array, timestep: float) -> Array:
@@ -63,7 +63,7 @@ class BaselineDenoiser(Denoiser):
             negative, prompt = np.split(prediction, 2)
             return apply_guidance(negative, prompt, batch.job.guidance, self._model.guided_channels)
 
-        return batch.denoise(predict, self.sampler(batch.job))
+        yield from batch.denoise(predict, self.sampler(batch.job))
 
 
 class BaselineGenerator(Generator):

@@ -2,16 +2,18 @@
 
     attention    one node for each attention, and heads after tokens, so that few transposes are left
     modulation   adaLN as one layer norm whose scale and shift are the condition's
+    parts        one addition for all scales of adaLN, and both modalities' rows of a result without copies from the host
 
-`fused_variant` applies both for GPUs. Graphs for CPUs use the first only, if they have many tokens.
+`fused_variant` applies all for GPUs. Graphs for CPUs use the first only, if they have many tokens.
 """
 
 from pathlib import Path
 
 import onnx
 
-from tpx_export.fusion.attention import FLOAT_TYPES, fuse_attention
+from tpx_export.fusion.attention import FLOAT_TYPES, NAME, fuse_attention
 from tpx_export.fusion.modulation import fuse_modulation
+from tpx_export.fusion.parts import add_ones_once, gather_slices
 
 __all__ = ["FLOAT_TYPES", "MIN_FUSED_TOKENS", "fuse_attention", "fused_variant"]
 
@@ -28,4 +30,6 @@ def fused_variant(model: onnx.ModelProto, folder: Path) -> onnx.ModelProto | Non
     fused = fuse_attention(model)
     if fused is not None:
         fuse_modulation(fused, folder)
+        add_ones_once(fused)
+        gather_slices(fused, NAME)
     return fused

@@ -62,8 +62,10 @@ class Gate(nn.Module):
         self.out = nn.Linear(GATE_WIDTH, experts)
 
     def forward(self, tokens: Tensor, condition: Tensor | None) -> Tensor:
-        hidden = self.token(F.layer_norm(tokens, tokens.shape[-1:]))
-        return self.out(F.silu(hidden if condition is None else hidden + condition))
+        # Both are the same for all tokens and latent steps, so that graphs add them once per block.
+        bias = self.token.bias if condition is None else self.token.bias + condition
+        hidden = F.linear(F.layer_norm(tokens, tokens.shape[-1:]), self.token.weight) + bias
+        return self.out(F.silu(hidden))
 
 
 class Thinking(nn.Module):

@@ -52,7 +52,7 @@ class _PairedSession:
 class PairedEngine:
     """Has the interface of an engine, opens the graphs of `fp32`, and runs each transformer together with that of `int8`."""
 
-    device_loop = None  # outputs must return to the host after each call to be compared
+    device_loops = None  # outputs must return to the host after each call to be compared
 
     def __init__(self, engine: Engine, fp32: Bundle, int8: Bundle, totals: ComparisonTotals) -> None:
         self.name, self.variant = engine.name, engine.variant

@@ -34,8 +34,13 @@ class FakeDriver:
         self.device: dict[int, Any] = {}
         self.host: dict[int, Any] = {}
         self.streams: dict[int, list[Work]] = {}
+        self.done: Counter[int] = Counter()  # pieces of work done by stream
+        self.events: dict[
+            int, tuple[int, int]
+        ] = {}  # the stream, and the pieces of work enqueued before the event
         self.graphs: dict[int, list[Work]] = {}
         self.launchable: dict[int, list[Work]] = {}
+        self.foreign_memory = False  # whether copies may use addresses that were not allocated here
         self.current, self.capturing, self.capture_valid = 0, False, True
         self.captured: list[Work] = []
         self._handles = iter(range(0x7F00_0000_1000, 0x7F00_0100_0000, 16))  # above 32 bits
@@ -55,6 +60,11 @@ class FakeDriver:
         self._make("cuMemFreeHost", lambda address: self._drop(self.host, address), c_void_p)
         self._make("cuMemcpyHtoDAsync_v2", self._copy, c_uint64, c_void_p, c_size_t, c_void_p)
         self._make("cuMemcpyDtoHAsync_v2", self._copy, c_void_p, c_uint64, c_size_t, c_void_p)
+        self._make("cuMemcpyDtoDAsync_v2", self._copy, c_uint64, c_uint64, c_size_t, c_void_p)
+        self._make("cuEventCreate", self._event_create, POINTER(c_void_p), c_uint)
+        self._make("cuEventRecord", self._event_record, c_void_p, c_void_p)
+        self._make("cuEventSynchronize", self._event_synchronize, c_void_p)
+        self._make("cuEventDestroy_v2", lambda event: self._drop(self.events, event), c_void_p)
         self._make("cuStreamBeginCapture_v2", self._begin_capture, c_void_p, c_int)
         self._make("cuStreamEndCapture", self._end_capture, c_void_p, POINTER(c_void_p))
         self._make("cuGraphInstantiateWithFlags", self._instantiate, POINTER(c_void_p), c_void_p, c_uint64)
@@ -69,7 +79,7 @@ class FakeDriver:
     @property
     def held(self) -> dict[str, int]:
         """Number of resources of each kind that have not been freed."""
-        kinds = ("device", "host", "streams", "graphs", "launchable")
+        kinds = ("device", "host", "streams", "events", "graphs", "launchable")
         return {name: len(resources) for name in kinds if (resources := getattr(self, name))}
 
     def _make(self, name: str, function: Callable[..., int], *types: Any) -> None:
@@ -120,9 +130,31 @@ class FakeDriver:
             return 400
         if self.capturing:
             return self._break_capture()
-        work, self.streams[stream] = self.streams[stream], []
-        for task in work:
-            task()
+        self._run(stream, len(self.streams[stream]))
+        return 0
+
+    def _run(self, stream: int, count: int) -> None:
+        """Do the first `count` pieces of work on a stream."""
+        for _ in range(count):
+            self.streams[stream].pop(0)()
+            self.done[stream] += 1
+
+    def _event_create(self, out: Any, flags: int) -> int:
+        handle = next(self._handles)
+        self.events[handle] = 0, 0
+        return self._set(out, handle) if flags == 2 else 1
+
+    def _event_record(self, event: int, stream: int) -> int:
+        if self.capturing:
+            return self._break_capture()
+        self.events[event] = stream, self.done[stream] + len(self.streams[stream])
+        return 0
+
+    def _event_synchronize(self, event: int) -> int:
+        if self.capturing:
+            return self._break_capture()
+        stream, count = self.events[event]
+        self._run(stream, max(0, count - self.done[stream]))
         return 0
 
     def _allocate(self, kept: dict[int, Any]) -> Callable[[Any, int], int]:
@@ -139,7 +171,9 @@ class FakeDriver:
 
     def _copy(self, target: int, source: int, size: int, stream: int) -> int:
         known = {**self.device, **self.host}
-        if target not in known or source not in known or size > min(len(known[target]), len(known[source])):
+        if not self.foreign_memory and not {target, source} <= known.keys():
+            return 700
+        if not self.foreign_memory and size > min(len(known[target]), len(known[source])):
             return 700
         self.enqueue(stream, lambda: ctypes.memmove(target, source, size) and None)
         return 0
