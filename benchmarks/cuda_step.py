@@ -53,7 +53,7 @@ def timed_calls(session: BoundSession, inputs: Arrays) -> dict[str, Callable[[],
     def call() -> object:
         return session.run(next(changing))
 
-    for _ in range(3):  # the first call allocates outputs, the second one captures the graph
+    for _ in range(3):  # the first calls allocate memory, the third one captures the graph
         outputs = session.run(inputs)
     if not all(np.isfinite(array).all() for array in outputs.values()):
         raise click.ClickException("expected finite outputs, found NaN or infinity; measure another graph")

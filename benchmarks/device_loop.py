@@ -46,8 +46,8 @@ def measure(generator: Generator, prompt: str | None, batch: int, steps: int, ro
         latents[loop] = generator.generate_latents(jobs)
         return time.perf_counter() - began
 
-    # The first round allocates buffers and the second captures graphs.
-    times = interleaved(("0", "1"), draw, rounds, warm_up=2)
+    # The first rounds allocate memory and the third captures graphs.
+    times = interleaved(("0", "1"), draw, rounds, warm_up=3)
     host, device = (1e3 * median(seconds) / steps for seconds in times.values())
     return Row(batch, host, device, float(np.abs(latents["0"] - latents["1"]).max()))
 

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-from .errors import BundleInvalid
+from .errors import BundleInvalid, shorten
 from .manifest import EncoderSpec, FileEntry, Manifest
 
 # Variants of a transformer graph: tpx::RoutedLora as one node; float16 attention as one node too; standard operators only.
@@ -111,9 +111,13 @@ class Bundle:
             raise BundleInvalid(
                 f"{root / MANIFEST}: expected a file to read, found: {error.strerror}"
             ) from None
+        except ValueError as error:  # a null character, or one that the file system cannot encode
+            raise BundleInvalid(
+                f"expected the path of a bundle, found {shorten(str(path))}: {error}"
+            ) from None
         try:
-            # Absolute, because graphs are loaded later, perhaps from another working directory.
-            bundle = cls(root.absolute(), Manifest.from_json(text))
+            # Resolved, because graphs are loaded later: perhaps from another working directory, or after a link was changed.
+            bundle = cls(root.resolve(), Manifest.from_json(text))
         except BundleInvalid as error:  # its message has only the name of the file
             raise BundleInvalid(f"{root}{os.sep}{error}") from None
         depths = bundle.manifest.model.depths
@@ -225,7 +229,9 @@ class Bundle:
         path = self.path(SCHEDULER)
         try:
             shift = float(json.loads(path.read_text(encoding="utf-8"))["shift"])
-        except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
+        except OSError as error:
+            raise BundleInvalid(f"{path}: expected a file to read, found: {error.strerror}") from None
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             raise BundleInvalid(f'{path}: expected JSON with a number "shift", found none') from None
         if not SHIFT_RANGE[0] <= shift <= SHIFT_RANGE[1]:
             raise BundleInvalid(

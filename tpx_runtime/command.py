@@ -124,6 +124,8 @@ class TpxCommand(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         make_streams_safe()
         skip_model_converter()
+        # Of Pillow, for large photographs, which are fine.
+        warnings.filterwarnings("ignore", ".*decompression bomb", RuntimeWarning)
         try:
             with one_line_errors(), termination_as_interrupt():
                 return super().invoke(ctx)

@@ -30,6 +30,13 @@ def compiled_folder(bundle: Path, shared: Path | None = None) -> Path:
     return folder
 
 
+def check_environment() -> None:
+    """Raise BadInput for a variable with an invalid value."""
+    cuda_graphs_requested()
+    device_loop_requested()
+    requested_threads()
+
+
 def cuda_graphs_requested() -> bool | None:
     """Whether TPX_CUDA_GRAPHS (1 or 0) asks for one CUDA graph per graph; None if it is not set. Raises BadInput."""
     return _requested(CUDA_GRAPHS_VARIABLE)

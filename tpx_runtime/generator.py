@@ -1,6 +1,9 @@
 """The text-to-image pipeline: conditioning, denoising loop, decoder."""
 
+import inspect
+import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from threading import RLock
 from typing import NoReturn, Self
@@ -14,6 +17,7 @@ from .conditioning import ClassConditioner, TextConditioner
 from .denoising import Callback, Denoiser, invoke_callback, require_finite, shared_settings
 from .editing import Edit, resolve_strength, source_hashes, to_latent_mask, to_pixels
 from .engine import AUTO, Arrays, GraphEngine, checked_output, resolve
+from .environment import check_environment
 from .errors import BadInput, shorten
 from .graphs import Graphs
 from .image_size import format_size
@@ -49,6 +53,7 @@ class Generator:
         self.text = None if classes else TextConditioner(bundle, self._graphs, t5)
         self.denoiser = Denoiser(bundle, self._graphs)
         self._lock = RLock()  # reentrant, because a callback may decode latents
+        self._process = os.getpid()
 
     @classmethod
     def load(
@@ -65,6 +70,7 @@ class Generator:
         `t5=False` leaves out the T5 encoder of a Stable Diffusion 3 bundle, as its authors allow. Raises BundleInvalid,
         EngineUnavailable or BadInput (unknown engine, or no T5 to leave out).
         """
+        check_environment()
         bundle = Bundle.open(path, verify=False)
         if verify:
             verify_once(bundle)
@@ -181,7 +187,7 @@ class Generator:
             )
         if original_mask is not None:
             resized_mask = resize_and_crop_mask(original_mask.resize(original.size), model.image_size_px)
-        with self._lock:
+        with self._turn():
             outputs = self._graphs.open(self._encoder_path()).run({"image": to_pixels(resized)})
         latents: Array = checked_output(outputs, "latents", (1, *model.latent_shape))
         self._require_finite(latents, "latents of the input image")
@@ -261,7 +267,7 @@ class Generator:
         jobs = job_list(jobs)
         job = shared_settings(jobs, edit, self.manifest)
         _require_callable(callback)
-        with self._lock:
+        with self._turn():
             conditioning = self._conditioning(jobs, guided=job.guidance != 1)
             return self.denoiser(job, [job.seed for job in jobs], conditioning, callback, edit)
 
@@ -270,7 +276,7 @@ class Generator:
 
         At the end of a `with` block it is called automatically.
         """
-        with self._lock:
+        with self._turn():
             self._graphs.release()
             self.clear_conditions()
 
@@ -292,7 +298,7 @@ class Generator:
 
     def clear_conditions(self) -> None:
         """Discard the cached conditions, so that a benchmark of the next batch includes their cost."""
-        with self._lock:
+        with self._turn():
             self.denoiser.clear_conditions()
 
     def decode(self, latents: Array) -> Array:
@@ -309,7 +315,7 @@ class Generator:
             raise BadInput(
                 f"expected latents of shape [B, {', '.join(map(str, shape))}], found {list(latents.shape)}"
             )
-        with self._lock:
+        with self._turn():
             decoder = self._graphs.open(self.bundle.vae_decoder)
             outputs = decoder.run({"latents": latents / spec.scale + spec.shift})
         image_shape = (len(latents), 3, *self.manifest.model.image_size_px)
@@ -341,6 +347,16 @@ class Generator:
             )
         return path
 
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Wait for this thread's turn. Raises BadInput in a forked process, where a copy of the lock may stay locked."""
+        if os.getpid() != self._process:
+            raise BadInput(
+                "expected a generator that was loaded in this process, found one from before a fork; load it after the fork"
+            )
+        with self._lock:
+            yield
+
     def _require_finite(self, values: Array, what: str) -> None:
         require_finite(values, what, self.bundle, self.engine)
 
@@ -348,6 +364,8 @@ class Generator:
 def _require_callable(callback: object) -> None:
     if callback is not None and not callable(callback):
         raise BadInput(f"expected a callback that can be called, found {shorten(callback)}")
+    if inspect.iscoroutinefunction(callback):
+        raise BadInput("expected a callback that is a plain function, found a coroutine function")
 
 
 def _counted(callback: Callback | None, batch: int, batches: int) -> Callback | None:

@@ -8,6 +8,7 @@
 
 import os
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import IO, Any
 
@@ -32,7 +33,7 @@ def check_image_writable(path: Path, suffixes: Sequence[str] = tuple(FORMATS)) -
 
 def save_image(
     image: Image.Image,
-    file: str | Path | IO[bytes],
+    file: str | os.PathLike[str] | IO[bytes],
     replace: bool = True,
     format: str = "png",
     quality: int = DEFAULT_QUALITY,
@@ -40,27 +41,29 @@ def save_image(
     """Write a PNG, JPEG or WebP with the settings in its `info`: to a path, atomically, or to a binary file object.
 
     A path's suffix decides the format; `format` ("png", "jpg", "jpeg" or "webp") is that of a file object. `quality`, 1 to
-    100, is that of JPEG and WebP. Raises BadInput, and FileExistsError if the file exists and `replace` is false.
+    100, is that of JPEG and WebP. Raises BadInput, FileExistsError if the file exists and `replace` is false, and the errors
+    of a file object.
     """
     quality = check_int("quality", quality, 1, 100)
-    if not isinstance(file, str | Path):
-        suffix = f".{format}".lower()
-        if suffix not in FORMATS:
-            raise BadInput(f"expected a format of {_listed([*FORMATS])}, found {shorten(format)}")
-        _write(image, file, FORMATS[suffix], quality)
+    if isinstance(file, str | os.PathLike):
+        path = Path(file)
+        _require_suffix(path, tuple(FORMATS))
+        data = _encode(image, FORMATS[path.suffix.lower()], quality)
+        try:
+            with atomic_file(path, replace) as part:
+                part.write_bytes(data)
+        except FileExistsError:
+            raise
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise BadInput(f"expected to write {path}, found: {reason}; choose another place") from error
         return
-    path = Path(file)
-    _require_suffix(path, tuple(FORMATS))
-    try:
-        with atomic_file(path, replace) as part:
-            _write(image, part, FORMATS[path.suffix.lower()], quality)
-    except FileExistsError:
-        raise
-    except ValueError as error:  # a JPEG holds at most 64 KiB of Exif
-        raise BadInput(f"expected to write {path}, found: {error}; save it as .png") from error
-    except OSError as error:
-        reason = error.strerror or error  # errors raised by Pillow itself have no strerror
-        raise BadInput(f"expected to write {path}, found: {reason}; choose another place") from error
+    suffix = f".{format}".lower()
+    if suffix not in FORMATS:
+        raise BadInput(f"expected a format of {_listed([*FORMATS])}, found {shorten(format)}")
+    if not hasattr(file, "write"):
+        raise BadInput(f"expected a path or a binary file object to write to, found {shorten(file)}")
+    file.write(_encode(image, FORMATS[suffix], quality))
 
 
 def stored_settings(image: Image.Image) -> str | None:
@@ -84,7 +87,8 @@ def _listed(names: Sequence[str]) -> str:
     return f"{', '.join(others)} or {last}" if others else last
 
 
-def _write(image: Image.Image, file: Path | IO[bytes], format: str, quality: int) -> None:
+def _encode(image: Image.Image, format: str, quality: int) -> bytes:
+    """The content of an image file. Raises BadInput for what the format cannot hold."""
     texts = {key: str(image.info[key]) for key in (_PARAMETERS, _TPX) if key in image.info}
     options: dict[str, Any] = {"pnginfo": _png_chunks(texts)}
     if format != "PNG":
@@ -95,7 +99,13 @@ def _write(image: Image.Image, file: Path | IO[bytes], format: str, quality: int
             raise BadInput(
                 f"expected an image in RGB or grey for a JPEG, found mode {image.mode}; convert it, or save it as .png"
             )
-    image.save(file, format=format, **options)
+    encoded = BytesIO()
+    try:
+        image.save(encoded, format=format, **options)
+    except (OSError, ValueError) as error:  # another mode, or, in a JPEG, more than 64 KiB of Exif
+        other = "convert it to RGB" if format == "PNG" else "save it as PNG"
+        raise BadInput(f"expected an image to write as {format}, found: {error}; {other}") from error
+    return encoded.getvalue()
 
 
 def _png_chunks(texts: dict[str, str]) -> PngImagePlugin.PngInfo:

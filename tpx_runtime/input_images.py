@@ -1,6 +1,5 @@
 """Input images and masks: reading files, flattening to upright RGB, resizing to the model's size."""
 
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -10,17 +9,19 @@ from .errors import BadInput
 
 
 def load_image(path: Path) -> Image.Image:
-    """Read an image file completely. Raises BadInput."""
+    """Read an image file completely. Raises BadInput.
+
+    For large photographs Pillow warns with its DecompressionBombWarning; the filter of warnings is the application's.
+    """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large photographs are fine
-            with Image.open(path) as image:
-                image.load()
-                return image
-    except Image.DecompressionBombError:
+        with Image.open(path) as image:
+            image.load()
+            return image
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        assert Image.MAX_IMAGE_PIXELS is not None
+        limit = Image.MAX_IMAGE_PIXELS * (1 if isinstance(error, Warning) else 2)
         raise BadInput(
-            f"expected an image of at most {2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} megapixels in {path}, "  # type: ignore[operator]
-            "found more; scale it down"
+            f"expected an image of at most {limit / 1e6:.0f} megapixels in {path}, found more; scale it down"
         ) from None
     except Exception as error:  # Pillow raises many kinds of errors for damaged files
         # Errors raised by Pillow itself have no strerror and may repeat the path.

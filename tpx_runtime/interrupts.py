@@ -53,11 +53,27 @@ def uninterrupted() -> Iterator[None]:
     """
     received: list[int] = []
     try:
-        with _handled([signal.SIGINT, *termination_signals()], lambda number, frame: received.append(number)):
+        with (
+            _handled([signal.SIGINT, *termination_signals()], lambda number, frame: received.append(number)),
+            _no_wakeup(),
+        ):
             yield
     finally:
         for number in received:
             signal.raise_signal(number)
+
+
+@contextmanager
+def _no_wakeup() -> Iterator[None]:
+    """Tell no event loop of signals inside, which would handle them now, and again when they are delivered."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.set_wakeup_fd(-1)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
 
 
 @contextmanager

@@ -56,6 +56,7 @@ def job_list(jobs: Sequence[Settings]) -> list[Settings]:
 
 
 def _prompts(given: str | Sequence[str] | None) -> list[str]:
+    given = to_python(given)
     if not isinstance(given, Iterable) or isinstance(given, bytes | Mapping):
         found = "none; describe the image" if given is None else shorten(given)
         raise BadInput(f"expected a prompt or a list of prompts, found {found}")

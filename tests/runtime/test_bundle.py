@@ -168,6 +168,21 @@ def test_rejects_a_path_that_is_not_a_bundle(tmp_path: Path) -> None:
     assert "found: File name too long" in open_error(tmp_path / ("n" * 300))
 
 
+@pytest.mark.parametrize("path", ["a\0b", "\ud800"])
+def test_rejects_a_path_that_no_file_can_have(path: str) -> None:
+    with pytest.raises(BundleInvalid, match=r"^expected the path of a bundle, found .*: .*(null|surrogates)"):
+        Bundle.open(path)
+
+
+def test_a_link_that_is_changed_later_does_not_change_the_bundle(fake_bundle: Path, tmp_path: Path) -> None:
+    link = tmp_path / "current"
+    link.symlink_to(fake_bundle)
+    bundle = Bundle.open(link)
+    link.unlink()
+    link.symlink_to(tmp_path)
+    assert bundle.conditions.parent.parent == fake_bundle.resolve() and bundle.conditions.is_file()
+
+
 def test_rejects_a_manifest_that_is_not_utf8(fake_bundle: Path) -> None:
     (fake_bundle / MANIFEST).write_bytes(b"\xff\xfe")
     assert "expected UTF-8 text, found other bytes" in open_error(fake_bundle)
@@ -227,6 +242,7 @@ def test_describe_files_lists_every_file_except_the_manifest(fake_bundle: Path) 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        (None, "expected a file to read, found: No such file or directory"),
         ("", 'expected JSON with a number "shift", found none'),
         ("{}", 'expected JSON with a number "shift", found none'),
         ("[]", 'expected JSON with a number "shift", found none'),
@@ -239,10 +255,13 @@ def test_describe_files_lists_every_file_except_the_manifest(fake_bundle: Path) 
         ('{"shift": 1e300}', "expected a shift in 0.01..100, found 1e+300"),
     ],
 )
-def test_rejects_an_invalid_scheduler_shift(fake_bundle: Path, text: str, message: str) -> None:
-    (fake_bundle / SCHEDULER).write_text(text)
+def test_rejects_an_invalid_scheduler_shift(fake_bundle: Path, text: str | None, message: str) -> None:
+    (fake_bundle / SCHEDULER).write_text(text or "")
+    bundle = Bundle(fake_bundle, replace(FAKE, files=describe_files(fake_bundle)))
+    if text is None:
+        (fake_bundle / SCHEDULER).unlink()
     with pytest.raises(BundleInvalid) as caught:
-        _ = Bundle(fake_bundle, replace(FAKE, files=describe_files(fake_bundle))).schedule_shift
+        _ = bundle.schedule_shift
     assert str(caught.value) == f"{fake_bundle / SCHEDULER}: {message}"
 
 

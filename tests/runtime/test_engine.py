@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import os
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from fake_cuda import FakeDriver, install
 
 from tpx_runtime.engine import AUTO, ENGINES, Engine, checked_output, cuda, engine_errors, one_line, resolve
 from tpx_runtime.errors import BadInput, EngineFailed, EngineUnavailable
@@ -240,10 +242,14 @@ class TestCuda:
     def test_falling_back_to_the_cpu_is_an_error(self, monkeypatch: pytest.MonkeyPatch) -> None:
         import onnxruntime
 
+        install(monkeypatch, driver := FakeDriver())
+        monkeypatch.setattr("tpx_runtime.engine.onnxruntime._idle_streams", [])
         session = SimpleNamespace(get_providers=lambda: ["CPUExecutionProvider"], get_outputs=list)
         monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *args, **kwargs: session)
-        with pytest.raises(EngineUnavailable) as caught:
-            ENGINES["onnxruntime-cuda"].open(Path("model.onnx"))
+        for _ in range(2):
+            with pytest.raises(EngineUnavailable) as caught:
+                ENGINES["onnxruntime-cuda"].open(Path("model.onnx"))
+        assert len(driver.streams) == 1  # used again
         assert str(caught.value) == (
             "expected CUDAExecutionProvider for engine onnxruntime-cuda, found that onnxruntime fell back to "
             "CPUExecutionProvider; check the CUDA and cuDNN that onnxruntime-gpu asks for"
@@ -324,6 +330,14 @@ def test_runs_a_graph_at_any_batch_size(name: str, tiny_bundle: Path) -> None:
         for key in ("context", "pooled"):
             np.testing.assert_allclose(single[key][0], together[key][row], rtol=1e-4, atol=1e-5)
     assert not np.shares_memory(together["context"], session.run({"ids": ids})["context"])
+
+
+def test_onnx_runtime_names_a_path_that_is_not_utf8() -> None:
+    path = Path(os.fsdecode(b"/tmp/h\xff/model.onnx"))
+    with pytest.raises(
+        EngineFailed, match=r"^expected a bundle whose path is UTF-8, found b'/tmp/h\\xff/model"
+    ):
+        ENGINES["onnxruntime"].open(path)
 
 
 def test_output_is_checked_by_name_and_shape() -> None:

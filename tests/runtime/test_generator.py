@@ -1,13 +1,15 @@
 """The generator: the inputs it gives each graph (with the fake engine) and its images (with real engines)."""
 
 import json
+import os
 import pickle
+import signal
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
-from threading import Lock
+from threading import Event, Lock
 from typing import Any
 
 import numpy as np
@@ -166,7 +168,7 @@ def test_the_working_directory_may_change(
 
 def test_a_schedule_that_is_gone_is_an_invalid_bundle(generator: Generator, fake_bundle: Path) -> None:
     (fake_bundle / SCHEDULER).unlink()
-    with pytest.raises(BundleInvalid, match=r"scheduler_config\.json: expected JSON with a number"):
+    with pytest.raises(BundleInvalid, match=r"scheduler_config\.json: expected a file to read"):
         generator("red cube")
 
 
@@ -763,6 +765,52 @@ def test_a_callback_that_returns_anything_else_continues(generator: Generator, r
     assert len(generator("red cube", callback=lambda *_: returned)) == 1
 
 
+def test_a_coroutine_function_is_no_callback(generator: Generator) -> None:
+    async def callback(step: int, total: int, latents: Array) -> bool:
+        return False
+
+    with pytest.raises(BadInput, match="expected a callback that is a plain function, found a coroutine"):
+        generator("a red cube", callback=callback)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_a_forked_process_is_told_to_load_its_own_generator(generator: Generator) -> None:
+    """Even if another thread generated an image when it was forked, which would never be finished there."""
+    locked, done = Event(), Event()
+
+    def generate() -> None:
+        with generator._lock:
+            locked.set()
+            done.wait()
+
+    with ThreadPoolExecutor(1) as threads:
+        threads.submit(generate)
+        locked.wait()
+        readable, writable = os.pipe()
+        if not os.fork():
+            signal.alarm(20)
+            try:
+                generator("a red cube", steps=1)
+            except BadInput as error:
+                os.write(writable, str(error).encode())
+            finally:
+                os._exit(0)
+        done.set()
+    os.close(writable)
+    with open(readable, "rb") as file:
+        assert file.read().startswith(b"expected a generator that was loaded in this process, found one from")
+    os.wait()
+
+
+def test_invalid_variables_are_an_error_at_once(fake_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TPX_THREADS", "TPX_CUDA_GRAPHS", "TPX_DEVICE_LOOP"):
+        with monkeypatch.context() as patched:
+            patched.setenv(name, "abc")
+            with pytest.raises(BadInput, match=f"expected {name} to be .*, found 'abc'"):
+                Generator.load(fake_bundle)
+
+
 def test_a_callback_that_cannot_be_called_and_other_jobs_are_rejected(generator: Generator) -> None:
     with pytest.raises(BadInput, match="expected a callback that can be called, found 5"):
         generator("red cube", callback=5)  # type: ignore[arg-type]
@@ -825,6 +873,7 @@ def test_arguments_may_be_numpy_arrays(generator: Generator) -> None:
     assert jobs == generator.plan(
         ["red cube", "blue sphere"], negative_prompt=["sphere", ""], seed=[4, 2], guidance_interval=(0.0, 0.5)
     )
+    assert generator.plan(np.array("red cube")) == generator.plan("red cube")  # type: ignore[arg-type]
 
 
 def test_an_error_in_the_callback_propagates(generator: Generator) -> None:

@@ -2,8 +2,10 @@
 
 import io
 import json
+import os
 import stat
 import tempfile
+from io import BytesIO
 from pathlib import Path
 
 import pytest
@@ -72,10 +74,42 @@ def test_a_jpeg_that_cannot_hold_its_settings_is_refused(tmp_path: Path) -> None
     image = solid("red")
     image.info["tpx"] = "x" * 70_000
     with pytest.raises(
-        BadInput, match=r"expected to write .*a.jpg, found: EXIF data is too long; save it as .png"
+        BadInput, match=r"expected an image to write as JPEG, found: EXIF data is too long; save it as PNG"
     ):
         save_image(image, tmp_path / "a.jpg")
     assert list(tmp_path.iterdir()) == []
+    file = BytesIO()
+    with pytest.raises(BadInput, match="EXIF data is too long"):
+        save_image(image, file, format="jpg")
+    assert file.getvalue() == b""
+
+
+def test_a_mode_that_a_png_cannot_hold_is_refused() -> None:
+    with pytest.raises(
+        BadInput, match=r"expected an image to write as PNG, found: .*CMYK.*; convert it to RGB"
+    ):
+        save_image(Image.new("CMYK", (2, 2)), BytesIO())
+
+
+def test_any_path_decides_the_format_and_other_objects_are_refused(tmp_path: Path) -> None:
+    with os.scandir(tmp_path) as entries:
+        assert list(entries) == []
+    (tmp_path / "a.jpg").touch()
+    [entry] = os.scandir(tmp_path)
+    save_image(solid("red"), entry)
+    assert (tmp_path / "a.jpg").read_bytes().startswith(b"\xff\xd8")
+    for other in (None, 3, b"a.png"):
+        with pytest.raises(BadInput, match="expected a path or a binary file object to write to, found"):
+            save_image(solid("red"), other)  # type: ignore[arg-type]
+
+
+def test_errors_of_a_file_object_are_its_own() -> None:
+    class Full(BytesIO):
+        def write(self, data: object) -> int:
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        save_image(solid("red"), Full())
 
 
 def test_an_image_in_memory_has_its_settings_too() -> None:
@@ -136,11 +170,12 @@ def test_a_failed_write_leaves_the_folder_unchanged(
     if existed:
         path.write_text("before")
 
-    def fail_half_way(self: Image.Image, file: Path, **_: object) -> None:
-        Path(file).write_bytes(b"\x89PNG half")
+    def fail_half_way(self: Path, data: bytes) -> None:
+        with self.open("wb") as file:
+            file.write(data[:20])
         raise failure
 
-    monkeypatch.setattr(Image.Image, "save", fail_half_way)
+    monkeypatch.setattr(Path, "write_bytes", fail_half_way)
     with pytest.raises((BadInput, KeyboardInterrupt)) as caught:
         save_image(solid("red"), path)
     assert [entry.name for entry in tmp_path.iterdir()] == (["a.png"] if existed else [])

@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from PIL import Image
 
 from tpx_runtime.bundle import Bundle
+from tpx_runtime.cli import info
 from tpx_runtime.editing import to_pixels
 from tpx_runtime.errors import BadInput
 from tpx_runtime.generator import Generator, ImageResized
@@ -309,12 +311,32 @@ def test_a_damaged_file_gives_an_image_or_bad_input(generator: Generator, tmp_pa
             assert generator.edit(load_image(tmp_path / "file")).image.size == (12, 8)
 
 
-def test_a_large_photograph_is_not_rejected_as_a_decompression_bomb(
+def test_large_photographs_are_left_to_the_filter_of_warnings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 60)  # Pillow warns above this and rejects twice as much
-    ramp().save(tmp_path / "a.png")
-    assert load_image(tmp_path / "a.png").size == (12, 8)
+    ramp().save(path := tmp_path / "a.png")
+    filters = list(warnings.filters)
+    with pytest.warns(Image.DecompressionBombWarning):
+        assert load_image(path).size == (12, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(
+            BadInput, match=r"expected an image of at most 0 megapixels in .*a\.png, found more"
+        ):
+            load_image(path)
+    assert warnings.filters == filters
+
+
+def test_commands_read_large_photographs_without_a_notice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 60)
+    image = ramp()
+    image.info["tpx"] = '{"prompt": "a red cube"}'
+    save_image(image, path := tmp_path / "a.png")
+    result = CliRunner().invoke(info, [str(path)])
+    assert (result.exit_code, result.stderr) == (0, "") and "a red cube" in result.stdout
 
 
 @pytest.mark.parametrize(

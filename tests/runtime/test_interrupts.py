@@ -1,5 +1,6 @@
 """Signals that are delayed until an import is over."""
 
+import asyncio
 import signal
 import threading
 from types import FrameType
@@ -42,6 +43,21 @@ def test_a_delayed_signal_reaches_the_handler_that_was_installed_before() -> Non
         assert received == [signal.SIGTERM]
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_an_event_loop_hears_of_a_delayed_signal_once() -> None:
+    calls: list[int] = []
+
+    async def run() -> None:
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGTERM, lambda: calls.append(1))
+        with uninterrupted():
+            signal.raise_signal(signal.SIGTERM)
+        for _ in range(5):
+            await asyncio.sleep(0.01)
+
+    asyncio.run(run())
+    assert calls == [1]
 
 
 def test_a_handler_that_was_not_installed_from_python_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -195,6 +195,17 @@ def test_a_failed_launch_is_one_line_and_the_next_call_works(driver: FakeDriver,
     assert (bound.run(inputs)["sum"] == 2).all()
 
 
+def test_garbage_collection_frees_graphs(driver: FakeDriver) -> None:
+    bound = open_bound(ADD.SerializeToString(), driver)
+    for _ in range(3):
+        bound.run({"x": np.ones((1, 2), np.float32), "y": np.ones(2, np.float32)})
+    assert len(driver.launchable) == 1
+    driver.order.clear()
+    del bound
+    gc.collect()
+    assert driver.order == ["cuCtxSetCurrent", "cuGraphExecDestroy"] and not driver.launchable
+
+
 def test_a_capture_that_needs_memory_is_repeated_later(
     driver: FakeDriver, bound: BoundSession, recwarn: pytest.WarningsRecorder
 ) -> None:

@@ -307,7 +307,7 @@ def test_the_step_graph_has_no_dynamic_shapes_computed_on_the_host(tiny_bundle: 
 
 def test_the_benchmark_compares_both_loops(tiny_bundle: Path, loops: list[object]) -> None:
     row = device_loop.measure(generator(tiny_bundle), PROMPT, batch=2, steps=3, rounds=2)
-    assert len(loops) == 4 and row.batch == 2
+    assert len(loops) == 5 and row.batch == 2
     assert 0 < row.difference < 1e-4 and row.host_ms > 0 and row.device_ms > 0
     assert device_loop.table([row]).splitlines()[2].startswith("| 2 | ")
 

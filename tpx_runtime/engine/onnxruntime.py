@@ -1,5 +1,6 @@
 """ONNX Runtime, on the CPU (`onnxruntime`) or on an NVIDIA GPU (`onnxruntime-cuda`)."""
 
+import os
 import weakref
 from contextlib import redirect_stdout
 from functools import cache
@@ -9,7 +10,7 @@ from pathlib import Path
 import onnxruntime as ort
 
 from ..environment import cuda_graphs_requested, requested_threads
-from ..errors import EngineUnavailable
+from ..errors import EngineFailed, EngineUnavailable
 from . import onnxruntime_loop
 from .cuda import Driver, Stream
 from .loop import LoopPlan
@@ -79,6 +80,12 @@ def start_loop(
 
 
 def _load(path: Path, provider: str, provider_options: dict[str, str]) -> ort.InferenceSession:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise EngineFailed(
+            f"expected a bundle whose path is UTF-8, found {os.fsencode(path)!r}; rename the folder, or set PYTHONUTF8=1"
+        ) from None
     options = ort.SessionOptions()
     options.log_severity_level = FATAL_ONLY
     options.intra_op_num_threads = requested_threads() or 0  # 0 means every core
@@ -90,12 +97,24 @@ def _load(path: Path, provider: str, provider_options: dict[str, str]) -> ort.In
 def _open_on_gpu(path: Path) -> BoundSession:
     """Load the graph with inputs and outputs bound to GPU memory; each set of shapes is launched as one CUDA graph.
 
-    Kernels are launched one by one with TPX_CUDA_GRAPHS=0, and, with a CudaGraphUnavailable warning, if ONNX Runtime cannot
-    capture the graph. In the latter case TPX_CUDA_GRAPHS=1 raises EngineFailed instead.
+    Kernels are launched one by one with TPX_CUDA_GRAPHS=0, and, with a CudaGraphUnavailable warning, if the graph cannot be
+    captured. In the latter case TPX_CUDA_GRAPHS=1 raises EngineFailed instead.
     """
     _preload_libraries()
-    provider, requested = PROVIDERS["onnxruntime-cuda"], cuda_graphs_requested()
     stream = _idle_streams.pop() if _idle_streams else Stream(Driver())
+    try:
+        session, graphs = _load_on_gpu(path, stream)
+    except BaseException:
+        _idle_streams.append(stream)
+        raise
+    bound = BoundSession(session, path, "cuda", stream, graphs)
+    weakref.finalize(bound, _idle_streams.append, stream)
+    return bound
+
+
+def _load_on_gpu(path: Path, stream: Stream) -> tuple[ort.InferenceSession, bool]:
+    """A session that runs on the stream, and whether its runs can be captured. Raises EngineFailed, EngineUnavailable."""
+    provider, requested = PROVIDERS["onnxruntime-cuda"], cuda_graphs_requested()
     # TF32, the default for float32 products, has the error of float16. For speed there are fp16 bundles.
     provider_options = {"use_tf32": "0", "user_compute_stream": str(stream.handle)}
     with engine_errors(path, "onnxruntime", "load"):
@@ -113,9 +132,7 @@ def _open_on_gpu(path: Path) -> BoundSession:
             f"expected {provider} for engine onnxruntime-cuda, found that onnxruntime fell back to "
             f"{', '.join(session.get_providers())}; check the CUDA and cuDNN that onnxruntime-gpu asks for"
         )
-    bound = BoundSession(session, path, "cuda", stream, graphs)
-    weakref.finalize(bound, _idle_streams.append, stream)
-    return bound
+    return session, graphs
 
 
 @cache

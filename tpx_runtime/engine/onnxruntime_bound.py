@@ -8,6 +8,7 @@ again by each later call. (ONNX Runtime can capture by itself, but then waits af
 """
 
 import warnings
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -128,6 +129,7 @@ class Buffers:
         self._session, self._path, self._device, self._stream = session, path, device, stream
         self._shared = shared
         self._graph: Graph | None = None
+        self._finalizer: weakref.finalize[..., Buffers] | None = None
         self._captures_left, self._calls_before_capture = MAX_CAPTURES if graphs else 0, WARM_UP_CALLS
         # For each input: the array object uploaded last, and a copy of its values at that time.
         self._uploaded: dict[str, tuple[npt.NDArray[Any], npt.NDArray[Any]]] = {}
@@ -197,15 +199,16 @@ class Buffers:
                 self.binding.bind_ortvalue_output(name, value)
 
     def free(self) -> None:
-        """Free the CUDA graph; the memory is freed with its last user."""
-        graph, self._graph = self._graph, None
-        if graph:
-            graph.free()
+        """Free the CUDA graph, which garbage collection does too; the memory is freed with its last user."""
+        self._graph = None
+        if self._finalizer:
+            self._finalizer()
 
     def _capture(self) -> None:
         """Capture the graph, or leave it for a later call. Once it is given up, warn, or raise with TPX_CUDA_GRAPHS=1."""
         try:
             self._graph = self._stream.capture(lambda: self._run(wait=False))
+            self._finalizer = weakref.finalize(self, _free, self._stream, self._graph)
         except Exception as error:
             self._captures_left, self._calls_before_capture = self._captures_left - 1, WARM_UP_CALLS
             if self._captures_left:
@@ -221,3 +224,9 @@ class Buffers:
         if not wait:
             options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         self._session.run_with_iobinding(self.binding, options)
+
+
+def _free(stream: Stream, graph: Graph) -> None:
+    """Free a CUDA graph in any thread."""
+    stream.make_current()
+    graph.free()

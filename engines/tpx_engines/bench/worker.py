@@ -40,11 +40,11 @@ class Worker:
         return {"png": base64.b64encode(file.getvalue()).decode(), "notes": runner.notes, **_memory()}
 
     def warm(self, images: int) -> Request:
-        """Run two steps twice at a batch size to be timed.
+        """Run two steps at a batch size to be timed, three times.
 
-        Engines allocate and compile for each size in its first call, and capture a CUDA graph in the second.
+        Engines allocate and compile for each size in its first calls, and capture a CUDA graph in the third.
         """
-        for _ in range(2):
+        for _ in range(3):
             self._started_runner().draw(images, steps=2)
         return {}
 
