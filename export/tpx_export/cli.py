@@ -34,7 +34,10 @@ _PATH = click.Path(path_type=Path)
 @click.option(
     "--out", type=_PATH, help="Folder to write.  [default: bundles/<model's name>, with -PRECISION if given]"
 )
-@click.option("--precision", help="fp32, fp16, int8 or int8-weights.  [default: as the weights are stored]")
+@click.option(
+    "--precision",
+    help="fp32, fp16, int8 or int8-weights.  [default: as BASE's weights are stored; fp32 for --ckpt]",
+)
 @click.option(
     "--calibration",
     type=_PATH,

@@ -82,10 +82,11 @@ def export_bundle(
 ) -> Summary:
     """Write the bundle of `pipeline` to `out`, with the transformer at every depth 1..`depth` (by default all).
 
-    The default precision is that of the stored weights. The bundle is written to a hidden folder next to `out`, verified
-    with ONNX Runtime against PyTorch, and then renamed: an export that fails or is interrupted leaves nothing behind. Raises
-    BadInput for an invalid depth, precision, path, `int8` or setting of `pipeline`, EngineFailed for a graph that is out of
-    tolerance, Refused for an int8 bundle that loses too much or gains nothing, unless `int8.accept_loss`.
+    The default precision is the pipeline's: that of a base's stored weights, fp32 for a TPX checkpoint. The bundle is
+    written to a hidden folder next to `out`, verified with ONNX Runtime against PyTorch, and then renamed: an export that
+    fails or is interrupted leaves nothing behind. Raises BadInput for an invalid depth, precision, path, `int8` or setting
+    of `pipeline`, EngineFailed for a graph that is out of tolerance, Refused for an int8 bundle that loses too much or
+    gains nothing, unless `int8.accept_loss`.
     """
     max_depth, precision = pipeline.model.depths[-1], precision or pipeline.precision
     depth = max_depth if depth is None else depth

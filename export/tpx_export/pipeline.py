@@ -48,7 +48,8 @@ class Pipeline:
 
     `transformer` loads an MMDiT, which takes latents, timestep, context, pooled and depth, or a DiT, which takes class_id
     instead of the text. `autoencoder` loads a module with `encoder(image) -> (mean, log variance)` and
-    `decoder(latents) -> image`. `blocks` and `width` are the transformer's; `precision` is that of its stored weights.
+    `decoder(latents) -> image`. `blocks` and `width` are the transformer's; `precision` is a bundle's default: that of the
+    transformer's stored weights for a base, fp32 for a TPX checkpoint.
     """
 
     name: str

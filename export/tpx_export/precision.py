@@ -32,12 +32,12 @@ INT8_PRECISIONS = ("int8", "int8-weights")
 
 
 def unquantised_precision(precision: str, stored: str) -> str:
-    """The precision of parts that int8 does not quantise, such as the autoencoder: that of their stored weights."""
+    """The precision of parts that int8 does not quantise, such as the autoencoder: `stored`, which is Pipeline.precision."""
     return stored if precision in INT8_PRECISIONS else precision
 
 
 def tolerance_of(precision: str, stored: str) -> Tolerance:
-    """The tolerances of a bundle in `precision` whose model is stored in the precision `stored`."""
+    """The tolerances of a bundle in `precision` whose Pipeline.precision is `stored`."""
     tolerance, unquantised = TOLERANCES[precision], TOLERANCES[unquantised_precision(precision, stored)]
     return replace(
         tolerance,

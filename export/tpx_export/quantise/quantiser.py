@@ -44,7 +44,7 @@ class Int8Options:
     score_prompts: int = MAX_SCORE_PROMPTS
 
     def check(self, precision: str | None) -> None:
-        """Check what can be checked without the model; `precision` None is that of the stored weights. Raises BadInput."""
+        """Check what can be checked without the model; `precision` None is the pipeline's. Raises BadInput."""
         if precision not in INT8_PRECISIONS:
             found = precision or "no --precision"
             raise BadInput(
