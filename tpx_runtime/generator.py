@@ -68,7 +68,7 @@ class Generator:
 
         `verify` checks the SHA-256 of every file, unless none has changed since that was done (verified.py).
         `t5=False` leaves out the T5 encoder of a Stable Diffusion 3 bundle, as its authors allow. Raises BundleInvalid,
-        EngineUnavailable or BadInput (unknown engine, or no T5 to leave out).
+        EngineUnavailable or BadInput (unknown engine, no T5 to leave out, or TPX_ENGINES inside the bundle).
         """
         check_environment()
         bundle = Bundle.open(path, verify=False)
@@ -170,8 +170,9 @@ class Generator:
         """Prepare an input image, resized and cropped to the model's size; `mask` is white where to repaint.
 
         The mask is stretched to the size of the image. Transparent areas become white in an image and black in a mask.
-        Raises BadInput if the bundle has no image encoder, if an argument is not an image, or if the mask is all black;
-        warns with ImageResized if the image has another size than the model's.
+        Raises BadInput if the bundle has no image encoder, if its model predicts epsilon, if an argument is not an image, or
+        if the mask is all black; EngineFailed if the encoder fails or its latents are not finite. Warns with ImageResized if
+        the image has another size than the model's.
         """
         self._encoder_path()
         model, latent = self.manifest.model, self.manifest.latent
@@ -262,7 +263,8 @@ class Generator:
     ) -> Array:
         """The latents [B, C, H, W] of one batch of jobs that differ only in prompts, classes and seed, for `decode`.
 
-        Raises Cancelled if the callback returns False, BadInput for a strength without an `edit` or the reverse.
+        Raises Cancelled if the callback returns False, EngineFailed if a graph fails or latents are not finite, BadInput for
+        a strength without an `edit` or the reverse.
         """
         jobs = job_list(jobs)
         job = shared_settings(jobs, edit, self.manifest)
