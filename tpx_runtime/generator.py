@@ -68,7 +68,8 @@ class Generator:
 
         `verify` checks the SHA-256 of every file, unless none has changed since that was done (verified.py).
         `t5=False` leaves out the T5 encoder of a Stable Diffusion 3 bundle, as its authors allow. Raises BundleInvalid,
-        EngineUnavailable or BadInput (unknown engine, no T5 to leave out, or TPX_ENGINES inside the bundle).
+        EngineUnavailable or BadInput (unknown engine, no T5 to leave out, TPX_ENGINES inside the bundle, or an environment
+        variable with an invalid value).
         """
         check_environment()
         bundle = Bundle.open(path, verify=False)
