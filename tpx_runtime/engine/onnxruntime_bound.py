@@ -209,6 +209,7 @@ class Buffers:
         try:
             self._graph = self._stream.capture(lambda: self._run(wait=False))
             self._finalizer = weakref.finalize(self, _free, self._stream, self._graph)
+            self._finalizer.atexit = False
         except Exception as error:
             self._captures_left, self._calls_before_capture = self._captures_left - 1, WARM_UP_CALLS
             if self._captures_left:
