@@ -104,6 +104,14 @@ def _plan_lines(
     raise BadInput(f"{file}, line {number}: {first}")
 
 
+def _reject_size(_: click.Context, __: click.Parameter, size: str | None) -> None:
+    if size is not None:
+        raise BadInput(
+            "expected no --width or --height: images have the size that the bundle was exported for (tpx-info BUNDLE); "
+            "for another, export one with tpx-export --image-size"
+        )
+
+
 @contextmanager
 def _print_paths_on_exit() -> Iterator[list[Path]]:
     """Yield a list; its paths are printed on exit, below the progress bar, even after an error."""
@@ -173,6 +181,15 @@ def _print_paths_on_exit() -> Iterator[list[Path]]:
     "--no-verify",
     is_flag=True,
     help="Skip the hash check of the bundle's files, which is done once after each change of one.",
+)
+@click.option(
+    "--width",
+    "--height",
+    "-W",
+    "-H",
+    hidden=True,
+    expose_value=False,
+    callback=_reject_size,
 )
 @click.option("--force", is_flag=True, help="Replace existing files.")
 @click.option(

@@ -22,6 +22,17 @@ def write_json(path: Path, facts: dict[str, Any]) -> None:
     write_atomic(path, (json.dumps(facts, indent=2, ensure_ascii=False) + "\n").encode())
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """What `write_json` wrote. Raises BadInput for a file that is damaged or cannot be read."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or "a damaged file"
+        raise BadInput(
+            f"expected a record in {path}, found: {reason}; delete it to repeat that part"
+        ) from None
+
+
 def require_same_settings(
     before: dict[str, Any], now: dict[str, Any], where: Path, option: str = "--out"
 ) -> None:

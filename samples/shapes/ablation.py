@@ -11,7 +11,6 @@ results.json. Finished runs are skipped, so that a stopped experiment can be res
 """
 
 import itertools
-import json
 import shutil
 import time
 from collections.abc import Callable
@@ -39,7 +38,7 @@ from tpx_runtime.evaluation.statistics import Estimate, bootstrap
 from tpx_runtime.files import make_folder
 from tpx_runtime.generator import Generator
 from tpx_runtime.manifest import ALL_NOISE_LEVELS
-from tpx_runtime.records import require_same_settings, write_json
+from tpx_runtime.records import read_json, require_same_settings, write_json
 
 LOSSES = "losses.npy"
 FRESH_SEED, FRESH_SHARDS = 2**20, 2  # of scenes that are in no training data of smaller seeds
@@ -174,7 +173,7 @@ def run(experiment: Experiment, name: str, seed: int) -> dict[str, Any]:
         "seconds of training": round(seconds),
         "spec": asdict(spec) if spec else None,
         "loss on fresh scenes": float(losses.mean()),
-        "rows": json.loads((folder / "eval/report.json").read_text())["rows"],
+        "rows": read_json(folder / "eval/report.json")["rows"],
     }
     write_json(record, facts)
     return facts
@@ -189,7 +188,7 @@ def finished_runs(experiment: Experiment) -> list[dict[str, Any]]:
 
 
 def _finished_run(experiment: Experiment, record: Path) -> dict[str, Any]:
-    facts = dict(json.loads(record.read_text()))
+    facts = read_json(record)
     require_same_settings(facts.get("settings", {}), experiment.settings, record.parent)
     return facts
 

@@ -9,7 +9,6 @@ cells are not run again. Needs no torch.
 """
 
 import itertools
-import json
 import statistics
 import time
 from pathlib import Path
@@ -23,7 +22,7 @@ from tpx_runtime.errors import BadInput
 from tpx_runtime.evaluation.compare import Report, compare
 from tpx_runtime.generator import Generator
 from tpx_runtime.options import find_bundle
-from tpx_runtime.records import write_json
+from tpx_runtime.records import read_json, write_json
 
 BATCH_SIZE, PROMPT = 8, "a red cube on a blue sphere"  # of the timed batches
 
@@ -55,10 +54,10 @@ def cell(generator: Generator, out: Path, settings: dict[str, Any], **limits: An
     evaluate.run(folder, generator, **limits, **settings)
     record = folder / "cell.json"
     if not record.exists():
-        rows = json.loads((folder / "report.json").read_text())["rows"]
+        rows = read_json(folder / "report.json")["rows"]
         seconds = seconds_per_image(generator, settings)
         write_json(record, {**settings, "folder": folder.name, "seconds an image": seconds, "rows": rows})
-    return dict(json.loads(record.read_text()))
+    return read_json(record)
 
 
 def seconds_per_image(generator: Generator, settings: dict[str, Any]) -> float:

@@ -926,6 +926,11 @@ def test_a_rejected_command_prints_no_truncation_notice(
             "expected a folder two lines to write a.png into, found none; make it",
         ),
         ([PROMPT, "--out", "folder.png"], "expected folder.png to be a file, found a folder"),
+        (
+            [PROMPT, "--width", "256"],
+            "images have the size that the bundle was exported for (tpx-info BUNDLE",
+        ),
+        ([PROMPT, "-H", "256"], "for another, export one with tpx-export --image-size"),
         ([PROMPT, "--out", "folder.png", "--force"], "expected folder.png to be a file, found a folder"),
     ],
 )

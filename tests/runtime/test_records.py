@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tpx_runtime.errors import BadInput
-from tpx_runtime.records import differences, require_same_settings
+from tpx_runtime.records import differences, read_json, require_same_settings, write_json
 
 
 def test_differences_name_each_setting_and_say_where_it_is_missing() -> None:
@@ -24,3 +24,23 @@ def test_a_run_with_other_settings_is_not_resumed() -> None:
     assert str(caught.value) == (
         "expected the settings of the run in runs (steps 20), found steps 5; use those, or another --json"
     )
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "a damaged file"),
+        (b'{"steps": 20', "a damaged file"),
+        (b"3", "a damaged file"),
+        (b"\xff", "a damaged file"),
+        (b"[" * 100_000, "a damaged file"),
+        (None, "No such file or directory"),
+    ],
+)
+def test_a_damaged_record_is_named(tmp_path: Path, content: bytes | None, reason: str) -> None:
+    write_json(path := tmp_path / "result.json", {"row": "base"})
+    assert read_json(path) == {"row": "base"}
+    path.write_bytes(content) if content is not None else path.unlink()
+    with pytest.raises(BadInput) as caught:
+        read_json(path)
+    assert str(caught.value) == f"expected a record in {path}, found: {reason}; delete it to repeat that part"
