@@ -1028,12 +1028,12 @@ def test_a_non_finite_image_is_an_engine_failure(
 def test_a_full_disk_is_reported_and_leaves_no_file(
     fake_bundle: Path, workdir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(self: Image.Image, path: Path, **_: object) -> None:
-        Path(path).write_bytes(b"half")
+    def fail(self: Path, data: bytes) -> None:
+        self.touch()
         raise OSError(28, "No space left on device")
 
     use_engine(monkeypatch, FakeEngine())
-    monkeypatch.setattr(Image.Image, "save", fail)
+    monkeypatch.setattr(Path, "write_bytes", fail)
     result = run("red cube", "--bundle", fake_bundle)
     assert result.exit_code == 2
     assert result.stderr.splitlines()[-1] == (
@@ -1112,12 +1112,12 @@ def test_ctrl_c_in_any_graph_gives_a_one_line_error(
 def test_ctrl_c_while_writing_leaves_no_file(
     fake_bundle: Path, workdir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupt(self: Image.Image, path: Path, **_: object) -> None:
-        Path(path).write_bytes(b"half")
+    def interrupt(self: Path, data: bytes) -> None:
+        self.touch()
         raise KeyboardInterrupt
 
     use_engine(monkeypatch, FakeEngine())
-    monkeypatch.setattr(Image.Image, "save", interrupt)
+    monkeypatch.setattr(Path, "write_bytes", interrupt)
     assert run("red cube", "--bundle", fake_bundle).exit_code == 130
     assert list(workdir.iterdir()) == []
 
