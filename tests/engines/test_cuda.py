@@ -12,7 +12,16 @@ import numpy as np
 import pytest
 
 from tpx_runtime.engine import cuda, gpu
-from tpx_runtime.engine.cuda import NON_BLOCKING, OUT_OF_MEMORY, SIGNATURES, Buffer, CudaFailed, Driver, Graph
+from tpx_runtime.engine.cuda import (
+    NON_BLOCKING,
+    OUT_OF_MEMORY,
+    SIGNATURES,
+    Buffer,
+    CudaFailed,
+    Driver,
+    Graph,
+    Stream,
+)
 from tpx_runtime.engine.gpu import find_gpu, local_gpu
 
 VALUES = {"int": c_int, "unsigned int": c_uint, "size_t": c_size_t, "unsigned long long": c_uint64}
@@ -126,6 +135,21 @@ class TestOnAGpu:
         graph.free()
         driver.call("cuStreamSynchronize", stream)
         buffer.free()
+
+    def test_a_stream_copies_on_the_device_up_to_its_mark(self, driver: Driver) -> None:
+        stream, numbers = Stream(driver), np.arange(1000, dtype=np.float32)
+        source, target = (Buffer(driver, numbers.nbytes) for _ in range(2))
+        stream.wait_for_mark()  # which is nowhere yet
+        source.upload(numbers, stream.handle)
+        graph = stream.capture(lambda: stream.copy(target.device, source.device, numbers.nbytes))
+        graph.launch(stream.handle)
+        target.download(numbers.nbytes, stream.handle)
+        stream.mark()
+        stream.wait_for_mark()
+        assert np.array_equal(target.view(numbers.shape, numbers.dtype), numbers)
+        stream.wait()
+        for resource in (graph, source, target, stream):
+            resource.free()
 
     def test_out_of_memory_is_reported_with_advice(self, driver: Driver) -> None:
         with pytest.raises(CudaFailed, match="found CUDA_ERROR_OUT_OF_MEMORY; generate fewer images"):

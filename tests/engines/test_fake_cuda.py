@@ -6,7 +6,7 @@ import pytest
 from fake_cuda import FakeDriver, install
 from fake_tensorrt import FakeEngineFunction, FakeTensorRt
 
-from tpx_runtime.engine.cuda import NON_BLOCKING, Buffer, CudaFailed, Driver, Graph
+from tpx_runtime.engine.cuda import NON_BLOCKING, Buffer, CudaFailed, Driver, Graph, Stream
 
 
 @pytest.mark.parametrize(
@@ -44,3 +44,20 @@ def test_an_input_shape_must_agree_with_the_fixed_sizes(shape: tuple[int, ...], 
     context = engine.create_execution_context()
     assert context.set_input_shape("x", shape) == fits
     del context, engine  # each needs the one before
+
+
+def test_a_mark_is_waited_for_without_what_follows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, fake := FakeDriver())
+    driver = Driver()
+    stream, done = Stream(driver), list[int]()
+    stream.wait_for_mark()  # which is nowhere yet
+    fake.enqueue(stream.handle, lambda: done.append(1))
+    stream.mark()
+    fake.enqueue(stream.handle, lambda: done.append(2))
+    stream.wait_for_mark()
+    assert done == [1]
+    stream.mark()
+    stream.wait_for_mark()
+    assert done == [1, 2]
+    stream.free()
+    assert fake.held == {}
