@@ -314,17 +314,20 @@ def test_a_damaged_file_gives_an_image_or_bad_input(generator: Generator, tmp_pa
 def test_large_photographs_are_left_to_the_filter_of_warnings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 60)  # Pillow warns above this and rejects twice as much
-    ramp().save(path := tmp_path / "a.png")
+    # Pillow warns above this and rejects twice as much.
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000_000)
+    Image.new("L", (1200, 1000)).save(path := tmp_path / "a.png")
     filters = list(warnings.filters)
     with pytest.warns(Image.DecompressionBombWarning):
-        assert load_image(path).size == (12, 8)
+        assert load_image(path).size == (1200, 1000)
+    message = r"expected an image of at most 1 megapixels in .*a\.png, found more"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with pytest.raises(
-            BadInput, match=r"expected an image of at most 0 megapixels in .*a\.png, found more"
-        ):
+        with pytest.raises(BadInput, match=message):
             load_image(path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500_000)
+    with pytest.raises(BadInput, match=message):
+        load_image(path)
     assert warnings.filters == filters
 
 
