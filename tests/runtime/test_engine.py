@@ -13,10 +13,22 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 from fake_cuda import FakeDriver, install
 
-from tpx_runtime.engine import AUTO, ENGINES, Engine, checked_output, cuda, engine_errors, one_line, resolve
+from tpx_runtime.engine import (
+    AUTO,
+    ENGINES,
+    Arrays,
+    Engine,
+    checked_output,
+    cuda,
+    engine_errors,
+    one_line,
+    resolve,
+)
+from tpx_runtime.engine import onnxruntime as engine_onnxruntime
 from tpx_runtime.errors import BadInput, EngineFailed, EngineUnavailable
 
 REAL = ["onnxruntime", "openvino"]
@@ -338,6 +350,23 @@ def test_onnx_runtime_names_a_path_that_is_not_utf8() -> None:
         EngineFailed, match=r"^expected a bundle whose path is UTF-8, found b'/tmp/h\\xff/model"
     ):
         ENGINES["onnxruntime"].open(path)
+
+
+def test_onnx_runtime_returns_memory_in_a_call_with_fewer_rows() -> None:
+    shrinks: list[bool] = []
+
+    def run(names: list[str], inputs: Arrays, options: ort.RunOptions | None) -> list[object]:
+        shrinks.append(
+            options is not None
+            and options.get_run_config_entry("memory.enable_memory_arena_shrinkage") == "cpu:0"
+        )
+        return []
+
+    session = SimpleNamespace(get_outputs=list, run=run)
+    opened = engine_onnxruntime.OrtSession(session, Path("model.onnx"))
+    for rows in (1, 64, 64, 2, 2, 1, 8):
+        opened.run({"x": np.zeros((rows, 3)), "slot": np.array(0)})
+    assert shrinks == [False, False, False, True, False, True, False]
 
 
 def test_output_is_checked_by_name_and_shape() -> None:

@@ -46,15 +46,24 @@ _idle_streams: list[Stream] = []
 
 
 class OrtSession:
-    """A graph in ONNX Runtime."""
+    """A graph in ONNX Runtime, which keeps the memory of its calls for the next ones.
+
+    A call with fewer rows than the one before returns what it does not need, so that it is not kept after a large batch.
+    """
 
     def __init__(self, session: ort.InferenceSession, path: Path) -> None:
         self._session, self._path = session, path
         self._names = [output.name for output in session.get_outputs()]
+        self._rows = 0  # of the last call
 
     def run(self, inputs: Arrays) -> Arrays:
+        options, before = None, self._rows
+        self._rows = max((len(array) for array in inputs.values() if array.ndim), default=0)
+        if self._rows < before:
+            options = ort.RunOptions()
+            options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         with engine_errors(self._path, "onnxruntime", "run"):
-            return dict(zip(self._names, self._session.run(self._names, inputs), strict=True))
+            return dict(zip(self._names, self._session.run(self._names, inputs, options), strict=True))
 
 
 def open_session(engine_name: str, path: Path) -> Session:
