@@ -176,6 +176,14 @@ def test_gate_that_ignores_the_condition_has_no_layer_for_it() -> None:
     assert conditions == [None, None]
 
 
+@pytest.mark.parametrize("sees_condition", [True, False])
+def test_the_gate_is_two_layers_around_silu(sees_condition: bool) -> None:
+    gate, tokens = Gate(64, 3, sees_condition), torch.randn(2, 16, 64)
+    condition = gate_condition(gate, torch.randn(2, 64)) if sees_condition else None
+    hidden = gate.token(F.layer_norm(tokens, [64])) + (0 if condition is None else condition)
+    torch.testing.assert_close(gate(tokens, condition), gate.out(F.silu(hidden)))
+
+
 def test_every_thinking_parameter_gets_a_gradient() -> None:
     model = randomised(MMDiT(MMDiTSpec(**SPEC, thinking=THINKING))).train()
     model(*inputs(), 3)[0].square().mean().backward()

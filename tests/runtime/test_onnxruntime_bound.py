@@ -195,6 +195,14 @@ def test_a_failed_launch_is_one_line_and_the_next_call_works(driver: FakeDriver,
     assert (bound.run(inputs)["sum"] == 2).all()
 
 
+def test_calls_make_the_context_current_in_their_thread(driver: FakeDriver, bound: BoundSession) -> None:
+    inputs = {"x": np.ones((1, 2), np.float32), "y": np.ones(2, np.float32)}
+    for _ in range(4):
+        driver.current = 0  # as in a new thread
+        bound.run(inputs)
+        assert driver.current
+
+
 def test_garbage_collection_frees_graphs(driver: FakeDriver) -> None:
     bound = open_bound(ADD.SerializeToString(), driver)
     for _ in range(3):
