@@ -203,6 +203,32 @@ def test_calls_make_the_context_current_in_their_thread(driver: FakeDriver, boun
         assert driver.current
 
 
+def test_an_error_waits_for_what_was_enqueued(driver: FakeDriver, bound: BoundSession) -> None:
+    """So nothing uses the memory that is released then."""
+    inputs = {"x": np.ones((1, 2), np.float32), "y": np.ones(2, np.float32)}
+    for _ in range(3):
+        bound.run(inputs)
+
+    def fail() -> None:
+        with bound.running():
+            bound.buffers(inputs).enqueue(bound.stream)
+            assert driver.streams[bound.stream.handle]
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert not driver.streams[bound.stream.handle] and not bound._bound
+
+
+def test_shared_memory_is_kept_for_a_few_shapes(bound: BoundSession) -> None:
+    first = bound.memory("table", (1, 2), np.float32)
+    assert bound.memory("table", (1, 2), np.float32) is first
+    for rows in range(2, 2 + MAX_BUFFER_SETS):
+        assert bound.memory("table", (rows, 2), np.float32).shape() == [rows, 2]
+    assert len(bound._memory) == MAX_BUFFER_SETS
+    assert bound.memory("table", (1, 2), np.float32) is not first
+
+
 def test_garbage_collection_frees_graphs(driver: FakeDriver) -> None:
     bound = open_bound(ADD.SerializeToString(), driver)
     for _ in range(3):

@@ -96,7 +96,7 @@ class BoundSession:
         key = name, shape
         value = self._memory.pop(key, None)
         if value is None:
-            for oldest in list(self._memory)[: len(self._memory) + 1 - MAX_BUFFER_SETS]:
+            for oldest in list(self._memory)[: max(0, len(self._memory) + 1 - MAX_BUFFER_SETS)]:
                 del self._memory[oldest]
             value = ort.OrtValue.ortvalue_from_shape_and_type(shape, dtype, self.device)
         self._memory[key] = value

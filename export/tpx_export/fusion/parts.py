@@ -70,7 +70,7 @@ def gather_slices(model: onnx.ModelProto, op_type: str) -> None:
 def _plus_one(graph: Lookup, name: str) -> onnx.NodeProto | None:
     """The node that adds the constant 1 to a value, if nothing else consumes it."""
     consumers = graph.consumers(name)
-    if len(consumers) != 1 or consumers[0].op_type != "Add" or consumers[0].input[0] != name:
+    if len(consumers) != 1 or consumers[0].op_type != "Add":
         return None
     constant = graph.initialisers.get(consumers[0].input[1])
     is_one = constant is not None and not constant.dims and numpy_helper.to_array(constant) == 1
