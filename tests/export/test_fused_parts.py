@@ -89,6 +89,18 @@ def test_other_additions_stay_as_they_are(changes: dict[str, object]) -> None:
     assert list(model.graph.node) == nodes
 
 
+@pytest.mark.parametrize("shape", ["b, 2, 6", "b, 6", "b, 1, 1, 6"])
+def test_parts_of_another_shape_stay_as_they_are(shape: str) -> None:
+    model = parse(
+        f"(float[{shape}] x) => (float[{shape[:-1]}2] y) {{ a, c, d = Split <axis = -1, num_outputs = 3> (x) "
+        "p = Add (a, one) q = Add (c, one) r = Add (d, one) s = Mul (p, q) y = Mul (s, r) }",
+        one=np.float32(1),
+    )
+    nodes = list(model.graph.node)
+    add_ones_once(model)
+    assert list(model.graph.node) == nodes
+
+
 def test_unequal_parts_stay_as_they_are() -> None:
     model = parse(
         "(float[b, 1, 6] x) => (float[b, 1, 2] y, float[b, 1, 4] z) { a, c = Split <axis = -1> (x, sizes) "
@@ -125,6 +137,13 @@ def test_other_slices_stay_as_they_are(changes: dict[str, object]) -> None:
     nodes = list(model.graph.node)
     gather_slices(model, "Relu")
     assert list(model.graph.node) == nodes
+
+
+def test_slices_of_an_unknown_shape_stay_as_they_are() -> None:
+    model = slice_graph()
+    del model.graph.value_info[:]
+    gather_slices(model, "Relu")
+    assert op_types(model) == ["Relu", "Slice", "Slice"]
 
 
 def test_a_single_slice_stays_as_it_is() -> None:

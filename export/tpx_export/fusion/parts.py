@@ -19,8 +19,9 @@ def add_ones_once(model: onnx.ModelProto) -> None:
     graph = Lookup(model.graph)
     replacements = {}
     for split in [node for node in model.graph.node if node.op_type == "Split"]:
+        shape, *others = {graph.shape(name) for name in split.output}
         added = [_plus_one(graph, name) for name in split.output]
-        if len({graph.shape(name) for name in split.output}) > 1 or sum(map(bool, added)) < 2:
+        if others or len(shape) != 3 or shape[1] != 1 or sum(map(bool, added)) < 2:
             continue
         name = f"{split.input[0]}_plus"
         offsets, apart = f"{name}_offsets", f"{name}_apart"
@@ -50,8 +51,8 @@ def gather_slices(model: onnx.ModelProto, op_type: str) -> None:
     replacements = {}
     for source in [node for node in model.graph.node if node.op_type == op_type]:
         slices = [node for node in graph.consumers(source.output[0]) if node.op_type == "Slice"]
-        size = graph.shape(source.output[0])[1]
-        if len(slices) < 2 or not isinstance(size, int):
+        shape = graph.shape(source.output[0])
+        if len(slices) < 2 or len(shape) != 3 or not isinstance(size := shape[1], int):
             continue
         for node in slices:
             starts, ends, axes, steps = (
