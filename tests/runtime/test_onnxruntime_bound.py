@@ -323,7 +323,7 @@ def test_the_gpu_engine_binds_and_captures_graphs_by_default(
     if graphs:
         expected["enable_cuda_graph"] = "1"
     assert requested_providers == [("CUDAExecutionProvider", expected)]
-    assert (opened.device, opened._graphs) == ("cuda", graphs)
+    assert (opened._device, opened._graphs) == ("cuda", graphs)
 
 
 def test_a_stream_is_used_by_one_session_at_a_time(

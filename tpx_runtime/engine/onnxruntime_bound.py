@@ -49,8 +49,8 @@ class BoundSession:
     def __init__(
         self, session: ort.InferenceSession, path: Path, device: str, stream: Stream, graphs: bool = False
     ) -> None:
-        self.device, self.stream = device, stream
-        self._session, self._path, self._graphs = session, path, graphs
+        self.stream = stream
+        self._session, self._path, self._device, self._graphs = session, path, device, graphs
         self._bound: dict[ShapesKey, Buffers] = {}  # least recently used first
         self._memory: dict[tuple[object, ...], ort.OrtValue] = {}  # likewise
 
@@ -87,7 +87,7 @@ class BoundSession:
         buffers = self._bound.pop(key, None)
         if buffers is None:
             self._release(len(self._bound) + 1 - MAX_BUFFER_SETS)
-            buffers = Buffers(self._session, self._path, self.device, self.stream, self._graphs, shared)
+            buffers = Buffers(self._session, self._path, self._device, self.stream, self._graphs, shared)
         self._bound[key] = buffers
         return buffers
 
@@ -98,7 +98,7 @@ class BoundSession:
         if value is None:
             for oldest in list(self._memory)[: max(0, len(self._memory) + 1 - MAX_BUFFER_SETS)]:
                 del self._memory[oldest]
-            value = ort.OrtValue.ortvalue_from_shape_and_type(shape, dtype, self.device)
+            value = ort.OrtValue.ortvalue_from_shape_and_type(shape, dtype, self._device)
         self._memory[key] = value
         return value
 

@@ -9,6 +9,7 @@ the transformer's stream, so that a call is enqueued while the one before it run
 """
 
 import numpy as np
+import numpy.typing as npt
 import onnxruntime as ort
 
 from .loop import LoopPlan
@@ -85,7 +86,7 @@ class DeviceLoop:
         self._stream.wait_for_mark()
         self._stream.mark()
 
-    def latents(self) -> np.ndarray:
+    def latents(self) -> npt.NDArray[np.float32]:
         """Download the latents [rows, C, H, W] that the next call reads."""
         self.wait()
         return np.array(self._transformer_buffers.inputs["latents"].numpy())
