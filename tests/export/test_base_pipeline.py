@@ -4,6 +4,7 @@ import json
 import shutil
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from test_base_sd3 import original
 from test_base_vae import original as vae_names
 
+from benchmarks import sd3_images
 from benchmarks.tiny_sd3 import VARIANTS, save_pipeline, tiny_vae
 from tpx_export import fingerprint
 from tpx_export.adapters import AdapterInfo, attach, load_adapters, save_adapters, write_adapters
@@ -34,6 +36,7 @@ from tpx_export.precision import cast_to_precision
 from tpx_runtime.bundle import Bundle
 from tpx_runtime.engine import resolve
 from tpx_runtime.errors import BadInput
+from tpx_runtime.evaluation.similarity import psnr_db
 from tpx_runtime.generator import Generator, ImageResized
 from tpx_runtime.noise import batch_noise
 from tpx_runtime.sampling.flow import FLOW_SAMPLERS
@@ -106,6 +109,35 @@ def test_pipeline_generates_the_image_of_diffusers(
     other = np.asarray(generator("a dog", negative_prompt=NEGATIVE, seed=3)[0], np.float64)
     # The image depends on the prompt.
     assert psnr(other, expected) < 45
+
+
+def test_the_benchmark_draws_the_same_image_with_diffusers_and_the_bundle(
+    reference: tuple[Path, Any], bundle: Path
+) -> None:
+    tasks = sd3_images.tasks(reference[0], (bundle,), "onnxruntime", steps=4, rounds=2, compiled=False)
+    assert [task.name for task in tasks] == ["diffusers", "TPX: sd3"]
+    theirs, ours = (sd3_images.measure(task) for task in tasks)
+    assert psnr_db(theirs.image, ours.image) > 60
+    assert len(theirs.image_s) == len(ours.image_s) == 2
+    other = sd3_images.measure(replace(tasks[1], steps=5, rounds=1))
+    assert psnr_db(theirs.image, other.image) < 50
+
+
+def test_the_benchmark_has_a_row_for_each_depth(tiny_bundle: Path) -> None:
+    rows = sd3_images.tasks(Path("base"), (tiny_bundle,), "onnxruntime", steps=4, rounds=2, compiled=True)
+    assert [(row.depth, row.compiled) for row in rows] == [(None, False), (None, True)] + [
+        (depth, False) for depth in (1, 2, 3)
+    ]
+    assert rows[-1].name == f"TPX: {tiny_bundle.name}, depth 3" and not rows[-1].t5
+
+
+def test_the_benchmark_refuses_bundles_that_cannot_be_compared(
+    reference: tuple[Path, Any], bundle: Path, tiny_bundle: Path
+) -> None:
+    arguments = [str(reference[0]), str(bundle), str(tiny_bundle), "--engine", "onnxruntime"]
+    result = CliRunner().invoke(sd3_images.main, arguments)
+    assert result.exit_code == 1 and "expected bundles of one image size and number of " in result.stderr
+    assert result.stdout == ""
 
 
 def test_every_engine_of_this_machine_is_within_tolerance(bundle: Path) -> None:

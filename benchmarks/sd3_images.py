@@ -1,0 +1,182 @@
+"""Times whole images of a Stable Diffusion 3 folder, from prompt to picture, in diffusers and in TPX on the same machine.
+
+    python -m benchmarks.sd3_size OUT --full               # or a real diffusers folder
+    tpx-export --base OUT/base --no-t5 --out PLAIN         # the same model, so that the images can be compared
+    python -m benchmarks.sd3_images OUT/base PLAIN OUT/bundle [--engine onnxruntime-cuda] [--compile] [--steps 28]
+
+Each row has its own process, because PyTorch and ONNX Runtime keep the memory of a GPU that they once used. All use the same
+initial latents, guidance 7, a negative prompt, and T5 if the bundles have it. Bundles are measured at every depth.
+`--compile` adds torch.compile of the transformer and decoder in diffusers. Needs the extra `parity`.
+"""
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import click
+from PIL import Image
+
+from tpx_runtime.command import TpxCommand
+from tpx_runtime.engine import ENGINES
+from tpx_runtime.errors import TpxError
+from tpx_runtime.evaluation.similarity import psnr_db
+
+PROMPT, NEGATIVE, SEED, GUIDANCE = "a red cube on a blue sphere", "blurry", 3, 7.0
+WARM_UP = 3  # images: each CUDA graph is captured in its third call
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a process measures: diffusers, if `depth` is None, else a bundle at this depth."""
+
+    name: str
+    folder: Path
+    size_px: tuple[int, int]  # height, width
+    steps: int
+    rounds: int
+    engine: str
+    t5: bool
+    depth: int | None = None
+    compiled: bool = False
+
+
+@dataclass(frozen=True)
+class Result:
+    """Seconds until the model is loaded, until its first image is drawn after that, and of each later image."""
+
+    load_s: float
+    first_s: float
+    image_s: list[float]
+    image: Image.Image
+
+
+def diffusers_image(task: Task) -> Callable[[], Image.Image]:
+    """A function that draws one image with diffusers, on a GPU if the engine uses one."""
+    import torch
+    from diffusers import StableDiffusion3Pipeline
+
+    from tpx_runtime.noise import batch_noise
+
+    device, dtype = ("cuda", torch.float16) if task.engine == "onnxruntime-cuda" else ("cpu", torch.float32)
+    left_out: dict[str, Any] = {} if task.t5 else {"text_encoder_3": None, "tokenizer_3": None}
+    pipeline: Any = StableDiffusion3Pipeline.from_pretrained(task.folder, dtype=dtype, **left_out).to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    if task.compiled:
+        pipeline.transformer.compile(fullgraph=True)
+        pipeline.vae.decode = torch.compile(pipeline.vae.decode, fullgraph=True)
+    height, width = task.size_px
+    factor, channels = pipeline.vae_scale_factor, pipeline.transformer.config.in_channels
+    noise = torch.from_numpy(batch_noise([SEED], (channels, height // factor, width // factor)))
+    latents = noise.to(device, dtype)
+
+    def draw() -> Image.Image:
+        [image] = pipeline(
+            PROMPT,
+            negative_prompt=NEGATIVE,
+            height=height,
+            width=width,
+            latents=latents,
+            num_inference_steps=task.steps,
+            guidance_scale=GUIDANCE,
+        ).images
+        return image
+
+    return draw
+
+
+def bundle_image(task: Task) -> Callable[[], Image.Image]:
+    """A function that draws one image with a bundle."""
+    from tpx_runtime.generator import Generator
+
+    generator = Generator.load(task.folder, task.engine)
+
+    def draw() -> Image.Image:
+        generator.clear_conditions()
+        [image] = generator(
+            PROMPT,
+            negative_prompt=NEGATIVE,
+            steps=task.steps,
+            guidance=GUIDANCE,
+            depth=task.depth,
+            seed=SEED,
+            sampler="euler",
+        )
+        return image
+
+    return draw
+
+
+def measure(task: Task) -> Result:
+    """Load the model, draw the images to warm up, then time `rounds` images."""
+
+    def seconds(call: Callable[[], Any]) -> tuple[float, Any]:
+        began = time.perf_counter()
+        result = call()
+        return time.perf_counter() - began, result
+
+    load_s, draw = seconds(lambda: (diffusers_image if task.depth is None else bundle_image)(task))
+    first_s, _ = seconds(draw)
+    for _ in range(WARM_UP - 1):
+        draw()
+    drawn = [seconds(draw) for _ in range(task.rounds)]
+    return Result(load_s, first_s, [time_s for time_s, _ in drawn], drawn[-1][1])
+
+
+def tasks(
+    base: Path, bundles: tuple[Path, ...], engine: str, steps: int, rounds: int, compiled: bool
+) -> list[Task]:
+    from tpx_runtime.bundle import Bundle
+
+    opened = [Bundle.open(path) for path in bundles]
+    kinds = {(bundle.manifest.model.image_size_px, len(bundle.manifest.text_encoders)) for bundle in opened}
+    if len(kinds) != 1:
+        raise click.ClickException(
+            f"expected bundles of one image size and number of text encoders, found {sorted(kinds)}; export them again"
+        )
+    [(size_px, text_encoders)] = kinds
+    common = (size_px, steps, rounds, engine, text_encoders == 3)
+    listed = [Task("diffusers", base, *common)]
+    if compiled:
+        listed.append(Task("diffusers, torch.compile", base, *common, compiled=True))
+    for bundle, path in zip(opened, bundles, strict=True):
+        model = bundle.manifest.model
+        for depth in model.depths:
+            what = f", depth {depth}" if model.thinking_blocks else ""
+            listed.append(Task(f"TPX: {path.name}{what}", path, *common, depth=depth))
+    return listed
+
+
+@click.command(cls=TpxCommand)
+@click.argument("base", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("bundles", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
+@click.option("--engine", type=click.Choice(list(ENGINES)), default="onnxruntime-cuda", show_default=True)
+@click.option("--compile", "compiled", is_flag=True, help="Add torch.compile.")
+@click.option("--steps", type=click.IntRange(1), default=28, show_default=True)
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
+def main(base: Path, bundles: tuple[Path, ...], engine: str, compiled: bool, steps: int, rounds: int) -> None:
+    """Print a table of diffusers with the folder BASE, and of BUNDLES."""
+    if problem := ENGINES[engine].problem():
+        raise click.ClickException(problem)
+    try:
+        listed = tasks(base, bundles, engine, steps, rounds, compiled)
+    except TpxError as error:
+        raise click.ClickException(str(error)) from None
+    print("| | s per image | minimum to maximum | load, s | first image, s | PSNR to diffusers, dB |")
+    print("|---|---|---|---|---|---|", flush=True)
+    reference: Image.Image | None = None
+    for task in listed:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            result = pool.submit(measure, task).result()
+        reference = reference or result.image
+        times = f"{median(result.image_s):.3f} | {min(result.image_s):.3f} to {max(result.image_s):.3f}"
+        psnr = f"{psnr_db(result.image, reference):.1f}"
+        print(f"| {task.name} | {times} | {result.load_s:.1f} | {result.first_s:.1f} | {psnr} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
