@@ -114,6 +114,10 @@ class TpxCommand(click.Command):
         self.params.append(_version())
         self._extra = extra
 
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        # On Windows, click would replace "?", "*" and "%NAME%" in prompts.
+        return super().main(*args, **{"windows_expand_args": False, **kwargs})
+
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
         with one_line_errors():
             try:

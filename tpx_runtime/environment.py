@@ -19,6 +19,10 @@ def compiled_folder(bundle: Path, shared: Path | None = None) -> Path:
     NAME is that of the bundle's folder; `shared` is $TPX_ENGINES if None. Raises BadInput for a folder inside the bundle.
     """
     root = bundle.resolve()
+    if not root.name:
+        raise BadInput(
+            f"expected a bundle in a folder, found the root {root} of a drive; move it into a folder"
+        )
     if shared is None and (variable := os.environ.get(ENGINES_VARIABLE)):
         shared = Path(variable)
     folder = shared / root.name if shared else root.with_name(f"{root.name}.engines")

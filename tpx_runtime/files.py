@@ -3,7 +3,6 @@
 import errno
 import os
 import stat
-import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -22,7 +21,7 @@ def atomic_file(path: Path, replace: bool = True) -> Iterator[Path]:
     """
     if not path.name:
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    part = path.with_name(f".tpx-{uuid.uuid4().hex[:12]}.part")
+    part = _temporary(path.parent)
     try:
         part.touch()
         permissions = stat.S_IMODE(part.stat().st_mode)
@@ -33,6 +32,20 @@ def atomic_file(path: Path, replace: bool = True) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             part.unlink(missing_ok=True)
+
+
+def _temporary(folder: Path) -> Path:
+    return folder / f".tpx-{uuid.uuid4().hex[:12]}.part"
+
+
+def try_writing_into(folder: Path) -> None:
+    """Create a file in `folder` and delete it. Raises OSError.
+
+    `tempfile` would do so too, but on Windows it tries other names for hours where it has no permission.
+    """
+    part = _temporary(folder)
+    part.touch(exist_ok=False)
+    part.unlink()
 
 
 def _linked(part: Path, path: Path) -> bool:
@@ -54,7 +67,7 @@ def check_writable(path: Path) -> None:
         with suppress(FileNotFoundError):
             if stat.S_ISDIR(path.stat().st_mode):
                 raise BadInput(f"expected {path} to be a file, found a folder; name a file in it")
-        tempfile.TemporaryFile(dir=path.parent).close()
+        try_writing_into(path.parent)
     except FileNotFoundError:
         raise BadInput(
             f"expected a folder {path.parent} to write {path.name} into, found none; make it"
@@ -67,7 +80,7 @@ def make_folder(path: Path) -> None:
     """Create the folder of a run if it does not exist. Raises BadInput if it cannot be written into."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()
+        try_writing_into(path)
     except OSError as error:
         raise BadInput(
             f"expected a folder to write into at {path}, found: {error.strerror}; choose another"

@@ -86,9 +86,12 @@ def _compiled(folder: Path) -> str:
     """The cache of tpx-build and of OpenVINO's first runs; it is recreated if deleted."""
     size = 0
     try:
+        os.scandir(folder).close()  # from Python 3.13 on, rglob ignores errors
         for path in folder.rglob("*"):
             with suppress(OSError):  # another process may be cleaning up
                 size += path.stat().st_size if path.is_file() and path.name != RECORD else 0
+    except FileNotFoundError:
+        return "nothing"
     except OSError as error:
         return f"{folder}, which cannot be read: {error.strerror}"
     return f"{folder}, {_megabytes(size)} (safe to delete)" if size else "nothing"

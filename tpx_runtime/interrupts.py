@@ -1,4 +1,4 @@
-"""Signals that ask a process to end: Ctrl-C, SIGTERM, and SIGHUP when the terminal closes, all handled the same way.
+"""Signals that ask a process to end: Ctrl-C, Ctrl-Break, SIGTERM, and SIGHUP when the terminal closes, handled alike.
 
 Only the main thread can handle signals; in other threads the functions below do nothing.
 """
@@ -12,10 +12,12 @@ from typing import Any
 
 
 def termination_signals() -> list[signal.Signals]:
-    """SIGTERM, and SIGHUP unless it is ignored (nohup)."""
+    """SIGTERM, SIGHUP unless it is ignored (nohup), and SIGBREAK, as far as the system has them."""
     found = [signal.SIGTERM]
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         found.append(signal.SIGHUP)
+    if hasattr(signal, "SIGBREAK"):
+        found.append(signal.SIGBREAK)
     return found
 
 

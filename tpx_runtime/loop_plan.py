@@ -44,7 +44,7 @@ def plan_loop(
         return None
     last = found.timesteps[-1]  # repeated to fill the last row, which is never read
     tables: Arrays = {
-        "slot_indices": np.arange(slots).reshape(-1, 1, 1, 1, 1),
+        "slot_indices": np.arange(slots, dtype=np.int64).reshape(-1, 1, 1, 1, 1),
         "weights": found.weights,
         "mix": guidance_matrix(job.guidance, len(latents)),
         "condition_index": conditions.index,

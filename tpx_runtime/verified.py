@@ -29,7 +29,7 @@ def verify_once(bundle: Bundle) -> None:
     if _read(record) == facts:
         return
     bundle.verify_files()
-    if began - max(changed for *_, changed in facts["files"].values()) > _SETTLED_NS:
+    if began - max(max(times) for _, *times in facts["files"].values()) > _SETTLED_NS:
         with suppress(OSError):  # a folder that is not writable: the next process hashes again
             record.parent.mkdir(parents=True, exist_ok=True)
             with atomic_file(record) as part:

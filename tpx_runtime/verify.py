@@ -181,7 +181,7 @@ def verify_step(bundle: Bundle, engine: Engine) -> list[PartReport]:
             (slots, distinct, model.conditions_width),
         )
     )
-    slot, condition_index = 1, np.array([1, 0, 0, 1])
+    slot, condition_index = 1, np.array([1, 0, 0, 1], np.int64)
     new_history = np.concatenate([history[:slot], np.stack([prediction] * (slots - slot))])
     summed = mix @ (weights[slot] @ new_history.reshape(slots, -1)).reshape(rows, -1)
     expected = {
@@ -193,8 +193,8 @@ def verify_step(bundle: Bundle, engine: Engine) -> list[PartReport]:
         {
             "history": history,
             "prediction": prediction,
-            "slot": np.array(slot),
-            "slot_indices": np.arange(slots).reshape(-1, 1, 1, 1, 1),
+            "slot": np.array(slot, np.int64),
+            "slot_indices": np.arange(slots, dtype=np.int64).reshape(-1, 1, 1, 1, 1),
             "weights": weights,
             "mix": mix,
             "table": table,

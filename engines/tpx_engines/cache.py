@@ -6,7 +6,6 @@ tpx_runtime/engine/engine_file.py defines the file format and reads it; this mod
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from tpx_runtime.bundle import Bundle
 from tpx_runtime.engine.engine_file import MAGIC, PREFIX, VERSION, Key, Stale, load
 from tpx_runtime.environment import compiled_folder
 from tpx_runtime.errors import BadInput
-from tpx_runtime.files import atomic_file
+from tpx_runtime.files import atomic_file, try_writing_into
 
 __all__ = ["EngineCache", "Key", "Stale"]
 
@@ -47,7 +46,7 @@ class EngineCache:
         """Create the folder and check that it is writable, before a long build. Raises BadInput."""
         with _os_errors_as_bad_input(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=self.folder).close()
+            try_writing_into(self.folder)
 
     def store(self, key: Key, engine: bytes) -> Path:
         """Write the engine of `key`, replacing an older one. Raises BadInput, without changing the old file."""

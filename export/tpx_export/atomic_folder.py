@@ -53,6 +53,9 @@ def atomic_folder(out: Path, force: bool = False) -> Iterator[Path]:
     folder, replaced = work / "bundle", work.with_suffix(".replaced")
     try:
         _create(folder, out.parent)
+        if force and out.exists():  # on Windows it cannot be renamed while a file in it is open
+            out.rename(replaced)
+            replaced.rename(out)
         yield folder
         check_output_folder(out, force)
         if out.exists():
@@ -63,7 +66,7 @@ def atomic_folder(out: Path, force: bool = False) -> Iterator[Path]:
         if path != out and not path.is_relative_to(work):
             raise BadInput(f"expected to read {path}, found: {error.strerror}; check the path") from error
         raise BadInput(
-            f"expected to write {out}, found: {error.strerror}; free some space or choose another path"
+            f"expected to write {out}, found: {error.strerror}; free some space, close what uses it, or choose another path"
         ) from error
     finally:
         # Path.exists raises for a name that is too long, which would hide the error of creating it.

@@ -365,6 +365,26 @@ def test_bundle_is_replaced_completely_or_kept(tmp_path: Path, monkeypatch: pyte
     assert (entry_names(tmp_path), entry_names(out)) == (["bundle"], ["new"])
 
 
+def test_a_bundle_in_use_is_noticed_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Windows, a folder cannot be renamed while a file in it is open."""
+    out = make_bundle(tmp_path / "bundle")
+    rename = Path.rename
+
+    def rename_what_is_not_in_use(path: Path, target: Path) -> Path:
+        if path == out:
+            raise PermissionError(13, "Permission denied", str(path))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", rename_what_is_not_in_use)
+    worked = False
+    with (
+        pytest.raises(BadInput, match="found: Permission denied; free some space, close what uses it, or"),
+        atomic_folder(out, force=True),
+    ):
+        worked = True
+    assert not worked and (entry_names(tmp_path), entry_names(out)) == (["bundle"], ["manifest.json"])
+
+
 @pytest.mark.parametrize(
     ("force", "reason"),
     [

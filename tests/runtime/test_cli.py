@@ -980,11 +980,11 @@ def test_usage_errors_of_a_command_group_are_one_line() -> None:
 def test_rejects_a_folder_without_write_permission(
     default_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def deny(dir: Path) -> None:
+    def deny(folder: Path) -> None:
         raise PermissionError(13, "Permission denied")
 
     # Simulated, because root, which often runs the tests, may write anywhere.
-    monkeypatch.setattr("tempfile.TemporaryFile", deny)
+    monkeypatch.setattr("tpx_runtime.files.try_writing_into", deny)
     assert_error(run(PROMPT, "--out", "a.png"), 2, "a.png, found: Permission denied; choose another")
 
 

@@ -49,3 +49,11 @@ def test_a_full_disk_and_an_unusable_path_are_one_line(code: int, path: str | No
 @pytest.mark.parametrize("error", [OSError(errno.EIO, "x", "a"), OSError(errno.EPERM, "x")])
 def test_other_errors_of_the_operating_system_are_not_hidden(error: OSError) -> None:
     assert run_raising(error).exception is error
+
+
+def test_prompts_are_not_expanded_on_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[object] = []
+    monkeypatch.setattr(click.Command, "main", lambda self, *_, **options: seen.append(options))
+    TpxCommand("draw").main(["a cat?"])
+    TpxCommand("draw").main(["a cat?"], windows_expand_args=True)
+    assert seen == [{"windows_expand_args": False}, {"windows_expand_args": True}]

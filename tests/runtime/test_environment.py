@@ -54,3 +54,8 @@ def test_a_loop_of_links_is_a_folder_that_cannot_be_used(
     (tmp_path / "loop").symlink_to("loop")
     monkeypatch.setenv("TPX_ENGINES", str(tmp_path / "loop"))
     assert compiled_folder(tmp_path / "cubes") == tmp_path / "loop/cubes"
+
+
+def test_a_bundle_at_the_root_of_a_drive_is_refused() -> None:
+    with pytest.raises(BadInput, match="expected a bundle in a folder, found the root / of a drive; move it"):
+        compiled_folder(Path("/"))

@@ -2,11 +2,13 @@
 
 import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tpx_runtime.files import atomic_file
+from tpx_runtime.errors import BadInput
+from tpx_runtime.files import atomic_file, check_writable, make_folder
 
 
 def test_replaces_an_existing_file(tmp_path: Path) -> None:
@@ -93,3 +95,23 @@ def test_without_replace_a_file_created_meanwhile_is_kept(
     write(b"mine")
     assert path.read_bytes() == b"mine"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("check", [lambda path: check_writable(path / "file"), make_folder])
+def test_a_place_is_tried_once_and_left_empty(
+    check: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On Windows, os.access says that every folder can be written, and `tempfile` tries again for hours."""
+    check(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    tried: list[str] = []
+
+    def deny(path: Path, *_: object, **__: object) -> None:
+        tried.append(path.name)
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "touch", deny)
+    monkeypatch.setattr(os, "open", deny)
+    with pytest.raises(BadInput, match="Permission denied; choose another"):
+        check(tmp_path)
+    assert len(tried) == 1

@@ -224,11 +224,11 @@ def test_check_image_writable_rejects_an_unusable_path(tmp_path: Path, name: str
 def test_check_image_writable_rejects_a_folder_without_write_permission(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def deny(dir: Path) -> None:
-        raise PermissionError(13, "Permission denied", str(dir))
+    def deny(folder: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(folder))
 
     # Simulated, because root, which often runs the tests, may write anywhere.
-    monkeypatch.setattr("tempfile.TemporaryFile", deny)
+    monkeypatch.setattr("tpx_runtime.files.try_writing_into", deny)
     with pytest.raises(BadInput, match="found: Permission denied; choose another"):
         check_image_writable(tmp_path / "a.png")
 

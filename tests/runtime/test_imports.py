@@ -71,6 +71,22 @@ def test_onnxruntime_telemetry_is_disabled_unless_the_variable_is_set(
     assert preset or not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(("preset", "calls"), [("1", 1), ("0", 0)])
+def test_onnxruntime_telemetry_is_disabled_where_it_does_not_read_the_variable(
+    tmp_path: Path, preset: str, calls: int
+) -> None:
+    code = f"""
+import os
+os.environ["ORT_DISABLE_TELEMETRY"] = "{preset}"
+import tpx_runtime, onnxruntime
+calls = []
+onnxruntime.disable_telemetry_events = lambda: calls.append(1)
+import tpx_runtime.engine.onnxruntime
+assert len(calls) == {calls}, calls
+"""
+    assert "onnxruntime" in loaded_after(code, tmp_path)
+
+
 SILENCED_BY = {"CI", "TF_BUILD", "JENKINS_URL"}  # with these, OpenVINO's package sends nothing
 OPENVINO_EVENTS = """
 import openvino.tools.ovc as converter

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tpx_runtime.interrupts import uninterrupted
+from tpx_runtime.interrupts import termination_as_interrupt, uninterrupted
 
 
 def test_a_delayed_interrupt_is_raised_at_the_end_and_replaces_an_exception() -> None:
@@ -86,3 +86,10 @@ def test_other_threads_leave_the_handlers_alone() -> None:
     thread.start()
     thread.join()
     assert found == [signal.default_int_handler]
+
+
+def test_ctrl_break_is_handled_where_it_exists(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not hasattr(signal, "SIGBREAK")
+    monkeypatch.setattr(signal, "SIGBREAK", signal.SIGUSR1, raising=False)
+    with pytest.raises(KeyboardInterrupt), termination_as_interrupt():
+        signal.raise_signal(signal.SIGUSR1)

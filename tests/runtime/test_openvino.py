@@ -147,6 +147,17 @@ class TestCache:
         monkeypatch.setenv("TPX_ENGINES", "n" * 300)
         check_outputs(resolve("openvino").open(copy / GRAPH), 2, copy)
 
+    def test_a_folder_that_cannot_be_written_is_not_used(
+        self, copy: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def deny(path: Path, **_: object) -> None:
+            raise PermissionError(13, "Permission denied", str(path))
+
+        monkeypatch.setattr(Path, "touch", deny)
+        assert not openvino.open_store("openvino", copy / GRAPH).prepare()
+        check_outputs(resolve("openvino").open(copy / GRAPH), 2, copy)
+        assert list(folder(copy).iterdir()) == []
+
     def test_a_loaded_graph_survives_the_replacement_of_its_file(
         self, copy: Path, compiled: list[object]
     ) -> None:

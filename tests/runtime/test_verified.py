@@ -126,3 +126,16 @@ def test_generators_and_tpx_run_use_the_record_and_tpx_verify_does_not(
     assert len(hashed) == 2 * len(opened.manifest.files)
     Generator.load(opened.root, engine="onnxruntime", verify=False)
     assert len(hashed) == 2 * len(opened.manifest.files)
+
+
+@pytest.mark.parametrize("times", [(0, 4_000_000_000 * 10**9), (4_000_000_000 * 10**9, 0)])
+def test_a_file_with_either_time_of_just_now_is_hashed_again(
+    opened: Bundle, hashed: list[str], times: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On Windows, the time of a status change is that of the creation."""
+    facts = verified._facts(opened)
+    facts["files"][WEIGHTS][1:] = times
+    monkeypatch.setattr(verified, "_facts", lambda bundle: facts)
+    for _ in range(2):
+        verify_once(opened)
+    assert len(hashed) == 2 * len(opened.manifest.files)

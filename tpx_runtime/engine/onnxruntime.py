@@ -17,6 +17,10 @@ from .loop import LoopPlan
 from .onnxruntime_bound import FATAL_ONLY, BoundSession, warn_uncaptured
 from .session import Arrays, Session, engine_errors
 
+# Its builds for Windows do not read the variable (see tpx_runtime/__init__.py).
+if os.environ.get("ORT_DISABLE_TELEMETRY") != "0":
+    ort.disable_telemetry_events()
+
 MIN_CUDA_VERSION = (1, 30)  # the oldest that was tried
 PROVIDERS = {"onnxruntime": "CPUExecutionProvider", "onnxruntime-cuda": "CUDAExecutionProvider"}
 

@@ -29,7 +29,7 @@ import numpy as np
 import openvino
 
 from ..environment import compiled_folder
-from ..files import atomic_file
+from ..files import atomic_file, try_writing_into
 
 _CHECK_BYTES = 4
 _CRC32_RESIDUE = zlib.crc32(bytes(_CHECK_BYTES))  # CRC-32 of any data followed by its CRC-32 (little-endian)
@@ -114,9 +114,10 @@ class Store:
         """Create the folder and return whether it is writable."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            try_writing_into(self.folder)
         except OSError:
             return False
-        return os.access(self.folder, os.W_OK)
+        return True
 
     @property
     def weight_bytes(self) -> int:

@@ -45,7 +45,7 @@ class WorkerProcess:
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
         """Send a request and return the answer. Raises MeasurementFailed for an error answer or if the process has ended."""
         assert self._process.stdin and self._process.stdout
-        with contextlib.suppress(BrokenPipeError):
+        with contextlib.suppress(OSError):  # on Windows not a BrokenPipeError
             self._process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
             self._process.stdin.flush()
         line = self._process.stdout.readline()

@@ -4,7 +4,6 @@ images ──VAE──▶ cache        captions ──each text encoder──▶
 """
 
 import dataclasses
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from tpx_export.training.images import Example, read_folder
 from tpx_export.training.loop import Job, Objective, Outcome, TrainingFailed, fit
 from tpx_export.training.settings import Settings, check_device, limit_to_base
 from tpx_runtime.errors import BadInput, Cancelled
+from tpx_runtime.files import try_writing_into
 from tpx_runtime.image_size import format_size
 
 SD3_SIZE_PX = (512, 512)
@@ -167,7 +167,7 @@ def _check(request: Request) -> None:
             raise BadInput(
                 f"expected a new file, found that {out} exists without the state of its run; choose another path"
             )
-        tempfile.TemporaryFile(dir=out.parent).close()
+        try_writing_into(out.parent)
     except OSError as error:
         raise BadInput(
             f"expected a writable path for {out}, found: {error.strerror}; choose another"

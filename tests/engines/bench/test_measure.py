@@ -13,6 +13,7 @@ from tpx_engines.bench.configurations import GPU_REFERENCE, REFERENCE, Configura
 from tpx_engines.bench.machine import describe
 from tpx_engines.bench.measure import Plan, run
 from tpx_engines.bench.memory import gpu_bytes
+from tpx_engines.bench.process import MeasurementFailed, WorkerProcess
 from tpx_engines.bench.record import Record
 from tpx_engines.bench.report import as_text
 from tpx_engines.bench.runner import Timing
@@ -343,3 +344,18 @@ def test_speed_up_compares_within_a_round(record: Recorder, configuration: Confi
         results.add(second, "draw 1", number, {"seconds": second_s, "step_seconds": second_s / 3})
     assert [row.speed_up for row in rows(results.data)] == [1.0, 2.0]
     assert [row.image_s for row in rows(results.data)] == [2.0, 1.0]
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(32, "Broken pipe"), OSError(22, "Invalid argument")])
+def test_a_process_that_has_ended_is_a_failed_measurement(error: OSError, tmp_path: Path) -> None:
+    """The second error is that of a pipe without a reader on Windows."""
+
+    def fail(text: str) -> None:
+        raise error
+
+    with WorkerProcess(tmp_path) as worker:
+        worker._process.kill()
+        worker._process.wait()
+        worker._process.stdin.write = fail  # type: ignore[union-attr, method-assign]
+        with pytest.raises(MeasurementFailed, match="found signal SIGKILL"):
+            worker.ask("anything")
