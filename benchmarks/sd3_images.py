@@ -47,16 +47,25 @@ class Task:
 
 @dataclass(frozen=True)
 class Result:
-    """Seconds until the model is loaded, until its first image is drawn after that, and of each later image."""
+    """Seconds until the model is loaded, from then until its first image, of each later image, and of their latents."""
 
     load_s: float
     first_s: float
     image_s: list[float]
+    latents_s: list[float]
     image: Image.Image
 
 
-def diffusers_image(task: Task) -> Callable[[], Image.Image]:
-    """A function that draws one image with diffusers, on a GPU if the engine uses one."""
+@dataclass(frozen=True)
+class Calls:
+    """What draws an image, and what stops before its latents are decoded."""
+
+    image: Callable[[], Image.Image]
+    latents: Callable[[], object]
+
+
+def diffusers_calls(task: Task) -> Calls:
+    """diffusers, on a GPU if the engine uses one."""
     import torch
     from diffusers import StableDiffusion3Pipeline
 
@@ -74,8 +83,8 @@ def diffusers_image(task: Task) -> Callable[[], Image.Image]:
     noise = torch.from_numpy(batch_noise([SEED], (channels, height // factor, width // factor)))
     latents = noise.to(device, dtype)
 
-    def draw() -> Image.Image:
-        [image] = pipeline(
+    def draw(output_type: str) -> Any:
+        images = pipeline(
             PROMPT,
             negative_prompt=NEGATIVE,
             height=height,
@@ -83,32 +92,38 @@ def diffusers_image(task: Task) -> Callable[[], Image.Image]:
             latents=latents,
             num_inference_steps=task.steps,
             guidance_scale=GUIDANCE,
+            output_type=output_type,
         ).images
-        return image
+        return images[0] if output_type == "pil" else images.cpu()
 
-    return draw
+    return Calls(lambda: draw("pil"), lambda: draw("latent"))
 
 
-def bundle_image(task: Task) -> Callable[[], Image.Image]:
-    """A function that draws one image with a bundle."""
+def bundle_calls(task: Task) -> Calls:
+    """A bundle."""
     from tpx_runtime.generator import Generator
 
     generator = Generator.load(task.folder, task.engine)
 
-    def draw() -> Image.Image:
-        generator.clear_conditions()
-        [image] = generator(
-            PROMPT,
-            negative_prompt=NEGATIVE,
-            steps=task.steps,
-            guidance=GUIDANCE,
-            depth=task.depth,
-            seed=SEED,
-            sampler="euler",
-        )
-        return image
+    jobs = generator.plan(
+        PROMPT,
+        negative_prompt=NEGATIVE,
+        steps=task.steps,
+        guidance=GUIDANCE,
+        depth=task.depth,
+        seed=SEED,
+        sampler="euler",
+    )
 
-    return draw
+    def latents() -> object:
+        generator.clear_conditions()
+        return generator.generate_latents(jobs)
+
+    def image() -> Image.Image:
+        generator.clear_conditions()
+        return generator.generate(jobs)[0]
+
+    return Calls(image, latents)
 
 
 def measure(task: Task) -> Result:
@@ -119,12 +134,13 @@ def measure(task: Task) -> Result:
         result = call()
         return time.perf_counter() - began, result
 
-    load_s, draw = seconds(lambda: (diffusers_image if task.depth is None else bundle_image)(task))
-    first_s, _ = seconds(draw)
+    load_s, calls = seconds(lambda: (diffusers_calls if task.depth is None else bundle_calls)(task))
+    first_s, _ = seconds(calls.image)
     for _ in range(WARM_UP - 1):
-        draw()
-    drawn = [seconds(draw) for _ in range(task.rounds)]
-    return Result(load_s, first_s, [time_s for time_s, _ in drawn], drawn[-1][1])
+        calls.image()
+    drawn = [seconds(calls.image) for _ in range(task.rounds)]
+    latents_s = [seconds(calls.latents)[0] for _ in range(task.rounds)]
+    return Result(load_s, first_s, [time_s for time_s, _ in drawn], latents_s, drawn[-1][1])
 
 
 def tasks(
@@ -166,16 +182,17 @@ def main(base: Path, bundles: tuple[Path, ...], engine: str, compiled: bool, ste
         listed = tasks(base, bundles, engine, steps, rounds, compiled)
     except TpxError as error:
         raise click.ClickException(str(error)) from None
-    print("| | s per image | minimum to maximum | load, s | first image, s | PSNR to diffusers, dB |")
-    print("|---|---|---|---|---|---|", flush=True)
+    columns = ["", "s per image", "minimum to maximum", "without decoding", "load, s", "first image, s"]
+    print(f"| {' | '.join([*columns, 'PSNR to diffusers, dB'])} |\n|{'---|' * 7}", flush=True)
     reference: Image.Image | None = None
     for task in listed:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
             result = pool.submit(measure, task).result()
-        reference = reference or result.image
         times = f"{median(result.image_s):.3f} | {min(result.image_s):.3f} to {max(result.image_s):.3f}"
-        psnr = f"{psnr_db(result.image, reference):.1f}"
-        print(f"| {task.name} | {times} | {result.load_s:.1f} | {result.first_s:.1f} | {psnr} |", flush=True)
+        psnr = f"{psnr_db(result.image, reference):.1f}" if reference else "-"
+        reference = reference or result.image
+        loading = f"{median(result.latents_s):.3f} | {result.load_s:.1f} | {result.first_s:.1f}"
+        print(f"| {task.name} | {times} | {loading} | {psnr} |", flush=True)
 
 
 if __name__ == "__main__":
