@@ -217,6 +217,17 @@ def test_rejects_a_folder_that_cannot_be_created(tmp_path: Path) -> None:
         EngineCache(tmp_path / "file").prepare()
 
 
+def test_rejects_a_folder_that_cannot_be_written_before_a_build(
+    cache: EngineCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def deny(path: Path, **_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "touch", deny)  # root, which often runs the tests, may write anywhere
+    with pytest.raises(BadInput, match="found: Permission denied"):
+        cache.prepare()
+
+
 def test_the_cache_is_beside_the_bundle_and_never_inside_it(
     tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
