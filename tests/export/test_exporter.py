@@ -359,6 +359,7 @@ def test_bundle_is_replaced_completely_or_kept(tmp_path: Path, monkeypatch: pyte
             (folder / "new").touch()
     assert (entry_names(tmp_path), entry_names(out)) == (["bundle"], ["manifest.json"])
     with atomic_folder(out, force=True) as folder:
+        assert entry_names(out) == ["manifest.json"]  # usable until the end
         (folder / "new").touch()
         for temporary in ("fp32", "bundle.engines"):
             folder.with_name(temporary).mkdir()
