@@ -23,7 +23,7 @@ from PIL import Image
 
 from tpx_runtime.command import TpxCommand
 from tpx_runtime.engine import ENGINES
-from tpx_runtime.errors import TpxError
+from tpx_runtime.errors import BadInput, TpxError
 from tpx_runtime.evaluation.similarity import psnr_db
 
 PROMPT, NEGATIVE, SEED, GUIDANCE = "a red cube on a blue sphere", "blurry", 3, 7.0
@@ -168,8 +168,8 @@ def tasks(
 
 
 @click.command(cls=TpxCommand)
-@click.argument("base", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.argument("bundles", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
+@click.argument("base", type=click.Path(path_type=Path))
+@click.argument("bundles", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--engine", type=click.Choice(list(ENGINES)), default="onnxruntime-cuda", show_default=True)
 @click.option("--compile", "compiled", is_flag=True, help="Add torch.compile.")
 @click.option("--steps", type=click.IntRange(1), default=28, show_default=True)
@@ -179,6 +179,8 @@ def main(base: Path, bundles: tuple[Path, ...], engine: str, compiled: bool, ste
     if problem := ENGINES[engine].problem():
         raise click.ClickException(problem)
     try:
+        if not (base / "model_index.json").exists():
+            raise BadInput(f"expected a diffusers folder at {base}, found none; name another")
         listed = tasks(base, bundles, engine, steps, rounds, compiled)
     except TpxError as error:
         raise click.ClickException(str(error)) from None

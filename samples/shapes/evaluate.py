@@ -27,7 +27,7 @@ from tpx_runtime.bundle import hash_file
 from tpx_runtime.errors import BadInput
 from tpx_runtime.evaluation.cli import shapes as main
 from tpx_runtime.evaluation.resumable import resumable
-from tpx_runtime.evaluation.statistics import bootstrap
+from tpx_runtime.evaluation.statistics import bootstrap, interval_text
 from tpx_runtime.image_files import save_image
 from tpx_runtime.records import differences, write_atomic, write_json
 
@@ -94,12 +94,13 @@ def report(prompts: Sequence[ListedPrompt], right: Sequence[Sequence[bool]]) -> 
     for name, members in table.items():
         verdicts = [rows[row] for row in members]
         estimate = bootstrap([np.array([np.mean(images) for images in row]) for row in verdicts])
+        low, high = estimate.bounds
         result[name] = {
             "prompts": sum(map(len, verdicts)),
             "images": sum(len(images) for row in verdicts for images in row),
             "score": estimate.mean,
-            "low": estimate.low,
-            "high": estimate.high,
+            "low": low,
+            "high": high,
             "parser": asdict(errors[name]),
         }
     return result
@@ -110,11 +111,9 @@ def as_text(result: dict[str, dict[str, Any]]) -> str:
     lines = ["| | prompts | images | right | 95% interval | parser errors |", "|---|---|---|---|---|---|"]
     for name, row in result.items():
         shown = f"**{name}**" if name == "overall" else name
-        score, low, high = (f"{100 * row[key]:.1f}" for key in ("score", "low", "high"))
+        score, interval = f"{100 * row['score']:.1f}%", interval_text(row["low"], row["high"])
         errors = ParserError(**row["parser"])
-        lines.append(
-            f"| {shown} | {row['prompts']} | {row['images']} | {score}% | {low} to {high} | {errors} |"
-        )
+        lines.append(f"| {shown} | {row['prompts']} | {row['images']} | {score} | {interval} | {errors} |")
     renders = result["overall"]["parser"]["renders"]
     lines.append(
         f"\nParser errors: true prompts refused / prompts wrong in one word accepted, on {renders:,} fresh renders of the "

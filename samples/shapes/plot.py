@@ -9,6 +9,7 @@ Plots need matplotlib.
 
 import io
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,13 @@ def read_sweep(path: Path, against: str) -> list[Cell]:
         cells = []
         for cell in json.loads(path.read_text())["cells"]:
             overall = cell["rows"]["overall"]
-            percents = {key: 100 * float(overall[key]) for key in ("score", "low", "high")}
+            # Too few prompts have no interval, and a point without one has no error bar.
+            shares = {
+                key: math.nan if overall[key] is None else float(overall[key]) for key in ("low", "high")
+            }
+            percents = {
+                key: 100 * value for key, value in {"score": float(overall["score"]), **shares}.items()
+            }
             seconds = float(cell["seconds an image"])
             cells.append(Cell(cell["sampler"], cell[against], **percents, seconds=seconds))
     except (OSError, ValueError, TypeError, KeyError, RecursionError):

@@ -20,6 +20,7 @@ from samples.shapes import evaluate, options
 from tpx_runtime.command import TpxCommand
 from tpx_runtime.errors import BadInput
 from tpx_runtime.evaluation.compare import Report, compare
+from tpx_runtime.evaluation.statistics import interval_text
 from tpx_runtime.generator import Generator
 from tpx_runtime.options import find_bundle
 from tpx_runtime.records import read_json, write_json
@@ -80,11 +81,8 @@ def table(out: Path, cells: list[dict[str, Any]], names: list[str]) -> str:
         pair = compare(Report.load(out / best["folder"]), Report.load(out / one["folder"]))
         change = next(line.change for line in pair if line.name == "overall")
         row = [str(one[name]) for name in names]
-        row += [
-            f"{100 * overall['score']:.1f}",
-            f"{100 * overall['low']:.1f} to {100 * overall['high']:.1f}",
-        ]
-        row += [f"{100 * change.mean:+.1f}", f"{100 * change.low:+.1f} to {100 * change.high:+.1f}"]
+        row += [f"{100 * overall['score']:.1f}", interval_text(overall["low"], overall["high"])]
+        row += [f"{100 * change.mean:+.1f}", change.interval("+")]
         row.append(f"{one['seconds an image']:.3f}")
         lines.append(f"| {' | '.join(row)} |")
     return "\n".join([*lines, "", evaluate.parser_error_line("overall")])

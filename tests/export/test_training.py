@@ -431,7 +431,14 @@ def test_rejects_resuming_with_other_settings_files_or_a_damaged_state(
         message = error_line(*command, option, value)
         assert f"expected {option} " in message and str(value) in message and "the run saved in " in message
     # Gradient checkpointing does not change the result, so it may differ.
-    run_ok(*command, "--no-gradient-checkpointing")
+    result = run_ok(*command, "--no-gradient-checkpointing")
+    assert result.stderr.startswith("8 pictures; loss on ")
+    message = error_line(*command, "--lr", 1e-3)
+    assert message.endswith("; use the same or another --out, or delete it and --out to start again")
+    saved = tmp_path / "saved.pt"
+    torch.save({"format": state._FORMAT, "identity": json.dumps({"--no-t5": True}), "step": 1}, saved)
+    with pytest.raises(BadInput, match=r"expected --no-t5 as in the run saved in .*, found no --no-t5; "):
+        state.read(saved, {"--no-t5": False}, 1)
     draw("black", "disc").save(class_folders / "0-red" / "disc.png")
     assert "expected the images and captions of the run" in error_line(*command)
     other = load_file(dit / "dit.safetensors")
@@ -667,7 +674,8 @@ def test_training_stops_at_a_non_finite_loss() -> None:
     data = RandomBatches(None, None, ("a", "b"), ("", ""), {})  # type: ignore[arg-type]
     before = {name: p.detach().clone() for name, p in parameters.items()}
     with pytest.raises(
-        loop.TrainingFailed, match=r"expected a finite loss, found inf .* at step 1; use a lower --lr"
+        loop.TrainingFailed,
+        match=r"expected a finite loss, found inf .* at step 1; use a lower --lr or --precision fp32, with another --out",
     ):
         loop.train_step(loop.Job(model, FlowLoss(), data, settings), run)
     assert run.step == 0 and all(torch.equal(parameters[name], value) for name, value in before.items())
@@ -898,6 +906,7 @@ def test_reads_classes_from_folder_names_or_metadata(class_folders: Path) -> Non
         ('{"file_name": "../secret.png", "text": "x"}', "secret.png"),
         (json.dumps({"file_name": "a" * 300, "text": "x"}), "found no 'aaa"),
         ('{"file_name": "a\\u0000b.png", "text": "x"}', "line 2"),
+        ('{"file_name": "red-disc.png", "text": "a \\ud83d"}', "expected Unicode in line 2 of "),
     ],
 )
 def test_error_names_the_bad_metadata_line(captioned_images: Path, line: str, message: str) -> None:
@@ -970,6 +979,49 @@ def test_too_little_memory_is_one_line(
     monkeypatch.setattr(loop, "train_step", fail)
     message = error_line(*dit_arguments, "--steps", 1, "--batch", 3, "--out", tmp_path / "tpx.safetensors")
     assert "expected memory for 3 images per step on cpu, found too little; use a smaller --batch" in message
+
+
+def test_too_little_memory_for_the_base_has_other_advice(
+    dit_arguments: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("tpx_export.training.train.thinking_model", fail)
+    message = error_line(*dit_arguments, "--steps", 1, "--out", tmp_path / "tpx.safetensors")
+    assert "expected memory for the base on cpu, found too little; use --no-t5 if it has T5, or" in message
+
+
+def test_a_result_that_is_not_finite_is_not_written(
+    dit_arguments: tuple[object, ...], tmp_path: Path
+) -> None:
+    """The loss of the only step is computed before its update."""
+    out = tmp_path / "tpx.safetensors"
+    result = tpx_train(*dit_arguments, "--steps", 1, "--lr", 1e30, "--warmup", 0, "--out", out)
+    assert result.exit_code != 0 and not out.exists()
+    message = (
+        "error: expected a finite loss, found nan after step 1; use a lower --lr or --precision fp32, with"
+    )
+    assert result.stderr.splitlines()[-1].startswith(message)
+
+
+def test_the_reported_loss_is_of_images_of_the_whole_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    class Numbered(Data):
+        def batch(self, rows: Any, dropped: Any, device: str) -> Any:
+            seen.extend(rows)
+            return torch.randn(len(rows), 4, 8, 8), conditioning(len(rows))
+
+    names = tuple(map(str, range(400)))
+    settings = training_settings(ThinkingSpec((0, 2), 3, 4, 2))
+    for count in (400, 5):
+        seen.clear()
+        data = Numbered(None, None, names[:count], names[:count], {})  # type: ignore[arg-type]
+        job = loop.Job(tiny_thinking_model(), FlowLoss(), data, settings)
+        losses = [loop.evaluate(job) for _ in range(2)]
+        assert len(losses) == 2 and seen[: len(seen) // 2] == seen[len(seen) // 2 :]
+        assert len(set(seen)) == min(16, count) and max(seen) > (300 if count == 400 else 3)
 
 
 def test_another_error_of_torch_is_not_taken_for_too_little_memory(

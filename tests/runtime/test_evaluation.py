@@ -154,6 +154,9 @@ def test_dpg_writes_only_images_into_its_folder(run: Run, tmp_path: Path) -> Non
     assert result.exit_code == 0, result.output
     assert set(os.listdir(tmp_path / "out")) == {f"item_{n}.png" for n in range(4)}
     assert json.loads((tmp_path / "out.tpx-eval.json").read_text())["complete"]
+    # Its evaluator cuts grids into squares.
+    assert "notice: the evaluator of dpg cannot score images of 12x8 pixels\n" in result.stderr
+    assert "cannot score" not in run("geneval", tmp_path / "geneval").stderr
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -703,6 +706,35 @@ def test_compare_prints_each_row_and_the_settings_that_differ(pair: tuple[Path, 
     assert "The overall difference is significant" in lines[-1]
     same = CliRunner().invoke(cli.main, ["compare", str(pair[0]), str(pair[0])])
     assert "is not significant" in same.stdout
+
+
+def test_a_setting_that_only_one_report_has_is_a_difference(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """But not the hash of the model, which a record has of its weights and a run of its bundle."""
+    facts = json.loads(pair[0].read_text())
+    for name, more in (("a", {"weights_sha256": "1"}), ("b", {"bundle_sha256": "2", "cache_interval": 4})):
+        (tmp_path / f"{name}.json").write_text(json.dumps({**facts, **more}))
+    arguments = ["compare", str(tmp_path / "a.json"), str(tmp_path / "b.json")]
+    result = CliRunner().invoke(cli.main, arguments)
+    assert result.stdout.splitlines()[:2] == ["A: no cache_interval", "B: cache_interval 4"]
+
+
+def test_two_bundles_are_a_difference(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    facts = json.loads(pair[0].read_text())
+    for name in "ab":
+        (tmp_path / f"{name}.json").write_text(json.dumps({**facts, "bundle_sha256": name}))
+    arguments = ["compare", str(tmp_path / "a.json"), str(tmp_path / "b.json")]
+    assert (
+        CliRunner().invoke(cli.main, arguments).stdout.startswith("A: bundle_sha256 a\nB: bundle_sha256 b\n")
+    )
+
+
+def test_runs_of_two_judges_are_not_compared(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    facts = json.loads(pair[0].read_text())
+    for name in "ab":
+        (tmp_path / f"{name}.json").write_text(json.dumps({**facts, "parser_sha256": name}))
+    arguments = ["compare", str(tmp_path / "a.json"), str(tmp_path / "b.json")]
+    message = "expected runs with the same judge, found a and b; run one of them again"
+    assert message in error_of(CliRunner().invoke(cli.main, arguments), 2)
 
 
 @pytest.mark.parametrize("few", [1, MIN_PROMPTS - 1])

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +71,10 @@ def test_plot_rejects_an_unreadable_image(files: Path) -> None:
 @pytest.mark.parametrize("missing", ["sampler", "steps", "seconds an image", "rows", None])
 def test_read_sweep_rejects_cells_without_the_plotted_values(files: Path, missing: str | None) -> None:
     assert read_sweep(files / "sweep.json", "steps")[0].x == 4
+    few = {**CELL, "rows": {"overall": {"score": 0.5, "low": None, "high": None}}}
+    (files / "sweep.json").write_text(json.dumps({"cells": [few]}))
+    [cell] = read_sweep(files / "sweep.json", "steps")
+    assert cell.score == 50 and math.isnan(cell.low) and math.isnan(cell.high)
     cells = [{key: value for key, value in CELL.items() if key != missing}] if missing else []
     (files / "sweep.json").write_text(json.dumps({"cells": cells}))
     with pytest.raises(BadInput, match="with cells that have steps, found none"):

@@ -15,7 +15,7 @@ from PIL import Image
 
 from samples.shapes import evaluate
 from samples.shapes.captions import KINDS, satisfies, scene_for, vocabulary
-from samples.shapes.evaluate import ERRORS, parser_errors, report
+from samples.shapes.evaluate import ERRORS, as_text, parser_errors, report
 from samples.shapes.parser import WEIGHTS, Parser
 from samples.shapes.parser_errors import COMMAND, Case, build_case, misjudged
 from samples.shapes.prompt_list import (
@@ -79,6 +79,18 @@ def test_overall_is_the_unweighted_mean_of_the_six_kinds() -> None:
     assert result["overall"]["images"] == 21
     assert result[SEEN_PAIRS]["score"] == 0
     assert HELD_OUT_PAIRS not in result
+
+
+@pytest.mark.parametrize(("count", "interval"), [(19, "too few prompts"), (20, "100.0 to 100.0")])
+def test_few_prompts_have_no_interval(count: int, interval: str) -> None:
+    prompts = [ListedPrompt(kind, listed_prompts()[0].prompt, "") for kind in KINDS for _ in range(20)]
+    prompts += [ListedPrompt(SEEN_PAIRS, prompts[0].prompt, "")] * count
+    text = as_text(report(prompts[20 - count :], [[True]] * (len(prompts) - 20 + count)))
+    for row in (f"| {KINDS[0]} |", "| **overall** |", f"| {SEEN_PAIRS} |"):
+        [line] = [line for line in text.splitlines() if line.startswith(row)]
+        assert f" | 100.0% | {interval} | " in line
+    [line] = [line for line in text.splitlines() if line.startswith(f"| {KINDS[1]} |")]
+    assert " | 100.0% | 100.0 to 100.0 | " in line
 
 
 RECORD = json.loads(ERRORS.read_text())

@@ -44,7 +44,7 @@ class Benchmark:
 
     `read` reads the prompts, `record_path` returns the path of a run's record, which the evaluator must not read, `targets`
     returns the PNGs of an item, `prepare` writes the files beside them, `scored_files` returns every file that the evaluator
-    would score.
+    would score. `square` says that it reads square images only.
     """
 
     name: str
@@ -53,6 +53,7 @@ class Benchmark:
     targets: Callable[[Path, Item, Sequence[Settings]], list[Target]]
     prepare: Callable[[Path, Item], None]
     scored_files: Callable[[Path], set[Path]]
+    square: bool = False
 
 
 def read_geneval(path: Path) -> list[Item]:
@@ -159,4 +160,5 @@ DPG = Benchmark(
     targets=lambda out, item, jobs: [Target(out / f"{item.name}.png", tuple(jobs))],
     prepare=lambda out, item: None,
     scored_files=lambda out: set(out.iterdir()) if out.is_dir() else set(),
+    square=True,
 )

@@ -91,7 +91,14 @@ def _generate(
 
     items = benchmark.read(prompts)
     with warnings_as_notices():
-        run(benchmark, items, out, _text_to_image_generator(bundle, engine), **options)
+        generator = _text_to_image_generator(bundle, engine)
+        height, width = generator.manifest.model.image_size_px
+        if benchmark.square and height != width:
+            click.echo(
+                f"notice: the evaluator of {benchmark.name} cannot score images of {width}x{height} pixels",
+                err=True,
+            )
+        run(benchmark, items, out, generator, **options)
 
 
 def _text_to_image_generator(bundle: str | None, engine: str) -> "Generator":

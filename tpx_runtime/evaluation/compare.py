@@ -12,7 +12,13 @@ from ..records import differences
 from .statistics import MIN_PROMPTS, Estimate, bootstrap
 
 # Facts that must be equal in two runs that are compared, and how messages call them.
-REQUIRED_EQUAL = {"list": "list", "images": "number of images per prompt", "seed": "seed"}
+REQUIRED_EQUAL = {
+    "list": "list",
+    "images": "number of images per prompt",
+    "seed": "seed",
+    "parser_sha256": "judge",
+}
+_MODEL = {"weights_sha256", "bundle_sha256"}  # a record has the first, a run the second
 
 
 @dataclass(frozen=True)
@@ -93,8 +99,8 @@ def _difference(name: str, rows: list[Any]) -> Difference:
 
 def as_text(first: Report, second: Report, lines: list[Difference]) -> str:
     """The comparison as a Markdown table in percent, below the settings in which the runs differ."""
-    shared = first.facts.keys() & second.facts.keys()  # a record has the weights' hash, a run the bundle's
-    facts = ({key: one.facts[key] for key in one.facts if key in shared} for one in (first, second))
+    left_out = _MODEL & (first.facts.keys() ^ second.facts.keys())
+    facts = ({key: one.facts[key] for key in one.facts if key not in left_out} for one in (first, second))
     settings = differences(*facts) or ("the same settings",) * 2
     parts = [f"A: {settings[0]}", f"B: {settings[1]}"]
     parts += ["", "| | prompts | A | B | B - A | 95% interval |", "|---|---|---|---|---|---|"]
@@ -103,14 +109,14 @@ def as_text(first: Report, second: Report, lines: list[Difference]) -> str:
         change = line.change
         parts.append(
             f"| {name} | {line.prompts} | {100 * line.first:.1f} | {100 * line.second:.1f} | {100 * change.mean:+.1f} "
-            f"| {change.interval or 'too few prompts'} |"
+            f"| {change.interval('+')} |"
         )
     overall = next(line.change for line in lines if line.name == "overall")
     return "\n".join([*parts, "", _verdict(overall)])
 
 
 def _verdict(overall: Estimate) -> str:
-    if overall.interval is None:
+    if not overall.has_interval:
         return (
             f"The significance of the overall difference is unknown: expected at least {MIN_PROMPTS} prompts in each row "
             f"that it averages, found {overall.smallest_row}; run both with more."

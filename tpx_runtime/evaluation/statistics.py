@@ -21,11 +21,28 @@ class Estimate:
     smallest_row: int
 
     @property
-    def interval(self) -> str | None:
-        """The interval as text in signed percentage points; None if a row has fewer than MIN_PROMPTS prompts."""
-        return (
-            f"{100 * self.low:+.1f} to {100 * self.high:+.1f}" if self.smallest_row >= MIN_PROMPTS else None
-        )
+    def has_interval(self) -> bool:
+        """Whether every row has MIN_PROMPTS prompts or more."""
+        return self.smallest_row >= MIN_PROMPTS
+
+    def interval(self, sign: str = "", unknown: str = "too few prompts") -> str:
+        """The interval as text in percentage points, with both signs if `sign` is "+"; `unknown` without an interval."""
+        low, high = self.bounds
+        return interval_text(low, high, sign, unknown)
+
+    @property
+    def bounds(self) -> tuple[float, float] | tuple[None, None]:
+        """The interval, or twice None without one."""
+        return (self.low, self.high) if self.has_interval else (None, None)
+
+
+def interval_text(
+    low: float | None, high: float | None, sign: str = "", unknown: str = "too few prompts"
+) -> str:
+    """The text of an interval whose bounds may be None, as `Estimate.interval`."""
+    if low is None or high is None:
+        return unknown
+    return f"{100 * low:{sign}.1f} to {100 * high:{sign}.1f}"
 
 
 def bootstrap(rows: Sequence[npt.NDArray[np.float64]]) -> Estimate:

@@ -25,7 +25,7 @@ def rejection(report: Report) -> str | None:
     if isinstance(score, ScoreReport) and score.change.mean < -MAX_SCORE_LOSS:
         faults.append(
             f"{100 * score.change.mean:+.1f} points of {score.name} in {score.int8_engine} "
-            f"(95% interval {score.change.interval or 'not known, too few images'})"
+            f"(95% interval {score.change.interval('+', 'not known, too few images')})"
         )
     expected = f"a loss of at most {100 * MAX_SCORE_LOSS:.0f} point of score"
     if report.precision == "int8":

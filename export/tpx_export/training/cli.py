@@ -126,11 +126,8 @@ def main(
     )
     outcome = train(request, settings)
     change = outcome.loss_after / outcome.loss_before - 1
-    click.echo(
-        f"loss on fixed images and noise: base {outcome.loss_before:.4f}, with adapters {outcome.loss_after:.4f} "
-        f"({change:+.1%})",
-        err=True,
-    )
+    losses = f"base {outcome.loss_before:.4f}, with adapters {outcome.loss_after:.4f} ({change:+.1%})"
+    click.echo(f"{outcome.pictures} pictures; loss on fixed images and noise: {losses}", err=True)
     click.echo(click.format_filename(out))
 
 

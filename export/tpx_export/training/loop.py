@@ -58,8 +58,9 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Steps taken, and the loss on fixed images, noise and noise levels, of the base and of the averaged adapters."""
+    """Numbers of pictures and steps, and the loss on fixed images, noise and noise levels, before and after."""
 
+    pictures: int
     steps: int
     loss_before: float
     loss_after: float
@@ -70,7 +71,7 @@ def fit(job: Job, steps: int, state_path: Path, identity: dict[str, Any]) -> Out
 
     A state at `state_path` is resumed if it has the same `identity`. The state is written every two minutes, at the end and
     at Ctrl-C, which raises Cancelled after the current step. Raises BadInput for the state of another run or of more
-    steps, TrainingFailed for a loss that is not finite.
+    steps, TrainingFailed for a loss that is not finite, also that of the result.
     """
     parameters = adapter_parameters(job.model)
     run = state.Run(parameters, _optimizer(parameters, job.settings))
@@ -81,7 +82,9 @@ def fit(job: Job, steps: int, state_path: Path, identity: dict[str, Any]) -> Out
             run.loss_before = evaluate(job)
         _train(job, run, steps, lambda: state.save(run, identity, state_path), state_path)
         run.copy_average()
-        return Outcome(run.step, run.loss_before, evaluate(job))
+        if not math.isfinite(loss_after := evaluate(job)):
+            raise _not_finite(f"{loss_after} after step {run.step}")
+        return Outcome(len(job.data), run.step, run.loss_before, loss_after)
     except KeyboardInterrupt:
         kept = f"{state_path} has the last saved state" if state_path.exists() else "nothing was written"
         raise Cancelled(f"cancelled; {kept}") from None
@@ -124,10 +127,7 @@ def train_step(job: Job, run: state.Run) -> float:
         loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(run.parameters.values(), _MAX_GRAD_NORM).item()
     if not math.isfinite(value := loss.item()) or not math.isfinite(norm):
-        raise TrainingFailed(
-            f"expected a finite loss, found {value} with a gradient norm of {norm} at step {run.step + 1}; use a lower "
-            "--lr, or --precision fp32"
-        )
+        raise _not_finite(f"{value} with a gradient norm of {norm} at step {run.step + 1}")
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     run.update_average()
@@ -135,11 +135,18 @@ def train_step(job: Job, run: state.Run) -> float:
     return value
 
 
+def _not_finite(found: str) -> TrainingFailed:
+    return TrainingFailed(
+        f"expected a finite loss, found {found}; use a lower --lr or --precision fp32, with another --out"
+    )
+
+
 @torch.no_grad()
 def evaluate(job: Job) -> float:
-    """The mean loss over up to 16 images in evaluation mode at full depth, with fixed noise and noise levels."""
+    """The mean loss over up to 16 random images in evaluation mode at full depth, with fixed noise and noise levels."""
     batch, total = job.settings.batch, 0.0
-    rows = list(range(min(_EVAL_IMAGES, len(job.data))))
+    order = torch.randperm(len(job.data), generator=seeded_generator(job.settings.seed, _EVALUATION))
+    rows = sorted(order[:_EVAL_IMAGES].tolist())
     job.model.eval()
     for start in range(0, len(rows), batch):
         batch_rows = rows[start : start + batch]

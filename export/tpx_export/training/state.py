@@ -92,18 +92,26 @@ def read(path: Path, identity: dict[str, Any], steps: int) -> dict[str, Any]:
         if value == saved.get(name):
             continue
         if name.startswith("--"):
-            difference = f"{name} {saved.get(name)} as in the run saved in {path}, found {value}"
+            before, now = (_option(name, given) for given in (saved.get(name), value))
+            difference = f"{before} as in the run saved in {path}, found {now}"
         else:
             difference = f"the {_LABELS.get(name, name)} of the run saved in {path}, found different ones"
         raise BadInput(
-            f"expected {difference}; use the same, or another --out, or delete the file to start again"
+            f"expected {difference}; use the same or another --out, or delete it and --out to start again"
         )
     if done > steps:
         raise BadInput(
-            f"expected --steps of {done} or more, the steps of {path}, found {steps}; choose more, or delete the file to "
-            "start again"
+            f"expected --steps of {done} or more, the steps of {path}, found {steps}; choose more, or delete it and --out "
+            "to start again"
         )
     return dict(content)
+
+
+def _option(name: str, value: object) -> str:
+    """An option as it is given: a flag has no value."""
+    if isinstance(value, bool):
+        return name if value else f"no {name}"
+    return f"{name} {value}"
 
 
 def restore(run: Run, content: dict[str, Any], path: Path) -> None:

@@ -4,6 +4,8 @@ images ──VAE──▶ cache        captions ──each text encoder──▶
 """
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,15 +67,19 @@ def train(request: Request, settings: Settings) -> Outcome:
     TrainingFailed, Cancelled.
     """
     _check(request)
-    try:
+    with _memory_for(f"the base on {request.device}", "use --no-t5 if it has T5, or --device cpu"):
         return _train(request, settings)
+
+
+@contextmanager
+def _memory_for(what: str, advice: str) -> Iterator[None]:
+    """Raise TrainingFailed with this advice if memory runs out."""
+    try:
+        yield
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
-        raise TrainingFailed(
-            f"expected memory for {settings.batch} images per step on {request.device}, found too little; use a smaller "
-            "--batch or --image-size, and keep --gradient-checkpointing on"
-        ) from None
+        raise TrainingFailed(f"expected memory for {what}, found too little; {advice}") from None
 
 
 def _is_out_of_memory(error: Exception) -> bool:
@@ -107,7 +113,11 @@ def _train(request: Request, settings: Settings) -> Outcome:
     if request.gradient_checkpointing:
         checkpoint_blocks(model)
     job = Job(model, objective_of(pipeline), data, settings, request.device)
-    outcome = fit(job, request.steps, request.state, identity)
+    with _memory_for(
+        f"{settings.batch} images per step on {request.device}",
+        "use a smaller --batch or --image-size, and keep --gradient-checkpointing on",
+    ):
+        outcome = fit(job, request.steps, request.state, identity)
     _write(request, pipeline, job, outcome, identity)
     return outcome
 
