@@ -21,6 +21,7 @@ from typing import Any
 import click
 from PIL import Image
 
+from benchmarks.interleave import seconds
 from tpx_runtime.command import TpxCommand
 from tpx_runtime.engine import ENGINES
 from tpx_runtime.errors import BadInput, TpxError
@@ -104,7 +105,6 @@ def bundle_calls(task: Task) -> Calls:
     from tpx_runtime.generator import Generator
 
     generator = Generator.load(task.folder, task.engine)
-
     jobs = generator.plan(
         PROMPT,
         negative_prompt=NEGATIVE,
@@ -128,30 +128,25 @@ def bundle_calls(task: Task) -> Calls:
 
 def measure(task: Task) -> Result:
     """Load the model, draw the images to warm up, then time `rounds` images."""
-
-    def seconds(call: Callable[[], Any]) -> tuple[float, Any]:
-        began = time.perf_counter()
-        result = call()
-        return time.perf_counter() - began, result
-
-    load_s, calls = seconds(lambda: (diffusers_calls if task.depth is None else bundle_calls)(task))
-    first_s, _ = seconds(calls.image)
-    for _ in range(WARM_UP - 1):
-        calls.image()
-    drawn = [seconds(calls.image) for _ in range(task.rounds)]
-    latents_s = [seconds(calls.latents)[0] for _ in range(task.rounds)]
-    return Result(load_s, first_s, [time_s for time_s, _ in drawn], latents_s, drawn[-1][1])
+    began = time.perf_counter()
+    calls = (diffusers_calls if task.depth is None else bundle_calls)(task)
+    load_s = time.perf_counter() - began
+    images: list[Image.Image] = []
+    image_s = [seconds(lambda: images.append(calls.image())) for _ in range(WARM_UP + task.rounds)]
+    latents_s = [seconds(calls.latents) for _ in range(task.rounds)]
+    return Result(load_s, image_s[0], image_s[WARM_UP:], latents_s, images[-1])
 
 
 def tasks(
     base: Path, bundles: tuple[Path, ...], engine: str, steps: int, rounds: int, compiled: bool
 ) -> list[Task]:
+    """diffusers, and each bundle at every depth. Raises BadInput for bundles that draw different images, BundleInvalid."""
     from tpx_runtime.bundle import Bundle
 
     opened = [Bundle.open(path) for path in bundles]
     kinds = {(bundle.manifest.model.image_size_px, len(bundle.manifest.text_encoders)) for bundle in opened}
     if len(kinds) != 1:
-        raise click.ClickException(
+        raise BadInput(
             f"expected bundles of one image size and number of text encoders, found {sorted(kinds)}; export them again"
         )
     [(size_px, text_encoders)] = kinds

@@ -66,13 +66,10 @@ def read_sweep(path: Path, against: str) -> list[Cell]:
         cells = []
         for cell in json.loads(path.read_text())["cells"]:
             overall = cell["rows"]["overall"]
-            # Too few prompts have no interval, and a point without one has no error bar.
-            shares = {
-                key: math.nan if overall[key] is None else float(overall[key]) for key in ("low", "high")
-            }
-            percents = {
-                key: 100 * value for key, value in {"score": float(overall["score"]), **shares}.items()
-            }
+            # Too few prompts have no interval; a point with bounds that are no numbers has no error bar.
+            if overall["low"] is None:
+                overall |= {"low": math.nan, "high": math.nan}
+            percents = {key: 100 * float(overall[key]) for key in ("score", "low", "high")}
             seconds = float(cell["seconds an image"])
             cells.append(Cell(cell["sampler"], cell[against], **percents, seconds=seconds))
     except (OSError, ValueError, TypeError, KeyError, RecursionError):

@@ -82,7 +82,7 @@ def table(out: Path, cells: list[dict[str, Any]], names: list[str]) -> str:
         change = next(line.change for line in pair if line.name == "overall")
         row = [str(one[name]) for name in names]
         row += [f"{100 * overall['score']:.1f}", interval_text(overall["low"], overall["high"])]
-        row += [f"{100 * change.mean:+.1f}", change.interval("+")]
+        row += [f"{100 * change.mean:+.1f}", interval_text(*change.bounds, "+")]
         row.append(f"{one['seconds an image']:.3f}")
         lines.append(f"| {' | '.join(row)} |")
     return "\n".join([*lines, "", evaluate.parser_error_line("overall")])

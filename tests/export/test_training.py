@@ -906,7 +906,10 @@ def test_reads_classes_from_folder_names_or_metadata(class_folders: Path) -> Non
         ('{"file_name": "../secret.png", "text": "x"}', "secret.png"),
         (json.dumps({"file_name": "a" * 300, "text": "x"}), "found no 'aaa"),
         ('{"file_name": "a\\u0000b.png", "text": "x"}', "line 2"),
-        ('{"file_name": "red-disc.png", "text": "a \\ud83d"}', "expected Unicode in line 2 of "),
+        (
+            '{"file_name": "red-disc.png", "text": "a \\ud83d"}',
+            "metadata.jsonl, line 2: expected a prompt in Unicode",
+        ),
     ],
 )
 def test_error_names_the_bad_metadata_line(captioned_images: Path, line: str, message: str) -> None:

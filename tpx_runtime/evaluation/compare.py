@@ -9,7 +9,7 @@ import numpy as np
 
 from ..errors import BadInput
 from ..records import differences
-from .statistics import MIN_PROMPTS, Estimate, bootstrap
+from .statistics import MIN_PROMPTS, Estimate, bootstrap, interval_text
 
 # Facts that must be equal in two runs that are compared, and how messages call them.
 REQUIRED_EQUAL = {
@@ -109,7 +109,7 @@ def as_text(first: Report, second: Report, lines: list[Difference]) -> str:
         change = line.change
         parts.append(
             f"| {name} | {line.prompts} | {100 * line.first:.1f} | {100 * line.second:.1f} | {100 * change.mean:+.1f} "
-            f"| {change.interval('+')} |"
+            f"| {interval_text(*change.bounds, '+')} |"
         )
     overall = next(line.change for line in lines if line.name == "overall")
     return "\n".join([*parts, "", _verdict(overall)])

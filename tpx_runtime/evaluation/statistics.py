@@ -25,13 +25,8 @@ class Estimate:
         """Whether every row has MIN_PROMPTS prompts or more."""
         return self.smallest_row >= MIN_PROMPTS
 
-    def interval(self, sign: str = "", unknown: str = "too few prompts") -> str:
-        """The interval as text in percentage points, with both signs if `sign` is "+"; `unknown` without an interval."""
-        low, high = self.bounds
-        return interval_text(low, high, sign, unknown)
-
     @property
-    def bounds(self) -> tuple[float, float] | tuple[None, None]:
+    def bounds(self) -> tuple[float | None, float | None]:
         """The interval, or twice None without one."""
         return (self.low, self.high) if self.has_interval else (None, None)
 
@@ -39,7 +34,7 @@ class Estimate:
 def interval_text(
     low: float | None, high: float | None, sign: str = "", unknown: str = "too few prompts"
 ) -> str:
-    """The text of an interval whose bounds may be None, as `Estimate.interval`."""
+    """An interval in percentage points, with both signs if `sign` is "+"; `unknown` for bounds of None."""
     if low is None or high is None:
         return unknown
     return f"{100 * low:{sign}.1f} to {100 * high:{sign}.1f}"

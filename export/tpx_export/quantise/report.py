@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tpx_runtime.evaluation.statistics import Estimate
+from tpx_runtime.evaluation.statistics import Estimate, interval_text
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def _score(score: ScoreReport | NotScored) -> str:
     return (
         f"{score.name}, {score.images} images: {100 * score.fp32:.1f} in fp32 in {score.fp32_engine}, "
         f"{100 * score.int8:.1f} in int8 in {score.int8_engine}, {100 * score.change.mean:+.1f} points "
-        f"(95% interval {score.change.interval('+', 'not known, too few images')})"
+        f"(95% interval {interval_text(*score.change.bounds, '+', 'not known, too few images')})"
     )
 
 

@@ -3,6 +3,7 @@
 from tpx_export.quantise.report import Report, ScoreReport, fastest
 from tpx_export.summary import Summary
 from tpx_runtime.errors import TpxError
+from tpx_runtime.evaluation.statistics import interval_text
 
 MAX_SCORE_LOSS = 0.01  # as a fraction of 1
 MAX_SIZE = 0.5  # of fp32's bytes: fp16 has this size with smaller errors
@@ -25,7 +26,7 @@ def rejection(report: Report) -> str | None:
     if isinstance(score, ScoreReport) and score.change.mean < -MAX_SCORE_LOSS:
         faults.append(
             f"{100 * score.change.mean:+.1f} points of {score.name} in {score.int8_engine} "
-            f"(95% interval {score.change.interval('+', 'not known, too few images')})"
+            f"(95% interval {interval_text(*score.change.bounds, '+', 'not known, too few images')})"
         )
     expected = f"a loss of at most {100 * MAX_SCORE_LOSS:.0f} point of score"
     if report.precision == "int8":

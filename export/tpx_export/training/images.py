@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tpx_runtime.errors import BadInput, shorten
+from tpx_runtime.tokenizer.encoding import reject_surrogates
 
 METADATA = "metadata.jsonl"
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
@@ -124,10 +125,11 @@ def _example(path: Path, number: int, line: str, classes: int) -> Example:
             f"expected file_name and {field} in line {number} of {path}, found {shorten(line)}; correct it"
         )
     condition: str | int = entry[field]
-    if isinstance(condition, str) and any("\ud800" <= letter <= "\udfff" for letter in condition):
-        raise BadInput(
-            f"expected Unicode in line {number} of {path}, found half of a character, such as \\ud83d; correct it"
-        )
+    if isinstance(condition, str):
+        try:
+            reject_surrogates(condition)
+        except BadInput as error:
+            raise BadInput(f"{path}, line {number}: {error}") from None
     if isinstance(condition, int) and not 0 <= condition < classes:
         raise BadInput(f"expected class_id in 0..{classes - 1} in line {number} of {path}, found {condition}")
     # The name is checked and not the resolved path: a file in Hugging Face's cache is a symbolic link out of its folder.
