@@ -25,6 +25,12 @@ _PATH = click.Path(path_type=Path)
 )
 @click.option("--components", type=_PATH, help="Diffusers folder with the parts that BASE lacks.")
 @click.option("--adapters", type=_PATH, help="Thinking adapters for BASE, tpx.safetensors.")
+@click.option(
+    "--lora",
+    "loras",
+    multiple=True,
+    help="FILE or FILE:SCALE, a LoRA of SD3 to merge into BASE's weights; may be repeated.",
+)
 @click.option("--image-size", help="Pixels, WIDTHxHEIGHT or SIDE.  [default: BASE's own]")
 @click.option("--no-t5", is_flag=True, help="Leave out BASE's T5 encoder.")
 @click.option("--depth", type=int, help="Latent steps; graphs 1..DEPTH are written.  [default: the model's]")
@@ -57,6 +63,7 @@ def main(
     base: Path | None,
     components: Path | None,
     adapters: Path | None,
+    loras: tuple[str, ...],
     image_size: str | None,
     no_t5: bool,
     depth: int | None,
@@ -88,7 +95,7 @@ def main(
     options = Int8Options(**chosen) if chosen else None
     check_arguments(out, depth, precision, force, options)  # before reading the model, which takes a while
     with warnings_as_notices():
-        pipeline = open_model(ckpt, base, components, adapters, image_size, no_t5)
+        pipeline = open_model(ckpt, base, components, adapters, loras, image_size, no_t5)
     pipeline = replace(pipeline, defaults=replace(pipeline.defaults, **defaults))
     out = out or Path("bundles") / (f"{pipeline.name}-{precision}" if precision else pipeline.name)
     with click.progressbar(length=1, label="export", file=sys.stderr) as bar:
@@ -119,11 +126,13 @@ def open_model(
     base: Path | None,
     components: Path | None,
     adapters: Path | None,
+    loras: tuple[str, ...],
     image_size: str | None,
     no_t5: bool,
 ) -> "Pipeline":
     """The model that the options name. Raises BadInput, CheckpointInvalid."""
     from tpx_export import checkpoint
+    from tpx_export.base.lora import open_lora
     from tpx_export.base.pipeline import open_base
     from tpx_export.pipeline import Pipeline
 
@@ -133,12 +142,28 @@ def open_model(
         )
     if base:
         size = None if image_size is None else parse_size(image_size)
-        return open_base(base, components, size, adapters, t5=not no_t5)
+        opened = [open_lora(*parse_lora(text)) for text in loras]
+        return open_base(base, components, size, adapters, t5=not no_t5, loras=opened)
     assert ckpt is not None
-    extra = {"--components": components, "--adapters": adapters, "--image-size": image_size}
-    if given := [name for name, value in extra.items() if value is not None] + ["--no-t5"] * no_t5:
+    extra = {
+        "--components": components,
+        "--adapters": adapters,
+        "--lora": loras or None,
+        "--image-size": image_size,
+        "--no-t5": no_t5 or None,
+    }
+    if given := [name for name, value in extra.items() if value is not None]:
         raise BadInput(f"expected {given[0]} only with --base, found it with --ckpt; leave it out")
     return Pipeline.from_model(checkpoint.load(ckpt))
+
+
+def parse_lora(text: str) -> tuple[Path, float]:
+    """FILE or FILE:SCALE as a path and a scale, 1 by default; a colon before anything but a number is the path's own."""
+    path, _, scale = text.rpartition(":")
+    try:
+        return Path(path), float(scale)
+    except ValueError:
+        return Path(text), 1.0
 
 
 def table(summary: "Summary") -> str:

@@ -8,6 +8,7 @@ Missing parts are taken from `components`, a diffusers folder.
 
 import shlex
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from tpx_export.adapters import FILE, Adapters, attach, load_adapters
 from tpx_export.base import dit_pipeline, sd3_pipeline
 from tpx_export.base.foreign_json import read_object
+from tpx_export.base.lora import Lora
 from tpx_export.base.model_files import INDEX, ModelFiles
 from tpx_export.checkpoint import CheckpointInvalid
 from tpx_export.fingerprint import base_fingerprint
@@ -32,13 +34,15 @@ def open_base(
     image_size_px: tuple[int, int] | None = None,
     adapters: Path | None = None,
     t5: bool = True,
+    loras: Sequence[Lora] = (),
 ) -> Pipeline:
     """Open the model at `path`, with the thinking adapters of a tpx.safetensors file, if any.
 
     `image_size_px` is (height, width), or None for the model's own size. T5 is left out unless `t5`, or if the pipeline was
-    saved without it. Raises CheckpointInvalid for files that are missing or invalid, BadInput for an image size that the
-    model does not support and for a DiT without `t5`. Issues a DifferentBaseWarning for adapters that were trained on
-    another base or with other settings.
+    saved without it; `loras` (opened with `open_lora`) are merged into its weights. Raises CheckpointInvalid for files that
+    are missing or invalid, BadInput for an image size that the model does not support and for a DiT without `t5` or with
+    `loras`. Issues a DifferentBaseWarning for adapters that were trained on another base or with other settings, and an
+    UnusedLoraWarning for a part that only a LoRA has.
     """
     for root in (path, components):
         if root is not None and not root.exists():
@@ -50,9 +54,11 @@ def open_base(
     if dit_pipeline.is_dit_checkpoint(path):
         if not t5:
             raise BadInput("expected --no-t5 only with Stable Diffusion 3, found it with a DiT; leave it out")
+        if loras:
+            raise BadInput("expected --lora only with Stable Diffusion 3, found it with a DiT; leave it out")
         pipeline = dit_pipeline.open_pipeline(files, image_size_px)
     else:
-        pipeline = sd3_pipeline.open_pipeline(files, image_size_px, t5)
+        pipeline = sd3_pipeline.open_pipeline(files, image_size_px, t5, loras)
     if adapters is None:
         return pipeline
     loaded = load_adapters(adapters)

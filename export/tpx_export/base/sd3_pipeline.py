@@ -1,6 +1,6 @@
 """Stable Diffusion 3 and 3.5 as a pipeline: a diffusers folder, or an original single file and its components."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,19 +8,23 @@ from torch import nn
 
 from tpx_export.base.config import Config, read_config
 from tpx_export.base.foreign_json import read_object
+from tpx_export.base.lora import Lora, merged_into, warn_of_unused
 from tpx_export.base.model_files import ModelFiles, name_of, precision_of
 from tpx_export.base.sd3 import PREFIX, latent_sides, load_transformer
+from tpx_export.base.sd3_names import from_diffusers, from_original
 from tpx_export.base.sd3_spec import CLIP_TOKENS, T5_TOKENS, spec_from_config, spec_from_shapes
 from tpx_export.base.tensors import Tensors, open_tensors
 from tpx_export.base.text_encoders import (
     CLIP_G,
     CLIP_L,
     T5,
+    clip_conversions,
     clip_from_tensors,
     clip_spec,
     clip_spec_from_shapes,
     load_clip,
     load_t5,
+    t5_conversions,
     t5_from_tensors,
     t5_spec,
     t5_spec_from_shapes,
@@ -30,7 +34,7 @@ from tpx_export.base.vae import VAE, load_vae, vae_from_tensors, vae_spec, vae_s
 from tpx_export.checkpoint import CheckpointInvalid
 from tpx_export.model.autoencoder_kl import AutoencoderKL, AutoencoderKLSpec
 from tpx_export.model.clip import CLIPText
-from tpx_export.model.mmdit import MMDiTSpec
+from tpx_export.model.mmdit import MMDiT, MMDiTSpec
 from tpx_export.model.t5 import T5Encoder
 from tpx_export.pipeline import Pipeline, TextPart, example_ids, model_spec
 from tpx_runtime.bundle import SHIFT_RANGE
@@ -54,8 +58,13 @@ _UNSUPPORTED = (
 )
 
 
-def open_pipeline(files: ModelFiles, image_size_px: tuple[int, int] | None, t5: bool) -> Pipeline:
-    """The parts of an SD3 model; T5 is left out unless `t5`, or if there is none. Raises CheckpointInvalid, BadInput."""
+def open_pipeline(
+    files: ModelFiles, image_size_px: tuple[int, int] | None, t5: bool, loras: Sequence[Lora] = ()
+) -> Pipeline:
+    """The parts of an SD3 model, with `loras` merged; T5 is left out unless `t5`, or if there is none.
+
+    Raises CheckpointInvalid, BadInput.
+    """
     single = files.path.is_file()
     tensors = open_tensors(files.path) if single else None
     if tensors is not None:
@@ -68,14 +77,22 @@ def open_pipeline(files: ModelFiles, image_size_px: tuple[int, int] | None, t5: 
     _check_size((height, width), vae.factor, latent_sides(spec, stored), stored.path)
     latent_size = (height // vae.factor, width // vae.factor)
     text = (
-        _clip(files, tensors, "", CLIP_L),
-        _clip(files, tensors, "_2", CLIP_G),
-        *([_t5(files, tensors)] if t5 and _has_t5(files, tensors) else []),
+        _clip(files, tensors, "", CLIP_L, loras),
+        _clip(files, tensors, "_2", CLIP_G, loras),
+        *([_t5(files, tensors, loras)] if t5 and _has_t5(files, tensors) else []),
     )
     _check_parts(spec, vae.latent_channels, text, path)
+    warn_of_unused(loras, ("transformer", *(part.spec.folder for part in text)))
+    transformer = merged_into(
+        "transformer",
+        lambda: load_transformer(path, latent_size),
+        loras,
+        lambda: MMDiT(spec),
+        (from_diffusers(spec), from_original(spec)),
+    )
     sampler, shift = _schedule(files)
     return Pipeline(
-        name=name_of(files.path),
+        name="-".join([name_of(files.path), *(name_of(lora.path) for lora in loras)]),
         license="the base model's own",
         model=model_spec(replace(spec, latent_size=latent_size), vae.factor),
         latent=LatentSpec(vae.scale, vae.shift),
@@ -84,7 +101,7 @@ def open_pipeline(files: ModelFiles, image_size_px: tuple[int, int] | None, t5: 
         text=text,
         blocks=spec.blocks,
         width=spec.width,
-        transformer=lambda: load_transformer(path, latent_size),
+        transformer=transformer,
         autoencoder=load_autoencoder,
         precision=precision_of(stored.dtype),
     )
@@ -119,19 +136,21 @@ def _vae(files: ModelFiles, single: Tensors | None) -> tuple[AutoencoderKLSpec, 
     return vae_spec(folder), lambda: load_vae(folder)
 
 
-def _clip(files: ModelFiles, single: Tensors | None, number: str, prefix: str) -> TextPart:
+def _clip(
+    files: ModelFiles, single: Tensors | None, number: str, prefix: str, loras: Sequence[Lora]
+) -> TextPart:
+    name = f"text_encoder{number}"
     load: Callable[[], CLIPText]
     if single is not None and (part := single.with_prefix(prefix)):
         activation = "quick_gelu" if prefix == CLIP_L else "gelu"
         spec, load = clip_spec_from_shapes(part, activation), lambda: clip_from_tensors(part, activation)
     else:
-        folder = files.component_folder(f"text_encoder{number}")
+        folder = files.component_folder(name)
         spec, load = clip_spec(folder), lambda: load_clip(folder)
         open_tensors(folder)  # as for the VAE
+    load = merged_into(name, load, loras, lambda: CLIPText(spec), [clip_conversions(spec)])
     vocabulary = clip_tokenizer(files.any_folder(f"tokenizer{number}"), CLIP_TOKENS)
-    entry = EncoderSpec(
-        f"text_encoder{number}", f"tokenizer{number}", CLIP_TOKENS, spec.width, spec.projection
-    )
+    entry = EncoderSpec(name, f"tokenizer{number}", CLIP_TOKENS, spec.width, spec.projection)
     return _text_part(entry, vocabulary, load)
 
 
@@ -140,7 +159,7 @@ def _has_t5(files: ModelFiles, single: Tensors | None) -> bool:
     return bool(single and single.with_prefix(T5)) or not files.saved_without("text_encoder_3")
 
 
-def _t5(files: ModelFiles, single: Tensors | None) -> TextPart:
+def _t5(files: ModelFiles, single: Tensors | None, loras: Sequence[Lora]) -> TextPart:
     load: Callable[[], T5Encoder]
     if single is not None and (part := single.with_prefix(T5)):
         spec, load = t5_spec_from_shapes(part), lambda: t5_from_tensors(part)
@@ -148,6 +167,7 @@ def _t5(files: ModelFiles, single: Tensors | None) -> TextPart:
         folder = files.component_folder("text_encoder_3", hint="or leave out T5 with --no-t5")
         spec, load = t5_spec(folder), lambda: load_t5(folder)
         open_tensors(folder)
+    load = merged_into("text_encoder_3", load, loras, lambda: T5Encoder(spec), [t5_conversions(spec)])
     vocabulary = t5_tokenizer(files.any_folder("tokenizer_3"), T5_TOKENS)
     entry = EncoderSpec("text_encoder_3", "tokenizer_3", T5_TOKENS, spec.width, 0)
     return _text_part(entry, vocabulary, load)

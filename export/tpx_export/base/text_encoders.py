@@ -140,9 +140,8 @@ def t5_spec_from_shapes(tensors: Tensors) -> T5Spec:
     )
 
 
-def _fill_clip(spec: CLIPTextSpec, tensors: Tensors, projected: bool) -> CLIPText:
-    with torch.device("meta"):
-        model = CLIPText(spec)
+def clip_conversions(spec: CLIPTextSpec, projected: bool = True) -> dict[str, Conversion]:
+    """Conversions of all tensors of a CLIP; without a projection in the file it is the identity."""
     norm = "text_model.final_layer_norm"
     conversions = {
         "words.weight": unchanged(f"{_EMBEDDINGS}.token_embedding.weight"),
@@ -161,16 +160,13 @@ def _fill_clip(spec: CLIPTextSpec, tensors: Tensors, projected: bool) -> CLIPTex
         conversions |= linear(f"{ours}.proj", f"{theirs}.self_attn.out_proj")
         conversions |= linear(f"{ours}.mlp_in", f"{theirs}.mlp.fc1")
         conversions |= linear(f"{ours}.mlp_out", f"{theirs}.mlp.fc2")
-    unused = (f"{_EMBEDDINGS}.position_ids", "logit_scale")
-    load_foreign(model, conversions, tensors, unused)
-    return model.to(model.words.weight.dtype)
+    return conversions
 
 
-def _fill_t5(spec: T5Spec, tensors: Tensors) -> T5Encoder:
-    with torch.device("meta"):
-        model = T5Encoder(spec)
+def t5_conversions(spec: T5Spec, words: str = _WORDS[0]) -> dict[str, Conversion]:
+    """Conversions of all tensors of a T5 whose embedding is named `words`."""
     conversions = {
-        "words.weight": unchanged(_words(tensors)),
+        "words.weight": unchanged(words),
         "distances.weight": unchanged(_DISTANCES),
         "norm.weight": unchanged("encoder.final_layer_norm.weight"),
     }
@@ -188,7 +184,22 @@ def _fill_t5(spec: T5Spec, tensors: Tensors) -> T5Encoder:
         conversions |= {
             f"{ours}.{ours_}.weight": unchanged(f"{theirs}.{name}.weight") for ours_, name in names.items()
         }
+    return conversions
+
+
+def _fill_clip(spec: CLIPTextSpec, tensors: Tensors, projected: bool) -> CLIPText:
+    with torch.device("meta"):
+        model = CLIPText(spec)
+    unused = (f"{_EMBEDDINGS}.position_ids", "logit_scale")
+    load_foreign(model, clip_conversions(spec, projected), tensors, unused)
+    return model.to(model.words.weight.dtype)
+
+
+def _fill_t5(spec: T5Spec, tensors: Tensors) -> T5Encoder:
+    with torch.device("meta"):
+        model = T5Encoder(spec)
     decoder = (name for name in tensors if name.startswith(("decoder.", "lm_head.")))
+    conversions = t5_conversions(spec, _words(tensors))
     return load_foreign(model, conversions, tensors, (*_WORDS, *decoder, "logit_scale"))
 
 
