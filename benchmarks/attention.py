@@ -135,7 +135,7 @@ def main(
     rounds: int,
     calls: int,
 ) -> None:
-    """Print the table of docs/performance.md."""
+    """Print the table of docs/optimisations.md."""
     print(f"width {width}, {heads} heads, {text_tokens} text tokens, {precision}\n")
     heading = ["visual tokens", "engine", "standard, ms", "one node, ms", "one node / standard"]
     heading += ["standard, MB", "one node, MB", "difference"]

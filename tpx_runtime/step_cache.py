@@ -3,7 +3,7 @@
 Once the layout of an image is decided, predictions change little from step to step, as TeaCache (arXiv:2411.19108),
 TaylorSeer (arXiv:2503.06923) and EasyCache (arXiv:2507.02860) found. Here the schedule alone decides which steps are cached,
 so that an image does not depend on the others of its batch. The prediction is reused as it is: extrapolating it from earlier
-ones gained little with 20 steps and lost much with 12 (docs/performance.md).
+ones gained little with 20 steps and lost much with 12 (docs/cheaper-steps.md).
 """
 
 from collections.abc import Collection, Sequence

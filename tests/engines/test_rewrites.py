@@ -1,4 +1,4 @@
-"""Counts nodes of the exported graphs after rewriting. docs/performance.md has the numbers for the sample model."""
+"""Counts nodes of the exported graphs after rewriting. docs/optimisations.md has the numbers for the sample model."""
 
 from collections import Counter
 from pathlib import Path

@@ -2,7 +2,7 @@
 
 The rows of a batch (guidance branches, images) are independent. Run whole, all threads synchronise after each of some 200
 kernels; as halves, each half has its own cores and they synchronise once. The gain depends on the distance between the
-cores: docs/performance.md.
+cores: docs/optimisations.md.
 """
 
 import numpy as np

@@ -18,7 +18,7 @@ from tpx_export.fusion.parts import add_ones_once, gather_slices
 __all__ = ["FLOAT_TYPES", "MIN_FUSED_TOKENS", "fuse_attention", "fused_variant"]
 
 # Visual tokens from which graphs for CPUs use fused attention: with fewer it is as fast or a few percent slower
-# (docs/performance.md).
+# (docs/optimisations.md).
 MIN_FUSED_TOKENS = 1024
 
 

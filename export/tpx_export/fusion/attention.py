@@ -5,8 +5,8 @@
 
 TensorRT and OpenVINO fuse the pattern themselves. ONNX Runtime does not: it writes the scores of all pairs of tokens to
 memory and reads them back, four times. For Stable Diffusion 3 at 1,024 pixels this takes most of a GPU's step
-(docs/gpu.md), and half of a CPU's step and most of its memory (docs/performance.md). For GPUs only float16 is rewritten: in
-float32 the fused kernels may multiply in TF32, and a float32 bundle must compute in float32.
+(docs/gpu.md), and half of a CPU's step and most of its memory (docs/optimisations.md). For GPUs only float16 is rewritten:
+in float32 the fused kernels may multiply in TF32, and a float32 bundle must compute in float32.
 
 The node wants tokens before heads. The projections have them in that order, so what lies between (splits, norms, the
 concatenation of both modalities) is rewritten to keep it, and the transposes disappear. ONNX Runtime would remove them too,

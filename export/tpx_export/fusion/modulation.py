@@ -5,7 +5,7 @@
 
 The norm has no weights of its own, and ONNX lets its scale and bias be broadcast to x. ONNX Runtime's CUDA kernel does that
 for these shapes since 1.21; the two elementwise passes over x that it saves cost as much as the norm (docs/gpu.md). Its
-kernel for CPUs is slower than the three nodes (docs/performance.md), so graphs for CPUs keep them.
+kernel for CPUs is slower than the three nodes (docs/optimisations.md), so graphs for CPUs keep them.
 """
 
 from pathlib import Path
