@@ -188,15 +188,16 @@ def test_a_lora_of_original_names_changes_the_same_weights_in_both_layouts_of_th
     dotted = {f"diffusion_model.{layer}.lora_A.weight": a for layer, (a, _) in pairs.items()}
     dotted |= {f"diffusion_model.{layer}.lora_B.weight": b for layer, (_, b) in pairs.items()}
     save_file(dotted, tmp_path / "dotted.safetensors")
+    save_file({f"model.{name}": value for name, value in dotted.items()}, tmp_path / "prefixed.safetensors")
     single = tmp_path / "single.safetensors"
     save_file(original(state), single)
-    for file, factor in (("sd-scripts.safetensors", 0.5), ("dotted.safetensors", 1.0)):
+    for file, factor in (("sd-scripts", 0.5), ("dotted", 1.0), ("prefixed", 1.0)):
         after = tmp_path / "after.safetensors"
         save_file(
             {PREFIX + name: value for name, value in merged(theirs, pairs, 1.5 * factor).items()}, after
         )
         expected = open_base(after, components=medium, image_size_px=SIZE).transformer()
-        lora = open_lora(tmp_path / file, scale=1.5)
+        lora = open_lora(tmp_path / f"{file}.safetensors", scale=1.5)
         for base in (
             open_base(medium, image_size_px=SIZE, loras=[lora]),
             open_base(single, components=medium, image_size_px=SIZE, loras=[lora]),
@@ -279,6 +280,7 @@ def good() -> dict[str, Tensor]:
     [
         ({B: None}, "transformer transformer_blocks.0.attn.to_q has only a; use a LoRA of this model"),
         ({B: torch.ones(32, 3)}, r"has an A of \[2, 32\] and a B of \[32, 3\]"),
+        ({B: torch.ones(32, 2, 3, 3)}, r"has an A of \[2, 32\] and a B of \[32, 2, 3, 3\]"),
         ({A: torch.ones(2)}, r"has an A of \[2\] and a B of \[32, 2\]"),
         ({A: torch.ones(0, 32), B: torch.ones(32, 0)}, r"has an A of \[0, 32\]"),
         ({f"{LAYER}.alpha": torch.ones(2)}, "has an alpha that is no number"),
@@ -320,7 +322,7 @@ def test_files_that_are_no_lora_are_rejected(medium: Path, tmp_path: Path) -> No
     save_file({}, tmp_path / "empty.safetensors")
     with pytest.raises(CheckpointInvalid, match=r"expected pairs of lora_A and lora_B, .*, found none"):
         open_lora(tmp_path / "empty.safetensors")
-    for text in ("{", "[]"):
+    for text in ("{", "[]", "[" * 100_000):
         save_file(good(), tmp_path / "settings.safetensors", metadata={"lora_adapter_metadata": text})
         with pytest.raises(CheckpointInvalid, match="expected JSON in its lora_adapter_metadata"):
             open_lora(tmp_path / "settings.safetensors")

@@ -115,7 +115,7 @@ def open_lora(path: Path, scale: float = 1.0) -> Lora:
         raise _invalid(
             path, "expected pairs of lora_A and lora_B, or lora_down and lora_up", faults or ["none"]
         )
-    return Lora(path, parts)
+    return Lora(path, dict(parts))
 
 
 def merged_into(
@@ -225,7 +225,7 @@ def _pair(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], part: str,
     alpha = tensors.get("alpha", _stored_alpha(metadata, part, layer, rank))
     try:
         factor = float(alpha) / (math.sqrt(rank) if metadata.get(f"{part}.use_rslora") else rank)
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError):
         raise ValueError("has an alpha that is no number") from None
     return Pair(a, b, factor)
 
