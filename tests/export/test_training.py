@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import pickle
@@ -679,6 +680,28 @@ def test_training_stops_at_a_non_finite_loss() -> None:
     ):
         loop.train_step(loop.Job(model, FlowLoss(), data, settings), run)
     assert run.step == 0 and all(torch.equal(parameters[name], value) for name, value in before.items())
+
+
+def test_the_learning_rate_rises_linearly_in_the_first_steps() -> None:
+    settings = training_settings(ThinkingSpec((0, 1), 2, 4, 2), warmup=3, lr=0.5)
+    parameters = {"weight": torch.nn.Parameter(torch.zeros(()))}
+    run = state.Run(parameters, torch.optim.SGD(parameters.values(), lr=9))
+
+    class OneBatch(Data):
+        def batch(self, rows: Any, dropped: Any, device: str) -> Any:
+            return torch.zeros(4, 4, 8, 8), conditioning(4)
+
+    def gradient_of_1(*_: Any) -> torch.Tensor:
+        return parameters["weight"] * 1
+
+    data = OneBatch(None, None, ("a", "b"), ("", ""), {})  # type: ignore[arg-type]
+    job = loop.Job(torch.nn.Module(), gradient_of_1, data, settings)  # type: ignore[arg-type]
+    values = [0.0]
+    for _ in range(5):
+        loop.train_step(job, run)
+        values.append(parameters["weight"].item())
+    rates = [before - after for before, after in itertools.pairwise(values)]
+    assert rates == pytest.approx([0.5 / 3, 1 / 3, 0.5, 0.5, 0.5], abs=1e-6)
 
 
 # Images, captions and the cache

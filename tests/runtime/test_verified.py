@@ -119,6 +119,7 @@ def test_generators_and_tpx_run_use_the_record_and_tpx_verify_does_not(
 ) -> None:
     for _ in range(2):
         Generator.load(opened.root, engine="onnxruntime")
+        assert len(hashed) == len(opened.manifest.files)
     arguments = ["zebra", "--bundle", str(opened.root), "--engine", "onnxruntime"]
     assert "found 'zebra'" in CliRunner().invoke(cli.run, arguments).stderr
     assert len(hashed) == len(opened.manifest.files)

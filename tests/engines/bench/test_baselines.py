@@ -20,6 +20,7 @@ from tpx_engines.bench.baselines import eager_runner, require_fits
 from tpx_engines.bench.configurations import engines
 from tpx_engines.bench.flops import graph_flops
 from tpx_engines.bench.peak import gemm
+from tpx_engines.bench.process import MeasurementFailed
 from tpx_engines.bench.runner import Runner, Workload, engine_runner
 from tpx_export import checkpoint
 from tpx_export.model import ThinkingSpec
@@ -116,6 +117,18 @@ def test_the_naive_export_generates_the_bundles_image(workload: Workload, tmp_pa
         options = {"name": "naive", "framework": framework, "precision": "fp32"}
         assert similarity(bundle, naive.naive_runner(exported, options)) > 55
     assert graph_flops(tmp_path / "transformer-depth-3.onnx", 2) > 0
+
+
+def test_a_cpu_without_bf16_is_named(
+    workload: Workload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpu = SimpleNamespace(get_property=lambda device, name: ["FP32", "INT8"])
+    monkeypatch.setattr("tpx_runtime.engine.openvino.core", lambda: cpu)
+    options = {"name": "naive", "framework": "openvino", "precision": "bf16"}
+    with pytest.raises(
+        MeasurementFailed, match="expected a CPU with bf16 for OpenVINO, found FP32, INT8; leave it"
+    ):
+        naive.naive_runner(replace(workload, export_folder=tmp_path), options)
 
 
 def test_compiling_chooses_the_fastest_setting(workload: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
