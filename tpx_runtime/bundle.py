@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from .errors import BundleInvalid, shorten
+from .files import read_small_file
 from .manifest import EncoderSpec, FileEntry, Manifest
 
 # Variants of a transformer graph: tpx::RoutedLora as one node; float16 attention as one node too; standard operators only.
@@ -99,7 +100,7 @@ class Bundle:
         """
         root = Path(path)
         try:
-            text = (root / MANIFEST).read_text(encoding="utf-8")
+            text = read_small_file(root / MANIFEST).decode()
         except (FileNotFoundError, NotADirectoryError):
             raise BundleInvalid(
                 f"expected a bundle (a folder with {MANIFEST}) at {root}, found none; "

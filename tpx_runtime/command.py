@@ -12,7 +12,7 @@ from typing import IO, Any
 import click
 
 from . import __version__
-from .errors import BadInput, Cancelled, EngineUnavailable, TpxError
+from .errors import BadInput, Cancelled, EngineFailed, EngineUnavailable, TpxError, escape_controls
 from .interrupts import termination_as_interrupt
 
 _CONTEXT_SETTINGS = {"help_option_names": ["-h", "--help"]}
@@ -22,7 +22,8 @@ class OneLineError(click.ClickException):
     """An error that click prints as one line before it exits with `exit_code`."""
 
     def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(" ".join(message.splitlines()))  # a path in the message may contain line breaks
+        # A path in the message may contain line breaks.
+        super().__init__(escape_controls(" ".join(message.splitlines())))
         self.exit_code = exit_code  # type: ignore[misc]
 
     def show(self, file: IO[Any] | None = None) -> None:
@@ -83,7 +84,7 @@ def warnings_as_notices() -> Iterator[None]:
             raise
         finally:
             for line in dict.fromkeys(" ".join(str(warning.message).splitlines()) for warning in caught):
-                click.echo(f"notice: {line}", err=True)
+                click.echo(f"notice: {escape_controls(line)}", err=True)
 
 
 def _print_version(ctx: click.Context, _: click.Parameter, requested: bool) -> None:
@@ -137,6 +138,11 @@ class TpxCommand(click.Command):
             error: TpxError = Cancelled("cancelled")
         except TpxError as caught:
             error = caught
+        except MemoryError as caught:
+            reason = f" ({caught})" if str(caught) else ""
+            error = EngineFailed(
+                f"expected enough memory, found too little{reason}; take smaller batches or images"
+            )
         except ModuleNotFoundError as missing:
             if not self._extra or not missing.name or missing.name.startswith("tpx_"):
                 raise

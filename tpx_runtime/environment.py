@@ -10,7 +10,8 @@ ENGINES_VARIABLE = "TPX_ENGINES"
 CUDA_GRAPHS_VARIABLE = "TPX_CUDA_GRAPHS"
 DEVICE_LOOP_VARIABLE = "TPX_DEVICE_LOOP"
 THREADS_VARIABLE = "TPX_THREADS"
-MAX_THREADS = 1024
+# With many more threads than cores an engine is slow, and where the system refuses to start them, it may hang.
+MAX_THREADS = max(64, os.cpu_count() or 1)
 
 
 def compiled_folder(bundle: Path, shared: Path | None = None) -> Path:

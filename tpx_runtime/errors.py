@@ -1,5 +1,10 @@
 """The errors shown to users. Each message is one line: what was expected, what was found, how to fix it."""
 
+from collections.abc import Sequence
+from unicodedata import category
+
+_CONTROLS = ("Cc", "Cs", "Zl", "Zp")  # controls, surrogates, separators of lines and paragraphs
+
 
 class TpxError(Exception):
     """Base of all errors that TPX raises deliberately; `exit_code` is what the command line returns."""
@@ -35,6 +40,20 @@ class Cancelled(TpxError):
     """The callback returned False, or Ctrl-C was pressed."""
 
     exit_code = 130
+
+
+def escape_controls(text: str) -> str:
+    """`text` with control characters, line breaks included, as escapes, so that it cannot change the terminal's state."""
+    return "".join(
+        letter.encode("unicode_escape").decode() if category(letter) in _CONTROLS else letter
+        for letter in text
+    )
+
+
+def first_few(items: Sequence[str], most: int = 5) -> str:
+    """The first items on one line, and how many more there are."""
+    more = f"; and {len(items) - most} more" if len(items) > most else ""
+    return "; ".join(items[:most]) + more
 
 
 def shorten(value: object, limit: int = 40) -> str:

@@ -34,6 +34,15 @@ def atomic_file(path: Path, replace: bool = True) -> Iterator[Path]:
             part.unlink(missing_ok=True)
 
 
+def read_small_file(path: Path, most_bytes: int = 2**26) -> bytes:
+    """The content of a regular file of at most `most_bytes`. Raises OSError: a link to a device would never end."""
+    state = path.stat()  # before it is opened, because opening a pipe waits for its writer
+    regular = stat.S_ISREG(state.st_mode) or stat.S_ISDIR(state.st_mode)  # a folder has its own error below
+    if not regular or state.st_size > most_bytes:
+        raise OSError(errno.EFBIG, f"not a file of at most {most_bytes} bytes", str(path))
+    return path.read_bytes()
+
+
 def _temporary(folder: Path) -> Path:
     return folder / f".tpx-{uuid.uuid4().hex[:12]}.part"
 

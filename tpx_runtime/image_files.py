@@ -21,6 +21,10 @@ from .settings import check_int
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}  # by suffix
 DEFAULT_QUALITY = 95
 _PARAMETERS, _TPX = "parameters", "tpx"  # in the `info` of an image, and in PNG files
+_MOST_EXIF = {
+    "JPEG": 65_000,
+    "WEBP": 2**30,
+}  # bytes of texts; a JPEG has one segment of 65,533 bytes for all of its Exif
 _UNICODE = b"UNICODE\0"  # Exif 2.32, UserComment: the text's encoding
 
 
@@ -92,7 +96,7 @@ def _encode(image: Image.Image, format: str, quality: int) -> bytes:
     texts = {key: str(image.info[key]) for key in (_PARAMETERS, _TPX) if key in image.info}
     options: dict[str, Any] = {"pnginfo": _png_chunks(texts)}
     if format != "PNG":
-        options = {"exif": _exif(texts), "quality": quality}
+        options = {"exif": _exif(texts, _MOST_EXIF[format]), "quality": quality}
     if format == "JPEG":
         options["subsampling"] = "4:4:4"
         if image.mode not in ("RGB", "L"):
@@ -115,12 +119,15 @@ def _png_chunks(texts: dict[str, str]) -> PngImagePlugin.PngInfo:
     return chunks
 
 
-def _exif(texts: dict[str, str]) -> Image.Exif:
+def _exif(texts: dict[str, str], most_bytes: int) -> Image.Exif:
+    """The texts as Exif; the human-readable one is left out if both together are longer than `most_bytes`."""
     tags: dict[int, bytes] = {}
-    if _PARAMETERS in texts:
-        tags[ExifTags.Base.UserComment] = _UNICODE + texts[_PARAMETERS].encode("utf-16-be", "replace")
     if _TPX in texts:
         tags[ExifTags.Base.MakerNote] = texts[_TPX].encode()
+    if _PARAMETERS in texts:
+        comment = _UNICODE + texts[_PARAMETERS].encode("utf-16-be", "replace")
+        if len(comment) + len(tags.get(ExifTags.Base.MakerNote, b"")) <= most_bytes:
+            tags[ExifTags.Base.UserComment] = comment
     exif = Image.Exif()
     exif[ExifTags.IFD.Exif] = tags  # assigned: what is added to get_ifd's result is lost in Pillow 10
     return exif

@@ -11,6 +11,7 @@ from . import __version__
 from .bundle import Bundle
 from .engine import ENGINES, Engine
 from .environment import compiled_folder
+from .errors import escape_controls
 from .image_size import format_size
 from .manifest import ALL_NOISE_LEVELS, Defaults
 from .memory import available_bytes
@@ -48,7 +49,8 @@ def _details(engine: Engine, distributions: list[str], auto: bool) -> str:
 
 def describe_image(path: Path) -> Iterator[str]:
     """The settings of an image that tpx-run wrote, line by line. Raises BadInput."""
-    return (f"{name:<{_COLUMN}}{text}" for name, text in read_metadata(path).items() if text != "")
+    facts = {name: escape_controls(str(text)) for name, text in read_metadata(path).items()}
+    return (f"{escape_controls(name):<{_COLUMN}}{text}" for name, text in facts.items() if text)
 
 
 def describe_bundle(bundle: Bundle) -> Iterator[str]:

@@ -7,6 +7,9 @@ from PIL import Image, ImageOps
 
 from .errors import BadInput
 
+# Not all of Pillow's: for EPS it runs Ghostscript.
+_READABLE = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
+
 
 def load_image(path: Path) -> Image.Image:
     """Read an image file completely. Raises BadInput.
@@ -14,7 +17,8 @@ def load_image(path: Path) -> Image.Image:
     For large photographs Pillow warns with its DecompressionBombWarning; the filter of warnings is the application's.
     """
     try:
-        with Image.open(path) as image:
+        Image.init()  # registers AVIF, if this Pillow has it
+        with Image.open(path, formats=[format for format in _READABLE if format in Image.OPEN]) as image:
             image.load()
             return image
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:

@@ -17,6 +17,7 @@ from .typed_json import parse
 
 FORMAT = "tpx-bundle"
 FORMAT_VERSION = 5
+_MAX_SIZE = 2**24  # of any one dimension: a damaged manifest must not ask for all memory
 ALL_NOISE_LEVELS = (0.0, 1.0)  # the guidance interval that contains every step
 
 
@@ -159,6 +160,9 @@ class Manifest:
     def __post_init__(self) -> None:
         """Check the values; their types are checked by `from_json`. Raises BundleInvalid."""
         model, defaults = self.model, self.defaults
+        for key in ("name", "license", "producer"):
+            if not (text := getattr(self, key)).isprintable():
+                raise _invalid(f"expected printable characters in {key}, found {shorten(text)}")
         self._check_sizes()
         self._check_conditions()
         if not model.depths or model.depths[0] < 1 or list(model.depths) != sorted(set(model.depths)):
@@ -201,8 +205,8 @@ class Manifest:
         sizes += ["conditions_width"]
         for key in sizes + (text_sizes if not model.classes else []):
             value = getattr(model, key)
-            if min(value if isinstance(value, tuple) else (value,)) < 1:
-                raise _invalid(f"expected model.{key} of at least 1, found {value}")
+            if not all(1 <= size <= _MAX_SIZE for size in (value if isinstance(value, tuple) else (value,))):
+                raise _invalid(f"expected model.{key} in 1..{_MAX_SIZE}, found {value}")
         if any(px % latent for px, latent in zip(model.image_size_px, model.latent_size, strict=True)):
             raise _invalid(
                 f"expected model.image_size_px to be a multiple of {list(model.latent_size)}, "

@@ -3,12 +3,13 @@
 import json
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from .errors import BadInput, shorten
 from .image_files import stored_settings
 from .input_images import load_image
 from .settings import Settings
+from .typed_json import parse
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
@@ -31,10 +32,12 @@ def settings_in(facts: dict[str, Any]) -> dict[str, Any]:
         raise BadInput('expected json.loads(image.info["tpx"]), found image.info; parse it first')
     names = [*(field.name for field in fields(Settings)), "num_images"]
     found = {name: facts[name] for name in names if name in facts}
+    hints = {**get_type_hints(Settings), "num_images": int}
     for name, value in found.items():
-        pair = isinstance(value, list) and [isinstance(end, int | float) for end in value] == [True, True]
-        if not (pair if name == "guidance_interval" else isinstance(value, str | int | float)):
+        try:
+            parse(hints[name], value, f"{name}.", "")
+        except ValueError:
             raise BadInput(
                 f"expected settings that tpx-run wrote, found {name} {shorten(value)}; name another image"
-            )
+            ) from None
     return found

@@ -56,7 +56,7 @@ def choose_output_files(
     keep_names = force or skip_existing
     each = seeds if given and SEED in given.name else seeds[:1]
     if given is None:
-        taken: set[Path] = set()
+        taken: dict[Path, int] = {}
         paths = [_unused_name(prompt, seeds[0], keep_names, taken) for prompt in prompts]
     else:
         _check_name(given)
@@ -115,14 +115,19 @@ def _slug(prompt: str) -> str:
     return slug.encode()[:120].decode(errors="ignore").strip("-") or "image"
 
 
-def _unused_name(prompt: str, seed: int, may_exist: bool, taken: set[Path]) -> Path:
-    """A name that is not in `taken`, to which it is added, nor, unless it `may_exist`, that of a file."""
-    stem, number = f"{_slug(prompt)}-{seed}", 1
-    path = Path(f"{stem}.png")
+def _unused_name(prompt: str, seed: int, may_exist: bool, taken: dict[Path, int]) -> Path:
+    """A name that is not in `taken`, to which it is added, nor, unless it `may_exist`, that of a file.
+
+    `taken` has the last number of each name, so that many prompts of one name do not all count from 1.
+    """
+    stem = f"{_slug(prompt)}-{seed}"
+    path = first = Path(f"{stem}.png")
+    number = taken.get(first, 1)
     while path in taken or (path.exists() and not may_exist):
         number += 1
         path = Path(f"{stem}-{number}.png")
-    taken.add(path)
+    taken[first] = number
+    taken.setdefault(path, 1)
     return path
 
 

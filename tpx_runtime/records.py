@@ -19,7 +19,9 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 def write_json(path: Path, facts: dict[str, Any]) -> None:
     """Write `facts` as indented JSON, atomically. Raises BadInput."""
-    write_atomic(path, (json.dumps(facts, indent=2, ensure_ascii=False) + "\n").encode())
+    # Half a surrogate pair, which JSON can hold and UTF-8 cannot, is escaped.
+    text = json.dumps(facts, indent=2, ensure_ascii=False)
+    write_atomic(path, (text + "\n").encode(errors="backslashreplace"))
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from .bundle import Bundle
 from .environment import compiled_folder
-from .files import atomic_file
+from .files import atomic_file, read_small_file
 
 RECORD = "verified.json"
 # Timestamps are coarse: a file that changes right after it was hashed may keep its own.
@@ -45,6 +45,6 @@ def _facts(bundle: Bundle) -> dict[str, Any]:
 
 def _read(record: Path) -> Any:
     try:
-        return json.loads(record.read_bytes())
+        return json.loads(read_small_file(record))
     except (OSError, ValueError, RecursionError):
         return None

@@ -270,3 +270,12 @@ def test_a_moved_or_rebuilt_bundle_has_the_same_hash(fake_bundle: Path, tmp_path
     shutil.move(fake_bundle, tmp_path / "elsewhere")
     assert Bundle.open(tmp_path / "elsewhere").hash == identity
     assert Bundle.open(make_bundle(tmp_path / "again")).hash == identity
+
+
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="needs a device that never ends")
+def test_a_manifest_that_never_ends_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").symlink_to("/dev/zero")
+    with pytest.raises(
+        BundleInvalid, match=r"manifest\.json: expected a file to read, found: not a file of at most"
+    ):
+        Bundle.open(tmp_path)

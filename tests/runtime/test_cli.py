@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -318,6 +319,32 @@ def test_rejects_bad_prompt_files_and_output_names_for_prompts(
 def test_settings_in_asks_for_the_parsed_json() -> None:
     with pytest.raises(BadInput, match=r"expected json.loads\(image.info\[.tpx.\]\), found image.info"):
         settings_in({"parameters": "a red cube", "tpx": '{"prompt": "a red cube"}'})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({name: float("inf")} for name in ("seed", "steps", "class_id", "num_images", "guidance_every")),
+        *({name: 10**400} for name in ("guidance", "strength")),
+        *({"guidance_interval": [0.0, end]} for end in (10**400, float("nan"), "1", None)),
+        *({"guidance_interval": value} for value in (0.5, [0.5], [0.0, 0.5, 1.0])),
+        *({"seed": value} for value in (3.7, True, "3", [3], None)),
+        *({"steps": value} for value in (2.9, True)),
+        *({"prompt": value} for value in (3, None, ["a"])),
+    ],
+)
+def test_settings_of_another_type_are_rejected(changes: dict[str, Any]) -> None:
+    good = {
+        "prompt": "a",
+        "seed": 3,
+        "guidance": 2,
+        "strength": 0.5,
+        "guidance_interval": [0, 1],
+        "num_images": 2,
+    }
+    assert settings_in({**good, "bundle": "x"}) == good
+    with pytest.raises(BadInput, match=f"expected settings that tpx-run wrote, found {next(iter(changes))} "):
+        settings_in(good | changes)
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "webp"])
@@ -1338,6 +1365,16 @@ def test_info_of_an_image_shows_its_settings(default_bundle: Path) -> None:
     assert lines["prompt"] == PROMPT and lines["steps"] == "3" and lines["seed"] == "8"
     Image.new("RGB", (8, 8)).save("other.png")
     assert_error(info("other.png"), 2, "expected an image that tpx-run wrote, found other.png without")
+
+
+def test_info_of_an_image_prints_no_control_characters(workdir: Path) -> None:
+    image = Image.new("RGB", (8, 8))
+    image.info["tpx"] = json.dumps({"prompt": "x\x1b]0;title\x07", "a\nengine": "fake", "steps": 3})
+    save_image(image, workdir / "a.png")
+    lines = info("a.png").stdout.splitlines()
+    assert [line.split(maxsplit=1) for line in lines] == [
+        ["prompt", "x\\x1b]0;title\\x07"], ["a\\nengine", "fake"], ["steps", "3"]
+    ]  # fmt: skip
 
 
 def test_info_needs_no_bundle_but_rejects_a_path_that_is_not_one(workdir: Path) -> None:

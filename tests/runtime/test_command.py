@@ -3,13 +3,15 @@
 import errno
 import os
 import re
+import warnings
 from pathlib import Path
 
 import click
 import pytest
 from click.testing import CliRunner, Result
 
-from tpx_runtime.command import TpxCommand
+from tpx_runtime.command import TpxCommand, warnings_as_notices
+from tpx_runtime.errors import BadInput
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -21,7 +23,7 @@ def test_every_benchmark_reports_usage_errors_in_one_line(path: Path) -> None:
     assert all(arguments.startswith("cls=TpxCommand") for arguments in commands)
 
 
-def run_raising(error: OSError) -> Result:
+def run_raising(error: Exception) -> Result:
     @click.command(cls=TpxCommand)
     def command() -> None:
         raise error
@@ -57,3 +59,23 @@ def test_prompts_are_not_expanded_on_windows(monkeypatch: pytest.MonkeyPatch) ->
     TpxCommand("draw").main(["a cat?"])
     TpxCommand("draw").main(["a cat?"], windows_expand_args=True)
     assert seen == [{"windows_expand_args": False}, {"windows_expand_args": True}]
+
+
+def test_too_little_memory_is_one_line() -> None:
+    for error, reason in ((MemoryError(), ""), (MemoryError("2 TiB"), " (2 TiB)")):
+        result = run_raising(error)
+        assert result.exit_code == 5
+        expected = (
+            f"error: expected enough memory, found too little{reason}; take smaller batches or images\n"
+        )
+        assert result.stderr == expected
+
+
+def test_control_characters_are_not_sent_to_the_terminal() -> None:
+    @click.command(cls=TpxCommand)
+    def command() -> None:
+        with warnings_as_notices():
+            warnings.warn("a\x1b[2J \u4e2d", stacklevel=2)
+        raise BadInput("b\x9b\x07 \ud800 é")
+
+    assert CliRunner().invoke(command).stderr == ("notice: a\\x1b[2J \u4e2d\nerror: b\\x9b\\x07 \\ud800 é\n")

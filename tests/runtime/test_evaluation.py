@@ -733,7 +733,7 @@ def test_runs_of_two_judges_are_not_compared(pair: tuple[Path, Path], tmp_path: 
     for name in "ab":
         (tmp_path / f"{name}.json").write_text(json.dumps({**facts, "parser_sha256": name}))
     arguments = ["compare", str(tmp_path / "a.json"), str(tmp_path / "b.json")]
-    message = "expected runs with the same judge, found a and b; run one of them again"
+    message = "expected runs with the same judge, found 'a' and 'b'; run one of them again"
     assert message in error_of(CliRunner().invoke(cli.main, arguments), 2)
 
 

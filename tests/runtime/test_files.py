@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tpx_runtime.errors import BadInput
-from tpx_runtime.files import atomic_file, check_writable, make_folder
+from tpx_runtime.files import atomic_file, check_writable, make_folder, read_small_file
 
 
 def test_replaces_an_existing_file(tmp_path: Path) -> None:
@@ -115,3 +115,26 @@ def test_a_place_is_tried_once_and_left_empty(
     with pytest.raises(BadInput, match="Permission denied; choose another"):
         check(tmp_path)
     assert len(tried) == 1
+
+
+def test_a_small_file_is_regular_and_not_larger_than_allowed(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"12345")
+    assert read_small_file(tmp_path / "a", 5) == b"12345"
+    with pytest.raises(OSError, match="not a file of at most 4 bytes"):
+        read_small_file(tmp_path / "a", 4)
+    (tmp_path / "link").symlink_to("a")
+    assert read_small_file(tmp_path / "link") == b"12345"
+
+
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="needs a device that never ends")
+def test_a_link_to_a_device_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "endless").symlink_to("/dev/zero")
+    with pytest.raises(OSError, match="not a file of at most"):
+        read_small_file(tmp_path / "endless")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_without_a_writer_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="not a file of at most"):
+        read_small_file(tmp_path / "pipe")

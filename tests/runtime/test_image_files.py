@@ -236,3 +236,17 @@ def test_check_image_writable_rejects_a_folder_without_write_permission(
 def test_the_suffixes_can_be_limited(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"ends in .png, found .*a.jpg"):
         check_image_writable(tmp_path / "a.jpg", (".png",))
+
+
+def test_a_jpeg_leaves_out_the_readable_text_if_only_the_settings_fit(tmp_path: Path) -> None:
+    image = solid("red")
+    image.info |= {"tpx": "x" * 30_000, "parameters": "y" * 17_000}
+    save_image(image, tmp_path / "a.jpg")
+    image.info["parameters"] = "y" * 18_000
+    save_image(image, tmp_path / "b.jpg")
+    save_image(image, tmp_path / "b.webp")
+    for name, comments in (("a.jpg", 1), ("b.jpg", 0), ("b.webp", 1)):
+        with Image.open(tmp_path / name) as found:
+            assert stored_settings(found) == "x" * 30_000
+            exif = found.getexif().get_ifd(ExifTags.IFD.Exif)
+            assert (ExifTags.Base.UserComment in exif) == bool(comments), name

@@ -356,3 +356,19 @@ def test_rejects_levels_of_an_unknown_range(image: Image.Image) -> None:
         match=f"expected an image of 8 or 16 bits, found one of mode {image.mode} with unknown range",
     ):
         flatten_to_rgb(image, "white")
+
+
+def test_no_other_program_reads_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow starts Ghostscript for EPS, whatever a file is called."""
+    path, calls = tmp_path / "photo.png", list[Any]()
+    Image.new("RGB", (8, 8)).save(path, format="EPS")
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *args, **_: calls.append(args))
+    with pytest.raises(BadInput, match="found: no readable image; name a PNG, JPEG or WebP file"):
+        load_image(path)
+    assert calls == []
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM"])
+def test_common_formats_are_read_under_any_name(format: str, tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8), "white").save(tmp_path / "photo", format=format)
+    assert flatten_to_rgb(load_image(tmp_path / "photo"), "black").getpixel((3, 3)) == WHITE

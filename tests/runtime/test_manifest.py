@@ -103,11 +103,19 @@ def test_accepts_a_model_without_thinking_blocks() -> None:
         (put("4", "model", "latent_channels"), "expected 'model.latent_channels' to be int, found '4'"),
         (put(4.0, "model", "latent_channels"), "to be int, found 4.0"),
         (put(True, "model", "latent_channels"), "to be int, found True"),
-        (put(0, "model", "latent_channels"), "expected model.latent_channels of at least 1, found 0"),
-        (put(0, "model", "conditions_width"), "expected model.conditions_width of at least 1, found 0"),
+        (put(0, "model", "latent_channels"), "expected model.latent_channels in 1..16777216, found 0"),
+        *(
+            (put(text, key), f"expected printable characters in {key}, found ")
+            for key, text in (("name", "a\x1b[2J"), ("license", "a\nb"), ("producer", "a\ud800"))
+        ),
+        (
+            put(2**24 + 1, "model", "context_tokens"),
+            "expected model.context_tokens in 1..16777216, found 16777217",
+        ),
+        (put(0, "model", "conditions_width"), "expected model.conditions_width in 1..16777216, found 0"),
         (put([8], "model", "latent_size"), "expected 'model.latent_size' to be tuple[int, int], found [8]"),
         (put([8, 8, 8], "model", "latent_size"), "to be tuple[int, int], found [8, 8, 8]"),
-        (put([8, 0], "model", "latent_size"), "expected model.latent_size of at least 1, found (8, 0)"),
+        (put([8, 0], "model", "latent_size"), "expected model.latent_size in 1..16777216, found (8, 0)"),
         (put([8, "8"], "model", "latent_size"), "expected 'model.latent_size.1' to be int, found '8'"),
         (put("ab", "model", "depths"), "expected 'model.depths' to be tuple[int, ...], found 'ab'"),
         (put([], "model", "depths"), "expected model.depths to increase from at least 1, found []"),
@@ -138,7 +146,7 @@ def test_accepts_a_model_without_thinking_blocks() -> None:
         (put([8, 10], "model", "image_size_px"), "to be a multiple of [2, 3], found [8, 10]"),
         (put("noise", "model", "prediction"), "model.prediction of velocity, epsilon, found 'noise'"),
         (put(8, "model", "out_channels"), "expected model.out_channels of 4, found 8"),
-        (put(0, "model", "guided_channels"), "expected model.guided_channels of at least 1, found 0"),
+        (put(0, "model", "guided_channels"), "expected model.guided_channels in 1..16777216, found 0"),
         (put(5, "model", "guided_channels"), "expected model.guided_channels of at most 4, found 5"),
         (put(10, "model", "classes"), "expected either text_encoders or model.classes, found 1 and 10"),
         (put(-1, "model", "classes"), "expected either text_encoders or model.classes, found 1 and -1"),

@@ -44,3 +44,9 @@ def test_a_damaged_record_is_named(tmp_path: Path, content: bytes | None, reason
     with pytest.raises(BadInput) as caught:
         read_json(path)
     assert str(caught.value) == f"expected a record in {path}, found: {reason}; delete it to repeat that part"
+
+
+def test_half_a_surrogate_pair_survives(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"prompt": "a \ud800 é"})
+    assert read_json(tmp_path / "a.json") == {"prompt": "a \ud800 é"}
+    assert "\\ud800 é" in (tmp_path / "a.json").read_text(encoding="utf-8")

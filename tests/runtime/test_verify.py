@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -250,6 +251,29 @@ def test_a_model_without_thinking_blocks_needs_no_routes(fake_bundle: Path) -> N
 def test_a_missing_golden_array_is_named(fake_bundle: Path, name: str) -> None:
     with pytest.raises(BundleInvalid, match=f"expected the array {name}, found none; export again"):
         verify_bundle(tamper(fake_bundle, **{name: None}), FakeEngine())  # type: ignore[arg-type]
+
+
+def test_only_arrays_that_are_compared_are_read(fake_bundle: Path) -> None:
+    bundle = tamper(fake_bundle, unused=np.zeros(5))
+    assert "unused" in load_golden(bundle) and load_golden(bundle, ["image"]).keys() == {"image"}
+    original = fake_bundle / GOLDEN
+    data = original.read_bytes().replace(b"unused", b"unuse\xff")  # its checks fail as soon as it is read
+    original.write_bytes(data)
+    assert all(report.ok for report in verify_bundle(seal(fake_bundle), FakeEngine()))
+
+
+@pytest.mark.parametrize(
+    "error", [NotImplementedError("method 99"), RuntimeError("encrypted"), MemoryError("1 PiB")]
+)
+def test_every_error_of_a_damaged_golden_file_is_one_line(
+    fake_bundle: Path, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(np, "load", load)
+    with pytest.raises(BundleInvalid, match=rf"golden\.npz: expected arrays by name, found none \({error}\)"):
+        load_golden(Bundle.open(fake_bundle))
 
 
 @pytest.mark.parametrize("content", ["empty", "text", "array", "truncated", "pickle"])

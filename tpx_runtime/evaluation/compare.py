@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import BadInput
+from ..errors import BadInput, shorten
 from ..records import differences
 from .statistics import MIN_PROMPTS, Estimate, bootstrap, interval_text
 
@@ -73,7 +73,7 @@ def compare(first: Report, second: Report) -> list[Difference]:
     """The difference of each row, with "overall" after the rows that it averages. Raises BadInput unless the runs pair."""
     for key, what in REQUIRED_EQUAL.items():
         if first.facts.get(key) != second.facts.get(key):
-            found = f"{first.facts.get(key)} and {second.facts.get(key)}"
+            found = f"{shorten(first.facts.get(key), 80)} and {shorten(second.facts.get(key), 80)}"
             raise BadInput(f"expected runs with the same {what}, found {found}; run one of them again")
     if first.prompts != second.prompts or first.overall != second.overall:
         found = f"{len(first.prompts)} and {len(second.prompts)} that differ"
