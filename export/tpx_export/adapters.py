@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tpx_export.checkpoint import CheckpointInvalid
 from tpx_export.model.thinking import Thinking, ThinkingSpec
 from tpx_export.precision import STORED_DTYPES, cast_weights
-from tpx_runtime.errors import BadInput, shorten
+from tpx_runtime.errors import BadInput, first_few, shorten
 from tpx_runtime.files import atomic_file
 from tpx_runtime.typed_json import parse
 
@@ -167,7 +167,7 @@ def _prefix(block: int) -> str:
 
 
 def _check(state: Mapping[str, Tensor], thinking: ThinkingSpec, width: int, where: str) -> None:
-    """Check names, shapes and values of a state dict. Raises CheckpointInvalid, whose message lists all faults."""
+    """Check names, shapes and values of a state dict. Raises CheckpointInvalid, whose message has the first few faults."""
     try:
         with torch.device("meta"):
             example = Thinking(width, thinking).state_dict()
@@ -189,5 +189,5 @@ def _check(state: Mapping[str, Tensor], thinking: ThinkingSpec, width: int, wher
     if faults:
         raise CheckpointInvalid(
             f"{where}: expected the {len(expected)} tensors of its specification, found {len(faults)} that do not fit: "
-            f"{'; '.join(faults)}"
+            f"{first_few(faults)}"
         )

@@ -452,7 +452,7 @@ def test_shift_is_read_from_the_scheduler_config(reference: tuple[Path, Any], tm
     (other / "scheduler").mkdir()
     (other / "scheduler/scheduler_config.json").write_text(json.dumps({"shift": 1.5}))
     assert open_base(other).shift == 1.5
-    for wrong in (0, -1, 0.001, 200, float("inf"), float("nan"), "3"):
+    for wrong in (0, -1, 0.001, 200, 10**400, float("inf"), float("nan"), "3"):
         (other / "scheduler/scheduler_config.json").write_text(json.dumps({"shift": wrong}))
         with pytest.raises(
             CheckpointInvalid, match=r"expected a (shift in 0\.01\.\.100|number shift), found"
@@ -634,6 +634,12 @@ def test_dit_with_adapters_exports_and_generates_by_class(tmp_path: Path) -> Non
     assert "expected vae/config.json" in error_line(*arguments)
     arguments += ["--components", str(tmp_path), "--out", str(tmp_path / "bundle")]
     assert "expected --no-t5 only with Stable Diffusion 3" in error_line(*arguments, "--no-t5")
+    down, up = (f"transformer.context_embedder.lora_{side}.weight" for side in "AB")
+    save_file({down: torch.ones(1, 2), up: torch.ones(2, 1)}, tmp_path / "lora.safetensors")
+    lora = ("--lora", str(tmp_path / "lora.safetensors"))
+    assert "expected --lora only with Stable Diffusion 3, found it with a DiT" in error_line(
+        *arguments, *lora
+    )
     assert "expected defaults.sampler of ddpm, ddim, found 'euler'" in error_line(
         *arguments, "--default-sampler", "euler"
     )

@@ -23,6 +23,7 @@ from reference_tokenizers import (
     write,
 )
 
+from tpx_export.base import tokenizers
 from tpx_export.base.spiece import decode_charsmap
 from tpx_export.base.tokenizers import clip_tokenizer, t5_tokenizer
 from tpx_export.checkpoint import CheckpointInvalid
@@ -311,6 +312,19 @@ def test_rejects_a_file_that_is_not_gzipped_merges(data: bytes, tmp_path: Path) 
         clip_tokenizer(path)
 
 
+def test_merges_that_unpack_to_more_than_allowed_are_not_unpacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenizers, "_MAX_MERGES_BYTES", 1000)
+    path = tmp_path / "merges.txt.gz"
+    path.write_bytes(gzip.compress(b"r e\n" * 250))
+    with pytest.raises(CheckpointInvalid, match="expected 48894 merges, found 250"):
+        clip_tokenizer(path)
+    path.write_bytes(gzip.compress(b"r e\n" * 251))
+    with pytest.raises(CheckpointInvalid, match="expected a file of merges, found something else"):
+        clip_tokenizer(path)
+
+
 @pytest.mark.parametrize("pad", [-1, 516])
 def test_rejects_a_pad_id_outside_the_vocabulary(pad: int, tmp_path: Path) -> None:
     with pytest.raises(CheckpointInvalid, match=f"expected a token {pad} for padding, found none"):
@@ -328,6 +342,10 @@ INVALID_CHARSMAP = spiece(field(3, field(2, b"x")))
         (spiece()[:-3], "expected a SentencePiece model, found something else; copy it again"),
         (b"\xff" * 40, "expected a SentencePiece model, found something else; copy it again"),
         (field(1, field(1, b"\xff")), "expected a SentencePiece model, found something else; copy it again"),
+        (
+            b"\x78" + b"\xff" * 10 + b"\x01",
+            "expected a SentencePiece model, found something else; copy it again",
+        ),
         (field(1, 7), "expected a SentencePiece model, found something else; copy it again"),
         (spiece(field(2, field(3, 2))), "expected a unigram model without byte fallback"),
         (spiece(field(2, field(35, 1))), "expected a unigram model without byte fallback"),
@@ -366,6 +384,7 @@ def test_rejects_a_cyclic_normalisation_table(tmp_path: Path) -> None:
         ({"model": {"type": "Unigram", "unk_id": 0}}, "found 'Unigram' with 0"),
         ({"model": {"unk_id": 2}}, "expected pieces with their scores, found something else; copy it again"),
         ({"model": {"unk_id": 2, "vocab": [["a"]]}}, "expected pieces with their scores"),
+        ({"model": {"unk_id": 2, "vocab": [["a", 10**400]]}}, "expected pieces with their scores"),
         ({"normalizer": {"type": "Precompiled"}}, "expected a table in base64, found none; copy it again"),
         (
             {"normalizer": {"normalizers": [{"type": "Precompiled", "precompiled_charsmap": "AA=="}]}},

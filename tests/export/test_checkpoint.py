@@ -277,6 +277,9 @@ def test_rejects_unknown_and_invalid_spec_fields(saved: Path, field: str, value:
     [
         ("text_encoder", "heads", 3, "width divisible by heads"),
         ("text_encoder", "heads", 0, "heads of 1 or more"),
+        ("text_encoder", "layers", 0, "layers in 1..1000, got 0"),
+        ("text_encoder", "layers", 10**9, "layers in 1..1000, got 1000000000"),
+        ("transformer", "blocks", 1001, "blocks in 1..1000, got 1001"),
         ("autoencoder", "scale", 0, "a scale other than 0"),
         ("autoencoder", "widths", [16, 16, -8], "widths that are multiples of 8"),
         ("defaults", "depth", 4, r"a default depth in 1..3 (the model's), got 4"),
@@ -287,6 +290,11 @@ def test_rejects_invalid_fields_of_other_specs(
 ) -> None:
     edited = with_edited_header(saved, lambda header: header["spec"][part].update({field: value}))
     assert named in load_error(edited)
+
+
+def test_rejects_a_license_that_no_manifest_can_hold(saved: Path) -> None:
+    edited = with_edited_header(saved, lambda header: header["spec"].update(license="a\ud800"))
+    assert "expected a license of printable characters" in load_error(edited)
 
 
 def test_rejects_a_deeply_nested_header(saved: Path, tiny_model: TextToImage) -> None:

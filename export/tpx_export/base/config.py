@@ -1,7 +1,7 @@
 """Checked access to the sizes of a foreign model: the fields of its config.json, and the shapes of its tensors."""
 
-import math
 import re
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +43,7 @@ class Config:
     def real(self, name: str, default: float) -> float:
         """A number; null means the default. Raises CheckpointInvalid."""
         value = self.fields.get(name)
-        if value is not None and (type(value) not in (int, float) or not math.isfinite(value)):
+        if value is not None and (type(value) not in (int, float) or not abs(value) <= sys.float_info.max):
             raise self.invalid(f"a number {name}", value)
         return default if value is None else float(value)
 

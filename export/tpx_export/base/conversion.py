@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tpx_export.base.tensors import FLOAT8, Tensors
 from tpx_export.checkpoint import CheckpointInvalid
 from tpx_export.precision import STORED_DTYPES
+from tpx_runtime.errors import first_few
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -80,7 +81,7 @@ def check_shapes(
 ) -> None:
     """Check shapes and types of foreign tensors before their conversion, which could hide a wrong shape.
 
-    Missing tensors are ignored here: `load_foreign` reports them. Raises CheckpointInvalid, whose message lists all faults.
+    Missing tensors are ignored here: `load_foreign` reports them. Raises CheckpointInvalid, whose message has the first few.
     """
     faults = []
     for name, shape in shapes.items():
@@ -92,7 +93,7 @@ def check_shapes(
             faults.append(f"{name} is {dtype} {list(value.shape)}, not {list(shape)}")
     if faults:
         raise CheckpointInvalid(
-            f"{tensors.path}: expected {expected}, found {len(faults)} that do not fit: {'; '.join(faults)}"
+            f"{tensors.path}: expected {expected}, found {len(faults)} that do not fit: {first_few(faults)}"
         )
 
 
@@ -105,8 +106,8 @@ def load_foreign(
     """Load `tensors` in their stored precision into `module`, which is on the meta device.
 
     Only float8 is converted, to float16. `conversions` has an entry for every tensor of the module's state dict; `unused`
-    names foreign tensors of a known format that are not needed. Raises CheckpointInvalid, whose message lists every tensor
-    that is missing, unknown, of another shape or of an unsupported type.
+    names foreign tensors of a known format that are not needed. Raises CheckpointInvalid, whose message names
+    the first tensors that are missing, unknown, of another shape or of an unsupported type.
     """
     expected = {name: value.shape for name, value in module.state_dict().items()}
     assert conversions.keys() == expected.keys(), sorted(conversions.keys() ^ expected.keys())
@@ -128,7 +129,7 @@ def load_foreign(
     if faults:
         raise CheckpointInvalid(
             f"{tensors.path}: expected the {len(required)} tensors of this model, found {len(faults)} that do not fit: "
-            f"{'; '.join(faults)}"
+            f"{first_few(faults)}"
         )
     module.load_state_dict(state, assign=True)
     return module.eval().requires_grad_(False)

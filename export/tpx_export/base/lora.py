@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from tpx_export.base.conversion import Conversion
 from tpx_export.base.tensors import open_tensors
 from tpx_export.checkpoint import CheckpointInvalid
-from tpx_runtime.errors import BadInput
+from tpx_runtime.errors import BadInput, first_few
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -48,7 +48,6 @@ _TENSOR = re.compile(
     r"(?P<layer>.+)\.(?:(?P<A>lora_A|lora_down)\.weight|(?P<B>lora_B|lora_up)\.weight|alpha)"
 )
 _METADATA = "lora_adapter_metadata"  # JSON that diffusers writes: "PART.lora_alpha" and other fields of peft's LoraConfig
-_MOST_FAULTS = 5
 
 
 class UnusedLoraWarning(UserWarning):
@@ -240,6 +239,4 @@ def _stored_alpha(metadata: Mapping[str, Any], part: str, layer: str, rank: int)
 
 
 def _invalid(path: Path, expected: str, faults: Sequence[str]) -> CheckpointInvalid:
-    listed = "; ".join(faults[:_MOST_FAULTS])
-    more = f"; and {len(faults) - _MOST_FAULTS} more" if len(faults) > _MOST_FAULTS else ""
-    return CheckpointInvalid(f"{path}: {expected}, found {listed}{more}; use a LoRA of this model")
+    return CheckpointInvalid(f"{path}: {expected}, found {first_few(faults)}; use a LoRA of this model")

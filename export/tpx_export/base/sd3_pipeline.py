@@ -38,7 +38,7 @@ from tpx_export.model.mmdit import MMDiT, MMDiTSpec
 from tpx_export.model.t5 import T5Encoder
 from tpx_export.pipeline import Pipeline, TextPart, example_ids, model_spec
 from tpx_runtime.bundle import SHIFT_RANGE
-from tpx_runtime.errors import BadInput
+from tpx_runtime.errors import BadInput, first_few
 from tpx_runtime.image_size import format_size
 from tpx_runtime.manifest import Defaults, EncoderSpec, LatentSpec
 
@@ -124,7 +124,7 @@ def _check_names(tensors: Tensors) -> None:
     if unknown := sorted(name for name in tensors if not name.startswith(known) and name not in scales):
         raise CheckpointInvalid(
             f"{tensors.path}: expected only tensors under {', '.join(known)}, found {len(unknown)} others: "
-            f"{'; '.join(unknown)}"
+            f"{first_few(unknown)}"
         )
 
 

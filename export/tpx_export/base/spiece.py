@@ -82,6 +82,8 @@ def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
             at += 1
             value |= (byte & 0x7F) << shift
             shift += 7
+            if shift > 70:  # 64 bits in groups of 7
+                raise ValueError("a number too long")
             if byte < 0x80:
                 return value
 

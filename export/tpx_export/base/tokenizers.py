@@ -26,6 +26,7 @@ _OPENAI_MERGES = 49152 - 256 - 2  # CLIP uses this many of the 262,144 lines of 
 _T5_NAMED = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
 _T5_SENTINELS = [f"<extra_id_{i}>" for i in range(99, -1, -1)]
 _T5_UNKNOWN = 2
+_MAX_MERGES_BYTES = 2**26
 
 
 def clip_tokenizer(path: Path, text_tokens: int = 77, pad: int | None = None) -> dict[str, object]:
@@ -109,8 +110,11 @@ def _tokenizer_json(path: Path) -> dict[str, Any]:
 def _lines(path: Path) -> list[str]:
     """The merges of a text file, which may be gzipped. Raises CheckpointInvalid."""
     try:
-        data = path.read_bytes()
-        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            data = file.read(_MAX_MERGES_BYTES + 1)
+        if len(data) > _MAX_MERGES_BYTES:
+            raise ValueError("too long")
+        text = data.decode()
     except (ValueError, EOFError, zlib.error, gzip.BadGzipFile):
         raise CheckpointInvalid(
             f"{path}: expected a file of merges, found something else; copy it again"
@@ -173,7 +177,7 @@ def _unigram(path: Path, model: Mapping[str, Any]) -> tuple[list[str], list[floa
         )
     try:
         pieces, scores = [str(piece) for piece, _ in model["vocab"]], [float(s) for _, s in model["vocab"]]
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         raise CheckpointInvalid(
             f"{path}: expected pieces with their scores, found something else; copy it again"
         ) from None

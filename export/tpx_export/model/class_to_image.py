@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from tpx_export.model.autoencoder import Autoencoder, AutoencoderSpec
-from tpx_export.model.checks import check_depth, check_name, check_same
+from tpx_export.model.checks import check_depth, check_license, check_name, check_same
 from tpx_export.model.dit import DiT, DiTSpec
 from tpx_runtime.manifest import Defaults
 
@@ -22,6 +22,7 @@ class ClassToImageSpec:
 
     def __post_init__(self) -> None:
         check_name(self.name)
+        check_license(self.license)
         check_same("latent_channels", self.transformer.latent_channels, self.autoencoder.latent_channels)
         check_depth(self.defaults, self.transformer.max_depth)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tpx_export.model.attention import Stream, attention, modulate
-from tpx_export.model.checks import check_positive
+from tpx_export.model.checks import check_layers, check_positive
 from tpx_export.model.conditions import Modulation, compute_conditions, split_conditions
 from tpx_export.model.embedder import Embedder, sinusoid
 from tpx_export.model.thinking import Thinking, ThinkingSpec
@@ -38,7 +38,8 @@ class DiTSpec(TransformerSpec):
     thinking: ThinkingSpec | None = None
 
     def __post_init__(self) -> None:
-        check_positive(self, "latent_channels", "patch", "width", "heads", "blocks", "classes")
+        check_positive(self, "latent_channels", "patch", "width", "heads", "classes")
+        check_layers(self, "blocks")
         if self.width % self.heads or self.width % 4:
             raise ValueError(
                 f"expected width divisible by heads and by 4, got {self.width} and {self.heads} heads"

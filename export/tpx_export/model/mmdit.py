@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tpx_export.model.attention import SelfAttention, Stream, attention, modulate
-from tpx_export.model.checks import check_positive
+from tpx_export.model.checks import check_layers, check_positive
 from tpx_export.model.conditions import Modulation, compute_conditions, split_conditions
 from tpx_export.model.embedder import Embedder, sinusoid
 from tpx_export.model.thinking import Thinking, ThinkingSpec
@@ -41,7 +41,8 @@ class MMDiTSpec(TransformerSpec):
     stored_positions: bool = False
 
     def __post_init__(self) -> None:
-        check_positive(self, "latent_channels", "patch", "width", "heads", "blocks")
+        check_positive(self, "latent_channels", "patch", "width", "heads")
+        check_layers(self, "blocks")
         check_positive(self, "context_tokens", "context_width", "pooled_width")
         if self.width % self.heads:
             raise ValueError(f"expected width divisible by heads, got {self.width} and {self.heads} heads")

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tpx_export.model.checks import check_positive
+from tpx_export.model.checks import check_layers, check_positive
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,8 @@ class TextEncoderSpec:
     layers: int = 3
 
     def __post_init__(self) -> None:
-        check_positive(self, "tokens", "width", "heads", "layers")
+        check_positive(self, "tokens", "width", "heads")
+        check_layers(self, "layers")
         if self.width % self.heads:
             raise ValueError(f"expected width divisible by heads, got {self.width} and {self.heads} heads")
 

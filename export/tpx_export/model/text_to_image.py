@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from tpx_export.model.autoencoder import Autoencoder, AutoencoderSpec
-from tpx_export.model.checks import check_depth, check_name, check_same
+from tpx_export.model.checks import check_depth, check_license, check_name, check_same
 from tpx_export.model.mmdit import MMDiT, MMDiTSpec
 from tpx_export.model.text_encoder import TextEncoder, TextEncoderSpec
 from tpx_runtime.manifest import Defaults
@@ -25,6 +25,7 @@ class TextToImageSpec:
 
     def __post_init__(self) -> None:
         check_name(self.name)
+        check_license(self.license)
         transformer, text_encoder = self.transformer, self.text_encoder
         check_same("latent_channels", transformer.latent_channels, self.autoencoder.latent_channels)
         check_same("context_tokens", transformer.context_tokens, text_encoder.tokens)
