@@ -5,6 +5,7 @@ from collections.abc import Callable
 from ctypes import c_void_p
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,8 @@ from tpx_engines.bench.memory import gpu_bytes
 from tpx_engines.bench.process import MeasurementFailed, WorkerProcess
 from tpx_engines.bench.record import Record
 from tpx_engines.bench.report import as_text
-from tpx_engines.bench.runner import Timing
+from tpx_engines.bench.request import Request
+from tpx_engines.bench.runner import Runner, Timing, Workload
 from tpx_engines.bench.summary import rows
 from tpx_engines.bench.worker import Worker
 from tpx_runtime.engine.gpu import Gpu
@@ -63,6 +65,55 @@ def test_a_sample_is_the_mean_of_the_batches_that_fit_its_time() -> None:
     answer = worker.draw(images=4, seconds=0.5)
     assert (answer["seconds"], answer["step_seconds"]) == (0.6875 / 4, 0.34375 / 4)
     assert worker.draw(images=4, seconds=0.5)["seconds"] == 9.0
+
+
+def test_drawing_passes_every_setting_on_and_times_the_call_and_its_loop(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock, calls = [0.0], dict[str, Any]()
+
+    class SpyGenerator:
+        def plan(self, prompt: str, **settings: Any) -> list[str]:
+            calls.update(settings, prompt=prompt)
+            return ["job"] * settings["num_images"]
+
+        def clear_conditions(self) -> None:
+            clock[0] += 100.0  # not part of the measurement
+
+        def generate(self, jobs: list[str], batch_size: int, callback: Callable[..., None]) -> list[str]:
+            calls["batch_size"] = batch_size
+            for step in range(calls["steps"]):
+                clock[0] += 2.0
+                callback(step + 1, calls["steps"], None)
+            clock[0] += 1.0  # decoding
+            return jobs
+
+    workload = Workload(Path("b"), 3, "a cube", None, 5, 4, 2.5, "heun", cache_interval=2)
+    monkeypatch.setattr("tpx_engines.bench.runner.time.perf_counter", lambda: clock[0])
+    runner = Runner(SpyGenerator(), workload)  # type: ignore[arg-type]
+    assert runner.draw(3) == (["job"] * 3, Timing(seconds=9.0, step_seconds=2.0))
+    assert calls == {
+        "prompt": "a cube", "class_id": None, "seed": 5, "steps": 4, "guidance": 2.5, "sampler": "heun", "depth": 3,
+        "guidance_interval": (0.0, 1.0), "cache_interval": 2, "num_images": 3, "batch_size": 3,
+    }  # fmt: skip
+    assert runner.draw(1, steps=1)[1] == Timing(seconds=3.0, step_seconds=2.0)
+
+
+def test_images_are_compared_with_eager_pytorch_or_the_first_engine_that_computes_the_same(
+    configuration: Configure,
+) -> None:
+    request: Any = SimpleNamespace(bundle=SimpleNamespace(manifest=SimpleNamespace(precision="fp32")))
+    engines = [
+        replace(configuration("right"), name="on a GPU", device="cuda"),
+        replace(configuration("right"), name="in another precision", precision="bf16"),
+        replace(configuration("right"), name="not usable", problem="no package"),
+        replace(configuration("right"), name="comparable"),
+        replace(configuration("right"), name="also comparable"),
+    ]
+    eager = replace(configuration("right"), name=REFERENCE)
+    assert Request._reference(request, [*engines, eager]) == REFERENCE
+    assert Request._reference(request, engines) == "comparable"
+    assert Request._reference(request, engines[:3]) is None
 
 
 def test_warming_up_draws_three_times_because_the_third_call_captures_cuda_graphs() -> None:
