@@ -7,6 +7,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
 GENERATE = """
@@ -57,6 +58,27 @@ def test_contains_three_packages_and_no_weights(wheel: Path) -> None:
     assert wheel.stat().st_size < 400_000
 
 
+def test_packages_for_one_platform_are_not_required_on_others(wheel: Path) -> None:
+    """`make demo` installs the extra dev; on a Mac or on ARM pip must find all of it."""
+    with zipfile.ZipFile(wheel) as archive:
+        [name] = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        lines = archive.read(name).decode().splitlines()
+    found = [Requirement(line.split(": ", 1)[1]) for line in lines if line.startswith("Requires-Dist: ")]
+    here = {"extra": "dev", "sys_platform": "linux", "platform_machine": "x86_64", "python_version": "3.11"}
+
+    def required(**changes: str) -> dict[str, str]:
+        chosen = (one for one in found if one.marker is None or one.marker.evaluate({**here, **changes}))
+        return {one.name: str(one.specifier) for one in chosen if "tensorrt" in one.name}
+
+    assert required().keys() == {
+        "tensorrt-rtx-cu13-bindings", "onnxruntime-ep-nv-tensorrt-rtx-cu13", "tensorrt-cu13-bindings"
+    }  # fmt: skip
+    assert required(python_version="3.12").keys() == {"tensorrt-cu13-bindings"}
+    for other in ({"platform_machine": "aarch64"}, {"sys_platform": "darwin"}, {"sys_platform": "win32"}):
+        assert required(**other) == {}
+    assert required(extra="tensorrt-rtx").items() <= required().items()
+
+
 @pytest.mark.parametrize(
     ("module", "arguments", "missing"),
     [
@@ -73,6 +95,14 @@ def test_a_missing_package_is_one_line_that_names_the_extra(
     assert (result.returncode, result.stdout, result.stderr.count("\n")) == (4, "", 1), result.stderr
     assert f"expected the package {missing} for " in result.stderr
     assert "pip install 'tpx[export]'" in result.stderr
+
+
+def test_building_for_an_engine_that_is_not_installed_is_one_line(tiny_bundle: Path, tmp_path: Path) -> None:
+    code = "import sys; sys.modules['openvino'] = None; from tpx_engines.cli import main; main()"
+    command = [sys.executable, "-c", code, str(tiny_bundle), "--engine", "openvino"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (4, "")
+    assert result.stderr.startswith("error: expected the package openvino") and result.stderr.count("\n") == 1
 
 
 def test_the_runtime_in_the_wheel_works_without_torch_and_onnx(

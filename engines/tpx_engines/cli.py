@@ -82,8 +82,11 @@ def main(
 
 def build_openvino(opened: "Bundle", engine: str, rows: tuple[int, int]) -> None:
     """OpenVINO: all graphs with dynamic shapes, and the transformer also for exactly these two numbers of rows."""
+    from tpx_runtime.engine import resolve
+
     from .openvino_build import build_ahead
 
+    resolve(engine)  # raises before the progress bar has a line
     with progress_bar() as on_progress:
         results = build_ahead(opened, engine, rows, on_progress)
     click.echo(format_table(results), err=True)
