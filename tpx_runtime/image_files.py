@@ -21,10 +21,8 @@ from .settings import check_int
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}  # by suffix
 DEFAULT_QUALITY = 95
 _PARAMETERS, _TPX = "parameters", "tpx"  # in the `info` of an image, and in PNG files
-_MOST_EXIF = {
-    "JPEG": 65_000,
-    "WEBP": 2**30,
-}  # bytes of texts; a JPEG has one segment of 65,533 bytes for all of its Exif
+# Bytes of texts. A JPEG has one segment of 65,533 bytes for all of its Exif.
+_MOST_EXIF = {"JPEG": 65_000, "WEBP": 2**30}
 _UNICODE = b"UNICODE\0"  # Exif 2.32, UserComment: the text's encoding
 
 

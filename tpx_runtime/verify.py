@@ -71,9 +71,7 @@ def load_golden(bundle: Bundle, names: Collection[str] | None = None) -> Arrays:
         # numpy does not close a file that it opened itself and cannot read.
         with bundle.golden.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays if names is None or name in names}
-    except (
-        Exception
-    ) as error:  # zipfile and numpy raise many kinds of errors for damaged files, MemoryError too
+    except Exception as error:  # zipfile and numpy raise many kinds for damaged files, MemoryError too
         raise BundleInvalid(f"{bundle.golden}: expected arrays by name, found none ({error})") from None
 
 
