@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from unicodedata import category
 
-_CONTROLS = ("Cc", "Cs", "Zl", "Zp")  # controls, surrogates, separators of lines and paragraphs
+_CONTROLS = ("Cc", "Zl", "Zp")  # controls, separators of lines and paragraphs
 
 
 class TpxError(Exception):

@@ -126,8 +126,8 @@ def _unused_name(prompt: str, seed: int, may_exist: bool, taken: dict[Path, int]
     while path in taken or (path.exists() and not may_exist):
         number += 1
         path = Path(f"{stem}-{number}.png")
+    taken[path] = 1
     taken[first] = number
-    taken.setdefault(path, 1)
     return path
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from tpx_runtime import output_files
 from tpx_runtime.output_files import choose_output_files
 
 
@@ -33,13 +34,13 @@ def test_many_prompts_of_one_name_do_not_all_count_from_1(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    looked, exists = [0], Path.exists
+    tried = list[str]()
 
-    def counted(path: Path) -> bool:
-        looked[0] += 1
-        return exists(path)
+    def recorded(name: str) -> Path:
+        tried.append(name)
+        return Path(name)
 
-    monkeypatch.setattr(Path, "exists", counted)
+    monkeypatch.setattr(output_files, "Path", recorded)
     prompts = [f"{'long ' * 20}{number}" for number in range(500)]
     assert len(set(names(prompts))) == 500
-    assert looked[0] <= 2 * 500
+    assert len(tried) <= 2 * 500
