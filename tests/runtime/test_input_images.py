@@ -1,6 +1,8 @@
 """Input images from users: of any size, mode and orientation, damaged, or not images at all."""
 
 import io
+import subprocess
+import sys
 import warnings
 from contextlib import suppress
 from pathlib import Path
@@ -366,6 +368,13 @@ def test_no_other_program_reads_a_file(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(BadInput, match="found: no readable image; name a PNG, JPEG or WebP file"):
         load_image(path)
     assert calls == []
+
+
+def test_the_first_image_of_a_process_may_have_any_format(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.webp")
+    code = "import sys; from pathlib import Path; from tpx_runtime.input_images import load_image"
+    command = [sys.executable, "-c", f"{code}; load_image(Path(sys.argv[1]))", str(tmp_path / "a.webp")]
+    subprocess.run(command, check=True)
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM"])
