@@ -75,6 +75,14 @@ def test_rejects_a_spec_with_different_latent_channels(model: ClassToImage) -> N
         )
 
 
+def test_rejects_millions_of_blocks_and_a_license_that_no_manifest_can_hold(model: ClassToImage) -> None:
+    for blocks in (0, 1001):
+        with pytest.raises(ValueError, match=rf"expected blocks in 1\.\.1000, got {blocks}"):
+            dataclasses.replace(model.spec.transformer, blocks=blocks)
+    with pytest.raises(ValueError, match="expected a license of printable characters"):
+        dataclasses.replace(model.spec, license="a\nb")
+
+
 def test_bundle_generates_the_same_latents_as_pytorch(model: ClassToImage, tmp_path: Path) -> None:
     out = tmp_path / "bundle"
     export_bundle(Pipeline.from_model(model), out)
