@@ -12,7 +12,7 @@ from typing import IO, Any
 import click
 
 from . import __version__
-from .errors import BadInput, Cancelled, EngineFailed, EngineUnavailable, TpxError, escape_controls
+from .errors import BadInput, Cancelled, EngineFailed, EngineUnavailable, TpxError, as_line
 from .interrupts import termination_as_interrupt
 
 _CONTEXT_SETTINGS = {"help_option_names": ["-h", "--help"]}
@@ -22,8 +22,7 @@ class OneLineError(click.ClickException):
     """An error that click prints as one line before it exits with `exit_code`."""
 
     def __init__(self, message: str, exit_code: int) -> None:
-        # A path in the message may contain line breaks.
-        super().__init__(escape_controls(" ".join(message.splitlines())))
+        super().__init__(as_line(message))
         self.exit_code = exit_code  # type: ignore[misc]
 
     def show(self, file: IO[Any] | None = None) -> None:
@@ -83,8 +82,8 @@ def warnings_as_notices() -> Iterator[None]:
             caught.clear()
             raise
         finally:
-            for line in dict.fromkeys(" ".join(str(warning.message).splitlines()) for warning in caught):
-                click.echo(f"notice: {escape_controls(line)}", err=True)
+            for line in dict.fromkeys(as_line(str(warning.message)) for warning in caught):
+                click.echo(f"notice: {line}", err=True)
 
 
 def _print_version(ctx: click.Context, _: click.Parameter, requested: bool) -> None:

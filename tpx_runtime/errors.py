@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from unicodedata import category
 
-_CONTROLS = ("Cc", "Zl", "Zp")  # controls, separators of lines and paragraphs
-
 
 class TpxError(Exception):
     """Base of all errors that TPX raises deliberately; `exit_code` is what the command line returns."""
@@ -42,12 +40,10 @@ class Cancelled(TpxError):
     exit_code = 130
 
 
-def escape_controls(text: str) -> str:
-    """`text` with control characters, line breaks included, as escapes, so that it cannot change the terminal's state."""
-    return "".join(
-        letter.encode("unicode_escape").decode() if category(letter) in _CONTROLS else letter
-        for letter in text
-    )
+def as_line(text: str) -> str:
+    """`text` on one line, with control characters as escapes, so that it cannot change the terminal's state."""
+    line = " ".join(text.splitlines())
+    return "".join(c.encode("unicode_escape").decode() if category(c) == "Cc" else c for c in line)
 
 
 def first_few(items: Sequence[str], most: int = 5) -> str:

@@ -11,7 +11,7 @@ from . import __version__
 from .bundle import Bundle
 from .engine import ENGINES, Engine
 from .environment import compiled_folder
-from .errors import escape_controls
+from .errors import as_line
 from .image_size import format_size
 from .manifest import ALL_NOISE_LEVELS, Defaults
 from .memory import available_bytes
@@ -49,8 +49,8 @@ def _details(engine: Engine, distributions: list[str], auto: bool) -> str:
 
 def describe_image(path: Path) -> Iterator[str]:
     """The settings of an image that tpx-run wrote, line by line. Raises BadInput."""
-    facts = {name: escape_controls(str(text)) for name, text in read_metadata(path).items()}
-    return (f"{escape_controls(name):<{_COLUMN}}{text}" for name, text in facts.items() if text)
+    facts = {name: as_line(str(text)) for name, text in read_metadata(path).items()}
+    return (f"{as_line(name):<{_COLUMN}}{text}" for name, text in facts.items() if text)
 
 
 def describe_bundle(bundle: Bundle) -> Iterator[str]:

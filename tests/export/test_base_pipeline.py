@@ -3,7 +3,6 @@
 import json
 import shutil
 import warnings
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,20 +41,11 @@ from tpx_runtime.noise import batch_noise
 from tpx_runtime.sampling.flow import FLOW_SAMPLERS
 from tpx_runtime.verify import verify_bundle
 
+pytestmark = pytest.mark.usefixtures("two_threads_without_gradients_or_warnings")
+
 PROMPT, NEGATIVE = "A red cube on a blue sphere! Très beau, 3 times.", "blurry"
 # 90 tokens: more than the 75 that CLIP reads, fewer than the 255 that T5 reads.
 LONG_PROMPT = "red blue " * 45
-
-
-@pytest.fixture(scope="module", autouse=True)
-def two_threads_without_gradients_or_warnings() -> Iterator[None]:
-    """No gradients, no warnings of diffusers and transformers, and only two threads, to leave cores to other tests."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
-        yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

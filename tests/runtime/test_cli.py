@@ -1369,11 +1369,11 @@ def test_info_of_an_image_shows_its_settings(default_bundle: Path) -> None:
 
 def test_info_of_an_image_prints_no_control_characters(workdir: Path) -> None:
     image = Image.new("RGB", (8, 8))
-    image.info["tpx"] = json.dumps({"prompt": "x\x1b]0;title\x07", "a\nengine": "fake", "steps": 3})
+    image.info["tpx"] = json.dumps({"prompt": "x\x1b]0;ti\ntle\x07", "a\x1bengine": "fake", "steps": 3})
     save_image(image, workdir / "a.png")
     lines = info("a.png").stdout.splitlines()
     assert [line.split(maxsplit=1) for line in lines] == [
-        ["prompt", "x\\x1b]0;title\\x07"], ["a\\nengine", "fake"], ["steps", "3"]
+        ["prompt", "x\\x1b]0;ti tle\\x07"], ["a\\x1bengine", "fake"], ["steps", "3"]
     ]  # fmt: skip
 
 

@@ -11,18 +11,25 @@ from tpx_runtime.errors import shorten
 def read_object(path: Path) -> dict[str, Any]:
     """Read a file that holds a JSON object. Raises CheckpointInvalid."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        data = path.read_bytes()
     except OSError:
         raise CheckpointInvalid(f"{path}: expected a file, found none; check the path") from None
+    return parse_object(path, data)
+
+
+def parse_object(where: Path | str, text: str | bytes) -> dict[str, Any]:
+    """Parse the text of a JSON object. `where` is named in the error. Raises CheckpointInvalid."""
+    try:
+        value = json.loads(text)
     except (ValueError, RecursionError):
-        raise CheckpointInvalid(f"{path}: expected JSON, found something else; copy it again") from None
-    return as_object(path, value)
+        raise CheckpointInvalid(f"{where}: expected JSON, found something else; copy it again") from None
+    return as_object(where, value)
 
 
-def as_object(path: Path, value: Any) -> dict[str, Any]:
-    """`value`, which must be a JSON object. `path` is named in the error. Raises CheckpointInvalid."""
+def as_object(where: Path | str, value: Any) -> dict[str, Any]:
+    """`value`, which must be a JSON object. `where` is named in the error. Raises CheckpointInvalid."""
     if not isinstance(value, dict):
-        raise CheckpointInvalid(f"{path}: expected a JSON object, found {shorten(value)}; copy it again")
+        raise CheckpointInvalid(f"{where}: expected a JSON object, found {shorten(value)}; copy it again")
     return value
 
 

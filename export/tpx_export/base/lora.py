@@ -11,7 +11,6 @@
 A layer is found under its diffusers or original name, whichever of them the file and the base use.
 """
 
-import json
 import math
 import re
 import warnings
@@ -26,6 +25,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from tpx_export.base.conversion import Conversion
+from tpx_export.base.foreign_json import parse_object
 from tpx_export.base.tensors import open_tensors
 from tpx_export.checkpoint import CheckpointInvalid
 from tpx_runtime.errors import BadInput, first_few
@@ -141,7 +141,7 @@ def merged_into(
         parameters = dict(module.named_parameters())
         for name, delta in additions:
             weight = parameters[name]
-            weight.data = (weight.float() + delta().reshape(weight.shape)).to(weight.dtype)
+            weight.data = delta().reshape(weight.shape).add_(weight).to(weight.dtype)
         return module
 
     return load_and_merge
@@ -202,15 +202,7 @@ def _metadata(path: Path) -> dict[str, Any]:
     """The settings that diffusers stored with the LoRA; empty if there are none. Raises CheckpointInvalid."""
     with safe_open(path, framework="pt") as file:
         text = (file.metadata() or {}).get(_METADATA, "{}")
-    try:
-        settings = json.loads(text)
-    except (ValueError, RecursionError):
-        settings = None
-    if not isinstance(settings, dict):
-        raise CheckpointInvalid(
-            f"{path}: expected JSON in its {_METADATA}, found something else; save it again"
-        )
-    return settings
+    return parse_object(f"{path}, {_METADATA}", text)
 
 
 def _pair(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], part: str, layer: str) -> Pair:

@@ -16,13 +16,13 @@ from tpx_export.base.config import count_numbered, read_config, tensor_shape
 from tpx_export.base.conversion import Conversion, linear, load_foreign, unchanged
 from tpx_export.base.tensors import Tensors, open_tensors
 from tpx_export.checkpoint import CheckpointInvalid
+from tpx_export.model.checks import MAX_LAYERS
 from tpx_export.model.clip import ACTIVATIONS, CLIPText, CLIPTextSpec
 from tpx_export.model.t5 import T5Encoder, T5Spec
 
 CLIP_L, CLIP_G, T5 = (f"text_encoders.{name}.transformer." for name in ("clip_l", "clip_g", "t5xxl"))
 
 _HEAD_WIDTH = 64  # of every CLIP; cannot be read from shapes
-_MAX_LAYERS = 1000
 _EMBEDDINGS, _PROJECTION = "text_model.embeddings", "text_projection.weight"
 _WORDS = ("shared.weight", "encoder.embed_tokens.weight")  # the same tensor, under one name or both
 _DISTANCES = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
@@ -48,7 +48,7 @@ def clip_spec(folder: Path) -> CLIPTextSpec:
         tokens=config.count("max_position_embeddings", 77),
         width=width,
         heads=heads,
-        layers=config.count("num_hidden_layers", 12, _MAX_LAYERS),
+        layers=config.count("num_hidden_layers", 12, MAX_LAYERS),
         mlp_width=config.count("intermediate_size", 2048),
         projection=config.count("projection_dim", 512),
         activation=config.one_of("hidden_act", ACTIVATIONS, "quick_gelu"),
@@ -106,7 +106,7 @@ def t5_spec(folder: Path) -> T5Spec:
         heads=config.count("num_heads", 8),
         head_width=config.count("d_kv", 64),
         mlp_width=config.count("d_ff", 2048),
-        layers=config.count("num_layers", 6, _MAX_LAYERS),
+        layers=config.count("num_layers", 6, MAX_LAYERS),
         buckets=buckets,
         max_distance=max_distance,
         eps=config.real("layer_norm_epsilon", 1e-6),
