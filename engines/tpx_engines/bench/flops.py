@@ -6,7 +6,6 @@ computes (such as masked experts) is not useful work, so the count is the same f
 
 import math
 import re
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from tpx_runtime.bundle import Bundle
 from tpx_runtime.errors import EngineUnavailable, TpxError
 
 Shape = tuple[int, ...]
+PRODUCTS = ("MatMul", "Gemm")  # all in graphs with the operator's variant
 
 # A stand-in with static shapes that multiplies every token with one expert; only for counting.
 _ONE_EXPERT = """<domain: "tpx", opset_import: ["" : {opset}]> RoutedLora (x, expert, a, b) => (out) {{
@@ -62,7 +62,7 @@ def graph_flops(path: Path, rows: int) -> int:
         for value in (*inferred.value_info, *inferred.input, *inferred.output)
     }
     shapes |= {tensor.name: tuple(tensor.dims) for tensor in inferred.initializer}
-    return sum(_node_flops(node, shapes, path) for node in inferred.node if node.op_type in _COUNTERS)
+    return sum(_node_flops(node, shapes, path) for node in inferred.node if node.op_type in PRODUCTS)
 
 
 def _infer_shapes(onnx: Any, path: Path, rows: int) -> Any:
@@ -82,16 +82,14 @@ def _infer_shapes(onnx: Any, path: Path, rows: int) -> Any:
 
 
 def _node_flops(node: Any, shapes: dict[str, Shape | None], path: Path) -> int:
-    """Operations of one node. Raises NotCountable if a shape is unknown."""
-    inputs = [shapes.get(name) for name in node.input if name]
-    output = shapes.get(node.output[0])
-    required = inputs[: _NUM_REQUIRED_INPUTS.get(node.op_type, 2)]
-    if output is None or None in required:
+    """Operations of a product: 2 for each of the k terms of each output value. Raises NotCountable if a shape is unknown."""
+    left, output = shapes.get(node.input[0]), shapes.get(node.output[0])
+    if left is None or output is None:
         raise NotCountable(
             f"{path.name}: expected known shapes at the {node.op_type} {node.name}, found none"
         )
-    attributes = {attribute.name: attribute.i for attribute in node.attribute}
-    return _COUNTERS[node.op_type]([shape for shape in required if shape is not None], output, attributes)
+    transposed = any(attribute.name == "transA" and attribute.i for attribute in node.attribute)
+    return 2 * left[0 if transposed else -1] * math.prod(output)
 
 
 def _static_shape(value: Any) -> Shape | None:
@@ -101,37 +99,3 @@ def _static_shape(value: Any) -> Shape | None:
         return None
     dims = tensor.shape.dim
     return tuple(d.dim_value for d in dims) if all(d.HasField("dim_value") for d in dims) else None
-
-
-def _matmul_flops(inputs: Sequence[Shape], output: Shape, attributes: dict[str, int]) -> int:
-    """[..., n, k] x [..., k, m] -> [..., n, m]: 2 k per output value."""
-    return 2 * inputs[0][-1] * math.prod(output)
-
-
-def _gemm_flops(inputs: Sequence[Shape], output: Shape, attributes: dict[str, int]) -> int:
-    return 2 * inputs[0][0 if attributes.get("transA") else 1] * math.prod(output)
-
-
-def _conv_flops(inputs: Sequence[Shape], output: Shape, attributes: dict[str, int]) -> int:
-    """Weight [out, in / groups, kernel...]: 2 in / groups x kernel per output value."""
-    return 2 * math.prod(inputs[1][1:]) * math.prod(output)
-
-
-def _attention_flops(inputs: Sequence[Shape], output: Shape, attributes: dict[str, int]) -> int:
-    """q [B, H, n, d] or [B, n, H d], m tokens in k and v: 2 B n m (H d) for the scores and the same for the values."""
-    q, k = inputs[:2]
-    heads = q[1] if len(q) == 4 else 1
-    return 2 * q[0] * heads * q[-2] * k[-2] * q[-1] + 2 * math.prod(output) * k[-2]
-
-
-_COUNTERS: dict[str, Callable[[Sequence[Shape], Shape, dict[str, int]], int]] = {
-    "MatMul": _matmul_flops,
-    "MatMulInteger": _matmul_flops,
-    "QLinearMatMul": _matmul_flops,
-    "FusedMatMul": _matmul_flops,
-    "Gemm": _gemm_flops,
-    "Conv": _conv_flops,
-    "Attention": _attention_flops,
-    "MultiHeadAttention": _attention_flops,
-}
-_NUM_REQUIRED_INPUTS = {"Attention": 3, "MultiHeadAttention": 3, "Gemm": 1, "QLinearMatMul": 1}
