@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from threading import Thread
 
-from tpx_runtime.bundle import Bundle
+from tpx_runtime.bundle import Bundle, GraphFile
 from tpx_runtime.engine.gpu import Gpu
 from tpx_runtime.engine.tensorrt_flavours import FLAVOURS, Flavour, version
 from tpx_runtime.errors import Cancelled, EngineUnavailable
@@ -18,7 +18,7 @@ from tpx_runtime.memory import available_bytes
 from . import tensorrt
 from .cache import EngineCache, Key, Stale
 from .progress import Progress
-from .routed_lora_choice import plugin_hash, plugin_problem, register_once
+from .routed_lora_choice import register_once
 from .tensorrt import Shapes, TimingCache
 
 # Measured peaks: 0.44 GB for a tiny graph, 3.1 to 3.6 times the weights for large ones (docs/engines.md).
@@ -33,12 +33,9 @@ class ForcedExit(Cancelled):
     """Ctrl-C was pressed a second time: the builder thread is still running, and only ending the process stops it."""
 
 
-def graphs_to_build(bundle: Bundle) -> dict[str, tuple[Path, Shapes]]:
-    """All graphs that TensorRT builds, with the shapes of their inputs."""
-    return {
-        graph.name: (graph.path, {name: (None, *row) for name, row in graph.inputs.items()})
-        for graph in bundle.graphs()
-    }
+def input_shapes(graph: GraphFile) -> Shapes:
+    """The shapes of a graph's inputs for TensorRT, with any number of rows."""
+    return {name: (None, *row) for name, row in graph.inputs.items()}
 
 
 @dataclass(frozen=True)
@@ -67,25 +64,28 @@ class BuildResult:
 
 
 def plan(
-    bundle: Bundle, cache: EngineCache, batch: tuple[int, int], gpu: Gpu, flavour: Flavour
+    bundle: Bundle, cache: EngineCache, batch: tuple[int, int], gpu: Gpu, flavour: Flavour, plugin: str = ""
 ) -> list[BuildTask]:
-    """One task per graph of the bundle. Raises EngineUnavailable without the flavour's package."""
+    """One task per graph of the bundle. Transformers at a depth contain the plugin with hash `plugin`, if one is given.
+
+    Raises EngineUnavailable without the flavour's package.
+    """
     full_version, tasks = version(flavour), []
-    use_plugin = (
-        bool(bundle.manifest.model.thinking_blocks)
-        and plugin_problem(flavour, gpu.capability, bundle) is None
-    )
-    thinking = {graph.name for graph in bundle.graphs() if graph.depth}
-    for graph, (path, inputs) in graphs_to_build(bundle).items():
-        plugin = plugin_hash() if use_plugin and graph in thinking else ""
-        key = Key.of(bundle, path, flavour.name, full_version, gpu, batch, plugin)
+    for graph in bundle.graphs():
+        key = Key.of(
+            bundle, graph.path, flavour.name, full_version, gpu, batch, plugin if graph.depth else ""
+        )
         engine, stale_reason = None, None
         try:
             engine = cache.load(key)
         except Stale as reason:
             stale_reason = str(reason)
         size = None if engine is None else len(engine)
-        tasks.append(BuildTask(key, path, inputs, _graph_bytes(bundle, path), size, stale_reason))
+        tasks.append(
+            BuildTask(
+                key, graph.path, input_shapes(graph), _graph_bytes(bundle, graph.path), size, stale_reason
+            )
+        )
     return tasks
 
 

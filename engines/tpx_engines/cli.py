@@ -101,16 +101,19 @@ def build_tensorrt(
 
     from .build import ForcedExit, build_all, plan
     from .cache import EngineCache
-    from .routed_lora_choice import plugin_problem
+    from .routed_lora_choice import plugin_hash, plugin_problem
     from .target import choose_gpu
 
     flavour = FLAVOURS[engine]
     target = choose_gpu(flavour, gpu)
     cache = EngineCache.for_bundle(opened, shared)
-    tasks = plan(opened, cache, rows, target, flavour)
-    use_plugin = not flavour.ahead_of_time and opened.manifest.model.thinking_blocks
-    if use_plugin and (reason := plugin_problem(flavour, target.capability, opened)):
-        click.echo(f"notice: building without the routing plugin: {reason}", err=True)
+    plugin = ""
+    if opened.manifest.model.thinking_blocks and not flavour.ahead_of_time:
+        if reason := plugin_problem(flavour, target.capability, opened):
+            click.echo(f"notice: building without the routing plugin: {reason}", err=True)
+        else:
+            plugin = plugin_hash()
+    tasks = plan(opened, cache, rows, target, flavour, plugin)
     for task in tasks:
         if task.stale_reason:
             click.echo(f"building again: {task.stale_reason}", err=True)

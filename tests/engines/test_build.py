@@ -11,11 +11,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from bundle_graphs import graphs_to_build
 from click.testing import CliRunner, Result
 from runtime.fakes import CLASSES, THREE_ENCODERS, make_bundle, without_encoder
 
 from tpx_engines import build as module
-from tpx_engines import cli, routed_lora_choice, target, tensorrt
+from tpx_engines import routed_lora_choice, target, tensorrt
 from tpx_engines.cache import EngineCache
 from tpx_engines.cli import main
 from tpx_engines.progress import Progress
@@ -349,10 +350,6 @@ class TestFullTensorRt:
     def plugin(self, monkeypatch: pytest.MonkeyPatch) -> list[int]:
         """Makes the plugin usable, and returns the list of capabilities that it was registered for."""
         registered: list[int] = []
-        for target_module in (module, cli):
-            monkeypatch.setattr(
-                target_module, "plugin_problem", lambda flavour, capability, bundle: None, raising=False
-            )
         monkeypatch.setattr(routed_lora_choice, "plugin_problem", lambda flavour, capability, bundle: None)
         monkeypatch.setattr(module, "register_once", registered.append)
         return registered
@@ -391,7 +388,7 @@ class TestFullTensorRt:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         tpx_build()
-        monkeypatch.setattr(module, "plugin_hash", lambda: "fedcba9876543210")
+        monkeypatch.setattr(routed_lora_choice, "plugin_hash", lambda: "fedcba9876543210")
         result = tpx_build()
         rebuilt = [graph.startswith("transformer depth") for graph in GRAPHS]
         assert engine_origins(result) == ["build" if is_rebuilt else "cache" for is_rebuilt in rebuilt]
@@ -518,8 +515,7 @@ def test_graph_bytes_are_those_of_the_graph_and_its_weights_file(
 
 def test_input_shapes_come_from_the_bundle(tiny_bundle: Path) -> None:
     shapes = {
-        name: inputs
-        for name, (_, inputs) in module.graphs_to_build(Bundle.open(tiny_bundle, verify=False)).items()
+        name: inputs for name, (_, inputs) in graphs_to_build(Bundle.open(tiny_bundle, verify=False)).items()
     }
     # Modulations of three blocks and the output, and two gates.
     conditions_width = 64 * (12 * 3 - 2) + 2 * 64
@@ -535,7 +531,7 @@ def test_input_shapes_come_from_the_bundle(tiny_bundle: Path) -> None:
 
 def test_every_text_encoder_is_a_graph_to_build(tmp_path: Path) -> None:
     root = make_bundle(tmp_path / "three", THREE_ENCODERS)
-    graphs = module.graphs_to_build(Bundle.open(root))
+    graphs = graphs_to_build(Bundle.open(root))
     assert [graphs[f"text_encoder{number}"] for number in ("", "_2", "_3")] == [
         (root / "text_encoder/model.onnx", {"ids": (None, 8)}),
         (root / "text_encoder_2/model.onnx", {"ids": (None, 8)}),
@@ -546,7 +542,7 @@ def test_every_text_encoder_is_a_graph_to_build(tmp_path: Path) -> None:
 
 
 def test_a_class_conditional_model_has_a_class_input(tmp_path: Path) -> None:
-    graphs = module.graphs_to_build(Bundle.open(make_bundle(tmp_path / "classes", CLASSES)))
+    graphs = graphs_to_build(Bundle.open(make_bundle(tmp_path / "classes", CLASSES)))
     transformers = ["transformer conditions", "transformer depth 1"]
     assert list(graphs) == [*transformers, "vae_decoder", "vae_encoder"]
     conditions, denoise = (graphs[name][1] for name in transformers)
@@ -556,8 +552,8 @@ def test_a_class_conditional_model_has_a_class_input(tmp_path: Path) -> None:
 
 def test_a_bundle_without_an_image_encoder_has_no_encoder_to_build(tmp_path: Path) -> None:
     bundle = without_encoder(make_bundle(tmp_path / "paper"))
-    assert "vae_encoder" not in module.graphs_to_build(bundle)
-    assert "vae_decoder" in module.graphs_to_build(bundle)
+    assert "vae_encoder" not in graphs_to_build(bundle)
+    assert "vae_decoder" in graphs_to_build(bundle)
 
 
 def test_reports_missing_tensorrt_libraries(
@@ -674,7 +670,7 @@ def test_ctrl_c_cancels_a_real_build(
 
 @pytest.mark.usefixtures("rtx_libraries")
 def test_the_monitor_reports_and_stops_a_build(tiny_bundle: Path) -> None:
-    path, inputs = module.graphs_to_build(Bundle.open(tiny_bundle, verify=False))["text_encoder"]
+    path, inputs = graphs_to_build(Bundle.open(tiny_bundle, verify=False))["text_encoder"]
     progress = Progress()
     assert tensorrt.build(RTX, path, inputs, progress=progress)
     assert progress.fraction > 0.5

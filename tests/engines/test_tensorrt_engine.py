@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from bundle_graphs import graphs_to_build
 from click.testing import CliRunner, Result
 from fake_cuda import FakeDriver, install
 from fake_tensorrt import FakeEngineFunction, FakeTensorRt
@@ -17,7 +18,6 @@ from onnx import TensorProto, helper
 from PIL import Image
 from runtime.fakes import FakeEngine, functions, make_bundle
 
-from tpx_engines.build import graphs_to_build
 from tpx_engines.cache import EngineCache, Key
 from tpx_engines.tensorrt import build
 from tpx_runtime.bundle import Bundle

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import onnx
 import pytest
+from bundle_graphs import graphs_to_build
 
 from tpx_engines import tensorrt
-from tpx_engines.build import graphs_to_build
 from tpx_engines.tensorrt import TimingCache
 from tpx_export import checkpoint
 from tpx_export.exporter import export_bundle
