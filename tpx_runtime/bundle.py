@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import stat
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -119,8 +118,8 @@ class Bundle:
         try:
             # Resolved, because graphs are loaded later: perhaps from another working directory, or after a link was changed.
             bundle = cls(root.resolve(), Manifest.from_json(text))
-        except BundleInvalid as error:  # its message has only the name of the file
-            raise BundleInvalid(f"{root}{os.sep}{error}") from None
+        except BundleInvalid as error:
+            raise BundleInvalid(f"{root / MANIFEST}: {error}") from None
         depths = bundle.manifest.model.depths
         transformers = [
             transformer_name(depth, variant) for depth in depths for variant in _REQUIRED_VARIANTS

@@ -162,41 +162,43 @@ class Manifest:
         model, defaults = self.model, self.defaults
         for key in ("name", "license", "producer"):
             if not (text := getattr(self, key)).isprintable():
-                raise _invalid(f"expected printable characters in {key}, found {shorten(text)}")
+                raise BundleInvalid(f"expected printable characters in {key}, found {shorten(text)}")
         self._check_sizes()
         self._check_conditions()
         if not model.depths or model.depths[0] < 1 or list(model.depths) != sorted(set(model.depths)):
-            raise _invalid(f"expected model.depths to increase from at least 1, found {list(model.depths)}")
+            raise BundleInvalid(
+                f"expected model.depths to increase from at least 1, found {list(model.depths)}"
+            )
         if defaults.depth not in model.depths:
-            raise _invalid(f"expected defaults.depth among {list(model.depths)}, found {defaults.depth}")
+            raise BundleInvalid(f"expected defaults.depth among {list(model.depths)}, found {defaults.depth}")
         if bool(model.experts) != bool(model.thinking_blocks) or model.experts < 0:
-            raise _invalid(
+            raise BundleInvalid(
                 f"expected model.experts to be 0 without thinking blocks and positive with them, "
                 f"found {model.experts} with {len(model.thinking_blocks)}"
             )
         if defaults.sampler not in (samplers := SAMPLERS_FOR[model.prediction]):
-            raise _invalid(
+            raise BundleInvalid(
                 f"expected defaults.sampler of {', '.join(samplers)}, found {shorten(defaults.sampler)}"
             )
         if not 1 <= defaults.steps <= TRAIN_TIMESTEPS:
-            raise _invalid(f"expected defaults.steps in 1..{TRAIN_TIMESTEPS}, found {defaults.steps}")
+            raise BundleInvalid(f"expected defaults.steps in 1..{TRAIN_TIMESTEPS}, found {defaults.steps}")
         if not 1 <= defaults.guidance < float("inf"):
-            raise _invalid(
+            raise BundleInvalid(
                 f"expected defaults.guidance of at least 1, which is off, found {defaults.guidance}"
             )
         low, high = defaults.guidance_interval
         if not 0 <= low < high <= 1:
-            raise _invalid(
+            raise BundleInvalid(
                 f"expected defaults.guidance_interval to increase within 0..1, found {[low, high]}"
             )
         if self.latent.scale == 0:
-            raise _invalid("expected latent.scale other than 0, found 0")
+            raise BundleInvalid("expected latent.scale other than 0, found 0")
         for path, entry in self.files.items():
             inside = path == str(PurePosixPath(path)) and not path.startswith("/") and ".." not in path
             if not inside or "\\" in path or ":" in path or not path.isprintable():
-                raise _invalid(f"expected file paths inside the bundle, found {shorten(path)}")
+                raise BundleInvalid(f"expected file paths inside the bundle, found {shorten(path)}")
             if not re.fullmatch("[0-9a-f]{64}", entry.sha256):
-                raise _invalid(f"expected a SHA-256 for {path}, found {shorten(entry.sha256)}")
+                raise BundleInvalid(f"expected a SHA-256 for {path}, found {shorten(entry.sha256)}")
 
     def _check_sizes(self) -> None:
         model = self.model
@@ -206,36 +208,36 @@ class Manifest:
         for key in sizes + (text_sizes if not model.classes else []):
             value = getattr(model, key)
             if not all(1 <= size <= _MAX_SIZE for size in (value if isinstance(value, tuple) else (value,))):
-                raise _invalid(f"expected model.{key} in 1..{_MAX_SIZE}, found {value}")
+                raise BundleInvalid(f"expected model.{key} in 1..{_MAX_SIZE}, found {value}")
         if any(px % latent for px, latent in zip(model.image_size_px, model.latent_size, strict=True)):
-            raise _invalid(
+            raise BundleInvalid(
                 f"expected model.image_size_px to be a multiple of {list(model.latent_size)}, "
                 f"found {list(model.image_size_px)}"
             )
         if model.prediction not in SAMPLERS_FOR:
-            raise _invalid(
+            raise BundleInvalid(
                 f"expected model.prediction of {', '.join(SAMPLERS_FOR)}, found {shorten(model.prediction)}"
             )
         # Twice as many channels if a diffusion model also predicts the variance of each step.
         factors = {"velocity": [1], "epsilon": [1, 2]}[model.prediction]
         if model.out_channels not in (allowed := [factor * model.latent_channels for factor in factors]):
-            raise _invalid(
+            raise BundleInvalid(
                 f"expected model.out_channels of {' or '.join(map(str, allowed))}, found {model.out_channels}"
             )
         if model.guided_channels > model.latent_channels:
-            raise _invalid(
+            raise BundleInvalid(
                 f"expected model.guided_channels of at most {model.latent_channels}, found {model.guided_channels}"
             )
 
     def _check_conditions(self) -> None:
         model, encoders = self.model, self.text_encoders
         if model.classes < 0 or bool(model.classes) == bool(encoders):
-            raise _invalid(
+            raise BundleInvalid(
                 f"expected either text_encoders or model.classes, found {len(encoders)} and {model.classes}"
             )
         if model.classes:
             if size := model.context_tokens or model.context_width or model.pooled_width:
-                raise _invalid(f"expected text sizes of 0 in a class-conditional model, found {size}")
+                raise BundleInvalid(f"expected text sizes of 0 in a class-conditional model, found {size}")
             return
         pooling = [encoder for encoder in encoders if encoder.pooled_width]
         others = [encoder for encoder in encoders if not encoder.pooled_width]
@@ -250,7 +252,7 @@ class Manifest:
             and pooling[0].tokens + sum(encoder.tokens for encoder in others) <= model.context_tokens
         )
         if not fits:
-            raise _invalid(
+            raise BundleInvalid(
                 f"expected text_encoders that fill {model.context_tokens} x {model.context_width} and "
                 f"{model.pooled_width} pooled, found {len(encoders)} of other sizes"
             )
@@ -272,12 +274,12 @@ class Manifest:
         try:
             facts = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise _invalid(f"expected JSON, found other text ({error})") from None
+            raise BundleInvalid(f"expected JSON, found other text ({error})") from None
         if not isinstance(facts, dict) or facts.pop("format", None) != FORMAT:
-            raise _invalid(f'expected "format": "{FORMAT}", found another file')
+            raise BundleInvalid(f'expected "format": "{FORMAT}", found another file')
         version = facts.pop("version", None)
         if type(version) is not int or version != FORMAT_VERSION:
-            raise _invalid(
+            raise BundleInvalid(
                 f"expected format version {FORMAT_VERSION}, found {shorten(version)}; "
                 "export the bundle again with this tpx, or install the tpx that wrote it"
             )
@@ -285,9 +287,9 @@ class Manifest:
         try:
             manifest: Manifest = parse(cls, facts, "", f"version {FORMAT_VERSION}")
         except ValueError as error:
-            raise _invalid(str(error)) from None
+            raise BundleInvalid(str(error)) from None
         if stated != manifest.sha256:
-            raise _invalid(
+            raise BundleInvalid(
                 f"expected sha256 {manifest.sha256[:12]}… for these fields, found {str(stated)[:12]}…; "
                 "the file was changed after the export: restore it or export again"
             )
@@ -298,7 +300,3 @@ def _make_float(spec: object, *names: str) -> None:
     """Convert fields to float, as `from_json` does: the manifest's hash of 3 and of 3.0 differ."""
     for name in names:
         object.__setattr__(spec, name, float(getattr(spec, name)))
-
-
-def _invalid(message: str) -> BundleInvalid:
-    return BundleInvalid(f"manifest.json: {message}")

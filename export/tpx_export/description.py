@@ -23,8 +23,7 @@ def check_description(pipeline: Pipeline, depths: tuple[int, ...], precision: st
         class_id = 0 if manifest.model.classes else None
         Settings("", "", seed=0, class_id=class_id, **asdict(manifest.defaults)).check(manifest)
     except (BadInput, BundleInvalid) as error:
-        reason = str(error).removeprefix("manifest.json: ")
-        raise BadInput(f"{reason} in the settings of {pipeline.name}; correct it") from None
+        raise BadInput(f"{error} in the settings of {pipeline.name}; correct it") from None
 
 
 def build_manifest(

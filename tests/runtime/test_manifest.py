@@ -178,7 +178,7 @@ def test_accepts_a_model_without_thinking_blocks() -> None:
 def test_rejects_an_invalid_manifest(edit: Callable[[Facts], None], message: str) -> None:
     with pytest.raises(BundleInvalid) as caught:
         Manifest.from_json(edited_json(edit))
-    assert str(caught.value).startswith("manifest.json: expected ")
+    assert str(caught.value).startswith("expected ")
     assert message in str(caught.value)
     assert str(caught.value).isprintable()
     assert len(str(caught.value)) < 300

@@ -28,6 +28,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import openvino
 
+from ..bundle import MANIFEST
 from ..environment import compiled_folder
 from ..files import atomic_file, try_writing_into
 
@@ -168,7 +169,7 @@ class Store:
     def _manifest(self) -> bytes:
         """The bundle's manifest, or nothing for a graph outside a bundle."""
         try:
-            return (self.path.parent.parent / "manifest.json").read_bytes()
+            return (self.path.parent.parent / MANIFEST).read_bytes()
         except OSError:
             return b""
 
