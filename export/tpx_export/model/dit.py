@@ -14,7 +14,7 @@ from tpx_export.model.attention import Stream, attention, modulate
 from tpx_export.model.checks import check_layers, check_positive
 from tpx_export.model.conditions import Modulation, compute_conditions, split_conditions
 from tpx_export.model.embedder import Embedder, sinusoid
-from tpx_export.model.thinking import Thinking, ThinkingSpec
+from tpx_export.model.thinking import ThinkingSpec
 from tpx_export.model.transformer import DiffusionTransformer, TransformerSpec
 
 
@@ -77,8 +77,7 @@ class Block(nn.Module):
         super().__init__()
         head_width = spec.width // spec.heads
         self.visual = Stream(spec.width, head_width, spec.qk_norm)
-        thinks = spec.thinking is not None and index in spec.thinking.blocks
-        self.thinking = Thinking(spec.width, spec.thinking) if thinks and spec.thinking else None
+        self.thinking = spec.thinking_at(index)
 
     def forward(
         self, x: Tensor, modulations: Sequence[Tensor], gate_condition: Tensor | None, depth: int

@@ -14,7 +14,7 @@ from tpx_export.model.attention import SelfAttention, Stream, attention, modulat
 from tpx_export.model.checks import check_layers, check_positive
 from tpx_export.model.conditions import Modulation, compute_conditions, split_conditions
 from tpx_export.model.embedder import Embedder, sinusoid
-from tpx_export.model.thinking import Thinking, ThinkingSpec
+from tpx_export.model.thinking import ThinkingSpec
 from tpx_export.model.transformer import DiffusionTransformer, TransformerSpec
 
 
@@ -78,8 +78,7 @@ class JointBlock(nn.Module):
         self.visual = Stream(spec.width, head_width, spec.qk_norm, dual=dual)
         self.text = Stream(spec.width, head_width, spec.qk_norm, pre_only=self.context_pre_only)
         self.second = SelfAttention(spec.width, head_width, spec.qk_norm) if dual else None
-        thinks = spec.thinking is not None and index in spec.thinking.blocks
-        self.thinking = Thinking(spec.width, spec.thinking) if thinks and spec.thinking else None
+        self.thinking = spec.thinking_at(index)
 
     @property
     def num_modulations(self) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tpx_export.model.attention import modulate
 from tpx_export.model.conditions import Modulation
 from tpx_export.model.patches import from_patches, to_patches
-from tpx_export.model.thinking import ThinkingSpec
+from tpx_export.model.thinking import Thinking, ThinkingSpec
 
 
 class TransformerSpec:
@@ -40,6 +40,12 @@ class TransformerSpec:
     def max_depth(self) -> int:
         """The most latent steps; 1 without thinking blocks."""
         return self.thinking.max_depth if self.thinking else 1
+
+    def thinking_at(self, block: int) -> Thinking | None:
+        """New adapters for a block; None unless it thinks."""
+        if self.thinking is None or block not in self.thinking.blocks:
+            return None
+        return Thinking(self.width, self.thinking)
 
     @property
     def num_modulations(self) -> int:
