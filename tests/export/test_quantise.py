@@ -34,7 +34,7 @@ from tpx_export.model import (
 )
 from tpx_export.model.mmdit import MMDiTSpec
 from tpx_export.pipeline import Pipeline
-from tpx_export.quantise import measure, prompts, quantiser
+from tpx_export.quantise import measure, prompts, quantiser, speed
 from tpx_export.quantise import score as scoring
 from tpx_export.quantise.calibration import SEED, CalibrationInputs, collect_activations
 from tpx_export.quantise.grid import BINS, QMAX, MagnitudeHistogram, quantise_weight
@@ -261,6 +261,15 @@ def test_default_prompts_use_words_that_the_model_knows(tiny_model: TextToImage)
     assert subjects == choose_subjects(with_caption_words)
 
 
+def test_models_whose_image_takes_minutes_get_one_subject() -> None:
+    pipeline = Pipeline.from_model(make_tiny_classes(40))
+    model = replace(pipeline.model, visual_tokens=1024)
+    for steps, count in ((28, 1), (1, 8)):
+        defaults = replace(pipeline.defaults, steps=steps)
+        large = replace(pipeline, model=model, blocks=24, width=1536, defaults=defaults)
+        assert len(choose_subjects(large).calibration) == count
+
+
 # The int8 layer and its graph
 
 
@@ -407,6 +416,20 @@ def test_weight_only_int8_stores_all_large_weights_in_int8(tiny_model: TextToIma
     int8_bytes = sum(v.nbytes for v in stored.values() if v.dtype == np.int8 and v.ndim == 2)
     assert int8_bytes == sum(layer.weight.numel() for layer in layers.values())
     assert entry_names(tmp_path) == ["w"]
+
+
+@pytest.mark.parametrize(("limit_s", "calls"), [(0.0, 1 + 5), (1e9, 3 + 41)])
+def test_slow_models_are_timed_in_few_rounds(
+    limit_s: float, calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(speed, "_MAX_SECONDS", limit_s)
+    counts = [0, 0]
+
+    def session(number: int) -> SimpleNamespace:
+        return SimpleNamespace(run=lambda inputs: counts.__setitem__(number, counts[number] + 1))
+
+    speed.time_interleaved([session(0), session(1)], {})
+    assert counts == [calls, calls]
 
 
 # Rejections

@@ -22,7 +22,7 @@ from tpx_runtime.tokenizer import Tokenizer, WordTokenizer, make_tokenizer
 
 SUBJECTS = 8  # for the calibration, and as many others for the comparison
 SUBJECTS_LARGE = 1
-LARGE = 1024  # visual tokens
+LARGE = 1e13  # FLOPs of an image, a minute on a CPU
 _BATCH_TOKENS = 512  # visual tokens per batch
 
 _GENERAL_PROMPTS = (
@@ -70,12 +70,19 @@ def images_per_batch(model: ModelSpec) -> int:
     return max(1, _BATCH_TOKENS // model.visual_tokens)
 
 
+def image_flops(pipeline: Pipeline) -> float:
+    """Roughly the FLOPs of one image with the default settings: those of the blocks' weights, both guidance branches."""
+    tokens = pipeline.model.visual_tokens + pipeline.model.context_tokens
+    rows = 1 if pipeline.defaults.guidance == 1 else 2
+    return 24.0 * pipeline.width**2 * pipeline.blocks * tokens * pipeline.defaults.steps * rows
+
+
 def choose_subjects(pipeline: Pipeline, file: PromptFile | None = None) -> Subjects:
     """The default subjects, or the prompts of `file`: all for the calibration, the first for the comparison.
 
     Raises BadInput.
     """
-    count = SUBJECTS_LARGE if pipeline.model.visual_tokens > LARGE else SUBJECTS
+    count = SUBJECTS_LARGE if image_flops(pipeline) > LARGE else SUBJECTS
     if file is not None:
         from_file = read_prompts(file, pipeline)
         return Subjects(from_file, from_file[:count])
