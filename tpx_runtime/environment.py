@@ -2,6 +2,9 @@
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 from .errors import BadInput, shorten
@@ -12,6 +15,7 @@ DEVICE_LOOP_VARIABLE = "TPX_DEVICE_LOOP"
 THREADS_VARIABLE = "TPX_THREADS"
 # With many more threads than cores an engine is slow, and where the system refuses to start them, it may hang.
 MAX_THREADS = max(64, os.cpu_count() or 1)
+_compiled_next_to_bundles = ContextVar("compiled_next_to_bundles", default=False)
 
 
 def compiled_folder(bundle: Path, shared: Path | None = None) -> Path:
@@ -24,7 +28,8 @@ def compiled_folder(bundle: Path, shared: Path | None = None) -> Path:
         raise BadInput(
             f"expected a bundle in a folder, found the root {root} of a drive; move it into a folder"
         )
-    if shared is None and (variable := os.environ.get(ENGINES_VARIABLE)):
+    variable = None if _compiled_next_to_bundles.get() else os.environ.get(ENGINES_VARIABLE)
+    if shared is None and variable:
         shared = Path(variable)
     folder = shared / root.name if shared else root.with_name(f"{root.name}.engines")
     if Path(os.path.realpath(folder)).is_relative_to(root):  # Path.resolve raises for a loop of links
@@ -33,6 +38,16 @@ def compiled_folder(bundle: Path, shared: Path | None = None) -> Path:
             f"leave out --cache and {ENGINES_VARIABLE} to use one next to the bundle"
         )
     return folder
+
+
+@contextmanager
+def compiled_next_to_bundles() -> Iterator[None]:
+    """Ignore $TPX_ENGINES inside: nobody would delete there what is compiled for a temporary bundle."""
+    token = _compiled_next_to_bundles.set(True)
+    try:
+        yield
+    finally:
+        _compiled_next_to_bundles.reset(token)
 
 
 def check_environment() -> None:

@@ -57,6 +57,7 @@ from tpx_runtime.bundle import (
     transformer_name,
 )
 from tpx_runtime.engine import resolve
+from tpx_runtime.environment import compiled_next_to_bundles
 from tpx_runtime.errors import BadInput
 from tpx_runtime.sampling import Array
 from tpx_runtime.verify import (
@@ -101,7 +102,7 @@ def export_bundle(
     int8_tasks = quantiser.task_count(depths) if quantiser else 0
     tasks = _Tasks(progress, total=len(pipeline.text) + len(depths) + 5 + int8_tasks)
     golden: Golden = {}
-    with atomic_folder(out, force) as folder:
+    with atomic_folder(out, force) as folder, compiled_next_to_bundles():
         fp32 = folder.with_name("fp32")  # deleted with the folder that both are in
         output = _Output(folder, fp32, quantiser)
         for part in pipeline.text:

@@ -8,6 +8,7 @@ import pytest
 from tpx_runtime.environment import (
     MAX_THREADS,
     compiled_folder,
+    compiled_next_to_bundles,
     cuda_graphs_requested,
     device_loop_requested,
     requested_threads,
@@ -54,6 +55,15 @@ def test_a_loop_of_links_is_a_folder_that_cannot_be_used(
     (tmp_path / "loop").symlink_to("loop")
     monkeypatch.setenv("TPX_ENGINES", str(tmp_path / "loop"))
     assert compiled_folder(tmp_path / "cubes") == tmp_path / "loop/cubes"
+
+
+def test_what_is_compiled_of_temporary_bundles_is_next_to_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TPX_ENGINES", str(tmp_path / "all"))
+    with compiled_next_to_bundles():
+        assert compiled_folder(tmp_path / "cubes") == tmp_path / "cubes.engines"
+    assert compiled_folder(tmp_path / "cubes") == tmp_path / "all/cubes"
 
 
 def test_a_bundle_at_the_root_of_a_drive_is_refused() -> None:
