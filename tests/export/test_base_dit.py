@@ -404,6 +404,14 @@ def test_stored_precision_is_kept_except_in_embedders_and_gates(dtype: torch.dty
     assert relative_error(found, reference_forward(state, TINY.heads, latents, timestep, label)) < bound
 
 
+def test_an_embedder_stored_in_float32_is_not_rounded(tmp_path: Path) -> None:
+    """Also if the other weights are stored in float16."""
+    state = {n: v if n.startswith("t_embedder") else v.half() for n, v in random_state(TINY).items()}
+    model = load_transformer(save_state(state, tmp_path))
+    assert model.patch_in.weight.dtype == torch.float16
+    assert torch.equal(model.time.linear_1.weight, state["t_embedder.mlp.0.weight"])
+
+
 # Released sizes
 
 

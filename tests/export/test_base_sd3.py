@@ -297,6 +297,17 @@ def test_position_table_is_cast_to_the_dtype_of_the_weights(
     assert model(latents.half(), timestep, context.half(), pooled.half(), 1)[0].isfinite().all()
 
 
+def test_embedders_stored_in_float32_are_not_rounded(reference: Any, folder: Path, tmp_path: Path) -> None:
+    """Also if the other weights are stored in float16."""
+    state = {n: v if "time_text_embed" in n else v.half() for n, v in reference.state_dict().items()}
+    write_folder(tmp_path, state, folder)
+    model, expected = load_transformer(tmp_path, LATENTS), load_transformer(folder, LATENTS)
+    assert model.patch_in.weight.dtype == torch.float16
+    for part in ("time", "pooled"):
+        found = getattr(model, part).state_dict()
+        assert all(torch.equal(found[n], v) for n, v in getattr(expected, part).state_dict().items()), part
+
+
 def test_float8_becomes_float16(reference: Any, folder: Path, tmp_path: Path) -> None:
     float8 = {name: value.to(torch.float8_e4m3fn) for name, value in reference.state_dict().items()}
     write_folder(tmp_path, float8, folder)

@@ -30,7 +30,7 @@ from tpx_export.base.conversion import (
 from tpx_export.base.tensors import Tensors, open_tensors
 from tpx_export.checkpoint import CheckpointInvalid
 from tpx_export.model.dit import DiT, DiTSpec
-from tpx_export.precision import STORED_DTYPES
+from tpx_export.precision import STORED_DTYPES, cast_weights
 from tpx_runtime.errors import BadInput
 
 HEADS = {1152: 16, 1024: 16, 768: 12, 384: 6}  # by width: XL, L, B, S; checkpoints do not store it
@@ -67,8 +67,7 @@ def transformer_from_tensors(tensors: Tensors) -> DiT:
     with torch.device("meta"):
         model = DiT(spec)
     load_foreign(model, conversions(spec), tensors)
-    model.to(model.patch_in.weight.dtype)
-    model.time.float()
+    cast_weights(model, model.patch_in.weight.dtype)
     return model
 
 

@@ -13,6 +13,7 @@ from tpx_export.base.sd3_spec import spec_from_config, spec_from_shapes
 from tpx_export.base.tensors import Tensors, open_tensors
 from tpx_export.checkpoint import CheckpointInvalid
 from tpx_export.model.mmdit import MMDiT, MMDiTSpec
+from tpx_export.precision import cast_weights
 from tpx_runtime.errors import BadInput
 
 PREFIX = "model.diffusion_model."
@@ -56,9 +57,7 @@ def load_transformer(source: Path, latent_size: tuple[int, int] = (128, 128)) ->
     kinds = "floating-point tensors of this model's shapes"
     check_shapes(shapes, tensors, lambda dtype: dtype.is_floating_point, kinds)
     load_foreign(model, conversions, tensors)
-    model.to(model.patch_in.weight.dtype)
-    for embedder in (model.time, model.pooled):
-        embedder.float()
+    cast_weights(model, model.patch_in.weight.dtype)
     return model
 
 
