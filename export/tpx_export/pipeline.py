@@ -4,7 +4,7 @@ Only one part is in memory at a time, so an export needs only the memory of the 
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,10 @@ from tpx_export.model.dit import DiTSpec
 from tpx_export.model.mmdit import MMDiTSpec
 from tpx_export.model.text_encoder import TextEncoder
 from tpx_export.model.text_to_image import TextToImage
+from tpx_runtime.bundle import VOCABULARY
+from tpx_runtime.errors import BadInput, BundleInvalid
 from tpx_runtime.manifest import Defaults, EncoderSpec, LatentSpec, ModelSpec
-from tpx_runtime.tokenizer import make_tokenizer
+from tpx_runtime.tokenizer import WordTokenizer, make_tokenizer
 
 _SEED = 20260428
 _EXAMPLES = (
@@ -77,7 +79,10 @@ class Pipeline:
 
     @classmethod
     def from_model(cls, model: TextToImage | ClassToImage) -> "Pipeline":
-        """The parts of a TPX model: a flow conditioned on a prompt, or a diffusion conditioned on a class."""
+        """The parts of a TPX model: a flow conditioned on a prompt, or a diffusion conditioned on a class.
+
+        Raises BadInput for a vocabulary that the runtime cannot tokenize prompts with.
+        """
         spec, transformer = model.spec, model.spec.transformer
         flow = model if isinstance(model, TextToImage) else None
         return cls(
@@ -87,7 +92,7 @@ class Pipeline:
             latent=LatentSpec(spec.autoencoder.scale, spec.autoencoder.shift),
             defaults=spec.defaults,
             shift=flow.spec.shift if flow else None,
-            text=(_text_part(flow.text_encoder),) if flow else (),
+            text=(_text_part(flow.text_encoder, spec.name),) if flow else (),
             blocks=transformer.blocks,
             width=transformer.width,
             # In training mode routes are sampled at random.
@@ -137,12 +142,21 @@ def _inputs_and_output(transformer: MMDiTSpec | DiTSpec) -> dict[str, Any]:
     }
 
 
-def _text_part(encoder: TextEncoder) -> TextPart:
+def _text_part(encoder: TextEncoder, model: str) -> TextPart:
     spec = encoder.spec
+    vocabulary = {"kind": "word", "tokens": list(spec.vocabulary), "text_tokens": spec.tokens}
+    try:
+        tokenizer = WordTokenizer.from_vocab(Path(VOCABULARY), vocabulary)
+    except BundleInvalid as error:
+        reason = str(error).removeprefix(f"{VOCABULARY}: ")
+        raise BadInput(f"{reason} in the vocabulary of {model}; correct it") from None
+    words = [number for number, word in enumerate(spec.vocabulary) if not word.startswith("<")]
+    if not words:
+        raise BadInput(f"expected words in the vocabulary of {model}, found only special tokens; correct it")
     return TextPart(
         spec=EncoderSpec("text_encoder", "tokenizer", spec.tokens, spec.width, spec.width),
-        vocabulary={"kind": "word", "tokens": list(spec.vocabulary), "text_tokens": spec.tokens},
-        ids=_random_words(len(spec.vocabulary), spec.tokens),
+        vocabulary=vocabulary,
+        ids=_random_words(tokenizer, words),
         load=lambda: copy.deepcopy(encoder).eval(),
     )
 
@@ -153,11 +167,13 @@ def example_ids(vocabulary: dict[str, object]) -> npt.NDArray[np.int64]:
     return np.array([tokenizer.encode(text).ids for text in _EXAMPLES], np.int64)
 
 
-def _random_words(vocabulary: int, tokens: int) -> npt.NDArray[np.int64]:
-    """Token ids [2, tokens] of random words with <bos> and <eos>, as the runtime's word tokenizer writes them."""
+def _random_words(tokenizer: WordTokenizer, words: Sequence[int]) -> npt.NDArray[np.int64]:
+    """Token ids [2, tokens] of random ones of `words`, with the special tokens that the tokenizer adds."""
     rng = np.random.Generator(np.random.Philox(key=_SEED))
-    words = rng.integers(4, vocabulary, (2, tokens - 2))
-    ids = np.zeros((2, tokens), np.int64)
+    tokens = tokenizer.text_tokens
+    chosen = np.array(words)[rng.integers(0, len(words), (2, tokens - 2))]
+    bos, eos, pad = tokenizer.encode_empty().ids[:3]
+    ids = np.full((2, tokens), pad, np.int64)
     for row, length in enumerate(rng.integers(2, max(3, tokens // 2), 2)):
-        ids[row, : length + 2] = [1, *words[row, :length], 2]
+        ids[row, : length + 2] = [bos, *chosen[row, :length], eos]
     return ids

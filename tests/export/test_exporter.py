@@ -33,6 +33,7 @@ from tpx_runtime.engine import ENGINES, resolve
 from tpx_runtime.errors import BadInput, EngineFailed
 from tpx_runtime.generator import Generator
 from tpx_runtime.manifest import Defaults
+from tpx_runtime.tokenizer import make_tokenizer
 from tpx_runtime.verify import verify_bundle
 
 DEPTHS = (1, 2, 3)
@@ -259,6 +260,46 @@ def test_pipeline_puts_copies_of_a_training_model_in_eval_mode(tiny_model: TextT
     modules = (pipeline.transformer(), pipeline.autoencoder(), pipeline.text[0].load())
     assert not any(module.training for module in modules)
     assert model.transformer.training
+
+
+SPECIAL = ("<pad>", "<bos>", "<eos>")
+
+
+def with_vocabulary(model: TextToImage, vocabulary: tuple[str, ...], tokens: int) -> TextToImage:
+    """A model like `model` with another vocabulary and number of text tokens."""
+    spec = model.spec
+    return TextToImage(
+        replace(
+            spec,
+            text_encoder=replace(spec.text_encoder, vocabulary=vocabulary, tokens=tokens),
+            transformer=replace(spec.transformer, context_tokens=tokens),
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "tokens", "message"),
+    [
+        (("<pad>", "<eos>", "cube"), 12, "the token <bos>, found none in the vocabulary of tiny; correct it"),
+        ((*SPECIAL, "cube", "cube"), 12, "unique tokens, found a duplicate in"),
+        ((*SPECIAL, "cube"), 2, "text_tokens of at least 3, found 2 in"),
+        (SPECIAL, 12, "words in the vocabulary of tiny, found only special tokens; correct it"),
+    ],
+)
+def test_rejects_a_vocabulary_that_the_runtime_cannot_use(
+    tiny_model: TextToImage, vocabulary: tuple[str, ...], tokens: int, message: str
+) -> None:
+    with pytest.raises(BadInput, match=f"^expected {message}"):
+        Pipeline.from_model(with_vocabulary(tiny_model, vocabulary, tokens))
+
+
+@pytest.mark.parametrize("tokens", [3, 4, 12])
+def test_golden_ids_are_those_of_prompts(tiny_model: TextToImage, tokens: int) -> None:
+    """Also for a single word, and special tokens at other places than usual."""
+    [part] = Pipeline.from_model(with_vocabulary(tiny_model, ("cube", *SPECIAL), tokens)).text
+    tokenizer = make_tokenizer(part.vocabulary, Path("vocab.json"))
+    for ids in part.ids.tolist():
+        assert ids == tokenizer.encode(" ".join(["cube"] * ids.count(0))).ids
 
 
 @pytest.mark.parametrize("depth", [0, -1, 4])
