@@ -1,7 +1,7 @@
 """From the arguments of a call to the settings of each of its images."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from .errors import BadInput, shorten
@@ -37,10 +37,14 @@ def plan_settings(
     ]
     for job in jobs:
         job.check(manifest)
-    limited = "guidance_interval" in chosen and jobs[0].guidance_interval != ALL_NOISE_LEVELS
-    if jobs[0].guidance == 1 and (limited or jobs[0].guidance_every != 1):
-        option = "guidance_interval" if limited else "guidance_every"
-        raise BadInput(f"expected guidance other than 1 with {option}, found 1; leave out one of them")
+    first = jobs[0]
+    if first.guidance == 1:
+        limited = first.guidance_interval not in (ALL_NOISE_LEVELS, manifest.defaults.guidance_interval)
+        if limited or first.guidance_every != 1:
+            option = "guidance_interval" if limited else "guidance_every"
+            raise BadInput(f"expected guidance other than 1 with {option}, found 1; leave out one of them")
+        # The bundle's is not in effect, and images that recorded it would be rejected by other bundles.
+        jobs = [replace(job, guidance_interval=ALL_NOISE_LEVELS) for job in jobs]
     return jobs
 
 

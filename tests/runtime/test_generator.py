@@ -22,6 +22,7 @@ from tpx_runtime.engine import Arrays
 from tpx_runtime.errors import BadInput, BundleInvalid, Cancelled, EngineFailed
 from tpx_runtime.generator import Generator
 from tpx_runtime.images import to_pil
+from tpx_runtime.metadata import settings_in
 from tpx_runtime.noise import MAX_SEED, batch_noise, gaussian_noise
 from tpx_runtime.sampling import Array
 from tpx_runtime.sampling.diffusion import DIFFUSION_SAMPLERS
@@ -417,6 +418,19 @@ def test_defaults_come_from_the_bundle(generator: Generator) -> None:
     generator.manifest = replace(FAKE, defaults=limited)
     assert [job.guidance_interval for job in generator.plan("red cube")] == [(0.0, 0.5)]
     assert [job.guidance_interval for job in generator.plan("red cube", guidance_interval=(0, 1))] == [(0, 1)]
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_plans_the_recorded_settings_of_an_image_again(generator: Generator, guidance: float) -> None:
+    """Also without guidance, where the bundle's interval has no effect, in its bundle and in others."""
+    limited = replace(FAKE, defaults=replace(FAKE.defaults, guidance_interval=(0.0, 0.5)))
+    generator.manifest = limited
+    jobs = generator.plan("red cube", guidance=guidance)
+    facts = settings_in(json.loads(jobs[0].metadata(limited, "x")["tpx"]))
+    assert generator.plan(**facts) == jobs
+    assert len(generator.plan(**{**facts, "guidance": 1.0, "guidance_interval": (0.0, 0.5)})) == 1
+    generator.manifest = FAKE
+    assert generator.plan(**facts) == jobs
 
 
 def test_plans_each_prompt_with_each_seed(generator: Generator) -> None:
