@@ -119,6 +119,8 @@ class TpxCommand(click.Command):
         return super().main(*args, **{"windows_expand_args": False, **kwargs})
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        # Of Pillow, for large photographs, which are fine.
+        warnings.filterwarnings("ignore", ".*decompression bomb", RuntimeWarning)
         with one_line_errors():
             try:
                 return super().make_context(*args, **kwargs)
@@ -128,8 +130,6 @@ class TpxCommand(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         make_streams_safe()
         skip_model_converter()
-        # Of Pillow, for large photographs, which are fine.
-        warnings.filterwarnings("ignore", ".*decompression bomb", RuntimeWarning)
         try:
             with one_line_errors(), termination_as_interrupt():
                 return super().invoke(ctx)

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from tpx_runtime.bundle import Bundle
-from tpx_runtime.cli import info
+from tpx_runtime.cli import info, run
 from tpx_runtime.editing import to_pixels
 from tpx_runtime.errors import BadInput
 from tpx_runtime.generator import Generator, ImageResized
@@ -340,6 +340,9 @@ def test_commands_read_large_photographs_without_a_notice(
     image = ramp()
     image.info["tpx"] = '{"prompt": "a red cube"}'
     save_image(image, path := tmp_path / "a.png")
+    with warnings.catch_warnings():
+        result = CliRunner().invoke(run, ["--like", str(path), "--bundle", str(tmp_path / "none")])
+        assert (result.exit_code, "megapixels" in result.stderr) == (3, False)
     result = CliRunner().invoke(info, [str(path)])
     assert (result.exit_code, result.stderr) == (0, "") and "a red cube" in result.stdout
 
