@@ -72,10 +72,11 @@ class Generator:
         variable with an invalid value).
         """
         check_environment()
+        chosen = resolve(engine)  # before the hashes, which take long for a large bundle
         bundle = Bundle.open(path, verify=False)
         if verify:
             verify_once(bundle)
-        return cls(bundle, resolve(engine), t5, keep)
+        return cls(bundle, chosen, t5, keep)
 
     def __call__(
         self,

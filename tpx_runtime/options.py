@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from .environment import MAX_THREADS, THREADS_VARIABLE, requested_threads
+from .environment import MAX_THREADS, THREADS_VARIABLE, check_environment
 from .errors import BadInput
 
 SAMPLE_BUNDLE = Path("bundles/shapes")
@@ -56,7 +56,7 @@ batch_size = click.option(
 def _set_threads(_context: click.Context, _option: click.Parameter, value: int | None) -> None:
     if value:
         os.environ[THREADS_VARIABLE] = str(value)
-    requested_threads()  # an invalid variable is an error before anything is loaded
+    check_environment()  # an invalid variable is an error before anything is loaded
 
 
 threads = click.option(

@@ -1204,6 +1204,16 @@ def test_the_threads_option_overrides_the_environment(
     assert_error(run(PROMPT, "--bundle", fake_bundle), 2, "expected TPX_THREADS to be a whole number")
 
 
+@pytest.mark.parametrize("variable", ["TPX_CUDA_GRAPHS", "TPX_DEVICE_LOOP"])
+def test_an_invalid_variable_is_an_error_before_anything_is_loaded(
+    workdir: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    monkeypatch.setenv(variable, "maybe")
+    message = f"expected {variable} to be 0 or 1, found 'maybe'"
+    for command in (cli.run, cli.verify):
+        assert_error(CliRunner().invoke(command, ["a red cube", "--engine", "none"]), 2, message)
+
+
 # tpx-verify
 
 

@@ -117,6 +117,9 @@ def test_a_record_inside_the_bundle_is_refused(opened: Bundle, monkeypatch: pyte
 def test_generators_and_tpx_run_use_the_record_and_tpx_verify_does_not(
     opened: Bundle, hashed: list[str]
 ) -> None:
+    with pytest.raises(BadInput, match="expected an engine of auto"):
+        Generator.load(opened.root, engine="onnxruntme")
+    assert hashed == []
     for _ in range(2):
         Generator.load(opened.root, engine="onnxruntime")
         assert len(hashed) == len(opened.manifest.files)
