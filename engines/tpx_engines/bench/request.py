@@ -8,7 +8,12 @@ from typing import Any
 
 from tpx_runtime.bundle import Bundle, hash_file
 from tpx_runtime.engine import ENGINES
-from tpx_runtime.environment import THREADS_VARIABLE
+from tpx_runtime.environment import (
+    CUDA_GRAPHS_VARIABLE,
+    DEVICE_LOOP_VARIABLE,
+    THREADS_VARIABLE,
+    check_environment,
+)
 from tpx_runtime.errors import BadInput, EngineUnavailable, TpxError
 from tpx_runtime.generator import Generator
 from tpx_runtime.manifest import Manifest
@@ -23,6 +28,7 @@ from .runner import Workload
 
 CHECKPOINTS = (".safetensors", ".pt")  # tpx_export.checkpoint.SUFFIXES, whose import would need torch
 _SAMPLERS = {"velocity": "euler", "epsilon": "ddim"}  # samplers that call the model once per step
+_VARIABLES = (CUDA_GRAPHS_VARIABLE, DEVICE_LOOP_VARIABLE)  # that the measured processes inherit
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,7 @@ class Request:
                     "expected no limit on the number of threads, which not all engines would keep, "
                     f"found {name} set; unset it"
                 )
+        check_environment()
         if self.ckpt is None:
             return
         if not self.ckpt.is_file():
@@ -126,6 +133,7 @@ class Request:
             "ckpt_sha256": hash_file(self.ckpt) if self.ckpt else None,
             **{name: getattr(workload, name) for name in fields},
             "machine": describe(),
+            **{name: value for name in _VARIABLES if (value := os.environ.get(name))},
         }
 
     def _reference(self, chosen: list[Configuration]) -> str | None:

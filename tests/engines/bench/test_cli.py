@@ -144,6 +144,18 @@ def test_rejects_a_limit_on_the_number_of_threads(
     assert started() == []
 
 
+def test_results_of_other_variables_are_not_continued(
+    bench: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = str(tmp_path / "bench.json")
+    assert bench("--json", path).exit_code == 0
+    monkeypatch.setenv("TPX_DEVICE_LOOP", "0")
+    result = bench("--json", path)
+    assert result.exit_code == 2 and "(no TPX_DEVICE_LOOP), found TPX_DEVICE_LOOP 0; use" in result.stderr
+    monkeypatch.setenv("TPX_DEVICE_LOOP", "maybe")
+    assert "expected TPX_DEVICE_LOOP to be 0 or 1" in bench().stderr
+
+
 def test_rejects_the_checkpoint_of_another_model_before_measuring(
     bench: Callable[..., Result], tiny_model: TextToImage, tmp_path: Path, started: Callable[[], list[int]]
 ) -> None:
