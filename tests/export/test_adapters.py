@@ -1,6 +1,7 @@
 """tpx.safetensors: adapters round-trip, attach only to a matching base, and change nothing before training."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -132,6 +133,18 @@ def test_round_trip(saved: Path) -> None:
             assert torch.equal(a, b)
     assert not torch.equal(found(*inputs(), 1)[0], base()(*inputs(), 1)[0])
     assert set(state) == {name for name in expected.state_dict() if ".thinking." in name}
+
+
+def test_tensors_are_those_of_the_documentation(saved: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs/checkpoint.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(blocks\.N\.thinking\..*?)` \| \[(.*?)\]", page, re.MULTILINE)
+    sizes = {"M": 3, "r": 4, "T": 2, "D": 64, "3D": 192, "64": 64}
+    documented = {
+        name.replace("N", str(block)): [sizes[size] for size in shape.split(", ")]
+        for name, shape in rows
+        for block in SMALL.blocks
+    }
+    assert documented == {name: list(tensor.shape) for name, tensor in load_file(saved).items()}
 
 
 def test_loads_the_file_in_a_given_folder(saved: Path) -> None:

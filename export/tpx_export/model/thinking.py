@@ -4,13 +4,7 @@
     for t = 1 .. T-1:   e = argmax gate(a, y);  q, k, v = B_e A_e LN(mod_t(a))          a = attention(q, k, v; text) + x
     t = T:              e = argmax gate(a, y);  q, k, v = B_e A_e LN(mod_T(a)) + W x    and the block continues
 
-(arXiv 2604.25299.) Where the paper gives no details, we chose:
-- q, k and v share one low-rank pair: A [D, r], B [r, 3D].
-- attention inside the recursion stops before the output projection, which belongs to the frozen base.
-- the frozen base's RMS norms of q and k, if it has them, act on the adapters' q and k at every step.
-- the gate is a two-layer MLP, 64 wide inside, of the token's layer norm, without mod_t, and of SiLU(y).
-- all steps share the gate and the experts. mod_t, a scale and a shift per channel, is separate for each step.
-- the second attention of a dual block (SD3.5-medium) does not think.
+(arXiv 2604.25299.) docs/method.md compares each point with the paper, and says what we chose where it gives no details.
 """
 
 import math
