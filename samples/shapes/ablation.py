@@ -339,8 +339,10 @@ def _table_head(*columns: str) -> list[str]:
 
 
 def _common_seeds(results: list[dict[str, Any]], sides: Comparison) -> list[int]:
-    """The seeds that all rows of both sides have."""
+    """The seeds that all rows of both sides have. The base is without adapters and has one run, which is of every seed."""
     rows, runs = set(itertools.chain(*sides)), {(one["row"], one["seed"]) for one in results}
+    if any(row == BASE for row, _ in runs):
+        rows.discard(BASE)
     return [seed for seed in sorted({seed for _, seed in runs}) if all((row, seed) in runs for row in rows)]
 
 
@@ -349,7 +351,10 @@ def _difference(
 ) -> list[np.ndarray]:
     """`measure` of the first side minus the second; each side is the mean over its rows and `seeds`."""
     first, second = (
-        measure.read(out, [one for one in results if one["row"] in side and one["seed"] in seeds])
+        measure.read(
+            out,
+            [one for one in results if one["row"] in side and (one["row"] == BASE or one["seed"] in seeds)],
+        )
         for side in sides
     )
     return [a - b for a, b in zip(first, second, strict=True)]

@@ -92,14 +92,14 @@ def test_the_table_pairs_each_row_with_lora_of_the_same_seeds(tmp_path: Path) ->
     cells = {row[1]: dict(zip(_cells(head), row, strict=True)) for row in map(_cells, lines)}
     score, relation, loss = (measure.name for measure in ablation.MEASURES)
     assert cells[BASE][score].startswith("50.0 (")
-    # Compared only with seed 0 of LoRA. The dict keeps the last column of that name, the loss.
-    assert cells[BASE]["minus LoRA"].startswith("+150.00 (")
+    # Compared with both seeds of LoRA. The dict keeps the last column of that name, the loss.
+    assert cells[BASE]["minus LoRA"].startswith("+50.00 (")
     assert (cells[LORA]["seeds"], cells[LORA]["by seed, %"]) == ("2", "62.5, 75.0")
     assert cells[LORA][score].startswith("68.8 (") and cells[LORA]["minus LoRA"] == ""
     assert cells[LORA][loss].startswith("250.00 (")
     assert cells[THINKING][score].startswith("93.8 (")
     assert "| +25.0 (" in lines[2] and "| -100.00 (-100.00 to -100.00) |" in lines[2]
-    assert "| -12.5 (" in lines[0]
+    assert "| -18.8 (" in lines[0]
     # Three prompts, the mean over two seeds.
     assert [cells[row][relation].split()[0] for row in (BASE, LORA, THINKING)] == ["0.0", "16.7", "33.3"]
     assert "| 33.3 (0.0 to 50.0) | +16.7 (" in lines[2]
@@ -127,14 +127,14 @@ def test_pooled_differences_are_means_over_rows_and_common_seeds(tmp_path: Path)
     assert rows["M=4 minus M=2, all T"] == ["1", "-33.3", "-11.1", "+33.33"]
     assert rows["M=4, T=3 minus M=1, T=3"] == ["2", "-50.0", "-16.7", "+50.00"]
     assert rows["M=4, T=3 minus no modulation"] == ["1", "+0.0", "+0.0", "+0.00"]
-    assert rows["M=1, T=3 minus base"] == ["1", "+100.0", "+33.3", "-100.00"]
+    assert rows["M=1, T=3 minus base"] == ["2", "+100.0", "+33.3", "-100.00"]
     rows_without_one_run = pooled([result for result in results if result["row"] != "M=2, T=2"])
     assert set(rows) - set(rows_without_one_run) == {"M=4 minus M=2, all T"}
 
 
 def test_the_seed_table_has_the_difference_of_each_seed_and_an_interval(tmp_path: Path) -> None:
     yes, half, no = [True, True], [True, False], [False, False]
-    results = [write_finished_run(tmp_path, BASE, 0, [no] * 4)]  # one seed gives no interval over seeds
+    results = [write_finished_run(tmp_path, BASE, 0, [no] * 4)]
     for seed, (right, scene_loss) in enumerate((([no, no, yes, yes], 0.1), ([half, no, yes, yes], 0.2))):
         results.append(write_finished_run(tmp_path, LORA, seed, [no, no, no, no], (0.3, 0.3)))
         results.append(
@@ -143,7 +143,14 @@ def test_the_seed_table_has_the_difference_of_each_seed_and_an_interval(tmp_path
             )
         )
     results.append(write_finished_run(tmp_path, THINKING, 2, [no] * 4, (0.1, 0.1)))  # LoRA lacks this seed
-    [row] = ablation.seed_table(tmp_path, results).splitlines()[2:]
+    base_minus_lora, row, minus_base = ablation.seed_table(tmp_path, results).splitlines()[2:]
+    # The base's one run is paired with every seed of the other side.
+    assert _cells(base_minus_lora)[1:3] == ["base minus LoRA", "0, 1"]
+    assert _cells(minus_base)[1:4] == [
+        "M=4, T=3 minus base",
+        "0, 1, 2",
+        "+50.0, +62.5, +0.0: +37.5 (-44.7 to +119.7)",
+    ]
     _, name, seeds, overall, relations, loss, _ = _cells(row)
     assert (name, seeds) == ("M=4, T=3 minus LoRA", "0, 1")
     # Of two values the interval reaches 12.706 halves of their distance.
