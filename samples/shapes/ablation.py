@@ -217,10 +217,12 @@ def export_and_evaluate(experiment: Experiment, folder: Path, transformer: MMDiT
 
 
 def trained_parameters(transformer: MMDiT, spec: ThinkingSpec) -> int:
-    """The number of parameters that `with_thinking` leaves trainable."""
-    fixed = () if spec.modulation else (".scale", ".shift")
-    named = transformer.state_dict().items()
-    return sum(value.numel() for name, value in named if ".thinking." in name and not name.endswith(fixed))
+    """The number of parameters that get a gradient: those that `with_thinking` leaves trainable, without the gate of a
+    single expert, whose weight is always 1."""
+    fixed = [".gate."] if spec.experts == 1 else []
+    fixed += [] if spec.modulation else [".scale", ".shift"]
+    adapters = ((name, p) for name, p in transformer.named_parameters() if ".thinking." in name)
+    return sum(p.numel() for name, p in adapters if not any(part in name for part in fixed))
 
 
 def overall_scores(out: Path, facts: list[dict[str, Any]]) -> list[np.ndarray]:

@@ -43,12 +43,20 @@ def test_rows_have_equal_total_rank_and_variants_differ_in_one_setting() -> None
 
 
 @pytest.mark.parametrize("modulation", [True, False])
-def test_trained_parameters_counts_those_with_a_gradient(modulation: bool) -> None:
-    base = MMDiT(MMDiTSpec(latent_size=(4, 4), width=32, heads=2, blocks=2))
-    spec = ThinkingSpec(blocks=(1,), experts=2, rank=3, max_depth=2, modulation=modulation)
-    model = with_thinking(base, spec)
-    expected = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert ablation.trained_parameters(model, spec) == expected > 0
+@pytest.mark.parametrize("experts", [1, 2])
+def test_trained_parameters_counts_those_with_a_gradient(experts: int, modulation: bool) -> None:
+    torch.manual_seed(0)
+    size = {"latent_size": (4, 4), "context_tokens": 3, "context_width": 8, "pooled_width": 8}
+    base = MMDiT(MMDiTSpec(**size, width=32, heads=2, blocks=2))  # type: ignore[arg-type]
+    spec = ThinkingSpec(blocks=(1,), experts=experts, rank=3, max_depth=2, modulation=modulation)
+    model = with_thinking(base, spec).train()
+    with torch.no_grad():  # initial zeros would stop gradients
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    prediction, _ = model(torch.randn(2, 4, 4, 4), torch.rand(2), torch.randn(2, 3, 8), torch.randn(2, 8), 2)
+    prediction.square().sum().backward()
+    trained = [p for p in model.parameters() if p.grad is not None and p.grad.any()]
+    assert ablation.trained_parameters(model, spec) == sum(p.numel() for p in trained) > 0
 
 
 def write_finished_run(
