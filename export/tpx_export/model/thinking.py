@@ -22,7 +22,10 @@ from tpx_export.model.routed_lora import mixed_lora, routed_lora
 
 @dataclass(frozen=True)
 class ThinkingSpec:
-    """The thinking blocks and their adapters. The last three fields are the paper's ablations; defaults are its method."""
+    """The thinking blocks and their adapters. The last three fields are the paper's ablations; defaults are its method.
+
+    `base_every_step` adds W x, of the block's input, at each step. The paper can also be read as W of the running state.
+    """
 
     blocks: tuple[int, ...] = (1, 2, 3)
     experts: int = 4
