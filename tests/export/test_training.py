@@ -344,6 +344,21 @@ def test_dit_training_from_class_folders(dit: Path, class_folders: Path, tmp_pat
     assert losses[1] < 0.95 * losses[0]
 
 
+def test_ablations_are_in_the_specification_of_the_adapters(
+    dit_arguments: tuple[object, ...], dit: Path, class_folders: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "tpx.safetensors"
+    flags = ("--no-modulation", "--gate-tokens-only", "--base-every-step")
+    run_ok(*dit_arguments, *flags, "--steps", 2, "--warmup", 0, "--out", out)
+    thinking, tensors, info = load_adapters(out)
+    switches = thinking.modulation, thinking.gate_sees_condition, thinking.base_every_step
+    assert switches == (False, False, True)
+    assert not any("condition" in name for name in tensors)
+    assert all((value == 1).all() for name, value in tensors.items() if name.endswith("scale"))
+    loss = _evaluation_loss(dit / "dit.safetensors", class_folders, out, out, dit)
+    assert loss == pytest.approx(info.training["loss_after"], rel=1e-4)
+
+
 def test_module_runs_as_a_command() -> None:
     process = subprocess.run(
         [sys.executable, "-m", "tpx_export.training.cli", "--help"],
@@ -431,6 +446,8 @@ def test_rejects_resuming_with_other_settings_files_or_a_damaged_state(
     ):  # fmt: skip
         message = error_line(*command, option, value)
         assert f"expected {option} " in message and str(value) in message and "the run saved in " in message
+    for flag in ("--no-modulation", "--gate-tokens-only", "--base-every-step"):
+        assert f"expected no {flag} as in the run saved in " in error_line(*command, flag)
     # Gradient checkpointing does not change the result, so it may differ.
     result = run_ok(*command, "--no-gradient-checkpointing")
     assert result.stderr.startswith("8 pictures; loss on ")
@@ -440,6 +457,10 @@ def test_rejects_resuming_with_other_settings_files_or_a_damaged_state(
     torch.save({"format": state._FORMAT, "identity": json.dumps({"--no-t5": True}), "step": 1}, saved)
     with pytest.raises(BadInput, match=r"expected --no-t5 as in the run saved in .*, found no --no-t5; "):
         state.read(saved, {"--no-t5": False}, 1)
+    # The run is of a version without this flag.
+    state.read(saved, {"--base-every-step": False}, 1)
+    with pytest.raises(BadInput, match=r"expected no --base-every-step as in .*, found --base-every-step; "):
+        state.read(saved, {"--base-every-step": True}, 1)
     draw("black", "disc").save(class_folders / "0-red" / "disc.png")
     assert "expected the images and captions of the run" in error_line(*command)
     other = load_file(dit / "dit.safetensors")

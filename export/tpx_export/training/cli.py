@@ -1,5 +1,6 @@
 """The command tpx-train."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -25,6 +26,9 @@ _PATH = click.Path(path_type=Path)
 @click.option("--max-depth", default=2, show_default=True, help="Latent steps.")
 @click.option("--blocks", help="Thinking blocks, from 0.  [default: those of 4,8,12 that BASE has]")
 @click.option("--temperature", default=5.0, show_default=True, help="Temperature of the Gumbel softmax.")
+@click.option("--no-modulation", is_flag=True, help="Ablation: no scale and shift of latent steps.")
+@click.option("--gate-tokens-only", is_flag=True, help="Ablation: gates do not see timestep and condition.")
+@click.option("--base-every-step", is_flag=True, help="Ablation: add BASE's q, k, v at every latent step.")
 @click.option("--image-size", help="Pixels, WIDTHxHEIGHT or SIDE.  [default: 512; for DiT its own]")
 @click.option("--no-t5", is_flag=True, help="Leave out BASE's T5 encoder.")
 @click.option(
@@ -74,6 +78,9 @@ def main(
     max_depth: int,
     blocks: str | None,
     temperature: float,
+    no_modulation: bool,
+    gate_tokens_only: bool,
+    base_every_step: bool,
     image_size: str | None,
     no_t5: bool,
     steps: int,
@@ -99,8 +106,14 @@ def main(
     from tpx_export.training.train import Request, train
     from tpx_runtime.image_size import parse_size
 
+    thinking = replace(
+        thinking_spec(experts, rank, max_depth, temperature, blocks),
+        modulation=not no_modulation,
+        gate_sees_condition=not gate_tokens_only,
+        base_every_step=base_every_step,
+    )
     settings = Settings(
-        thinking=thinking_spec(experts, rank, max_depth, temperature, blocks),
+        thinking=thinking,
         batch=batch,
         lr=lr,
         warmup=warmup,

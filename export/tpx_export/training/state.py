@@ -89,10 +89,12 @@ def read(path: Path, identity: dict[str, Any], steps: int) -> dict[str, Any]:
             f"expected the state of a training run in {path}, found something else; delete it to start again"
         ) from None
     for name, value in identity.items():
-        if value == saved.get(name):
+        # A run of a version without the flag is one without the flag.
+        found = saved.get(name, False if isinstance(value, bool) else None)
+        if value == found:
             continue
         if name.startswith("--"):
-            before, now = (_option(name, given) for given in (saved.get(name), value))
+            before, now = (_option(name, given) for given in (found, value))
             difference = f"{before} as in the run saved in {path}, found {now}"
         else:
             difference = f"the {_LABELS.get(name, name)} of the run saved in {path}, found different ones"
