@@ -1,1 +1,1 @@
-"""Builds engines from a bundle for one kind of GPU: the command `tpx-build` and its modules."""
+"""Engines of a bundle: `tpx-build` makes them, `tpx-bench` measures them, and the routed-LoRA kernel runs in them."""
