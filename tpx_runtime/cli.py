@@ -349,6 +349,8 @@ def info(bundle: str | None) -> None:
     try:
         path = find_bundle(bundle)
     except BadInput as error:
+        if bundle is not None:
+            raise
         click.echo(f"no bundle: {error}")
         return
     for line in describe_bundle(Bundle.open(path, verify=False)):

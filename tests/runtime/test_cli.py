@@ -1395,6 +1395,9 @@ def test_info_needs_no_bundle_but_rejects_a_path_that_is_not_one(workdir: Path) 
     assert result.exit_code == 3
     assert "onnxruntime " in result.stdout  # listed nevertheless
     assert result.stderr.startswith("error: expected a bundle (a folder with manifest.json) at nothing-here")
+    result = info("")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: expected the folder of a bundle, found an empty name")
 
 
 def test_info_offers_no_image_to_image_for_a_class_conditional_bundle(classes: Path) -> None:
