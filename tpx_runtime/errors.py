@@ -46,6 +46,11 @@ def as_line(text: str) -> str:
     return "".join(c.encode("unicode_escape").decode() if category(c) == "Cc" else c for c in line)
 
 
+def one_line(error: object, limit: int = 300) -> str:
+    """The message of another library's error, on one line and of at most `limit` characters."""
+    return " ".join(str(error).split())[:limit]
+
+
 def first_few(items: Sequence[str], most: int = 5) -> str:
     """The first items on one line, and how many more there are."""
     more = f"; and {len(items) - most} more" if len(items) > most else ""

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from tpx_runtime.bundle import Bundle, GraphVariant
-from tpx_runtime.engine import engine_errors, one_line, resolve
-from tpx_runtime.errors import BadInput, Cancelled, EngineFailed, TpxError
+from tpx_runtime.engine import engine_errors, resolve
+from tpx_runtime.errors import BadInput, Cancelled, EngineFailed, TpxError, one_line
 
 from .build import BuildResult, ProgressCallback, check_memory
 

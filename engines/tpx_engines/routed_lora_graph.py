@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from tpx_runtime.errors import EngineFailed, EngineUnavailable
+from tpx_runtime.errors import EngineFailed, EngineUnavailable, one_line
 
 DOMAIN, NAME = "tpx", "RoutedLora"
 
@@ -38,6 +38,4 @@ def _load(path: Path) -> Any:
     try:
         return onnx.load(str(path), load_external_data=False)
     except Exception as error:  # including protobuf's own exception types
-        raise EngineFailed(
-            f"{path}: expected an ONNX graph, found: {' '.join(str(error).split())[:120]}"
-        ) from None
+        raise EngineFailed(f"{path}: expected an ONNX graph, found: {one_line(error, 120)}") from None

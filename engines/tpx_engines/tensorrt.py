@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tpx_runtime.engine.tensorrt_flavours import Flavour, bindings, get_logger, version_numbers
-from tpx_runtime.errors import BadInput, Cancelled, EngineFailed
+from tpx_runtime.errors import BadInput, Cancelled, EngineFailed, one_line
 
 from .progress import Progress
 
@@ -65,7 +65,7 @@ def build(
     parser = trt.OnnxParser(network, logger)
     if not _parse(flavour, parser, path, plugin):
         reasons = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors))
-        raise EngineFailed(f"{path}: {flavour.title} cannot read it: {' '.join(reasons.split())[:300]}")
+        raise EngineFailed(f"{path}: {flavour.title} cannot read it: {one_line(reasons)}")
     profile = builder.create_optimization_profile()
     for name, shape in inputs.items():
         min_shape, max_shape = (trt.Dims([b if size is None else size for size in shape]) for b in batch)

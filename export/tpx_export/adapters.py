@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tpx_export.checkpoint import CheckpointInvalid
 from tpx_export.model.thinking import Thinking, ThinkingSpec
 from tpx_export.precision import STORED_DTYPES, cast_weights
-from tpx_runtime.errors import BadInput, first_few, shorten
+from tpx_runtime.errors import BadInput, first_few, one_line, shorten
 from tpx_runtime.files import atomic_file
 from tpx_runtime.typed_json import parse
 
@@ -124,7 +124,7 @@ def load_adapters(path: Path) -> Adapters:
             text = (file.metadata() or {}).get("tpx", "{}")
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        reason = " ".join(str(error).split())[:120]
+        reason = one_line(error, 120)
         raise CheckpointInvalid(
             f"{path}: expected a complete .safetensors file, found a truncated or damaged one ({reason}); copy it again"
         ) from None

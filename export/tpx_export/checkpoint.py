@@ -20,7 +20,7 @@ from torch import Tensor
 from tpx_export.model.class_to_image import ClassToImage, ClassToImageSpec
 from tpx_export.model.text_to_image import TextToImage, TextToImageSpec
 from tpx_export.precision import STORED_DTYPES
-from tpx_runtime.errors import TpxError, shorten
+from tpx_runtime.errors import TpxError, one_line, shorten
 from tpx_runtime.files import atomic_file
 from tpx_runtime.typed_json import parse
 
@@ -165,13 +165,12 @@ def _foreign(path: Path, found: str) -> str:
 
 
 def _damaged(path: Path, error: Exception) -> str:
-    reason = " ".join(str(error).split())[:120]
+    reason = one_line(error, 120)
     return f"{path}: expected a complete {path.suffix} file, found a truncated or damaged one ({reason}); copy it again"
 
 
 def _invalid_spec(path: Path, error: Exception) -> str:
-    reason = " ".join(str(error).split())[:120]
-    return f"{path}: expected a model specification, found an invalid one ({reason})"
+    return f"{path}: expected a model specification, found an invalid one ({one_line(error, 120)})"
 
 
 def _shape(shape: torch.Size | None) -> str:

@@ -25,11 +25,10 @@ from tpx_runtime.engine import (
     checked_output,
     cuda,
     engine_errors,
-    one_line,
     resolve,
 )
 from tpx_runtime.engine import onnxruntime as engine_onnxruntime
-from tpx_runtime.errors import BadInput, EngineFailed, EngineUnavailable
+from tpx_runtime.errors import BadInput, EngineFailed, EngineUnavailable, one_line
 
 REAL = ["onnxruntime", "openvino"]
 NAMES = ", ".join(ENGINES)
@@ -380,7 +379,7 @@ def test_output_is_checked_by_name_and_shape() -> None:
 
 def test_one_line_joins_and_shortens_a_long_error() -> None:
     assert one_line(RuntimeError("a\n  b\t c")) == "a b c"
-    assert len(one_line(RuntimeError("x" * 10_000))) == 300
+    assert len(one_line(RuntimeError("x" * 10_000))) == 300 and one_line("abc", 2) == "ab"
 
 
 def test_using_one_engine_imports_no_other(monkeypatch: pytest.MonkeyPatch) -> None:

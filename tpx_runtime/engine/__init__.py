@@ -9,7 +9,7 @@ Each engine's module (onnxruntime, openvino, tensorrt) is imported when the engi
 
 from .loop import LoopPlan
 from .registry import AUTO, ENGINES, NO_USABLE_ENGINE, Engine, GraphEngine, resolve
-from .session import Arrays, Session, checked_output, engine_errors, one_line, require_output
+from .session import Arrays, Session, checked_output, engine_errors, require_output
 
 __all__ = [
     "AUTO",
@@ -22,7 +22,6 @@ __all__ = [
     "Session",
     "checked_output",
     "engine_errors",
-    "one_line",
     "require_output",
     "resolve",
 ]

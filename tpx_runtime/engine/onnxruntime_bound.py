@@ -19,8 +19,9 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from ..environment import cuda_graphs_requested
+from ..errors import one_line
 from .cuda import Graph, Stream
-from .session import Arrays, engine_errors, one_line
+from .session import Arrays, engine_errors
 
 MAX_BUFFER_SETS = 4  # one per set of shapes; the least recently used is evicted first
 # Calls before a capture, during which memory cannot be allocated. ONNX Runtime plans the memory of intermediate values in

@@ -8,10 +8,10 @@ from typing import Any, Literal, Protocol
 
 from ..bundle import GraphVariant
 from ..environment import device_loop_requested
-from ..errors import BadInput, EngineUnavailable, shorten
+from ..errors import BadInput, EngineUnavailable, one_line, shorten
 from ..interrupts import uninterrupted
 from .loop import DeviceLoops
-from .session import Session, one_line
+from .session import Session
 
 
 class GraphEngine(Protocol):

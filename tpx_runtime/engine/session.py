@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import numpy.typing as npt
 
-from ..errors import EngineFailed
+from ..errors import EngineFailed, one_line
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -31,11 +31,6 @@ def require_output(name: str, shape: tuple[int, ...], found: tuple[int, ...] | N
         raise EngineFailed(
             f"expected an output {name} of shape {shape}, found {found or 'none'}; export the bundle again"
         )
-
-
-def one_line(error: BaseException) -> str:
-    """The message of an engine's error, on one line and of at most 300 characters."""
-    return " ".join(str(error).split())[:300]
 
 
 @contextmanager

@@ -13,9 +13,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..errors import EngineUnavailable
+from ..errors import EngineUnavailable, one_line
 from ..interrupts import uninterrupted
-from .session import one_line
 
 
 @dataclass(frozen=True)
@@ -137,7 +136,7 @@ def get_logger(flavour: Flavour) -> Any:
             self.last_error, self.last_warning = "", ""
 
         def log(self, severity: Any, msg: str) -> None:
-            line = " ".join(msg.split())[:300]
+            line = one_line(msg)
             if severity <= trt.ILogger.Severity.ERROR:
                 self.last_error = line
             elif severity == trt.ILogger.Severity.WARNING:

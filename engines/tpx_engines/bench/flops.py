@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tpx_runtime.bundle import Bundle
-from tpx_runtime.errors import EngineUnavailable, TpxError
+from tpx_runtime.errors import EngineUnavailable, TpxError, one_line
 
 Shape = tuple[int, ...]
 PRODUCTS = ("MatMul", "Gemm")  # all in graphs with the operator's variant
@@ -55,8 +55,7 @@ def graph_flops(path: Path, rows: int) -> int:
     try:
         inferred = _infer_shapes(onnx, path, rows)
     except Exception as error:  # including onnx's and protobuf's own exception types
-        reason = " ".join(str(error).split())[:200]
-        raise NotCountable(f"{path.name}: onnx could not infer its shapes: {reason}") from None
+        raise NotCountable(f"{path.name}: onnx could not infer its shapes: {one_line(error)}") from None
     shapes = {
         value.name: _static_shape(value)
         for value in (*inferred.value_info, *inferred.input, *inferred.output)

@@ -17,7 +17,7 @@ import sys
 from statistics import fmean
 from typing import Any, TextIO
 
-from tpx_runtime.errors import TpxError
+from tpx_runtime.errors import TpxError, one_line
 
 from .memory import peak_bytes
 from .runner import Runner, Workload
@@ -89,10 +89,7 @@ def serve(requests: TextIO, answers: TextIO) -> None:
         except TpxError as error:
             answer = {"error": type(error).__name__, "line": " ".join(str(error).split())}
         except Exception as error:  # from a framework: any exception is a reason why it cannot be measured
-            answer = {
-                "error": "Failed",
-                "line": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
-            }
+            answer = {"error": "Failed", "line": f"{type(error).__name__}: {one_line(error)}"}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tpx_export.base.foreign_json import read_object
 from tpx_export.checkpoint import CheckpointInvalid, is_header, is_state
+from tpx_runtime.errors import one_line
 
 Reader = Callable[[], Tensor]
 
@@ -134,7 +135,7 @@ def _pickled(path: Path) -> dict[str, Reader]:
         ):  # DiT's training script saves its arguments
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a broken pickle may raise anything
-        reason = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split())[:120]
+        reason = one_line(re.sub(r"\x1b\[[0-9;]*m", "", str(error)), 120)
         raise CheckpointInvalid(
             f"{path}: expected a file that holds only tensors, found another ({reason})"
         ) from None
