@@ -26,8 +26,7 @@ _LARGE = 1024  # visual tokens: above, one row is used instead of two to save ti
 def text_golden(part: TextPart, module: nn.Module) -> Golden:
     """`FOLDER.ids`, `FOLDER.context` and, if the encoder has a pooled output, `FOLDER.pooled`."""
     with in_float32(module):
-        outputs = module(torch.from_numpy(part.ids))
-    values = outputs if isinstance(outputs, tuple) else (outputs,)
+        values = module(torch.from_numpy(part.ids))
     arrays: Golden = {"ids": part.ids}
     arrays |= {name: value.numpy() for name, value in zip(part.spec.outputs, values, strict=True)}
     return {f"{part.spec.folder}.{name}": value for name, value in arrays.items()}

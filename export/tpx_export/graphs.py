@@ -40,8 +40,7 @@ class TextEncoderGraph(nn.Module):
         self.encoder = encoder
 
     def forward(self, ids: Tensor) -> tuple[Tensor, ...]:
-        outputs = self.encoder(ids)
-        return tuple(value.float() for value in (outputs if isinstance(outputs, tuple) else (outputs,)))
+        return tuple(value.float() for value in self.encoder(ids))
 
 
 class ConditionsGraph(nn.Module):

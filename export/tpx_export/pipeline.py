@@ -21,7 +21,7 @@ from tpx_export.model.text_to_image import TextToImage
 from tpx_runtime.bundle import VOCABULARY
 from tpx_runtime.errors import BadInput, BundleInvalid
 from tpx_runtime.manifest import Defaults, EncoderSpec, LatentSpec, ModelSpec
-from tpx_runtime.tokenizer import WordTokenizer, make_tokenizer
+from tpx_runtime.tokenizer import Tokenizer, WordTokenizer, make_tokenizer
 
 _SEED = 20260428
 _EXAMPLES = (
@@ -34,14 +34,18 @@ _EXAMPLES = (
 class TextPart:
     """A text encoder: its manifest entry, the content of its tokenizer's `vocab.json`, and how to load it.
 
-    `ids`, int64 [2, tokens], are the golden inputs. The loaded module maps ids to (context, pooled), or only to context if
-    it has no pooled output.
+    `ids`, int64 [2, tokens], are the golden inputs. The loaded module maps ids to the tuple of `spec.outputs`: (context,
+    pooled), or (context,) if it has no pooled output.
     """
 
     spec: EncoderSpec
     vocabulary: dict[str, object]
     ids: npt.NDArray[np.int64]
     load: Callable[[], nn.Module]
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that the runtime makes of the vocabulary. Raises BundleInvalid."""
+        return make_tokenizer(self.vocabulary, Path(self.spec.tokenizer, VOCABULARY))
 
 
 @dataclass(frozen=True)
@@ -162,8 +166,8 @@ def _text_part(encoder: TextEncoder, model: str) -> TextPart:
 
 
 def example_ids(vocabulary: dict[str, object]) -> npt.NDArray[np.int64]:
-    """Token ids [2, tokens] of two fixed prompts. `vocabulary` is the content of a vocab.json."""
-    tokenizer = make_tokenizer(vocabulary, Path("vocab.json"))
+    """Token ids [2, tokens] of two fixed prompts. `vocabulary` is the content of a vocab.json. Raises BundleInvalid."""
+    tokenizer = make_tokenizer(vocabulary, Path(VOCABULARY))
     return np.array([tokenizer.encode(text).ids for text in _EXAMPLES], np.int64)
 
 

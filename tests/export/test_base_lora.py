@@ -49,8 +49,7 @@ def outputs(pipeline: Pipeline) -> list[Tensor]:
     pooled = torch.randn(2, model.pooled_width, generator=generator)
     result = [pipeline.transformer()(latents, timestep, context, pooled, 1)[0]]
     for part in pipeline.text:
-        encoded = part.load()(torch.from_numpy(part.ids))
-        result += encoded if isinstance(encoded, tuple) else [encoded]
+        result += part.load()(torch.from_numpy(part.ids))
     return result
 
 

@@ -33,7 +33,6 @@ from tpx_runtime.engine import ENGINES, resolve
 from tpx_runtime.errors import BadInput, EngineFailed
 from tpx_runtime.generator import Generator
 from tpx_runtime.manifest import Defaults
-from tpx_runtime.tokenizer import make_tokenizer
 from tpx_runtime.verify import verify_bundle
 
 DEPTHS = (1, 2, 3)
@@ -297,7 +296,7 @@ def test_rejects_a_vocabulary_that_the_runtime_cannot_use(
 def test_golden_ids_are_those_of_prompts(tiny_model: TextToImage, tokens: int) -> None:
     """Also for a single word, and special tokens at other places than usual."""
     [part] = Pipeline.from_model(with_vocabulary(tiny_model, ("cube", *SPECIAL), tokens)).text
-    tokenizer = make_tokenizer(part.vocabulary, Path("vocab.json"))
+    tokenizer = part.tokenizer()
     for ids in part.ids.tolist():
         assert ids == tokenizer.encode(" ".join(["cube"] * ids.count(0))).ids
 

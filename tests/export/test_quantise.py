@@ -34,7 +34,7 @@ from tpx_export.model import (
 )
 from tpx_export.model.mmdit import MMDiTSpec
 from tpx_export.pipeline import Pipeline
-from tpx_export.quantise import measure, prompts, quantiser, speed
+from tpx_export.quantise import measure, quantiser, speed
 from tpx_export.quantise import score as scoring
 from tpx_export.quantise.calibration import SEED, CalibrationInputs, collect_activations
 from tpx_export.quantise.grid import BINS, QMAX, MagnitudeHistogram, quantise_weight
@@ -184,7 +184,7 @@ def test_calibration_ranges_cover_whole_guided_trajectories(
 ) -> None:
     """A sampling loop written out here records the largest input of every layer over all steps and both branches."""
     pipeline, found = calibrated
-    [tokenizer] = [prompts._tokenizer(part) for part in pipeline.text]
+    [tokenizer] = [part.tokenizer() for part in pipeline.text]
     defaults, largest = pipeline.defaults, dict.fromkeys(LAYERS, 0.0)
     transformer = copy.deepcopy(tiny_model.transformer)
 

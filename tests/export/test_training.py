@@ -45,7 +45,6 @@ from tpx_export.training.settings import Settings, limit_to_base, thinking_spec
 from tpx_runtime.bundle import Bundle
 from tpx_runtime.errors import BadInput, TpxError
 from tpx_runtime.generator import Generator
-from tpx_runtime.tokenizer import make_tokenizer
 
 COLOURS, KINDS = ("red", "green", "blue", "yellow"), ("square", "disc")
 QUICK = ("--rank", "4", "--batch", "4", "--warmup", "0", "--precision", "fp32", "--device", "cpu")
@@ -756,7 +755,7 @@ def test_encoded_images_and_captions_match_diffusers_and_transformers(
     for part, model_class in zip(
         pipeline.text, (CLIPTextModelWithProjection,) * 2 + (T5EncoderModel,), strict=True
     ):
-        tokenizer = make_tokenizer(part.vocabulary, Path())
+        tokenizer = part.tokenizer()
         ids = torch.tensor([tokenizer.encode(text).ids for text in ("a blue disc", "")])
         with torch.no_grad():
             outputs = model_class.from_pretrained(sd3 / part.spec.folder)(ids, output_hidden_states=True)

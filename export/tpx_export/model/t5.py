@@ -98,7 +98,7 @@ class Layer(nn.Module):
 
 
 class T5Encoder(nn.Module):
-    """Ids [B, L] -> context float32 [B, L, W]. Padding is attended to, as in SD3."""
+    """Ids [B, L] -> (context float32 [B, L, W],). Padding is attended to, as in SD3."""
 
     def __init__(self, spec: T5Spec) -> None:
         super().__init__()
@@ -108,11 +108,11 @@ class T5Encoder(nn.Module):
         self.layers = nn.ModuleList(Layer(spec) for _ in range(spec.layers))
         self.norm = Norm(spec.width, spec.eps)
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, ids: Tensor) -> tuple[Tensor]:
         x, bias = self.words(ids).float(), self.position_bias(ids.shape[1])
         for layer in self.layers:
             x = layer(x, bias)
-        return self.norm(x)
+        return (self.norm(x),)
 
     def position_bias(self, length: int) -> Tensor:
         """The relative position bias that every layer adds to its scores: float32 [H, L queries, L keys]."""

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,7 +23,6 @@ from tpx_runtime.conditioning import EncoderOutput, combine
 from tpx_runtime.guidance import apply_guidance, is_guided
 from tpx_runtime.noise import batch_noise
 from tpx_runtime.sampling import SAMPLERS_FOR, Array
-from tpx_runtime.tokenizer import make_tokenizer
 
 SEED = 20260501  # of the first trajectory; the images of the comparison have other seeds
 
@@ -42,16 +40,12 @@ class CalibrationInputs:
     @torch.no_grad()
     def add_text_encoder(self, part: TextPart, encoder: nn.Module) -> None:
         """Add the outputs of a text encoder for every prompt."""
-        tokenizer = make_tokenizer(part.vocabulary, Path("vocab.json"))
+        tokenizer = part.tokenizer()
         encodings = [tokenizer.encode_empty(), *(tokenizer.encode(str(prompt)) for prompt in self.subjects)]
         with in_float32(encoder):
             outputs = [encoder(torch.tensor([encoding.ids])) for encoding in encodings]
-        if part.spec.pooled_width:
-            context, pooled = (torch.cat(values).numpy() for values in zip(*outputs, strict=True))
-            self.text_outputs.append((context, pooled))
-        else:
-            contexts = [output[0] if isinstance(output, tuple) else output for output in outputs]
-            self.text_outputs.append((torch.cat(contexts).numpy(), None))
+        context, *pooled = (torch.cat(values).numpy() for values in zip(*outputs, strict=True))
+        self.text_outputs.append((context, pooled[0] if pooled else None))
 
     def rows(self, pipeline: Pipeline) -> Golden:
         """The transformer's inputs by name, each [1 + subjects, ...]."""

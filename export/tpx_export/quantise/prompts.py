@@ -18,7 +18,7 @@ from tpx_export.pipeline import Pipeline, TextPart
 from tpx_runtime.errors import BadInput, shorten
 from tpx_runtime.manifest import ModelSpec
 from tpx_runtime.prompts import read_prompt_lines
-from tpx_runtime.tokenizer import Tokenizer, WordTokenizer, make_tokenizer
+from tpx_runtime.tokenizer import Tokenizer, WordTokenizer
 
 SUBJECTS = 8  # for the calibration, and as many others for the comparison
 SUBJECTS_LARGE = 1
@@ -100,7 +100,7 @@ def read_prompts(file: PromptFile, pipeline: Pipeline) -> tuple[str, ...]:
         raise BadInput(
             f"expected no prompts for a class-conditional model, found {file.path}; leave it out, classes are used instead"
         )
-    prompts, tokenizers = file.lines, [_tokenizer(part) for part in pipeline.text]
+    prompts, tokenizers = file.lines, [part.tokenizer() for part in pipeline.text]
     for number, prompt in prompts.items():
         try:
             _require_readable(prompt, tokenizers)
@@ -111,7 +111,7 @@ def read_prompts(file: PromptFile, pipeline: Pipeline) -> tuple[str, ...]:
 
 def default_prompts(pipeline: Pipeline, count: int) -> tuple[str, ...]:
     """Up to `count` prompts that the model can read; the result is deterministic."""
-    tokenizers = [_tokenizer(part) for part in pipeline.text]
+    tokenizers = [part.tokenizer() for part in pipeline.text]
     if not any(isinstance(tokenizer, WordTokenizer) for tokenizer in tokenizers):
         return _GENERAL_PROMPTS[:count]
     captions = [text for text in _captions(count) if _readable(text, tokenizers)]
@@ -151,7 +151,3 @@ def _require_readable(text: str, tokenizers: Sequence[Tokenizer]) -> None:
         raise BadInput(f"expected text, found {shorten(text)} with unprintable characters")
     for tokenizer in tokenizers:
         tokenizer.encode(text)
-
-
-def _tokenizer(part: TextPart) -> Tokenizer:
-    return make_tokenizer(part.vocabulary, Path(part.spec.tokenizer) / "vocab.json")

@@ -16,7 +16,7 @@ from tpx_runtime.editing import to_pixels
 from tpx_runtime.errors import BadInput
 from tpx_runtime.input_images import flatten_to_rgb, load_image, resize_and_crop
 from tpx_runtime.progress import progress
-from tpx_runtime.tokenizer import Encoding, make_tokenizer
+from tpx_runtime.tokenizer import Encoding
 
 _IMAGE_BATCH, _CAPTION_BATCH = 2, 8
 
@@ -87,7 +87,7 @@ def encode_captions(
 
 
 def _tokenize(part: TextPart, texts: list[str]) -> list[Encoding]:
-    tokenizer = make_tokenizer(part.vocabulary, Path(part.spec.tokenizer))
+    tokenizer = part.tokenizer()
     encodings = [tokenizer.encode(text) if text else tokenizer.encode_empty() for text in texts]
     if truncated := sum(encoding.dropped > 0 for encoding in encodings):
         click.echo(
@@ -106,8 +106,7 @@ def _encode_texts(part: TextPart, missing: list[tuple[str, list[int]]], cache: C
     with progress(label, len(missing)) as advance, in_float32(module), torch.device(device):
         for start in range(0, len(missing), _CAPTION_BATCH):
             batch = missing[start : start + _CAPTION_BATCH]
-            outputs = module(torch.tensor([ids for _, ids in batch]))
-            values = outputs if isinstance(outputs, tuple) else (outputs,)
+            values = module(torch.tensor([ids for _, ids in batch]))
             _require_finite(values, part.spec.folder)
             for row, (name, _) in enumerate(batch):
                 cache.put(name, {n: value[row] for n, value in zip(part.spec.outputs, values, strict=True)})
