@@ -99,12 +99,6 @@ class EncoderGraph(nn.Module):
 def to_onnx(graph: Graph) -> ir.Model:
     """The graph as an ONNX model that shares the module's weights and uses their parameter names."""
     register_schema()
-    batch = torch.export.Dim("batch", min=1, max=1024)
-    parameters = list(inspect.signature(graph.module.forward).parameters.values())
-    shapes: list[Any] = [{0: batch} for _ in graph.inputs]
-    # torch.export expects the shapes of *args as one tuple.
-    if parameters[-1].kind is inspect.Parameter.VAR_POSITIONAL and len(shapes) >= len(parameters):
-        shapes = [*shapes[: len(parameters) - 1], tuple(shapes[len(parameters) - 1 :])]
     with _quiet():
         program = torch.onnx.export(
             graph.module.eval(),
@@ -115,7 +109,7 @@ def to_onnx(graph: Graph) -> ir.Model:
             opset_version=OPSET,
             input_names=list(graph.inputs),
             output_names=list(graph.outputs),
-            dynamic_shapes=tuple(shapes),
+            dynamic_shapes=dynamic_batch(graph.module, len(graph.inputs)),
             custom_translation_table=TRANSLATIONS,
         )
         assert program is not None
@@ -126,6 +120,17 @@ def to_onnx(graph: Graph) -> ir.Model:
             onnx_shape_inference=True,
         )
     return strip_metadata(program.model)
+
+
+def dynamic_batch(module: nn.Module, inputs: int) -> tuple[Any, ...]:
+    """The `dynamic_shapes` for torch's exporter of a module that is called with `inputs` tensors [B, ...]."""
+    batch = torch.export.Dim("batch", min=1, max=1024)
+    parameters = list(inspect.signature(module.forward).parameters.values())
+    shapes: list[Any] = [{0: batch} for _ in range(inputs)]
+    # torch.export expects the shapes of *args as one tuple.
+    if parameters[-1].kind is inspect.Parameter.VAR_POSITIONAL and len(shapes) >= len(parameters):
+        shapes = [*shapes[: len(parameters) - 1], tuple(shapes[len(parameters) - 1 :])]
+    return tuple(shapes)
 
 
 def strip_metadata(model: ir.Model) -> ir.Model:

@@ -48,22 +48,17 @@ def export(ckpt: str, depths: Sequence[int], out: str) -> dict[str, Any]:
 
 def _write(module: Any, example: Sequence[Any], path: Path) -> None:
     """Export with default options and a dynamic batch."""
-    import inspect
     import warnings
 
     import onnx
     import onnx.inliner
     import torch
 
+    from tpx_export.graphs import dynamic_batch
     from tpx_export.operator import OPSET, TRANSLATIONS, register_schema
     from tpx_export.routing import masked
 
     register_schema()
-    batch = torch.export.Dim("batch", min=1, max=1024)
-    shapes: list[Any] = [{0: batch} for _ in example]
-    parameters = list(inspect.signature(module.forward).parameters.values())
-    if parameters[-1].kind is inspect.Parameter.VAR_POSITIONAL:
-        shapes = [*shapes[: len(parameters) - 1], tuple(shapes[len(parameters) - 1 :])]
     operator = torch.ops.tpx.RoutedLora.default
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -72,7 +67,7 @@ def _write(module: Any, example: Sequence[Any], path: Path) -> None:
             tuple(example),
             dynamo=True,
             opset_version=OPSET,
-            dynamic_shapes=tuple(shapes),
+            dynamic_shapes=dynamic_batch(module, len(example)),
             custom_translation_table={operator: TRANSLATIONS[operator]},
             verbose=False,
         )
