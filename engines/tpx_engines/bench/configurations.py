@@ -1,7 +1,7 @@
 """The configurations to measure: the engines of the runtime, and the baselines of a checkpoint."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -90,75 +90,39 @@ def engines(
     ]
 
 
+REFERENCE, GPU_REFERENCE = "PyTorch eager fp32", "PyTorch eager fp32, GPU"
 _TORCH = ("tpx", "torch")
+_EAGER = Configuration(REFERENCE, 0, f"{_BENCH}.baselines:eager_runner", packages=_TORCH)
+_COMPILED = Configuration(
+    "torch.compile fp32", 0, f"{_BENCH}.compiled:compiled_runner", packages=_TORCH, compiles=True
+)
+_NAIVE = Configuration(
+    "naive export, ONNX Runtime",
+    0,
+    f"{_BENCH}.naive:naive_runner",
+    options={"framework": "onnxruntime"},
+    packages=(*_TORCH, "onnxruntime"),
+    exported=True,
+)
+_NAIVE_OPENVINO = replace(
+    _NAIVE,
+    name="naive export, OpenVINO f32",
+    options={"framework": "openvino"},
+    packages=(*_TORCH, "openvino"),
+)
 _BASELINES = (
-    Configuration("PyTorch eager fp32", 0, f"{_BENCH}.baselines:eager_runner", packages=_TORCH),
-    Configuration(
-        "PyTorch eager bf16", 0, f"{_BENCH}.baselines:eager_runner", precision="bf16", packages=_TORCH
-    ),
-    Configuration(
-        "torch.compile fp32", 0, f"{_BENCH}.compiled:compiled_runner", packages=_TORCH, compiles=True
-    ),
-    Configuration(
-        "torch.compile bf16",
-        0,
-        f"{_BENCH}.compiled:compiled_runner",
-        precision="bf16",
-        packages=_TORCH,
-        compiles=True,
-    ),
-    Configuration(
-        "PyTorch eager fp32, GPU",
-        0,
-        f"{_BENCH}.baselines:eager_runner",
-        device="gpu",
-        packages=_TORCH,
-    ),
-    Configuration(
-        "PyTorch eager fp16, GPU",
-        0,
-        f"{_BENCH}.baselines:eager_runner",
-        precision="fp16",
-        device="gpu",
-        packages=_TORCH,
-    ),
-    Configuration(
-        "torch.compile fp16, GPU",
-        0,
-        f"{_BENCH}.compiled:compiled_runner",
-        precision="fp16",
-        device="gpu",
-        packages=_TORCH,
-        compiles=True,
-    ),
-    Configuration(
-        "naive export, ONNX Runtime",
-        0,
-        f"{_BENCH}.naive:naive_runner",
-        options={"framework": "onnxruntime"},
-        packages=(*_TORCH, "onnxruntime"),
-        exported=True,
-    ),
-    Configuration(
-        "naive export, OpenVINO f32",
-        0,
-        f"{_BENCH}.naive:naive_runner",
-        options={"framework": "openvino"},
-        packages=(*_TORCH, "openvino"),
-        exported=True,
-    ),
-    Configuration(
-        "naive export, OpenVINO bf16",
-        0,
-        f"{_BENCH}.naive:naive_runner",
-        options={"framework": "openvino"},
-        precision="bf16",
-        packages=(*_TORCH, "openvino"),
-        exported=True,
-    ),
+    _EAGER,
+    replace(_EAGER, name="PyTorch eager bf16", precision="bf16"),
+    _COMPILED,
+    replace(_COMPILED, name="torch.compile bf16", precision="bf16"),
+    replace(_EAGER, name=GPU_REFERENCE, device="gpu"),
+    replace(_EAGER, name="PyTorch eager fp16, GPU", precision="fp16", device="gpu"),
+    replace(_COMPILED, name="torch.compile fp16, GPU", precision="fp16", device="gpu"),
+    _NAIVE,
+    _NAIVE_OPENVINO,
+    replace(_NAIVE_OPENVINO, name="naive export, OpenVINO bf16", precision="bf16"),
 )
 BASELINES = tuple(one.name for one in _BASELINES)
-REFERENCE, GPU_REFERENCE = "PyTorch eager fp32", "PyTorch eager fp32, GPU"
 
 
 def baselines(names: Sequence[str], depths: Sequence[int]) -> list[Configuration]:
@@ -172,18 +136,11 @@ def baselines(names: Sequence[str], depths: Sequence[int]) -> list[Configuration
     chosen = [one for one in _BASELINES if not names or one.name in names]
     gpu_problem = _gpu_problem() if any(one.device == "gpu" for one in chosen) else None
     return [
-        Configuration(
-            **{
-                **vars(one),
-                "depth": depth,
-                "options": {
-                    **one.options,
-                    "name": one.name,
-                    "precision": one.precision,
-                    "device": one.device,
-                },
-                "problem": gpu_problem if one.device == "gpu" else None,
-            }
+        replace(
+            one,
+            depth=depth,
+            options={**one.options, "name": one.name, "precision": one.precision, "device": one.device},
+            problem=gpu_problem if one.device == "gpu" else None,
         )
         for depth in depths
         for one in chosen
