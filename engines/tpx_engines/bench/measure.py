@@ -70,7 +70,7 @@ class _Run:
     def measure(self, todo: Sequence[Configuration]) -> None:
         self._export([c for c in todo if c.exported])
         for configuration in todo:
-            self._attempt(configuration, 1, self._start_worker)
+            self._attempt(configuration, self._start_worker)
         for number in range(self._plan.rounds):
             self._measure_peaks(number)
             offset = number % len(todo)
@@ -84,13 +84,11 @@ class _Run:
         missing = self._record.missing(configuration, self._plan.rounds, self._plan.batches)
         for images in self._plan.batches:
             if missing[batch_unit(images)] >= left:
-                self._attempt(configuration, 1, partial(self._measure_batch, images=images, number=number))
+                self._attempt(configuration, partial(self._measure_batch, images=images, number=number))
         if missing[COLD] and (missing[COLD] >= left or configuration.compiles):
-            self._attempt(configuration, 1, partial(self._measure_cold_start, number=number))
+            self._attempt(configuration, partial(self._measure_cold_start, number=number))
 
-    def _attempt(
-        self, configuration: Configuration, units: int, unit: Callable[[Configuration], None]
-    ) -> None:
+    def _attempt(self, configuration: Configuration, unit: Callable[[Configuration], None]) -> None:
         """Run `unit` unless the configuration has already failed. If it fails, record the reason and stop the worker."""
         if self._record.entry(configuration)["problem"]:
             return
@@ -102,7 +100,7 @@ class _Run:
             self._record.save()
             if worker := self._workers.pop(configuration.key, None):
                 worker.stop()
-        self._advance(configuration.key, units)
+        self._advance(configuration.key, 1)
 
     def _export(self, exported: Sequence[Configuration]) -> None:
         """Run the naive export once for all configurations that need it; if it fails, they all fail."""

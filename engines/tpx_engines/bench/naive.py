@@ -19,7 +19,7 @@ from .sampling import BaselineGenerator
 DENOISER_FILE = "transformer-depth-{depth}.onnx"
 
 
-def export(ckpt: str, depths: Sequence[int], out: str) -> dict[str, Any]:
+def export(ckpt: str, depths: Sequence[int], out: str) -> None:
     """Write the transformer of each depth, every text encoder (FOLDER.onnx) and vae_decoder.onnx into the folder `out`."""
     import torch
 
@@ -43,7 +43,6 @@ def export(ckpt: str, depths: Sequence[int], out: str) -> dict[str, Any]:
             folder / DENOISER_FILE.format(depth=depth),
         )
     _write(Decoder(pipeline).eval(), [latents], folder / "vae_decoder.onnx")
-    return {"files": sorted(path.name for path in folder.iterdir())}
 
 
 def _write(module: Any, example: Sequence[Any], path: Path) -> None:

@@ -95,7 +95,7 @@ class Record:
     def missing(self, configuration: Configuration, rounds: int, batches: tuple[int, ...]) -> dict[str, int]:
         """Number of samples of each unit still to take."""
         samples = self.entry(configuration)["samples"]
-        wanted = {COLD: min(rounds, 1) if configuration.compiles else rounds}
+        wanted = {COLD: 1 if configuration.compiles else rounds}
         wanted |= {batch_unit(images): rounds for images in batches}
         return {unit: max(0, needed - len(samples.get(unit, []))) for unit, needed in wanted.items()}
 

@@ -61,8 +61,8 @@ class Worker:
 
     def call(self, function: str, arguments: dict[str, Any]) -> Request:
         """Call any function that needs a separate process, such as an export or a matrix product."""
-        answer: Request = _resolve(function)(**arguments)
-        return answer
+        answer: Request | None = _resolve(function)(**arguments)
+        return answer or {}
 
     def _started_runner(self) -> Runner:
         assert self._runner is not None, "start comes first"
