@@ -86,6 +86,11 @@ def attach(
     return model
 
 
+def state_path(out: Path) -> Path:
+    """The state of the training that writes its adapters to `out`."""
+    return out.with_name(f"{out.name}.state.pt")
+
+
 def save_adapters(model: nn.Module, path: Path, base: str, training: Mapping[str, Any] | None = None) -> None:
     """Write the thinking adapters of `model` atomically; `base` is the name of the model that they were trained on.
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from tpx_export.adapters import FILE, Adapters, attach, load_adapters
+from tpx_export.adapters import FILE, Adapters, attach, load_adapters, state_path
 from tpx_export.base import dit_pipeline, sd3_pipeline
 from tpx_export.base.foreign_json import read_object
 from tpx_export.base.lora import Lora
@@ -65,7 +65,7 @@ def open_base(
     if "base_sha256" in loaded.info.training:
         file = adapters / FILE if adapters.is_dir() else adapters
         # tpx-train may have written these into the base's folder.
-        outputs = (file, file.with_name(f"{file.name}.state.pt"))
+        outputs = (file, state_path(file))
         base = base_fingerprint(path, components, outputs)
         _warn_if_different(loaded.info.training, base, pipeline)
     return with_adapters(pipeline, loaded, adapters)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from tpx_export.adapters import save_adapters
+from tpx_export.adapters import save_adapters, state_path
 from tpx_export.base.dit_pipeline import is_dit_checkpoint
 from tpx_export.base.pipeline import open_base
 from tpx_export.fingerprint import base_fingerprint
@@ -53,7 +53,7 @@ class Request:
 
     @property
     def state(self) -> Path:
-        return self.out.with_name(f"{self.out.name}.state.pt")
+        return state_path(self.out)
 
     @property
     def cache(self) -> Path:
