@@ -221,12 +221,12 @@ def test_an_error_waits_for_what_was_enqueued(driver: FakeDriver, bound: BoundSe
 
 
 def test_shared_memory_is_kept_for_a_few_shapes(bound: BoundSession) -> None:
-    first = bound.memory("table", (1, 2), np.float32)
-    assert bound.memory("table", (1, 2), np.float32) is first
+    first = bound.memory("table", (1, 2))
+    assert bound.memory("table", (1, 2)) is first
     for rows in range(2, 2 + MAX_BUFFER_SETS):
-        assert bound.memory("table", (rows, 2), np.float32).shape() == [rows, 2]
+        assert bound.memory("table", (rows, 2)).shape() == [rows, 2]
     assert len(bound._memory) == MAX_BUFFER_SETS
-    assert bound.memory("table", (1, 2), np.float32) is not first
+    assert bound.memory("table", (1, 2)) is not first
 
 
 def test_garbage_collection_frees_graphs(driver: FakeDriver) -> None:

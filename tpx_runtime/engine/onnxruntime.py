@@ -13,7 +13,6 @@ from ..environment import cuda_graphs_requested, requested_threads
 from ..errors import EngineFailed, EngineUnavailable
 from . import onnxruntime_loop
 from .cuda import Driver, Stream
-from .loop import LoopPlan
 from .onnxruntime_bound import FATAL_ONLY, BoundSession, warn_uncaptured
 from .session import Arrays, Session, engine_errors
 
@@ -78,18 +77,8 @@ def open_session(engine_name: str, path: Path) -> Session:
         return OrtSession(_load(path, PROVIDERS[engine_name], {}), path)
 
 
-def conditions_table(graph: Session, step: Session, plan: LoopPlan) -> ort.OrtValue:
-    """DeviceLoops.conditions_table for onnxruntime-cuda."""
-    assert isinstance(graph, BoundSession) and isinstance(step, BoundSession)
-    return onnxruntime_loop.conditions_table(graph, step, plan)
-
-
-def start_loop(
-    transformer: Session, step: Session, plan: LoopPlan, table: ort.OrtValue
-) -> onnxruntime_loop.DeviceLoop:
-    """DeviceLoops.start_loop for onnxruntime-cuda."""
-    assert isinstance(transformer, BoundSession) and isinstance(step, BoundSession)
-    return onnxruntime_loop.DeviceLoop(transformer, step, plan, table)
+# The functions of DeviceLoops, for onnxruntime-cuda.
+conditions_table, start_loop = onnxruntime_loop.conditions_table, onnxruntime_loop.DeviceLoop
 
 
 def _load(path: Path, provider: str, provider_options: dict[str, str]) -> ort.InferenceSession:

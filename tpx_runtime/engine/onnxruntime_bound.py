@@ -92,14 +92,14 @@ class BoundSession:
         self._bound[key] = buffers
         return buffers
 
-    def memory(self, name: str, shape: tuple[int, ...], dtype: npt.DTypeLike) -> ort.OrtValue:
-        """Memory to share with buffers: the same for a name and shape, because allocating it takes milliseconds."""
+    def memory(self, name: str, shape: tuple[int, ...]) -> ort.OrtValue:
+        """float32 memory to share with buffers: the same for a name and shape, because allocating takes milliseconds."""
         key = name, shape
         value = self._memory.pop(key, None)
         if value is None:
             for oldest in list(self._memory)[: max(0, len(self._memory) + 1 - MAX_BUFFER_SETS)]:
                 del self._memory[oldest]
-            value = ort.OrtValue.ortvalue_from_shape_and_type(shape, dtype, self._device)
+            value = ort.OrtValue.ortvalue_from_shape_and_type(shape, np.float32, self._device)
         self._memory[key] = value
         return value
 

@@ -20,7 +20,7 @@ from .session import require_output
 def conditions_table(graph: BoundSession, step: BoundSession, plan: LoopPlan) -> ort.OrtValue:
     """The conditions of all steps [slots, distinct rows, K], in memory of `step`. Raises EngineFailed."""
     with step.running():
-        table = step.memory("table", plan.table_shape, np.float32)
+        table = step.memory("table", plan.table_shape)
     address, width = table.data_ptr(), plan.table_shape[-1]
     for inputs in plan.condition_calls:
         with graph.running():
