@@ -93,9 +93,6 @@ def _load(path: Path, provider: str, provider_options: dict[str, str]) -> ort.In
     options.intra_op_num_threads = requested_threads() or 0  # 0 means every core
     # Generating an image alternates between three sessions: spinning threads of one would slow down the next.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    # From version 1.25 on, products with int8 weights round their other factor to int8 too, in blocks of 32 values of a row.
-    # This is the default; without it, products of few rows take up to four times as long (docs/int8.md).
-    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "4")
     return ort.InferenceSession(str(path), options, providers=[(provider, provider_options)])
 
 
