@@ -5,8 +5,9 @@
     python -m benchmarks.sd3_images OUT/base PLAIN OUT/bundle [--engine onnxruntime-cuda] [--compile] [--steps 28]
 
 Each row has its own process, because PyTorch and ONNX Runtime keep the memory of a GPU that they once used. All use the same
-initial latents, guidance 7, a negative prompt, and T5 if the bundles have it. Bundles are measured at every depth.
-`--compile` adds torch.compile of the transformer and decoder in diffusers. Needs the extra `parity`.
+initial latents, guidance 7, a negative prompt, and T5 if the bundles have it. Bundles are measured at every depth. With an
+engine for CPUs, diffusers computes in float32 on the CPU. `--compile` adds torch.compile of the transformer and decoder in
+diffusers. Needs the extra `parity`.
 """
 
 import time
@@ -22,13 +23,14 @@ import click
 from PIL import Image
 
 from benchmarks.interleave import seconds
+from tpx_engines.bench.memory import peak_bytes
 from tpx_runtime.command import TpxCommand
 from tpx_runtime.engine import ENGINES
 from tpx_runtime.errors import BadInput, TpxError
 from tpx_runtime.evaluation.similarity import psnr_db
 
 PROMPT, NEGATIVE, SEED, GUIDANCE = "a red cube on a blue sphere", "blurry", 3, 7.0
-WARM_UP = 3  # images: each CUDA graph is captured in its third call
+CUDA = "onnxruntime-cuda"
 
 
 @dataclass(frozen=True)
@@ -45,15 +47,24 @@ class Task:
     depth: int | None = None
     compiled: bool = False
 
+    @property
+    def warm_up(self) -> int:
+        """Images before the first that is timed: each CUDA graph is captured in its third call."""
+        return 3 if self.engine == CUDA else 1
+
 
 @dataclass(frozen=True)
 class Result:
-    """Seconds until the model is loaded, from then until its first image, of each later image, and of their latents."""
+    """Seconds until the model is loaded, from then until its first image, of each later image, and of their latents.
+
+    `peak_bytes` is the most memory that the process had, without that of a GPU.
+    """
 
     load_s: float
     first_s: float
     image_s: list[float]
     latents_s: list[float]
+    peak_bytes: int
     image: Image.Image
 
 
@@ -72,7 +83,7 @@ def diffusers_calls(task: Task) -> Calls:
 
     from tpx_runtime.noise import batch_noise
 
-    device, dtype = ("cuda", torch.float16) if task.engine == "onnxruntime-cuda" else ("cpu", torch.float32)
+    device, dtype = ("cuda", torch.float16) if task.engine == CUDA else ("cpu", torch.float32)
     left_out: dict[str, Any] = {} if task.t5 else {"text_encoder_3": None, "tokenizer_3": None}
     pipeline: Any = StableDiffusion3Pipeline.from_pretrained(task.folder, dtype=dtype, **left_out).to(device)
     pipeline.set_progress_bar_config(disable=True)
@@ -132,9 +143,9 @@ def measure(task: Task) -> Result:
     calls = (diffusers_calls if task.depth is None else bundle_calls)(task)
     load_s = time.perf_counter() - began
     images: list[Image.Image] = []
-    image_s = [seconds(lambda: images.append(calls.image())) for _ in range(WARM_UP + task.rounds)]
+    image_s = [seconds(lambda: images.append(calls.image())) for _ in range(task.warm_up + task.rounds)]
     latents_s = [seconds(calls.latents) for _ in range(task.rounds)]
-    return Result(load_s, image_s[0], image_s[WARM_UP:], latents_s, images[-1])
+    return Result(load_s, image_s[0], image_s[task.warm_up :], latents_s, peak_bytes(), images[-1])
 
 
 def tasks(
@@ -165,7 +176,7 @@ def tasks(
 @click.command(cls=TpxCommand)
 @click.argument("base", type=click.Path(path_type=Path))
 @click.argument("bundles", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--engine", type=click.Choice(list(ENGINES)), default="onnxruntime-cuda", show_default=True)
+@click.option("--engine", type=click.Choice(list(ENGINES)), default=CUDA, show_default=True)
 @click.option("--compile", "compiled", is_flag=True, help="Add torch.compile.")
 @click.option("--steps", type=click.IntRange(1), default=28, show_default=True)
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
@@ -179,8 +190,16 @@ def main(base: Path, bundles: tuple[Path, ...], engine: str, compiled: bool, ste
         listed = tasks(base, bundles, engine, steps, rounds, compiled)
     except TpxError as error:
         raise click.ClickException(str(error)) from None
-    columns = ["", "s per image", "minimum to maximum", "without decoding", "load, s", "first image, s"]
-    print(f"| {' | '.join([*columns, 'PSNR to diffusers, dB'])} |\n|{'---|' * 7}", flush=True)
+    columns = [
+        "",
+        "s per image",
+        "minimum to maximum",
+        "without decoding",
+        "load, s",
+        "first image, s",
+        "peak, GiB",
+    ]
+    print(f"| {' | '.join([*columns, 'PSNR to diffusers, dB'])} |\n|{'---|' * 8}", flush=True)
     reference: Image.Image | None = None
     for task in listed:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
@@ -189,7 +208,7 @@ def main(base: Path, bundles: tuple[Path, ...], engine: str, compiled: bool, ste
         psnr = f"{psnr_db(result.image, reference):.1f}" if reference else "-"
         reference = reference or result.image
         loading = f"{median(result.latents_s):.3f} | {result.load_s:.1f} | {result.first_s:.1f}"
-        print(f"| {task.name} | {times} | {loading} | {psnr} |", flush=True)
+        print(f"| {task.name} | {times} | {loading} | {result.peak_bytes / 2**30:.1f} | {psnr} |", flush=True)
 
 
 if __name__ == "__main__":

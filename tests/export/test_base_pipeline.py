@@ -109,6 +109,7 @@ def test_the_benchmark_draws_the_same_image_with_diffusers_and_the_bundle(
     theirs, ours = (sd3_images.measure(task) for task in tasks)
     assert psnr_db(theirs.image, ours.image) > 60
     assert {len(times) for one in (theirs, ours) for times in (one.image_s, one.latents_s)} == {2}
+    assert min(theirs.peak_bytes, ours.peak_bytes) > 10**8
     other = sd3_images.measure(replace(tasks[1], steps=5, rounds=1))
     assert psnr_db(theirs.image, other.image) < 50
 
