@@ -385,7 +385,7 @@ def test_rejects_a_folder_that_cannot_be_written(generated: list[str], tmp_path:
 
 def test_python_m_evaluate_is_the_same_command() -> None:
     assert evaluate.main is tpx_eval.commands["shapes"]
-    command = [sys.executable, "-m", "samples.shapes.evaluate", "--bundle", "none", "--engine", "nothing"]
+    command = [sys.executable, "-m", "samples.shapes.evaluate", "--bundle", "none"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 3
     assert result.stderr.startswith("error: ")
