@@ -120,6 +120,7 @@ def test_the_benchmark_has_a_row_for_each_depth(tiny_bundle: Path) -> None:
         (depth, False) for depth in (1, 2, 3)
     ]
     assert rows[-1].name == f"TPX: {tiny_bundle.name}, depth 3" and not rows[-1].t5
+    assert [replace(rows[0], engine=name).warm_up for name in ("onnxruntime", "onnxruntime-cuda")] == [1, 3]
 
 
 def test_the_benchmark_refuses_bundles_that_cannot_be_compared(

@@ -35,6 +35,9 @@ def test_the_command_records_the_routes_of_the_prompts(
     assert CliRunner().invoke(router.main, [*arguments, "--steps", "3", "--depth", "2"]).exit_code == 0
     # The prompt's branch of two images; two blocks at depth 2; 16 tokens.
     assert [routes.shape for routes in seen] == [(2, 4, 16)] * 3
+    options = ["--steps", "3", "--depth", "2", "--guidance", "1"]  # without the other branch
+    assert CliRunner().invoke(router.main, [*arguments, *options]).exit_code == 0
+    np.testing.assert_array_equal(seen[3], seen[0])
     result = CliRunner().invoke(router.main, [*arguments, "--steps", "2"])
     assert (result.exit_code, result.stderr) == (2, "error: expected --steps of 3 or more, found 2\n")
     manifest = SimpleNamespace(name="plain", model=SimpleNamespace(thinking_blocks=()))
