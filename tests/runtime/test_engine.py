@@ -368,6 +368,35 @@ def test_onnx_runtime_returns_memory_in_a_call_with_fewer_rows() -> None:
     assert shrinks == [False, False, False, True, False, True, False]
 
 
+_MEMORY_OF_CALLS = """
+import sys
+from pathlib import Path
+import numpy as np
+from onnx import TensorProto, helper, numpy_helper, save
+from tpx_engines.bench.memory import peak_bytes
+from tpx_runtime.engine import ENGINES
+path, images = Path(sys.argv[1]), np.ones((1, 32, 512, 512), np.float32)
+weight = numpy_helper.from_array(np.ones((32, 32, 1, 1), np.float32), "w")
+values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, (None, 32, None, None)) for name in "xz"]
+layers = [("Conv", "xw", "a"), ("Conv", "aw", "b"), ("Conv", "bw", "c"), ("Add", "ac", "d"), ("Conv", "dw", "z")]
+nodes = [helper.make_node(kind, [*inputs], [output]) for kind, inputs, output in layers]
+graph = helper.make_graph(nodes, "graph", values[:1], values[1:], [weight])
+save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), path)
+session = ENGINES["onnxruntime"].open(path)
+for _ in range(2):
+    session.run({"x": images})
+    print(peak_bytes())
+"""
+
+
+def test_onnx_runtime_needs_no_more_memory_in_the_second_call(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", _MEMORY_OF_CALLS, str(tmp_path / "model.onnx")]
+    first, second = map(
+        int, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    )
+    assert second - first < 16 * 2**20  # each result has 32 MiB
+
+
 def test_output_is_checked_by_name_and_shape() -> None:
     outputs = {"image": np.zeros((2, 3))}
     assert checked_output(outputs, "image", (2, 3)) is outputs["image"]

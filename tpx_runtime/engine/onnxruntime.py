@@ -91,6 +91,8 @@ def _load(path: Path, provider: str, provider_options: dict[str, str]) -> ort.In
     options = ort.SessionOptions()
     options.log_severity_level = FATAL_ONLY
     options.intra_op_num_threads = requested_threads() or 0  # 0 means every core
+    # On a CPU ONNX Runtime would take the memory of a call a second time at the next one, to lay it out in one piece.
+    options.enable_mem_pattern = provider != PROVIDERS["onnxruntime"]
     # Generating an image alternates between three sessions: spinning threads of one would slow down the next.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     return ort.InferenceSession(str(path), options, providers=[(provider, provider_options)])
