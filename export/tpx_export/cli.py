@@ -24,6 +24,9 @@ _PATH = click.Path(path_type=Path)
     "--base", type=_PATH, help="Instead: a diffusers folder or single file of SD3 or SD3.5, or a DiT file."
 )
 @click.option("--components", type=_PATH, help="Diffusers folder with the parts that BASE lacks.")
+@click.option(
+    "--vae", type=_PATH, help="Diffusers folder of an autoencoder to use instead of BASE's, such as TAESD's."
+)
 @click.option("--adapters", type=_PATH, help="Thinking adapters for BASE, tpx.safetensors.")
 @click.option(
     "--lora",
@@ -62,6 +65,7 @@ def main(
     ckpt: Path | None,
     base: Path | None,
     components: Path | None,
+    vae: Path | None,
     adapters: Path | None,
     loras: tuple[str, ...],
     image_size: str | None,
@@ -95,7 +99,7 @@ def main(
     options = Int8Options(**chosen) if chosen else None
     check_arguments(out, depth, precision, force, options)  # before reading the model, which takes a while
     with warnings_as_notices():
-        pipeline = open_model(ckpt, base, components, adapters, loras, image_size, no_t5)
+        pipeline = open_model(ckpt, base, components, vae, adapters, loras, image_size, no_t5)
     pipeline = replace(pipeline, defaults=replace(pipeline.defaults, **defaults))
     out = out or Path("bundles") / (f"{pipeline.name}-{precision}" if precision else pipeline.name)
     with click.progressbar(length=1, label="export", file=sys.stderr) as bar:
@@ -125,6 +129,7 @@ def open_model(
     ckpt: Path | None,
     base: Path | None,
     components: Path | None,
+    vae: Path | None,
     adapters: Path | None,
     loras: tuple[str, ...],
     image_size: str | None,
@@ -143,10 +148,11 @@ def open_model(
     if base:
         size = None if image_size is None else parse_size(image_size)
         opened = [open_lora(*parse_lora(text)) for text in loras]
-        return open_base(base, components, size, adapters, t5=not no_t5, loras=opened)
+        return open_base(base, components, size, adapters, t5=not no_t5, loras=opened, vae=vae)
     assert ckpt is not None
     extra = {
         "--components": components,
+        "--vae": vae,
         "--adapters": adapters,
         "--lora": loras or None,
         "--image-size": image_size,

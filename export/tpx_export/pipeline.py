@@ -53,7 +53,7 @@ class Pipeline:
     """A model to export. `shift` is the time shift of a flow's schedule, None for a diffusion with linear betas.
 
     `transformer` loads an MMDiT, which takes latents, timestep, context, pooled and depth, or a DiT, which takes class_id
-    instead of the text. `autoencoder` loads a module with `encoder(image) -> (mean, log variance)` and
+    instead of the text. `autoencoder` loads a module with `encoder(image) -> (latents, ...)` and
     `decoder(latents) -> image`. `blocks` and `width` are the transformer's; `precision` is a bundle's default: that of the
     transformer's stored weights for a base, fp32 for a TPX checkpoint.
     """

@@ -260,7 +260,7 @@ def test_error_names_missing_and_unknown_tensors(sd1: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"_class_name": "AutoencoderTiny"}, "_class_name AutoencoderKL, found 'AutoencoderTiny'"),
+        ({"_class_name": "VQModel"}, "_class_name AutoencoderKL or AutoencoderTiny, found 'VQModel'"),
         ({"act_fn": "relu"}, "act_fn silu, found 'relu'"),
         ({"mid_block_add_attention": False}, "mid_block_add_attention True, found False"),
         ({"latents_mean": [0.0]}, "latents_mean None"),

@@ -47,6 +47,12 @@ class Config:
             raise self.invalid(f"a number {name}", value)
         return default if value is None else float(value)
 
+    def scale(self, name: str, default: float) -> float:
+        """A number above 0. Raises CheckpointInvalid."""
+        if (value := self.real(name, default)) <= 0:
+            raise self.invalid(f"a {name} above 0", value)
+        return value
+
     def one_of(self, name: str, allowed: tuple[Any, ...], default: Any = None) -> Any:
         """A value that must be one of `allowed`. Raises CheckpointInvalid."""
         value = self.fields.get(name, default)

@@ -25,9 +25,9 @@ def open_pipeline(files: ModelFiles, image_size_px: tuple[int, int] | None = Non
     """The parts of a DiT. Raises CheckpointInvalid, BadInput for an image size other than its own."""
     tensors = open_tensors(files.path)
     spec = spec_from_tensors(tensors)
-    folder = files.components
-    if folder is None or not (folder / "config.json").exists():
-        folder = files.component_folder("vae")
+    given = files.components
+    itself = given if given and (given / "config.json").exists() else None
+    folder = files.vae or itself or files.component_folder("vae")
     vae = vae_spec(folder)
     open_tensors(folder)  # a missing file is an error now, not after hours of other work
     if vae.latent_channels != spec.latent_channels:

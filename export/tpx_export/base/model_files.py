@@ -15,10 +15,11 @@ INDEX = "model_index.json"  # of a diffusers pipeline
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """The model's path, and a diffusers folder with its missing parts."""
+    """The model's path, a diffusers folder with its missing parts, and that of an autoencoder to use instead of its own."""
 
     path: Path
     components: Path | None
+    vae: Path | None = None
 
     def find(self, name: str, file: str) -> Path | None:
         """The first folder `name` that contains `file`, or None."""

@@ -35,22 +35,24 @@ def open_base(
     adapters: Path | None = None,
     t5: bool = True,
     loras: Sequence[Lora] = (),
+    vae: Path | None = None,
 ) -> Pipeline:
     """Open the model at `path`, with the thinking adapters of a tpx.safetensors file, if any.
 
     `image_size_px` is (height, width), or None for the model's own size. T5 is left out unless `t5`, or if the pipeline was
-    saved without it; `loras` (opened with `open_lora`) are merged into its weights. Raises CheckpointInvalid for files that
+    saved without it; `loras` (opened with `open_lora`) are merged into its weights. `vae`, a folder of diffusers'
+    AutoencoderKL or AutoencoderTiny, replaces the model's own. Raises CheckpointInvalid for files that
     are missing or invalid, BadInput for an image size that the model does not support and for a DiT without `t5` or with
     `loras`. Issues a DifferentBaseWarning for adapters that were trained on another base or with other settings, and an
     UnusedLoraWarning for a part that only a LoRA has.
     """
-    for root in (path, components):
+    for root in (path, components, vae):
         if root is not None and not root.exists():
             raise CheckpointInvalid(
                 f"{root}: expected a model, found nothing there; {_missing_path_hint(root)}"
             )
     _check_kind(path)
-    files = ModelFiles(path, components)
+    files = ModelFiles(path, components, vae)
     if dit_pipeline.is_dit_checkpoint(path):
         if not t5:
             raise BadInput("expected --no-t5 only with Stable Diffusion 3, found it with a DiT; leave it out")

@@ -32,7 +32,9 @@ from tpx_export.base.text_encoders import (
 from tpx_export.base.tokenizers import clip_tokenizer, t5_tokenizer
 from tpx_export.base.vae import VAE, load_vae, vae_from_tensors, vae_spec, vae_spec_from_shapes
 from tpx_export.checkpoint import CheckpointInvalid
-from tpx_export.model.autoencoder_kl import AutoencoderKL, AutoencoderKLSpec
+from tpx_export.model.autoencoder import LatentAutoencoder
+from tpx_export.model.autoencoder_kl import AutoencoderKLSpec
+from tpx_export.model.autoencoder_tiny import AutoencoderTinySpec
 from tpx_export.model.clip import CLIPText
 from tpx_export.model.mmdit import MMDiT, MMDiTSpec
 from tpx_export.model.t5 import T5Encoder
@@ -128,10 +130,12 @@ def _check_names(tensors: Tensors) -> None:
         )
 
 
-def _vae(files: ModelFiles, single: Tensors | None) -> tuple[AutoencoderKLSpec, Callable[[], AutoencoderKL]]:
-    if single is not None and (part := single.with_prefix(VAE)):
+def _vae(
+    files: ModelFiles, single: Tensors | None
+) -> tuple[AutoencoderKLSpec | AutoencoderTinySpec, Callable[[], LatentAutoencoder]]:
+    if files.vae is None and single is not None and (part := single.with_prefix(VAE)):
         return vae_spec_from_shapes(part), lambda: vae_from_tensors(part)
-    folder = files.component_folder("vae")
+    folder = files.vae or files.component_folder("vae")
     open_tensors(folder)  # a missing file is an error now, not after hours of other work
     return vae_spec(folder), lambda: load_vae(folder)
 

@@ -18,6 +18,7 @@ from tpx_runtime.errors import one_line
 Reader = Callable[[], Tensor]
 
 _SHARD = re.compile(r"-\d+-of-\d+")
+_STEMS = ("diffusion_pytorch_model.", "model.")
 
 # Types that are not computed in here; float16 represents them exactly.
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -54,9 +55,9 @@ class Tensors(Mapping[str, Tensor]):
 def open_tensors(path: Path) -> Tensors:
     """Open a .safetensors file, a .pt or .pth file that holds only tensors, or a folder of one model in .safetensors.
 
-    A folder may be sharded (*.safetensors.index.json). If it has several variants of the model (model.safetensors and
-    model.fp16.safetensors), the file without a variant is used; of sharded ones, the first that is complete. Raises
-    CheckpointInvalid.
+    A folder may be sharded (*.safetensors.index.json). If it has several files, one with a name of diffusers or transformers
+    is used; if it has several variants (model.safetensors and model.fp16.safetensors), the one without a variant; of sharded
+    ones, the first that is complete. Raises CheckpointInvalid.
     """
     if path.is_dir():
         return _folder(path)
@@ -75,7 +76,7 @@ def _folder(path: Path) -> Tensors:
     files, error = _sharded(path)
     # Without an index, even the names of shards are taken for those of variants.
     whole = [p.name for p in path.glob("*.safetensors") if error is None or not _SHARD.search(p.name)]
-    files = files or sorted(whole, key=lambda name: (len(name), name))[:1]
+    files = files or sorted(whole, key=lambda name: (not name.startswith(_STEMS), len(name), name))[:1]
     if not files:
         raise error or CheckpointInvalid(
             f"{path}: expected .safetensors files, found none; save the model with safe_serialization=True"

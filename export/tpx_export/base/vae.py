@@ -1,5 +1,7 @@
 """Loads the autoencoder of SD3 or SD1 from a diffusers folder, or from a single file with the names of latent diffusion.
 
+TAESD, which may replace it, is loaded in vae_tiny.py; these are the names of the others:
+
 | ours | diffusers | single file, under first_stage_model. |
 |---|---|---|
 | encoder.stages.N.blocks.M | encoder.down_blocks.N.resnets.M | encoder.down.N.block.M |
@@ -20,8 +22,11 @@ from torch import Tensor
 from tpx_export.base.config import count_numbered, read_config, tensor_shape
 from tpx_export.base.conversion import Conversion, load_foreign
 from tpx_export.base.tensors import Tensors, open_tensors
+from tpx_export.base.vae_tiny import load_tiny, tiny_spec
 from tpx_export.checkpoint import CheckpointInvalid
+from tpx_export.model.autoencoder import LatentAutoencoder
 from tpx_export.model.autoencoder_kl import AutoencoderKL, AutoencoderKLSpec
+from tpx_export.model.autoencoder_tiny import AutoencoderTinySpec
 
 VAE = "first_stage_model."
 
@@ -34,17 +39,20 @@ _OLD = ("group_norm", "query", "key", "value", "proj_attn")  # diffusers until 2
 Names = Callable[[bool, int], dict[str, str]]
 
 
-def load_vae(folder: Path) -> AutoencoderKL:
-    """Load a folder that diffusers' AutoencoderKL was saved in. Raises CheckpointInvalid."""
+def load_vae(folder: Path) -> LatentAutoencoder:
+    """Load a folder that diffusers' AutoencoderKL or AutoencoderTiny was saved in. Raises CheckpointInvalid."""
     spec, tensors = vae_spec(folder), open_tensors(folder)
+    if isinstance(spec, AutoencoderTinySpec):
+        return load_tiny(spec, tensors)
     old = "encoder.mid_block.attentions.0.query.weight" in tensors
     return _fill(spec, tensors, partial(_diffusers, attention=_OLD if old else _NEW))
 
 
-def vae_spec(folder: Path) -> AutoencoderKLSpec:
+def vae_spec(folder: Path) -> AutoencoderKLSpec | AutoencoderTinySpec:
     """The specification in such a folder's config.json. Raises CheckpointInvalid for an unsupported model."""
     config = read_config(folder)
-    config.one_of("_class_name", ("AutoencoderKL",))
+    if config.one_of("_class_name", ("AutoencoderKL", "AutoencoderTiny")) == "AutoencoderTiny":
+        return tiny_spec(config)
     widths = config.counts("block_out_channels", (64,))
     groups = config.count("norm_num_groups", 32)
     if any(width % groups for width in widths) or len(widths) > 8:
@@ -62,15 +70,13 @@ def vae_spec(folder: Path) -> AutoencoderKLSpec:
         config.one_of(name, (allowed,), default)
     quant = config.one_of("use_quant_conv", (True, False), True)
     config.one_of("use_post_quant_conv", (quant,), True)
-    if (scale := config.real("scaling_factor", 0.18215)) <= 0:
-        raise config.invalid("a scaling_factor above 0", scale)
     return AutoencoderKLSpec(
         latent_channels=config.count("latent_channels", 4),
         widths=widths,
         blocks=config.count("layers_per_block", 1, 100),
         groups=groups,
         quant=quant,
-        scale=scale,
+        scale=config.scale("scaling_factor", 0.18215),
         shift=config.real("shift_factor", 0.0),
     )
 

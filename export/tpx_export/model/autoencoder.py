@@ -105,13 +105,12 @@ class LatentAutoencoder(nn.Module):
 
     def __init__(self, spec: Any, encoder: nn.Module, decoder: nn.Module) -> None:
         super().__init__()
-        self.spec = spec  # AutoencoderSpec or AutoencoderKLSpec: both have factor, scale and shift
+        self.spec = spec  # AutoencoderSpec, AutoencoderKLSpec or AutoencoderTinySpec: each has factor, scale and shift
         self.encoder, self.decoder = encoder, decoder
 
     def encode(self, image: Tensor) -> Tensor:
         """Images [B, 3, H, W] in -1..1 -> transformer latents [B, C, H/8, W/8], the posterior's mean."""
-        mean, _ = self.encoder(image)
-        return (mean - self.spec.shift) * self.spec.scale
+        return (self.encoder(image)[0] - self.spec.shift) * self.spec.scale
 
     def decode(self, latents: Tensor) -> Tensor:
         """Transformer latents -> images in -1..1."""

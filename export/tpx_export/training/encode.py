@@ -121,7 +121,7 @@ def _encode_image_batch(
 ) -> None:
     if not batch:
         return
-    mean, _ = module.encoder(torch.stack([pixels for _, pixels in batch]).to(device))  # type: ignore[operator]
+    mean = module.encoder(torch.stack([pixels for _, pixels in batch]).to(device))[0]  # type: ignore[operator]
     latents = (mean - pipeline.latent.shift) * pipeline.latent.scale
     for (name, _), row in zip(batch, latents, strict=True):
         if not torch.isfinite(row).all():
