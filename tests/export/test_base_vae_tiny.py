@@ -11,7 +11,7 @@ import torch
 from click.testing import CliRunner
 from foreign_parity import TIGHT, randomise, relative, run_onnx
 from safetensors.torch import save_file
-from test_base_pipeline import PROMPT, diffusers_image, psnr
+from test_base_pipeline import PROMPT, diffusers_image, psnr, single_file, write_dit
 from test_base_vae import edit_config, noise, random_images
 
 from benchmarks import decoders
@@ -24,6 +24,7 @@ from tpx_export.exporter import export_bundle
 from tpx_export.graphs import DecoderGraph, EncoderGraph
 from tpx_export.model.autoencoder_tiny import AutoencoderTiny, AutoencoderTinySpec
 from tpx_runtime.generator import Generator
+from tpx_runtime.manifest import LatentSpec
 
 pytestmark = pytest.mark.usefixtures("two_threads_without_gradients_or_warnings")
 
@@ -109,6 +110,7 @@ def test_files_of_the_halves_beside_the_model_are_not_taken_for_it(folder: Path)
     load_vae(folder)
 
 
+@pytest.mark.slow
 def test_replaces_the_autoencoder_of_stable_diffusion(folder: Path, tmp_path: Path) -> None:
     pipeline = save_pipeline(tmp_path / "base", "sd3-medium")
     pipeline.vae = reference_vae()
@@ -119,6 +121,24 @@ def test_replaces_the_autoencoder_of_stable_diffusion(folder: Path, tmp_path: Pa
         export_bundle(open_base(base, vae=vae), bundle)
         [image] = Generator.load(bundle, engine="onnxruntime")(PROMPT, seed=3, steps=4)
         assert psnr(np.asarray(image, np.float64), expected) >= 50 and expected.std() > 5
+
+
+def test_replaces_the_autoencoder_of_single_files(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_pipeline(tmp_path / "base", "sd3.5-medium")
+    monkeypatch.setattr("tpx_export.base.text_encoders._HEAD_WIDTH", 8)
+    file = single_file(tmp_path / "base", tmp_path / "with its own.safetensors")
+    pipeline = open_base(file, tmp_path / "base", (32, 32), vae=folder)
+    assert isinstance(pipeline.autoencoder(), AutoencoderTiny) and pipeline.latent == LatentSpec(1.0, 0.0)
+    write_dit(tmp_path)
+    reference_vae("4 channels, scaled").save_pretrained(tmp_path / "other")
+    for components in (None, tmp_path, tmp_path / "vae"):
+        pipeline = open_base(tmp_path / "dit.pt", components, vae=tmp_path / "other")
+        assert isinstance(pipeline.autoencoder(), AutoencoderTiny) and pipeline.latent == LatentSpec(
+            0.5, 0.25
+        )
+    assert pipeline.model.image_size_px == (32, 32)
 
 
 def test_the_benchmark_has_a_row_for_each_bundle(tiny_bundle: Path) -> None:
