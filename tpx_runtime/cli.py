@@ -249,7 +249,7 @@ def run(
     chosen = resolve(engine)
     opened = Bundle.open(find_bundle(bundle), verify=False)
     if not no_verify:
-        verify_once(opened)
+        verify_once(opened, lambda line: click.echo(line, err=True))
     if no_t5 and click.get_current_context().get_parameter_source("no_t5") is ParameterSource.DEFAULT_MAP:
         no_t5 = opened.has_t5  # --like of an image of another bundle
     several_batches = num_images * len(subjects) > batch_size
@@ -265,19 +265,22 @@ def run(
     if not jobs:
         return
     _print_engine(generator.engine, engine)
+    batch_steps, steps = (generator.count_steps(part, batch_size) for part in (jobs[:1], jobs))
     with (
         warnings_as_notices(),
         _print_paths_on_exit() as written,
-        progress("denoising", generator.count_steps(jobs, batch_size)) as advance,
+        progress("denoising", steps) as advance,
     ):
 
         def on_step(step: int, total: int, latents: object) -> None:
-            advance(step, "")
+            advance(step, "" if step % batch_steps else "decoding")
 
+        advance(0, "loading")
         images = generator.stream(jobs, batch_size, callback=on_step, edit=edit)
         for output in outputs:
             if not output.skipped:
                 written.append(output.save(grid(list(islice(images, output.images))), force))
+        advance(steps, "")
 
 
 @click.command(cls=TpxCommand)

@@ -16,14 +16,20 @@ Advance = Callable[[int, str], None]  # (number of items done, message)
 def progress(label: str, total: int, first: int = 0) -> Iterator[Advance]:
     """Yield a function to call with the number of items done, of which an earlier run did `first`.
 
-    The remaining time is estimated from this run's speed.
+    The remaining time is estimated from this run's speed, as soon as possible without its first item, whose time includes
+    loading.
     """
-    start = time.monotonic()
+    start_s, start = time.monotonic(), first
 
     def remaining(done: int) -> str:
-        if done <= first or done >= total:
+        nonlocal start_s, start
+        if done <= start or done >= total:
             return ""
-        return f"{_duration((time.monotonic() - start) / (done - first) * (total - done))} left"
+        now_s = time.monotonic()
+        time_left = f"{_duration((now_s - start_s) / (done - start) * (total - done))} left"
+        if start == first:
+            start_s, start = now_s, done
+        return time_left
 
     if sys.stderr.isatty():
         with click.progressbar(
@@ -37,16 +43,17 @@ def progress(label: str, total: int, first: int = 0) -> Iterator[Advance]:
 
             def update_bar(done: int, message: str) -> None:
                 bar.update(done - bar.pos, "  ".join(filter(None, (message, remaining(done)))))
+                bar.render_progress()  # `update` draws only when the number changes
 
             yield update_bar
         return
-    last = -LINE_INTERVAL_S
+    last_s, complete = -LINE_INTERVAL_S, False
 
     def print_line(done: int, message: str) -> None:
-        nonlocal last
+        nonlocal last_s, complete
         time_left = remaining(done)
-        if done >= total or time.monotonic() - last >= LINE_INTERVAL_S:
-            last = time.monotonic()
+        if (done >= total and not complete) or time.monotonic() - last_s >= LINE_INTERVAL_S:
+            last_s, complete = time.monotonic(), done >= total
             click.echo(
                 f"{label} {done}/{total}{''.join(f'  {x}' for x in (message, time_left) if x)}", err=True
             )

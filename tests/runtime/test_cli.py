@@ -86,7 +86,8 @@ def test_stdout_has_only_the_path_and_stderr_the_progress(default_bundle: Path, 
     assert result.exit_code == 0
     assert result.stdout == f"{DEFAULT_NAME}\n"
     assert re.fullmatch(
-        r"engine: onnxruntime \(chosen by auto\)\ndenoising 1/4  \d+ s left\ndenoising 4/4\n", result.stderr
+        r"engine: onnxruntime \(chosen by auto\)\ndenoising 0/4  loading\ndenoising 4/4  decoding\n",
+        result.stderr,
     )
     with Image.open(DEFAULT_NAME) as image:
         assert (image.format, image.mode, image.size) == ("PNG", "RGB", (64, 64))
@@ -650,29 +651,35 @@ def test_force_allows_overwriting_the_input_image(default_bundle: Path, start_pn
 
 
 @pytest.mark.parametrize(
-    ("flags", "steps"),
+    ("flags", "steps", "batches"),
     [
-        ((), 10),
-        (("-n", 9), 20),  # in two batches
-        (("--image", "start.png", "--strength", 0.25), 3),
-        (("--image", "start.png", "--strength", 0.25, "-n", 9), 6),
-        (("--sampler", "heun"), 10),
+        ((), 10, 1),
+        (("-n", 9), 10, 2),
+        (("--image", "start.png", "--strength", 0.25), 3, 1),
+        (("--image", "start.png", "--strength", 0.25, "-n", 9), 3, 2),
+        (("--sampler", "heun"), 10, 1),
     ],
 )
 def test_the_progress_bar_counts_the_steps_taken(
-    fake_bundle: Path, start_png: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[object, ...], steps: int
+    fake_bundle: Path,
+    start_png: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    flags: tuple[object, ...],
+    steps: int,
+    batches: int,
 ) -> None:
-    done: list[int] = []
+    shown: list[tuple[int, str]] = []
 
     @contextmanager
     def fake_progress(label: str, total: int) -> Iterator[Callable[[int, str], None]]:
-        yield lambda step, message: done.append(step)
-        done.append(total)
+        assert total == steps * batches
+        yield lambda step, message: shown.append((step, message))
 
     use_engine(monkeypatch, FakeEngine())
     monkeypatch.setattr("tpx_runtime.progress.progress", fake_progress)
     assert run("red cube", "--bundle", fake_bundle, "--steps", 10, *flags).exit_code == 0
-    assert done == [*range(1, steps + 1), steps]
+    expected = [(step, "" if step % steps else "decoding") for step in range(1, steps * batches + 1)]
+    assert shown == [(0, "loading"), *expected, (steps * batches, "")]
 
 
 def test_rejects_an_image_for_a_bundle_without_vae_encoder(

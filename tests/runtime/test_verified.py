@@ -49,6 +49,20 @@ def test_files_are_hashed_once(opened: Bundle, hashed: list[str]) -> None:
     assert len(hashed) == len(opened.manifest.files)
 
 
+def test_only_hashing_a_large_bundle_is_announced(opened: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    verify_once(opened, lines.append)
+    assert not lines
+    record_of(opened).unlink()
+    monkeypatch.setattr(verified, "LARGE_BYTES", 1000)
+    for _ in range(2):
+        result = CliRunner().invoke(
+            cli.run, ["red cube", "--bundle", str(opened.root), "--engine", "onnxruntime"]
+        )
+        lines.append(result.stderr.splitlines()[0])
+    assert lines[0] == "checking 0.0 GB of files; later runs skip it" and lines[1] != lines[0]
+
+
 @pytest.mark.parametrize("keep_times", [False, True])
 def test_a_changed_file_is_noticed_even_with_its_old_times(opened: Bundle, keep_times: bool) -> None:
     verify_once(opened)
