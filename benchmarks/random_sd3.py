@@ -16,12 +16,12 @@ from pathlib import Path
 
 import click
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from tpx_export import adapters
 from tpx_export.model import ThinkingSpec
 from tpx_export.model.thinking import Thinking
+from tpx_export.tensor_files import write_safetensors
 from tpx_runtime.command import TpxCommand
 
 HEAD_WIDTH, CONTEXT, POOLED, CHANNELS, PATCH = 64, 4096, 2048, 16, 2
@@ -158,11 +158,8 @@ def write_transformer(
     files = [f"{STEM}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     files = files if len(files) > 1 else [f"{STEM}.safetensors"]
     for file, names in zip(files, shards, strict=True):
-        save_file(
-            {name: random_tensor(name, tensor_shapes[name], generator) for name in names},
-            folder / file,
-            metadata={"format": "pt"},
-        )
+        tensors = {name: random_tensor(name, tensor_shapes[name], generator) for name in names}
+        write_safetensors(tensors, folder / file, {"format": "pt"})
     if len(files) > 1:
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         total = sum(2 * prod(shape) for shape in tensor_shapes.values())

@@ -14,14 +14,13 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tpx_export.checkpoint import CheckpointInvalid
 from tpx_export.model.thinking import Thinking, ThinkingSpec
 from tpx_export.precision import STORED_DTYPES, cast_weights
-from tpx_runtime.errors import BadInput, first_few, one_line, shorten
-from tpx_runtime.files import atomic_file
+from tpx_export.tensor_files import write_safetensors
+from tpx_runtime.errors import first_few, one_line, shorten
 from tpx_runtime.typed_json import parse
 
 FORMAT, VERSION = "tpx-adapters", 1
@@ -110,13 +109,7 @@ def write_adapters(
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     spec = dataclasses.asdict(thinking)
     header = {"format": FORMAT, "version": VERSION, "spec": spec, **dataclasses.asdict(info)}
-    try:
-        with atomic_file(path) as part:
-            save_file(tensors, part, metadata={"tpx": json.dumps(header)})
-    except (OSError, SafetensorError) as error:
-        raise BadInput(
-            f"expected to write {path}, found: {error}; free some space or choose another path"
-        ) from None
+    write_safetensors(tensors, path, {"tpx": json.dumps(header)})
 
 
 def load_adapters(path: Path) -> Adapters:

@@ -14,14 +14,13 @@ from typing import Any, TypeGuard
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from tpx_export.model.class_to_image import ClassToImage, ClassToImageSpec
 from tpx_export.model.text_to_image import TextToImage, TextToImageSpec
 from tpx_export.precision import STORED_DTYPES
+from tpx_export.tensor_files import write_safetensors, write_torch
 from tpx_runtime.errors import TpxError, one_line, shorten
-from tpx_runtime.files import atomic_file
 from tpx_runtime.typed_json import parse
 
 FORMAT, VERSION = "tpx-model", 2
@@ -41,17 +40,16 @@ class CheckpointInvalid(TpxError):
 
 
 def save(model: Model, path: Path, dtype: torch.dtype = torch.float32) -> None:
-    """Write a checkpoint atomically, its tensors as `dtype`. Raises ValueError for another suffix."""
+    """Write a checkpoint atomically, its tensors as `dtype`. Raises BadInput, and ValueError for another suffix."""
     state = {name: value.detach().to("cpu", dtype).contiguous() for name, value in model.state_dict().items()}
     (kind,) = (name for name, (_, model_class) in MODELS.items() if isinstance(model, model_class))
     header = {"format": FORMAT, "version": VERSION, "model": kind, "spec": dataclasses.asdict(model.spec)}
-    with atomic_file(path) as part:
-        if path.suffix == ".safetensors":
-            save_file(state, part, metadata={"tpx": json.dumps(header)})
-        elif path.suffix == ".pt":
-            torch.save({"header": json.dumps(header), "state": state}, part)
-        else:
-            raise ValueError(f"expected a file name ending in {' or '.join(SUFFIXES)}, got {path.name}")
+    if path.suffix == ".safetensors":
+        write_safetensors(state, path, {"tpx": json.dumps(header)})
+    elif path.suffix == ".pt":
+        write_torch({"header": json.dumps(header), "state": state}, path)
+    else:
+        raise ValueError(f"expected a file name ending in {' or '.join(SUFFIXES)}, got {path.name}")
 
 
 def load(path: Path) -> Model:

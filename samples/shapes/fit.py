@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tpx_export.tensor_files import write_torch
 from tpx_export.training.state import load_saved
 from tpx_runtime.errors import BadInput
-from tpx_runtime.files import atomic_file
+from tpx_runtime.files import make_folder
 from tpx_runtime.interrupts import deferred_interrupts
 from tpx_runtime.records import require_same_settings
 
@@ -31,10 +32,9 @@ def warmup_cosine(step: int, steps: int, warmup: int = 100, floor: float = 0.02)
 
 
 def atomic_save(value: object, path: Path) -> None:
-    """torch.save that never leaves a partial file, even if the process is killed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as part:
-        torch.save(value, part)
+    """`write_torch` that creates the folder of the file too. Raises BadInput."""
+    make_folder(path.parent)
+    write_torch(value, path)
 
 
 def digest(tensors: Iterable[Tensor]) -> str:

@@ -260,7 +260,7 @@ def test_failed_save_keeps_the_existing_file(saved: Path, monkeypatch: pytest.Mo
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("tpx_export.adapters.save_file", save_on_full_disk)
+    monkeypatch.setattr("tpx_export.tensor_files.save_file", save_on_full_disk)
     assert "No space left" in error_message(lambda: save_adapters(model, saved, "shapes"), BadInput)
     assert saved.read_bytes() == content
     assert list(saved.parent.iterdir()) == [saved]

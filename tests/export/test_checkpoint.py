@@ -1,5 +1,6 @@
 """Checkpoints: written files are read back, and other files are rejected in one line."""
 
+import io
 import json
 import pickle
 import re
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from tpx_export.base.tensors import open_tensors
 from tpx_export.checkpoint import CheckpointInvalid
 from tpx_export.model.mmdit import MMDiTSpec
 from tpx_export.model.text_to_image import TextToImage
+from tpx_runtime.errors import BadInput
 
 
 def nested() -> Tensor:
@@ -52,6 +54,32 @@ def load_error(path: Path) -> str:
     assert "\n" not in message
     assert "expected" in message and "found" in message
     return message
+
+
+@pytest.mark.parametrize("raised", [BadInput, KeyboardInterrupt])
+def test_a_failed_write_keeps_the_existing_file(
+    saved: Path, tiny_model: TextToImage, raised: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch raises an error of its own, whatever the file that it writes to raises."""
+    before, reason = saved.read_bytes(), "No space left on device"
+
+    class FullDisk(io.BytesIO):
+        def write(self, content: object) -> int:
+            raise OSError(28, reason) if raised is BadInput else raised
+
+    def save_file(*_: object) -> None:
+        raise SafetensorError(reason) if raised is BadInput else raised
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", lambda *_: FullDisk())
+        patch.setattr("tpx_export.tensor_files.save_file", save_file)
+        with pytest.raises(raised) as caught:
+            checkpoint.save(tiny_model, saved)
+    if raised is BadInput:
+        assert str(caught.value) == (
+            f"expected to write {saved}, found: {reason}; free some space or choose another path"
+        )
+    assert saved.read_bytes() == before and list(saved.parent.iterdir()) == [saved]
 
 
 def test_round_trip(saved: Path, tiny_model: TextToImage) -> None:

@@ -6,6 +6,7 @@ import pickle
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import torch
@@ -327,8 +328,8 @@ def test_atomic_save_keeps_the_old_file_when_interrupted(
     path = tmp_path / "state.pt"
     atomic_save({"value": 1}, path)
 
-    def write_half_and_stop(value: object, file: Path) -> None:
-        Path(file).write_bytes(b"half")
+    def write_half_and_stop(value: object, file: BinaryIO) -> None:
+        file.write(b"half")
         raise Killed
 
     with monkeypatch.context() as patch:

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from tpx_export.tensor_files import write_safetensors
 from tpx_runtime.errors import BadInput
-from tpx_runtime.files import atomic_file
+from tpx_runtime.files import make_folder
 
 _VERSION = 1  # increase it when the content of entries or its computation changes
 
@@ -44,14 +45,8 @@ class Cache:
     def put(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Write tensors atomically, as float16 if no value overflows it. Raises BadInput."""
         path = self._path(name)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_file(path) as partial:
-                save_file({part: _to_half(value) for part, value in tensors.items()}, partial)
-        except (OSError, SafetensorError) as error:
-            raise BadInput(
-                f"expected to write {path}, found: {error}; free some space or choose another path"
-            ) from None
+        make_folder(path.parent)
+        write_safetensors({part: _to_half(value) for part, value in tensors.items()}, path)
 
     def _path(self, name: str) -> Path:
         return self.folder / name[:2] / f"{name}.safetensors"

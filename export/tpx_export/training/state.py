@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tpx_runtime.errors import BadInput, shorten
-from tpx_runtime.files import atomic_file
+from tpx_export.tensor_files import write_torch
+from tpx_runtime.errors import BadInput
 
 _FORMAT = "tpx-training 1"
 # How messages name entries of the identity, whose keys are part of the format.
@@ -56,12 +56,7 @@ def save(run: Run, identity: dict[str, Any], path: Path) -> None:
         "ema": run.ema,
         "optimizer": run.optimizer.state_dict(),
     }
-    try:
-        with atomic_file(path) as part:
-            torch.save(content, part)
-    except (OSError, RuntimeError) as error:  # torch raises RuntimeError if the disk is full
-        reason = shorten(" ".join(str(error).split()), 100)
-        raise BadInput(f"expected to write {path}, found: {reason}; free some space") from None
+    write_torch(content, path)
 
 
 def load_saved(path: Path) -> Any:
