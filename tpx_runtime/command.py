@@ -13,6 +13,7 @@ import click
 
 from . import __version__
 from .errors import BadInput, Cancelled, EngineFailed, EngineUnavailable, TpxError, as_line
+from .files import is_full
 from .interrupts import termination_as_interrupt
 
 _CONTEXT_SETTINGS = {"help_option_names": ["-h", "--help"]}
@@ -49,10 +50,13 @@ def one_line_errors() -> Iterator[None]:
 
 def _user_message(error: OSError) -> str | None:
     """What to tell the user about a full disk or an unusable path; None for an error that may be a fault of ours."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if is_full(error):
         return f"expected room for {error.filename or 'the output'}, found: {error.strerror}; free some space"
     if error.errno in (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM) and error.filename:
         return f"expected a usable path {error.filename}, found: {error.strerror}; choose another"
+    # Of Python's tempfile, which torch calls when it is imported.
+    if (error.strerror or "").startswith("No usable temporary directory"):
+        return f"expected a folder for temporary files, found: {error.strerror}; free some space or set TMPDIR to another"
     return None
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from .errors import BadInput
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
 
 @contextmanager
 def atomic_file(path: Path, replace: bool = True) -> Iterator[Path]:
@@ -32,6 +34,16 @@ def atomic_file(path: Path, replace: bool = True) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             part.unlink(missing_ok=True)
+
+
+def is_full(error: Exception) -> bool:
+    """Whether `error` is that of a disk without space or inodes, or of a quota."""
+    return isinstance(error, OSError) and error.errno in _FULL
+
+
+def remedy(error: Exception, otherwise: str) -> str:
+    """For a message: what to do about `error`, which is of writing a file. `otherwise` helps in any case."""
+    return f"free some space or {otherwise}" if is_full(error) else otherwise
 
 
 def read_small_file(path: Path, most_bytes: int = 2**26) -> bytes:
@@ -82,7 +94,9 @@ def check_writable(path: Path) -> None:
             f"expected a folder {path.parent} to write {path.name} into, found none; make it"
         ) from None
     except OSError as error:
-        raise BadInput(f"expected a place to write {path}, found: {error.strerror}; choose another") from None
+        raise BadInput(
+            f"expected a place to write {path}, found: {error.strerror}; {remedy(error, 'choose another')}"
+        ) from None
 
 
 def make_folder(path: Path) -> None:
@@ -92,5 +106,5 @@ def make_folder(path: Path) -> None:
         try_writing_into(path)
     except OSError as error:
         raise BadInput(
-            f"expected a folder to write into at {path}, found: {error.strerror}; choose another"
+            f"expected a folder to write into at {path}, found: {error.strerror}; {remedy(error, 'choose another')}"
         ) from None

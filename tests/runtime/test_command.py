@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -46,6 +47,23 @@ def test_a_full_disk_and_an_unusable_path_are_one_line(code: int, path: str | No
     result = run_raising(OSError(code, reason, path))
     assert result.exit_code == 2 and result.stdout == ""
     assert result.stderr == f"error: {message.format(path=path, reason=reason)}\n"
+
+
+def test_a_disk_without_room_for_temporary_files_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", fail)
+        with pytest.raises(FileNotFoundError) as caught:
+            tempfile.gettempdir()
+    result = run_raising(caught.value)
+    assert result.exit_code == 2 and re.fullmatch(
+        r"error: expected a folder for temporary files, found: No usable temporary directory found in \[.*\]; "
+        "free some space or set TMPDIR to another\n",
+        result.stderr,
+    )
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EIO, "x", "a"), OSError(errno.EPERM, "x")])

@@ -97,9 +97,17 @@ def test_without_replace_a_file_created_meanwhile_is_kept(
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize(
+    ("code", "advice"),
+    [
+        (errno.EACCES, "choose another"),
+        (errno.ENOSPC, "free some space or choose another"),
+        (errno.EDQUOT, "free some space or choose another"),
+    ],
+)
 @pytest.mark.parametrize("check", [lambda path: check_writable(path / "file"), make_folder])
 def test_a_place_is_tried_once_and_left_empty(
-    check: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    check: Callable[[Path], None], code: int, advice: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On Windows, os.access says that every folder can be written, and `tempfile` tries again for hours."""
     check(tmp_path)
@@ -108,11 +116,11 @@ def test_a_place_is_tried_once_and_left_empty(
 
     def deny(path: Path, *_: object, **__: object) -> None:
         tried.append(path.name)
-        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        raise OSError(code, os.strerror(code), str(path))
 
     monkeypatch.setattr(Path, "touch", deny)
     monkeypatch.setattr(os, "open", deny)
-    with pytest.raises(BadInput, match="Permission denied; choose another"):
+    with pytest.raises(BadInput, match=f"found: {os.strerror(code)}; {advice}$"):
         check(tmp_path)
     assert len(tried) == 1
 

@@ -14,10 +14,12 @@ import json
 import os
 import signal
 import sys
+import tempfile
 from statistics import fmean
 from typing import Any, TextIO
 
 from tpx_runtime.errors import TpxError, one_line
+from tpx_runtime.files import is_full
 
 from .memory import peak_bytes
 from .runner import Runner, Workload
@@ -89,9 +91,15 @@ def serve(requests: TextIO, answers: TextIO) -> None:
         except TpxError as error:
             answer = {"error": type(error).__name__, "line": " ".join(str(error).split())}
         except Exception as error:  # from a framework: any exception is a reason why it cannot be measured
-            answer = {"error": "Failed", "line": f"{type(error).__name__}: {one_line(error)}"}
+            answer = {"error": "Failed", "line": _reason(error)}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
+
+
+def _reason(error: Exception) -> str:
+    if is_full(error):  # results are written by the parent
+        return f"expected room in {tempfile.gettempdir()}, found: {one_line(error)}; free some space or set TMPDIR"
+    return f"{type(error).__name__}: {one_line(error)}"
 
 
 def _exit_with_parent() -> None:

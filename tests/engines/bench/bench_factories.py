@@ -55,6 +55,10 @@ def wrong(workload: Workload, options: dict[str, Any]) -> Runner:
     return Runner(cast(Generator, _FakeGenerator(error=50)), workload)
 
 
+def full(workload: Workload, options: dict[str, Any]) -> Runner:
+    raise OSError(28, "No space left on device")
+
+
 def slow(workload: Workload, options: dict[str, Any]) -> Runner:
     _log(options)
     return Runner(cast(Generator, _FakeGenerator(step_s=options["step_s"])), workload)

@@ -1,6 +1,8 @@
 """Rounds, failures, different images, continued runs and the report, with real worker processes and no engine."""
 
 import json
+import os
+import tempfile
 from collections.abc import Callable
 from ctypes import c_void_p
 from dataclasses import replace
@@ -254,6 +256,7 @@ def test_gpu_memory_is_summed_over_all_gpus(monkeypatch: pytest.MonkeyPatch) -> 
         ("broken", "RuntimeError: deep inside a framework"),
         ("killed", "expected an answer from the worker process, found signal SIGKILL"),
         ("missing", "AttributeError: "),
+        ("full", f"expected room in {tempfile.gettempdir()}{os.sep}tpx-bench-"),
     ],
 )
 def test_a_failing_configuration_is_listed_with_its_reason(
