@@ -15,7 +15,7 @@ from typing import IO, Any
 from PIL import ExifTags, Image, PngImagePlugin
 
 from .errors import BadInput, shorten
-from .files import atomic_file, check_writable
+from .files import atomic_file, check_writable, remedy
 from .settings import check_int
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}  # by suffix
@@ -57,8 +57,8 @@ def save_image(
         except FileExistsError:
             raise
         except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise BadInput(f"expected to write {path}, found: {reason}; choose another place") from error
+            reason, advice = getattr(error, "strerror", None) or error, remedy(error, "choose another place")
+            raise BadInput(f"expected to write {path}, found: {reason}; {advice}") from error
         return
     suffix = f".{format}".lower()
     if suffix not in FORMATS:

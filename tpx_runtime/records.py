@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import BadInput
-from .files import atomic_file
+from .files import atomic_file, remedy
 
 
 def write_atomic(path: Path, content: bytes) -> None:
@@ -14,7 +14,8 @@ def write_atomic(path: Path, content: bytes) -> None:
         with atomic_file(path) as part:
             part.write_bytes(content)
     except OSError as error:
-        raise BadInput(f"expected to write {path}, found: {error.strerror}; choose another place") from None
+        advice = remedy(error, "choose another place")
+        raise BadInput(f"expected to write {path}, found: {error.strerror}; {advice}") from None
 
 
 def write_json(path: Path, facts: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from tpx_runtime.bundle import Bundle
 from tpx_runtime.engine.engine_file import MAGIC, PREFIX, VERSION, Key, Stale, load
 from tpx_runtime.environment import compiled_folder
 from tpx_runtime.errors import BadInput
-from tpx_runtime.files import atomic_file, try_writing_into
+from tpx_runtime.files import atomic_file, remedy, try_writing_into
 
 __all__ = ["EngineCache", "Key", "Stale"]
 
@@ -89,6 +89,7 @@ def _os_errors_as_bad_input(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        advice = remedy(error, "choose another with --cache")
         raise BadInput(
-            f"expected a writable folder for engines at {folder}, found: {error.strerror}; choose another with --cache"
+            f"expected a writable folder for engines at {folder}, found: {error.strerror}; {advice}"
         ) from None

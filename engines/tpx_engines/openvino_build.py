@@ -13,6 +13,7 @@ from typing import Any
 from tpx_runtime.bundle import Bundle, GraphVariant
 from tpx_runtime.engine import engine_errors, resolve
 from tpx_runtime.errors import BadInput, Cancelled, EngineFailed, TpxError, one_line
+from tpx_runtime.files import remedy
 
 from .build import BuildResult, ProgressCallback, check_memory
 
@@ -110,7 +111,7 @@ def _write(store: Any, file: Path, compiled: Any) -> None:
         with engine_errors(store.path, "openvino", "export"):
             store.write(file, compiled)
     except OSError as error:
-        raise BadInput(f"expected to write {file}, found: {error.strerror}; make room there") from None
+        raise _not_writable(f"to write {file}", error) from None
 
 
 def _check_memory(store: Any, name: str, factor: float) -> None:
@@ -120,8 +121,12 @@ def _check_memory(store: Any, name: str, factor: float) -> None:
 
 
 def _require_writable(store: Any) -> None:
-    if not store.prepare():
-        raise BadInput(
-            f"expected a folder for compiled graphs at {store.folder}, found one that cannot be written; "
-            "set TPX_ENGINES to a folder where you may write"
-        )
+    try:
+        store.prepare()
+    except OSError as error:
+        raise _not_writable(f"a folder for compiled graphs at {store.folder}", error) from None
+
+
+def _not_writable(expected: str, error: OSError) -> BadInput:
+    advice = remedy(error, "set TPX_ENGINES to a folder where you may write")
+    return BadInput(f"expected {expected}, found: {error.strerror}; {advice}")

@@ -1071,7 +1071,7 @@ def test_a_full_disk_is_reported_and_leaves_no_file(
     result = run("red cube", "--bundle", fake_bundle)
     assert result.exit_code == 2
     assert result.stderr.splitlines()[-1] == (
-        "error: expected to write red-cube-0.png, found: No space left on device; choose another place"
+        "error: expected to write red-cube-0.png, found: No space left on device; free some space or choose another place"
     )
     assert list(workdir.iterdir()) == []
 

@@ -46,6 +46,18 @@ def test_a_damaged_record_is_named(tmp_path: Path, content: bytes | None, reason
     assert str(caught.value) == f"expected a record in {path}, found: {reason}; delete it to repeat that part"
 
 
+def test_a_full_disk_leaves_the_old_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_json(path := tmp_path / "result.json", {"row": "base"})
+
+    def fail(path: Path, content: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", fail)
+    with pytest.raises(BadInput, match="No space left on device; free some space or choose another place"):
+        write_json(path, {"row": "other"})
+    assert read_json(path) == {"row": "base"} and list(tmp_path.iterdir()) == [path]
+
+
 def test_half_a_surrogate_pair_survives(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", {"prompt": "a \ud800 é"})
     assert read_json(tmp_path / "a.json") == {"prompt": "a \ud800 é"}

@@ -74,8 +74,8 @@ class OpenVinoSession:
         if loaded is None:
             compiled = compile_dynamic(self._path, self._config)
             with suppress(OSError, RuntimeError, MemoryError):  # the graph runs even if it cannot be cached
-                if self._store.prepare():
-                    self._store.write(self._store.dynamic_file, compiled)
+                self._store.prepare()
+                self._store.write(self._store.dynamic_file, compiled)
             loaded = Graph(compiled), None
         self._dynamic, self._mapped_file = loaded
         return self._dynamic

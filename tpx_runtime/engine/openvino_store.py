@@ -111,14 +111,10 @@ class Store:
         """Path of the graph with dynamic shapes, which need not exist."""
         return self.folder / f"any.{self._key()}.blob"
 
-    def prepare(self) -> bool:
-        """Create the folder and return whether it is writable."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            try_writing_into(self.folder)
-        except OSError:
-            return False
-        return True
+    def prepare(self) -> None:
+        """Create the folder. Raises OSError if it is not writable."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try_writing_into(self.folder)
 
     @property
     def weight_bytes(self) -> int:

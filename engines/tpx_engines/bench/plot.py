@@ -1,12 +1,13 @@
 """Plots a record: seconds per image of every configuration, with one panel per depth."""
 
 import importlib
+import io
 from pathlib import Path
 from typing import Any
 
 from tpx_runtime.errors import BadInput
-from tpx_runtime.files import atomic_file
 from tpx_runtime.image_files import check_image_writable
+from tpx_runtime.records import write_atomic
 
 from .summary import rows
 
@@ -41,11 +42,9 @@ def draw(data: dict[str, Any], path: Path) -> None:
         axes.set_xlabel("seconds per image")
         axes.set_title(f"{data['settings']['bundle']}, depth {depth}", loc="left")
         axes.spines[["top", "right"]].set_visible(False)
-    try:
-        with atomic_file(path) as part:
-            figure.savefig(part, format="png")
-    except OSError as error:
-        raise BadInput(f"expected to write {path}, found: {error.strerror}; choose another place") from None
+    content = io.BytesIO()
+    figure.savefig(content, format="png")
+    write_atomic(path, content.getvalue())
 
 
 def _matplotlib() -> Any:
