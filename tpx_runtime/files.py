@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import stat
 import uuid
 from collections.abc import Iterator
@@ -97,6 +98,21 @@ def check_writable(path: Path) -> None:
         raise BadInput(
             f"expected a place to write {path}, found: {error.strerror}; {remedy(error, 'choose another')}"
         ) from None
+
+
+def check_free_space(folder: Path, least_bytes: int) -> None:
+    """Raise BadInput if the disk of `folder`, which need not exist, has less space than that; call it before long work."""
+    try:
+        usage = shutil.disk_usage(
+            next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        )
+    except OSError:  # creating the folder has a better message
+        return
+    if usage.total and usage.free < least_bytes:  # some network drives do not say how large they are
+        raise BadInput(
+            f"expected {least_bytes / 1e9:.2f} GB or more of free space for {folder}, found {usage.free / 1e9:.2f} GB; "
+            "free some or choose another folder"
+        )
 
 
 def make_folder(path: Path) -> None:

@@ -12,6 +12,7 @@ from tpx_runtime.bundle import Bundle, GraphFile
 from tpx_runtime.engine.gpu import Gpu
 from tpx_runtime.engine.tensorrt_flavours import FLAVOURS, Flavour, version
 from tpx_runtime.errors import Cancelled, EngineUnavailable
+from tpx_runtime.files import check_free_space
 from tpx_runtime.interrupts import deferred_interrupts
 from tpx_runtime.memory import available_bytes
 
@@ -109,19 +110,34 @@ def check_memory(graph: str, graph_bytes: int, factor: float, remedy: str) -> No
         )
 
 
+def check_disk(folder: Path, graphs: Sequence[tuple[Path, int, bool]]) -> None:
+    """Raise BadInput if what is built of these graphs cannot fit into `folder`.
+
+    A graph has a path, the bytes of the weights that it shares with the graphs next to it, and whether files of it are in
+    `folder`. These may be kept or replaced, so graphs next to such a one count as nothing; the others as their weights.
+    """
+    before = {path.parent for path, _, built in graphs if built}
+    sizes = {path.parent: size for path, size, _ in graphs if path.parent not in before}
+    check_free_space(folder, sum(sizes.values()))
+
+
 def build_all(
     tasks: Sequence[BuildTask], cache: EngineCache, gpu: Gpu, on_progress: ProgressCallback = lambda *_: None
 ) -> list[BuildResult]:
     """Build and store the engines that are not cached, and return all results.
 
     Ctrl-C stops the builder and raises Cancelled, a second Ctrl-C raises ForcedExit; finished engines stay in the cache.
-    Raises EngineUnavailable for too little memory, BadInput for a folder that is not writable, and EngineFailed.
+    Raises EngineUnavailable for too little memory, BadInput for a folder that is not writable or has too little space, and
+    EngineFailed.
     """
     missing = [task for task in tasks if task.cached_bytes is None]
     if missing:
         largest = max(missing, key=lambda task: task.graph_bytes)
         remedy = "build on a larger machine with --gpu and copy the folder of engines"
         check_memory(largest.key.graph, largest.graph_bytes, BYTES_PER_WEIGHT_BYTE, remedy)
+        check_disk(
+            cache.folder, [(t.path, t.graph_bytes, bool(t.cached_bytes or t.stale_reason)) for t in tasks]
+        )
         cache.prepare()
     results: list[BuildResult] = []
     message = f"stopped; finished engines are in {cache.folder}, run the same command to continue"

@@ -12,10 +12,11 @@ from typing import Any
 
 from tpx_runtime.bundle import Bundle, GraphVariant
 from tpx_runtime.engine import engine_errors, resolve
+from tpx_runtime.environment import compiled_folder
 from tpx_runtime.errors import BadInput, Cancelled, EngineFailed, TpxError, one_line
 from tpx_runtime.files import remedy
 
-from .build import BuildResult, ProgressCallback, check_memory
+from .build import BuildResult, ProgressCallback, check_disk, check_memory
 
 # Measured peaks over the weights in fp32; those in fp16, which OpenVINO converts, need twice as much (docs/engines.md).
 STATIC_FACTOR, DYNAMIC_FACTOR = 2.2, 1.7
@@ -28,13 +29,14 @@ def build_ahead(
 
     `rows` are the batches to compile the transformer for with static shapes (two rows per guided image); it may be empty.
     Ctrl-C raises Cancelled when the current graph is done; finished graphs stay. Raises BadInput for rows below 1 and a
-    folder that is not writable, EngineUnavailable and EngineFailed.
+    folder that is not writable or has too little space, EngineUnavailable and EngineFailed.
     """
     engine, results = resolve(engine_name), []  # before importing openvino, which may be missing
     if engine.prebuilt != "optional":
         raise BadInput(f"expected an engine that compiles graphs itself, found {engine.name}")
     if wrong := [n for n in rows if n < 1]:
         raise BadInput(f"expected batches of at least 1 row, found {wrong[0]}")
+    _check_disk(bundle, engine.name, engine.variant)
     tasks = list(_tasks(bundle, engine.name, engine.variant, list(dict.fromkeys(rows))))
     try:
         for number, task in enumerate(tasks):
@@ -118,6 +120,14 @@ def _check_memory(store: Any, name: str, factor: float) -> None:
     """Raise EngineUnavailable if there is too little memory to compile the graph `name` of the store."""
     graph_bytes = store.weight_bytes + store.path.stat().st_size
     check_memory(name, graph_bytes, factor, "run it with the engine onnxruntime")
+
+
+def _check_disk(bundle: Bundle, engine_name: str, variant: GraphVariant) -> None:
+    from tpx_runtime.engine import openvino
+
+    stores = [openvino.open_store(engine_name, graph.path) for graph in bundle.graphs(variant)]
+    graphs = [(store.path, store.weight_bytes, store.has_files("*")) for store in stores]
+    check_disk(compiled_folder(bundle.root), graphs)
 
 
 def _require_writable(store: Any) -> None:

@@ -59,6 +59,7 @@ from tpx_runtime.bundle import (
 from tpx_runtime.engine import resolve
 from tpx_runtime.environment import compiled_next_to_bundles
 from tpx_runtime.errors import BadInput
+from tpx_runtime.files import check_free_space
 from tpx_runtime.sampling import Array
 from tpx_runtime.verify import (
     PartReport,
@@ -68,6 +69,10 @@ from tpx_runtime.verify import (
     verify_step,
     verify_transformers,
 )
+
+# Bytes per weight of the parts that an export writes, at least. int8-weights also writes text encoders and transformer in
+# fp32, to compare with; int8 leaves the text encoders as they are stored.
+_LEAST_BYTES = {"fp32": 4, "fp16": 2, "int8": 2, "int8-weights": 4}
 
 Progress = Callable[[str, int, int], None]  # (name of the next task, tasks done, total)
 
@@ -96,6 +101,7 @@ def export_bundle(
     check_arguments(out, depth, precision, force, int8)
     depths = tuple(range(1, depth + 1))
     check_description(pipeline, depths, precision)
+    check_free_space(out, least_bytes(pipeline, precision))
     quantiser = (
         Quantiser(pipeline, precision, int8 or Int8Options()) if precision in INT8_PRECISIONS else None
     )
@@ -136,6 +142,12 @@ def export_bundle(
                     f"{summary.rejection}; nothing was written, add --accept-loss to keep the bundle", summary
                 )
     return summary
+
+
+def least_bytes(pipeline: Pipeline, precision: str) -> int:
+    """A lower bound of the space that an export takes, from the number of weights alone."""
+    weights = pipeline.parameters + sum(part.parameters for part in pipeline.text)
+    return _LEAST_BYTES[precision] * weights
 
 
 @dataclass(frozen=True)

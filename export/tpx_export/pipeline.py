@@ -35,13 +35,14 @@ class TextPart:
     """A text encoder: its manifest entry, the content of its tokenizer's `vocab.json`, and how to load it.
 
     `ids`, int64 [2, tokens], are the golden inputs. The loaded module maps ids to the tuple of `spec.outputs`: (context,
-    pooled), or (context,) if it has no pooled output.
+    pooled), or (context,) if it has no pooled output. `parameters` is the module's number of weights, 0 if unknown.
     """
 
     spec: EncoderSpec
     vocabulary: dict[str, object]
     ids: npt.NDArray[np.int64]
     load: Callable[[], nn.Module]
+    parameters: int = 0
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that the runtime makes of the vocabulary. Raises BundleInvalid."""
@@ -55,7 +56,8 @@ class Pipeline:
     `transformer` loads an MMDiT, which takes latents, timestep, context, pooled and depth, or a DiT, which takes class_id
     instead of the text. `autoencoder` loads a module with `encoder(image) -> (latents, ...)` and
     `decoder(latents) -> image`. `blocks` and `width` are the transformer's; `precision` is a bundle's default: that of the
-    transformer's stored weights for a base, fp32 for a TPX checkpoint.
+    transformer's stored weights for a base, fp32 for a TPX checkpoint. `parameters` is the number of weights of the
+    transformer, without the adapters of a base, and of the autoencoder; 0 if unknown.
     """
 
     name: str
@@ -70,6 +72,7 @@ class Pipeline:
     transformer: Callable[[], nn.Module]
     autoencoder: Callable[[], nn.Module]
     precision: str = "fp32"
+    parameters: int = 0
 
     @property
     def schedule_shift(self) -> float:
@@ -102,7 +105,13 @@ class Pipeline:
             # In training mode routes are sampled at random.
             transformer=lambda: copy.deepcopy(model.transformer).eval(),
             autoencoder=lambda: copy.deepcopy(model.autoencoder).eval(),
+            parameters=count_parameters(model.transformer, model.autoencoder),
         )
+
+
+def count_parameters(*modules: nn.Module) -> int:
+    """The number of weights of the modules, which may be on the meta device."""
+    return sum(parameter.numel() for module in modules for parameter in module.parameters())
 
 
 def model_spec(
@@ -162,6 +171,7 @@ def _text_part(encoder: TextEncoder, model: str) -> TextPart:
         vocabulary=vocabulary,
         ids=_random_words(tokenizer, words),
         load=lambda: copy.deepcopy(encoder).eval(),
+        parameters=count_parameters(encoder),
     )
 
 

@@ -504,6 +504,26 @@ def test_refuses_to_build_without_enough_memory(
     assert engine_origins(tpx_build()) == ["cache"] * len(GRAPHS)
 
 
+def test_refuses_to_build_what_does_not_fit_on_the_disk(
+    builder: FakeBuilder,
+    tpx_build: Callable[..., Result],
+    tiny_bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    usage = SimpleNamespace(
+        total=1e12, free=sum(f.stat().st_size for f in tiny_bundle.glob("*/weights.data"))
+    )
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    result = tpx_build()
+    assert (result.exit_code, builder.built, list(tmp_path.iterdir())) == (2, [], [])
+    assert f"GB or more of free space for {tmp_path / 'cache/tiny'}, found 0.00 GB; " in result.stderr
+    usage.free = 1e9
+    assert engine_origins(tpx_build()) == ["build"] * len(GRAPHS)
+    usage.free, builder.version = 0, "1.7.2.3"  # each engine makes room for the next version
+    assert engine_origins(tpx_build()) == ["build"] * len(GRAPHS)
+
+
 def test_graph_bytes_are_those_of_the_graph_and_its_weights_file(
     builder: FakeBuilder, tiny_bundle: Path, tmp_path: Path
 ) -> None:

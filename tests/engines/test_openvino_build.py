@@ -2,8 +2,10 @@
 
 import io
 import os
+import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -168,6 +170,25 @@ def test_a_full_disk_leaves_no_partial_file(
         build_ahead(bundle, "openvino", [2])
     assert len(cache_files(bundle)) == (0 if kind == "blob" else 3)
     assert all(name.endswith(".blob") for name in cache_files(bundle))
+
+
+def test_refuses_to_compile_what_does_not_fit_on_the_disk(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    need = sum(file.stat().st_size for file in bundle.root.glob("*/weights.data"))
+    usage = SimpleNamespace(total=1e12, free=need - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    folder = bundle.root.with_name("copy.engines")
+    with pytest.raises(BadInput, match=rf"free space for {folder}, found 0\.00 GB; "):
+        build_ahead(bundle, "openvino", [2])
+    assert not folder.exists()
+    usage.free = need
+    build_ahead(bundle, "openvino", [])
+    usage.free = 0
+    assert not build_ahead(bundle, "openvino", [2])[
+        3
+    ].cached  # of graphs that were compiled, the rest may be small
+    assert sum(path.stat().st_size for path in folder.rglob("any.*")) >= need
 
 
 @pytest.mark.parametrize("rows", [[0], [2, -1]])

@@ -31,6 +31,7 @@ from tpx_export.exporter import export_bundle
 from tpx_export.model import ThinkingSpec
 from tpx_export.model.dit import DiTSpec
 from tpx_export.model.thinking import Thinking
+from tpx_export.pipeline import count_parameters
 from tpx_export.precision import cast_to_precision
 from tpx_runtime.bundle import Bundle
 from tpx_runtime.engine import resolve
@@ -587,6 +588,17 @@ def write_dit(folder: Path, dtype: torch.dtype = torch.float32) -> None:
     model = attach(load_dit(folder / "dit.pt"), thinking, dtype=torch.float32)
     model.blocks[0].thinking.b.normal_(std=0.3)
     save_adapters(model, folder / "tpx.safetensors", "dit")
+
+
+def test_the_number_of_weights_is_known_before_they_are_read(
+    reference: tuple[Path, Any], tmp_path: Path
+) -> None:
+    write_dit(tmp_path)
+    for pipeline in (open_base(reference[0]), open_base(tmp_path / "dit.pt", tmp_path)):
+        assert pipeline.parameters == count_parameters(pipeline.transformer(), pipeline.autoencoder())
+        assert [part.parameters for part in pipeline.text] == [
+            count_parameters(part.load()) for part in pipeline.text
+        ]
 
 
 @pytest.mark.parametrize(

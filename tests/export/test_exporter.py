@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from tiny import make_tiny
 from tpx_export import checkpoint, exporter, routing
 from tpx_export.atomic_folder import atomic_folder
 from tpx_export.cli import main, table
-from tpx_export.exporter import Summary, export_bundle
+from tpx_export.exporter import Summary, export_bundle, least_bytes
 from tpx_export.model.text_to_image import TextToImage
 from tpx_export.operator import DOMAIN, NAME
 from tpx_export.pipeline import Pipeline
@@ -531,6 +532,41 @@ def test_command_exports_and_replaces_only_with_force(tiny_model: TextToImage, t
     code, _, _ = run_export("--ckpt", str(ckpt), "--depth", "1", "--out", str(out), "--force", *defaults)
     manifest = Bundle.open(out).manifest
     assert (code, manifest.defaults) == (0, Defaults(sampler="heun", steps=4, guidance=1.0, depth=1))
+
+
+def test_a_disk_with_too_little_space_is_noticed_before_the_work(
+    tiny_model: TextToImage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Begun(Exception):
+        pass
+
+    def begin(*_: object) -> None:
+        raise Begun
+
+    pipeline = Pipeline.from_model(tiny_model)
+    need = least_bytes(pipeline, "fp32")
+    assert need == 4 * sum(parameter.numel() for parameter in tiny_model.parameters())
+    monkeypatch.setattr(exporter, "to_onnx", begin)
+    for free, error in ((need - 1, BadInput), (need, Begun)):
+        usage = SimpleNamespace(total=2 * need, free=free)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, usage=usage: usage)
+        with pytest.raises(error):
+            export_bundle(pipeline, tmp_path / "bundle")
+        assert entry_names(tmp_path) == []
+
+
+def test_an_export_takes_the_expected_space_or_more(
+    tiny_model: TextToImage,
+    tiny_export: tuple[Path, Summary],
+    half_export: tuple[Path, Summary],
+    int8_export: tuple[Path, Summary],
+) -> None:
+    pipeline = Pipeline.from_model(tiny_model)
+    for precision, (_, summary) in (("fp32", tiny_export), ("fp16", half_export), ("int8", int8_export)):
+        written = sum(summary.folder_bytes.values())
+        if summary.int8:
+            written += summary.int8.sizes["transformer"][0]  # of the fp32 bundle
+        assert least_bytes(pipeline, precision) <= written
 
 
 def test_the_default_folder_is_named_after_the_model_and_a_given_precision(

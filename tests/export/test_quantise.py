@@ -25,7 +25,7 @@ from torch import nn
 
 from tpx_export import checkpoint, exporter
 from tpx_export.cli import main
-from tpx_export.exporter import Summary, export_bundle
+from tpx_export.exporter import Summary, export_bundle, least_bytes
 from tpx_export.golden import text_golden
 from tpx_export.model import (
     MMDiT,
@@ -401,6 +401,11 @@ def test_weight_only_int8_stores_all_large_weights_in_int8(
         Pipeline.from_model(tiny_model), tmp_path / "w", depth=1, precision="int8-weights", int8=options
     )
     assert summary.int8 is not None and summary.int8.layers == len(LAYERS) + 7 + 4
+    sizes = [
+        *summary.int8.sizes.values(),
+        (summary.folder_bytes["vae_decoder"], summary.folder_bytes["vae_encoder"]),
+    ]
+    assert least_bytes(Pipeline.from_model(tiny_model), "int8-weights") <= sum(map(sum, sizes))
     kinds: dict[str, set[str]] = {}
     for name in (transformer_name(1), CONDITIONS, "text_encoder/model.onnx"):
         graph = onnx.load(tmp_path / "w" / name).graph

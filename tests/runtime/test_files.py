@@ -2,13 +2,15 @@
 
 import errno
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from tpx_runtime.errors import BadInput
-from tpx_runtime.files import atomic_file, check_writable, make_folder, read_small_file
+from tpx_runtime.files import atomic_file, check_free_space, check_writable, make_folder, read_small_file
 
 
 def test_replaces_an_existing_file(tmp_path: Path) -> None:
@@ -123,6 +125,26 @@ def test_a_place_is_tried_once_and_left_empty(
     with pytest.raises(BadInput, match=f"found: {os.strerror(code)}; {advice}$"):
         check(tmp_path)
     assert len(tried) == 1
+
+
+def test_free_space_is_that_of_the_disk_of_a_folder_to_make(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def usage(path: Path) -> SimpleNamespace:
+        assert path == tmp_path
+        return SimpleNamespace(total=total, free=2_340_000_000)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    total = 10**12
+    check_free_space(tmp_path / "new/er", 2_340_000_000)
+    with pytest.raises(BadInput) as caught:
+        check_free_space(new := tmp_path / "new/er", 9_870_000_000)
+    assert str(caught.value) == (
+        f"expected 9.87 GB or more of free space for {new}, found 2.34 GB; free some or choose another folder"
+    )
+    total = 0  # as some network drives say
+    check_free_space(tmp_path / "new/er", 9_870_000_000)
+    check_free_space(Path("n" * 300), 9_870_000_000)
 
 
 def test_a_small_file_is_regular_and_not_larger_than_allowed(tmp_path: Path) -> None:

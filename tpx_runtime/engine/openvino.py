@@ -58,7 +58,7 @@ class OpenVinoSession:
         self._dynamic: Graph | None = None
         # Memory that `_dynamic` reads its weights from, if it was loaded from a file.
         self._mapped_file: openvino.Tensor | None = None
-        if not store.has_static_graphs():  # otherwise the first call may need only a static graph
+        if not store.has_files("*.exact"):  # otherwise the first call may need only a static graph
             self._load()
 
     def run(self, inputs: Arrays) -> Arrays:

@@ -126,10 +126,10 @@ class Store:
         rows = "-".join(str(n) for n in sorted({shape[0] for _, shape in shapes if shape}))
         return self.folder / f"rows-{rows}.{self._key(shapes, parts)}.exact"
 
-    def has_static_graphs(self) -> bool:
-        """Whether there are graphs with static shapes, of any key, in a folder that can be read."""
+    def has_files(self, pattern: str) -> bool:
+        """Whether there are files of that pattern, of any key, in a folder that can be read."""
         try:
-            return any(self.folder.glob("*.exact"))
+            return any(self.folder.glob(pattern))
         except OSError:
             return False
 

@@ -2,12 +2,15 @@
 
 from pathlib import Path
 
+import torch
+
 from tpx_export.base.dit import spec_from_tensors, transformer_from_tensors
 from tpx_export.base.model_files import ModelFiles, name_of, precision_of
 from tpx_export.base.tensors import open_tensors
-from tpx_export.base.vae import load_vae, vae_spec
+from tpx_export.base.vae import load_vae, new_vae, vae_spec
 from tpx_export.checkpoint import CheckpointInvalid
-from tpx_export.pipeline import Pipeline, model_spec
+from tpx_export.model.dit import DiT
+from tpx_export.pipeline import Pipeline, count_parameters, model_spec
 from tpx_runtime.errors import BadInput
 from tpx_runtime.image_size import format_size
 from tpx_runtime.manifest import Defaults, LatentSpec
@@ -41,6 +44,8 @@ def open_pipeline(files: ModelFiles, image_size_px: tuple[int, int] | None = Non
             f"expected an image size of {format_size(size)}, that of this DiT, found {format_size(image_size_px)}; "
             "leave it out"
         )
+    with torch.device("meta"):
+        parameters = count_parameters(DiT(spec), new_vae(vae))
     return Pipeline(
         name=name_of(files.path),
         license="the base model's own",
@@ -54,4 +59,5 @@ def open_pipeline(files: ModelFiles, image_size_px: tuple[int, int] | None = Non
         transformer=lambda: transformer_from_tensors(tensors),
         autoencoder=lambda: load_vae(folder),
         precision=precision_of(tensors.dtype),
+        parameters=parameters,
     )

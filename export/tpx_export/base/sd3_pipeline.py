@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from tpx_export.base.config import Config, read_config
@@ -30,15 +31,21 @@ from tpx_export.base.text_encoders import (
     t5_spec_from_shapes,
 )
 from tpx_export.base.tokenizers import clip_tokenizer, t5_tokenizer
-from tpx_export.base.vae import VAE, load_vae, vae_from_tensors, vae_spec, vae_spec_from_shapes
+from tpx_export.base.vae import (
+    VAE,
+    VaeSpec,
+    load_vae,
+    new_vae,
+    vae_from_tensors,
+    vae_spec,
+    vae_spec_from_shapes,
+)
 from tpx_export.checkpoint import CheckpointInvalid
 from tpx_export.model.autoencoder import LatentAutoencoder
-from tpx_export.model.autoencoder_kl import AutoencoderKLSpec
-from tpx_export.model.autoencoder_tiny import AutoencoderTinySpec
 from tpx_export.model.clip import CLIPText
 from tpx_export.model.mmdit import MMDiT, MMDiTSpec
 from tpx_export.model.t5 import T5Encoder
-from tpx_export.pipeline import Pipeline, TextPart, example_ids, model_spec
+from tpx_export.pipeline import Pipeline, TextPart, count_parameters, example_ids, model_spec
 from tpx_runtime.bundle import SHIFT_RANGE
 from tpx_runtime.errors import BadInput, first_few
 from tpx_runtime.image_size import format_size
@@ -93,6 +100,8 @@ def open_pipeline(
         (from_diffusers(spec), from_original(spec)),
     )
     sampler, shift = _schedule(files)
+    with torch.device("meta"):
+        parameters = count_parameters(MMDiT(replace(spec, latent_size=latent_size)), new_vae(vae))
     return Pipeline(
         name="-".join([name_of(files.path), *(name_of(lora.path) for lora in loras)]),
         license="the base model's own",
@@ -106,6 +115,7 @@ def open_pipeline(
         transformer=transformer,
         autoencoder=load_autoencoder,
         precision=precision_of(stored.dtype),
+        parameters=parameters,
     )
 
 
@@ -130,9 +140,7 @@ def _check_names(tensors: Tensors) -> None:
         )
 
 
-def _vae(
-    files: ModelFiles, single: Tensors | None
-) -> tuple[AutoencoderKLSpec | AutoencoderTinySpec, Callable[[], LatentAutoencoder]]:
+def _vae(files: ModelFiles, single: Tensors | None) -> tuple[VaeSpec, Callable[[], LatentAutoencoder]]:
     if files.vae is None and single is not None and (part := single.with_prefix(VAE)):
         return vae_spec_from_shapes(part), lambda: vae_from_tensors(part)
     folder = files.vae or files.component_folder("vae")
@@ -155,7 +163,7 @@ def _clip(
     load = merged_into(name, load, loras, lambda: CLIPText(spec), [clip_conversions(spec)])
     vocabulary = clip_tokenizer(files.any_folder(f"tokenizer{number}"), CLIP_TOKENS)
     entry = EncoderSpec(name, f"tokenizer{number}", CLIP_TOKENS, spec.width, spec.projection)
-    return _text_part(entry, vocabulary, load)
+    return _text_part(entry, vocabulary, load, lambda: CLIPText(spec))
 
 
 def _has_t5(files: ModelFiles, single: Tensors | None) -> bool:
@@ -174,11 +182,18 @@ def _t5(files: ModelFiles, single: Tensors | None, loras: Sequence[Lora]) -> Tex
     load = merged_into("text_encoder_3", load, loras, lambda: T5Encoder(spec), [t5_conversions(spec)])
     vocabulary = t5_tokenizer(files.any_folder("tokenizer_3"), T5_TOKENS)
     entry = EncoderSpec("text_encoder_3", "tokenizer_3", T5_TOKENS, spec.width, 0)
-    return _text_part(entry, vocabulary, load)
+    return _text_part(entry, vocabulary, load, lambda: T5Encoder(spec))
 
 
-def _text_part(entry: EncoderSpec, vocabulary: dict[str, object], load: Callable[[], nn.Module]) -> TextPart:
-    return TextPart(entry, vocabulary, example_ids(vocabulary), load)
+def _text_part(
+    entry: EncoderSpec,
+    vocabulary: dict[str, object],
+    load: Callable[[], nn.Module],
+    new: Callable[[], nn.Module],
+) -> TextPart:
+    with torch.device("meta"):
+        parameters = count_parameters(new())
+    return TextPart(entry, vocabulary, example_ids(vocabulary), load, parameters)
 
 
 def _check_parts(spec: MMDiTSpec, channels: int, text: tuple[TextPart, ...], path: Path) -> None:

@@ -26,7 +26,7 @@ from tpx_export.base.vae_tiny import load_tiny, tiny_spec
 from tpx_export.checkpoint import CheckpointInvalid
 from tpx_export.model.autoencoder import LatentAutoencoder
 from tpx_export.model.autoencoder_kl import AutoencoderKL, AutoencoderKLSpec
-from tpx_export.model.autoencoder_tiny import AutoencoderTinySpec
+from tpx_export.model.autoencoder_tiny import AutoencoderTiny, AutoencoderTinySpec
 
 VAE = "first_stage_model."
 
@@ -35,8 +35,14 @@ _ATTENTION = ("norm", "q", "k", "v", "proj")
 _NEW = ("group_norm", "to_q", "to_k", "to_v", "to_out.0")  # diffusers
 _OLD = ("group_norm", "query", "key", "value", "proj_attn")  # diffusers until 2023
 
+VaeSpec = AutoencoderKLSpec | AutoencoderTinySpec
 # (is encoder, number of stages) -> foreign names by our names
 Names = Callable[[bool, int], dict[str, str]]
+
+
+def new_vae(spec: VaeSpec) -> LatentAutoencoder:
+    """An autoencoder without weights of its own yet."""
+    return AutoencoderTiny(spec) if isinstance(spec, AutoencoderTinySpec) else AutoencoderKL(spec)
 
 
 def load_vae(folder: Path) -> LatentAutoencoder:
@@ -48,7 +54,7 @@ def load_vae(folder: Path) -> LatentAutoencoder:
     return _fill(spec, tensors, partial(_diffusers, attention=_OLD if old else _NEW))
 
 
-def vae_spec(folder: Path) -> AutoencoderKLSpec | AutoencoderTinySpec:
+def vae_spec(folder: Path) -> VaeSpec:
     """The specification in such a folder's config.json. Raises CheckpointInvalid for an unsupported model."""
     config = read_config(folder)
     if config.one_of("_class_name", ("AutoencoderKL", "AutoencoderTiny")) == "AutoencoderTiny":
