@@ -137,9 +137,10 @@ class Store:
         """Write a compiled graph atomically; processes that map the replaced file keep it. Raises OSError and OpenVINO's
         exceptions, and then leaves the old file.
 
-        Other files of the same kind (dynamic, or the same rows) may belong to other settings. They are removed once they
-        have not been used for UNUSED_SECONDS.
+        Other files of the same kind (dynamic, or the same rows) may belong to other settings. Those that have not been used
+        for UNUSED_SECONDS are removed before, because the disk may be full of them.
         """
+        self._remove_unused(file)
         with atomic_file(file) as part, part.open("w+b") as content:
             stream = _ExportStream(content)
             try:
@@ -149,12 +150,14 @@ class Store:
                     raise stream.error
             content.seek(0)
             content.write(_crc32(content).to_bytes(_CHECK_BYTES, "little"))
+
+    def _remove_unused(self, file: Path) -> None:
         oldest = time.time() - UNUSED_SECONDS
         # .part files were left by processes that were killed.
         for pattern in (f"{file.name.split('.')[0]}.*", ".tpx-*.part"):
             for old in self.folder.glob(pattern):
                 with suppress(OSError):
-                    if old.stat().st_mtime < oldest:
+                    if old != file and old.stat().st_mtime < oldest:
                         shutil.rmtree(old) if old.is_dir() else old.unlink()
 
     def _key(self, *also: object) -> str:
