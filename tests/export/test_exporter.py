@@ -528,10 +528,17 @@ def test_command_exports_and_replaces_only_with_force(tiny_model: TextToImage, t
     assert Bundle.open(out).manifest.model.depths == (1,)
     code, _, stderr = run_export("--ckpt", str(ckpt), "--out", str(out))
     assert code == 2 and "--force" in stderr
+    engines = tmp_path / "bundle.engines"
+    (compiled := engines / "openvino/transformer.depth-3.plain.f32").mkdir(parents=True)
+    for file in (compiled / "any.1.blob", engines / "vae-decoder.fp32.b1-2.tensorrt-rtx.sm89.engine"):
+        file.touch()
+    code, _, _ = run_export("--ckpt", str(ckpt), "--depth", "9", "--out", str(out), "--force")
+    assert code == 2 and entry_names(compiled) == ["any.1.blob"]
     defaults = ("--default-steps", "4", "--default-guidance", "1", "--default-sampler", "heun")
     code, _, _ = run_export("--ckpt", str(ckpt), "--depth", "1", "--out", str(out), "--force", *defaults)
     manifest = Bundle.open(out).manifest
     assert (code, manifest.defaults) == (0, Defaults(sampler="heun", steps=4, guidance=1.0, depth=1))
+    assert entry_names(engines) == ["vae-decoder.fp32.b1-2.tensorrt-rtx.sm89.engine"]
 
 
 def test_a_disk_with_too_little_space_is_noticed_before_the_work(
