@@ -63,7 +63,7 @@ def test_a_failed_write_keeps_the_existing_file(
     """torch raises an error of its own, whatever the file that it writes to raises."""
     before, reason = saved.read_bytes(), "No space left on device"
 
-    class FullDisk(io.BytesIO):
+    class FullDisk(io.FileIO):
         def write(self, content: object) -> int:
             raise OSError(28, reason) if raised is BadInput else raised
 
@@ -71,7 +71,7 @@ def test_a_failed_write_keeps_the_existing_file(
         raise SafetensorError(reason) if raised is BadInput else raised
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "open", lambda *_: FullDisk())
+        patch.setattr(Path, "open", lambda path, mode: FullDisk(path, mode))
         patch.setattr("tpx_export.tensor_files.save_file", save_file)
         with pytest.raises(raised) as caught:
             checkpoint.save(tiny_model, saved)
