@@ -40,6 +40,11 @@ def compiled_folder(bundle: Path, shared: Path | None = None) -> Path:
     return folder
 
 
+def openvino_folder(bundle: Path) -> Path:
+    """The part of `compiled_folder` that has OpenVINO's graphs. Raises BadInput."""
+    return compiled_folder(bundle) / "openvino"
+
+
 @contextmanager
 def compiled_next_to_bundles() -> Iterator[None]:
     """Ignore $TPX_ENGINES inside: nobody would delete there what is compiled for a temporary bundle."""

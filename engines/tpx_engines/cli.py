@@ -13,7 +13,7 @@ import click
 from tpx_runtime import options
 from tpx_runtime.command import TpxCommand
 from tpx_runtime.engine import ENGINES
-from tpx_runtime.environment import ENGINES_VARIABLE, compiled_folder
+from tpx_runtime.environment import ENGINES_VARIABLE, openvino_folder
 from tpx_runtime.errors import BadInput, shorten
 from tpx_runtime.options import find_bundle
 
@@ -90,7 +90,7 @@ def build_openvino(opened: "Bundle", engine: str, rows: tuple[int, int]) -> None
     with progress_bar() as on_progress:
         results = build_ahead(opened, engine, rows, on_progress)
     click.echo(format_table(results), err=True)
-    click.echo(compiled_folder(opened.root) / "openvino")
+    click.echo(openvino_folder(opened.root))
 
 
 def build_tensorrt(

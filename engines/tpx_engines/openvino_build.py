@@ -12,7 +12,7 @@ from typing import Any
 
 from tpx_runtime.bundle import Bundle, GraphVariant
 from tpx_runtime.engine import engine_errors, resolve
-from tpx_runtime.environment import compiled_folder
+from tpx_runtime.environment import openvino_folder
 from tpx_runtime.errors import BadInput, Cancelled, EngineFailed, TpxError, one_line
 from tpx_runtime.files import remedy
 
@@ -127,7 +127,7 @@ def _check_disk(bundle: Bundle, engine_name: str, variant: GraphVariant) -> None
 
     stores = [openvino.open_store(engine_name, graph.path) for graph in bundle.graphs(variant)]
     graphs = [(store.path, store.weight_bytes, store.has_files("*")) for store in stores]
-    check_disk(compiled_folder(bundle.root), graphs)
+    check_disk(openvino_folder(bundle.root), graphs)
 
 
 def _require_writable(store: Any) -> None:

@@ -58,7 +58,7 @@ from tpx_runtime.bundle import (
     transformer_name,
 )
 from tpx_runtime.engine import resolve
-from tpx_runtime.environment import compiled_folder, compiled_next_to_bundles
+from tpx_runtime.environment import compiled_next_to_bundles, openvino_folder
 from tpx_runtime.errors import BadInput
 from tpx_runtime.files import check_free_space
 from tpx_runtime.sampling import Array
@@ -110,7 +110,7 @@ def export_bundle(
     tasks = _Tasks(progress, total=len(pipeline.text) + len(depths) + 5 + int8_tasks)
     golden: Golden = {}
     with atomic_folder(out, force) as folder, compiled_next_to_bundles():
-        compiled = compiled_folder(out) / "openvino"
+        compiled = openvino_folder(out)
         fp32 = folder.with_name("fp32")  # deleted with the folder that both are in
         output = _Output(folder, fp32, quantiser)
         for part in pipeline.text:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import nn
 
 from tpx_export.model.class_to_image import ClassToImage
@@ -105,13 +106,14 @@ class Pipeline:
             # In training mode routes are sampled at random.
             transformer=lambda: copy.deepcopy(model.transformer).eval(),
             autoencoder=lambda: copy.deepcopy(model.autoencoder).eval(),
-            parameters=count_parameters(model.transformer, model.autoencoder),
+            parameters=count_parameters(lambda: model.transformer, lambda: model.autoencoder),
         )
 
 
-def count_parameters(*modules: nn.Module) -> int:
-    """The number of weights of the modules, which may be on the meta device."""
-    return sum(parameter.numel() for module in modules for parameter in module.parameters())
+def count_parameters(*factories: Callable[[], nn.Module]) -> int:
+    """The number of weights of the modules that are returned; new ones get no memory."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for new in factories for parameter in new().parameters())
 
 
 def model_spec(
@@ -171,7 +173,7 @@ def _text_part(encoder: TextEncoder, model: str) -> TextPart:
         vocabulary=vocabulary,
         ids=_random_words(tokenizer, words),
         load=lambda: copy.deepcopy(encoder).eval(),
-        parameters=count_parameters(encoder),
+        parameters=count_parameters(lambda: encoder),
     )
 
 

@@ -31,7 +31,6 @@ from tpx_export.exporter import export_bundle
 from tpx_export.model import ThinkingSpec
 from tpx_export.model.dit import DiTSpec
 from tpx_export.model.thinking import Thinking
-from tpx_export.pipeline import count_parameters
 from tpx_export.precision import cast_to_precision
 from tpx_runtime.bundle import Bundle
 from tpx_runtime.engine import resolve
@@ -593,12 +592,13 @@ def write_dit(folder: Path, dtype: torch.dtype = torch.float32) -> None:
 def test_the_number_of_weights_is_known_before_they_are_read(
     reference: tuple[Path, Any], tmp_path: Path
 ) -> None:
+    def weights(module: torch.nn.Module) -> int:
+        return sum(parameter.numel() for parameter in module.parameters())
+
     write_dit(tmp_path)
     for pipeline in (open_base(reference[0]), open_base(tmp_path / "dit.pt", tmp_path)):
-        assert pipeline.parameters == count_parameters(pipeline.transformer(), pipeline.autoencoder())
-        assert [part.parameters for part in pipeline.text] == [
-            count_parameters(part.load()) for part in pipeline.text
-        ]
+        assert pipeline.parameters == weights(pipeline.transformer()) + weights(pipeline.autoencoder())
+        assert all(part.parameters == weights(part.load()) > 0 for part in pipeline.text)
 
 
 @pytest.mark.parametrize(

@@ -135,9 +135,8 @@ def test_replaces_the_autoencoder_of_single_files(
     reference_vae("4 channels, scaled").save_pretrained(tmp_path / "other")
     for components in (None, tmp_path, tmp_path / "vae"):
         pipeline = open_base(tmp_path / "dit.pt", components, vae=tmp_path / "other")
-        assert isinstance(pipeline.autoencoder(), AutoencoderTiny) and pipeline.latent == LatentSpec(
-            0.5, 0.25
-        )
+        assert isinstance(pipeline.autoencoder(), AutoencoderTiny)
+        assert pipeline.latent == LatentSpec(0.5, 0.25)
     assert pipeline.model.image_size_px == (32, 32)
 
 

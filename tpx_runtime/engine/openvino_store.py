@@ -29,7 +29,7 @@ import numpy as np
 import openvino
 
 from ..bundle import MANIFEST
-from ..environment import compiled_folder
+from ..environment import openvino_folder
 from ..files import atomic_file, try_writing_into
 
 _CHECK_BYTES = 4
@@ -103,7 +103,7 @@ class Store:
         """The store for the graph at BUNDLE/FOLDER/STEM.onnx."""
         # Only the folder is resolved: the graph may be a link to elsewhere, as in Hugging Face's cache.
         part = path.parent.resolve()
-        folder = compiled_folder(part.parent) / "openvino" / f"{part.name}.{path.stem}.{precision}"
+        folder = openvino_folder(part.parent) / f"{part.name}.{path.stem}.{precision}"
         return cls(folder, path, context)
 
     @property

@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-import torch
-
 from tpx_export.base.dit import spec_from_tensors, transformer_from_tensors
 from tpx_export.base.model_files import ModelFiles, name_of, precision_of
 from tpx_export.base.tensors import open_tensors
@@ -44,8 +42,6 @@ def open_pipeline(files: ModelFiles, image_size_px: tuple[int, int] | None = Non
             f"expected an image size of {format_size(size)}, that of this DiT, found {format_size(image_size_px)}; "
             "leave it out"
         )
-    with torch.device("meta"):
-        parameters = count_parameters(DiT(spec), new_vae(vae))
     return Pipeline(
         name=name_of(files.path),
         license="the base model's own",
@@ -59,5 +55,5 @@ def open_pipeline(files: ModelFiles, image_size_px: tuple[int, int] | None = Non
         transformer=lambda: transformer_from_tensors(tensors),
         autoencoder=lambda: load_vae(folder),
         precision=precision_of(tensors.dtype),
-        parameters=parameters,
+        parameters=count_parameters(lambda: DiT(spec), lambda: new_vae(vae)),
     )

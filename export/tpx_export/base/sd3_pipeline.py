@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from tpx_export.base.config import Config, read_config
@@ -100,8 +100,6 @@ def open_pipeline(
         (from_diffusers(spec), from_original(spec)),
     )
     sampler, shift = _schedule(files)
-    with torch.device("meta"):
-        parameters = count_parameters(MMDiT(replace(spec, latent_size=latent_size)), new_vae(vae))
     return Pipeline(
         name="-".join([name_of(files.path), *(name_of(lora.path) for lora in loras)]),
         license="the base model's own",
@@ -115,7 +113,9 @@ def open_pipeline(
         transformer=transformer,
         autoencoder=load_autoencoder,
         precision=precision_of(stored.dtype),
-        parameters=parameters,
+        parameters=count_parameters(
+            lambda: MMDiT(replace(spec, latent_size=latent_size)), lambda: new_vae(vae)
+        ),
     )
 
 
@@ -160,10 +160,11 @@ def _clip(
         folder = files.component_folder(name)
         spec, load = clip_spec(folder), lambda: load_clip(folder)
         open_tensors(folder)  # as for the VAE
-    load = merged_into(name, load, loras, lambda: CLIPText(spec), [clip_conversions(spec)])
+    new = partial(CLIPText, spec)
+    load = merged_into(name, load, loras, new, [clip_conversions(spec)])
     vocabulary = clip_tokenizer(files.any_folder(f"tokenizer{number}"), CLIP_TOKENS)
     entry = EncoderSpec(name, f"tokenizer{number}", CLIP_TOKENS, spec.width, spec.projection)
-    return _text_part(entry, vocabulary, load, lambda: CLIPText(spec))
+    return _text_part(entry, vocabulary, load, new)
 
 
 def _has_t5(files: ModelFiles, single: Tensors | None) -> bool:
@@ -179,10 +180,11 @@ def _t5(files: ModelFiles, single: Tensors | None, loras: Sequence[Lora]) -> Tex
         folder = files.component_folder("text_encoder_3", hint="or leave out T5 with --no-t5")
         spec, load = t5_spec(folder), lambda: load_t5(folder)
         open_tensors(folder)
-    load = merged_into("text_encoder_3", load, loras, lambda: T5Encoder(spec), [t5_conversions(spec)])
+    new = partial(T5Encoder, spec)
+    load = merged_into("text_encoder_3", load, loras, new, [t5_conversions(spec)])
     vocabulary = t5_tokenizer(files.any_folder("tokenizer_3"), T5_TOKENS)
     entry = EncoderSpec("text_encoder_3", "tokenizer_3", T5_TOKENS, spec.width, 0)
-    return _text_part(entry, vocabulary, load, lambda: T5Encoder(spec))
+    return _text_part(entry, vocabulary, load, new)
 
 
 def _text_part(
@@ -191,9 +193,7 @@ def _text_part(
     load: Callable[[], nn.Module],
     new: Callable[[], nn.Module],
 ) -> TextPart:
-    with torch.device("meta"):
-        parameters = count_parameters(new())
-    return TextPart(entry, vocabulary, example_ids(vocabulary), load, parameters)
+    return TextPart(entry, vocabulary, example_ids(vocabulary), load, count_parameters(new))
 
 
 def _check_parts(spec: MMDiTSpec, channels: int, text: tuple[TextPart, ...], path: Path) -> None:

@@ -45,7 +45,8 @@ class Cache:
     def put(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Write tensors atomically, as float16 if no value overflows it. Raises BadInput."""
         path = self._path(name)
-        make_folder(path.parent)
+        if not path.parent.is_dir():
+            make_folder(path.parent)
         write_safetensors({part: _to_half(value) for part, value in tensors.items()}, path)
 
     def _path(self, name: str) -> Path:
