@@ -16,7 +16,7 @@ from tpx_export.exporter import Summary, export_bundle
 from tpx_export.model import ThinkingSpec
 from tpx_export.model.text_to_image import TextToImage
 from tpx_export.pipeline import Pipeline
-from tpx_export.quantise.quantiser import Int8Options
+from tpx_export.quantise.quantiser import QuantisationOptions
 from tpx_runtime.environment import ENGINES_VARIABLE, THREADS_VARIABLE
 
 Export = tuple[Path, Summary]
@@ -91,7 +91,7 @@ def half_export(export_once: Callable[..., Export]) -> Export:
 @pytest.fixture(scope="session")
 def int8_export(export_once: Callable[..., Export]) -> Export:
     """The tiny model in int8, with depths 1 and 2. `accept_loss`, because so small a model gains nothing from int8."""
-    return export_once("int8", depth=2, precision="int8", int8=Int8Options(accept_loss=True))
+    return export_once("int8", depth=2, precision="int8", quantisation=QuantisationOptions(accept_loss=True))
 
 
 @pytest.fixture(params=["SIGINT", "SIGTERM", "SIGHUP"])

@@ -87,7 +87,7 @@ def main(
     """
     from tpx_export.exporter import check_arguments, export_bundle
     from tpx_export.quantise.prompts import PromptFile
-    from tpx_export.quantise.quantiser import Int8Options
+    from tpx_export.quantise.quantiser import QuantisationOptions
     from tpx_export.quantise.verdict import Refused
 
     chosen = _given(
@@ -96,7 +96,7 @@ def main(
         accept_loss=accept_loss or None,
     )
     defaults = _given(steps=default_steps, guidance=default_guidance, sampler=default_sampler)
-    options = Int8Options(**chosen) if chosen else None
+    options = QuantisationOptions(**chosen) if chosen else None
     check_arguments(out, depth, precision, force, options)  # before reading the model, which takes a while
     with warnings_as_notices():
         pipeline = open_model(ckpt, base, components, vae, adapters, loras, image_size, no_t5)
@@ -183,8 +183,8 @@ def table(summary: "Summary") -> str:
     lines += [f"{name:<32}{size / 1e6:>9.2f} MB" for name, size in summary.folder_bytes.items()]
     lines.append("")
     lines += [f"{name:<32}{seconds:>9.1f} s" for name, seconds in summary.seconds.items()]
-    if summary.int8:
+    if summary.quantisation:
         from tpx_export.quantise.report import as_text
 
-        lines += ["", as_text(summary.int8)]
+        lines += ["", as_text(summary.quantisation)]
     return "\n".join(lines)

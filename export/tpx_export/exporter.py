@@ -30,9 +30,9 @@ from tpx_export.graphs import (
     to_onnx,
 )
 from tpx_export.pipeline import Pipeline, TextPart
-from tpx_export.precision import INT8_PRECISIONS, TOLERANCES, cast_to_precision, unquantised_precision
+from tpx_export.precision import QUANTISED_PRECISIONS, TOLERANCES, cast_to_precision, unquantised_precision
 from tpx_export.quantise.quantiser import (
-    Int8Options,
+    QuantisationOptions,
     Quantiser,
     Tasks,
     complete_fp32_bundle,
@@ -85,29 +85,31 @@ def export_bundle(
     precision: str | None = None,
     force: bool = False,
     progress: Progress = lambda task, done, total: None,
-    int8: Int8Options | None = None,
+    quantisation: QuantisationOptions | None = None,
 ) -> Summary:
     """Write the bundle of `pipeline` to `out`, with the transformer at every depth 1..`depth` (by default all).
 
     The default precision is the pipeline's: that of a base's stored weights, fp32 for a TPX checkpoint. The bundle is
     written to a hidden folder next to `out`, verified with ONNX Runtime against PyTorch, and then renamed: an export that
-    fails or is interrupted leaves nothing behind. Raises BadInput for an invalid depth, precision, path, `int8` or setting
-    of `pipeline`, EngineFailed for a graph that is out of tolerance, Refused for an int8 bundle that loses too much or
-    gains nothing, unless `int8.accept_loss`.
+    fails or is interrupted leaves nothing behind. Raises BadInput for an invalid depth, precision, path, `quantisation` or
+    setting of `pipeline`, EngineFailed for a graph that is out of tolerance, Refused for a quantised bundle that loses too
+    much or gains nothing, unless `quantisation.accept_loss`.
     """
     max_depth, precision = pipeline.model.depths[-1], precision or pipeline.precision
     depth = max_depth if depth is None else depth
     if not 1 <= depth <= max_depth:
         raise BadInput(f"expected a depth of 1..{max_depth} (this model's), found {depth}")
-    check_arguments(out, depth, precision, force, int8)
+    check_arguments(out, depth, precision, force, quantisation)
     depths = tuple(range(1, depth + 1))
     check_description(pipeline, depths, precision)
     check_free_space(out, least_bytes(pipeline, precision))
     quantiser = (
-        Quantiser(pipeline, precision, int8 or Int8Options()) if precision in INT8_PRECISIONS else None
+        Quantiser(pipeline, precision, quantisation or QuantisationOptions())
+        if precision in QUANTISED_PRECISIONS
+        else None
     )
-    int8_tasks = quantiser.task_count(depths) if quantiser else 0
-    tasks = _Tasks(progress, total=len(pipeline.text) + len(depths) + 5 + int8_tasks)
+    quantiser_tasks = quantiser.task_count(depths) if quantiser else 0
+    tasks = _Tasks(progress, total=len(pipeline.text) + len(depths) + 5 + quantiser_tasks)
     golden: Golden = {}
     with atomic_folder(out, force) as folder, compiled_next_to_bundles():
         compiled = openvino_folder(out)
@@ -138,7 +140,7 @@ def export_bundle(
             with tasks("fp32 bundle"):
                 fp32_bundle = complete_fp32_bundle(fp32, bundle, pipeline)
             report = quantiser.report(bundle, fp32_bundle, tasks)
-            summary = replace(summary, int8=report, rejection=rejection(report))
+            summary = replace(summary, quantisation=report, rejection=rejection(report))
             if summary.rejection and not quantiser.options.accept_loss:
                 raise Refused(
                     f"{summary.rejection}; nothing was written, add --accept-loss to keep the bundle", summary
@@ -295,15 +297,19 @@ class _Tasks:
 
 
 def check_arguments(
-    out: Path | None, depth: int | None, precision: str | None, force: bool, int8: Int8Options | None
+    out: Path | None,
+    depth: int | None,
+    precision: str | None,
+    force: bool,
+    quantisation: QuantisationOptions | None,
 ) -> None:
     """Check the arguments of `export_bundle` as far as possible without the model; None is the default. Raises BadInput."""
     if depth is not None and depth < 1:
         raise BadInput(f"expected a depth of 1 or more, found {depth}")
     if precision is not None and precision not in TOLERANCES:
         raise BadInput(f"expected a precision of {', '.join(TOLERANCES)}, found {precision!r}")
-    if int8 is not None:
-        int8.check(precision)
+    if quantisation is not None:
+        quantisation.check(precision)
     if out is not None:
         check_output_folder(out, force)
 

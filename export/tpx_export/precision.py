@@ -19,7 +19,7 @@ TOLERANCES = {
     "fp32": Tolerance(text_encoder=1e-4, conditions=1e-4, transformer=1e-4, vae=1e-4, routing_agreement=1.0),
     # Conditions: only the weights of adaLN are rounded.
     "fp16": Tolerance(text_encoder=5e-3, conditions=1e-3, transformer=1e-2, vae=1e-2, routing_agreement=0.98),
-    # docs/int8.md compares them with the errors of the sample model.
+    # docs/quantisation.md compares them with the errors of the sample model.
     "int8": Tolerance(text_encoder=1e-4, conditions=1e-4, transformer=6e-2, vae=1e-4, routing_agreement=0.95),
     "int8-weights": Tolerance(
         text_encoder=5e-2, conditions=3e-2, transformer=5e-2, vae=1e-4, routing_agreement=0.98
@@ -28,12 +28,12 @@ TOLERANCES = {
 # The types that the weights of a checkpoint or an adapter file may be stored in.
 STORED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
-INT8_PRECISIONS = ("int8", "int8-weights")
+QUANTISED_PRECISIONS = ("int8", "int8-weights")
 
 
 def unquantised_precision(precision: str, stored: str) -> str:
-    """The precision of parts that int8 does not quantise, such as the autoencoder: `stored`, which is Pipeline.precision."""
-    return stored if precision in INT8_PRECISIONS else precision
+    """The precision of parts that no precision quantises, such as the autoencoder: `stored`, which is Pipeline.precision."""
+    return stored if precision in QUANTISED_PRECISIONS else precision
 
 
 def tolerance_of(precision: str, stored: str) -> Tolerance:

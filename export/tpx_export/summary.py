@@ -11,14 +11,14 @@ from tpx_runtime.verify import PartReport
 class Summary:
     """The verification reports of each graph variant, the seconds of each task, and the bytes of each folder.
 
-    For an int8 export, `int8` is the comparison with fp32, and `rejection` is one line that says why the bundle would be
-    refused without --accept-loss, or None.
+    For a quantised export, `quantisation` is the comparison with fp32, and `rejection` is one line that says why the bundle
+    would be refused without --accept-loss, or None.
     """
 
     reports: dict[str, list[PartReport]]
     seconds: dict[str, float]
     folder_bytes: dict[str, int]
-    int8: Report | None = None
+    quantisation: Report | None = None
     rejection: str | None = None
 
 

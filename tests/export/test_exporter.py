@@ -571,8 +571,8 @@ def test_an_export_takes_the_expected_space_or_more(
     pipeline = Pipeline.from_model(tiny_model)
     for precision, (_, summary) in (("fp32", tiny_export), ("fp16", half_export), ("int8", int8_export)):
         written = sum(summary.folder_bytes.values())
-        if summary.int8:
-            written += summary.int8.sizes["transformer"][0]  # of the fp32 bundle
+        if summary.quantisation:
+            written += summary.quantisation.sizes["transformer"][0]  # of the fp32 bundle
         assert least_bytes(pipeline, precision) <= written
 
 

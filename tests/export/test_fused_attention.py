@@ -16,7 +16,7 @@ from tpx_export.exporter import Summary, export_bundle
 from tpx_export.fusion.attention import FLOAT_TYPES, NAME, fuse_attention
 from tpx_export.model.text_to_image import TextToImage
 from tpx_export.pipeline import Pipeline
-from tpx_export.quantise.quantiser import Int8Options
+from tpx_export.quantise.quantiser import QuantisationOptions
 from tpx_runtime.bundle import Bundle, transformer_name
 from tpx_runtime.engine import ENGINES, resolve
 from tpx_runtime.generator import Generator
@@ -86,9 +86,13 @@ def test_plain_variant_is_fused_if_there_are_many_tokens(
 ) -> None:
     """The export itself compares these graphs in ONNX Runtime with PyTorch."""
     monkeypatch.setattr(exporter, "MIN_FUSED_TOKENS", tiny_model.transformer.spec.visual_tokens)
-    int8 = Int8Options(accept_loss=True) if precision == "int8" else None
+    options = QuantisationOptions(accept_loss=True) if precision == "int8" else None
     summary = export_bundle(
-        Pipeline.from_model(tiny_model), tmp_path / "tiny", depth=deepest, precision=precision, int8=int8
+        Pipeline.from_model(tiny_model),
+        tmp_path / "tiny",
+        depth=deepest,
+        precision=precision,
+        quantisation=options,
     )
     bundle = Bundle.open(tmp_path / "tiny")
     for depth in range(1, deepest + 1):

@@ -39,9 +39,9 @@ from tpx_export.quantise import score as scoring
 from tpx_export.quantise.calibration import SEED, CalibrationInputs, collect_activations
 from tpx_export.quantise.grid import BINS, QMAX, MagnitudeHistogram, quantise_weight
 from tpx_export.quantise.layers import block_linears, encoder_linears, modulations
-from tpx_export.quantise.linear import Int8Linear, replace_layers
+from tpx_export.quantise.linear import QuantisedLinear, replace_layers
 from tpx_export.quantise.prompts import PromptFile, choose_subjects, default_prompts
-from tpx_export.quantise.quantiser import Int8Options
+from tpx_export.quantise.quantiser import QuantisationOptions
 from tpx_export.quantise.report import DepthReport, NotScored, Report, ScoreReport, SpeedReport, as_text
 from tpx_export.quantise.verdict import Refused, rejection
 from tpx_runtime.bundle import CONDITIONS, Bundle, transformer_name
@@ -278,9 +278,9 @@ def test_int8_layer_is_close_to_the_float32_layer() -> None:
     layer, x = nn.Linear(64, 48), torch.randn(2, 5, 64)
     with torch.no_grad():
         expected = layer(x)
-        close = (Int8Linear(layer, 4 / QMAX)(x) - expected).abs().max() / expected.abs().max()
-        closer = (Int8Linear(layer, None)(x) - expected).abs().max() / expected.abs().max()
-        coarse = (Int8Linear(layer, 1.0)(x) - expected).abs().max() / expected.abs().max()
+        close = (QuantisedLinear(layer, 4 / QMAX)(x) - expected).abs().max() / expected.abs().max()
+        closer = (QuantisedLinear(layer, None)(x) - expected).abs().max() / expected.abs().max()
+        coarse = (QuantisedLinear(layer, 1.0)(x) - expected).abs().max() / expected.abs().max()
     assert closer < close < 0.03 < coarse
 
 
@@ -372,7 +372,7 @@ def test_bundle_generates_and_its_report_compares_it_with_fp32(int8_export: tupl
     out, summary = int8_export
     [image] = Generator.load(out, engine="onnxruntime")("a red cube")
     assert np.asarray(image).std() > 0
-    report = summary.int8
+    report = summary.quantisation
     assert report is not None
     assert (report.precision, report.layers) == ("int8", len(LAYERS))
     assert [one.depth for one in report.depths] == [1, 2]
@@ -396,13 +396,17 @@ def test_weight_only_int8_stores_all_large_weights_in_int8(
 ) -> None:
     # Where OpenVINO must not cache what it compiles of the temporary bundles.
     monkeypatch.setenv("TPX_ENGINES", str(tmp_path / "engines"))
-    options = Int8Options(accept_loss=True)
+    options = QuantisationOptions(accept_loss=True)
     summary = export_bundle(
-        Pipeline.from_model(tiny_model), tmp_path / "w", depth=1, precision="int8-weights", int8=options
+        Pipeline.from_model(tiny_model),
+        tmp_path / "w",
+        depth=1,
+        precision="int8-weights",
+        quantisation=options,
     )
-    assert summary.int8 is not None and summary.int8.layers == len(LAYERS) + 7 + 4
+    assert summary.quantisation is not None and summary.quantisation.layers == len(LAYERS) + 7 + 4
     sizes = [
-        *summary.int8.sizes.values(),
+        *summary.quantisation.sizes.values(),
         (summary.folder_bytes["vae_decoder"], summary.folder_bytes["vae_encoder"]),
     ]
     assert least_bytes(Pipeline.from_model(tiny_model), "int8-weights") <= sum(map(sum, sizes))
@@ -464,7 +468,13 @@ def with_outliers(model: TextToImage) -> TextToImage:
 def test_rejects_a_model_with_outliers(tmp_path: Path) -> None:
     pipeline = Pipeline.from_model(with_outliers(one_block()))
     with pytest.raises(EngineFailed, match=r"transformer depth 1 with a relative error of .*tolerance 6e-02"):
-        export_bundle(pipeline, tmp_path / "x", depth=1, precision="int8", int8=Int8Options(accept_loss=True))
+        export_bundle(
+            pipeline,
+            tmp_path / "x",
+            depth=1,
+            precision="int8",
+            quantisation=QuantisationOptions(accept_loss=True),
+        )
     assert entry_names(tmp_path) == []
 
 
@@ -472,7 +482,7 @@ def test_rejects_a_model_with_outliers(tmp_path: Path) -> None:
 def slow(monkeypatch: pytest.MonkeyPatch) -> None:
     """int8 takes twice as long as fp32 in every engine."""
     monkeypatch.setattr(
-        quantiser, "speed", lambda int8, fp32, engine: SpeedReport(engine.name, 1, 2, 1.0, 2.0)
+        quantiser, "speed", lambda quantised, fp32, engine: SpeedReport(engine.name, 1, 2, 1.0, 2.0)
     )
 
 
@@ -516,7 +526,7 @@ def test_verdict_on_score_speed_and_size() -> None:
     few_images = replace(REPORT, score=replace(worse_score, change=Estimate(-0.02, -0.02, -0.02, 19)))
     for text in (str(rejection(few_images)), as_text(few_images)):
         assert "95% interval not known, too few images" in text
-    assert "90.0 in fp32 in b, 89.5 in int8 in a, -0.5 points" in as_text(REPORT)
+    assert "90.0 in fp32 in b, 89.5 quantised in a, -0.5 points" in as_text(REPORT)
     # int8 has to be faster than fp32 in its fastest engine.
     slower = replace(REPORT, speeds=(SpeedReport("a", 1, 2, 10.0, 8.5), SpeedReport("b", 1, 2, 8.0, 9.0)))
     assert "8.50 ms per call in a, while fp32 takes 8.00 ms in b" in str(rejection(slower))
@@ -542,9 +552,9 @@ def test_score_is_paired_and_wrong_images_lower_it(
     monkeypatch.setattr(scoring, "_correct", correct)
     report = scoring.score(bundle, resolve("onnxruntime"), bundle, resolve("openvino"), 4)
     assert isinstance(report, ScoreReport)
-    assert (report.images, report.fp32, report.int8, report.change.smallest_row) == (8, 1.0, 0.75, 4)
+    assert (report.images, report.fp32, report.quantised, report.change.smallest_row) == (8, 1.0, 0.75, 4)
     assert report.change.mean == -0.25 and report.change.low < -0.25 < report.change.high
-    assert engines == ["openvino", "onnxruntime"] == [report.fp32_engine, report.int8_engine]
+    assert engines == ["openvino", "onnxruntime"] == [report.fp32_engine, report.quantised_engine]
 
 
 def test_score_uses_the_fastest_engine_of_each_precision(
@@ -554,13 +564,13 @@ def test_score_uses_the_fastest_engine_of_each_precision(
     milliseconds = {"onnxruntime": (5.0, 9.0), "openvino": (8.0, 4.0), "openvino-bf16": (6.0, 6.0)}
     monkeypatch.setattr(quantiser, "available_engines", lambda: [resolve(name) for name in milliseconds])
     monkeypatch.setattr(
-        quantiser, "speed", lambda int8, fp32, one: SpeedReport(one.name, 1, 2, *milliseconds[one.name])
+        quantiser, "speed", lambda quantised, fp32, one: SpeedReport(one.name, 1, 2, *milliseconds[one.name])
     )
     monkeypatch.setattr(quantiser, "compare_with_fp32", lambda *_: None)
     monkeypatch.setattr(quantiser, "score", lambda *arguments: arguments)
     bundle, int8_quantiser = (
         Bundle.open(int8_export[0]),
-        quantiser.Quantiser(Pipeline.from_model(one_block()), "int8", Int8Options()),
+        quantiser.Quantiser(Pipeline.from_model(one_block()), "int8", QuantisationOptions()),
     )
     score: Any = int8_quantiser.report(bundle, bundle, lambda task: nullcontext()).score
     assert [score[1].name, score[3].name] == ["openvino", "onnxruntime"]
@@ -611,10 +621,10 @@ def test_class_score_has_equally_many_images_of_each_shape() -> None:
 
 def test_comparison_with_fp32_finds_differences(int8_export: tuple[Path, Summary], tiny_bundle: Path) -> None:
     """fp32 compared with itself shows none, int8 shows small ones; a graph that cannot take the inputs is an error."""
-    fp32, int8, engine = Bundle.open(tiny_bundle), Bundle.open(int8_export[0]), resolve("onnxruntime")
+    fp32, quantised, engine = Bundle.open(tiny_bundle), Bundle.open(int8_export[0]), resolve("onnxruntime")
     same = measure.compare_with_fp32(fp32, fp32, engine, 2, ["a red cube"])
     assert (same.error_worst, same.agreement, same.psnr_worst_db) == (0.0, 1.0, float("inf"))
-    small = measure.compare_with_fp32(int8, fp32, engine, 2, ["a red cube"])
+    small = measure.compare_with_fp32(quantised, fp32, engine, 2, ["a red cube"])
     assert 0 < small.error_median < 0.02 and small.psnr_worst_db < float("inf")
     totals = measure.ComparisonTotals()
     mismatched = measure._PairedSession(

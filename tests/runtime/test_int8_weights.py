@@ -1,4 +1,4 @@
-"""Products with int8 weights on CPUs: engines round the other factor too, in groups, as docs/int8.md says."""
+"""Products with int8 weights on CPUs: engines round the other factor too, in groups, as docs/quantisation.md says."""
 
 import json
 import subprocess
@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from tpx_runtime.engine import ENGINES
 
 ROWS, WIDTH, OUT = 24, 256, 64
-GROUPS = {"onnxruntime": 32, "openvino": 128}  # docs/int8.md
+GROUPS = {"onnxruntime": 32, "openvino": 128}  # docs/quantisation.md
 
 
 @cache

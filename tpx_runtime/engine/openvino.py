@@ -24,7 +24,7 @@ from .session import Arrays, engine_errors
 # By default OpenVINO computes in bf16 if the CPU can, which changes the routes of some tokens; so it must be requested.
 PRECISIONS = {"openvino": "f32", "openvino-bf16": "bf16"}
 # Products with int8 weights round their other factor to int8 too, in groups of so many values of a row. With OpenVINO's
-# default, 32, a call takes 1.1 times as long (docs/int8.md).
+# default, 32, a call takes 1.1 times as long (docs/quantisation.md).
 ROUNDED_GROUP = 128
 # The first with com.microsoft::MultiHeadAttention, which large models contain for ONNX Runtime.
 MIN_VERSION = (2026, 3)

@@ -1,4 +1,4 @@
-"""INT8 quantisation: the layers, the grid, the calibration, and the comparison with fp32 (docs/int8.md).
+"""INT8 quantisation: the layers, the grid, the calibration, and the comparison with fp32 (docs/quantisation.md).
 
     transformer ─layers─▶ names ─calibration over sampling trajectories─▶ histograms of |x| ─grid─▶ step sizes
                 └────────────────────────linear: each layer replaced by its int8 form────────▶ export of the graphs

@@ -42,7 +42,7 @@ def _(x: Tensor, weight: Tensor, steps: Tensor) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[1])
 
 
-class Int8Linear(nn.Module):
+class QuantisedLinear(nn.Module):
     """Replaces a linear layer, float32 [..., in] -> [..., out]; `step` is the step size of activations, None for float32."""
 
     weight: Tensor
@@ -66,12 +66,12 @@ class Int8Linear(nn.Module):
         return output
 
 
-class Int8Modulation(Modulation):
+class QuantisedModulation(Modulation):
     """Replaces the layer of an adaLN with int8 weights. It is a Modulation because other code searches for this class."""
 
     def __init__(self, layer: Modulation) -> None:
         nn.Module.__init__(self)
-        self.parts, self.product = layer.parts, Int8Linear(layer, None)
+        self.parts, self.product = layer.parts, QuantisedLinear(layer, None)
 
     def forward(self, act: Tensor) -> Tensor:
         output: Tensor = self.product(act)
@@ -89,7 +89,7 @@ def replace_layers(module: nn.Module, layers: Layers, steps: Mapping[str, float]
     for name, layer in layers.items():
         parent, _, attribute = name.rpartition(".")
         if isinstance(layer, Modulation):
-            quantised: nn.Module = Int8Modulation(layer)
+            quantised: nn.Module = QuantisedModulation(layer)
         else:
-            quantised = Int8Linear(layer, None if steps is None else steps[name])
+            quantised = QuantisedLinear(layer, None if steps is None else steps[name])
         setattr(module.get_submodule(parent), attribute, quantised)

@@ -1,4 +1,4 @@
-"""int8 against fp32 in one engine: both transformers on the same inputs along fp32's trajectories, then both images."""
+"""A quantised bundle against fp32 in one engine: transformers on equal inputs along fp32's trajectories, then images."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -34,13 +34,13 @@ class ComparisonTotals:
 
 
 class _PairedSession:
-    """An fp32 session that also runs each call in int8 and compares the outputs."""
+    """An fp32 session that also runs each call in the quantised session and compares the outputs."""
 
-    def __init__(self, fp32: Session, int8: Session, prediction: str, totals: ComparisonTotals) -> None:
-        self._fp32, self._int8, self._prediction, self._totals = fp32, int8, prediction, totals
+    def __init__(self, fp32: Session, quantised: Session, prediction: str, totals: ComparisonTotals) -> None:
+        self._fp32, self._quantised, self._prediction, self._totals = fp32, quantised, prediction, totals
 
     def run(self, inputs: Arrays) -> Arrays:
-        expected, found = self._fp32.run(inputs), self._int8.run(inputs)
+        expected, found = self._fp32.run(inputs), self._quantised.run(inputs)
         name = self._prediction
         self._totals.errors.append(relative_error(found.get(name), expected[name]))
         if "routes" in expected:
@@ -50,31 +50,31 @@ class _PairedSession:
 
 
 class PairedEngine:
-    """Has the interface of an engine, opens the graphs of `fp32`, and runs each transformer together with that of `int8`."""
+    """Has the interface of an engine, opens the graphs of `fp32`, and runs each transformer together with `quantised`'s."""
 
     device_loops = None  # outputs must return to the host after each call to be compared
 
-    def __init__(self, engine: Engine, fp32: Bundle, int8: Bundle, totals: ComparisonTotals) -> None:
+    def __init__(self, engine: Engine, fp32: Bundle, quantised: Bundle, totals: ComparisonTotals) -> None:
         self.name, self.variant = engine.name, engine.variant
-        self._engine, self._fp32, self._int8, self._totals = engine, fp32, int8, totals
+        self._engine, self._fp32, self._quantised, self._totals = engine, fp32, quantised, totals
 
     def open(self, path: Path) -> Session:
         session = self._engine.open(path)
         model = self._fp32.manifest.model
         if path not in [self._fp32.transformer(depth, self.variant) for depth in model.depths]:
             return session
-        int8 = self._engine.open(self._int8.root / path.relative_to(self._fp32.root))
-        return _PairedSession(session, int8, model.prediction, self._totals)
+        quantised = self._engine.open(self._quantised.root / path.relative_to(self._fp32.root))
+        return _PairedSession(session, quantised, model.prediction, self._totals)
 
 
 def compare_with_fp32(
-    int8: Bundle, fp32: Bundle, engine: Engine, depth: int, subjects: Sequence[str | int]
+    quantised: Bundle, fp32: Bundle, engine: Engine, depth: int, subjects: Sequence[str | int]
 ) -> DepthReport:
     """Generate an image of each subject in both precisions with the bundle's default settings. Raises EngineFailed."""
     totals = ComparisonTotals()
-    paired = PairedEngine(engine, fp32, int8, totals)
+    paired = PairedEngine(engine, fp32, quantised, totals)
     expected = generate_images(Generator(fp32, paired), subjects, depth=depth)
-    found = generate_images(Generator(int8, engine), subjects, depth=depth)
+    found = generate_images(Generator(quantised, engine), subjects, depth=depth)
     psnrs = [psnr_db(*pair) for pair in zip(found, expected, strict=True)]
     return DepthReport(
         engine=engine.name,

@@ -1,4 +1,4 @@
-"""The additional tasks of an export in precision int8 or int8-weights: quantisation part by part, and the report."""
+"""The additional tasks of an export in quantised precision: quantisation part by part, and the report."""
 
 import contextlib
 import os
@@ -12,7 +12,7 @@ from torch import nn
 
 from tpx_export.description import build_manifest
 from tpx_export.pipeline import Pipeline, TextPart
-from tpx_export.precision import INT8_PRECISIONS
+from tpx_export.precision import QUANTISED_PRECISIONS
 from tpx_export.quantise.calibration import CalibrationInputs, collect_activations
 from tpx_export.quantise.grid import MagnitudeHistogram
 from tpx_export.quantise.layers import block_linears, encoder_linears, modulations
@@ -31,8 +31,8 @@ MAX_SCORE_PROMPTS = 92  # of each kind of ShapesEval
 
 
 @dataclass(frozen=True)
-class Int8Options:
-    """Options of the precisions int8 and int8-weights.
+class QuantisationOptions:
+    """Options of the quantised precisions.
 
     `calibration` is a file of prompts, None for the default ones (prompts.py). With `accept_loss` the bundle is kept even if
     it loses too much or gains nothing. `score_prompts` is the number of images per kind of ShapesEval, or per shape for the
@@ -45,11 +45,11 @@ class Int8Options:
 
     def check(self, precision: str | None) -> None:
         """Check what can be checked without the model; `precision` None is the pipeline's. Raises BadInput."""
-        if precision not in INT8_PRECISIONS:
+        if precision not in QUANTISED_PRECISIONS:
             found = precision or "no --precision"
             raise BadInput(
                 "expected --calibration, --score-prompts and --accept-loss only with precision "
-                f"{' or '.join(INT8_PRECISIONS)}, found {found}; leave them out"
+                f"{' or '.join(QUANTISED_PRECISIONS)}, found {found}; leave them out"
             )
         if not 0 <= self.score_prompts <= MAX_SCORE_PROMPTS:
             raise BadInput(
@@ -67,7 +67,7 @@ class Int8Options:
 class Quantiser:
     """Quantises the parts of one export, each while it is in memory, and reports the result."""
 
-    def __init__(self, pipeline: Pipeline, precision: str, options: Int8Options) -> None:
+    def __init__(self, pipeline: Pipeline, precision: str, options: QuantisationOptions) -> None:
         """`options` must have been checked. Raises BadInput for calibration prompts that the model cannot read."""
         self.weights_only = precision == "int8-weights"
         self.precision, self.options, self.layers = precision, options, 0
@@ -76,7 +76,7 @@ class Quantiser:
         self._inputs = CalibrationInputs(self._subjects.calibration)
 
     def task_count(self, depths: Sequence[int]) -> int:
-        """How many tasks int8 adds to an export."""
+        """How many tasks quantisation adds to an export."""
         calibration = 0 if self.weights_only else len(depths)
         fp32 = 1 + len(depths) + 1  # conditions, depths, and the rest of the fp32 bundle
         return calibration + fp32 + len(available_engines()) + len(depths) + 1
@@ -107,19 +107,21 @@ class Quantiser:
         replace_layers(module, layers, steps)
         self.layers += len(layers)
 
-    def report(self, int8: Bundle, fp32: Bundle, tasks: Tasks) -> Report:
+    def report(self, quantised: Bundle, fp32: Bundle, tasks: Tasks) -> Report:
         """Compare the bundle with that of the same model in fp32. Raises EngineFailed, EngineUnavailable."""
         speeds, depths = [], []
         for engine in available_engines():
             with tasks(f"speed {engine.name}"):
-                speeds.append(speed(int8, fp32, engine))
+                speeds.append(speed(quantised, fp32, engine))
         onnxruntime = resolve("onnxruntime")
-        for depth in int8.manifest.model.depths:
+        for depth in quantised.manifest.model.depths:
             with tasks(f"images depth {depth}"):
-                depths.append(compare_with_fp32(int8, fp32, onnxruntime, depth, self._subjects.comparison))
+                depths.append(
+                    compare_with_fp32(quantised, fp32, onnxruntime, depth, self._subjects.comparison)
+                )
         with tasks("score"):  # on the engines whose speeds are compared
-            fastest_fp32, fastest_int8 = (resolve(report.engine) for report in fastest(speeds))
-            score_report = score(int8, fastest_int8, fp32, fastest_fp32, self.options.score_prompts)
+            fastest_fp32, fastest_quantised = (resolve(report.engine) for report in fastest(speeds))
+            score_report = score(quantised, fastest_quantised, fp32, fastest_fp32, self.options.score_prompts)
         folders = ["transformer"]
         if self.weights_only:
             folders += [part.spec.folder for part in self._pipeline.text]
@@ -130,18 +132,18 @@ class Quantiser:
             depths=tuple(depths),
             speeds=tuple(speeds),
             score=score_report,
-            sizes={name: (fp32.folder_bytes(name), int8.folder_bytes(name)) for name in folders},
+            sizes={name: (fp32.folder_bytes(name), quantised.folder_bytes(name)) for name in folders},
         )
 
 
-def complete_fp32_bundle(fp32: Path, int8: Bundle, pipeline: Pipeline) -> Bundle:
-    """The bundle at `fp32`, its missing files taken from `int8`. Raises OSError."""
-    for name in int8.manifest.files:
+def complete_fp32_bundle(fp32: Path, quantised: Bundle, pipeline: Pipeline) -> Bundle:
+    """The bundle at `fp32`, its missing files taken from `quantised`. Raises OSError."""
+    for name in quantised.manifest.files:
         if not (fp32 / name).exists():
             (fp32 / name).parent.mkdir(parents=True, exist_ok=True)
-            _link(int8.root / name, fp32 / name)
+            _link(quantised.root / name, fp32 / name)
     files = describe_files(fp32)
-    return Bundle(fp32, build_manifest(pipeline, int8.manifest.model.depths, "fp32", files))
+    return Bundle(fp32, build_manifest(pipeline, quantised.manifest.model.depths, "fp32", files))
 
 
 def _link(source: Path, target: Path) -> None:

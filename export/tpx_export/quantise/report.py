@@ -1,4 +1,4 @@
-"""The comparison of int8 with fp32, as data and as text."""
+"""The comparison of a quantised bundle with fp32, as data and as text."""
 
 import math
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from tpx_runtime.evaluation.statistics import Estimate, interval_text
 
 @dataclass(frozen=True)
 class DepthReport:
-    """int8 against fp32 at one depth in one engine.
+    """A quantised bundle against fp32 at one depth in one engine.
 
     Errors are max|a - b| / max|b| of a call's prediction, over `calls` transformer calls with the same inputs along fp32's
     trajectories. `agreement` is the share of equal routes, None without thinking blocks. PSNR (dB) compares the images of
@@ -35,24 +35,24 @@ class SpeedReport:
     depth: int
     rows: int
     fp32_ms: float
-    int8_ms: float
+    quantised_ms: float
 
 
 def fastest(speeds: Sequence[SpeedReport]) -> tuple[SpeedReport, SpeedReport]:
-    """The reports of the engine that is fastest with fp32 and of the engine that is fastest with int8."""
-    return min(speeds, key=lambda speed: speed.fp32_ms), min(speeds, key=lambda speed: speed.int8_ms)
+    """The reports of the engine that is fastest with fp32 and of the engine that is fastest quantised."""
+    return min(speeds, key=lambda speed: speed.fp32_ms), min(speeds, key=lambda speed: speed.quantised_ms)
 
 
 @dataclass(frozen=True)
 class ScoreReport:
-    """Scores in 0..1, each bundle's in its fastest engine; `change` is int8 minus fp32, paired over images."""
+    """Scores in 0..1, each bundle's in its fastest engine; `change` is quantised minus fp32, paired over images."""
 
     name: str
     images: int
     fp32_engine: str
-    int8_engine: str
+    quantised_engine: str
     fp32: float
-    int8: float
+    quantised: float
     change: Estimate
 
 
@@ -65,9 +65,9 @@ class NotScored:
 
 @dataclass(frozen=True)
 class Report:
-    """int8 against fp32. `sizes` are the bytes of folders, (fp32, int8).
+    """A quantised bundle against fp32. `sizes` are the bytes of folders, (fp32, quantised).
 
-    `layers` is the number of quantised layers, `trajectories` that of calibration trajectories (0 for int8-weights).
+    `layers` is the number of quantised layers, `trajectories` that of calibration trajectories (0 if only weights are).
     """
 
     precision: str
@@ -80,7 +80,7 @@ class Report:
 
     @property
     def bytes(self) -> tuple[int, int]:
-        """The total of `sizes`, (fp32, int8)."""
+        """The total of `sizes`, (fp32, quantised)."""
         sizes = list(self.sizes.values())
         return sum(size[0] for size in sizes), sum(size[1] for size in sizes)
 
@@ -98,10 +98,10 @@ def as_text(report: Report) -> str:
     if report.depths:
         first = report.depths[0]
         lines.append(f"({first.calls} calls and {first.images} images per depth, all in {first.engine})")
-    lines += ["", f"{'engine':<20}{'fp32, ms':>10}{'int8, ms':>10}{'int8/fp32':>11}"]
+    lines += ["", f"{'engine':<20}{'fp32, ms':>10}{report.precision + ', ms':>18}{'ratio':>8}"]
     for speed in report.speeds:
-        ratio = speed.int8_ms / speed.fp32_ms
-        lines.append(f"{speed.engine:<20}{speed.fp32_ms:>10.2f}{speed.int8_ms:>10.2f}{ratio:>11.2f}")
+        ratio = speed.quantised_ms / speed.fp32_ms
+        lines.append(f"{speed.engine:<20}{speed.fp32_ms:>10.2f}{speed.quantised_ms:>18.2f}{ratio:>8.2f}")
     if report.speeds:
         lines.append(
             f"(median of a call with {report.speeds[0].rows} rows at depth {report.speeds[0].depth})"
@@ -118,7 +118,7 @@ def _score(score: ScoreReport | NotScored) -> str:
         return f"score: not measured, {score.reason}"
     return (
         f"{score.name}, {score.images} images: {100 * score.fp32:.1f} in fp32 in {score.fp32_engine}, "
-        f"{100 * score.int8:.1f} in int8 in {score.int8_engine}, {100 * score.change.mean:+.1f} points "
+        f"{100 * score.quantised:.1f} quantised in {score.quantised_engine}, {100 * score.change.mean:+.1f} points "
         f"(95% interval {interval_text(*score.change.bounds, '+', 'not known, too few images')})"
     )
 

@@ -35,10 +35,10 @@ class Question:
 
 
 def score(
-    int8: Bundle, int8_engine: Engine, fp32: Bundle, fp32_engine: Engine, per_row: int
+    quantised: Bundle, quantised_engine: Engine, fp32: Bundle, fp32_engine: Engine, per_row: int
 ) -> ScoreReport | NotScored:
     """Score the first `per_row` images of each row; 0 for no score. Raises EngineFailed, EngineUnavailable."""
-    generators = Generator(fp32, fp32_engine), Generator(int8, int8_engine)
+    generators = Generator(fp32, fp32_engine), Generator(quantised, quantised_engine)
     questions = questions_for(generators[1], per_row)
     if isinstance(questions, NotScored):
         return questions
@@ -47,14 +47,14 @@ def score(
     for question, *pair in zip(questions, *correct, strict=True):
         pairs.setdefault(question.row, []).append(tuple(pair))
     rows = [np.array(row, np.float64) for row in pairs.values()]  # each [images, 2]
-    fp32_score, int8_score = np.mean([row.mean(axis=0) for row in rows], axis=0)
+    fp32_score, quantised_score = np.mean([row.mean(axis=0) for row in rows], axis=0)
     return ScoreReport(
         name="ShapesEval" if generators[1].text else "the shapes' classes",
         images=len(questions),
         fp32_engine=fp32_engine.name,
-        int8_engine=int8_engine.name,
+        quantised_engine=quantised_engine.name,
         fp32=float(fp32_score),
-        int8=float(int8_score),
+        quantised=float(quantised_score),
         change=bootstrap([row[:, 1] - row[:, 0] for row in rows]),
     )
 

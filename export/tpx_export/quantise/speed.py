@@ -1,4 +1,4 @@
-"""Milliseconds of a transformer call in int8 and fp32, in every installed engine that reads a bundle without tpx-build."""
+"""Milliseconds of a transformer call, quantised and in fp32, in every installed engine that needs no tpx-build."""
 
 import time
 from collections.abc import Sequence
@@ -21,12 +21,12 @@ def available_engines() -> list[Engine]:
     ]
 
 
-def speed(int8: Bundle, fp32: Bundle, engine: Engine) -> SpeedReport:
+def speed(quantised: Bundle, fp32: Bundle, engine: Engine) -> SpeedReport:
     """Time both bundles in turn at the default depth, with the rows of one image. Raises EngineFailed."""
-    depth, rows = int8.manifest.defaults.depth, 1 if int8.manifest.defaults.guidance == 1 else 2
-    sessions = tuple(engine.open(bundle.transformer(depth, engine.variant)) for bundle in (fp32, int8))
-    fp32_ms, int8_ms = time_interleaved(sessions, _inputs(int8, rows))
-    return SpeedReport(engine.name, depth, rows, fp32_ms, int8_ms)
+    depth, rows = quantised.manifest.defaults.depth, 1 if quantised.manifest.defaults.guidance == 1 else 2
+    sessions = tuple(engine.open(bundle.transformer(depth, engine.variant)) for bundle in (fp32, quantised))
+    fp32_ms, quantised_ms = time_interleaved(sessions, _inputs(quantised, rows))
+    return SpeedReport(engine.name, depth, rows, fp32_ms, quantised_ms)
 
 
 def time_interleaved(sessions: Sequence[Session], inputs: Arrays) -> list[float]:

@@ -1,4 +1,4 @@
-"""The decision whether an int8 bundle is kept."""
+"""The decision whether a quantised bundle is kept."""
 
 from tpx_export.quantise.report import Report, ScoreReport, fastest
 from tpx_export.summary import Summary
@@ -10,7 +10,7 @@ MAX_SIZE = 0.5  # of fp32's bytes: fp16 has this size with smaller errors
 
 
 class Refused(TpxError):
-    """An int8 bundle that loses too much or gains nothing. `summary` is what the export would have returned."""
+    """A quantised bundle that loses too much or gains nothing. `summary` is what the export would have returned."""
 
     exit_code = 7
 
@@ -25,22 +25,21 @@ def rejection(report: Report) -> str | None:
     score = report.score
     if isinstance(score, ScoreReport) and score.change.mean < -MAX_SCORE_LOSS:
         faults.append(
-            f"{100 * score.change.mean:+.1f} points of {score.name} in {score.int8_engine} "
+            f"{100 * score.change.mean:+.1f} points of {score.name} in {score.quantised_engine} "
             f"(95% interval {interval_text(*score.change.bounds, '+', 'not known, too few images')})"
         )
     expected = f"a loss of at most {100 * MAX_SCORE_LOSS:.0f} point of score"
     if report.precision == "int8":
         expected += " and a fastest engine that beats fp32's"
-        fp32, int8 = fastest(report.speeds)
-        if int8.int8_ms >= fp32.fp32_ms:
-            faults.append(
-                f"{int8.int8_ms:.2f} ms per call in {int8.engine}, while fp32 takes {fp32.fp32_ms:.2f} ms in {fp32.engine}"
-            )
+        fp32, fast = fastest(report.speeds)
+        if fast.quantised_ms >= fp32.fp32_ms:
+            found = f"{fast.quantised_ms:.2f} ms per call in {fast.engine}"
+            faults.append(f"{found}, while fp32 takes {fp32.fp32_ms:.2f} ms in {fp32.engine}")
     else:
         expected += f" and less than {MAX_SIZE:.0%} of fp32's bytes"
-        fp32_bytes, int8_bytes = report.bytes
-        if int8_bytes >= MAX_SIZE * fp32_bytes:
-            faults.append(f"{int8_bytes / fp32_bytes:.0%} of fp32's bytes")
+        fp32_bytes, quantised_bytes = report.bytes
+        if quantised_bytes >= MAX_SIZE * fp32_bytes:
+            faults.append(f"{quantised_bytes / fp32_bytes:.0%} of fp32's bytes")
     if not faults:
         return None
     return f"expected of {report.precision} {expected}, found {' and '.join(faults)}"
