@@ -45,7 +45,7 @@ _PATH = click.Path(path_type=Path)
 )
 @click.option(
     "--precision",
-    help="fp32, fp16, int8 or int8-weights.  [default: as BASE's weights are stored; fp32 for --ckpt]",
+    help="fp32, fp16, int8, int8-weights or int4-weights.  [default: as BASE's weights are stored; fp32 for --ckpt]",
 )
 @click.option(
     "--calibration",

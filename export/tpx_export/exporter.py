@@ -71,9 +71,9 @@ from tpx_runtime.verify import (
     verify_transformers,
 )
 
-# Bytes per weight of the parts that an export writes, at least. int8-weights also writes text encoders and transformer in
-# fp32, to compare with; int8 leaves the text encoders as they are stored.
-_LEAST_BYTES = {"fp32": 4, "fp16": 2, "int8": 2, "int8-weights": 4}
+# Bytes per weight of the parts that an export writes, at least. Where only weights are quantised, text encoders and
+# transformer are also written in fp32, to compare with; int8 leaves the text encoders as they are stored.
+_LEAST_BYTES = {"fp32": 4, "fp16": 2, "int8": 2, "int8-weights": 4, "int4-weights": 4}
 
 Progress = Callable[[str, int, int], None]  # (name of the next task, tasks done, total)
 

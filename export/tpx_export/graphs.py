@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tpx_export.operator import OPSET, TRANSLATIONS, register_schema
+from tpx_export.quantise.pack import pack_int4
 
 # Elements of the largest constant that is folded: so small that no weight is ever copied under another name.
 _MAX_FOLDED = 1024
@@ -119,6 +120,7 @@ def to_onnx(graph: Graph) -> ir.Model:
             output_size_limit=_MAX_FOLDED,
             onnx_shape_inference=True,
         )
+    pack_int4(program.model)
     return strip_metadata(program.model)
 
 

@@ -1,7 +1,7 @@
 """Custom translations of operations to ONNX, which every `torch.onnx.export` call uses.
 
 tpx::RoutedLora    one node of that name; routing.py adds its function body
-tpx::..._linear    int8: QuantizeLinear and DequantizeLinear around one MatMul (quantise/linear.py)
+tpx::..._linear    int8, int4: QuantizeLinear and DequantizeLinear around one MatMul (quantise/linear.py)
 chunk              one Split (the exporter's own translation uses a sequence, which TensorRT rejects)
 attention          MatMul, Softmax (always float32), MatMul without shape arithmetic, so that engines can fuse it
 """
@@ -15,9 +15,9 @@ import onnxscript
 import torch
 
 from tpx_export.model import routed_lora  # noqa: F401  registers torch.ops.tpx.RoutedLora
-from tpx_export.quantise import linear  # noqa: F401  registers torch.ops.tpx's linear layers in int8
+from tpx_export.quantise import linear  # noqa: F401  registers torch.ops.tpx's quantised linear layers
 
-OPSET = 20
+OPSET = 21  # the first with int4 and with a step size for each group of a weight
 DOMAIN, NAME = "tpx", "RoutedLora"
 
 _op = onnxscript.values.Opset("", OPSET)
@@ -53,7 +53,10 @@ def _quantised_linear(x: Any, step: Any, weight: Any, steps: Any) -> Any:
 
 
 def _dequantised_linear(x: Any, weight: Any, steps: Any) -> Any:
-    return _op.MatMul(x, _op.DequantizeLinear(weight, steps, axis=1))
+    if len(steps.shape) == 1:  # int8
+        return _op.MatMul(x, _op.DequantizeLinear(weight, steps, axis=1))
+    group = weight.shape[0] // steps.shape[0]  # int4, stored as such by quantise/pack.py
+    return _op.MatMul(x, _op.DequantizeLinear(weight, steps, axis=0, block_size=group))
 
 
 TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {

@@ -24,11 +24,15 @@ TOLERANCES = {
     "int8-weights": Tolerance(
         text_encoder=5e-2, conditions=3e-2, transformer=5e-2, vae=1e-4, routing_agreement=0.98
     ),
+    "int4-weights": Tolerance(
+        text_encoder=5e-2, conditions=2e-1, transformer=4e-1, vae=1e-4, routing_agreement=0.93
+    ),
 }
 # The types that the weights of a checkpoint or an adapter file may be stored in.
 STORED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
-QUANTISED_PRECISIONS = ("int8", "int8-weights")
+WEIGHT_BITS = {"int8-weights": 8, "int4-weights": 4}  # the precisions in which only weights are quantised
+QUANTISED_PRECISIONS = ("int8", *WEIGHT_BITS)
 
 
 def unquantised_precision(precision: str, stored: str) -> str:

@@ -1,4 +1,4 @@
-"""Which int8 graphs TensorRT for RTX accepts: QuantizeLinear and DequantizeLinear around the MatMuls of an MMDiT block.
+"""Which graphs in int8 and int4 TensorRT for RTX accepts: QuantizeLinear and DequantizeLinear around MatMuls.
 
 It parses and builds them without a GPU. Only a GPU can show whether an engine multiplies in int8, and how accurately.
 """
@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 import pytest
@@ -175,6 +176,28 @@ def test_int8_weights_are_stored_as_int8(tmp_path: Path) -> None:
         )
         sizes[kind] = len(tensorrt.build(RTX, tmp_path / "x.onnx", {"x": (None, 1024)}))
     assert sizes["fp16"] - sizes["int8"] > 700_000
+
+
+@pytest.mark.parametrize("capability", [86, 89, 120])
+@pytest.mark.parametrize("group", [128, 16])
+def test_int4_weights_are_stored_as_int4(tmp_path: Path, group: int, capability: int) -> None:
+    """Weights in int4 with a float32 step for each group, alone, as in an int4-weights bundle."""
+    rng, width = np.random.default_rng(0), 1024
+    constants = [
+        numpy_helper.from_array(rng.integers(-8, 8, (width, width)).astype(ml_dtypes.int4), "w"),
+        numpy_helper.from_array(rng.uniform(-1, 1, (width // group, width)).astype(np.float32), "s"),
+    ]
+    nodes = [
+        helper.make_node("DequantizeLinear", ["w", "s"], ["v"], axis=0, block_size=group),
+        helper.make_node("MatMul", ["x", "v"], ["y"]),
+    ]
+    ports = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["b", width]) for name in "xy"]
+    graph = helper.make_graph(nodes, "linear", ports[:1], ports[1:], constants)
+    opset = [helper.make_opsetid("", 21)]
+    onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=10), tmp_path / "x.onnx")
+    engine = tensorrt.build(RTX, tmp_path / "x.onnx", {"x": (None, width)}, capability=capability)
+    weights = width * width / 2 + 4 * width * width / group
+    assert weights < len(engine) < weights + 100_000
 
 
 @pytest.mark.parametrize(("symmetric", "accepted"), [(True, True), (False, False)])

@@ -1,4 +1,4 @@
-"""int8: the quantised layers, the grid, calibration, the report, and the deletion of rejected bundles."""
+"""Quantisation: the layers, the grids, calibration, the graphs, the report, and the deletion of rejected bundles."""
 
 import copy
 import os
@@ -13,13 +13,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import ml_dtypes
 import numpy as np
 import onnx
+import onnx_ir
 import onnxruntime
 import pytest
 import torch
 from click.testing import CliRunner
 from onnx import numpy_helper
+from onnx.reference import ReferenceEvaluator
 from tiny import make_tiny, make_tiny_classes
 from torch import nn
 
@@ -27,6 +30,7 @@ from tpx_export import checkpoint, exporter
 from tpx_export.cli import main
 from tpx_export.exporter import Summary, export_bundle, least_bytes
 from tpx_export.golden import text_golden
+from tpx_export.graphs import Graph, to_onnx
 from tpx_export.model import (
     MMDiT,
     TextToImage,
@@ -37,9 +41,17 @@ from tpx_export.pipeline import Pipeline
 from tpx_export.quantise import measure, quantiser, speed
 from tpx_export.quantise import score as scoring
 from tpx_export.quantise.calibration import SEED, CalibrationInputs, collect_activations
-from tpx_export.quantise.grid import BINS, QMAX, MagnitudeHistogram, quantise_weight
+from tpx_export.quantise.grid import (
+    BINS,
+    QMAX,
+    MagnitudeHistogram,
+    group_size,
+    quantise_weight,
+    quantise_weight_int4,
+)
 from tpx_export.quantise.layers import block_linears, encoder_linears, modulations
 from tpx_export.quantise.linear import QuantisedLinear, replace_layers
+from tpx_export.quantise.pack import pack_int4
 from tpx_export.quantise.prompts import PromptFile, choose_subjects, default_prompts
 from tpx_export.quantise.quantiser import QuantisationOptions
 from tpx_export.quantise.report import DepthReport, NotScored, Report, ScoreReport, SpeedReport, as_text
@@ -113,6 +125,32 @@ def test_quantised_weights_are_within_half_a_step() -> None:
     # Each channel uses the whole grid.
     assert values.abs().amax(0)[weight.any(1)].eq(QMAX).all()
     assert not values[:, 7].any() and torch.isfinite(steps).all()
+
+
+def test_int4_weights_use_the_whole_grid_in_each_group() -> None:
+    rng = torch.Generator().manual_seed(0)
+    weight = torch.randn(48, 64, generator=rng) * torch.logspace(-4, 3, 48)[:, None]
+    weight[7, 16:32] = 0
+    values, steps = quantise_weight_int4(weight, 16)
+    assert (values.dtype, values.shape, steps.shape) == (torch.int8, (64, 48), (4, 48))
+    assert (values.min(), values.max()) == (-8, 7) and torch.isfinite(steps).all()
+    values, groups = values.t().unflatten(1, (4, 16)), weight.unflatten(1, (4, 16))
+    found = values * steps.t().unsqueeze(2)
+    assert not values[7, 1].any()
+    some = groups.any(2)
+    assert values[some].amin(1).eq(-8).all()  # the largest in magnitude, which is exact
+    torch.testing.assert_close(found.abs().amax(2), groups.abs().amax(2))
+    # All others are within half a step, or a whole one at the end of the grid.
+    errors = (found - groups).abs() / steps.t().abs().unsqueeze(2)
+    assert errors[values < 7].max() <= 0.5001 and errors.max() <= 1.0001
+    assert 0.2 < errors[some].mean() < 0.3
+
+
+@pytest.mark.parametrize(
+    ("width", "group"), [(1536, 128), (2432, 128), (192, 64), (96, 32), (48, 16), (40, None), (7, None)]
+)
+def test_groups_divide_the_width(width: int, group: int | None) -> None:
+    assert group_size(width) == group
 
 
 def test_histogram_counts_all_values_while_its_range_grows() -> None:
@@ -270,7 +308,7 @@ def test_models_whose_image_takes_minutes_get_one_subject() -> None:
         assert len(choose_subjects(large).calibration) == count
 
 
-# The int8 layer and its graph
+# Quantised layers and their graphs
 
 
 def test_int8_layer_is_close_to_the_float32_layer() -> None:
@@ -282,6 +320,72 @@ def test_int8_layer_is_close_to_the_float32_layer() -> None:
         closer = (QuantisedLinear(layer, None)(x) - expected).abs().max() / expected.abs().max()
         coarse = (QuantisedLinear(layer, 1.0)(x) - expected).abs().max() / expected.abs().max()
     assert closer < close < 0.03 < coarse
+
+
+@pytest.mark.parametrize(("width", "error"), [(64, 0.15), (40, 0.01)])
+def test_int4_layer_is_close_and_falls_back_to_int8(width: int, error: float) -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Linear(width, 48), torch.randn(2, 5, width)
+    with torch.no_grad():
+        expected = layer(x)
+        found = QuantisedLinear(layer, None, bits=4)(x)
+    assert error / 10 < (found - expected).norm() / expected.norm() < error
+
+
+class Twice(nn.Module):
+    """A layer in int4 that is used twice, and one in int8."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.four, self.eight = (QuantisedLinear(nn.Linear(64, 64), None, bits) for bits in (4, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        output: torch.Tensor = self.four(self.eight(self.four(x)))
+        return output
+
+
+def test_int4_weights_are_stored_in_half_a_byte(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module, x = Twice(), torch.randn(2, 5, 64)
+    model = to_onnx(Graph(module, {"x": x}, ("y",)))
+    stored = {name: value for name, value in model.graph.initializers.items() if name.endswith("weight")}
+    assert {name: str(value.dtype) for name, value in stored.items()} == {
+        "four.weight": "INT4",
+        "eight.weight": "INT8",
+    }
+    tensor = stored["four.weight"].const_value
+    assert tensor is not None and tensor.nbytes == len(tensor.tobytes()) == 64 * 64 / 2
+    assert pack_int4(model) == 0  # nothing is left to do
+    onnx_ir.save(model, tmp_path / "twice.onnx")
+    onnx.checker.check_model(str(tmp_path / "twice.onnx"), full_check=True)
+    with torch.no_grad():
+        expected = module(x).numpy()
+    for name in ("onnxruntime", "openvino"):
+        found = resolve(name).open(tmp_path / "twice.onnx").run({"x": x.numpy()})["y"]
+        assert np.abs(found - expected).max() < 0.02 * np.abs(expected).max()
+
+
+def test_packing_counts_weights_and_keeps_their_meaning() -> None:
+    torch.manual_seed(0)
+    values, steps = quantise_weight_int4(torch.randn(8, 64), 32)
+    constants = {"w": values.numpy(), "s": steps.numpy()}
+    nodes = [
+        onnx.helper.make_node("DequantizeLinear", ["w", "s"], [output], axis=0, block_size=32)
+        for output in ("y", "z")
+    ]
+    ports = [onnx.helper.make_tensor_value_info(name, 1, [64, 8]) for name in ("y", "z")]
+    tensors = [numpy_helper.from_array(value, name) for name, value in constants.items()]
+    opset = [onnx.helper.make_opsetid("", 21)]
+    graph = onnx.helper.make_graph(nodes, "weights", [], ports, tensors)
+    before = onnx.helper.make_model(graph, opset_imports=opset, ir_version=10)
+    model = onnx_ir.from_proto(before)
+    assert pack_int4(model) == 1
+    after = onnx_ir.to_proto(model)
+    assert onnx.numpy_helper.to_array(after.graph.initializer[0]).dtype == ml_dtypes.int4
+    outputs = [ReferenceEvaluator(one).run(None, {}) for one in (before, after)]
+    for one, other in zip(*outputs, strict=True):
+        np.testing.assert_array_equal(one, other)
+    np.testing.assert_allclose(outputs[0][0], (values.unflatten(0, (2, 32)) * steps[:, None]).flatten(0, 1))
 
 
 def test_graph_is_symmetric_int8_only_in_the_selected_layers(
@@ -307,7 +411,8 @@ def test_graph_is_symmetric_int8_only_in_the_selected_layers(
             if node.op_type == "MatMul" and (producer := producers.get(node.input[1])) is not None:
                 if producer.op_type != "DequantizeLinear":
                     continue
-                assert onnx.helper.get_attribute_value(producer.attribute[0]) == 1
+                attributes = {one.name: onnx.helper.get_attribute_value(one) for one in producer.attribute}
+                assert attributes == {"axis": 1, "block_size": 0}
                 name = producer.input[0].removesuffix(".weight")
                 values = stored[producer.input[0]].astype(np.float32) * stored[producer.input[1]]
                 original = parameters[f"{name}.weight"].T
@@ -388,11 +493,19 @@ def test_bundle_generates_and_its_report_compares_it_with_fp32(int8_export: tupl
     assert "score: not measured, this model does not know the words of the shapes world" in text
 
 
-# Weight-only int8
+# Weights only
 
 
-def test_weight_only_int8_stores_all_large_weights_in_int8(
-    tiny_model: TextToImage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("precision", "kind", "share"), [("int8-weights", np.int8, 0.4), ("int4-weights", ml_dtypes.int4, 0.33)]
+)
+def test_weight_only_precisions_store_all_large_weights_in_few_bits(
+    tiny_model: TextToImage,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    precision: str,
+    kind: Any,
+    share: float,
 ) -> None:
     # Where OpenVINO must not cache what it compiles of the temporary bundles.
     monkeypatch.setenv("TPX_ENGINES", str(tmp_path / "engines"))
@@ -401,7 +514,7 @@ def test_weight_only_int8_stores_all_large_weights_in_int8(
         Pipeline.from_model(tiny_model),
         tmp_path / "w",
         depth=1,
-        precision="int8-weights",
+        precision=precision,
         quantisation=options,
     )
     assert summary.quantisation is not None and summary.quantisation.layers == len(LAYERS) + 7 + 4
@@ -409,7 +522,7 @@ def test_weight_only_int8_stores_all_large_weights_in_int8(
         *summary.quantisation.sizes.values(),
         (summary.folder_bytes["vae_decoder"], summary.folder_bytes["vae_encoder"]),
     ]
-    assert least_bytes(Pipeline.from_model(tiny_model), "int8-weights") <= sum(map(sum, sizes))
+    assert least_bytes(Pipeline.from_model(tiny_model), precision) <= sum(map(sum, sizes))
     kinds: dict[str, set[str]] = {}
     for name in (transformer_name(1), CONDITIONS, "text_encoder/model.onnx"):
         graph = onnx.load(tmp_path / "w" / name).graph
@@ -419,16 +532,19 @@ def test_weight_only_int8_stores_all_large_weights_in_int8(
             key: v for key, v in tensors(tmp_path / "w" / name).items() if v.ndim == 2 and v.size > 2**12
         }
         embedders = ("transformer.time.", "transformer.pooled.")
-        assert {
-            key for key, v in large.items() if v.dtype != np.int8 and not key.startswith(embedders)
-        } == set()
+        expected = np.int8 if name.startswith("text") else kind
+        assert all(v.dtype == expected for key, v in large.items() if not key.startswith(embedders))
     float_bytes = 4 * sum(p.numel() for p in tiny_model.transformer.parameters())
-    assert (tmp_path / "w/transformer/weights.data").stat().st_size < 0.40 * float_bytes
+    assert (tmp_path / "w/transformer/weights.data").stat().st_size < share * float_bytes
     layers = {**block_linears(tiny_model.transformer), **modulations(tiny_model.transformer)}
     stored = {**tensors(tmp_path / "w" / transformer_name(1)), **tensors(tmp_path / "w" / CONDITIONS)}
-    int8_bytes = sum(v.nbytes for v in stored.values() if v.dtype == np.int8 and v.ndim == 2)
-    assert int8_bytes == sum(layer.weight.numel() for layer in layers.values())
+    values = sum(v.size for v in stored.values() if v.dtype == kind and v.ndim == 2)
+    assert values == sum(layer.weight.numel() for layer in layers.values())
     assert entry_names(tmp_path) == ["w"]
+    for name in ("onnxruntime", "openvino"):
+        reports = verify_bundle(Bundle.open(tmp_path / "w"), resolve(name))
+        assert all(report.ok for report in reports)
+    assert {r.tolerance for r in reports if r.part.startswith("vae")} == {1e-4}
 
 
 @pytest.mark.parametrize(("limit_s", "calls"), [(0.0, 1 + 5), (1e9, 3 + 41)])
@@ -534,6 +650,10 @@ def test_verdict_on_score_speed_and_size() -> None:
     # Weight-only int8 is for size, not speed.
     assert rejection(weight_only) is None
     assert "50% of fp32's bytes" in str(rejection(replace(weight_only, sizes={"transformer": (100, 50)})))
+    assert rejection(replace(weight_only, precision="int4-weights", sizes={"transformer": (100, 29)})) is None
+    assert "less than 30% of fp32's bytes, found 40%" in str(
+        rejection(replace(weight_only, precision="int4-weights"))
+    )
     assert "same" in as_text(REPORT)
 
 
@@ -654,11 +774,12 @@ def test_rejects_invalid_int8_options(tiny_model: TextToImage, tmp_path: Path) -
         (ckpt, "int8", ["--calibration", tmp_path / "none"], "expected a file of prompts, .*: No such file"),
         (classes, "int8", ["--calibration", good], "expected no prompts for a class-conditional model"),
         (ckpt, "int8-weights", ["--calibration", good], "expected no calibration prompts"),
+        (ckpt, "int4-weights", ["--calibration", good], "expected no calibration prompts for int4-weights"),
         (
             ckpt,
             "fp16",
             ["--calibration", good],
-            "expected --calibration, --score-prompts and --accept-loss only with precision int8 or int8-weights, found fp16",
+            "--accept-loss only with precision int8, int8-weights, int4-weights, found fp16",
         ),
         (
             ckpt,
@@ -667,7 +788,12 @@ def test_rejects_invalid_int8_options(tiny_model: TextToImage, tmp_path: Path) -
             "expected --calibration, --score-prompts and --accept-loss only with",
         ),
         (ckpt, "int8", ["--score-prompts", "93"], "expected 0 to 92 prompts"),
-        (ckpt, "int4", [], "expected a precision of fp32, fp16, int8, int8-weights, found 'int4'"),
+        (
+            ckpt,
+            "int4",
+            [],
+            "expected a precision of fp32, fp16, int8, int8-weights, int4-weights, found 'int4'",
+        ),
     ):
         arguments = ["--ckpt", model, "--precision", precision, "--out", tmp_path / "bundle", *option]
         result = CliRunner().invoke(main, list(map(str, arguments)))
@@ -689,7 +815,7 @@ def test_arguments_are_checked_before_the_model_is_loaded(
         (("--precision", "int4"), "expected a precision of fp32"),
         (
             ("--accept-loss",),
-            "--score-prompts and --accept-loss only with precision int8 or int8-weights, found no --precision",
+            "--score-prompts and --accept-loss only with precision int8, int8-weights, int4-weights, found no --precision",
         ),
         (("--precision", "int8", "--score-prompts", -1), "expected 0 to 92 prompts"),
         (("--precision", "int8", "--calibration", prompts), "one per line, found none"),

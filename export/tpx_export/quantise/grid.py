@@ -1,7 +1,8 @@
-"""The int8 grid: symmetric, zero point 0, as TensorRT for RTX requires (docs/engines.md).
+"""The grids of int8 and int4: zero point 0, as TensorRT for RTX requires (docs/engines.md).
 
-A weight has one step size per output channel, and no value is clipped. An activation has one step size per tensor, which is
-chosen from a `MagnitudeHistogram`, and values beyond 127 steps are clipped.
+A weight in int8 has one step size per output channel, and no value is clipped. In int4 it has one for each group of values
+of an output channel; only a value at the far end of a group's range is clipped, by a step at most. An activation in int8 has
+one step size per tensor, which is chosen from a `MagnitudeHistogram`, and values beyond 127 steps are clipped.
 """
 
 from collections.abc import Callable
@@ -12,6 +13,9 @@ import torch
 from torch import Tensor
 
 QMAX = 127
+_INT4_MIN, _INT4_MAX = -8, 7
+# OpenVINO multiplies fast only by weights whose groups have as many values as those that it rounds activations in, 128.
+_GROUPS = (128, 64, 32, 16)
 BINS = 2048
 _CANDIDATES = 128  # ranges that `mse` tries, evenly spaced from 1/128 of the largest value to all of it
 _PERCENTILE = 99.99
@@ -26,6 +30,23 @@ def quantise_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     step = torch.where(step > 0, step, torch.ones_like(step))  # a channel of zeros
     values = (weight / step.unsqueeze(1)).round().clamp(-QMAX, QMAX).to(torch.int8)
     return values.t().contiguous(), step
+
+
+def group_size(width: int) -> int | None:
+    """How many of the `width` values of an output channel share a step size in int4; None if no group divides them."""
+    return next((group for group in _GROUPS if width % group == 0), None)
+
+
+def quantise_weight_int4(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """Weight [out, in] -> values in -8..7, int8 [in, out], and their step sizes, float32 [in / group, out].
+
+    Steps are positive or negative, so that the value of a group that is largest in magnitude is always at -8.
+    """
+    groups = weight.float().unflatten(1, (-1, group))  # [out, in / group, group]
+    steps = groups.gather(2, groups.abs().argmax(2, keepdim=True)) / _INT4_MIN
+    steps = torch.where(steps != 0, steps, torch.ones_like(steps))  # a group of zeros
+    values = (groups / steps).round().clamp(_INT4_MIN, _INT4_MAX)
+    return values.flatten(1).to(torch.int8).t().contiguous(), steps.squeeze(2).t().contiguous()
 
 
 class MagnitudeHistogram:

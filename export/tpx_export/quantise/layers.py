@@ -2,6 +2,7 @@
 
     int8          qkv, proj, mlp_in and mlp_out of every block and stream of the transformer
     int8-weights  these, all adaLN modulations, and every linear layer of the text encoders
+    int4-weights  the same, but the text encoders in int8: they run once per prompt, and their error enters every step
 
 Never: gates and experts, embedders of timestep and condition, patch_in, patch_out, context_in, norms, the autoencoder.
 """

@@ -1,9 +1,9 @@
-"""Linear layers in int8, in PyTorch and, with the translations of tpx_export.operator, in ONNX.
+"""Quantised linear layers, in PyTorch and, with the translations of tpx_export.operator, in ONNX.
 
     tpx::quantised_linear     x ─QuantizeLinear─DequantizeLinear─┐
                                 int8 weight ──DequantizeLinear───MatMul ─▶
     tpx::dequantised_linear   x ─────────────────────────────────┐
-                                int8 weight ──DequantizeLinear───MatMul ─▶
+                        int8 or int4 weight ──DequantizeLinear───MatMul ─▶
 
 Layers are replaced by name in the module and not in the graph, because the export folds the transposes of weights, which
 then lose their names.
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tpx_export.model.conditions import Modulation
-from tpx_export.quantise.grid import QMAX, quantise_weight
+from tpx_export.quantise.grid import QMAX, group_size, quantise_weight, quantise_weight_int4
 from tpx_export.quantise.layers import Layers
 
 
@@ -33,8 +33,12 @@ def _(x: Tensor, step: Tensor, weight: Tensor, steps: Tensor) -> Tensor:
 
 @torch.library.custom_op("tpx::dequantised_linear", mutates_args=())
 def dequantised_linear(x: Tensor, weight: Tensor, steps: Tensor) -> Tensor:
-    """x [..., in] times int8 weight [in, out] with step sizes `steps` [out] -> [..., out]."""
-    return x @ (weight.to(x.dtype) * steps)
+    """x [..., in] times weight [in, out] -> [..., out].
+
+    Step sizes `steps` are [out] for an int8 weight, or [groups, out] for an int4 weight, whose values are int8 here too.
+    """
+    groups = weight.to(x.dtype).unflatten(0, (1 if steps.dim() == 1 else steps.shape[0], -1))
+    return x @ (groups * steps.reshape(len(groups), 1, -1)).flatten(0, 1)
 
 
 @dequantised_linear.register_fake
@@ -43,15 +47,20 @@ def _(x: Tensor, weight: Tensor, steps: Tensor) -> Tensor:
 
 
 class QuantisedLinear(nn.Module):
-    """Replaces a linear layer, float32 [..., in] -> [..., out]; `step` is the step size of activations, None for float32."""
+    """Replaces a linear layer, float32 [..., in] -> [..., out]; `step` is the step size of activations, None for float32.
+
+    Weights have `bits` 8 or 4, but 8 in layers of a width that no group of int4 divides.
+    """
 
     weight: Tensor
     steps: Tensor
     step: Tensor | None
 
-    def __init__(self, layer: nn.Linear, step: float | None) -> None:
+    def __init__(self, layer: nn.Linear, step: float | None, bits: int = 8) -> None:
         super().__init__()
-        weight, steps = quantise_weight(layer.weight.detach())
+        group = group_size(layer.in_features) if bits == 4 else None
+        weight = layer.weight.detach()
+        weight, steps = quantise_weight_int4(weight, group) if group else quantise_weight(weight)
         self.register_buffer("weight", weight)
         self.register_buffer("steps", steps)
         self.register_buffer("step", None if step is None else torch.tensor(step, dtype=torch.float32))
@@ -67,11 +76,11 @@ class QuantisedLinear(nn.Module):
 
 
 class QuantisedModulation(Modulation):
-    """Replaces the layer of an adaLN with int8 weights. It is a Modulation because other code searches for this class."""
+    """Replaces the layer of an adaLN, weights only. It is a Modulation because other code searches for this class."""
 
-    def __init__(self, layer: Modulation) -> None:
+    def __init__(self, layer: Modulation, bits: int) -> None:
         nn.Module.__init__(self)
-        self.parts, self.product = layer.parts, QuantisedLinear(layer, None)
+        self.parts, self.product = layer.parts, QuantisedLinear(layer, None, bits)
 
     def forward(self, act: Tensor) -> Tensor:
         output: Tensor = self.product(act)
@@ -81,15 +90,17 @@ class QuantisedModulation(Modulation):
         return f"parts={self.parts}"
 
 
-def replace_layers(module: nn.Module, layers: Layers, steps: Mapping[str, float] | None = None) -> None:
-    """Replace each of `layers` of a float32 `module` by its int8 form. `steps` are the activations' step sizes by name.
+def replace_layers(
+    module: nn.Module, layers: Layers, steps: Mapping[str, float] | None = None, bits: int = 8
+) -> None:
+    """Replace each of `layers` of a float32 `module` by its quantised form. `steps` are the activations' step sizes by name.
 
-    Without `steps` only weights are quantised. Raises KeyError for a layer without a step size.
+    Without `steps` only weights are quantised, to `bits` 8 or 4. Raises KeyError for a layer without a step size.
     """
     for name, layer in layers.items():
         parent, _, attribute = name.rpartition(".")
         if isinstance(layer, Modulation):
-            quantised: nn.Module = QuantisedModulation(layer)
+            quantised: nn.Module = QuantisedModulation(layer, bits)
         else:
-            quantised = QuantisedLinear(layer, None if steps is None else steps[name])
+            quantised = QuantisedLinear(layer, None if steps is None else steps[name], bits)
         setattr(module.get_submodule(parent), attribute, quantised)

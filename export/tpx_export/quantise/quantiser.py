@@ -12,7 +12,7 @@ from torch import nn
 
 from tpx_export.description import build_manifest
 from tpx_export.pipeline import Pipeline, TextPart
-from tpx_export.precision import QUANTISED_PRECISIONS
+from tpx_export.precision import QUANTISED_PRECISIONS, WEIGHT_BITS
 from tpx_export.quantise.calibration import CalibrationInputs, collect_activations
 from tpx_export.quantise.grid import MagnitudeHistogram
 from tpx_export.quantise.layers import block_linears, encoder_linears, modulations
@@ -49,15 +49,15 @@ class QuantisationOptions:
             found = precision or "no --precision"
             raise BadInput(
                 "expected --calibration, --score-prompts and --accept-loss only with precision "
-                f"{' or '.join(QUANTISED_PRECISIONS)}, found {found}; leave them out"
+                f"{', '.join(QUANTISED_PRECISIONS)}, found {found}; leave them out"
             )
         if not 0 <= self.score_prompts <= MAX_SCORE_PROMPTS:
             raise BadInput(
                 f"expected 0 to {MAX_SCORE_PROMPTS} prompts of each kind of ShapesEval, found {self.score_prompts}"
             )
-        if self.calibration and precision == "int8-weights":
+        if self.calibration and precision in WEIGHT_BITS:
             raise BadInput(
-                f"expected no calibration prompts for int8-weights, found {self.calibration.path}; leave it out, weights "
+                f"expected no calibration prompts for {precision}, found {self.calibration.path}; leave it out, weights "
                 "need no calibration"
             )
         if self.calibration:
@@ -69,7 +69,7 @@ class Quantiser:
 
     def __init__(self, pipeline: Pipeline, precision: str, options: QuantisationOptions) -> None:
         """`options` must have been checked. Raises BadInput for calibration prompts that the model cannot read."""
-        self.weights_only = precision == "int8-weights"
+        self.weights_only, self._bits = precision in WEIGHT_BITS, WEIGHT_BITS.get(precision, 8)
         self.precision, self.options, self.layers = precision, options, 0
         self._pipeline = pipeline
         self._subjects = choose_subjects(pipeline, options.calibration)
@@ -87,7 +87,7 @@ class Quantiser:
             self._inputs.add_text_encoder(part, encoder)
 
     def quantise_text_encoder(self, encoder: nn.Module) -> None:
-        """Quantise a float32 text encoder in place."""
+        """Quantise the weights of a float32 text encoder in place, to int8 in every precision."""
         layers = encoder_linears(encoder)
         replace_layers(encoder, layers)
         self.layers += len(layers)
@@ -104,7 +104,7 @@ class Quantiser:
                 with tasks(f"calibration depth {depth}"):
                     collect_activations(module, layers, histograms, self._pipeline, conditioning, depth)
             steps = {name: histogram.step_size() for name, histogram in histograms.items()}
-        replace_layers(module, layers, steps)
+        replace_layers(module, layers, steps, self._bits)
         self.layers += len(layers)
 
     def report(self, quantised: Bundle, fp32: Bundle, tasks: Tasks) -> Report:
