@@ -322,7 +322,7 @@ def test_int8_layer_is_close_to_the_float32_layer() -> None:
     assert closer < close < 0.03 < coarse
 
 
-@pytest.mark.parametrize(("width", "error"), [(64, 0.15), (40, 0.01)])
+@pytest.mark.parametrize(("width", "error"), [(192, 0.15), (40, 0.01)])
 def test_int4_layer_is_close_and_falls_back_to_int8(width: int, error: float) -> None:
     torch.manual_seed(0)
     layer, x = nn.Linear(width, 48), torch.randn(2, 5, width)
@@ -337,7 +337,7 @@ class Twice(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.four, self.eight = (QuantisedLinear(nn.Linear(64, 64), None, bits) for bits in (4, 8))
+        self.four, self.eight = (QuantisedLinear(nn.Linear(192, 192), None, bits) for bits in (4, 8))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         output: torch.Tensor = self.four(self.eight(self.four(x)))
@@ -346,7 +346,7 @@ class Twice(nn.Module):
 
 def test_int4_weights_are_stored_in_half_a_byte(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    module, x = Twice(), torch.randn(2, 5, 64)
+    module, x = Twice(), torch.randn(2, 5, 192)
     model = to_onnx(Graph(module, {"x": x}, ("y",)))
     stored = {name: value for name, value in model.graph.initializers.items() if name.endswith("weight")}
     assert {name: str(value.dtype) for name, value in stored.items()} == {
@@ -354,7 +354,7 @@ def test_int4_weights_are_stored_in_half_a_byte(tmp_path: Path) -> None:
         "eight.weight": "INT8",
     }
     tensor = stored["four.weight"].const_value
-    assert tensor is not None and tensor.nbytes == len(tensor.tobytes()) == 64 * 64 / 2
+    assert tensor is not None and tensor.nbytes == len(tensor.tobytes()) == 192 * 192 / 2
     assert pack_int4(model) == 0  # nothing is left to do
     onnx_ir.save(model, tmp_path / "twice.onnx")
     onnx.checker.check_model(str(tmp_path / "twice.onnx"), full_check=True)
@@ -532,8 +532,9 @@ def test_weight_only_precisions_store_all_large_weights_in_few_bits(
             key: v for key, v in tensors(tmp_path / "w" / name).items() if v.ndim == 2 and v.size > 2**12
         }
         embedders = ("transformer.time.", "transformer.pooled.")
-        expected = np.int8 if name.startswith("text") else kind
-        assert all(v.dtype == expected for key, v in large.items() if not key.startswith(embedders))
+        assert all(v.dtype == kind for key, v in large.items() if not key.startswith(embedders))
+    encoder = tensors(tmp_path / "w" / "text_encoder/model.onnx").values()
+    assert [v.dtype for v in encoder if v.dtype in (np.int8, ml_dtypes.int4) and v.ndim == 2] == [np.int8] * 4
     float_bytes = 4 * sum(p.numel() for p in tiny_model.transformer.parameters())
     assert (tmp_path / "w/transformer/weights.data").stat().st_size < share * float_bytes
     layers = {**block_linears(tiny_model.transformer), **modulations(tiny_model.transformer)}
