@@ -655,7 +655,8 @@ def test_verdict_on_score_speed_and_size() -> None:
     assert "less than 30% of fp32's bytes, found 40%" in str(
         rejection(replace(weight_only, precision="int4-weights"))
     )
-    assert "same" in as_text(REPORT)
+    assert "same" in as_text(REPORT) and "int8, ms" in as_text(REPORT)
+    assert "int4-weights, ms" in as_text(replace(REPORT, precision="int4-weights"))
 
 
 def test_score_is_paired_and_wrong_images_lower_it(
