@@ -3,7 +3,7 @@
     checkpoint, or base/ with adapters  ▶  pipeline: the parts, loaded one at a time
                                               │
                   golden: PyTorch's outputs   ┤
-                  graphs ▶ routing ▶ weights: ┤ ONNX graphs, quantise/ in int8
+                  graphs ▶ routing ▶ weights: ┤ ONNX graphs, quantise/ in few bits
                   step, description:          ┤ the graph of the sampling loop, the manifest
                                               ▼
                                            exporter ▶ atomic_folder: the bundle, published only after verification

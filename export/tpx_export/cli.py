@@ -53,12 +53,14 @@ _PATH = click.Path(path_type=Path)
     help="int8: prompts to calibrate with, one per line; - reads standard input.  [default: built-in]",
 )
 @click.option(
-    "--accept-loss", is_flag=True, help="int8: keep the bundle even if it loses too much or gains nothing."
+    "--accept-loss",
+    is_flag=True,
+    help="int8, int4: keep the bundle even if it loses too much or gains nothing.",
 )
 @click.option(
     "--score-prompts",
     type=int,
-    help="int8: prompts of each kind of ShapesEval, 0 for no score.  [default: all 92]",
+    help="int8, int4: prompts of each kind of ShapesEval, 0 for no score.  [default: all 92]",
 )
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 def main(

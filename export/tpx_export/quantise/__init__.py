@@ -1,8 +1,8 @@
-"""INT8 quantisation: the layers, the grid, the calibration, and the comparison with fp32 (docs/quantisation.md).
+"""Quantisation: the layers, the grids, the calibration, and the comparison with fp32 (docs/quantisation.md).
 
     transformer ─layers─▶ names ─calibration over sampling trajectories─▶ histograms of |x| ─grid─▶ step sizes
-                └────────────────────────linear: each layer replaced by its int8 form────────▶ export of the graphs
-    int8 and fp32 bundle ─measure, speed, score─▶ report ─verdict─▶ kept, or refused and deleted
+                └────────────────────────linear: each layer replaced by its quantised form───▶ export of the graphs
+    quantised and fp32 bundle ─measure, speed, score─▶ report ─verdict─▶ kept, or refused and deleted
 
-"int8" quantises activations and weights of the blocks' linear layers; "int8-weights" quantises only weights.
+"int8" quantises activations and weights of the blocks' linear layers, "int8-weights" and "int4-weights" only weights.
 """

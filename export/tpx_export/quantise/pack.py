@@ -12,13 +12,12 @@ import onnx_ir as ir
 
 def pack_int4(model: ir.Model) -> int:
     """Convert, in place, the int8 weights that have step sizes by group, and return how many there were."""
-    weights = [
-        node.inputs[0]
-        for node in model.graph
-        if node.op_type == "DequantizeLinear" and node.attributes["block_size"].as_int()
-    ]
     count = 0
-    for weight in weights:
+    for node in model.graph:
+        size = node.attributes.get("block_size")
+        if node.op_type != "DequantizeLinear" or size is None or not size.as_int():
+            continue
+        weight = node.inputs[0]
         assert weight is not None and weight.const_value is not None
         if weight.dtype == ir.DataType.INT8:  # not yet converted for another node
             values = weight.const_value.numpy().astype(ml_dtypes.int4)
