@@ -13,20 +13,19 @@ from statistics import median
 from tempfile import TemporaryDirectory
 
 import click
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
-import onnx
+import onnx_ir as ir
 import torch
-from onnx import TensorProto, helper, numpy_helper
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.interleave import interleaved, seconds
 from tpx_export import checkpoint
-from tpx_export.operator import OPSET
+from tpx_export.graphs import Graph, to_onnx
 from tpx_export.pipeline import Pipeline
-from tpx_export.quantise.grid import quantise_weight_int4
+from tpx_export.quantise.grid import dequantise_weight, quantise_weight_int4
 from tpx_export.quantise.layers import block_linears, modulations
+from tpx_export.quantise.linear import QuantisedLinear
 from tpx_runtime.bundle import Bundle
 from tpx_runtime.command import TpxCommand
 from tpx_runtime.engine import ENGINES
@@ -50,8 +49,7 @@ def errors(pipeline: Pipeline, golden: dict[str, Floats], group: int) -> tuple[f
     weights, rounded = [], []
     for layer in (block_linears(transformer) | modulations(transformer)).values():
         weights.append(layer.weight.detach().clone())
-        values, steps = quantise_weight_int4(layer.weight, group)
-        layer.weight.copy_((values.unflatten(0, (-1, group)) * steps[:, None]).flatten(0, 1).t())
+        layer.weight.copy_(dequantise_weight(*quantise_weight_int4(layer.weight, group)).t())
         rounded.append(layer.weight.detach())
     conditions = transformer.conditions(*(torch.from_numpy(golden[name]) for name in model.conditions_inputs))  # type: ignore[operator]
     given: dict[str, Tensor] = {name: torch.from_numpy(golden[name]) for name in model.transformer_inputs}
@@ -64,22 +62,11 @@ def errors(pipeline: Pipeline, golden: dict[str, Floats], group: int) -> tuple[f
 
 def write_product(path: Path, group: int | None) -> None:
     """A graph of one product with an int4 weight, or with an int8 one for group None."""
-    rng = np.random.default_rng(0)
-    if group is None:
-        values, steps = rng.integers(-127, 128, (WIDTH, OUT)).astype(np.int8), np.full(OUT, 1e-3, np.float32)
-        node = helper.make_node("DequantizeLinear", ["w", "s"], ["v"], axis=1)
-    else:
-        values = rng.integers(-8, 8, (WIDTH, OUT)).astype(ml_dtypes.int4)
-        steps = np.full((WIDTH // group, OUT), 1e-2, np.float32)
-        node = helper.make_node("DequantizeLinear", ["w", "s"], ["v"], axis=0, block_size=group)
-    ports = [
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["rows", width])
-        for name, width in (("x", WIDTH), ("y", OUT))
-    ]
-    constants = [numpy_helper.from_array(values, "w"), numpy_helper.from_array(steps, "s")]
-    nodes = [node, helper.make_node("MatMul", ["x", "v"], ["y"])]
-    graph = helper.make_graph(nodes, "product", ports[:1], ports[1:], constants)
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=10), path)
+    linear = nn.Linear(WIDTH, OUT, bias=False)
+    layer = QuantisedLinear(linear, None)
+    if group is not None:
+        layer.weight, layer.steps = quantise_weight_int4(linear.weight.detach(), group)
+    ir.save(to_onnx(Graph(layer, {"x": torch.zeros(2, WIDTH)}, ("y",))), path)
 
 
 def milliseconds(folder: Path, rounds: int) -> dict[tuple[int | None, str], float]:

@@ -7,13 +7,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import onnx
+import onnx_ir
 import pytest
+import torch
 from onnx import TensorProto, helper, numpy_helper
+from torch import nn
 
 from tpx_engines import tensorrt
+from tpx_export.graphs import Graph as ModuleGraph
+from tpx_export.graphs import to_onnx
+from tpx_export.quantise.linear import QuantisedLinear
 from tpx_runtime.engine.tensorrt_flavours import RTX, bindings
 from tpx_runtime.errors import EngineFailed, EngineUnavailable
 
@@ -179,24 +184,13 @@ def test_int8_weights_are_stored_as_int8(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("capability", [86, 89, 120])
-@pytest.mark.parametrize("group", [128, 16])
-def test_int4_weights_are_stored_as_int4(tmp_path: Path, group: int, capability: int) -> None:
-    """Weights in int4 with a float32 step for each group, alone, as in an int4-weights bundle."""
-    rng, width = np.random.default_rng(0), 1024
-    constants = [
-        numpy_helper.from_array(rng.integers(-8, 8, (width, width)).astype(ml_dtypes.int4), "w"),
-        numpy_helper.from_array(rng.uniform(-1, 1, (width // group, width)).astype(np.float32), "s"),
-    ]
-    nodes = [
-        helper.make_node("DequantizeLinear", ["w", "s"], ["v"], axis=0, block_size=group),
-        helper.make_node("MatMul", ["x", "v"], ["y"]),
-    ]
-    ports = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["b", width]) for name in "xy"]
-    graph = helper.make_graph(nodes, "linear", ports[:1], ports[1:], constants)
-    opset = [helper.make_opsetid("", 21)]
-    onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=10), tmp_path / "x.onnx")
+@pytest.mark.parametrize(("width", "group"), [(1024, 128), (1040, 16)])
+def test_int4_weights_are_stored_as_int4(tmp_path: Path, width: int, group: int, capability: int) -> None:
+    """A layer as it is in an int4-weights bundle."""
+    layer = QuantisedLinear(nn.Linear(width, 1024, bias=False), None, bits=4)
+    onnx_ir.save(to_onnx(ModuleGraph(layer, {"x": torch.zeros(2, width)}, ("y",))), tmp_path / "x.onnx")
     engine = tensorrt.build(RTX, tmp_path / "x.onnx", {"x": (None, width)}, capability=capability)
-    weights = width * width / 2 + 4 * width * width / group
+    weights = width * 1024 * (1 / 2 + 4 / group)
     assert weights < len(engine) < weights + 100_000
 
 

@@ -49,6 +49,12 @@ def quantise_weight_int4(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
     return values.flatten(1).to(torch.int8).t().contiguous(), steps.squeeze(2).t().contiguous()
 
 
+def dequantise_weight(values: Tensor, steps: Tensor) -> Tensor:
+    """The float32 weight [in, out] of `quantise_weight` (steps [out]) or `quantise_weight_int4` (steps [groups, out])."""
+    groups = values.unflatten(0, (1 if steps.dim() == 1 else len(steps), -1))
+    return (groups * steps.reshape(len(groups), 1, -1)).flatten(0, 1)
+
+
 class MagnitudeHistogram:
     """A histogram of |x| over all added values: BINS equal bins from 0 to `range_max`.
 

@@ -15,7 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from tpx_export.model.conditions import Modulation
-from tpx_export.quantise.grid import QMAX, group_size, quantise_weight, quantise_weight_int4
+from tpx_export.quantise.grid import (
+    QMAX,
+    dequantise_weight,
+    group_size,
+    quantise_weight,
+    quantise_weight_int4,
+)
 from tpx_export.quantise.layers import Layers
 
 
@@ -23,7 +29,7 @@ from tpx_export.quantise.layers import Layers
 def quantised_linear(x: Tensor, step: Tensor, weight: Tensor, steps: Tensor) -> Tensor:
     """x [..., in] rounded to multiples of `step`, times int8 weight [in, out] with steps `steps` [out] -> [..., out]."""
     rounded = (x / step).round().clamp(-QMAX - 1, QMAX) * step  # half to even, saturating, as QuantizeLinear
-    return rounded @ (weight.to(x.dtype) * steps)
+    return rounded @ dequantise_weight(weight, steps)
 
 
 @quantised_linear.register_fake
@@ -37,8 +43,7 @@ def dequantised_linear(x: Tensor, weight: Tensor, steps: Tensor) -> Tensor:
 
     Step sizes `steps` are [out] for an int8 weight, or [groups, out] for an int4 weight, whose values are int8 here too.
     """
-    groups = weight.to(x.dtype).unflatten(0, (1 if steps.dim() == 1 else steps.shape[0], -1))
-    return x @ (groups * steps.reshape(len(groups), 1, -1)).flatten(0, 1)
+    return x @ dequantise_weight(weight, steps)
 
 
 @dequantised_linear.register_fake
