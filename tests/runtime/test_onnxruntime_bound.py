@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from fake_cuda import FakeDriver
 from onnx import parser
 
+from tpx_export.quantise.quantiser import QuantisationOptions
 from tpx_runtime.bundle import Bundle
 from tpx_runtime.engine import ENGINES
 from tpx_runtime.engine import onnxruntime as engine_module
@@ -326,6 +328,16 @@ def test_the_gpu_engine_binds_and_captures_graphs_by_default(
     assert (opened._device, opened._graphs) == ("cuda", graphs)
 
 
+def test_only_autoencoders_in_float16_may_use_tf32(
+    half_export: tuple[Path, object], tiny_bundle: Path, requested_providers: list[Any]
+) -> None:
+    """Without TF32, ONNX Runtime would not use the tensor cores for their float16 convolutions either."""
+    for path, allowed in ((half_export[0], {"vae_decoder", "vae_encoder"}), (tiny_bundle, set())):
+        for graph in Bundle.open(path, verify=False).graphs("fused"):
+            engine_module.open_session("onnxruntime-cuda", graph.path)
+            assert requested_providers[-1][1]["use_tf32"] == str(int(graph.name in allowed))
+
+
 def test_a_stream_is_used_by_one_session_at_a_time(
     requested_providers: list[Any], driver: FakeDriver
 ) -> None:
@@ -402,3 +414,15 @@ def test_results_on_a_gpu_match_the_cpu(
     expected = Generator.load(tiny_bundle, "onnxruntime")("a red cube", steps=3, num_images=3, batch_size=2)
     for one, other in zip(images, expected, strict=True):
         assert np.abs(np.asarray(one, np.int16) - np.asarray(other, np.int16)).max() <= 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(NO_GPU is not None, reason=str(NO_GPU))
+@pytest.mark.parametrize("precision", ["fp16", "int8", "int8-weights", "int4-weights"])
+def test_every_precision_is_within_its_tolerances_on_a_gpu(
+    precision: str, export_once: Callable[..., tuple[Path, object]]
+) -> None:
+    quantisation = None if precision == "fp16" else QuantisationOptions(accept_loss=True, score_prompts=0)
+    out, _ = export_once(f"{precision}-gpu", depth=2, precision=precision, quantisation=quantisation)
+    reports = verify_bundle(Bundle.open(out), ENGINES["onnxruntime-cuda"])
+    assert not [str(part) for part in reports if not part.ok]

@@ -2,15 +2,16 @@
 
 import os
 import weakref
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from functools import cache
 from io import StringIO
 from pathlib import Path
 
 import onnxruntime as ort
 
+from ..bundle import Bundle
 from ..environment import cuda_graphs_requested, requested_threads
-from ..errors import EngineFailed, EngineUnavailable
+from ..errors import BundleInvalid, EngineFailed, EngineUnavailable
 from . import onnxruntime_loop
 from .cuda import Driver, Stream
 from .onnxruntime_bound import FATAL_ONLY, BoundSession, warn_uncaptured
@@ -21,6 +22,7 @@ if os.environ.get("ORT_DISABLE_TELEMETRY") != "0":
     ort.disable_telemetry_events()
 
 MIN_CUDA_VERSION = (1, 30)  # the oldest that was tried
+TF32_ERROR = 1e-3  # of a product of float32, about: operands have as many bits as float16
 PROVIDERS = {"onnxruntime": "CPUExecutionProvider", "onnxruntime-cuda": "CUDAExecutionProvider"}
 
 
@@ -91,8 +93,8 @@ def _load(path: Path, provider: str, provider_options: dict[str, str]) -> ort.In
     options = ort.SessionOptions()
     options.log_severity_level = FATAL_ONLY
     options.intra_op_num_threads = requested_threads() or 0  # 0 means every core
-    # On a CPU ONNX Runtime would take the memory of a call a second time at the next one, to lay it out in one piece.
-    options.enable_mem_pattern = provider != PROVIDERS["onnxruntime"]
+    # ONNX Runtime would take the memory of a call a second time at the next one, to lay it out in one piece.
+    options.enable_mem_pattern = False
     # Generating an image alternates between three sessions: spinning threads of one would slow down the next.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     return ort.InferenceSession(str(path), options, providers=[(provider, provider_options)])
@@ -119,8 +121,7 @@ def _open_on_gpu(path: Path) -> BoundSession:
 def _load_on_gpu(path: Path, stream: Stream) -> tuple[ort.InferenceSession, bool]:
     """A session that runs on the stream, and whether its runs can be captured. Raises EngineFailed, EngineUnavailable."""
     provider, requested = PROVIDERS["onnxruntime-cuda"], cuda_graphs_requested()
-    # TF32, the default for float32 products, has the error of float16. For speed there are fp16 bundles.
-    provider_options = {"use_tf32": "0", "user_compute_stream": str(stream.handle)}
+    provider_options = {"use_tf32": str(int(_allows_tf32(path))), "user_compute_stream": str(stream.handle)}
     with engine_errors(path, "onnxruntime", "load"):
         try:
             graphs = requested is not False
@@ -137,6 +138,19 @@ def _load_on_gpu(path: Path, stream: Stream) -> tuple[ort.InferenceSession, bool
             f"{', '.join(session.get_providers())}; check the CUDA and cuDNN that onnxruntime-gpu asks for"
         )
     return session, graphs
+
+
+def _allows_tf32(path: Path) -> bool:
+    """Whether products of float32 may be in TF32: only in a bundle's autoencoder in float16, which has no such products.
+
+    Elsewhere TF32, ONNX Runtime's default, would have the error of float16; for speed there are fp16 bundles. But without
+    TF32 ONNX Runtime also keeps float16 convolutions from the tensor cores, and decodes six times as slowly (docs/gpu.md).
+    """
+    with suppress(BundleInvalid):  # a graph that is in no bundle
+        bundle = Bundle.open(path.parent.parent, verify=False)
+        autoencoder = (bundle.vae_decoder, bundle.vae_encoder)
+        return path.resolve() in autoencoder and bundle.manifest.tolerance.vae > TF32_ERROR
+    return False
 
 
 @cache
