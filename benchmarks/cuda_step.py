@@ -4,7 +4,8 @@
 
 `call` is a step of the denoising loop: upload latents and conditions, run the graph, download velocity and routes. `graph`
 is the same without the transfers; the difference is an upper bound of what keeping latents on the device can save. Both are
-measured with and without a CUDA graph, interleaved; the table gives medians.
+measured with and without a CUDA graph, interleaved; the table gives medians, and the memory that each session holds on the
+GPU, weights included.
 """
 
 import os
@@ -18,6 +19,7 @@ import numpy as np
 import onnx
 
 from benchmarks.interleave import interleaved, seconds
+from tpx_engines.bench.memory import gpu_bytes
 from tpx_runtime.command import TpxCommand
 from tpx_runtime.engine import ENGINES, Arrays
 from tpx_runtime.engine.gpu import local_gpu
@@ -76,20 +78,22 @@ def main(graph: Path, batch: int, rounds: int) -> None:
             f"expected a graph at {graph}, found none; use the transformer of a bundle"
         )
     inputs, gpu = random_inputs(graph, batch), local_gpu()
-    functions = {
-        f"{what}{', CUDA graph' if graphs else ', kernel by kernel'}": function
-        for graphs in (True, False)
-        for what, function in timed_calls(open_session(graph, graphs), inputs).items()
-    }
+    functions, held_bytes = {}, {}
+    for graphs in (True, False):
+        before = gpu_bytes()
+        session = open_session(graph, graphs)
+        for what, function in timed_calls(session, inputs).items():
+            name = f"{what}{', CUDA graph' if graphs else ', kernel by kernel'}"
+            functions[name], held_bytes[name] = function, gpu_bytes() - before
     times = interleaved(functions, lambda name: seconds(functions[name]), rounds)
     upload_bytes = sum(inputs[name].nbytes for name in ("latents", "conditions") if name in inputs)
     print(
         f"{gpu.name if gpu else 'no GPU'}: {graph.name}, batch {batch}, {upload_bytes / 1e6:.2f} MB uploaded per step\n"
     )
-    print("| | ms | of the call |\n|---|---|---|")
+    print("| | ms | of the call | GPU, MB |\n|---|---|---|---|")
     for name in times:
         ms, call_ms = median(times[name]), median(times[name.replace("graph, ", "call, ", 1)])
-        print(f"| {name} | {1e3 * ms:.3f} | {ms / call_ms:.1%} |")
+        print(f"| {name} | {1e3 * ms:.3f} | {ms / call_ms:.1%} | {held_bytes[name] / 1e6:.0f} |")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@
 
 Each row has its own process, because PyTorch and ONNX Runtime keep the memory of a GPU that they once used. All use the same
 initial latents, guidance 7, a negative prompt, and T5 if the bundles have it. Bundles are measured at every depth. With an
-engine for CPUs, diffusers computes in float32 on the CPU. `--compile` adds torch.compile of the transformer and decoder in
+engine for CPUs, diffusers computes in float32 on the CPU. The memory of a GPU is what a row holds after its images, weights
+included. `--compile` adds torch.compile of the transformer and decoder in
 diffusers. Needs the extra `parity`.
 """
 
@@ -23,7 +24,7 @@ import click
 from PIL import Image
 
 from benchmarks.interleave import seconds
-from tpx_engines.bench.memory import peak_bytes
+from tpx_engines.bench.memory import gpu_bytes, peak_bytes
 from tpx_runtime.command import TpxCommand
 from tpx_runtime.engine import ENGINES
 from tpx_runtime.errors import BadInput, TpxError
@@ -57,7 +58,7 @@ class Task:
 class Result:
     """Seconds until the model is loaded, from then until its first image, of each later image, and of their latents.
 
-    `peak_bytes` is the most memory that the process had, without that of a GPU.
+    `peak_bytes` is the most memory that the process had, without that of a GPU; `gpu_bytes` is what it holds on a GPU.
     """
 
     load_s: float
@@ -65,6 +66,7 @@ class Result:
     image_s: list[float]
     latents_s: list[float]
     peak_bytes: int
+    gpu_bytes: int
     image: Image.Image
 
 
@@ -139,13 +141,14 @@ def bundle_calls(task: Task) -> Calls:
 
 def measure(task: Task) -> Result:
     """Load the model, draw the images to warm up, then time `rounds` images."""
-    began = time.perf_counter()
+    gpu_before, began = gpu_bytes(), time.perf_counter()
     calls = (diffusers_calls if task.depth is None else bundle_calls)(task)
     load_s = time.perf_counter() - began
     images: list[Image.Image] = []
     image_s = [seconds(lambda: images.append(calls.image())) for _ in range(task.warm_up + task.rounds)]
     latents_s = [seconds(calls.latents) for _ in range(task.rounds)]
-    return Result(load_s, image_s[0], image_s[task.warm_up :], latents_s, peak_bytes(), images[-1])
+    held = gpu_bytes() - gpu_before
+    return Result(load_s, image_s[0], image_s[task.warm_up :], latents_s, peak_bytes(), held, images[-1])
 
 
 def tasks(
@@ -198,8 +201,9 @@ def main(base: Path, bundles: tuple[Path, ...], engine: str, compiled: bool, ste
         "load, s",
         "first image, s",
         "peak, GiB",
+        "GPU, GiB",
     ]
-    print(f"| {' | '.join([*columns, 'PSNR to diffusers, dB'])} |\n|{'---|' * 8}", flush=True)
+    print(f"| {' | '.join([*columns, 'PSNR to diffusers, dB'])} |\n|{'---|' * 9}", flush=True)
     reference: Image.Image | None = None
     for task in listed:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
@@ -208,7 +212,8 @@ def main(base: Path, bundles: tuple[Path, ...], engine: str, compiled: bool, ste
         psnr = f"{psnr_db(result.image, reference):.1f}" if reference else "-"
         reference = reference or result.image
         loading = f"{median(result.latents_s):.3f} | {result.load_s:.1f} | {result.first_s:.1f}"
-        print(f"| {task.name} | {times} | {loading} | {result.peak_bytes / 2**30:.1f} | {psnr} |", flush=True)
+        memory = f"{result.peak_bytes / 2**30:.1f} | {result.gpu_bytes / 2**30:.1f}"
+        print(f"| {task.name} | {times} | {loading} | {memory} | {psnr} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -209,7 +209,9 @@ def _write_transformer(
         quantiser.quantise_transformer(module, depths, tasks)
     else:
         cast_to_precision(module, precision)
-    _write_transformer_graphs(module, pipeline, transformer, output.folder, depths, tasks)
+    # Quantised weights are as small on a GPU, where they are multiplied in float16.
+    fused_in_half = quantiser is not None and quantiser.weights_only
+    _write_transformer_graphs(module, pipeline, transformer, output.folder, depths, tasks, fused_in_half)
     return transformer
 
 
@@ -220,30 +222,40 @@ def _write_transformer_graphs(
     folder: Path,
     depths: tuple[int, ...],
     tasks: Tasks,
+    fused_in_half: bool = False,
 ) -> None:
+    """Write the graphs of a transformer; with `fused_in_half` the fused variants compute in float16 in any case."""
     model = pipeline.model
     condition_inputs = {name: _two_rows(golden[name]) for name in model.conditions_inputs}
     denoise_inputs = {name: _two_rows(golden[name]) for name in model.transformer_inputs}
     routed = bool(model.thinking_blocks)
     outputs = (model.prediction, "routes") if routed else (model.prediction,)
     with WeightFile(folder / "transformer") as weights:
+
+        def routing(depth: int) -> tuple[onnx.ModelProto, onnx.ModelProto]:
+            graph = Graph(TransformerGraph(module, depth, routed), denoise_inputs, outputs)
+            return routing_variants(weights.externalise(to_onnx(graph)), model.visual_tokens)
+
+        def write(depth: int, variants: dict[GraphVariant, onnx.ModelProto | None]) -> None:
+            for variant, proto in variants.items():
+                if proto is not None:
+                    weights.write(proto, Path(transformer_name(depth, variant)).name)
+
         with tasks("transformer conditions"):
             graph = Graph(ConditionsGraph(module), condition_inputs, ("conditions",))
             weights.write(weights.externalise(to_onnx(graph)), Path(CONDITIONS).name)
         for depth in depths:
             with tasks(f"transformer depth {depth}"):
-                graph = Graph(TransformerGraph(module, depth, routed), denoise_inputs, outputs)
-                operator, plain = routing_variants(weights.externalise(to_onnx(graph)), model.visual_tokens)
-                variants: dict[GraphVariant, onnx.ModelProto | None] = {
-                    "operator": operator,
-                    "fused": fused_variant(operator, folder / "transformer"),
-                    "plain": fuse_attention(plain, FLOAT_TYPES)
-                    if model.visual_tokens >= MIN_FUSED_TOKENS
-                    else plain,
-                }
-                for variant, proto in variants.items():
-                    if proto is not None:
-                        weights.write(proto, Path(transformer_name(depth, variant)).name)
+                operator, plain = routing(depth)
+                if model.visual_tokens >= MIN_FUSED_TOKENS:
+                    plain = fuse_attention(plain, FLOAT_TYPES) or plain
+                fused = fused_variant(operator, folder / "transformer")
+                write(depth, {"operator": operator, "plain": plain, "fused": fused})
+        if fused_in_half:
+            cast_to_precision(module, "fp16")
+            for depth in depths:
+                with tasks(f"transformer depth {depth}, fp16"):
+                    write(depth, {"fused": fused_variant(routing(depth)[0], folder / "transformer")})
 
 
 def _write_autoencoder(pipeline: Pipeline, folder: Path, precision: str, end: Array) -> Golden:

@@ -542,11 +542,35 @@ def test_weight_only_precisions_store_all_large_weights_in_few_bits(
     stored = {**tensors(tmp_path / "w" / transformer_name(1)), **tensors(tmp_path / "w" / CONDITIONS)}
     values = sum(v.size for v in stored.values() if v.dtype == kind and v.ndim == 2)
     assert values == sum(layer.weight.numel() for layer in layers.values())
+    _check_graph_for_gpus(tmp_path / "w" / transformer_name(1, "fused"), stored, kind)
     assert entry_names(tmp_path) == ["w"]
-    for name in ("onnxruntime", "openvino"):
-        reports = verify_bundle(Bundle.open(tmp_path / "w"), resolve(name))
+    for engine in (
+        resolve("onnxruntime"),
+        replace(resolve("onnxruntime"), variant="fused"),
+        resolve("openvino"),
+    ):
+        reports = verify_bundle(Bundle.open(tmp_path / "w"), engine)
         assert all(report.ok for report in reports)
     assert {r.tolerance for r in reports if r.part.startswith("vae")} == {1e-4}
+
+
+def _check_graph_for_gpus(path: Path, others: dict[str, np.ndarray], kind: Any) -> None:
+    """It computes in float16 with the same quantised weights, which are stored once."""
+    model, fused = onnx.load(path, load_external_data=False), tensors(path)
+    producers = {output: node for node in model.graph.node for output in node.output}
+    weights = {name: value for name, value in fused.items() if value.dtype == kind and value.ndim == 2}
+    assert len(weights) == len(LAYERS)
+    for name, value in weights.items():
+        np.testing.assert_array_equal(value, others[name])
+    for node in model.graph.node:
+        if node.op_type == "MatMul" and node.input[1] in producers:
+            assert producers[node.input[1]].op_type == "DequantizeLinear"
+            assert fused[producers[node.input[1]].input[1]].dtype == np.float16
+    kinds = {node.op_type for node in model.graph.node}
+    assert "MultiHeadAttention" in kinds and "Softmax" not in kinds
+    float32 = {name for name, value in fused.items() if value.dtype == np.float32}
+    products = [node for node in model.graph.node if node.op_type == "MatMul" and node.input[1] in float32]
+    assert len(products) == 2 * 2  # of the gates
 
 
 @pytest.mark.parametrize(("limit_s", "calls"), [(0.0, 1 + 5), (1e9, 3 + 41)])

@@ -50,7 +50,10 @@ def quantise_weight_int4(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
 
 
 def dequantise_weight(values: Tensor, steps: Tensor) -> Tensor:
-    """The float32 weight [in, out] of `quantise_weight` (steps [out]) or `quantise_weight_int4` (steps [groups, out])."""
+    """The weight [in, out] of `quantise_weight` (steps [out]) or `quantise_weight_int4` (steps [groups, out]).
+
+    It has the type of `steps`.
+    """
     groups = values.unflatten(0, (1 if steps.dim() == 1 else len(steps), -1))
     return (groups * steps.reshape(len(groups), 1, -1)).flatten(0, 1)
 

@@ -67,7 +67,7 @@ class QuantisedLinear(nn.Module):
         weight = layer.weight.detach()
         weight, steps = quantise_weight_int4(weight, group) if group else quantise_weight(weight)
         self.register_buffer("weight", weight)
-        self.register_buffer("steps", steps)
+        self.register_buffer("steps", steps.clone())  # a view could not change its type
         self.register_buffer("step", None if step is None else torch.tensor(step, dtype=torch.float32))
         self.bias = layer.bias
 

@@ -77,9 +77,9 @@ class Quantiser:
 
     def task_count(self, depths: Sequence[int]) -> int:
         """How many tasks quantisation adds to an export."""
-        calibration = 0 if self.weights_only else len(depths)
+        each_depth = len(depths)  # calibration, or float16 graphs for GPUs
         fp32 = 1 + len(depths) + 1  # conditions, depths, and the rest of the fp32 bundle
-        return calibration + fp32 + len(available_engines()) + len(depths) + 1
+        return each_depth + fp32 + len(available_engines()) + len(depths) + 1
 
     def add_text_encoder(self, part: TextPart, encoder: nn.Module) -> None:
         """Encode the calibration prompts with a text encoder in its stored precision."""
@@ -139,7 +139,9 @@ class Quantiser:
 def complete_fp32_bundle(fp32: Path, quantised: Bundle, pipeline: Pipeline) -> Bundle:
     """The bundle at `fp32`, its missing files taken from `quantised`. Raises OSError."""
     for name in quantised.manifest.files:
-        if not (fp32 / name).exists():
+        if not (fp32 / name).exists() and not name.startswith(
+            "transformer/"
+        ):  # the fused variants are quantised
             (fp32 / name).parent.mkdir(parents=True, exist_ok=True)
             _link(quantised.root / name, fp32 / name)
     files = describe_files(fp32)
