@@ -13,7 +13,7 @@ from .errors import BundleInvalid, shorten
 from .files import read_small_file
 from .manifest import EncoderSpec, FileEntry, Manifest
 
-# Variants of a transformer graph: tpx::RoutedLora as one node; float16 attention as one node too; standard operators only.
+# Variants of a transformer graph: tpx::RoutedLora as one node; in float16 and with attention as one node; standard operators only.
 GraphVariant = Literal["operator", "fused", "plain"]
 
 MANIFEST = "manifest.json"
@@ -25,7 +25,7 @@ VAE_DECODER = "vae_decoder/model.onnx"
 SCHEDULER = "scheduler/scheduler_config.json"
 STEP = "scheduler/step.onnx"  # optional
 GOLDEN = "golden/golden.npz"
-_REQUIRED_VARIANTS: tuple[GraphVariant, ...] = ("operator", "plain")  # "fused" exists only in float16
+_REQUIRED_VARIANTS: tuple[GraphVariant, ...] = ("operator", "plain")  # "fused" always computes in float16
 SHIFT_RANGE = (0.01, 100.0)  # outside of it, neighbouring sigmas of a long schedule are equal in float32
 
 

@@ -14,16 +14,21 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from click.testing import CliRunner
+from onnx.reference import ReferenceEvaluator
 from PIL import Image
 from tiny import make_tiny
+from torch import nn
 
 from tpx_export import checkpoint, exporter, routing
 from tpx_export.atomic_folder import atomic_folder
 from tpx_export.cli import main, table
 from tpx_export.exporter import Summary, export_bundle, least_bytes
+from tpx_export.graphs import Graph, to_onnx
+from tpx_export.model.conditions import GATE_WIDTH, ConditionProjection, Modulation, compute_conditions
 from tpx_export.model.text_to_image import TextToImage
 from tpx_export.operator import DOMAIN, NAME
 from tpx_export.pipeline import Pipeline
@@ -210,6 +215,35 @@ def test_conditions_and_depths_share_no_layer(tiny_bundle: Path) -> None:
         for name in names[0]
     )
     assert not [name for name in names[1] if "modulation" in name or "gate.condition" in name]
+
+
+class _ManyLayers(nn.Module):
+    """As many adaLNs and expert gates as the largest Stable Diffusion 3.5 has, and more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList()
+        for _ in range(40):
+            self.layers += [Modulation(4, 2), ConditionProjection(4, 1, GATE_WIDTH), Modulation(4, 1)]
+
+    def forward(self, y: torch.Tensor) -> torch.Tensor:
+        return compute_conditions(self, y)
+
+
+def test_conditions_of_many_layers_are_joined_in_few_at_a_time() -> None:
+    """ONNX Runtime cannot capture a Concat of more than 32 inputs in a CUDA graph."""
+    module, y = _ManyLayers(), torch.randn(2, 4)
+    model = ir.to_proto(to_onnx(Graph(module, {"y": y}, ("conditions",))))
+    assert max(len(node.input) for node in model.graph.node if node.op_type == "Concat") == 32
+    [found] = ReferenceEvaluator(model).run(None, {"y": y.numpy()})
+    act = torch.nn.functional.silu(y)
+    expected = [
+        layer(act)
+        for kind in (Modulation, ConditionProjection)
+        for layer in module.layers
+        if type(layer) is kind
+    ]
+    np.testing.assert_allclose(found, torch.cat(expected, dim=-1).detach(), rtol=1e-5, atol=1e-6)
 
 
 def test_graphs_contain_no_paths_of_the_exporting_machine(tiny_bundle: Path) -> None:

@@ -24,8 +24,8 @@ from .cuda import Graph, Stream
 from .session import Arrays, engine_errors
 
 MAX_BUFFER_SETS = 4  # one per set of shapes; the least recently used is evicted first
-# Calls before a capture, during which memory cannot be allocated. ONNX Runtime plans the memory of intermediate values in
-# the first call, and allocates it as planned in the second.
+# Calls before a capture, during which memory cannot be allocated. The first allocates what a call needs; the second did not
+# need more, as far as it was tried (docs/gpu.md), but may lay it out in another way.
 WARM_UP_CALLS = 2
 MAX_CAPTURES = 3  # other sets of shapes may have taken the memory since
 FATAL_ONLY = 4  # log severity; errors are raised as exceptions anyway

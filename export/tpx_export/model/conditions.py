@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 GATE_WIDTH = 64
+_MAX_JOINED = 32  # tensors in one concatenation; ONNX Runtime can capture no longer one in a CUDA graph
 
 
 class ConditionProjection(nn.Linear):
@@ -41,7 +42,11 @@ def compute_conditions(model: nn.Module, y: Tensor) -> Tensor:
     act = F.silu(y)
     layers = [layer for layer in model.modules() if isinstance(layer, ConditionProjection)]
     layers.sort(key=lambda layer: not isinstance(layer, Modulation))  # stable: modules keep their order
-    return torch.cat([layer(act) for layer in layers], dim=-1)
+    parts = [layer(act) for layer in layers]
+    while len(parts) > 1:
+        groups = [parts[start : start + _MAX_JOINED] for start in range(0, len(parts), _MAX_JOINED)]
+        parts = [torch.cat(group, dim=-1) for group in groups]
+    return parts[0]
 
 
 def split_conditions(
