@@ -13,7 +13,7 @@ from .errors import BundleInvalid, shorten
 from .files import read_small_file
 from .manifest import EncoderSpec, FileEntry, Manifest
 
-# Variants of a transformer graph: tpx::RoutedLora as one node; the same in float16, attention as one node; standard operators.
+# Variants of a transformer graph: tpx::RoutedLora as one node; this in float16, attention fused too; standard operators.
 GraphVariant = Literal["operator", "fused", "plain"]
 
 MANIFEST = "manifest.json"

@@ -246,8 +246,8 @@ def run(
     _require_image_of_like(like, image)
     strength = resolve_strength(image, mask, strength)
     input_image, input_mask = (load_image(file) if file else None for file in (image, mask))
-    chosen = resolve(engine)
     opened = Bundle.open(find_bundle(bundle), verify=False)
+    chosen = resolve(engine, opened.manifest.precision)
     if not no_verify:
         verify_once(opened, lambda line: click.echo(line, err=True))
     if no_t5 and click.get_current_context().get_parameter_source("no_t5") is ParameterSource.DEFAULT_MAP:
@@ -302,9 +302,10 @@ def verify(bundle: str | None, engine: str, all_engines: bool) -> None:
         raise BadInput(
             f"expected --engine or --all-engines, found both; leave out --engine {shorten(engine)}"
         )
-    chosen = None if all_engines else resolve(engine)
-    opened = Bundle.open(find_bundle(bundle))
+    opened = Bundle.open(find_bundle(bundle), verify=False)
     facts = opened.manifest
+    chosen = None if all_engines else resolve(engine, facts.precision)
+    opened.verify_files()
     click.echo(
         f"{facts.name} ({facts.precision}): {len(facts.files)} files, sizes and SHA-256 as in the manifest"
     )

@@ -72,8 +72,10 @@ class Generator:
         variable with an invalid value).
         """
         check_environment()
-        chosen = resolve(engine)  # before the hashes, which take long for a large bundle
         bundle = Bundle.open(path, verify=False)
+        chosen = resolve(
+            engine, bundle.manifest.precision
+        )  # before the hashes, which take long for a large bundle
         if verify:
             verify_once(bundle)
         return cls(bundle, chosen, t5, keep)

@@ -16,7 +16,7 @@ engine = click.option(
     default="auto",
     show_default=True,
     help="onnxruntime, onnxruntime-cuda, openvino or openvino-bf16; tensorrt-rtx or tensorrt after tpx-build; "
-    "auto selects the first that runs on this machine.",
+    "auto selects one that runs on this machine.",
 )
 sampler = click.option(
     "--sampler", help="euler, heun, dpmpp2m or unipc; ddpm or ddim for class models.  [default: the bundle's]"

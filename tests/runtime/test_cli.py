@@ -1042,7 +1042,7 @@ def test_rejects_an_engine_that_is_not_installed(
 
 
 def use_engine(monkeypatch: pytest.MonkeyPatch, engine: FakeEngine) -> FakeEngine:
-    monkeypatch.setattr("tpx_runtime.engine.resolve", lambda name: engine)
+    monkeypatch.setattr("tpx_runtime.engine.resolve", lambda name, precision: engine)
     return engine
 
 
@@ -1326,8 +1326,9 @@ def test_verify_rejects_all_engines_together_with_engine(fake_bundle: Path) -> N
     )
 
 
-def test_verify_rejects_an_unknown_engine_before_opening_the_bundle(fake_bundle: Path) -> None:
-    (fake_bundle / "manifest.json").unlink()
+def test_verify_rejects_an_unknown_engine_before_it_hashes_the_bundle(fake_bundle: Path) -> None:
+    damaged = fake_bundle / "vae_decoder/model.onnx"
+    damaged.write_bytes(b"x" * damaged.stat().st_size)
     assert_error(verify(fake_bundle, "--engine", "luck"), 2, "expected an engine of auto, ")
 
 

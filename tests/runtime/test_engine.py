@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from tpx_runtime.engine import (
     resolve,
 )
 from tpx_runtime.engine import onnxruntime as engine_onnxruntime
+from tpx_runtime.engine.registry import auto_order
 from tpx_runtime.errors import BadInput, EngineFailed, EngineUnavailable, one_line
 
 REAL = ["onnxruntime", "openvino"]
@@ -80,6 +82,25 @@ def test_an_interrupt_during_an_import_is_neither_lost_nor_an_unusable_engine(
 def test_auto_skips_an_engine_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     hide(monkeypatch, "onnxruntime")
     assert resolve(AUTO).name == "openvino"
+
+
+@pytest.mark.parametrize("machine", ["x86_64", "AMD64", "arm64"])
+@pytest.mark.parametrize(
+    "precision", [None, "fp32", "fp16", "int8", "int8-weights", "int4-weights", "unknown"]
+)
+def test_auto_prefers_openvino_for_quantised_weights(
+    precision: str | None, machine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usable = ["openvino-bf16", "onnxruntime", "openvino"]
+    monkeypatch.setattr(Engine, "problem", lambda engine: None if engine.name in usable else "no")
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    preferred = precision in ("int8-weights", "int4-weights") and machine != "arm64"
+    assert resolve(AUTO, precision).name == ("openvino" if preferred else "onnxruntime")
+    usable.remove("openvino")
+    assert resolve(AUTO, precision).name == "onnxruntime"
+    usable.append("onnxruntime-cuda")
+    assert resolve(AUTO, precision).name == "onnxruntime-cuda"
+    assert sorted(engine.name for engine in auto_order(precision)) == sorted(ENGINES)
 
 
 def test_auto_without_any_engine_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

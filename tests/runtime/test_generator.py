@@ -17,7 +17,15 @@ import pytest
 from PIL import Image
 
 import tpx_runtime
-from tpx_runtime.bundle import CONDITIONS, SCHEDULER, VAE_DECODER, VAE_ENCODER, Bundle, transformer_name
+from tpx_runtime.bundle import (
+    CONDITIONS,
+    MANIFEST,
+    SCHEDULER,
+    VAE_DECODER,
+    VAE_ENCODER,
+    Bundle,
+    transformer_name,
+)
 from tpx_runtime.engine import Arrays
 from tpx_runtime.errors import BadInput, BundleInvalid, Cancelled, EngineFailed
 from tpx_runtime.generator import Generator
@@ -789,6 +797,15 @@ def test_a_coroutine_function_is_no_callback(generator: Generator) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_auto_knows_the_precision_of_the_bundle(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, ...]] = []
+    monkeypatch.setattr("tpx_runtime.generator.resolve", lambda *names: asked.append(names))
+    manifest = Bundle.open(copy, verify=False).manifest
+    (copy / MANIFEST).write_text(replace(manifest, precision="int4-weights").to_json())
+    Generator.load(copy)
+    assert asked == [("auto", "int4-weights")]
+
+
 def test_a_forked_process_is_told_to_load_its_own_generator(generator: Generator) -> None:
     """Even if another thread generated an image when it was forked, which would never be finished there."""
     locked, done = Event(), Event()

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import platform
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -86,7 +87,7 @@ class Engine:
             return importlib.import_module(f".{self.module}", __package__)
 
 
-# In the order that `auto` tries them.
+# In the order that `auto` tries them (auto_order has an exception).
 ENGINES = {
     engine.name: engine
     for engine in (
@@ -139,19 +140,30 @@ ENGINES = {
     )
 }
 AUTO = "auto"
+# Precisions of bundles that OpenVINO computes in half of ONNX Runtime's time or less on these processors, the only ones that
+# were tried (docs/quantisation.md).
+_OPENVINO_FIRST, _TRIED = ("int8-weights", "int4-weights"), ("x86_64", "AMD64")
 NO_USABLE_ENGINE = (
     f"expected one of the engines {', '.join(ENGINES)}, found none that runs here; "
     "install one with `pip install 'tpx[cpu]'`"
 )
 
 
-def resolve(name: str = AUTO) -> Engine:
-    """The engine of that name, or for `auto` the first of ENGINES that this machine can use.
+def auto_order(precision: str | None = None) -> list[Engine]:
+    """The engines as `auto` tries them for a bundle of that precision."""
+    engines = dict(ENGINES)
+    if precision in _OPENVINO_FIRST and platform.machine() in _TRIED:
+        engines = {name: engines.pop(name) for name in ("onnxruntime-cuda", "openvino")} | engines
+    return list(engines.values())
+
+
+def resolve(name: str = AUTO, precision: str | None = None) -> Engine:
+    """The engine of that name, or for `auto` the first that this machine can use for a bundle of that precision.
 
     Raises BadInput for an unknown name, EngineUnavailable for an engine that cannot be used.
     """
     if name == AUTO:
-        for engine in ENGINES.values():
+        for engine in auto_order(precision):
             if engine.problem() is None:
                 return engine
         raise EngineUnavailable(NO_USABLE_ENGINE)
