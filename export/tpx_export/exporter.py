@@ -4,7 +4,7 @@ import gc
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -209,9 +209,8 @@ def _write_transformer(
         quantiser.quantise_transformer(module, depths, tasks)
     else:
         cast_to_precision(module, precision)
-    # Quantised weights are as small on a GPU, where they are multiplied in float16.
-    fused_in_half = quantiser is not None and quantiser.weights_only
-    _write_transformer_graphs(module, pipeline, transformer, output.folder, depths, tasks, fused_in_half)
+    half_on_gpus = quantiser is not None and quantiser.weights_only
+    _write_transformer_graphs(module, pipeline, transformer, output.folder, depths, tasks, half_on_gpus)
     return transformer
 
 
@@ -222,9 +221,9 @@ def _write_transformer_graphs(
     folder: Path,
     depths: tuple[int, ...],
     tasks: Tasks,
-    fused_in_half: bool = False,
+    half_on_gpus: bool = False,
 ) -> None:
-    """Write the graphs of a transformer; with `fused_in_half` the fused variants compute in float16 in any case."""
+    """Write the graphs of a transformer. With `half_on_gpus` it is converted to float16 after the variants for CPUs."""
     model = pipeline.model
     condition_inputs = {name: _two_rows(golden[name]) for name in model.conditions_inputs}
     denoise_inputs = {name: _two_rows(golden[name]) for name in model.transformer_inputs}
@@ -236,7 +235,10 @@ def _write_transformer_graphs(
             graph = Graph(TransformerGraph(module, depth, routed), denoise_inputs, outputs)
             return routing_variants(weights.externalise(to_onnx(graph)), model.visual_tokens)
 
-        def write(depth: int, variants: dict[GraphVariant, onnx.ModelProto | None]) -> None:
+        def for_gpus(operator: onnx.ModelProto) -> dict[GraphVariant, onnx.ModelProto | None]:
+            return {"operator": operator, "fused": fused_variant(operator, folder / "transformer")}
+
+        def write(depth: int, variants: Mapping[GraphVariant, onnx.ModelProto | None]) -> None:
             for variant, proto in variants.items():
                 if proto is not None:
                     weights.write(proto, Path(transformer_name(depth, variant)).name)
@@ -249,13 +251,14 @@ def _write_transformer_graphs(
                 operator, plain = routing(depth)
                 if model.visual_tokens >= MIN_FUSED_TOKENS:
                     plain = fuse_attention(plain, FLOAT_TYPES) or plain
-                fused = fused_variant(operator, folder / "transformer")
-                write(depth, {"operator": operator, "plain": plain, "fused": fused})
-        if fused_in_half:
+                write(depth, {"plain": plain})
+                if not half_on_gpus:
+                    write(depth, for_gpus(operator))
+        if half_on_gpus:
             cast_to_precision(module, "fp16")
             for depth in depths:
                 with tasks(f"transformer depth {depth}, fp16"):
-                    write(depth, {"fused": fused_variant(routing(depth)[0], folder / "transformer")})
+                    write(depth, for_gpus(routing(depth)[0]))
 
 
 def _write_autoencoder(pipeline: Pipeline, folder: Path, precision: str, end: Array) -> Golden:

@@ -17,8 +17,9 @@ M = TypeVar("M", bound=nn.Module)
 # The largest relative error of each graph against PyTorch in float32, and the smallest share of equal routes.
 TOLERANCES = {
     "fp32": Tolerance(text_encoder=1e-4, conditions=1e-4, transformer=1e-4, vae=1e-4, routing_agreement=1.0),
-    # Conditions: only the weights of adaLN are rounded.
-    "fp16": Tolerance(text_encoder=5e-3, conditions=1e-3, transformer=1e-2, vae=1e-2, routing_agreement=0.98),
+    # Conditions: only the weights of adaLN are rounded. VAE: twice the largest error of an image of 1,024 pixels on a GPU,
+    # which is nearly that of PyTorch in float16 (docs/gpu.md).
+    "fp16": Tolerance(text_encoder=5e-3, conditions=1e-3, transformer=1e-2, vae=2e-2, routing_agreement=0.98),
     # docs/quantisation.md compares them with the errors of the sample model.
     "int8": Tolerance(text_encoder=1e-4, conditions=1e-4, transformer=6e-2, vae=1e-4, routing_agreement=0.95),
     "int8-weights": Tolerance(

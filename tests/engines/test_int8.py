@@ -184,13 +184,17 @@ def test_int8_weights_are_stored_as_int8(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("capability", [86, 89, 120])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize(("width", "group"), [(1024, 128), (1040, 16)])
-def test_int4_weights_are_stored_as_int4(tmp_path: Path, width: int, group: int, capability: int) -> None:
-    """A layer as it is in an int4-weights bundle."""
-    layer = QuantisedLinear(nn.Linear(width, 1024, bias=False), None, bits=4)
-    onnx_ir.save(to_onnx(ModuleGraph(layer, {"x": torch.zeros(2, width)}, ("y",))), tmp_path / "x.onnx")
+def test_int4_weights_are_stored_as_int4(
+    tmp_path: Path, width: int, group: int, dtype: torch.dtype, capability: int
+) -> None:
+    """A layer as it is in an int4-weights bundle: the transformer's blocks compute in float16, adaLN in float32."""
+    layer = QuantisedLinear(nn.Linear(width, 1024, bias=False), None, bits=4).to(dtype)
+    x = torch.zeros(2, width, dtype=dtype)
+    onnx_ir.save(to_onnx(ModuleGraph(layer, {"x": x}, ("y",))), tmp_path / "x.onnx")
     engine = tensorrt.build(RTX, tmp_path / "x.onnx", {"x": (None, width)}, capability=capability)
-    weights = width * 1024 * (1 / 2 + 4 / group)
+    weights = width * 1024 * (1 / 2 + dtype.itemsize / group)
     assert weights < len(engine) < weights + 100_000
 
 

@@ -510,14 +510,25 @@ def test_weight_only_precisions_store_all_large_weights_in_few_bits(
 ) -> None:
     # Where OpenVINO must not cache what it compiles of the temporary bundles.
     monkeypatch.setenv("TPX_ENGINES", str(tmp_path / "engines"))
-    options = QuantisationOptions(accept_loss=True)
+    graphs_in_fp32: list[str] = []
+
+    def complete(fp32: Path, *others: Any) -> Bundle:
+        bundle = quantiser.complete_fp32_bundle(fp32, *others)
+        graphs_in_fp32.extend(path.name for path in (fp32 / "transformer").glob("*.onnx"))
+        return bundle
+
+    monkeypatch.setattr(exporter, "complete_fp32_bundle", complete)
+    progress: list[tuple[int, int]] = []
     summary = export_bundle(
         Pipeline.from_model(tiny_model),
         tmp_path / "w",
         depth=1,
         precision=precision,
-        quantisation=options,
+        quantisation=QuantisationOptions(accept_loss=True),
+        progress=lambda task, done, total: progress.append((done, total)),
     )
+    assert sorted(graphs_in_fp32) == ["conditions.onnx", "depth-1.onnx", "depth-1.plain.onnx"]
+    assert progress[-1][0] == progress[-1][1]
     assert summary.quantisation is not None and summary.quantisation.layers == len(LAYERS) + 7 + 4
     sizes = [
         *summary.quantisation.sizes.values(),
@@ -542,11 +553,15 @@ def test_weight_only_precisions_store_all_large_weights_in_few_bits(
     stored = {**tensors(tmp_path / "w" / transformer_name(1)), **tensors(tmp_path / "w" / CONDITIONS)}
     values = sum(v.size for v in stored.values() if v.dtype == kind and v.ndim == 2)
     assert values == sum(layer.weight.numel() for layer in layers.values())
-    _check_graph_for_gpus(tmp_path / "w" / transformer_name(1, "fused"), stored, kind)
+    plain = tensors(tmp_path / "w" / transformer_name(1, "plain"))
+    assert all(value.dtype != np.float16 for value in plain.values())
+    for variant in ("operator", "fused"):
+        _check_graph_for_gpus(tmp_path / "w" / transformer_name(1, variant), plain, kind)
     assert entry_names(tmp_path) == ["w"]
     for engine in (
         resolve("onnxruntime"),
         replace(resolve("onnxruntime"), variant="fused"),
+        replace(resolve("onnxruntime"), variant="operator"),
         resolve("openvino"),
     ):
         reports = verify_bundle(Bundle.open(tmp_path / "w"), engine)
@@ -556,21 +571,16 @@ def test_weight_only_precisions_store_all_large_weights_in_few_bits(
 
 def _check_graph_for_gpus(path: Path, others: dict[str, np.ndarray], kind: Any) -> None:
     """It computes in float16 with the same quantised weights, which are stored once."""
-    model, fused = onnx.load(path, load_external_data=False), tensors(path)
-    producers = {output: node for node in model.graph.node for output in node.output}
-    weights = {name: value for name, value in fused.items() if value.dtype == kind and value.ndim == 2}
+    nodes, stored = onnx.load(path, load_external_data=False).graph.node, tensors(path)
+    weights = {name: value for name, value in stored.items() if value.dtype == kind and value.ndim == 2}
     assert len(weights) == len(LAYERS)
     for name, value in weights.items():
         np.testing.assert_array_equal(value, others[name])
-    for node in model.graph.node:
-        if node.op_type == "MatMul" and node.input[1] in producers:
-            assert producers[node.input[1]].op_type == "DequantizeLinear"
-            assert fused[producers[node.input[1]].input[1]].dtype == np.float16
-    kinds = {node.op_type for node in model.graph.node}
-    assert "MultiHeadAttention" in kinds and "Softmax" not in kinds
-    float32 = {name for name, value in fused.items() if value.dtype == np.float32}
-    products = [node for node in model.graph.node if node.op_type == "MatMul" and node.input[1] in float32]
-    assert len(products) == 2 * 2  # of the gates
+    steps = [stored[node.input[1]] for node in nodes if node.op_type == "DequantizeLinear"]
+    assert len(steps) == len(LAYERS) and all(array.dtype == np.float16 for array in steps)
+    products = [stored.get(node.input[1]) for node in nodes if node.op_type == "MatMul"]
+    float32 = [array for array in products if array is not None and array.dtype == np.float32]
+    assert len(float32) == 2 * 2  # of the gates
 
 
 @pytest.mark.parametrize(("limit_s", "calls"), [(0.0, 1 + 5), (1e9, 3 + 41)])
