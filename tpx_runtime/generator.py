@@ -73,9 +73,8 @@ class Generator:
         """
         check_environment()
         bundle = Bundle.open(path, verify=False)
-        chosen = resolve(
-            engine, bundle.manifest.precision
-        )  # before the hashes, which take long for a large bundle
+        # Before the hashes, which take long for a large bundle.
+        chosen = resolve(engine, bundle.manifest.precision)
         if verify:
             verify_once(bundle)
         return cls(bundle, chosen, t5, keep)

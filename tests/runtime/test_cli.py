@@ -1329,6 +1329,7 @@ def test_verify_rejects_all_engines_together_with_engine(fake_bundle: Path) -> N
 def test_verify_rejects_an_unknown_engine_before_it_hashes_the_bundle(fake_bundle: Path) -> None:
     damaged = fake_bundle / "vae_decoder/model.onnx"
     damaged.write_bytes(b"x" * damaged.stat().st_size)
+    assert_error(verify(fake_bundle), 3, "expected SHA-256 ")
     assert_error(verify(fake_bundle, "--engine", "luck"), 2, "expected an engine of auto, ")
 
 
