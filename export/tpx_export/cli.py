@@ -50,7 +50,7 @@ _PATH = click.Path(path_type=Path)
 @click.option(
     "--calibration",
     type=_PATH,
-    help="int8: prompts to calibrate with, one per line; - reads standard input.  [default: built-in]",
+    help="int8, int4-weights: prompts to calibrate with, one per line; - reads standard input.  [default: built-in]",
 )
 @click.option(
     "--accept-loss",

@@ -34,6 +34,7 @@ STORED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 WEIGHT_BITS = {"int8-weights": 8, "int4-weights": 4}  # the precisions in which only weights are quantised
 QUANTISED_PRECISIONS = ("int8", *WEIGHT_BITS)
+CALIBRATED_PRECISIONS = ("int8", "int4-weights")
 
 
 def unquantised_precision(precision: str, stored: str) -> str:

@@ -36,6 +36,7 @@ from tpx_export.model import (
     TextToImage,
     ThinkingSpec,
 )
+from tpx_export.model.conditions import Modulation
 from tpx_export.model.mmdit import MMDiTSpec
 from tpx_export.pipeline import Pipeline
 from tpx_export.quantise import measure, quantiser, speed
@@ -50,7 +51,7 @@ from tpx_export.quantise.grid import (
     quantise_weight,
     quantise_weight_int4,
 )
-from tpx_export.quantise.layers import block_linears, encoder_linears, modulations
+from tpx_export.quantise.layers import Layers, block_linears, encoder_linears, modulations
 from tpx_export.quantise.linear import QuantisedLinear, replace_layers
 from tpx_export.quantise.pack import pack_int4
 from tpx_export.quantise.prompts import PromptFile, choose_subjects, default_prompts
@@ -529,6 +530,7 @@ def test_weight_only_precisions_store_all_large_weights_in_few_bits(
     )
     assert sorted(graphs_in_fp32) == ["conditions.onnx", "depth-1.onnx", "depth-1.plain.onnx"]
     assert progress[-1][0] == progress[-1][1]
+    assert summary.quantisation.trajectories == (precision == "int4-weights")
     assert summary.quantisation is not None and summary.quantisation.layers == len(LAYERS) + 7 + 4
     sizes = [
         *summary.quantisation.sizes.values(),
@@ -553,6 +555,8 @@ def test_weight_only_precisions_store_all_large_weights_in_few_bits(
     stored = {**tensors(tmp_path / "w" / transformer_name(1)), **tensors(tmp_path / "w" / CONDITIONS)}
     values = sum(v.size for v in stored.values() if v.dtype == kind and v.ndim == 2)
     assert values == sum(layer.weight.numel() for layer in layers.values())
+    if precision == "int4-weights":
+        _check_rounding(stored, layers)
     plain = tensors(tmp_path / "w" / transformer_name(1, "plain"))
     assert all(value.dtype != np.float16 for value in plain.values())
     for variant in ("operator", "fused"):
@@ -567,6 +571,15 @@ def test_weight_only_precisions_store_all_large_weights_in_few_bits(
         reports = verify_bundle(Bundle.open(tmp_path / "w"), engine)
         assert all(report.ok for report in reports)
     assert {r.tolerance for r in reports if r.part.startswith("vae")} == {1e-4}
+
+
+def _check_rounding(stored: dict[str, np.ndarray], layers: Layers) -> None:
+    """Weights are not simply rounded, in blocks and in adaLN, but for the inputs of calibration."""
+    for name, layer in layers.items():
+        suffix = "product.weight" if isinstance(layer, Modulation) else "weight"
+        plain, _ = quantise_weight_int4(layer.weight.detach(), cast(int, group_size(layer.in_features)))
+        share = (stored[f"transformer.{name}.{suffix}"].astype(np.int8) != plain.numpy()).mean()
+        assert 0.02 < share < 0.9, name
 
 
 def _check_graph_for_gpus(path: Path, others: dict[str, np.ndarray], kind: Any) -> None:
@@ -810,8 +823,7 @@ def test_rejects_invalid_int8_options(tiny_model: TextToImage, tmp_path: Path) -
         (ckpt, "int8", ["--calibration", latin], "expected UTF-8 text"),
         (ckpt, "int8", ["--calibration", tmp_path / "none"], "expected a file of prompts, .*: No such file"),
         (classes, "int8", ["--calibration", good], "expected no prompts for a class-conditional model"),
-        (ckpt, "int8-weights", ["--calibration", good], "expected no calibration prompts"),
-        (ckpt, "int4-weights", ["--calibration", good], "expected no calibration prompts for int4-weights"),
+        (ckpt, "int8-weights", ["--calibration", good], "expected no calibration prompts for int8-weights"),
         (
             ckpt,
             "fp16",

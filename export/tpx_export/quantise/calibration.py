@@ -1,13 +1,14 @@
-"""Calibration: histograms of the activations of every layer over whole sampling trajectories of the float32 model.
+"""Calibration: what is to be known of the inputs of every layer, over whole sampling trajectories of the float32 model.
 
 Trajectories use the model's default sampler, steps and guidance, with both branches, at every depth 1..T. All depths share
-their layers, so each layer has one range for all of them.
+their layers, so each layer has one record for all of them: a histogram for int8 activations, a Gram matrix for int4 weights.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -16,7 +17,6 @@ from torch import nn
 from tpx_export.golden import Golden
 from tpx_export.pipeline import Pipeline, TextPart
 from tpx_export.precision import in_float32
-from tpx_export.quantise.grid import MagnitudeHistogram
 from tpx_export.quantise.layers import Layers
 from tpx_export.quantise.prompts import images_per_batch
 from tpx_runtime.conditioning import EncoderOutput, combine
@@ -25,6 +25,13 @@ from tpx_runtime.noise import batch_noise
 from tpx_runtime.sampling import SAMPLERS_FOR, Array
 
 SEED = 20260501  # of the first trajectory; the images of the comparison have other seeds
+
+
+class Recorder(Protocol):
+    """What keeps a record of the inputs of a layer."""
+
+    def add(self, x: torch.Tensor) -> None:
+        """Add inputs of the layer. Raises ValueError if any is not finite."""
 
 
 @dataclass
@@ -58,21 +65,21 @@ class CalibrationInputs:
 def collect_activations(
     transformer: nn.Module,
     layers: Layers,
-    histograms: Mapping[str, MagnitudeHistogram],
+    records: Mapping[str, Recorder],
     pipeline: Pipeline,
     conditioning: Golden,
     depth: int,
 ) -> None:
     """Sample a trajectory for every row of `conditioning` (from `CalibrationInputs.rows`) but the unconditional one.
 
-    The inputs of each of `layers` are added to its histogram. Raises ValueError for activations that are not finite.
+    The inputs of each of `layers` are added to the record of its name. Raises ValueError for inputs that are not finite.
     """
     model, defaults = pipeline.model, pipeline.defaults
     sampler = SAMPLERS_FOR[model.prediction][defaults.sampler]
     schedule = sampler.schedule(defaults.steps, pipeline.schedule_shift)
     row_count = len(next(iter(conditioning.values())))
     batch_size = images_per_batch(model)
-    with in_float32(transformer), record_inputs(layers, histograms):
+    with in_float32(transformer), record_inputs(layers, records):
         for first in range(1, row_count, batch_size):
             rows = range(first, min(first + batch_size, row_count))
             noise_at = partial(batch_noise, [SEED + row for row in rows], model.latent_shape)
@@ -82,10 +89,10 @@ def collect_activations(
 
 
 @contextmanager
-def record_inputs(layers: Layers, histograms: Mapping[str, MagnitudeHistogram]) -> Iterator[None]:
-    """Add all inputs of each of `layers` to the histogram of its name."""
+def record_inputs(layers: Layers, records: Mapping[str, Recorder]) -> Iterator[None]:
+    """Add all inputs of each of `layers` to the record of its name."""
     hooks = [
-        layer.register_forward_pre_hook(lambda _, inputs, name=name: histograms[name].add(inputs[0]))
+        layer.register_forward_pre_hook(lambda _, inputs, name=name: records[name].add(inputs[0]))
         for name, layer in layers.items()
     ]
     try:

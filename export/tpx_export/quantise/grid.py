@@ -42,11 +42,21 @@ def quantise_weight_int4(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
 
     Steps are positive or negative, so that the value of a group that is largest in magnitude is always at -8.
     """
-    groups = weight.float().unflatten(1, (-1, group))  # [out, in / group, group]
-    steps = groups.gather(2, groups.abs().argmax(2, keepdim=True)) / _INT4_MIN
-    steps = torch.where(steps != 0, steps, torch.ones_like(steps))  # a group of zeros
-    values = (groups / steps).round().clamp(_INT4_MIN, _INT4_MAX)
-    return values.flatten(1).to(torch.int8).t().contiguous(), steps.squeeze(2).t().contiguous()
+    groups = weight.float().t().unflatten(0, (-1, group))  # [in / group, group, out]
+    steps = int4_steps(groups, dim=1)
+    values = round_to_int4(groups, steps.unsqueeze(1))
+    return values.flatten(0, 1).to(torch.int8).contiguous(), steps
+
+
+def int4_steps(groups: Tensor, dim: int) -> Tensor:
+    """The step sizes of groups of float values along `dim`, which the result does not have."""
+    largest = groups.gather(dim, groups.abs().argmax(dim, keepdim=True)).squeeze(dim)
+    return torch.where(largest != 0, largest / _INT4_MIN, torch.ones_like(largest))  # 1 for a group of zeros
+
+
+def round_to_int4(values: Tensor, steps: Tensor) -> Tensor:
+    """`values` as multiples of `steps` in -8..7, in the type of `values`."""
+    return (values / steps).round().clamp(_INT4_MIN, _INT4_MAX)
 
 
 def dequantise_weight(values: Tensor, steps: Tensor) -> Tensor:

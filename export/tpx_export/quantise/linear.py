@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tpx_export.model.conditions import Modulation
+from tpx_export.quantise.gptq import Gram, quantise_with_gram
 from tpx_export.quantise.grid import (
     QMAX,
     dequantise_weight,
@@ -54,18 +55,24 @@ def _(x: Tensor, weight: Tensor, steps: Tensor) -> Tensor:
 class QuantisedLinear(nn.Module):
     """Replaces a linear layer, float32 [..., in] -> [..., out]; `step` is the step size of activations, None for float32.
 
-    Weights have `bits` 8 or 4, but 8 in layers of a width that no group of int4 divides.
+    Weights have `bits` 8 or 4, but 8 in layers of a width that no group of int4 divides. With a `gram` of its inputs,
+    weights of 4 bits are rounded so that the layer's outputs change little.
     """
 
     weight: Tensor
     steps: Tensor
     step: Tensor | None
 
-    def __init__(self, layer: nn.Linear, step: float | None, bits: int = 8) -> None:
+    def __init__(self, layer: nn.Linear, step: float | None, bits: int = 8, gram: Gram | None = None) -> None:
         super().__init__()
         group = group_size(layer.in_features) if bits == 4 else None
         weight = layer.weight.detach()
-        weight, steps = quantise_weight_int4(weight, group) if group else quantise_weight(weight)
+        if group is None:
+            weight, steps = quantise_weight(weight)
+        elif gram is None:
+            weight, steps = quantise_weight_int4(weight, group)
+        else:
+            weight, steps = quantise_with_gram(weight, group, gram)
         self.register_buffer("weight", weight)
         self.register_buffer("steps", steps.clone())  # a view could not change its type
         self.register_buffer("step", None if step is None else torch.tensor(step, dtype=torch.float32))
@@ -83,9 +90,9 @@ class QuantisedLinear(nn.Module):
 class QuantisedModulation(Modulation):
     """Replaces the layer of an adaLN, weights only. It is a Modulation because other code searches for this class."""
 
-    def __init__(self, layer: Modulation, bits: int) -> None:
+    def __init__(self, layer: Modulation, bits: int, gram: Gram | None) -> None:
         nn.Module.__init__(self)
-        self.parts, self.product = layer.parts, QuantisedLinear(layer, None, bits)
+        self.parts, self.product = layer.parts, QuantisedLinear(layer, None, bits, gram)
 
     def forward(self, act: Tensor) -> Tensor:
         output: Tensor = self.product(act)
@@ -96,16 +103,23 @@ class QuantisedModulation(Modulation):
 
 
 def replace_layers(
-    module: nn.Module, layers: Layers, steps: Mapping[str, float] | None = None, bits: int = 8
+    module: nn.Module,
+    layers: Layers,
+    steps: Mapping[str, float] | None = None,
+    bits: int = 8,
+    grams: Mapping[str, Gram] | None = None,
 ) -> None:
     """Replace each of `layers` of a float32 `module` by its quantised form. `steps` are the activations' step sizes by name.
 
-    Without `steps` only weights are quantised, to `bits` 8 or 4. Raises KeyError for a layer without a step size.
+    Without `steps` only weights are quantised, to `bits` 8 or 4, these with the `grams` of the layers' inputs if given.
+    Raises KeyError for a layer without a step size or Gram matrix.
     """
     for name, layer in layers.items():
         parent, _, attribute = name.rpartition(".")
+        gram = None if grams is None else grams[name]
         if isinstance(layer, Modulation):
-            quantised: nn.Module = QuantisedModulation(layer, bits)
+            quantised: nn.Module = QuantisedModulation(layer, bits, gram)
         else:
-            quantised = QuantisedLinear(layer, None if steps is None else steps[name], bits)
+            step = None if steps is None else steps[name]
+            quantised = QuantisedLinear(layer, step, bits, gram)
         setattr(module.get_submodule(parent), attribute, quantised)

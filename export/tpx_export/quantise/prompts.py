@@ -1,4 +1,4 @@
-"""The subjects (prompts or classes) for the calibration of int8 and its comparison with fp32.
+"""The subjects (prompts or classes) for the calibration of a precision and its comparison with fp32.
 
 a file            the user's prompts, one per line
 CLIP and T5       descriptions of varied things

@@ -7,15 +7,17 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from torch import nn
 
 from tpx_export.description import build_manifest
 from tpx_export.pipeline import Pipeline, TextPart
-from tpx_export.precision import QUANTISED_PRECISIONS, WEIGHT_BITS
-from tpx_export.quantise.calibration import CalibrationInputs, collect_activations
+from tpx_export.precision import CALIBRATED_PRECISIONS, QUANTISED_PRECISIONS, WEIGHT_BITS
+from tpx_export.quantise.calibration import CalibrationInputs, Recorder, collect_activations
+from tpx_export.quantise.gptq import Gram
 from tpx_export.quantise.grid import MagnitudeHistogram
-from tpx_export.quantise.layers import block_linears, encoder_linears, modulations
+from tpx_export.quantise.layers import Layers, block_linears, encoder_linears, modulations
 from tpx_export.quantise.linear import replace_layers
 from tpx_export.quantise.measure import compare_with_fp32
 from tpx_export.quantise.prompts import PromptFile, choose_subjects
@@ -27,6 +29,7 @@ from tpx_runtime.engine import resolve
 from tpx_runtime.errors import BadInput
 
 Tasks = Callable[[str], AbstractContextManager[None]]
+R = TypeVar("R", bound=Recorder)
 MAX_SCORE_PROMPTS = 92  # of each kind of ShapesEval
 
 
@@ -55,10 +58,10 @@ class QuantisationOptions:
             raise BadInput(
                 f"expected 0 to {MAX_SCORE_PROMPTS} prompts of each kind of ShapesEval, found {self.score_prompts}"
             )
-        if self.calibration and precision in WEIGHT_BITS:
+        if self.calibration and precision not in CALIBRATED_PRECISIONS:
             raise BadInput(
-                f"expected no calibration prompts for {precision}, found {self.calibration.path}; leave it out, weights "
-                "need no calibration"
+                f"expected no calibration prompts for {precision}, found {self.calibration.path}; leave it out, "
+                "this precision needs none"
             )
         if self.calibration:
             _ = self.calibration.lines
@@ -70,6 +73,7 @@ class Quantiser:
     def __init__(self, pipeline: Pipeline, precision: str, options: QuantisationOptions) -> None:
         """`options` must have been checked. Raises BadInput for calibration prompts that the model cannot read."""
         self.weights_only, self._bits = precision in WEIGHT_BITS, WEIGHT_BITS.get(precision, 8)
+        self._calibrated = precision in CALIBRATED_PRECISIONS
         self.precision, self.options, self.layers = precision, options, 0
         self._pipeline = pipeline
         self._subjects = choose_subjects(pipeline, options.calibration)
@@ -77,13 +81,13 @@ class Quantiser:
 
     def task_count(self, depths: Sequence[int]) -> int:
         """How many tasks quantisation adds to an export."""
-        each_depth = len(depths)  # calibration, or float16 graphs for GPUs
+        each_depth = self._calibrated + self.weights_only  # calibration, float16 graphs for GPUs
         fp32 = 1 + len(depths) + 1  # conditions, depths, and the rest of the fp32 bundle
-        return each_depth + fp32 + len(available_engines()) + len(depths) + 1
+        return each_depth * len(depths) + fp32 + len(available_engines()) + len(depths) + 1
 
     def add_text_encoder(self, part: TextPart, encoder: nn.Module) -> None:
         """Encode the calibration prompts with a text encoder in its stored precision."""
-        if not self.weights_only:
+        if self._calibrated:
             self._inputs.add_text_encoder(part, encoder)
 
     def quantise_text_encoder(self, encoder: nn.Module) -> None:
@@ -93,19 +97,28 @@ class Quantiser:
         self.layers += len(layers)
 
     def quantise_transformer(self, module: nn.Module, depths: Sequence[int], tasks: Tasks) -> None:
-        """Quantise a float32 transformer in place, after calibration if activations are quantised too."""
-        layers, steps = block_linears(module), None
-        if self.weights_only:
-            layers |= modulations(module)
+        """Quantise a float32 transformer in place, after the calibration that the precision needs."""
+        layers = block_linears(module) | (modulations(module) if self.weights_only else {})
+        if not self._calibrated:
+            replace_layers(module, layers, bits=self._bits)
+        elif self.weights_only:
+            grams = self._record(Gram, module, layers, depths, tasks)
+            replace_layers(module, layers, bits=self._bits, grams=grams)
         else:
-            histograms = {name: MagnitudeHistogram() for name in layers}
-            conditioning = self._inputs.rows(self._pipeline)
-            for depth in depths:
-                with tasks(f"calibration depth {depth}"):
-                    collect_activations(module, layers, histograms, self._pipeline, conditioning, depth)
+            histograms = self._record(MagnitudeHistogram, module, layers, depths, tasks)
             steps = {name: histogram.step_size() for name, histogram in histograms.items()}
-        replace_layers(module, layers, steps, self._bits)
+            replace_layers(module, layers, steps)
         self.layers += len(layers)
+
+    def _record(
+        self, kind: Callable[[], R], module: nn.Module, layers: Layers, depths: Sequence[int], tasks: Tasks
+    ) -> dict[str, R]:
+        """A record of the inputs of each of `layers`, over the calibration trajectories."""
+        records, conditioning = {name: kind() for name in layers}, self._inputs.rows(self._pipeline)
+        for depth in depths:
+            with tasks(f"calibration depth {depth}"):
+                collect_activations(module, layers, records, self._pipeline, conditioning, depth)
+        return records
 
     def report(self, quantised: Bundle, fp32: Bundle, tasks: Tasks) -> Report:
         """Compare the bundle with that of the same model in fp32. Raises EngineFailed, EngineUnavailable."""
@@ -128,7 +141,7 @@ class Quantiser:
         return Report(
             precision=self.precision,
             layers=self.layers,
-            trajectories=0 if self.weights_only else len(self._subjects.calibration) * len(depths),
+            trajectories=len(self._subjects.calibration) * len(depths) if self._calibrated else 0,
             depths=tuple(depths),
             speeds=tuple(speeds),
             score=score_report,

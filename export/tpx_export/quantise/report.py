@@ -67,7 +67,7 @@ class NotScored:
 class Report:
     """A quantised bundle against fp32. `sizes` are the bytes of folders, (fp32, quantised).
 
-    `layers` is the number of quantised layers, `trajectories` that of calibration trajectories (0 if only weights are).
+    `layers` is the number of quantised layers, `trajectories` that of calibration trajectories (0 if it needs none).
     """
 
     precision: str
