@@ -7,8 +7,7 @@
 Each row has its own process, because PyTorch and ONNX Runtime keep the memory of a GPU that they once used. All use the same
 initial latents, guidance 7, a negative prompt, and T5 if the bundles have it. Bundles are measured at every depth. With an
 engine for CPUs, diffusers computes in float32 on the CPU. The memory of a GPU is what a row holds after its images, weights
-included. `--compile` adds torch.compile of the transformer and decoder in
-diffusers. Needs the extra `parity`.
+included. `--compile` adds torch.compile of the transformer and decoder in diffusers. Needs the extra `parity`.
 """
 
 import time

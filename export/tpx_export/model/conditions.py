@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 GATE_WIDTH = 64
-_MAX_JOINED = 32  # tensors in one concatenation; ONNX Runtime can capture no longer one in a CUDA graph
+_MAX_JOINED = 32  # tensors in one concatenation; ONNX Runtime captures no longer one in a CUDA graph
 
 
 class ConditionProjection(nn.Linear):

@@ -82,8 +82,9 @@ class Quantiser:
     def task_count(self, depths: Sequence[int]) -> int:
         """How many tasks quantisation adds to an export."""
         each_depth = self._calibrated + self.weights_only  # calibration, float16 graphs for GPUs
+        rounding = self._calibrated and self.weights_only
         fp32 = 1 + len(depths) + 1  # conditions, depths, and the rest of the fp32 bundle
-        return each_depth * len(depths) + fp32 + len(available_engines()) + len(depths) + 1
+        return each_depth * len(depths) + rounding + fp32 + len(available_engines()) + len(depths) + 1
 
     def add_text_encoder(self, part: TextPart, encoder: nn.Module) -> None:
         """Encode the calibration prompts with a text encoder in its stored precision."""
@@ -103,7 +104,8 @@ class Quantiser:
             replace_layers(module, layers, bits=self._bits)
         elif self.weights_only:
             grams = self._record(Gram, module, layers, depths, tasks)
-            replace_layers(module, layers, bits=self._bits, grams=grams)
+            with tasks("rounding"):
+                replace_layers(module, layers, bits=self._bits, grams=grams)
         else:
             histograms = self._record(MagnitudeHistogram, module, layers, depths, tasks)
             steps = {name: histogram.step_size() for name, histogram in histograms.items()}
@@ -152,11 +154,11 @@ class Quantiser:
 def complete_fp32_bundle(fp32: Path, quantised: Bundle, pipeline: Pipeline) -> Bundle:
     """The bundle at `fp32`, its missing files taken from `quantised`. Raises OSError."""
     for name in quantised.manifest.files:
-        if not (fp32 / name).exists() and not name.startswith(
-            "transformer/"
-        ):  # the fused variants are quantised
-            (fp32 / name).parent.mkdir(parents=True, exist_ok=True)
-            _link(quantised.root / name, fp32 / name)
+        # Of the transformer all was written in fp32; what is missing there is the fused variant, which would be quantised.
+        if name.startswith("transformer/") or (fp32 / name).exists():
+            continue
+        (fp32 / name).parent.mkdir(parents=True, exist_ok=True)
+        _link(quantised.root / name, fp32 / name)
     files = describe_files(fp32)
     return Bundle(fp32, build_manifest(pipeline, quantised.manifest.model.depths, "fp32", files))
 
