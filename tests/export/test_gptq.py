@@ -52,6 +52,14 @@ def test_uncorrelated_and_missing_inputs_give_plain_rounding() -> None:
             torch.testing.assert_close(one, same, rtol=0, atol=0)
 
 
+def test_the_scale_of_the_inputs_does_not_matter() -> None:
+    """Few inputs, so that the result depends on what is added to the diagonal."""
+    inputs, weight = correlated(40, 256), torch.randn(8, 256)
+    values = [quantise_with_gram(weight, 128, gram_of(scale * inputs))[0] for scale in (1 / 1024, 1, 1024)]
+    assert (values[0] == values[1]).all() and (values[1] == values[2]).all()
+    assert (values[1] != quantise_weight_int4(weight, 128)[0]).any()
+
+
 def test_a_value_is_rounded_against_the_errors_before_it() -> None:
     """Two inputs that are always equal: the second value rounds so that the sum is right, as far as it can."""
     weight = torch.zeros(1, 16)
