@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import needs_openvino  # noqa: F401
 import pytest
 
 from tpx_engines import build

@@ -12,8 +12,6 @@ from tpx_export.exporter import Summary
 from tpx_export.model.attention import RMSNorm
 from tpx_export.model.text_to_image import TextToImage
 from tpx_runtime.bundle import Bundle
-from tpx_runtime.engine.openvino import core
-from tpx_runtime.engine.openvino_static import compile_static, model_shapes
 
 DEPTH = 3
 
@@ -64,6 +62,11 @@ def test_onnx_runtime_fuses_every_norm(
 
 
 def test_openvino_fuses_attention_and_every_norm(tiny_model: TextToImage, graph: Path) -> None:
+    import needs_openvino  # noqa: F401
+
+    from tpx_runtime.engine.openvino import core
+    from tpx_runtime.engine.openvino_static import compile_static, model_shapes
+
     shapes = model_shapes(core(), graph, rows=2)
     compiled = compile_static(core(), graph, {"INFERENCE_PRECISION_HINT": "f32"}, shapes, parts=1)
     op_counts = Counter(

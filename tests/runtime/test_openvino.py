@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
 
+import needs_openvino  # noqa: F401
 import numpy as np
 import openvino as ov
 import pytest
