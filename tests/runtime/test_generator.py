@@ -795,8 +795,6 @@ def test_a_coroutine_function_is_no_callback(generator: Generator) -> None:
         generator("a red cube", callback=callback)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
-@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 def test_auto_knows_the_precision_of_the_bundle(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, ...]] = []
     monkeypatch.setattr("tpx_runtime.generator.resolve", lambda *names: asked.append(names))
@@ -806,6 +804,8 @@ def test_auto_knows_the_precision_of_the_bundle(copy: Path, monkeypatch: pytest.
     assert asked == [("auto", "int4-weights")]
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 def test_a_forked_process_is_told_to_load_its_own_generator(generator: Generator) -> None:
     """Even if another thread generated an image when it was forked, which would never be finished there."""
     locked, done = Event(), Event()

@@ -22,7 +22,7 @@ if os.environ.get("ORT_DISABLE_TELEMETRY") != "0":
     ort.disable_telemetry_events()
 
 MIN_CUDA_VERSION = (1, 30)  # the oldest that was tried
-TF32_ERROR = 1e-3  # of a product of float32, about: operands have as many bits as float16
+_TF32_ERROR = 1e-3  # of a product of float32, about: operands have as many bits as float16
 PROVIDERS = {"onnxruntime": "CPUExecutionProvider", "onnxruntime-cuda": "CUDAExecutionProvider"}
 
 
@@ -149,7 +149,7 @@ def _allows_tf32(path: Path) -> bool:
     with suppress(BundleInvalid):  # a graph that is in no bundle
         bundle = Bundle.open(path.parent.parent, verify=False)
         autoencoder = (bundle.vae_decoder, bundle.vae_encoder)
-        return path.resolve() in autoencoder and bundle.manifest.tolerance.vae > TF32_ERROR
+        return path.resolve() in autoencoder and bundle.manifest.tolerance.vae > _TF32_ERROR
     return False
 
 
