@@ -23,9 +23,9 @@ from benchmarks.interleave import interleaved, seconds
 from tpx_export import checkpoint
 from tpx_export.graphs import Graph, to_onnx
 from tpx_export.pipeline import Pipeline
-from tpx_export.quantise.grid import dequantise_weight, quantise_weight_int4
 from tpx_export.quantise.layers import block_linears, modulations
 from tpx_export.quantise.linear import QuantisedLinear
+from tpx_export.quantise.weight_grid import WeightGrid, dequantise_weight, quantise_weight
 from tpx_runtime.bundle import Bundle
 from tpx_runtime.command import TpxCommand
 from tpx_runtime.engine import ENGINES
@@ -36,6 +36,10 @@ TOKENS, WIDTH, OUT = 2048, 1536, 6144
 CPU_ENGINES = ("onnxruntime", "openvino", "openvino-bf16")
 
 Floats = npt.NDArray[np.floating]
+
+
+def int4(group: int) -> WeightGrid:
+    return WeightGrid(-8, 7, group)
 
 
 def relative_rms(found: Floats, expected: Floats) -> float:
@@ -49,7 +53,7 @@ def errors(pipeline: Pipeline, golden: dict[str, Floats], group: int) -> tuple[f
     weights, rounded = [], []
     for layer in (block_linears(transformer) | modulations(transformer)).values():
         weights.append(layer.weight.detach().clone())
-        layer.weight.copy_(dequantise_weight(*quantise_weight_int4(layer.weight, group)).t())
+        layer.weight.copy_(dequantise_weight(*quantise_weight(layer.weight, int4(group))).t())
         rounded.append(layer.weight.detach())
     conditions = transformer.conditions(*(torch.from_numpy(golden[name]) for name in model.conditions_inputs))  # type: ignore[operator]
     given: dict[str, Tensor] = {name: torch.from_numpy(golden[name]) for name in model.transformer_inputs}
@@ -65,7 +69,7 @@ def write_product(path: Path, group: int | None) -> None:
     linear = nn.Linear(WIDTH, OUT, bias=False)
     layer = QuantisedLinear(linear, None)
     if group is not None:
-        layer.weight, layer.steps = quantise_weight_int4(linear.weight.detach(), group)
+        layer.weight, layer.steps = quantise_weight(linear.weight.detach(), int4(group))
     ir.save(to_onnx(Graph(layer, {"x": torch.zeros(2, WIDTH)}, ("y",))), path)
 
 

@@ -1,10 +1,20 @@
-"""Rounding to int4 with the correlations of a layer's inputs."""
+"""Rounding weights with the correlations of a layer's inputs."""
 
 import pytest
 import torch
 
 from tpx_export.quantise.gptq import Gram, quantise_with_gram
-from tpx_export.quantise.grid import dequantise_weight, quantise_weight_int4
+from tpx_export.quantise.weight_grid import (
+    INT8,
+    INT8_BY_INT8,
+    WeightGrid,
+    dequantise_weight,
+    quantise_weight,
+)
+
+
+def int4(group: int) -> WeightGrid:
+    return WeightGrid(-8, 7, group)
 
 
 def correlated(samples: int, width: int) -> torch.Tensor:
@@ -27,35 +37,47 @@ def output_error(
     return float(difference.norm() / (x @ weight.t()).norm())
 
 
-@pytest.mark.parametrize(("width", "group"), [(256, 128), (192, 64), (208, 16), (2048 + 384, 128)])
-def test_outputs_err_less_than_after_plain_rounding(width: int, group: int) -> None:
+@pytest.mark.parametrize(
+    ("width", "grid"),
+    [
+        (256, int4(128)),
+        (192, int4(64)),
+        (208, int4(16)),
+        (2048 + 384, int4(128)),
+        (208, INT8),
+        (2048 + 50, INT8_BY_INT8),
+    ],
+)
+def test_outputs_err_less_than_after_plain_rounding(width: int, grid: WeightGrid) -> None:
     """Of other inputs than those of the calibration, but as correlated; the last width takes two blocks."""
     torch.manual_seed(0)
     inputs, weight = correlated(3 * width, width), torch.randn(24, width)
     calibration, other = inputs.split([2 * width, width])
-    plain = quantise_weight_int4(weight, group)
-    found = quantise_with_gram(weight, group, gram_of(calibration))
+    plain = quantise_weight(weight, grid)
+    found = quantise_with_gram(weight, grid, gram_of(calibration))
     for one, same in zip(found, plain, strict=True):
         assert (one.shape, one.dtype) == (same.shape, same.dtype)
-    assert found[0].min() == -8 and found[0].max() <= 7
+    assert found[0].min() == grid.lowest and found[0].max() <= grid.highest
     assert output_error(other, weight, found) < 0.6 * output_error(other, weight, plain)
 
 
 def test_uncorrelated_and_missing_inputs_give_plain_rounding() -> None:
     weight = torch.randn(8, 256)
     weight[3, 128:] = 0  # a group of zeros
-    plain = quantise_weight_int4(weight, 128)
+    plain = quantise_weight(weight, int4(128))
     for inputs in (3 * torch.eye(256), torch.zeros(5, 256)):
-        for one, same in zip(quantise_with_gram(weight, 128, gram_of(inputs)), plain, strict=True):
+        for one, same in zip(quantise_with_gram(weight, int4(128), gram_of(inputs)), plain, strict=True):
             torch.testing.assert_close(one, same, rtol=0, atol=0)
 
 
 def test_the_scale_of_the_inputs_does_not_matter() -> None:
     """Few inputs, so that the result depends on what is added to the diagonal."""
     inputs, weight = correlated(40, 256), torch.randn(8, 256)
-    values = [quantise_with_gram(weight, 128, gram_of(scale * inputs))[0] for scale in (1 / 1024, 1, 1024)]
+    values = [
+        quantise_with_gram(weight, int4(128), gram_of(scale * inputs))[0] for scale in (1 / 1024, 1, 1024)
+    ]
     assert (values[0] == values[1]).all() and (values[1] == values[2]).all()
-    assert (values[1] != quantise_weight_int4(weight, 128)[0]).any()
+    assert (values[1] != quantise_weight(weight, int4(128))[0]).any()
 
 
 def test_a_value_is_rounded_against_the_errors_before_it() -> None:
@@ -64,10 +86,10 @@ def test_a_value_is_rounded_against_the_errors_before_it() -> None:
     weight[0, 0], weight[0, 1], weight[0, 2] = -8.0, 3.4, 3.4  # a step of 1
     inputs = torch.zeros(100, 16)
     inputs[:, 0], inputs[:, 1:3] = torch.randn(100), torch.randn(100, 1)
-    values, steps = quantise_with_gram(weight, 16, gram_of(inputs))
+    values, steps = quantise_with_gram(weight, int4(16), gram_of(inputs))
     assert steps.item() == 1
     assert values[:3, 0].tolist() == [-8, 3, 4]
-    assert quantise_weight_int4(weight, 16)[0][:3, 0].tolist() == [-8, 3, 3]
+    assert quantise_weight(weight, int4(16))[0][:3, 0].tolist() == [-8, 3, 3]
 
 
 def test_gram_sums_over_calls_and_leading_dimensions() -> None:

@@ -41,16 +41,8 @@ from tpx_export.model.mmdit import MMDiTSpec
 from tpx_export.pipeline import Pipeline
 from tpx_export.quantise import measure, quantiser, speed
 from tpx_export.quantise import score as scoring
-from tpx_export.quantise.calibration import SEED, CalibrationInputs, collect_activations
-from tpx_export.quantise.grid import (
-    BINS,
-    QMAX,
-    MagnitudeHistogram,
-    dequantise_weight,
-    group_size,
-    quantise_weight,
-    quantise_weight_int4,
-)
+from tpx_export.quantise.activation_grid import BINS, QMAX, MagnitudeHistogram
+from tpx_export.quantise.calibration import SEED, CalibrationInputs, HistogramAndGram, collect_activations
 from tpx_export.quantise.layers import Layers, block_linears, encoder_linears, modulations
 from tpx_export.quantise.linear import QuantisedLinear, replace_layers
 from tpx_export.quantise.pack import pack_int4
@@ -58,8 +50,16 @@ from tpx_export.quantise.prompts import PromptFile, choose_subjects, default_pro
 from tpx_export.quantise.quantiser import QuantisationOptions
 from tpx_export.quantise.report import DepthReport, NotScored, Report, ScoreReport, SpeedReport, as_text
 from tpx_export.quantise.verdict import Refused, rejection
+from tpx_export.quantise.weight_grid import (
+    INT8,
+    INT8_BY_INT8,
+    WeightGrid,
+    dequantise_weight,
+    int4_grid,
+    quantise_weight,
+)
 from tpx_runtime.bundle import CONDITIONS, Bundle, transformer_name
-from tpx_runtime.engine import resolve
+from tpx_runtime.engine import ENGINES, resolve
 from tpx_runtime.errors import EngineFailed
 from tpx_runtime.evaluation.statistics import Estimate
 from tpx_runtime.generator import Generator
@@ -116,16 +116,17 @@ def test_selects_the_second_attention_of_dual_blocks(tiny_model: TextToImage) ->
 # The grid
 
 
-def test_quantised_weights_are_within_half_a_step() -> None:
+@pytest.mark.parametrize("grid", [INT8, INT8_BY_INT8])
+def test_quantised_weights_are_within_half_a_step(grid: WeightGrid) -> None:
     weight = (
         torch.randn(48, 64, generator=torch.Generator().manual_seed(0)) * torch.logspace(-4, 3, 48)[:, None]
     )
     weight[7] = 0
-    values, steps = quantise_weight(weight)
+    values, steps = quantise_weight(weight, grid)
     assert (values.dtype, values.shape, steps.shape) == (torch.int8, (64, 48), (48,))
     assert (values.float() * steps - weight.t()).abs().le(steps * 0.5001).all()
     # Each channel uses the whole grid.
-    assert values.abs().amax(0)[weight.any(1)].eq(QMAX).all()
+    assert values.abs().amax(0)[weight.any(1)].eq(grid.highest).all()
     assert not values[:, 7].any() and torch.isfinite(steps).all()
 
 
@@ -133,7 +134,7 @@ def test_int4_weights_use_the_whole_grid_in_each_group() -> None:
     rng = torch.Generator().manual_seed(0)
     weight = torch.randn(48, 64, generator=rng) * torch.logspace(-4, 3, 48)[:, None]
     weight[7, 16:32] = 0
-    values, steps = quantise_weight_int4(weight, 16)
+    values, steps = quantise_weight(weight, WeightGrid(-8, 7, 16))
     assert (values.dtype, values.shape, steps.shape) == (torch.int8, (64, 48), (4, 48))
     assert (values.min(), values.max()) == (-8, 7) and torch.isfinite(steps).all()
     values, groups = values.t().unflatten(1, (4, 16)), weight.unflatten(1, (4, 16))
@@ -152,7 +153,8 @@ def test_int4_weights_use_the_whole_grid_in_each_group() -> None:
     ("width", "group"), [(1536, 128), (2432, 128), (192, 64), (96, 32), (48, 16), (40, None), (7, None)]
 )
 def test_groups_divide_the_width(width: int, group: int | None) -> None:
-    assert group_size(width) == group
+    grid = int4_grid(width)
+    assert (grid and grid.group) == group
 
 
 def test_histogram_counts_all_values_while_its_range_grows() -> None:
@@ -369,7 +371,7 @@ def test_int4_weights_are_stored_in_half_a_byte(tmp_path: Path) -> None:
 
 def test_packing_counts_weights_and_keeps_their_meaning() -> None:
     torch.manual_seed(0)
-    values, steps = quantise_weight_int4(torch.randn(8, 64), 32)
+    values, steps = quantise_weight(torch.randn(8, 64), WeightGrid(-8, 7, 32))
     constants = {"w": values.numpy(), "s": steps.numpy()}
     nodes = [
         onnx.helper.make_node("DequantizeLinear", ["w", "s"], [output], axis=0, block_size=32)
@@ -416,16 +418,20 @@ def test_graph_is_symmetric_int8_only_in_the_selected_layers(
                 attributes = {one.name: onnx.helper.get_attribute_value(one) for one in producer.attribute}
                 assert attributes == {"axis": 1, "block_size": 0}
                 name = producer.input[0].removesuffix(".weight")
-                values = stored[producer.input[0]].astype(np.float32) * stored[producer.input[1]]
+                values, step = (stored[given] for given in producer.input[:2])
                 original = parameters[f"{name}.weight"].T
-                half_step = stored[producer.input[1]] / 2
-                assert (np.abs(values - original) <= 1.001 * half_step).all()
+                np.testing.assert_allclose(step, np.abs(original).max(axis=0) / 64, rtol=1e-6)
+                assert np.abs(values).max() == 64
+                assert np.abs(values * step - original).max() < 3 * step.max()
                 assert producers[node.input[0]].op_type == "DequantizeLinear"
         float32_names = [name for name in stored if ".thinking." in name or ".gate." in name]
         assert len([name for name in float32_names if name.endswith((".a", ".b"))]) == 4
         for name in float32_names:
             np.testing.assert_array_equal(stored[name], parameters[name])
     assert not [v for v in tensors(int8_export[0] / CONDITIONS).values() if v.dtype == np.int8]
+    _check_rounding(
+        tensors(int8_export[0] / transformer_name(2)), block_linears(tiny_model.transformer), INT8_BY_INT8
+    )
 
 
 def test_cpu_engines_match_pytorch_in_int8(
@@ -438,10 +444,11 @@ def test_cpu_engines_match_pytorch_in_int8(
     calibration.add_text_encoder(pipeline.text[0], pipeline.text[0].load())
     transformer = pipeline.transformer()
     layers = block_linears(transformer)
-    histograms = {name: MagnitudeHistogram() for name in layers}
+    records = {name: HistogramAndGram() for name in layers}
     for depth in (1, 2):
-        collect_activations(transformer, layers, histograms, pipeline, calibration.rows(pipeline), depth)
-    replace_layers(transformer, layers, {name: one.step_size("mse") for name, one in histograms.items()})
+        collect_activations(transformer, layers, records, pipeline, calibration.rows(pipeline), depth)
+    steps = {name: record.histogram.step_size("mse") for name, record in records.items()}
+    replace_layers(transformer, layers, steps, grams={name: record.gram for name, record in records.items()})
     golden = np.load(out / "golden/golden.npz")
     inputs = {name: golden[name] for name in ("latents", "conditions", "context")}
     with torch.no_grad():
@@ -573,11 +580,13 @@ def test_weight_only_precisions_store_all_large_weights_in_few_bits(
     assert {r.tolerance for r in reports if r.part.startswith("vae")} == {1e-4}
 
 
-def _check_rounding(stored: dict[str, np.ndarray], layers: Layers) -> None:
-    """Weights are not simply rounded, in blocks and in adaLN, but for the inputs of calibration."""
+def _check_rounding(stored: dict[str, np.ndarray], layers: Layers, grid: WeightGrid | None = None) -> None:
+    """Weights are not simply rounded, to int4 or the `grid`, but for the inputs of calibration."""
     for name, layer in layers.items():
         suffix = "product.weight" if isinstance(layer, Modulation) else "weight"
-        plain, _ = quantise_weight_int4(layer.weight.detach(), cast(int, group_size(layer.in_features)))
+        plain, _ = quantise_weight(
+            layer.weight.detach(), grid or cast(WeightGrid, int4_grid(layer.in_features))
+        )
         share = (stored[f"transformer.{name}.{suffix}"].astype(np.int8) != plain.numpy()).mean()
         assert 0.02 < share < 0.9, name
 
@@ -731,7 +740,8 @@ def test_score_uses_the_fastest_engine_of_each_precision(
 ) -> None:
     """int8 may be fastest in one engine and fp32 in another; a score in a third one would say nothing about either."""
     milliseconds = {"onnxruntime": (5.0, 9.0), "openvino": (8.0, 4.0), "openvino-bf16": (6.0, 6.0)}
-    monkeypatch.setattr(quantiser, "available_engines", lambda: [resolve(name) for name in milliseconds])
+    monkeypatch.setattr(quantiser, "available_engines", lambda: [ENGINES[name] for name in milliseconds])
+    monkeypatch.setattr(quantiser, "resolve", ENGINES.get)  # also on a CPU without bf16
     monkeypatch.setattr(
         quantiser, "speed", lambda quantised, fp32, one: SpeedReport(one.name, 1, 2, *milliseconds[one.name])
     )

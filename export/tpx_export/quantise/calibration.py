@@ -1,7 +1,7 @@
 """Calibration: what is to be known of the inputs of every layer, over whole sampling trajectories of the float32 model.
 
 Trajectories use the model's default sampler, steps and guidance, with both branches, at every depth 1..T. All depths share
-their layers, so each layer has one record for all of them: a histogram for int8 activations, a Gram matrix for int4 weights.
+their layers, so each layer has one record for all of them: a Gram matrix for weights, and a histogram for int8 activations.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +17,8 @@ from torch import nn
 from tpx_export.golden import Golden
 from tpx_export.pipeline import Pipeline, TextPart
 from tpx_export.precision import in_float32
+from tpx_export.quantise.activation_grid import MagnitudeHistogram
+from tpx_export.quantise.gptq import Gram
 from tpx_export.quantise.layers import Layers
 from tpx_export.quantise.prompts import images_per_batch
 from tpx_runtime.conditioning import EncoderOutput, combine
@@ -32,6 +34,17 @@ class Recorder(Protocol):
 
     def add(self, x: torch.Tensor) -> None:
         """Add inputs of the layer. Raises ValueError if any is not finite."""
+
+
+class HistogramAndGram:
+    """Both records of a layer's inputs."""
+
+    def __init__(self) -> None:
+        self.histogram, self.gram = MagnitudeHistogram(), Gram()
+
+    def add(self, x: torch.Tensor) -> None:
+        self.histogram.add(x)
+        self.gram.add(x)
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Rounding weights to int4 so that a layer's outputs change little, rather than the weights (GPTQ, 2210.17323).
+"""Rounding weights so that a layer's outputs change little, rather than the weights (GPTQ, 2210.17323).
 
     weight [out, in], X^T X of calibration ─▶ the inputs' values one after another: round, and let those that follow make up
                                               for the error as far as their inputs are correlated with this one's
@@ -6,12 +6,10 @@
 X are the layer's inputs over whole sampling trajectories (calibration.py). Without any correlation it is plain rounding.
 """
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
-from tpx_export.quantise.grid import int4_steps, round_to_int4
+from tpx_export.quantise.weight_grid import WeightGrid
 
 # Correlations are used within so many inputs: all of them up to this width, and else X^T X would take gigabytes.
 _BLOCK = 2048
@@ -37,15 +35,17 @@ class Gram:
                 raise ValueError("expected finite activations, got NaN or infinity")
 
 
-def quantise_with_gram(weight: Tensor, group: int, gram: Gram) -> tuple[Tensor, Tensor]:
-    """As `quantise_weight_int4`: weight [out, in] -> int8 [in, out] in -8..7, and steps [in / group, out]."""
-    rounded = [
-        part
-        for rows, block in zip(weight.float().t().split(_BLOCK), gram.blocks, strict=True)
-        for part in _round_block(rows.clone(), _factor(block), group)
+def quantise_with_gram(weight: Tensor, grid: WeightGrid, gram: Gram) -> tuple[Tensor, Tensor]:
+    """As `quantise_weight`: weight [out, in] -> int8 [in, out], and step sizes [out] or [in / group, out]."""
+    columns = weight.float().t().clone(memory_format=torch.contiguous_format)
+    channel_steps = grid.steps(columns, dim=0) if grid.group is None else None
+    group_steps = [
+        steps
+        for rows, block in zip(columns.split(_BLOCK), gram.blocks, strict=True)
+        for steps in _round_block(rows, _factor(block), grid, channel_steps)
     ]
-    values, steps = zip(*rounded, strict=True)
-    return torch.cat(values).to(torch.int8), torch.stack(steps)
+    steps = torch.stack(group_steps) if channel_steps is None else channel_steps
+    return columns.to(torch.int8).contiguous(), steps
 
 
 def _factor(block: Tensor) -> Tensor:
@@ -57,19 +57,23 @@ def _factor(block: Tensor) -> Tensor:
     return torch.linalg.cholesky(inverse, upper=True).float()
 
 
-def _round_block(rows: Tensor, factor: Tensor, group: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """For each group of `rows` [in, out], which are overwritten: its values [group, out] and steps [out]."""
-    lazy = min(group, _LAZY)
+def _round_block(
+    rows: Tensor, factor: Tensor, grid: WeightGrid, channel_steps: Tensor | None
+) -> list[Tensor]:
+    """Round `rows` [in, out] in place, and return the steps [out] of each group: `channel_steps`, or its own if None."""
+    group, all_steps = grid.group or len(rows), []
     for first in range(0, len(rows), group):
-        values = torch.empty(group, rows.shape[1])
-        steps = int4_steps(rows[first : first + group], dim=0)
-        for start in range(first, first + group, lazy):
-            end = start + lazy
-            errors = torch.empty(lazy, rows.shape[1])
+        steps = channel_steps
+        if steps is None:
+            steps = grid.steps(rows[first : first + group], dim=0)
+        all_steps.append(steps)
+        for start in range(first, first + group, min(group, _LAZY)):
+            end = min(start + _LAZY, first + group)
+            errors = torch.empty_like(rows[start:end])
             for i in range(start, end):
-                rounded = round_to_int4(rows[i], steps)
-                values[i - first] = rounded
+                rounded = grid.round(rows[i], steps)
                 errors[i - start] = (rows[i] - rounded * steps) / factor[i, i]
                 rows[i + 1 : end] -= factor[i, i + 1 : end, None] * errors[i - start]
+                rows[i] = rounded
             rows[end:] -= factor[start:end, end:].t() @ errors
-        yield values, steps
+    return all_steps

@@ -15,15 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from tpx_export.model.conditions import Modulation
+from tpx_export.quantise.activation_grid import QMAX
 from tpx_export.quantise.gptq import Gram, quantise_with_gram
-from tpx_export.quantise.grid import (
-    QMAX,
-    dequantise_weight,
-    group_size,
-    quantise_weight,
-    quantise_weight_int4,
-)
 from tpx_export.quantise.layers import Layers
+from tpx_export.quantise.weight_grid import (
+    INT8,
+    INT8_BY_INT8,
+    dequantise_weight,
+    int4_grid,
+    quantise_weight,
+)
 
 
 @torch.library.custom_op("tpx::quantised_linear", mutates_args=())
@@ -55,8 +56,8 @@ def _(x: Tensor, weight: Tensor, steps: Tensor) -> Tensor:
 class QuantisedLinear(nn.Module):
     """Replaces a linear layer, float32 [..., in] -> [..., out]; `step` is the step size of activations, None for float32.
 
-    Weights have `bits` 8 or 4, but 8 in layers of a width that no group of int4 divides. With a `gram` of its inputs,
-    weights of 4 bits are rounded so that the layer's outputs change little.
+    Weights have `bits` 8 or 4, but 8 in layers of a width that no group of int4 divides. With a `gram` of the layer's inputs
+    they are rounded so that its outputs change little.
     """
 
     weight: Tensor
@@ -65,14 +66,13 @@ class QuantisedLinear(nn.Module):
 
     def __init__(self, layer: nn.Linear, step: float | None, bits: int = 8, gram: Gram | None = None) -> None:
         super().__init__()
-        group = group_size(layer.in_features) if bits == 4 else None
+        grid = INT8 if step is None else INT8_BY_INT8
+        if bits == 4:
+            grid = int4_grid(layer.in_features) or grid
         weight = layer.weight.detach()
-        if group is None:
-            weight, steps = quantise_weight(weight)
-        elif gram is None:
-            weight, steps = quantise_weight_int4(weight, group)
-        else:
-            weight, steps = quantise_with_gram(weight, group, gram)
+        weight, steps = (
+            quantise_weight(weight, grid) if gram is None else quantise_with_gram(weight, grid, gram)
+        )
         self.register_buffer("weight", weight)
         self.register_buffer("steps", steps.clone())  # a view could not change its type
         self.register_buffer("step", None if step is None else torch.tensor(step, dtype=torch.float32))
@@ -111,7 +111,7 @@ def replace_layers(
 ) -> None:
     """Replace each of `layers` of a float32 `module` by its quantised form. `steps` are the activations' step sizes by name.
 
-    Without `steps` only weights are quantised, to `bits` 8 or 4, these with the `grams` of the layers' inputs if given.
+    Without `steps` only weights are quantised, to `bits` 8 or 4. `grams` are Gram matrices of the layers' inputs by name.
     Raises KeyError for a layer without a step size or Gram matrix.
     """
     for name, layer in layers.items():

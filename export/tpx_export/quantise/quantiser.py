@@ -14,9 +14,13 @@ from torch import nn
 from tpx_export.description import build_manifest
 from tpx_export.pipeline import Pipeline, TextPart
 from tpx_export.precision import CALIBRATED_PRECISIONS, QUANTISED_PRECISIONS, WEIGHT_BITS
-from tpx_export.quantise.calibration import CalibrationInputs, Recorder, collect_activations
+from tpx_export.quantise.calibration import (
+    CalibrationInputs,
+    HistogramAndGram,
+    Recorder,
+    collect_activations,
+)
 from tpx_export.quantise.gptq import Gram
-from tpx_export.quantise.grid import MagnitudeHistogram
 from tpx_export.quantise.layers import Layers, block_linears, encoder_linears, modulations
 from tpx_export.quantise.linear import replace_layers
 from tpx_export.quantise.measure import compare_with_fp32
@@ -82,7 +86,7 @@ class Quantiser:
     def task_count(self, depths: Sequence[int]) -> int:
         """How many tasks quantisation adds to an export."""
         each_depth = self._calibrated + self.weights_only  # calibration, float16 graphs for GPUs
-        rounding = self._calibrated and self.weights_only
+        rounding = self._calibrated
         fp32 = 1 + len(depths) + 1  # conditions, depths, and the rest of the fp32 bundle
         return each_depth * len(depths) + rounding + fp32 + len(available_engines()) + len(depths) + 1
 
@@ -107,9 +111,11 @@ class Quantiser:
             with tasks("rounding"):
                 replace_layers(module, layers, bits=self._bits, grams=grams)
         else:
-            histograms = self._record(MagnitudeHistogram, module, layers, depths, tasks)
-            steps = {name: histogram.step_size() for name, histogram in histograms.items()}
-            replace_layers(module, layers, steps)
+            records = self._record(HistogramAndGram, module, layers, depths, tasks)
+            with tasks("rounding"):
+                steps = {name: record.histogram.step_size() for name, record in records.items()}
+                grams = {name: record.gram for name, record in records.items()}
+                replace_layers(module, layers, steps, grams=grams)
         self.layers += len(layers)
 
     def _record(
