@@ -336,6 +336,22 @@ def test_int4_layer_is_close_and_falls_back_to_int8(width: int, error: float) ->
     assert error / 10 < (found - expected).norm() / expected.norm() < error
 
 
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_the_largest_products_do_not_saturate(name: str, tmp_path: Path) -> None:
+    """On CPUs without VNNI sums of two products have 16 bits, which is too few for weights of 127 steps."""
+    step, linear = 1 / 16, nn.Linear(128, 16, bias=False)
+    with torch.no_grad():
+        linear.weight.fill_(1)
+        linear.weight[::2] = -1
+    layer = QuantisedLinear(linear, step)
+    assert layer.weight.abs().eq(64).all()
+    ir_model = to_onnx(Graph(layer, {"x": torch.zeros(2, 128)}, ("y",)))
+    onnx_ir.save(ir_model, tmp_path / "product.onnx")
+    x = torch.tensor([127.0, -128.0]).mul(step).unsqueeze(1).repeat(1, 128)
+    found = resolve(name).open(tmp_path / "product.onnx").run({"x": x.numpy()})["y"]
+    np.testing.assert_allclose(found, layer(x).numpy(), rtol=1e-5)
+
+
 class Twice(nn.Module):
     """A layer in int4 that is used twice, and one in int8."""
 

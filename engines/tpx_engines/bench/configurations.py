@@ -128,32 +128,45 @@ BASELINES = tuple(one.name for one in _BASELINES)
 def baselines(names: Sequence[str], depths: Sequence[int]) -> list[Configuration]:
     """Configurations of all baselines, or of those in `names`, at each depth. Raises BadInput.
 
-    Those on a GPU have a `problem` if PyTorch cannot use one here.
+    PyTorch's have a `problem` if it cannot use a GPU here, or bf16 on the CPU.
     """
     for name in names:
         if name not in BASELINES:
             raise BadInput(f"expected a baseline of {'; '.join(BASELINES)}, found {shorten(name)}")
     chosen = [one for one in _BASELINES if not names or one.name in names]
-    gpu_problem = _gpu_problem() if any(one.device == "gpu" for one in chosen) else None
+    problems = {one.name: _torch_problem(one) for one in chosen}
     return [
         replace(
             one,
             depth=depth,
             options={**one.options, "name": one.name, "precision": one.precision, "device": one.device},
-            problem=gpu_problem if one.device == "gpu" else None,
+            problem=problems[one.name],
         )
         for depth in depths
         for one in chosen
     ]
 
 
-def _gpu_problem() -> str | None:
+def _torch_problem(baseline: Configuration) -> str | None:
+    """Why PyTorch cannot run a baseline of its own on this machine, or None if it can."""
+    if baseline.exported or (baseline.device, baseline.precision) == ("cpu", "fp32"):
+        return None
     try:
         import torch
     except ImportError:
         return "expected PyTorch, found none; pip install 'tpx[export]'"
-    if torch.cuda.is_available():
-        return None
-    return (
-        f"expected a GPU and PyTorch for CUDA, found PyTorch {torch.__version__} without one; see pytorch.org"
-    )
+    if baseline.device == "gpu" and not torch.cuda.is_available():
+        return f"expected a GPU and PyTorch for CUDA, found PyTorch {torch.__version__} without one; see pytorch.org"
+    if baseline.device == "cpu" and not _multiplies_bf16():
+        return "expected a CPU on which PyTorch is not 50 times as slow in bf16 as in float32, found one; leave it out"
+    return None
+
+
+def _multiplies_bf16() -> bool:
+    """Whether PyTorch has kernels for bf16 on this CPU, fast or not. Without them an image takes a minute."""
+    import torch
+
+    try:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    except AttributeError:  # PyTorch without oneDNN, which has its own
+        return True

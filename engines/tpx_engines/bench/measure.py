@@ -167,9 +167,12 @@ class _Run:
         entry["peak_bytes"] = max(entry["peak_bytes"], answer["peak_bytes"])
 
     def _measure_peaks(self, number: int) -> None:
-        """Take one sample of the peak of each precision in this round."""
+        """Take one sample of the peak of each precision in this round, of those that run here: others may take minutes."""
+        measured = {c.precision for c in self._plan.configurations if not self._record.entry(c)["problem"]}
         peaks = self._record.data["peaks"]
         for precision in PEAKS:
+            if precision not in measured:
+                continue
             known = peaks.setdefault(precision, {"flops": [], "by": ""})
             if len(known["flops"]) > number:
                 continue

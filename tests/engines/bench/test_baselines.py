@@ -219,7 +219,17 @@ def test_only_arrays_that_are_new_are_uploaded(monkeypatch: pytest.MonkeyPatch) 
     assert total.dtype == np.float32 and (total == 8).all() and not greater.any()
 
 
+def test_baselines_in_bf16_say_that_a_cpu_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    for supported in (True, False):
+        oneDNN = SimpleNamespace(_is_mkldnn_bf16_supported=lambda answer=supported: answer)
+        monkeypatch.setattr(torch.ops, "mkldnn", oneDNN)
+        problems = {one.name: one.problem for one in configurations.baselines([], [1]) if one.device == "cpu"}
+        slow = {name for name, problem in problems.items() if problem and "bf16" in problem}
+        assert slow == (set() if supported else {"PyTorch eager bf16", "torch.compile bf16"})
+
+
 def test_baselines_on_a_gpu_say_why_they_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(configurations, "_multiplies_bf16", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     chosen = configurations.baselines([], [1])
     problems = {one.name: one.problem for one in chosen}

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tpx_engines.bench import measure
 from tpx_engines.bench.configurations import GPU_REFERENCE, REFERENCE, Configuration
 from tpx_engines.bench.machine import describe
 from tpx_engines.bench.measure import Plan, run
@@ -413,3 +414,17 @@ def test_a_process_that_has_ended_is_a_failed_measurement(error: OSError, tmp_pa
         worker._process.stdin.write = fail  # type: ignore[union-attr, method-assign]
         with pytest.raises(MeasurementFailed, match="found signal SIGKILL"):
             worker.ask("anything")
+
+
+def test_only_the_peaks_of_configurations_that_can_run_are_measured(
+    configuration: Configure, plan: Planner, record: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "PEAKS", ("fp32", "bf16"))
+    failed = [
+        replace(configuration("right"), name="known", precision="bf16", problem="no bf16"),
+        replace(configuration("unavailable"), precision="bf16"),
+    ]
+    results = record()
+    run(plan(configuration("right"), *failed, rounds=1, batches=(1,)), results)
+    assert results.data["peaks"].keys() == {"fp32"}
+    assert results.data["peaks"]["fp32"]["flops"][0] > 1e8
