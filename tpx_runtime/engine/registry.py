@@ -141,7 +141,7 @@ ENGINES = {
 }
 AUTO = "auto"
 # Precisions of bundles that OpenVINO computes in half of ONNX Runtime's time or less on these processors, the only ones that
-# were tried (docs/quantisation.md).
+# were tried, and without VNNI in the same time (docs/quantisation.md).
 _OPENVINO_FIRST, _TRIED = ("int8-weights", "int4-weights"), ("x86_64", "AMD64")
 NO_USABLE_ENGINE = (
     f"expected one of the engines {', '.join(ENGINES)}, found none that runs here; "
