@@ -1,6 +1,5 @@
 """Shared fixtures: a small random model, its exported bundles, and the signals that a command stops cleanly on."""
 
-import os
 import pickle
 import signal
 from collections.abc import Callable, Iterator
@@ -28,9 +27,8 @@ def pytest_configure() -> None:
     # A shell starts background jobs with SIGINT ignored, and the tested commands would inherit that.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    # Threads of parallel test processes would wait for each other: a test then takes up to ten times as long.
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        torch.set_num_threads(1)
+    # Small models are no faster with a second thread, and the threads of parallel test processes wait for each other.
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session", autouse=True)

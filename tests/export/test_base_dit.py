@@ -50,12 +50,9 @@ THINKING = ThinkingSpec(blocks=(0, 2), experts=3, rank=4, max_depth=2)
 
 
 @pytest.fixture(autouse=True, scope="module")
-def two_threads_without_gradients() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
+def without_gradients() -> Iterator[None]:
     with torch.no_grad():
         yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

@@ -41,7 +41,7 @@ from tpx_runtime.noise import batch_noise
 from tpx_runtime.sampling.flow import FLOW_SAMPLERS
 from tpx_runtime.verify import verify_bundle
 
-pytestmark = pytest.mark.usefixtures("two_threads_without_gradients_or_warnings")
+pytestmark = pytest.mark.usefixtures("without_gradients_or_warnings")
 
 PROMPT, NEGATIVE = "A red cube on a blue sphere! Très beau, 3 times.", "blurry"
 # 90 tokens: more than the 75 that CLIP reads, fewer than the 255 that T5 reads.

@@ -46,12 +46,9 @@ LATENTS = (16, 16)
 
 
 @pytest.fixture(autouse=True, scope="module")
-def two_threads_without_gradients() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
+def without_gradients() -> Iterator[None]:
     with torch.no_grad():
         yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -38,12 +38,9 @@ PREFIXES = {"L": CLIP_L, "G": CLIP_G}
 
 
 @pytest.fixture(autouse=True, scope="module")
-def two_threads_without_gradients() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
+def without_gradients() -> Iterator[None]:
     with torch.no_grad():
         yield
-    torch.set_num_threads(before)
 
 
 def reference_clip(kind: str, **changes: Any) -> CLIPTextModelWithProjection:

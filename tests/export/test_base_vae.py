@@ -41,12 +41,9 @@ SCALES = {"sd3": (1.5305, 0.0609), "sd1": (0.18215, 0.0)}
 
 
 @pytest.fixture(autouse=True, scope="module")
-def two_threads_without_gradients() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
+def without_gradients() -> Iterator[None]:
     with torch.no_grad():
         yield
-    torch.set_num_threads(before)
 
 
 def reference_vae(kind: str, **changes: Any) -> Any:

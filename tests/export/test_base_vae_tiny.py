@@ -26,7 +26,7 @@ from tpx_export.model.autoencoder_tiny import AutoencoderTiny, AutoencoderTinySp
 from tpx_runtime.generator import Generator
 from tpx_runtime.manifest import LatentSpec
 
-pytestmark = pytest.mark.usefixtures("two_threads_without_gradients_or_warnings")
+pytestmark = pytest.mark.usefixtures("without_gradients_or_warnings")
 
 # The first has the tiny SD3's factor of 2 pixels per latent.
 KINDS: dict[str, dict[str, Any]] = {

@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,15 +47,6 @@ from tpx_runtime.generator import Generator
 
 COLOURS, KINDS = ("red", "green", "blue", "yellow"), ("square", "disc")
 QUICK = ("--rank", "4", "--batch", "4", "--warmup", "0", "--precision", "fp32", "--device", "cpu")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Models this small are no faster with a second thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # Tiny bases and images
