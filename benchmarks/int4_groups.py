@@ -25,7 +25,7 @@ from tpx_export.graphs import Graph, to_onnx
 from tpx_export.pipeline import Pipeline
 from tpx_export.quantise.layers import block_linears, modulations
 from tpx_export.quantise.linear import QuantisedLinear
-from tpx_export.quantise.weight_grid import WeightGrid, dequantise_weight, quantise_weight
+from tpx_export.quantise.weight_grid import dequantise_weight, int4, quantise_weight
 from tpx_runtime.bundle import Bundle
 from tpx_runtime.command import TpxCommand
 from tpx_runtime.engine import ENGINES
@@ -36,10 +36,6 @@ TOKENS, WIDTH, OUT = 2048, 1536, 6144
 CPU_ENGINES = ("onnxruntime", "openvino", "openvino-bf16")
 
 Floats = npt.NDArray[np.floating]
-
-
-def int4(group: int) -> WeightGrid:
-    return WeightGrid(-8, 7, group)
 
 
 def relative_rms(found: Floats, expected: Floats) -> float:

@@ -9,12 +9,9 @@ from tpx_export.quantise.weight_grid import (
     INT8_BY_INT8,
     WeightGrid,
     dequantise_weight,
+    int4,
     quantise_weight,
 )
-
-
-def int4(group: int) -> WeightGrid:
-    return WeightGrid(-8, 7, group)
 
 
 def correlated(samples: int, width: int) -> torch.Tensor:

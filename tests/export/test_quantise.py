@@ -55,6 +55,7 @@ from tpx_export.quantise.weight_grid import (
     INT8_BY_INT8,
     WeightGrid,
     dequantise_weight,
+    int4,
     int4_grid,
     quantise_weight,
 )
@@ -134,7 +135,7 @@ def test_int4_weights_use_the_whole_grid_in_each_group() -> None:
     rng = torch.Generator().manual_seed(0)
     weight = torch.randn(48, 64, generator=rng) * torch.logspace(-4, 3, 48)[:, None]
     weight[7, 16:32] = 0
-    values, steps = quantise_weight(weight, WeightGrid(-8, 7, 16))
+    values, steps = quantise_weight(weight, int4(16))
     assert (values.dtype, values.shape, steps.shape) == (torch.int8, (64, 48), (4, 48))
     assert (values.min(), values.max()) == (-8, 7) and torch.isfinite(steps).all()
     values, groups = values.t().unflatten(1, (4, 16)), weight.unflatten(1, (4, 16))
@@ -387,7 +388,7 @@ def test_int4_weights_are_stored_in_half_a_byte(tmp_path: Path) -> None:
 
 def test_packing_counts_weights_and_keeps_their_meaning() -> None:
     torch.manual_seed(0)
-    values, steps = quantise_weight(torch.randn(8, 64), WeightGrid(-8, 7, 32))
+    values, steps = quantise_weight(torch.randn(8, 64), int4(32))
     constants = {"w": values.numpy(), "s": steps.numpy()}
     nodes = [
         onnx.helper.make_node("DequantizeLinear", ["w", "s"], [output], axis=0, block_size=32)

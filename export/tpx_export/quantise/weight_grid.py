@@ -42,9 +42,14 @@ INT8_BY_INT8 = WeightGrid(-64, 64)
 _INT4_GROUPS = (128, 64, 32, 16)
 
 
+def int4(group: int) -> WeightGrid:
+    """The grid of int4 with a step for each `group` values of an output channel."""
+    return WeightGrid(-8, 7, group)
+
+
 def int4_grid(width: int) -> WeightGrid | None:
     """The grid of a layer of `width` inputs in int4; None if no group divides them."""
-    return next((WeightGrid(-8, 7, group) for group in _INT4_GROUPS if width % group == 0), None)
+    return next((int4(group) for group in _INT4_GROUPS if width % group == 0), None)
 
 
 def quantise_weight(weight: Tensor, grid: WeightGrid) -> tuple[Tensor, Tensor]:
