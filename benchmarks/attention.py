@@ -32,11 +32,12 @@ def write_graphs(
     import torch
 
     from tpx_export.fusion import FLOAT_TYPES, fuse_attention
-    from tpx_export.graphs import Graph, TransformerGraph, to_onnx
+    from tpx_export.graphs import Graph, TransformerGraph
     from tpx_export.model.mmdit import MMDiT, MMDiTSpec
     from tpx_export.model.thinking import ThinkingSpec
     from tpx_export.precision import cast_to_precision
     from tpx_export.routing import routing_variants
+    from tpx_export.tracing import to_onnx
     from tpx_export.weights import WeightFile
 
     torch.manual_seed(0)

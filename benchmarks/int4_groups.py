@@ -21,11 +21,12 @@ from torch import Tensor, nn
 
 from benchmarks.interleave import interleaved, seconds
 from tpx_export import checkpoint
-from tpx_export.graphs import Graph, to_onnx
+from tpx_export.graphs import Graph
 from tpx_export.pipeline import Pipeline
 from tpx_export.quantise.layers import block_linears, modulations
 from tpx_export.quantise.linear import QuantisedLinear
 from tpx_export.quantise.weight_grid import dequantise_weight, int4, quantise_weight
+from tpx_export.tracing import to_onnx
 from tpx_runtime.bundle import Bundle
 from tpx_runtime.command import TpxCommand
 from tpx_runtime.engine import ENGINES

@@ -27,7 +27,6 @@ from tpx_export.graphs import (
     Graph,
     TextEncoderGraph,
     TransformerGraph,
-    to_onnx,
 )
 from tpx_export.pipeline import Pipeline, TextPart
 from tpx_export.precision import QUANTISED_PRECISIONS, TOLERANCES, cast_to_precision, unquantised_precision
@@ -41,6 +40,7 @@ from tpx_export.quantise.verdict import Refused, rejection
 from tpx_export.routing import routing_variants
 from tpx_export.step import step_graph
 from tpx_export.summary import Summary, folder_bytes
+from tpx_export.tracing import to_onnx
 from tpx_export.weights import WeightFile
 from tpx_runtime.bundle import (
     CONDITIONS,

@@ -2,6 +2,7 @@
 
 tpx::RoutedLora    one node of that name; routing.py adds its function body
 tpx::..._linear    int8, int4: QuantizeLinear and DequantizeLinear around one MatMul (quantise/linear.py)
+to, detach_        Cast, Identity (the exporter has no translations of its own, but decompositions, which tracing.py skips)
 chunk              one Split (the exporter's own translation uses a sequence, which TensorRT rejects)
 attention          MatMul, Softmax (always float32), MatMul without shape arithmetic, so that engines can fuse it
 """
@@ -29,7 +30,12 @@ def _routed_lora(x: Any, expert: Any, a: Any, b: Any) -> Any:
     return _tpx.RoutedLora(x, expert, a, b, plugin_namespace=DOMAIN, aot=1)
 
 
+def _to(x: Any, dtype: int, *rest: Any, **options: Any) -> Any:
+    return _op.Cast(x, to=dtype)
+
+
 def _chunk(x: Any, chunks: int, dim: int = 0) -> Any:
+    assert x.shape[dim] % chunks == 0, "only equal chunks are supported: PyTorch may return fewer than ONNX does"
     return _op.Split(x, axis=dim, num_outputs=chunks)
 
 
@@ -63,6 +69,8 @@ TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.tpx.RoutedLora.default: _routed_lora,
     torch.ops.tpx.quantised_linear.default: _quantised_linear,
     torch.ops.tpx.dequantised_linear.default: _dequantised_linear,
+    torch.ops.aten.to.dtype: _to,
+    torch.ops.aten.detach_.default: _op.Identity,
     torch.ops.aten.chunk.default: _chunk,
     torch.ops.aten.scaled_dot_product_attention.default: _attention,
 }

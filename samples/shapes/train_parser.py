@@ -44,8 +44,8 @@ from samples.shapes.world import (
     relate,
     scatter,
 )
-from tpx_export.graphs import strip_metadata
 from tpx_export.model.autoencoder import ResidualBlock
+from tpx_export.tracing import strip_metadata
 from tpx_runtime.command import TpxCommand
 from tpx_runtime.files import atomic_file, make_folder
 from tpx_runtime.records import write_json

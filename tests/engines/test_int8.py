@@ -17,8 +17,8 @@ from torch import nn
 
 from tpx_engines import tensorrt
 from tpx_export.graphs import Graph as ModuleGraph
-from tpx_export.graphs import to_onnx
 from tpx_export.quantise.linear import QuantisedLinear
+from tpx_export.tracing import to_onnx
 from tpx_runtime.engine.tensorrt_flavours import RTX, bindings
 from tpx_runtime.errors import EngineFailed, EngineUnavailable
 

@@ -9,7 +9,8 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 
-from tpx_export.graphs import Graph, to_onnx
+from tpx_export.graphs import Graph
+from tpx_export.tracing import to_onnx
 
 # Largest relative error between two implementations of one model in float32.
 TIGHT = 2e-5

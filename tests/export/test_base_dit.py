@@ -31,13 +31,14 @@ from tpx_export.base.dit import (
 )
 from tpx_export.base.tensors import Tensors
 from tpx_export.checkpoint import CheckpointInvalid
-from tpx_export.graphs import ConditionsGraph, Graph, TransformerGraph, to_onnx
+from tpx_export.graphs import ConditionsGraph, Graph, TransformerGraph
 from tpx_export.model.dit import DiT, DiTSpec, position_table
 from tpx_export.model.embedder import Embedder, sinusoid
 from tpx_export.model.patches import from_patches, to_patches
 from tpx_export.model.thinking import Gate, Thinking, ThinkingSpec
 from tpx_export.precision import cast_to_precision
 from tpx_export.routing import masked, permuted
+from tpx_export.tracing import to_onnx
 from tpx_runtime.errors import BadInput
 from tpx_runtime.guidance import apply_guidance
 from tpx_runtime.noise import batch_noise

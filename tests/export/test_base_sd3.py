@@ -25,10 +25,11 @@ from tpx_export.base.model_files import precision_of
 from tpx_export.base.sd3 import load_transformer
 from tpx_export.base.sd3_names import from_diffusers, from_original
 from tpx_export.checkpoint import CheckpointInvalid
-from tpx_export.graphs import ConditionsGraph, Graph, TransformerGraph, to_onnx
+from tpx_export.graphs import ConditionsGraph, Graph, TransformerGraph
 from tpx_export.model import MMDiT, MMDiTSpec, ThinkingSpec
 from tpx_export.model.mmdit import grid_positions
 from tpx_export.routing import masked
+from tpx_export.tracing import to_onnx
 from tpx_runtime.errors import BadInput, TpxError
 
 KINDS: dict[str, dict[str, Any]] = {

@@ -251,11 +251,16 @@ def test_t5_in_float16_handles_activations_beyond_the_float16_range(t5: tuple[An
         layer.mlp_in.weight.mul_(300)  # type: ignore[union-attr]
         layer.mlp_out.weight.mul_(300)  # type: ignore[union-attr]
     magnitudes = []
-    for linear in (linear for linear in model.modules() if isinstance(linear, Linear)):
+    hooks = [
         linear.register_forward_hook(lambda *call: magnitudes.append(float(call[2].abs().max())))
+        for linear in model.modules()
+        if isinstance(linear, Linear)
+    ]
     ids = t5_ids(2, 30)
     (expected,) = model(ids)
     assert max(magnitudes) > 65_504
+    for hook in hooks:
+        hook.remove()
     model.half()
     assert relative(model(ids)[0], expected) < 1e-2
     ((context,),) = run_onnx(TextEncoderGraph(model), "ids", ids, ("context",), [ids])

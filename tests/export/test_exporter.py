@@ -27,13 +27,14 @@ from tpx_export import checkpoint, exporter, routing
 from tpx_export.atomic_folder import atomic_folder
 from tpx_export.cli import main, table
 from tpx_export.exporter import Summary, export_bundle, least_bytes
-from tpx_export.graphs import Graph, to_onnx
+from tpx_export.graphs import Graph
 from tpx_export.model.conditions import GATE_WIDTH, ConditionProjection, Modulation, compute_conditions
 from tpx_export.model.text_to_image import TextToImage
 from tpx_export.operator import DOMAIN, NAME
 from tpx_export.pipeline import Pipeline
 from tpx_export.precision import TOLERANCES
 from tpx_export.routing import MAX_MASKED_WORK, masked, routing_variants
+from tpx_export.tracing import to_onnx
 from tpx_runtime.bundle import CONDITIONS, Bundle, GraphVariant, transformer_name
 from tpx_runtime.engine import ENGINES, resolve
 from tpx_runtime.errors import BadInput, EngineFailed

@@ -30,7 +30,7 @@ from tpx_export import checkpoint, exporter
 from tpx_export.cli import main
 from tpx_export.exporter import Summary, export_bundle, least_bytes
 from tpx_export.golden import text_golden
-from tpx_export.graphs import Graph, to_onnx
+from tpx_export.graphs import Graph
 from tpx_export.model import (
     MMDiT,
     TextToImage,
@@ -59,6 +59,7 @@ from tpx_export.quantise.weight_grid import (
     int4_grid,
     quantise_weight,
 )
+from tpx_export.tracing import to_onnx
 from tpx_runtime.bundle import CONDITIONS, Bundle, transformer_name
 from tpx_runtime.engine import ENGINES, resolve
 from tpx_runtime.errors import EngineFailed

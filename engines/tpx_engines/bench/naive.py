@@ -53,9 +53,9 @@ def _write(module: Any, example: Sequence[Any], path: Path) -> None:
     import onnx.inliner
     import torch
 
-    from tpx_export.graphs import dynamic_batch
     from tpx_export.operator import OPSET, TRANSLATIONS, register_schema
     from tpx_export.routing import masked
+    from tpx_export.tracing import dynamic_batch
 
     register_schema()
     operator = torch.ops.tpx.RoutedLora.default

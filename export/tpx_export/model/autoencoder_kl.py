@@ -88,7 +88,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         pixels = self.norm(x).flatten(2).transpose(1, 2).unsqueeze(1)  # [B, 1, H W, C]
         q, k, v = self.q(pixels), self.k(pixels), self.v(pixels)
-        chunks = q.chunk(-(-q.shape[2] // _MAX_QUERIES), dim=2) if q.shape[2] > _MAX_QUERIES else (q,)
+        count = -(-q.shape[2] // _MAX_QUERIES)
+        chunks = q.split(-(-q.shape[2] // count), dim=2) if count > 1 else (q,)
         outputs = [F.scaled_dot_product_attention(chunk, k, v) for chunk in chunks]
         attended = torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]
         return x + self.proj(attended).squeeze(1).transpose(1, 2).unflatten(2, x.shape[2:])

@@ -57,6 +57,7 @@ def split_conditions(
     The first is over all shifts, scales and gates of adaLN, each `dtype` [B, 1, D], the second over the expert gates'
     conditions, each float32 [B, 1, 64].
     """
-    modulations, conditions = rows.unsqueeze(1).tensor_split([num_modulations * width], dim=-1)
+    rows, end = rows.unsqueeze(1), num_modulations * width
+    modulations, conditions = rows[..., :end], rows[..., end:]
     gate_conditions = conditions.split(GATE_WIDTH, dim=-1) if conditions.shape[-1] else ()
     return iter(modulations.to(dtype).split(width, dim=-1)), iter(gate_conditions)
