@@ -31,11 +31,12 @@ def _routed_lora(x: Any, expert: Any, a: Any, b: Any) -> Any:
 
 
 def _to(x: Any, dtype: int, *rest: Any, **options: Any) -> Any:
-    return _op.Cast(x, to=dtype)
+    return _op.Identity(x) if x.dtype == dtype else _op.Cast(x, to=dtype)
 
 
 def _chunk(x: Any, chunks: int, dim: int = 0) -> Any:
-    assert x.shape[dim] % chunks == 0, "only equal chunks are supported: PyTorch may return fewer than ONNX does"
+    # PyTorch may return fewer chunks than ONNX if they are not equal.
+    assert x.shape[dim] % chunks == 0, "only equal chunks are supported"
     return _op.Split(x, axis=dim, num_outputs=chunks)
 
 
