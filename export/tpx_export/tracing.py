@@ -70,7 +70,8 @@ def to_onnx(graph: Graph) -> ir.Model:
 def optimise(model: ir.Model) -> None:
     """Fold small constants, apply `_RULES`, and remove, in place, all nodes and constants that are unused or equal."""
     inline(model)
-    passes.IdentityEliminationPass()(model)  # before small weights would be folded into constants of other names
+    # First, or small weights that are cast to their own type would be folded into constants of other names.
+    passes.IdentityEliminationPass()(model)
     for _ in range(2):  # shapes that the rules make constant are folded
         fold_constants_ir(
             model, onnx_shape_inference=True, input_size_limit=_MAX_FOLDED, output_size_limit=_MAX_FOLDED

@@ -247,6 +247,27 @@ def test_conditions_of_many_layers_are_joined_in_few_at_a_time() -> None:
     np.testing.assert_allclose(found, torch.cat(expected, dim=-1).detach(), rtol=1e-5, atol=1e-6)
 
 
+class _Chunks(torch.nn.Module):
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.count = count
+
+    def forward(self, y: torch.Tensor) -> torch.Tensor:
+        return y.chunk(self.count, dim=-1)[-1].float()
+
+
+def test_operations_are_translated_without_another_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decomposing them would take longer than the rest of an export."""
+    monkeypatch.delattr(torch.export.ExportedProgram, "run_decompositions")
+    model = to_onnx(Graph(_Chunks(2), {"y": torch.zeros(2, 4)}, ("z",)))
+    assert [node.op_type for node in model.graph] == ["Split"]
+
+
+def test_unequal_chunks_are_not_exported() -> None:
+    with pytest.raises(Exception, match="only equal chunks are supported"):
+        to_onnx(Graph(_Chunks(3), {"y": torch.zeros(2, 4)}, ("z",)))
+
+
 def test_graphs_contain_no_paths_of_the_exporting_machine(tiny_bundle: Path) -> None:
     for path in tiny_bundle.rglob("*.onnx"):
         data = path.read_bytes()
