@@ -49,7 +49,7 @@ class Size:
 
 # Stable Diffusion 3 medium at 1,024 and 512 pixels, with both branches of guidance.
 REAL = Size(((2, 4096), (2, 1024)), 1536, 128, 2**30, 8192)
-TOY = Size(((2, 40),), 48, 8, 2**20, 64, sets=2, repeats=1)
+TOY = Size(((2, 40),), 48, 8, 2**20, 64, sets=1, repeats=1)
 
 
 @dataclass(frozen=True)
