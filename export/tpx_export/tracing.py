@@ -1,6 +1,8 @@
 """Exports PyTorch modules as ONNX graphs with a dynamic batch size and the names of docs/bundle.md.
 
-module ─torch.export─▶ ATen operations ─torch.onnx, operator.py─▶ ONNX ─onnxscript's optimiser, pack_int4─▶ graph
+    module ─torch.export─▶ ATen operations ─torch.onnx, operator.py─▶ ONNX ─optimise, pack_int4─▶ graph
+
+Unlike in torch.onnx's default, a module is traced once, and only rewrites that apply to a graph here are run.
 """
 
 import contextlib
@@ -47,8 +49,8 @@ def to_onnx(graph: Graph) -> ir.Model:
         captured = torch.export.export(
             graph.module.eval(), tuple(graph.inputs.values()), dynamic_shapes=shapes, strict=False
         )
-        # Every operation has a translation. The exporter would trace the graph again to decompose some, which takes three
-        # times as long as all else it does.
+        # Every operation has a translation. The exporter would trace the graph again to decompose some, which takes nearly
+        # three times as long as all else it does.
         captured.run_decompositions = lambda *_: captured
         program = torch.onnx.export(
             captured,
